@@ -1,0 +1,40 @@
+# The targets others call: install, demo, test, lint, bench. Needed beforehand: python3 (3.11 or newer), make, git.
+#   PYTHON=python3.12 make test     another interpreter: an environment made with another version is made anew, and kept
+#   VENV=.venv312 make test         another place for the environment
+#   make test ARGS='-k causal'      arguments for pytest
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(or $(shell $(BIN)/python -c 'import pip; print("$(BIN)/python")' 2>/dev/null),python3)
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+STAMP := $(VENV)/installed-$(VERSION)
+ARGS ?=
+
+.PHONY: install demo test lint bench
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n '$(VERSION)' || { echo 'weft: $(PYTHON) was not found or does not run: apt install python3 python3-venv' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'weft: $(PYTHON) is Python $(VERSION), and 3.11 or newer is needed: where one is installed, PYTHON=python3.12 make' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo 'weft: $(PYTHON) lacks the venv module: apt install python3-venv (python$(VERSION)-venv for a second Python)' >&2; exit 1; }
+	@$(BIN)/python -c 'import pip, sys; sys.exit("%d.%d" % sys.version_info[:2] != "$(VERSION)")' 2>/dev/null || \
+		{ echo 'weft: making $(VENV) with Python $(VERSION)'; $(PYTHON) -m venv $(if $(wildcard $(VENV)/pyvenv.cfg),--clear) $(VENV); }
+	@echo 'weft: installing what pyproject.toml names, in the versions of constraints.txt, into $(VENV)'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/python scripts/train.py configs/demo.yaml
+	$(BIN)/python scripts/decode.py runs/demo --prompt 'def read_config(path):' --prompt 'class Queue:' --prompt 'import '
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python scripts/benchmark.py standard

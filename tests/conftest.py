@@ -1,0 +1,28 @@
+"""What holds in every test: eight simulated CPU devices, strict JAX settings, and float64 only where a test asks for it."""
+
+import os
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+DEVICES = 8
+
+# Before the first use of a device. Not through the environment, so that scripts that tests start see it as a user's shell leaves it.
+jax.config.update('jax_platforms', os.environ.get('JAX_PLATFORMS', 'cpu'))
+if '--xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+    jax.config.update('jax_num_cpu_devices', DEVICES)
+# [B, T] + [T] is more often a mistake than meant.
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Else GPUs and TPUs multiply float32 in fewer bits, and no tight tolerance holds there.
+jax.config.update('jax_default_matmul_precision', 'highest')
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """The test computes in 64 bits: jnp's default dtypes are float64 and int64 until it ends."""
+    jax.config.update('jax_enable_x64', True)
+    try:
+        yield
+    finally:
+        jax.config.update('jax_enable_x64', False)
