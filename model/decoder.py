@@ -1,0 +1,110 @@
+"""The decoder stack, from one device's view.
+
+    tokens_BT ─ embed ─▶ x_BTD ─ groups of like layers, each scanned ─▶ x_BTD ─ norm ─ LM head ─▶ logits over V/tensor
+                                   norm ─ attention ─ +        norm ─ MLP or experts ─ +
+
+Between blocks x_BTD is split by rows over BATCH and by sequence over `tensor`. Letters: B rows, T sequence, D model,
+V padded vocabulary, L layers, N tokens of this device.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import P, lax
+
+from model.attention import default_backend as attention_backend
+from model.config import ModelConfig
+from model.grouped_matmul import default_backend as experts_backend
+from model.layers import Attention, Cache, Mlp, Norm, View, weight
+from model.moe import MoE
+from sharding.collectives import vary, whole
+from sharding.mesh import FSDP, platform
+
+CPU_UNROLL = 8  # layers written out in a CPU's loop body: XLA:CPU neither fuses nor threads well across a loop's border
+
+
+class Block(nnx.Module):
+    """One layer: attention, then an MLP or a mixture of experts, each added to what it read (pre-norm)."""
+
+    def __init__(self, c: ModelConfig, kind: str, rngs: nnx.Rngs):
+        self.config = c
+        self.attention_norm = Norm(c)
+        self.attention = Attention(c, rngs)
+        self.mlp_norm = Norm(c)
+        self.mlp = Mlp(c, c.mlp_dim, rngs) if kind == 'dense' else MoE(c, rngs)
+
+    def __call__(self, x_BTD, view: View, cache: Cache | None, layer):
+        """x after the layer, the cache, and the router's figures (an empty dict without a router)."""
+        rate = self.config.dropout
+        y_BTD, cache = self.attention(self.attention_norm(x_BTD), view, cache, layer)
+        x_BTD = x_BTD + view.dropout(y_BTD, rate, 1, layer)
+        y_BTD = self.mlp(self.mlp_norm(x_BTD), view)
+        y_BTD, figures = y_BTD if isinstance(self.mlp, MoE) else (y_BTD, {})
+        return x_BTD + view.dropout(y_BTD, rate, 2, layer), cache, figures
+
+
+class Decoder(nnx.Module):
+    """Embedding, stacked groups of like layers, final norm, LM head."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        self.config = c
+        D, V = c.model_dim, c.padded_vocabulary
+        self.embed_VD = weight(rngs, c, (V, D), P(FSDP, 'tensor'), fan_in=D)
+        stack = lambda kind, n: jax.vmap(lambda rngs: Block(c, kind, rngs))(rngs.split(n))
+        self.groups = nnx.List([stack(kind, n) for kind, n in c.groups])
+        self.norm = Norm(c)
+        if not c.tied_embedding:
+            self.head_DV = weight(rngs, c, (D, V), P(FSDP, 'tensor'), fan_in=D)
+
+    def hidden(self, tokens_BT, view: View, cache: Cache | None = None):
+        """Normed activations before the LM head, in the layout between blocks; the cache; the figures of each router.
+
+        Figures: name -> [L, …] over the layers with a router, empty without one.
+        """
+        c = self.config
+        x_BTD = view.dropout(self.embed(tokens_BT, view), c.dropout, 0)
+        unroll = CPU_UNROLL if platform() == 'cpu' else 1
+        first, figures = 0, {}
+        for (_, n), blocks in zip(c.groups, self.groups, strict=True):
+
+            def layer(carry, stacked):
+                x_BTD, cache = carry
+                block, number = stacked
+                x_BTD, cache, figures = block(x_BTD, view, cache, number)
+                return (x_BTD, cache), figures
+
+            numbers_L = first + jnp.arange(n)
+            (x_BTD, cache), figures = lax.scan(remat(layer, c, unrolled=unroll > 1), (x_BTD, cache), (vary(blocks), numbers_L), unroll=min(n, unroll))
+            first += n
+        return self.norm(x_BTD), cache, figures
+
+    def embed(self, tokens_BT, view: View):
+        """Each device of `tensor` looks up its part of D for all tokens; what is sent then makes that all of D."""
+        x = whole(self.embed_VD[...], self.config.dtype)[tokens_BT]
+        if view.sequence_split:
+            return lax.all_to_all(x, 'tensor', split_axis=1, concat_axis=2, tiled=True)
+        return lax.all_gather(x, 'tensor', axis=2, tiled=True)
+
+    def head(self):
+        """The LM head, D first, its part of the vocabulary on each device of `tensor`, in the compute dtype."""
+        if not self.config.tied_embedding:
+            return whole(self.head_DV[...], self.config.dtype)
+        embed_VD = whole(self.embed_VD[...], self.config.dtype)
+        return lax.all_to_all(embed_VD, 'tensor', split_axis=0, concat_axis=1, tiled=True).T
+
+
+def remat(layer, c: ModelConfig, unrolled: bool):
+    """The layer, keeping for its backward pass what `model.remat` says."""
+    if c.remat == 'none':
+        return layer
+    policy = None if c.remat == 'block' else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(layer, policy=policy, prevent_cse=unrolled)  # a loop's border keeps it apart anyhow
+
+
+def backends(c: ModelConfig) -> dict[str, str]:
+    """The backends of attention and of the experts on this platform: View's arguments."""
+    name = platform()
+    return {
+        'backend': attention_backend(name) if c.attention == 'auto' else c.attention,
+        'experts': experts_backend(name) if c.experts == 'auto' else c.experts,
+    }

@@ -1,0 +1,240 @@
+"""The parts of a block, from one device's view: each weight's global shape, layout and scale stand on one line.
+
+Outside `jax.shard_map` a module holds global arrays, whose types carry their layout (`specs` reads it off). Inside, the same
+module holds this device's shards, and `__call__` says what is sent: weights are gathered over FSDP where they are used,
+activations are joined and split over `tensor` around each block.
+
+Letters, as local sizes inside a call: B rows, T sequence, D model, N query heads times H, M kv heads times H, K kv heads,
+G query heads per kv head, H head dim, F hidden units of an MLP, L layers, S slots of a cache.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import P, lax
+
+from model.attention import attention
+from model.config import ModelConfig
+from sharding.collectives import join, my_slice, split, whole, wide
+from sharding.mesh import FSDP
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far: slot s of a row holds its token at position s."""
+
+    k_LBSK: jax.Array  # [L, B, S, K, H]
+    v_LBSK: jax.Array  # [L, B, S, K, H]
+
+
+CACHE_SPEC = P(None, FSDP, None, 'tensor', None)
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What a block needs to know of its tokens beside their activations."""
+
+    position_BT: jax.Array  # place in the document, int32
+    segment_BT: jax.Array  # documents of a row, numbered from 1; 0 is padding
+    backend: str  # of attention
+    experts: str  # backend of the experts' grouped matmul
+    sequence_split: bool = True  # between blocks each device of `tensor` holds a slice of the sequence, not all of it
+    dropout_key: jax.Array | None = None  # one for all devices; None: no dropout
+    row_B: jax.Array | None = None  # number of each row in the global batch, for dropout
+    decoding: bool = False  # one token a row, that sees the cache
+
+    @property
+    def live_BT(self) -> jax.Array:
+        """Which of the tokens that stand between blocks on this device are real."""
+        return (my_slice(self.segment_BT) if self.sequence_split else self.segment_BT) > 0
+
+    def join(self, x_BTD):
+        """From the layout between blocks to the whole sequence on each device."""
+        return join(x_BTD) if self.sequence_split else x_BTD
+
+    def split(self, x_BTD):
+        """Partial sums over `tensor` to the layout between blocks."""
+        return split(x_BTD) if self.sequence_split else lax.psum(x_BTD, 'tensor')
+
+    def dropout(self, x_BTD, rate: float, *site: int | jax.Array):
+        """Zeroes a share of x; which ones depends on the key, the site, the row and the column alone, not on the mesh."""
+        if self.dropout_key is None or rate == 0:
+            return x_BTD
+        key = self.dropout_key
+        for number in site:
+            key = jax.random.fold_in(key, number)
+        columns_T = jnp.arange(self.segment_BT.shape[1])
+        columns_T = my_slice(columns_T, 0) if self.sequence_split else columns_T
+        fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+        key_BT = fold(jax.vmap(jax.random.fold_in, (None, 0))(key, self.row_B), columns_T)
+        keep_BTD = jax.vmap(jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BTD.shape[-1:])))(key_BT)
+        return jnp.where(keep_BTD, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
+
+
+def weight(rngs: nnx.Rngs, c: ModelConfig, shape, spec: P, fan_in: int, gain: float = 1.0) -> nnx.Param:
+    """A normal weight of scale gain / √fan_in, born in its layout: no device ever holds all of it.
+
+    Its values depend on the key and the shape, not on the mesh.
+    """
+    return nnx.Param(jax.random.normal(rngs.params(), shape, c.parameter_dtype, out_sharding=spec) * (gain * fan_in**-0.5))
+
+
+def constant(c: ModelConfig, value: float, shape, spec: P) -> nnx.Param:
+    """A weight that starts the same everywhere: a norm's scale, a bias."""
+    return nnx.Param(jnp.full(shape, value, c.parameter_dtype, out_sharding=spec))
+
+
+def specs(tree):
+    """The PartitionSpec of every array, read off its type."""
+    return jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
+
+
+def residual_gain(c: ModelConfig) -> float:
+    """Scale of the projections that write to the residual stream (GPT-2, section 2.3): 2 per layer add up to about 1."""
+    return (2 * c.layers) ** -0.5
+
+
+def linear(x_BTD, w_DN):
+    """x @ w on tokens flattened to one dim: on a CPU the gradient is twice as fast as with two."""
+    return (x_BTD.reshape(-1, x_BTD.shape[-1]) @ w_DN).reshape(*x_BTD.shape[:-1], -1)
+
+
+def linear_back(x_BTN, w_DN):
+    """x @ w.T, for weights kept with D first."""
+    flat = lax.dot_general(x_BTN.reshape(-1, x_BTN.shape[-1]), w_DN, (((1,), (1,)), ((), ())))
+    return flat.reshape(*x_BTN.shape[:-1], -1)
+
+
+def rms_norm(x, scale, epsilon: float):
+    """Zhang and Sennrich 2019 (arXiv:1910.07467), in at least float32; the result in x's dtype."""
+    h = wide(x)
+    h = h * lax.rsqrt((h * h).mean(-1, keepdims=True) + epsilon)
+    return (h * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+def rope(x_BTnH, position_BT, theta: float):
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864): dims h and h + H/2 are a pair, as in Llama's published weights."""
+    half = x_BTnH.shape[-1] // 2
+    x = wide(x_BTnH)
+    turn_h = jnp.asarray(theta, x.dtype) ** (-jnp.arange(half, dtype=x.dtype) / half)
+    angle = position_BT.astype(x.dtype).reshape(*position_BT.shape, *(1,) * (x.ndim - 2)) * turn_h.reshape((1,) * (x.ndim - 1) + (half,))
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTnH.dtype)
+
+
+class Norm(nnx.Module):
+    """RMSNorm or LayerNorm over the last dim."""
+
+    def __init__(self, c: ModelConfig):
+        self.config = c
+        self.scale_D = constant(c, 1.0, (c.model_dim,), P(None))
+        if c.norm == 'layernorm' and c.bias:
+            self.bias_D = constant(c, 0.0, (c.model_dim,), P(None))
+
+    def __call__(self, x_BTD):
+        c = self.config
+        if c.norm == 'rmsnorm':
+            return rms_norm(x_BTD, self.scale_D[...], c.norm_epsilon)
+        h = wide(x_BTD)
+        h = h - h.mean(-1, keepdims=True)
+        h = h * lax.rsqrt((h * h).mean(-1, keepdims=True) + c.norm_epsilon) * self.scale_D[None, None]
+        return (h + self.bias_D[None, None] if c.bias else h).astype(x_BTD.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with any grouping of query and KV heads, heads split over `tensor`.
+
+    Where `tensor` is a multiple of the KV heads, each of its devices uses one of them.
+    """
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        self.config = c
+        D, N, M, H = c.model_dim, c.heads * c.head_dim, c.kv_heads * c.head_dim, c.head_dim
+        self.q_DN = weight(rngs, c, (D, N), P(FSDP, 'tensor'), fan_in=D)
+        self.k_DM = weight(rngs, c, (D, M), P(FSDP, 'tensor'), fan_in=D)
+        self.v_DM = weight(rngs, c, (D, M), P(FSDP, 'tensor'), fan_in=D)
+        self.o_DN = weight(rngs, c, (D, N), P(FSDP, 'tensor'), fan_in=N, gain=residual_gain(c))
+        if c.qkv_bias:
+            self.q_bias_N = constant(c, 0.0, (N,), P('tensor'))
+            self.k_bias_M = constant(c, 0.0, (M,), P('tensor'))
+            self.v_bias_M = constant(c, 0.0, (M,), P('tensor'))
+        if c.bias:
+            self.o_bias_D = constant(c, 0.0, (D,), P(None))
+        if c.qk_norm:
+            self.q_scale_H = constant(c, 1.0, (H,), P(None))
+            self.k_scale_H = constant(c, 1.0, (H,), P(None))
+
+    def __call__(self, x_BTD, view: View, cache: Cache | None, layer):
+        """The block's output in the layout between blocks, and the cache with these tokens' keys and values at [layer]."""
+        c, H = self.config, self.config.head_dim
+        x_BTD = view.join(x_BTD)
+        q = linear(x_BTD, whole(self.q_DN[...], x_BTD.dtype))
+        k = linear(x_BTD, my_kv_heads(whole(self.k_DM[...], x_BTD.dtype), c))
+        v = linear(x_BTD, my_kv_heads(whole(self.v_DM[...], x_BTD.dtype), c))
+        if c.qkv_bias:
+            q = q + self.q_bias_N.astype(q.dtype)[None, None]
+            k = k + my_kv_heads(self.k_bias_M[...], c).astype(k.dtype)[None, None]
+            v = v + my_kv_heads(self.v_bias_M[...], c).astype(v.dtype)[None, None]
+        k_BTKH, v_BTKH = (a.reshape(*a.shape[:2], -1, H) for a in (k, v))
+        q_BTKGH = q.reshape(*q.shape[:2], k_BTKH.shape[2], -1, H)
+        if c.qk_norm:
+            q_BTKGH = rms_norm(q_BTKGH, self.q_scale_H[...], c.norm_epsilon)
+            k_BTKH = rms_norm(k_BTKH, self.k_scale_H[...], c.norm_epsilon)
+        q_BTKGH, k_BTKH = (rope(a, view.position_BT, c.rope_theta) for a in (q_BTKGH, k_BTKH))
+        if cache is not None:
+            rows_B1 = jnp.arange(k_BTKH.shape[0])[:, None]
+            put = lambda old, new: old.at[layer, rows_B1, view.position_BT].set(new.astype(old.dtype), mode='drop')
+            cache = Cache(put(cache.k_LBSK, k_BTKH), put(cache.v_LBSK, v_BTKH))
+        here = (view.position_BT, view.segment_BT)
+        if view.decoding:
+            slots_BS = jnp.broadcast_to(jnp.arange(cache.k_LBSK.shape[2], dtype=jnp.int32), cache.k_LBSK.shape[1:3])
+            k_BTKH, v_BTKH = cache.k_LBSK[layer].astype(q.dtype), cache.v_LBSK[layer].astype(q.dtype)
+            there, backend = (slots_BS, jnp.ones_like(slots_BS)), 'reference'  # one query: there is no T×T to avoid
+        else:
+            there, backend = here, view.backend
+        a_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, here, there, window=c.window, backend=backend)
+        y_BTD = view.split(linear_back(a_BTKGH.reshape(*q.shape[:2], -1), whole(self.o_DN[...], q.dtype)))
+        return (y_BTD + self.o_bias_D.astype(q.dtype)[None, None] if c.bias else y_BTD), cache
+
+
+def my_kv_heads(w_DM, c: ModelConfig):
+    """This device's KV heads, in the last dim. More devices along `tensor` than heads: the head that its query heads use."""
+    n = lax.axis_size('tensor')
+    if n <= c.kv_heads:
+        return w_DM
+    w_DM = lax.all_gather(w_DM, 'tensor', axis=w_DM.ndim - 1, tiled=True)
+    head = lax.axis_index('tensor') * c.kv_heads // n
+    return lax.dynamic_slice_in_dim(w_DM, head * c.head_dim, c.head_dim, axis=w_DM.ndim - 1)
+
+
+ACTIVATIONS = {'swiglu': jax.nn.silu, 'geglu': jax.nn.gelu, 'gelu': jax.nn.gelu, 'relu': jax.nn.relu}
+
+
+class Mlp(nnx.Module):
+    """Gated (Shazeer 2020, arXiv:2002.05202) or plain, hidden units split over `tensor`. gelu is the tanh form, as in GPT-2."""
+
+    def __init__(self, c: ModelConfig, hidden: int, rngs: nnx.Rngs):
+        self.config = c
+        D, F = c.model_dim, hidden
+        if c.gated:
+            self.gate_DF = weight(rngs, c, (D, F), P(FSDP, 'tensor'), fan_in=D)
+        self.up_DF = weight(rngs, c, (D, F), P(FSDP, 'tensor'), fan_in=D)
+        self.down_DF = weight(rngs, c, (D, F), P(FSDP, 'tensor'), fan_in=F, gain=residual_gain(c))
+        if c.bias:
+            self.up_bias_F = constant(c, 0.0, (F,), P('tensor'))
+            self.down_bias_D = constant(c, 0.0, (D,), P(None))
+
+    def __call__(self, x_BTD, view: View):
+        """The block's output in the layout between blocks."""
+        c, dtype = self.config, x_BTD.dtype
+        x_BTD = view.join(x_BTD)
+        h_BTF = linear(x_BTD, whole(self.up_DF[...], dtype))
+        if c.bias:
+            h_BTF = h_BTF + self.up_bias_F.astype(dtype)[None, None]
+        act = ACTIVATIONS[c.activation]
+        h_BTF = act(linear(x_BTD, whole(self.gate_DF[...], dtype))) * h_BTF if c.gated else act(h_BTF)
+        y_BTD = view.split(linear_back(h_BTF, whole(self.down_DF[...], dtype)))
+        return y_BTD + self.down_bias_D.astype(dtype)[None, None] if c.bias else y_BTD

@@ -1,0 +1,57 @@
+"""What is sent between devices, each as one readable call from one device's view (inside a fully manual `jax.shard_map`).
+
+Letters: B rows, T sequence (here: as long as the name says), D model, N any dim split over `tensor`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sharding.mesh import AXES, FSDP
+
+
+def vary(tree):
+    """Marks arrays as this device's own copies, so that a gradient is summed once over the axes that replicate them here.
+
+    Without the mark the sum would be taken at each use, inside the scan over layers.
+    """
+
+    def mark(w):
+        axes = tuple(axis for axis in AXES if axis not in varying(w))
+        return lax.pcast(w, axes, to='varying') if axes else w
+
+    return jax.tree.map(mark, tree)
+
+
+def varying(x) -> frozenset[str]:
+    """The mesh axes along which x is known to differ between devices."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def whole(w, dtype, axes=FSDP, dim: int = 0):
+    """A weight from its shards along `axes`, sent in the compute dtype. Backward: a reduce-scatter of its gradient."""
+    return lax.all_gather(w.astype(dtype), axes, axis=dim, tiled=True)
+
+
+def join(x_BTD):
+    """Slices of the sequence over `tensor` to all of it. Backward: `split`. The gathered dim leads: TPU keeps that form."""
+    x_nBTD = lax.all_gather(x_BTD, 'tensor')
+    return x_nBTD.swapaxes(0, 1).reshape(x_BTD.shape[0], -1, *x_BTD.shape[2:])
+
+
+def split(x_BTD):
+    """The sum of partial products over `tensor`, of which each device keeps its slice of the sequence. Backward: `join`."""
+    B, T, *rest = x_BTD.shape
+    n = lax.axis_size('tensor')
+    return lax.psum_scatter(x_BTD.reshape(B, n, T // n, *rest).swapaxes(0, 1), 'tensor')
+
+
+def my_slice(x_BT, dim: int = 1):
+    """This device's slice over `tensor` of an array that every device of `tensor` holds whole."""
+    size = x_BT.shape[dim] // lax.axis_size('tensor')
+    return lax.dynamic_slice_in_dim(x_BT, lax.axis_index('tensor') * size, size, axis=dim)
+
+
+def wide(x):
+    """x in at least float32."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

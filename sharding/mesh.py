@@ -1,0 +1,142 @@
+"""The device mesh: its axes, which of them carry what, and whether a model's sizes can be laid out on it.
+
+The mesh shape is the strategy: an axis of size 1 turns its parallelism off.
+
+    data     rows of the batch; weights and optimizer state are split along it too
+    expert   rows of the batch, and the experts of a mixture; other weights are split along it too
+    tensor   heads, hidden units and the vocabulary; between blocks, the sequence
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+
+import jax
+from jax.sharding import AxisType
+
+from sharding.errors import UserError
+
+AXES = ('data', 'expert', 'tensor')
+BATCH = ('data', 'expert')  # axes that split the rows of a batch
+FSDP = ('data', 'expert')  # axes that split a weight which is used by every row: it is gathered where it is used
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis."""
+
+    data: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        for axis in AXES:
+            if getattr(self, axis) < 1:
+                raise UserError(f'mesh.{axis} is {getattr(self, axis)}; an axis needs at least 1 device, and 1 turns it off')
+
+    @property
+    def size(self) -> int:
+        """Devices in all."""
+        return self.span(AXES)
+
+    def span(self, axes: Iterable[str]) -> int:
+        """Devices along some of the axes together."""
+        return math.prod(getattr(self, axis) for axis in axes)
+
+    def __str__(self) -> str:
+        return ' '.join(f'{axis}={getattr(self, axis)}' for axis in AXES)
+
+
+def parse_mesh(text: str, option: str = '--mesh') -> MeshConfig:
+    """`'expert=2,tensor=2'` as a MeshConfig; axes left out are 1."""
+    sizes = {}
+    for part in filter(None, text.split(',')):
+        axis, _, size = part.partition('=')
+        if axis.strip() not in AXES:
+            raise UserError(f'{option} {text!r}: no axis {axis.strip()!r}; the axes are {", ".join(AXES)}')
+        if not size.strip().isdecimal():
+            raise UserError(f'{option} {text!r}: {axis.strip()} needs a whole number, as in {axis.strip()}=2')
+        sizes[axis.strip()] = int(size)
+    return MeshConfig(**sizes)
+
+
+def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
+    """The explicit mesh over the first devices of this machine (or over the given ones).
+
+    Raises UserError where the machine has fewer devices than the mesh asks for.
+    """
+    devices = jax.devices() if devices is None else devices
+    if len(devices) < config.size:
+        kind = devices[0].device_kind
+        raise UserError(
+            f'mesh ({config}) asks for {config.size} devices; this machine has {len(devices)} ({kind}): '
+            f'choose sizes whose product is at most {len(devices)}'
+        )
+    shape = tuple(getattr(config, axis) for axis in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices[: config.size])
+
+
+def platform() -> str:
+    """'cpu', 'gpu' or 'tpu': what the current mesh is made of (a topology that is only compiled for counts as itself)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    name = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    return 'gpu' if name in ('cuda', 'rocm') else name
+
+
+def simulate_cpu_devices(count: int) -> None:
+    """Lets a machine that has only a CPU play `count` devices. Call it before anything asks JAX for devices.
+
+    A machine with an accelerator ignores it: its own devices are used.
+    """
+    jax.config.update('jax_num_cpu_devices', count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Divides:
+    """The devices along `axes` must divide `size`, the value of the config's `field`; with `or_repeats`, be a multiple of it."""
+
+    axes: tuple[str, ...]
+    field: str
+    size: int
+    or_repeats: bool = False
+
+    def holds(self, mesh: MeshConfig) -> bool:
+        """Whether the mesh keeps the rule."""
+        n = mesh.span(self.axes)
+        return self.size % n == 0 or (self.or_repeats and n % self.size == 0)
+
+
+def check_divides(mesh: MeshConfig, rules: Iterable[Divides]) -> None:
+    """Raises UserError for the first rule that the mesh breaks, naming the nearest meshes that keep all of them."""
+    rules = list(rules)
+    for rule in rules:
+        if not rule.holds(mesh):
+            axes = ' × '.join(f'mesh.{axis}' for axis in rule.axes)
+            verb = 'must divide it, or be a multiple of it' if rule.or_repeats else 'must divide it'
+            options = list(itertools.islice(nearest_meshes(mesh, rules), 3))
+            works = '; '.join(f'({option})' for option in options)
+            raise UserError(f'{axes} is {mesh.span(rule.axes)} and {rule.field} is {rule.size}: {verb}; nearest meshes that work: {works}')
+
+
+def nearest_meshes(mesh: MeshConfig, rules: Iterable[Divides]) -> Iterator[MeshConfig]:
+    """Meshes that keep the rules: first those of the same number of devices, the most alike first, then of fewer devices."""
+    rules = list(rules)
+    for devices in range(mesh.size, 0, -1):
+        alike = [MeshConfig(**dict(zip(AXES, shape, strict=True))) for shape in factorizations(devices, len(AXES))]
+        working = [option for option in alike if all(rule.holds(option) for rule in rules)]
+        yield from sorted(working, key=lambda option: (_distance(option, mesh), str(option)))
+
+
+def factorizations(n: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """All ordered ways to write n as a product of `parts` whole numbers."""
+    if parts == 1:
+        yield (n,)
+        return
+    for first in range(1, n + 1):
+        if n % first == 0:
+            yield from ((first, *rest) for rest in factorizations(n // first, parts - 1))
+
+
+def _distance(a: MeshConfig, b: MeshConfig) -> float:
+    return sum(abs(math.log2(getattr(a, axis) / getattr(b, axis))) for axis in AXES)
