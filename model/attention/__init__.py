@@ -1,0 +1,82 @@
+"""Attention behind one call: a reference that is always right, and a fast backend for each platform.
+
+Letters: B batch rows, T queries, S keys, K key/value heads, G query heads per key/value head, H head dim.
+"""
+
+import jax
+from jax import lax
+
+from model.attention.blockwise import blockwise
+from model.attention.reference import At, reference
+from sharding.errors import UserError, nearest
+
+_RUN = {'reference': reference, 'blockwise': blockwise}
+BACKENDS = tuple(_RUN)
+
+
+def attention(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    q_at: At,
+    k_at: At,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    backend: str,
+) -> jax.Array:
+    """Causal softmax attention within segments (Vaswani et al. 2017, arXiv:1706.03762), from one device's view.
+
+    Args:
+        q_BTKGH: queries, G heads for each of the K key/value heads (K = 1: multi-query; G = 1: multi-head).
+        k_BSKH, v_BSKH: keys and values.
+        q_at: (position, segment), int32 [B, T] each: where a token stands in its document, and in which document of its row.
+        k_at: the same for the keys, [B, S] each.
+        window: a query sees itself and the `window` - 1 positions before it (Hugging Face's meaning); None: all before it.
+        scale: of the scores; default H ** -0.5.
+        backend: one of `BACKENDS`; `default_backend` names the fast one of a platform.
+
+    A query sees a key iff their segments are equal and 0 <= query position - key position (< window). A query that sees
+    no key gives 0. Segment 0 is padding: its outputs are finite and otherwise unspecified. Softmax and sums are float32
+    (float64 for float64).
+
+    Returns:
+        [B, T, K, G, H] in q's dtype.
+
+    Raises:
+        UserError: an unknown backend, or a window below 1.
+    """
+    if backend not in _RUN:
+        raise UserError(f'attention backend {backend!r} does not exist{nearest(backend, BACKENDS)}')
+    if window is not None and window < 1:
+        raise UserError(f'attention window {window} sees no token, not even itself; the least is 1')
+    B, T, K, _, H = q_BTKGH.shape
+    assert k_BSKH.shape == v_BSKH.shape == (B, k_BSKH.shape[1], K, H), (q_BTKGH.shape, k_BSKH.shape, v_BSKH.shape)
+    assert q_at[0].shape == q_at[1].shape == (B, T), (q_BTKGH.shape, q_at[0].shape)
+    assert k_at[0].shape == k_at[1].shape == k_BSKH.shape[:2], (k_BSKH.shape, k_at[0].shape)
+    inputs = together((q_BTKGH, k_BSKH, v_BSKH, q_at, k_at))
+    return _RUN[backend](*inputs, window, H**-0.5 if scale is None else scale)
+
+
+def varying(x: jax.Array) -> frozenset[str]:
+    """The mesh axes over which x may differ between devices, inside a shard_map that checks it; else none."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def together(tree):
+    """All arrays, marked as varying over the mesh axes that any of them varies over: loops and kernels want them alike."""
+    axes = frozenset().union(*map(varying, jax.tree.leaves(tree)))
+
+    def mark(x: jax.Array) -> jax.Array:
+        missing = tuple(axes - varying(x))
+        return lax.pcast(x, missing, to='varying') if missing else x
+
+    return jax.tree.map(mark, tree)
+
+
+def default_backend(platform: str) -> str:
+    """The fast backend of a JAX platform: 'cpu', 'gpu' or 'cuda', 'tpu'."""
+    fast = {'cpu': 'blockwise'}
+    if platform not in fast:
+        raise UserError(f'platform {platform!r} has no fast attention backend; known: {", ".join(fast)}')
+    return fast[platform]

@@ -1,0 +1,232 @@
+"""Attention in tiles with an online softmax: no array of all T times S scores exists, forward or backward.
+
+Milakov and Gimelshein 2018 (arXiv:1805.02867) for the softmax; FlashAttention-2, Dao 2023 (arXiv:2307.08691), for the
+gradient, which keeps the output and one log-sum-exp a query. Plain jax.numpy, so it runs everywhere, in shapes chosen for
+XLA on a CPU: there batched matmuls over contiguous [time, H] rows are two to three times as fast as einsums over strided
+heads.
+
+Letters: B batch rows, T queries, S keys, K key/value heads, G query heads per key/value head, H head dim; c query tiles,
+d key tiles. Of one tile: N = K (or B * K) heads, M = G * T query rows that share a head's keys, S keys, and R = 1 (or B)
+masks of [T, S].
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from model.attention.reference import FLOOR, HIDDEN, At, sees, wide
+
+TILE = 128  # queries and keys a tile
+ONE_TILE = 1 << 20  # scores: up to here (4 MiB in float32) all of them make one tile, without loops
+
+
+def blockwise(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    q_at: At,
+    k_at: At,
+    window: int | None,
+    scale: float,
+    tile: int | None = None,
+) -> jax.Array:
+    """What `reference` gives, [B, T, K, G, H], with the scores of `tile` queries and keys of one row at a time.
+
+    Small inputs (`ONE_TILE`) are one tile altogether. Key tiles outside the range that a query tile sees are skipped.
+    """
+    B, T, K, G, H = q_BTKGH.shape
+    S = k_BSKH.shape[1]
+    if tile is None:
+        tile = max(T, S) if B * K * G * T * S <= ONE_TILE else TILE
+    q_tile, k_tile = min(tile, T), min(tile, S)
+    q_BcKMH = cut(q_BTKGH, q_tile)
+    k_BdKSH, v_BdKSH = cut(k_BSKH[:, :, :, None], k_tile), cut(v_BSKH[:, :, :, None], k_tile)
+    at_c, at_d = cut_at(q_at, q_tile, nobody=-1), cut_at(k_at, k_tile, nobody=-2)
+    out_BcKMH = tiled(q_BcKMH, k_BdKSH, v_BdKSH, at_c, at_d, window, scale)
+    out_BcKGTH = out_BcKMH.reshape(B, -1, K, G, q_tile, H)
+    return out_BcKGTH.transpose(0, 1, 4, 2, 3, 5).reshape(B, -1, K, G, H)[:, :T]
+
+
+def cut(x_BTKGH: jax.Array, tile: int) -> jax.Array:
+    """[B, c, K, G * tile, H]: tiles of time, heads before time; the last tile is filled up with zeros."""
+    B, T, K, G, H = x_BTKGH.shape
+    x_BTKGH = jnp.pad(x_BTKGH, [(0, 0), (0, -T % tile), (0, 0), (0, 0), (0, 0)])
+    return x_BTKGH.reshape(B, -1, tile, K, G, H).transpose(0, 1, 3, 4, 2, 5).reshape(B, -1, K, G * tile, H)
+
+
+def cut_at(at: At, tile: int, nobody: int) -> At:
+    """Position and segment, [B, c, tile] each; what fills the last tile belongs to segment `nobody`."""
+    fill = [(0, 0), (0, -at[0].shape[1] % tile)]
+    position_BT, segment_BT = jnp.pad(at[0], fill), jnp.pad(at[1], fill, constant_values=nobody)
+    return position_BT.reshape(at[0].shape[0], -1, tile), segment_BT.reshape(at[0].shape[0], -1, tile)
+
+
+# One tile of queries with one tile of keys ----------------------------------------------------------------------------
+
+
+def scores(q_NMH: jax.Array, k_NSH: jax.Array, see_RTS: jax.Array, scale: float) -> jax.Array:
+    R, T, S = see_RTS.shape
+    s_NMS = scale * jnp.einsum('NMH,NSH->NMS', q_NMH, k_NSH, preferred_element_type=wide(q_NMH.dtype))
+    return jnp.where(see_RTS[:, None], s_NMS.reshape(R, -1, T, S), HIDDEN).reshape(s_NMS.shape)
+
+
+State = tuple[jax.Array, jax.Array, jax.Array]  # max_NM, sum_NM, out_NMH: softmax(s) v over some keys is out / sum
+
+
+def attend(q_NMH: jax.Array, k_NSH: jax.Array, v_NSH: jax.Array, see_RTS: jax.Array, scale: float) -> State:
+    s_NMS = scores(q_NMH, k_NSH, see_RTS, scale)
+    max_NM = jnp.maximum(s_NMS.max(-1), FLOOR)
+    p_NMS = jnp.exp(s_NMS - max_NM[..., None])
+    out_NMH = jnp.einsum('NMS,NSH->NMH', p_NMS.astype(v_NSH.dtype), v_NSH, preferred_element_type=s_NMS.dtype)
+    return max_NM, p_NMS.sum(-1), out_NMH
+
+
+def merge(a: State, b: State) -> State:
+    """The state over the keys of both."""
+    max_NM = jnp.maximum(a[0], b[0])
+    a_NM, b_NM = jnp.exp(a[0] - max_NM), jnp.exp(b[0] - max_NM)
+    return max_NM, a[1] * a_NM + b[1] * b_NM, a[2] * a_NM[..., None] + b[2] * b_NM[..., None]
+
+
+def finish(state: State, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Output and log-sum-exp of a tile's queries; a query that saw no key gets 0 and 0."""
+    max_NM, sum_NM, out_NMH = state
+    some_NM = jnp.where(sum_NM > 0, sum_NM, 1)
+    lse_NM = jnp.where(sum_NM > 0, max_NM + jnp.log(some_NM), 0)
+    return (out_NMH / some_NM[..., None]).astype(dtype), lse_NM
+
+
+def attend_back(
+    q_NMH: jax.Array,
+    k_NSH: jax.Array,
+    v_NSH: jax.Array,
+    dout_NMH: jax.Array,
+    lse_NM: jax.Array,
+    delta_NM: jax.Array,
+    see_RTS: jax.Array,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dq [N, M, H]; dk and dv transposed, [N, H, S], which spares a transposed copy of the scores."""
+    acc = wide(q_NMH.dtype)
+    p_NMS = jnp.exp(scores(q_NMH, k_NSH, see_RTS, scale) - lse_NM[..., None])
+    dv_NHS = jnp.einsum('NMS,NMH->NHS', p_NMS.astype(dout_NMH.dtype), dout_NMH, preferred_element_type=acc)
+    dp_NMS = jnp.einsum('NMH,NSH->NMS', dout_NMH, v_NSH, preferred_element_type=acc)
+    ds_NMS = (p_NMS * (dp_NMS - delta_NM[..., None]) * scale).astype(q_NMH.dtype)
+    dk_NHS = jnp.einsum('NMS,NMH->NHS', ds_NMS, q_NMH, preferred_element_type=acc)
+    return jnp.einsum('NMS,NSH->NMH', ds_NMS, k_NSH, preferred_element_type=acc), dk_NHS, dv_NHS
+
+
+# All tiles ------------------------------------------------------------------------------------------------------------
+
+
+def key_range(at_c: At, at_d: At, window: int | None) -> tuple[jax.Array, jax.Array]:
+    """First and end of the key tiles that a query tile may see, int32 [B, c] each, from the tiles' bounds alone."""
+    (q_position, q_segment), (k_position, k_segment) = (
+        tuple(jnp.stack([x.min(-1), x.max(-1)]) for x in at) for at in (at_c, at_d)
+    )
+    q_low, q_high = q_position[..., :, None]
+    k_low, k_high = k_position[..., None, :]
+    may_Bcd = q_high >= k_low
+    if window is not None:
+        may_Bcd &= q_low - k_high < window
+    (q_low, q_high), (k_low, k_high) = q_segment[..., :, None], k_segment[..., None, :]
+    may_Bcd &= (q_high >= k_low) & (q_low <= k_high)
+    first_Bc = jnp.argmax(may_Bcd, axis=-1)
+    end_Bc = may_Bcd.shape[-1] - jnp.argmax(may_Bcd[..., ::-1], axis=-1)
+    return first_Bc, jnp.where(may_Bcd.any(-1), end_Bc, first_Bc)
+
+
+def is_one_tile(q_BcKMH: jax.Array, k_BdKSH: jax.Array) -> bool:
+    B, c, K, M, _ = q_BcKMH.shape
+    return c == k_BdKSH.shape[1] == 1 and B * K * M * k_BdKSH.shape[3] <= ONE_TILE
+
+
+def heads(x_B1KMH: jax.Array) -> jax.Array:
+    """[B * K, M, H] of the only tile."""
+    return x_B1KMH.reshape(-1, *x_B1KMH.shape[3:])
+
+
+def like(x: jax.Array, shape: tuple[int, ...], fill: float = 0.0) -> jax.Array:
+    """A constant that varies over the mesh axes that x varies over, as a loop's carry must."""
+    constant = jnp.full(shape, fill, wide(x.dtype))
+    axes = tuple(jax.typeof(x).manual_axis_type.varying)
+    return lax.pcast(constant, axes, to='varying') if axes else constant
+
+
+def at_tile(at: At, i: jax.Array | int) -> At:
+    return at[0][i][None], at[1][i][None]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def tiled(
+    q_BcKMH: jax.Array, k_BdKSH: jax.Array, v_BdKSH: jax.Array, at_c: At, at_d: At, window: int | None, scale: float
+) -> jax.Array:
+    return tiled_forward(q_BcKMH, k_BdKSH, v_BdKSH, at_c, at_d, window, scale)[0]
+
+
+def tiled_forward(q_BcKMH, k_BdKSH, v_BdKSH, at_c, at_d, window, scale):
+    inputs = q_BcKMH, k_BdKSH, v_BdKSH, at_c, at_d
+    if is_one_tile(q_BcKMH, k_BdKSH):
+        see_RTS = sees(*(tuple(x[:, 0] for x in at) for at in (at_c, at_d)), window)
+        out, lse = finish(attend(heads(q_BcKMH), heads(k_BdKSH), heads(v_BdKSH), see_RTS, scale), q_BcKMH.dtype)
+        out_BcKMH, lse_BcKM = out.reshape(q_BcKMH.shape), lse.reshape(q_BcKMH.shape[:-1])
+        return out_BcKMH, (*inputs, out_BcKMH, lse_BcKM)
+
+    def row(row):
+        q_cKMH, k_dKSH, v_dKSH, at_c, at_d, first_c, end_c = row
+
+        def query_tile(tile):
+            q_KMH, position_T, segment_T, first, end = tile
+
+            def key_tile(d, state):
+                see_RTS = sees((position_T[None], segment_T[None]), at_tile(at_d, d), window)
+                return merge(state, attend(q_KMH, k_dKSH[d], v_dKSH[d], see_RTS, scale))
+
+            nothing = like(q_KMH, q_KMH.shape[:-1], FLOOR), like(q_KMH, q_KMH.shape[:-1]), like(q_KMH, q_KMH.shape)
+            return finish(lax.fori_loop(first, end, key_tile, nothing), q_KMH.dtype)
+
+        return lax.map(query_tile, (q_cKMH, *at_c, first_c, end_c))
+
+    out_BcKMH, lse_BcKM = lax.map(row, (*inputs, *key_range(at_c, at_d, window)))
+    return out_BcKMH, (*inputs, out_BcKMH, lse_BcKM)
+
+
+def tiled_backward(window, scale, kept, dout_BcKMH):
+    q_BcKMH, k_BdKSH, v_BdKSH, at_c, at_d, out_BcKMH, lse_BcKM = kept
+    delta_BcKM = (dout_BcKMH.astype(lse_BcKM.dtype) * out_BcKMH).sum(-1)
+    if is_one_tile(q_BcKMH, k_BdKSH):
+        see_RTS = sees(*(tuple(x[:, 0] for x in at) for at in (at_c, at_d)), window)
+        tiles = map(heads, (q_BcKMH, k_BdKSH, v_BdKSH, dout_BcKMH, lse_BcKM, delta_BcKM))
+        dq_NMH, dk_NHS, dv_NHS = attend_back(*tiles, see_RTS, scale)
+        grads = dq_NMH, dk_NHS.swapaxes(1, 2), dv_NHS.swapaxes(1, 2)
+    else:
+
+        def row(row):
+            q_cKMH, k_dKSH, v_dKSH, at_c, at_d, dout_cKMH, lse_cKM, delta_cKM, first_c, end_c = row
+
+            def query_tile(dkv_dKHS, tile):
+                q_KMH, dout_KMH, lse_KM, delta_KM, position_T, segment_T, first, end = tile
+
+                def key_tile(d, grads):
+                    dq_KMH, dk_dKHS, dv_dKHS = grads
+                    see_RTS = sees((position_T[None], segment_T[None]), at_tile(at_d, d), window)
+                    dq, dk, dv = attend_back(q_KMH, k_dKSH[d], v_dKSH[d], dout_KMH, lse_KM, delta_KM, see_RTS, scale)
+                    return dq_KMH + dq, dk_dKHS.at[d].add(dk), dv_dKHS.at[d].add(dv)
+
+                dq_KMH, *dkv_dKHS = lax.fori_loop(first, end, key_tile, (like(q_KMH, q_KMH.shape), *dkv_dKHS))
+                return tuple(dkv_dKHS), dq_KMH
+
+            d, K, S, H = k_dKSH.shape
+            zeros = like(k_dKSH, (d, K, H, S)), like(k_dKSH, (d, K, H, S))
+            tiles = q_cKMH, dout_cKMH, lse_cKM, delta_cKM, *at_c, first_c, end_c
+            (dk_dKHS, dv_dKHS), dq_cKMH = lax.scan(query_tile, zeros, tiles)
+            return dq_cKMH, dk_dKHS.swapaxes(2, 3), dv_dKHS.swapaxes(2, 3)
+
+        grads = lax.map(row, (*kept[:5], dout_BcKMH, lse_BcKM, delta_BcKM, *key_range(at_c, at_d, window)))
+    dqkv = (grad.reshape(x.shape).astype(x.dtype) for grad, x in zip(grads, kept[:3], strict=True))
+    return *dqkv, None, None
+
+
+tiled.defvjp(tiled_forward, tiled_backward)
