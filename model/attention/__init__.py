@@ -80,3 +80,8 @@ def default_backend(platform: str) -> str:
     if platform not in fast:
         raise UserError(f'platform {platform!r} has no fast attention backend; known: {", ".join(fast)}')
     return fast[platform]
+
+
+def needs_unchecked(backend: str) -> bool:
+    """Whether a shard_map that holds this backend must be made with check_vma=False."""
+    return backend == 'splash'
