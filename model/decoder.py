@@ -20,7 +20,7 @@ from model.moe import MoE
 from sharding.collectives import vary, whole
 from sharding.mesh import FSDP, platform
 
-CPU_UNROLL = 8  # layers written out in a CPU's loop body: XLA:CPU neither fuses nor threads well across a loop's border
+CPU_UNROLL = 8  # so many layers are written out on a CPU, where a loop's slices are copies; more keep the loop, to compile quickly
 
 
 class Block(nnx.Module):
@@ -63,19 +63,18 @@ class Decoder(nnx.Module):
         """
         c = self.config
         x_BTD = view.dropout(self.embed(tokens_BT, view), c.dropout, 0)
-        unroll = CPU_UNROLL if platform() == 'cpu' else 1
         first, figures = 0, {}
         for (_, n), blocks in zip(c.groups, self.groups, strict=True):
 
-            def layer(carry, stacked):
-                x_BTD, cache = carry
-                block, number = stacked
+            def layer(carry, numbered):
+                (x_BTD, cache), (block, number) = carry, numbered
                 x_BTD, cache, figures = block(x_BTD, view, cache, number)
                 return (x_BTD, cache), figures
 
-            numbers_L = first + jnp.arange(n)
-            (x_BTD, cache), figures = lax.scan(remat(layer, c, unrolled=unroll > 1), (x_BTD, cache), (vary(blocks), numbers_L), unroll=min(n, unroll))
-            first += n
+            unroll = platform() == 'cpu' and n <= CPU_UNROLL
+            stacked = (vary(blocks), first + jnp.arange(n))
+            (x_BTD, cache), found = lax.scan(remat(layer, c, unroll), (x_BTD, cache), stacked, unroll=unroll)
+            first, figures = first + n, figures | found
         return self.norm(x_BTD), cache, figures
 
     def embed(self, tokens_BT, view: View):

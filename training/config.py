@@ -1,0 +1,217 @@
+"""A run's whole configuration: read from YAML and dotted overrides, checked before anything is touched."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from data.config import DataConfig
+from model.config import ModelConfig, batch_sizes, sizes
+from sharding.errors import UserError, nearest
+from sharding.mesh import MeshConfig, check_divides
+
+
+def _at_least(section: str, config: Any, field: str, least: float) -> None:
+    value = getattr(config, field)
+    if value < least:
+        raise UserError(f'{section}.{field} is {value}: it must be at least {least}')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What is learnt from, for how long, and how fast (AdamW; linear warm-up, then a cosine)."""
+
+    steps: int
+    batch: int  # sequences a step, all devices together
+    sequence_length: int  # tokens
+    learning_rate: float = 3e-4  # at its highest
+    warmup_steps: int = 100
+    final_learning_rate: float = 0.1  # at the last step, as a share of the highest
+    weight_decay: float = 0.1  # of matrices; norms and biases have none
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    clip: float | None = 1.0  # global norm above which a gradient is scaled down to it; null: never
+
+    def __post_init__(self):
+        for field in ('steps', 'batch', 'sequence_length'):
+            _at_least('training', self, field, 1)
+        for field in ('warmup_steps', 'learning_rate', 'final_learning_rate', 'weight_decay', 'epsilon'):
+            _at_least('training', self, field, 0)
+        for field in ('beta1', 'beta2'):
+            if not 0 <= getattr(self, field) < 1:
+                raise UserError(f'training.{field} is {getattr(self, field)}: it must be at least 0 and less than 1')
+        if self.clip is not None and self.clip <= 0:
+            raise UserError(f'training.clip is {self.clip}: it must be above 0; null turns clipping off')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When a run is saved, beside at its end and when it is interrupted."""
+
+    every: int = 1000  # steps
+    keep: int = 2  # the newest ones
+
+    def __post_init__(self):
+        _at_least('checkpoint', self, 'every', 1)
+        _at_least('checkpoint', self, 'keep', 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """When a run says how it does."""
+
+    every: int = 10  # steps between rows of metrics.jsonl
+    validate_every: int = 500  # steps between validations, beside the one at the end
+    validation_rows: int = 256  # rows of the validation split read each time, rounded up to whole batches; the end reads all
+
+    def __post_init__(self):
+        for field in ('every', 'validate_every', 'validation_rows'):
+            _at_least('metrics', self, field, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: configs/*.yaml with overrides; `runs/NAME/config.yaml` holds all of it."""
+
+    name: str
+    seed: int = 0
+    mesh: MeshConfig = MeshConfig()
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    training: TrainingConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+    def __post_init__(self):
+        if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]*', self.name):
+            clean = re.sub(r'[^A-Za-z0-9._-]+', '-', self.name).strip('.-') or 'run'
+            raise UserError(
+                f'name is {self.name!r}: a run is a folder directly in runs/, so letters, digits, dots, dashes and '
+                f'underscores, a letter or digit first; for example {clean!r}'
+            )
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f'seed is {self.seed}: it must be at least 0 and less than 2^32')
+
+    def check_sizes(self) -> None:
+        """Raises UserError where the mesh cannot hold the model or the batch."""
+        t = self.training
+        check_divides(self.mesh, [*sizes(self.model), *batch_sizes(t.batch, t.sequence_length)])
+
+    def with_vocabulary(self, tokens: int) -> 'RunConfig':
+        """This config with the tokenizer's vocabulary, where the config leaves it open."""
+        have = self.model.vocabulary
+        if have is not None and have < tokens:
+            raise UserError(f'model.vocabulary is {have} and the tokenizer has {tokens} pieces: at least {tokens} are needed')
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, vocabulary=have or tokens))
+
+
+MAY_CHANGE = ('mesh', 'checkpoint', 'metrics', 'training.steps')  # between a run and its continuation
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config of a YAML file with dotted overrides such as `training.steps=100`.
+
+    Raises UserError naming the file, the key, and what is wrong with it.
+    """
+    try:
+        text = Path(path).read_text(encoding='utf-8')
+    except FileNotFoundError:
+        others = [str(file) for file in Path(path).parent.glob('*.yaml')]
+        raise UserError(f'{path}: no such config{nearest(str(path), others) if others else ""}') from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{path}: cannot be read as a config: {error}') from None
+    tree = _parse(text, str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f'{path}: a config is a mapping of keys to values, not {type(tree).__name__}')
+    for override in overrides:
+        key, equals, value = override.partition('=')
+        if not equals or not key:
+            raise UserError(f'{override!r}: an override is dotted.key=value, as in training.steps=100')
+        node = tree
+        *parents, last = key.split('.')
+        for parent in parents:
+            if not isinstance(node.get(parent), dict):
+                node[parent] = {}
+            node = node[parent]
+        node[last] = _parse(value, override)
+    return validate(tree, str(path))
+
+
+def validate(tree: dict, source: str) -> RunConfig:
+    """A mapping as a RunConfig; `source` names where it came from in the message of a UserError."""
+    try:
+        return pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(tree), strict=True, extra='forbid')
+    except TypeError as error:  # YAML knows dates, JSON does not
+        raise UserError(f'{source}: {error}') from None
+    except pydantic.ValidationError as error:
+        raise UserError(f'{source}: {_explain(error.errors()[0])}') from None
+
+
+def dump(config: RunConfig) -> str:
+    """The complete config as YAML; `load` gives it back."""
+    return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False, allow_unicode=True)
+
+
+def check_continues(saved: RunConfig, wanted: RunConfig) -> None:
+    """Raises UserError naming the first key that differs between a run and its continuation and may not."""
+    if wanted.model.vocabulary is None and saved.model.vocabulary is not None:
+        wanted = wanted.with_vocabulary(saved.model.vocabulary)
+    old, new = (dict(_leaves(dataclasses.asdict(config))) for config in (saved, wanted))
+    for key in sorted(old.keys() | new.keys()):
+        free = any(key == name or key.startswith(f'{name}.') for name in MAY_CHANGE)
+        if not free and old.get(key) != new.get(key):
+            raise UserError(
+                f'{key} is {new.get(key)!r} and was {old.get(key)!r} when run {saved.name!r} began; a continuation may change only '
+                f'{", ".join(MAY_CHANGE)}; set {key}={old.get(key)} again, choose another name, or begin anew with --fresh'
+            )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1e-3 as a number, which YAML 1.1 reads as text."""
+
+
+_Loader.add_implicit_resolver(
+    'tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+'), list('-+.0123456789')
+)
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # _Loader is a SafeLoader: it builds plain values only
+    except yaml.YAMLError as error:
+        raise UserError(f'{source}: not valid YAML: {" ".join(str(error).split())}') from None
+
+
+def _explain(error: Any) -> str:
+    key = '.'.join(str(part) for part in error['loc'])
+    if error['type'] == 'unexpected_keyword_argument':
+        return f'no key {key!r}{nearest(str(error["loc"][-1]), _keys(error["loc"][:-1]))}'
+    if error['type'] in ('missing', 'missing_argument', 'missing_keyword_only_argument'):
+        return f'{key} is missing: it has no default'
+    cause = error.get('ctx', {}).get('error')
+    if isinstance(cause, UserError):
+        return str(cause)
+    return f'{key} is {json.dumps(error["input"])}: {error["msg"].replace("Input should be", "it must be")}'
+
+
+def _keys(path: Sequence[Any]) -> list[str]:
+    """The keys of the section at `path`."""
+    kind: Any = RunConfig
+    for part in path:
+        kind = next(field.type for field in dataclasses.fields(kind) if field.name == part)
+        kind = next(option for option in getattr(kind, '__args__', (kind,)) if dataclasses.is_dataclass(option))
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def _leaves(tree: Any, prefix: str = ''):
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _leaves(value, f'{prefix}.{key}' if prefix else key)
+    else:
+        yield prefix, tree

@@ -1,0 +1,275 @@
+"""A run from its config to its last checkpoint: everything with a clock, a file or a signal stands here, around the pure step."""
+
+import collections
+import functools
+import math
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from data.prepare import Dataset, Rows, prepare
+from model.forward import TOKENS
+from sharding.errors import UserError
+from sharding.mesh import BATCH, make_mesh, platform
+from training import config as configs
+from training.checkpoint import Checkpoints
+from training.config import RunConfig
+from training.loss import loss_sums
+from training.metrics import Metrics
+from training.report import out_of_memory, weights_table
+from training.step import State, init, train_step
+
+AHEAD = 2  # steps that an accelerator may be given before the host reads the figures of the first
+
+
+def train(config: RunConfig, runs: Path, fresh: bool = False, console: Console | None = None) -> int:
+    """Trains `runs/NAME` to its last step, continuing it where it has a checkpoint.
+
+    Returns the exit code: 0 done, 130 or 143 after Ctrl-C or SIGTERM, with a checkpoint saved.
+    Raises UserError, before anything is touched, where the config cannot run here or does not continue what is there.
+    """
+    console = console or Console()
+    folder = runs / config.name
+    config.check_sizes()
+    mesh = make_mesh(config.mesh)
+    if fresh:
+        set_aside(folder, console)
+    checkpoints = Checkpoints(folder, config.checkpoint.keep)
+    steps = checkpoints.steps()
+    if steps:
+        saved = configs.load(folder / 'config.yaml')
+        configs.check_continues(saved, config)
+        if steps[-1] > config.training.steps:
+            raise UserError(f'training.steps is {config.training.steps} and run {config.name!r} has taken {steps[-1]} steps already; nearest that works: {steps[-1]}')
+    dataset = prepare(config.data, folder, config.training.sequence_length, say=console.print)
+    config = config.with_vocabulary(dataset.tokenizer.vocabulary)
+    config.check_sizes()
+    if steps:
+        meta = checkpoints.meta(steps[-1])
+        if meta['corpus'] != dataset.facts['sha256']:
+            raise UserError(
+                f'{folder / "data"} was made from corpus {dataset.facts["sha256"][:12]} and checkpoint {steps[-1]} from '
+                f'{meta["corpus"][:12]}: the prepared data was replaced; restore it, or begin anew with --fresh'
+            )
+    with jax.set_mesh(mesh):
+        return Run(config, folder, dataset, checkpoints, console).go()
+
+
+def set_aside(folder: Path, console: Console) -> None:
+    """Moves a run out of the way of a new one, whole."""
+    if folder.exists():
+        number = next(n for n in range(1, 10**6) if not folder.with_name(f'{folder.name}.old-{n}').exists())
+        aside = folder.with_name(f'{folder.name}.old-{number}')
+        folder.rename(aside)
+        console.print(f'moved {folder} aside to {aside}')
+
+
+class Run:
+    """One process' life with a run. Use it under `jax.set_mesh`."""
+
+    def __init__(self, config: RunConfig, folder: Path, dataset: Dataset, checkpoints: Checkpoints, console: Console):
+        self.config, self.folder, self.dataset, self.checkpoints, self.console = config, folder, dataset, checkpoints, console
+        self.stopped_by = 0
+        self.rows = NamedSharding(jax.sharding.get_mesh(), TOKENS)
+        self.step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
+        self.sums = jax.jit(loss_sums)
+
+    def go(self) -> int:
+        """Restores or begins, trains, validates, saves. Returns the exit code."""
+        config, console = self.config, self.console
+        begin = functools.partial(init, config)
+        published = self.checkpoints.steps()
+        first = published[-1] if published else 0
+        self.tokens = 0
+        if first:
+            self.state = restore(self.checkpoints, first, config)
+            self.tokens = self.checkpoints.meta(first)['tokens']
+            console.print(f'continuing {self.folder} after step {first}')
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.state = jax.jit(begin)()
+        write_config(config, self.folder)
+        console.print(weights_table(self.state.model))
+        self.metrics = Metrics(self.folder, first)
+        handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self.loop(first)
+            self.checkpoints.wait()
+        except jax.errors.JaxRuntimeError as error:
+            if 'RESOURCE_EXHAUSTED' not in str(error):
+                raise
+            shapes = jax.eval_shape(begin)
+            raise MemoryError(out_of_memory(config, on_mesh(shapes))) from error
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            self.metrics.close()
+            self.checkpoints.close()
+        if self.stopped_by:
+            console.print(f'stopped by {signal.Signals(self.stopped_by).name} after step {self.checkpoints.steps()[-1]}, saved; run again to continue')
+            return 128 + self.stopped_by
+        console.print(f'done: {self.folder}')
+        return 0
+
+    def stop(self, number: int, _frame: Any) -> None:
+        """Ends the run after the step under way; the same signal again ends it at once."""
+        self.stopped_by = number
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        self.console.print(f'{signal.Signals(number).name}: saving after this step; once more to stop at once')
+
+    def loop(self, first: int) -> None:
+        """Steps `first` + 1 to the last."""
+        config, t = self.config, self.config.training
+        saved = first
+        waiting: collections.deque[tuple[int, dict]] = collections.deque()
+        with progress_bar(self.console) as bar:
+            task = bar.add_task('compiling', total=t.steps, completed=first, loss='', speed='')
+            self.clock, self.clock_tokens = time.perf_counter(), self.tokens
+            for step in range(first + 1, t.steps + 1):
+                batch = self.dataset.train.batch(config.seed, step - 1, t.batch)
+                self.state, figures = self.step(self.state, self.put(batch))
+                waiting.append((step, figures))
+                due = step == t.steps or self.stopped_by
+                validate = step % config.metrics.validate_every == 0 or step == t.steps
+                save = step % config.checkpoint.every == 0 or due
+                # A CPU that simulates devices aborts when many steps wait for each other; and a checkpoint wants all figures in.
+                ahead = 0 if platform() == 'cpu' or validate or save or self.stopped_by else AHEAD
+                while len(waiting) > ahead:
+                    row = self.figures(*waiting.popleft())
+                    log = row['step'] % config.metrics.every == 0 or (row['step'] == step and (validate or due))
+                    if row['step'] == step and validate:
+                        row |= self.validate(everything=step == t.steps)
+                    if log:
+                        self.log(row)
+                    speed = row.get('tokens_per_second')
+                    shown = {'speed': f'{speed:,.0f} tokens/s'} if speed else {}
+                    bar.update(task, completed=row['step'], description='training', loss=f'loss {row["loss"]:.4f}', **shown)
+                if save:
+                    self.save(step)
+                    saved = step
+                if self.stopped_by:
+                    break
+        if first == t.steps:
+            self.console.print(f'{self.folder} has taken all of its {t.steps} steps already')
+        assert saved == step if first < t.steps else True
+
+    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """A host's batch as global arrays, rows split over the mesh."""
+        return {name: jax.device_put(array, self.rows) for name, array in batch.items()}
+
+    def figures(self, step: int, figures: dict) -> dict[str, Any]:
+        """The row of a step, once the device has it."""
+        figures = jax.device_get(figures)
+        self.tokens += int(figures['tokens'])
+        row = {name: float(figures[name]) for name in ('loss', 'grad_norm', 'learning_rate')}
+        row = {'step': step, **row, 'tokens': self.tokens}
+        if not math.isfinite(row['loss']):
+            raise FloatingPointError(f'the loss is {row["loss"]} at step {step}: lower training.learning_rate, or raise training.warmup_steps')
+        if 'router' in figures:
+            router = figures['router']
+            row |= {f'router.{name}': float(router[name]) for name in ('entropy', 'max_share', 'balance_loss', 'z_loss')}
+            row |= {'router.dropped_share': 0.0, 'router.load': router['load'].tolist()}
+        return row
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Writes a row, with the speed since the last one; time spent validating and saving is not counted."""
+        now = time.perf_counter()
+        row['tokens_per_second'] = (self.tokens - self.clock_tokens) / (now - self.clock - row.pop('seconds', 0))
+        self.metrics.log(row)
+        if not self.console.is_terminal or 'validation_loss' in row:
+            self.console.print(line(row, self.config.training.steps), highlight=False)
+        self.clock, self.clock_tokens = time.perf_counter(), self.tokens
+
+    def validate(self, everything: bool) -> dict[str, float]:
+        """Loss on the validation split, or on the first rows of it, without dropout."""
+        began = time.perf_counter()
+        rows = self.dataset.validation
+        count = len(rows) if everything else min(len(rows), self.config.metrics.validation_rows)
+        nats, tokens = evaluate(self.sums, self.state.model, rows, count, self.config.training.batch, self.put)
+        loss = nats / tokens
+        bits = loss / math.log(2) * rows.tokens / rows.bytes
+        return {'validation_loss': loss, 'validation_bits_per_byte': bits, 'seconds': time.perf_counter() - began}
+
+    def save(self, step: int) -> None:
+        """Begins a checkpoint; it is written while training goes on."""
+        began = time.perf_counter()
+        items = {'model': self.state.model, 'optimizer': self.state.optimizer, 'random': {'step': self.state.step, 'key': self.state.key}}
+        facts = {'step': step, 'tokens': self.tokens, 'corpus': self.dataset.facts['sha256'], 'seed': self.config.seed}
+        # Step N's rows follow from (seed, N): the next sample is the data's whole position.
+        facts |= {'next_sample': step * self.config.training.batch}
+        files = {name: (self.folder / name).read_bytes() for name in ('config.yaml', 'tokenizer.model')}
+        self.checkpoints.save(step, items, facts, files)
+        self.clock += time.perf_counter() - began
+
+
+def evaluate(sums: Any, model: Any, rows: Rows, count: int, batch: int, put: Any) -> tuple[float, int]:
+    """Σ nats and real tokens of the first `count` rows, `batch` at a time; the last batch is filled up with padding."""
+    nats, tokens = 0.0, 0
+    for start in range(0, count, batch):
+        taken = np.arange(start, min(start + batch, count))
+        block = rows.take(np.pad(taken, (0, batch - len(taken))))
+        block['segments'][len(taken) :] = 0
+        found = jax.device_get(sums(model, put(block)))
+        nats, tokens = nats + float(found['nats']), tokens + int(found['tokens'])
+    return nats, tokens
+
+
+def on_mesh(tree: Any) -> Any:
+    """Abstract arrays with the layouts that `jax.eval_shape` found, on the current mesh itself."""
+    mesh = jax.sharding.get_mesh()
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), tree)
+
+
+def restore(checkpoints: Checkpoints, step: int, config: RunConfig) -> State:
+    """The state of a checkpoint, on the current mesh, whatever mesh saved it."""
+    shapes = on_mesh(jax.eval_shape(functools.partial(init, config)))
+    rest = {'step': shapes.step, 'key': shapes.key}
+    found = checkpoints.restore(step, {'model': shapes.model, 'optimizer': shapes.optimizer, 'random': rest})
+    return State(found['model'], found['optimizer'], **found['random'])
+
+
+def restore_model(folder: Path, config: RunConfig, step: int | None = None) -> tuple[Any, int]:
+    """Only the weights of a run's newest (or given) checkpoint, on the current mesh, and its step."""
+    checkpoints = Checkpoints(folder)
+    step = checkpoints.newest() if step is None else step
+    shapes = on_mesh(jax.eval_shape(lambda: init(config).model))
+    return checkpoints.restore(step, {'model': shapes})['model'], step
+
+
+def write_config(config: RunConfig, folder: Path) -> None:
+    """folder/config.yaml, whole or not at all."""
+    temporary = folder / 'config.yaml.tmp'
+    temporary.write_text(configs.dump(config), encoding='utf-8')
+    os.replace(temporary, folder / 'config.yaml')
+
+
+def progress_bar(console: Console) -> Progress:
+    """Where the run is; a log file gets lines instead (see Run.log)."""
+    return Progress(
+        TextColumn('{task.description}'),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn('{task.fields[loss]}'),
+        TextColumn('{task.fields[speed]}'),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def line(row: dict[str, Any], steps: int) -> str:
+    """A row of metrics as a line for a person."""
+    text = f'step {row["step"]}/{steps}  loss {row["loss"]:.4f}  {row["tokens_per_second"]:,.0f} tokens/s'
+    if 'router.max_share' in row:
+        text += f'  largest expert share {row["router.max_share"]:.2f}'
+    if 'validation_loss' in row:
+        text += f'  validation {row["validation_loss"]:.4f} nats, {row["validation_bits_per_byte"]:.4f} bits/byte'
+    return text

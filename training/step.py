@@ -1,0 +1,66 @@
+"""One step of training: pure functions of the state and a batch. Nothing here has a clock, a file or a socket."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from model.decoder import Decoder
+from training.config import RunConfig, TrainingConfig
+from training.loss import loss_fn
+
+
+class State(NamedTuple):
+    """All that a step changes. Weights and optimizer state are split over `data`, `expert` and `tensor` alike."""
+
+    model: Decoder
+    optimizer: Any  # optax state
+    step: jax.Array  # steps taken, int32
+    key: jax.Array  # of everything random after the start
+
+
+def schedule(t: TrainingConfig) -> optax.Schedule:
+    """Learning rate of a step: linear from 0 over `warmup_steps`, then a cosine to the last step."""
+    warmup = min(t.warmup_steps, t.steps)
+    cosine = optax.cosine_decay_schedule(t.learning_rate, max(t.steps - warmup, 1), t.final_learning_rate)
+    if not warmup:
+        return cosine
+    return optax.join_schedules([lambda step: t.learning_rate * (step + 1) / warmup, cosine], [warmup])
+
+
+def optimizer(t: TrainingConfig) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) on gradients clipped by their global norm."""
+    adamw = optax.adamw(schedule(t), t.beta1, t.beta2, t.epsilon, weight_decay=t.weight_decay, mask=decays)
+    return optax.chain(optax.clip_by_global_norm(t.clip), adamw) if t.clip else adamw
+
+
+def decays(tree):
+    """Which weights decay: those whose name ends in the letters of two dims or more (q_DN), not scales and biases (scale_D)."""
+
+    def matrix(path, _):
+        name = next(key for key in reversed([str(getattr(part, 'name', '')) for part in path]) if '_' in key)
+        return len(name.rpartition('_')[2]) > 1
+
+    return jax.tree_util.tree_map_with_path(matrix, tree)
+
+
+def init(config: RunConfig) -> State:
+    """The state before the first step: the same on every mesh, born in its layout. Run it under `jax.jit` and a mesh."""
+    weights, rest = jax.random.split(jax.random.key(config.seed))
+    model = Decoder(config.model, nnx.Rngs(weights))
+    return State(model, optimizer(config.training).init(model), jnp.int32(0), rest)
+
+
+def train_step(config: RunConfig, state: State, batch: dict) -> tuple[State, dict]:
+    """One optimizer step on a global batch. Returns the new state and the step's figures, on the device.
+
+    Figures: loss (mean cross-entropy in nats), tokens (real ones), grad_norm (before clipping), learning_rate, and with
+    experts router (see `training.loss.loss_fn`).
+    """
+    key = jax.random.fold_in(state.key, state.step) if config.model.dropout else None
+    (_, figures), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.model, batch, key)
+    updates, moments = optimizer(config.training).update(gradient, state.optimizer, state.model)
+    figures |= {'grad_norm': optax.global_norm(gradient), 'learning_rate': schedule(config.training)(state.step)}
+    return State(optax.apply_updates(state.model, updates), moments, state.step + 1, state.key), figures
