@@ -1,0 +1,38 @@
+"""What text a run learns from, and how it becomes tokens."""
+
+from dataclasses import dataclass
+
+from sharding.errors import UserError
+
+# 256 byte pieces, <unk>, <s>, </s>, and a few to learn.
+SMALLEST_VOCABULARY = 300
+LARGEST_VOCABULARY = 262_144
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Source: 'stdlib' (the running Python's own standard library), or files, folders, globs of UTF-8 text, Markdown, code, JSON Lines."""
+
+    source: str | tuple[str, ...] = 'stdlib'  # paths may end in .gz or .zst
+    field: str = 'text'  # of a JSONL object: the one that holds the text
+    vocabulary: int = 4096  # pieces at most, 256 byte pieces and 3 control pieces included
+    validation_share: float = (
+        0.05  # of bytes: whole top-level packages (stdlib) or files, where they come in such sizes
+    )
+
+    def __post_init__(self) -> None:
+        if not self.source or not all(self.paths):
+            raise UserError(f"data.source={self.source!r}: must be 'stdlib' or at least one path, none of them empty")
+        if not self.field:
+            raise UserError("data.field='': must name the field of a JSONL object that holds the text; 'text' is usual")
+        if not SMALLEST_VOCABULARY <= self.vocabulary <= LARGEST_VOCABULARY:
+            nearest = min(max(self.vocabulary, SMALLEST_VOCABULARY), LARGEST_VOCABULARY)
+            rule = f'must be in [{SMALLEST_VOCABULARY}, {LARGEST_VOCABULARY}]'
+            raise UserError(f'data.vocabulary={self.vocabulary}: {rule}; nearest: {nearest}')
+        if not 0 < self.validation_share <= 0.5:
+            nearest = 0.5 if self.validation_share > 0.5 else 0.05
+            raise UserError(f'data.validation_share={self.validation_share}: must be in (0, 0.5]; try {nearest}')
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.source,) if isinstance(self.source, str) else self.source

@@ -1,0 +1,250 @@
+"""From a source of text to a run's data, once: split, tokenizer, tokens, packed rows, all in the run's folder.
+
+A run that goes on later reads what is there, even if the source has changed since. Everything is written beside its place and then
+renamed, the folder `data` last, so that a kill at any moment leaves a whole or nothing.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from data.config import DataConfig
+from data.packing import Rows, encode_documents, pack, pack_documents
+from data.sources import Document, documents
+from data.tokenizer import Tokenizer
+from sharding.errors import UserError
+
+__all__ = ['Dataset', 'pack_documents', 'prepare']
+
+FORMAT = 1
+SPLITS = 'train', 'validation'
+ARRAYS = 'stream_S', 'start_P', 'length_P', 'first_R'
+# The tokenizer learns from about this many characters, spread over the training text: more takes time and changes little.
+TOKENIZER_CHARACTERS = 32_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    tokenizer: Tokenizer
+    train: Rows
+    validation: Rows
+    facts: dict[str, Any]  # what was read, left out, split and packed: plain values that JSON holds
+
+    def train_bytes(self) -> bytes:
+        """The UTF-8 text that training sees, document after document."""
+        return self.tokenizer.decode_bytes(self.train.stream_S.tolist())
+
+    def validation_bytes(self) -> bytes:
+        """The UTF-8 text that is held out."""
+        return self.tokenizer.decode_bytes(self.validation.stream_S.tolist())
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which part of the text is held out: whole groups, or whole documents, or the end of every document."""
+
+    by: str  # 'package', 'file', 'document' or 'end'
+    share: float
+    held_out: frozenset[str] = frozenset()  # names of groups
+
+    def parts(self, document: Document, group: str) -> dict[str, str]:
+        """The document's text, by split."""
+        if self.by != 'end':
+            return {'validation' if group in self.held_out else 'train': document.text}
+        # At the last line end before the share begins; a text of a single line is cut inside it.
+        place = int(len(document.text) * (1 - self.share))
+        place = document.text.rfind('\n', 0, place) + 1 or place
+        return {'train': document.text[:place], 'validation': document.text[place:]}
+
+
+def prepare(config: DataConfig, folder: Path, sequence_length: int, say: Callable[[str], None] = print) -> Dataset:
+    """The data of the run in `folder`: loaded if it was made from the same config and length there, else made and saved.
+
+    Writes `folder/tokenizer.model` and `folder/data/`. Rows have `sequence_length` inputs. One process at a time may call this on a
+    folder. UserError for a source that cannot be read or has too little text, and for files in the folder that are damaged.
+    """
+    if sequence_length < 1:
+        raise UserError(f'training.sequence_length={sequence_length}: must be at least 1; try 256')
+    key = {'format': FORMAT, 'sequence_length': sequence_length, **asdict(config), 'source': list(config.paths)}
+    folder = Path(folder)
+    saved = _load(folder, key)
+    if saved is not None:
+        return saved
+    begin = time.perf_counter()
+    dataset = _build(config, sequence_length, say)
+    _save(dataset, folder, key)
+    say(f'data: prepared in {time.perf_counter() - begin:.1f} s')
+    return dataset
+
+
+def _build(config: DataConfig, sequence_length: int, say: Callable[[str], None]) -> Dataset:
+    skipped: list[str] = []
+    sha256 = hashlib.sha256()
+    group_of: dict[bytes, str] = {}  # by the text's hash, so that copies of a text fall on the same side
+    size_of_group: Counter[str] = Counter()
+    size_of_text: Counter[bytes] = Counter()
+    characters = count = 0
+    for document in documents(config, skipped):
+        data = document.text.encode()
+        digest = hashlib.sha256(data).digest()
+        sha256.update(digest)
+        size_of_group[group_of.setdefault(digest, document.group)] += len(data)
+        size_of_text[digest] += len(data)
+        characters += len(document.text)
+        count += 1
+    split = _split(config, size_of_group, {digest.hex(): size for digest, size in size_of_text.items()})
+    size = size_of_group.total()
+    say(f'data: {count} documents, {size / 1e6:.2f} MB, {len(skipped)} files skipped; sha256 {sha256.hexdigest()[:16]}')
+
+    def texts(part: str) -> Iterator[str]:
+        again = hashlib.sha256()
+        for document in documents(config, []):
+            digest = hashlib.sha256(document.text.encode()).digest()
+            again.update(digest)
+            group = digest.hex() if split.by == 'document' else group_of.get(digest, '')
+            if text := split.parts(document, group).get(part):
+                yield text
+        if again.digest() != sha256.digest():
+            raise UserError(
+                f'data.source={config.source!r}: changed while it was read; start again when nothing writes to it'
+            )
+
+    every = 1 + characters // TOKENIZER_CHARACTERS
+    tokenizer = Tokenizer.train(_sample(texts('train'), every), config.vocabulary)
+    streams = {part: encode_documents(tokenizer, texts(part)) for part in SPLITS}
+    rows = {
+        part: pack(stream_S, length_D, sequence_length, size) for part, (stream_S, length_D, size) in streams.items()
+    }
+    for part in SPLITS:
+        if len(rows[part]) == 0:
+            raise UserError(f'data.source={config.source!r}: {size} bytes leave no text for {part}; give more text')
+    facts = {
+        'source': list(config.paths),
+        'sha256': sha256.hexdigest(),
+        'documents': count,
+        'bytes': size,
+        'characters': characters,
+        'tokens': sum(rows[part].tokens for part in SPLITS),
+        'skipped': {'count': len(skipped), 'first': skipped[:5]},
+        'split': {'by': split.by, 'groups': len(size_of_group), 'validation_groups': sorted(split.held_out)[:50]},
+        'tokenizer': {
+            'vocabulary': tokenizer.vocabulary,
+            'bytes_per_token': rows['validation'].bytes / rows['validation'].tokens,
+            'trained_on': f'one in {every} blocks of the training text' if every > 1 else 'the whole training text',
+        },
+        **{
+            part: {
+                'documents': len(streams[part][1]),
+                'bytes': rows[part].bytes,
+                'tokens': rows[part].tokens,
+                'rows': len(rows[part]),
+                'padding_share': 1 - rows[part].tokens / (len(rows[part]) * sequence_length),
+            }
+            for part in SPLITS
+        },
+        'versions': {'python': platform.python_version(), 'sentencepiece': sentencepiece.__version__},
+    }
+    for part in SPLITS:
+        say(
+            'data: {part}: {documents} documents, {bytes} bytes, {tokens} tokens in {rows} rows'.format(
+                part=part, **facts[part]
+            )
+        )
+    return Dataset(tokenizer, rows['train'], rows['validation'], facts)
+
+
+def _split(config: DataConfig, size_of_group: Counter[str], size_of_text: dict[str, int]) -> Split:
+    """By groups if whole ones come near the share that is wanted, else by documents, else the end of each document."""
+    share = config.validation_share
+    for by, sizes in ('package' if config.source == 'stdlib' else 'file', size_of_group), ('document', size_of_text):
+        held_out = _held_out(sizes, share)
+        if sum(sizes[name] for name in held_out) >= share / 2 * sum(sizes.values()):
+            return Split(by, share, held_out)
+    return Split('end', share)
+
+
+def _held_out(sizes: dict[str, int], share: float) -> frozenset[str]:
+    """Names in an order that depends on nothing but themselves, taken while they fit into `share` of all."""
+    room = share * sum(sizes.values())
+    names = []
+    for name in sorted(sizes, key=lambda name: hashlib.blake2b(name.encode(), key=b'weft validation').digest()):
+        if sizes[name] <= room:
+            names.append(name)
+            room -= sizes[name]
+    return frozenset(names)
+
+
+def _sample(texts: Iterator[str], every: int, block: int = 1 << 16) -> Iterator[str]:
+    """One in `every` blocks of the texts."""
+    number = 0
+    for text in texts:
+        for begin in range(0, len(text), block):
+            if number % every == 0:
+                yield text[begin : begin + block]
+            number += 1
+
+
+def _save(dataset: Dataset, folder: Path, key: dict[str, Any]) -> None:
+    new, old, data = folder / 'data.partial', folder / 'data.old', folder / 'data'
+    for leftover in new, old:
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    new.mkdir(parents=True)
+    sizes = {}
+    for part, rows in zip(SPLITS, (dataset.train, dataset.validation), strict=True):
+        for name in ARRAYS:
+            path = new / f'{part}.{name}.npy'
+            np.save(path, getattr(rows, name), allow_pickle=False)
+            sizes[path.name] = path.stat().st_size
+    description = {
+        'key': key,
+        'facts': dataset.facts,
+        'sizes': sizes,
+        'tokenizer_sha256': hashlib.sha256(dataset.tokenizer.model).hexdigest(),
+    }
+    (new / 'data.json').write_text(json.dumps(description, indent=1) + '\n', encoding='utf-8')
+    if data.exists():  # of another config; out of the way first, because its tokenizer is about to go
+        os.replace(data, old)
+    dataset.tokenizer.save(folder / 'tokenizer.model')
+    os.replace(new, data)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _load(folder: Path, key: dict[str, Any]) -> Dataset | None:
+    """What is saved, its arrays left on disk; None if nothing is, or of another config."""
+    data = folder / 'data'
+    if not data.exists():
+        return None
+    mend = 'restore the run folder from a copy, or start over with --fresh'
+    try:
+        description = json.loads((data / 'data.json').read_text(encoding='utf-8'))
+        saved_key, facts, sizes, sha256 = (description[name] for name in ('key', 'facts', 'sizes', 'tokenizer_sha256'))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{data / "data.json"}: damaged ({error}); {mend}') from None
+    if saved_key != key:
+        return None
+    for name, size in sizes.items():
+        path = data / name
+        found = path.stat().st_size if path.exists() else 'no'
+        if found != size:
+            raise UserError(f'{path}: {found} bytes where {size} were written; {mend}')
+    tokenizer = Tokenizer.load(folder / 'tokenizer.model')
+    if hashlib.sha256(tokenizer.model).hexdigest() != sha256:
+        raise UserError(f'{folder / "tokenizer.model"}: not the tokenizer that made {data}; {mend}')
+    splits = []
+    for part in SPLITS:
+        arrays = {name: np.load(data / f'{part}.{name}.npy', mmap_mode='r', allow_pickle=False) for name in ARRAYS}
+        splits.append(Rows(**arrays, sequence_length=key['sequence_length'], bytes=facts[part]['bytes']))
+    return Dataset(tokenizer, splits[0], splits[1], facts)
