@@ -11,9 +11,12 @@ LARGEST_VOCABULARY = 262_144
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Source: 'stdlib' (the running Python's own standard library), or files, folders, globs of UTF-8 text, Markdown, code, JSON Lines."""
+    """`source` is 'stdlib' (the running Python's own standard library), or files, folders and globs of UTF-8 text.
 
-    source: str | tuple[str, ...] = 'stdlib'  # paths may end in .gz or .zst
+    Text is plain text, Markdown, code, or JSON Lines (`.jsonl`), each also compressed (`.gz`, `.zst`).
+    """
+
+    source: str | tuple[str, ...] = 'stdlib'
     field: str = 'text'  # of a JSONL object: the one that holds the text
     vocabulary: int = 4096  # pieces at most, 256 byte pieces and 3 control pieces included
     validation_share: float = (
@@ -26,12 +29,12 @@ class DataConfig:
         if not self.field:
             raise UserError("data.field='': must name the field of a JSONL object that holds the text; 'text' is usual")
         if not SMALLEST_VOCABULARY <= self.vocabulary <= LARGEST_VOCABULARY:
-            nearest = min(max(self.vocabulary, SMALLEST_VOCABULARY), LARGEST_VOCABULARY)
+            works = min(max(self.vocabulary, SMALLEST_VOCABULARY), LARGEST_VOCABULARY)
             rule = f'must be in [{SMALLEST_VOCABULARY}, {LARGEST_VOCABULARY}]'
-            raise UserError(f'data.vocabulary={self.vocabulary}: {rule}; nearest: {nearest}')
+            raise UserError(f'data.vocabulary={self.vocabulary}: {rule}; nearest: {works}')
         if not 0 < self.validation_share <= 0.5:
-            nearest = 0.5 if self.validation_share > 0.5 else 0.05
-            raise UserError(f'data.validation_share={self.validation_share}: must be in (0, 0.5]; try {nearest}')
+            share = 0.5 if self.validation_share > 0.5 else 0.05
+            raise UserError(f'data.validation_share={self.validation_share}: must be in (0, 0.5]; try {share}')
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -17,14 +17,16 @@ def _mix(x_N: np.ndarray) -> np.ndarray:
 
 
 def permute(position_N: np.ndarray, size: int, seed: int, epoch_N: np.ndarray) -> np.ndarray:
-    """Where each of `position_N` (int64 [N], in [0, size)) goes in the permutation of [0, size) that (seed, epoch) names.
+    """Where `position_N` goes in the permutation of [0, size) that (seed, epoch) names; int64 [N], both in [0, size).
 
-    A Feistel network (Luby and Rackoff 1988) permutes the smallest [0, 4^k) that holds `size`; a result that lies outside is sent
-    through again until it lies inside (cycle walking: Black and Rogaway 2002, Ciphers with arbitrary finite domains, method 2): fewer
-    than four trips on average whatever the size. Integer arithmetic alone, so every platform agrees.
+    A Feistel network (Luby and Rackoff 1988) permutes the smallest [0, 4^k) that holds `size`; a result that lies
+    outside is sent through again until it lies inside (cycle walking: Black and Rogaway 2002, Ciphers with arbitrary
+    finite domains, method 2): fewer than four trips on average, whatever the size. Integer arithmetic alone, so every
+    platform agrees.
     """
-    assert size > 0 and position_N.ndim == 1
-    assert position_N.size == 0 or 0 <= position_N.min() and position_N.max() < size
+    assert size > 0
+    assert position_N.ndim == 1
+    assert ((position_N >= 0) & (position_N < size)).all()
     bits = max(1, ((size - 1).bit_length() + 1) // 2)
     half, mask = np.uint64(bits), np.uint64((1 << bits) - 1)
     key_N = _mix(_mix(np.full(position_N.shape, seed & WORD, np.uint64)) ^ epoch_N.astype(np.uint64))
@@ -41,7 +43,7 @@ def permute(position_N: np.ndarray, size: int, seed: int, epoch_N: np.ndarray) -
 
 
 def row_ids(rows: int, seed: int, step: int, batch: int) -> np.ndarray:
-    """The rows of global batch `step`, int64 [batch]: samples are counted from 0 over all steps, and each run of `rows` is an epoch."""
+    """The rows of global batch `step`, int64 [batch]. Every `rows` samples, over all steps, are an epoch."""
     epoch, position = divmod(step * batch, rows)
     sample_N = position + np.arange(batch, dtype=np.int64)
     return permute(sample_N % rows, rows, seed, epoch + sample_N // rows)

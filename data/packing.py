@@ -1,12 +1,12 @@
 """Documents of any length to rows of one length, each target predicted once, and rows to batches.
 
-Legend: N rows of a batch, T tokens of a row, S tokens of a split's documents one after another, P pieces (documents, or their parts where
-they are longer than a row), R rows of a split.
+Legend: N rows of a batch, T inputs of a row, S tokens of a split's documents one after another, D documents, P pieces
+(documents, or their parts where they are longer than a row), R rows of a split.
 """
 
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 
@@ -18,7 +18,10 @@ from data.tokenizer import Tokenizer
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The packed rows of one split. A document is bos, its pieces of text, eos; all but the last are inputs, all but the first targets."""
+    """The packed rows of one split.
+
+    A document is bos, its text, eos: all its tokens but the last are inputs, all but the first are targets.
+    """
 
     stream_S: np.ndarray  # the tokens of all documents, uint16 or int32
     start_P: np.ndarray  # int64: where a piece begins in the stream; row by row
@@ -38,11 +41,11 @@ class Rows:
     def take(self, indices: Iterable[int]) -> dict[str, np.ndarray]:
         """The rows `indices` as int32 [N, T] each: tokens, targets, positions, segments.
 
-        Segments number a row's documents from 1, and positions count from 0 in each; where segments are 0 there is padding, and
-        everything is 0. A target is valid exactly where its segment is above 0.
+        Segments number a row's documents from 1, and positions count from 0 in each; where segments are 0 there is
+        padding, and everything is 0. A target is valid exactly where its segment is above 0.
         """
         row_N = np.fromiter(indices, np.int64)
-        assert row_N.size == 0 or 0 <= row_N.min() and row_N.max() < len(self), f'rows {row_N} of {len(self)}'
+        assert ((row_N >= 0) & (row_N < len(self))).all(), f'rows {row_N} of {len(self)}'
         shape = len(row_N), self.sequence_length
         tokens_NT, targets_NT, positions_NT, segments_NT = (np.zeros(shape, np.int32) for _ in range(4))
         stream_S = np.asarray(self.stream_S)
@@ -71,7 +74,8 @@ class Rows:
 def best_fit(length_P: np.ndarray, capacity: int) -> np.ndarray:
     """The row of each piece: longest first, each into the fullest row that has room for it, else into a new one.
 
-    Best-fit-decreasing, as Ding et al. 2024 (Fewer truncations improve language modeling, arXiv:2404.10830) pack documents.
+    Best-fit-decreasing, as Ding et al. 2024 pack documents (Fewer truncations improve language modeling,
+    arXiv:2404.10830).
     """
     row_P = np.empty(len(length_P), np.int64)
     rows_with: defaultdict[int, list[int]] = defaultdict(list)
@@ -99,10 +103,11 @@ def best_fit(length_P: np.ndarray, capacity: int) -> np.ndarray:
 def pack(stream_S: np.ndarray, length_D: np.ndarray, sequence_length: int, bytes: int) -> Rows:
     """Rows of documents of `length_D` tokens (bos and eos included) that lie one after another in the stream.
 
-    A document of more than `sequence_length` inputs is cut into pieces of that many, the last one shorter; each piece but the last also
-    reads, as its last target, the first input of the next.
+    A document of more than `sequence_length` inputs is cut into pieces of that many, the last one shorter; the last
+    target of each piece is the first input of the next.
     """
-    assert length_D.min(initial=2) >= 2 and length_D.sum() == len(stream_S)
+    assert length_D.min(initial=2) >= 2
+    assert length_D.sum() == len(stream_S)
     inputs_D = length_D.astype(np.int64) - 1
     pieces_D = -(-inputs_D // sequence_length)
     part_P = np.arange(pieces_D.sum()) - np.repeat(np.cumsum(pieces_D) - pieces_D, pieces_D)
@@ -127,7 +132,7 @@ def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[np.nda
     return np.concatenate(parts), np.array(lengths, np.int64), size
 
 
-def pack_documents(tokenizer: Tokenizer, texts: Sequence[str] | Iterable[str], sequence_length: int) -> Rows:
+def pack_documents(tokenizer: Tokenizer, texts: Iterable[str], sequence_length: int) -> Rows:
     """Rows of `texts`, each a document, for evaluation."""
     stream_S, length_D, size = encode_documents(tokenizer, texts)
     return pack(stream_S, length_D, sequence_length, size)

@@ -1,7 +1,7 @@
 """From a source of text to a run's data, once: split, tokenizer, tokens, packed rows, all in the run's folder.
 
-A run that goes on later reads what is there, even if the source has changed since. Everything is written beside its place and then
-renamed, the folder `data` last, so that a kill at any moment leaves a whole or nothing.
+A run that goes on later reads what is there, even if the source has changed since. Everything is written beside its
+place and then renamed, the folder `data` last, so that a kill at any moment leaves a whole or nothing.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ __all__ = ['Dataset', 'pack_documents', 'prepare']
 FORMAT = 1
 SPLITS = 'train', 'validation'
 ARRAYS = 'stream_S', 'start_P', 'length_P', 'first_R'
-# The tokenizer learns from about this many characters, spread over the training text: more takes time and changes little.
+# The tokenizer learns from about this many characters, spread over the training text: more takes long, changes little.
 TOKENIZER_CHARACTERS = 32_000_000
 
 
@@ -69,10 +69,11 @@ class Split:
 
 
 def prepare(config: DataConfig, folder: Path, sequence_length: int, say: Callable[[str], None] = print) -> Dataset:
-    """The data of the run in `folder`: loaded if it was made from the same config and length there, else made and saved.
+    """The data of the run in `folder`: loaded if it is there, of the same config and length, else made and saved.
 
-    Writes `folder/tokenizer.model` and `folder/data/`. Rows have `sequence_length` inputs. One process at a time may call this on a
-    folder. UserError for a source that cannot be read or has too little text, and for files in the folder that are damaged.
+    Writes `folder/tokenizer.model` and `folder/data/`. Rows have `sequence_length` inputs. One process at a time may
+    call this on a folder. UserError for a source that cannot be read or has too little text, and for damaged files in
+    the folder.
     """
     if sequence_length < 1:
         raise UserError(f'training.sequence_length={sequence_length}: must be at least 1; try 256')
@@ -129,7 +130,7 @@ def _build(config: DataConfig, sequence_length: int, say: Callable[[str], None])
     for part in SPLITS:
         if len(rows[part]) == 0:
             raise UserError(f'data.source={config.source!r}: {size} bytes leave no text for {part}; give more text')
-    facts = {
+    facts: dict[str, Any] = {
         'source': list(config.paths),
         'sha256': sha256.hexdigest(),
         'documents': count,
@@ -142,16 +143,6 @@ def _build(config: DataConfig, sequence_length: int, say: Callable[[str], None])
             'vocabulary': tokenizer.vocabulary,
             'bytes_per_token': rows['validation'].bytes / rows['validation'].tokens,
             'trained_on': f'one in {every} blocks of the training text' if every > 1 else 'the whole training text',
-        },
-        **{
-            part: {
-                'documents': len(streams[part][1]),
-                'bytes': rows[part].bytes,
-                'tokens': rows[part].tokens,
-                'rows': len(rows[part]),
-                'padding_share': 1 - rows[part].tokens / (len(rows[part]) * sequence_length),
-            }
-            for part in SPLITS
         },
         'versions': {'python': platform.python_version(), 'sentencepiece': sentencepiece.__version__},
     }
@@ -243,8 +234,9 @@ def _load(folder: Path, key: dict[str, Any]) -> Dataset | None:
     tokenizer = Tokenizer.load(folder / 'tokenizer.model')
     if hashlib.sha256(tokenizer.model).hexdigest() != sha256:
         raise UserError(f'{folder / "tokenizer.model"}: not the tokenizer that made {data}; {mend}')
-    splits = []
-    for part in SPLITS:
-        arrays = {name: np.load(data / f'{part}.{name}.npy', mmap_mode='r', allow_pickle=False) for name in ARRAYS}
-        splits.append(Rows(**arrays, sequence_length=key['sequence_length'], bytes=facts[part]['bytes']))
-    return Dataset(tokenizer, splits[0], splits[1], facts)
+
+    def rows(part: str) -> Rows:
+        arrays = [np.load(data / f'{part}.{name}.npy', mmap_mode='r', allow_pickle=False) for name in ARRAYS]
+        return Rows(*arrays, key['sequence_length'], facts[part]['bytes'])
+
+    return Dataset(tokenizer, rows('train'), rows('validation'), facts)

@@ -1,4 +1,7 @@
-"""Where text comes from: the standard library's own source, or the user's files. Every mistake is named by file, line or offset."""
+"""Where text comes from: the standard library's own source, or the user's files.
+
+Mistakes in the user's files are named by file and line or byte offset.
+"""
 
 import glob
 import gzip
@@ -29,7 +32,7 @@ class Document:
 
 
 def stdlib(root: Path, skipped: list[str]) -> Iterator[Document]:
-    """The Python files under `root` in sorted order, by top-level package or module; undecodable ones are added to `skipped`."""
+    """The Python files under `root`, sorted, grouped by top-level package; undecodable ones are added to `skipped`."""
     for path in _walk(root, LEFT_OUT):
         relative = path.relative_to(root)
         # _sysconfigdata is not source but this machine's build settings.
@@ -64,10 +67,10 @@ def documents(config: DataConfig, skipped: list[str]) -> Iterator[Document]:
 
 
 def texts(paths: Sequence[str], field: str = 'text') -> Iterator[tuple[str, str]]:
-    """(name, text) of each document in files, folders and globs: a file is one document, in JSONL a line is. Empty ones are left out.
+    """(name, text) of each document in files, folders and globs: a file, or a line of JSONL; empty ones are left out.
 
-    UserError for a path that matches nothing, holds no text or cannot be read, for text that is not UTF-8 (file and byte offset), for a
-    damaged .gz or .zst, and for a line of JSONL that is not an object with text in `field` (file and line).
+    UserError for a path that matches nothing, holds no text or cannot be read, for text that is not UTF-8 (file and byte
+    offset), for a damaged .gz or .zst, for a line of JSONL that is not an object with text in `field` (file and line).
     """
     for _, name, text in _read(paths, field, '--data', []):
         yield name, text
@@ -178,7 +181,7 @@ def _field(line: str, field: str, name: str) -> str:
         raise UserError(f'{name}: not JSON ({error}); every line must be one JSON object') from None
     if not isinstance(value, dict):
         raise UserError(
-            f'{name}: a JSON {type(value).__name__}; every line must be a JSON object with the text in data.field={field!r}'
+            f'{name}: JSON, but no object; every line must be an object with the text in data.field={field!r}'
         )
     if field not in value:
         raise UserError(f'{name}: no field data.field={field!r}{nearest(field, value)}')

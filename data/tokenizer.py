@@ -1,8 +1,8 @@
 """Text to pieces and back, without loss: decode(encode(text)) == text for every text that UTF-8 can hold.
 
-The pieces are byte pair encoding (Sennrich et al. 2016, arXiv:1508.07909) as sentencepiece learns it, on text as it is: nothing is
-normalised, and characters that are not in the vocabulary become their UTF-8 bytes. sentencepiece writes a space as U+2581, so a
-literal U+2581 would come back as a space; it is cut out of the text and written as its three bytes instead.
+The pieces are byte pair encoding (Sennrich et al. 2016, arXiv:1508.07909) as sentencepiece learns it, on text as it is:
+nothing is normalised, and characters that are not in the vocabulary become their UTF-8 bytes. sentencepiece writes a
+space as U+2581, so a literal U+2581 would come back as a space; it is cut out of the text and written as its bytes.
 """
 
 import codecs
@@ -10,7 +10,7 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -18,7 +18,7 @@ import sentencepiece
 from sharding.errors import UserError
 
 SPACE = '\u2581'
-# A part is a lone U+2581 or other text. Parts have a limit because sentencepiece needs about 100 bytes a character at work.
+# A part is a lone U+2581 or other text. Parts have a limit because sentencepiece holds many bytes for each character.
 PARTS = re.compile(f'{SPACE}|[^{SPACE}]{{1,65536}}')
 # The trainer aborts on a word (between two spaces) of more than 65,535 characters, so it sees shorter samples.
 SAMPLE_CHARACTERS = 4096
@@ -45,7 +45,7 @@ class StreamDecoder:
 
 
 class Tokenizer:
-    """`vocabulary` pieces, ids from 0; `bos` opens a document, `eos` ends it; `model` is the sentencepiece file's content."""
+    """`vocabulary` ids from 0; `bos` opens a document, `eos` ends it; `model` is what sentencepiece's file holds."""
 
     def __init__(self, model: bytes) -> None:
         self.model = model
@@ -70,7 +70,7 @@ class Tokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, on all cores. UserError where a text holds half of a surrogate pair, which UTF-8 cannot hold."""
+        """Ids of each text, on all cores. UserError for half of a surrogate pair, which UTF-8 cannot write."""
         for text in texts:
             try:
                 text.encode()
@@ -148,8 +148,8 @@ class Tokenizer:
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
-            # Pieces may cross from letters to signs and digits, and hold line ends: 'self.', '):\n'. On Python source that gives
-            # 3.76 bytes a piece where the defaults give 3.29.
+            # Pieces may join letters, signs and digits, and hold line ends: 'self.', '):\n'. Python source has
+            # 3.76 bytes a piece then, 3.29 with the defaults.
             split_by_unicode_script=False,
             split_by_number=False,
             max_sentence_length=SAMPLE_CHARACTERS * 4,
@@ -162,7 +162,10 @@ class Tokenizer:
 
 
 def _frequent(count_of: Counter[str], most: int) -> str:
-    """The characters that get pieces, the others being left to their bytes: those of COVERAGE of the text, at most `most` (they would fill it in Chinese, say)."""
+    """The characters that get pieces, the others being left to their bytes: those that make up COVERAGE of the text.
+
+    At most `most` of them, because in Chinese, say, they would fill a small vocabulary.
+    """
     wanted = COVERAGE * count_of.total()
     frequent, covered = '', 0
     for character, count in sorted(count_of.items(), key=lambda item: (-item[1], item[0]))[:most]:
