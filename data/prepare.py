@@ -147,11 +147,14 @@ def _build(config: DataConfig, sequence_length: int, say: Callable[[str], None])
         'versions': {'python': platform.python_version(), 'sentencepiece': sentencepiece.__version__},
     }
     for part in SPLITS:
-        say(
-            'data: {part}: {documents} documents, {bytes} bytes, {tokens} tokens in {rows} rows'.format(
-                part=part, **facts[part]
-            )
-        )
+        facts[part] = {
+            'documents': len(streams[part][1]),
+            'bytes': rows[part].bytes,
+            'tokens': rows[part].tokens,
+            'rows': len(rows[part]),
+            'padding_share': 1 - rows[part].tokens / (len(rows[part]) * sequence_length),
+        }
+        say(f'data: {part}: {len(streams[part][1])} documents, {rows[part].tokens} tokens in {len(rows[part])} rows')
     return Dataset(tokenizer, rows['train'], rows['validation'], facts)
 
 
@@ -235,8 +238,8 @@ def _load(folder: Path, key: dict[str, Any]) -> Dataset | None:
     if hashlib.sha256(tokenizer.model).hexdigest() != sha256:
         raise UserError(f'{folder / "tokenizer.model"}: not the tokenizer that made {data}; {mend}')
 
-    def rows(part: str) -> Rows:
-        arrays = [np.load(data / f'{part}.{name}.npy', mmap_mode='r', allow_pickle=False) for name in ARRAYS]
-        return Rows(*arrays, key['sequence_length'], facts[part]['bytes'])
+    def load(part: str) -> Rows:
+        arrays = {name: np.load(data / f'{part}.{name}.npy', mmap_mode='r', allow_pickle=False) for name in ARRAYS}
+        return Rows(sequence_length=key['sequence_length'], bytes=facts[part]['bytes'], **arrays)
 
-    return Dataset(tokenizer, rows('train'), rows('validation'), facts)
+    return Dataset(tokenizer, load('train'), load('validation'), facts)

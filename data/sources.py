@@ -70,7 +70,7 @@ def texts(paths: Sequence[str], field: str = 'text') -> Iterator[tuple[str, str]
     """(name, text) of each document in files, folders and globs: a file, or a line of JSONL; empty ones are left out.
 
     UserError for a path that matches nothing, holds no text or cannot be read, for text that is not UTF-8 (file and byte
-    offset), for a damaged .gz or .zst, for a line of JSONL that is not an object with text in `field` (file and line).
+    offset), for a damaged .gz or .zst, for a line of JSONL that is no object with text in `field` (file and line).
     """
     for _, name, text in _read(paths, field, '--data', []):
         yield name, text
