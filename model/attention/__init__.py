@@ -6,11 +6,20 @@ Letters: B batch rows, T queries, S keys, K key/value heads, G query heads per k
 import jax
 from jax import lax
 
-from model.attention.blockwise import blockwise
-from model.attention.reference import At, reference
+from model.attention.blockwise import blockwise_attention
+from model.attention.flash import flash_attention
+from model.attention.mask import At
+from model.attention.reference import reference_attention
+from model.attention.splash import splash_attention
+from sharding.collectives import varying
 from sharding.errors import UserError, nearest
 
-_RUN = {'reference': reference, 'blockwise': blockwise}
+_RUN = {
+    'reference': reference_attention,
+    'blockwise': blockwise_attention,
+    'flash': flash_attention,
+    'splash': splash_attention,
+}
 BACKENDS = tuple(_RUN)
 
 
@@ -58,11 +67,6 @@ def attention(
     return _RUN[backend](*inputs, window, H**-0.5 if scale is None else scale)
 
 
-def varying(x: jax.Array) -> frozenset[str]:
-    """The mesh axes over which x may differ between devices, inside a shard_map that checks it; else none."""
-    return jax.typeof(x).manual_axis_type.varying
-
-
 def together(tree):
     """All arrays, marked as varying over the mesh axes that any of them varies over: loops and kernels want them alike."""
     axes = frozenset().union(*map(varying, jax.tree.leaves(tree)))
@@ -76,7 +80,7 @@ def together(tree):
 
 def default_backend(platform: str) -> str:
     """The fast backend of a JAX platform: 'cpu', 'gpu' or 'cuda', 'tpu'."""
-    fast = {'cpu': 'blockwise'}
+    fast = {'cpu': 'blockwise', 'gpu': 'flash', 'cuda': 'flash', 'tpu': 'splash'}
     if platform not in fast:
         raise UserError(f'platform {platform!r} has no fast attention backend; known: {", ".join(fast)}')
     return fast[platform]

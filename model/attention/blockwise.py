@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from model.attention.reference import FLOOR, HIDDEN, At, sees, wide
+from model.attention.mask import FLOOR, HIDDEN, At, sees, span, tiles_of, tiles_see
+from sharding.collectives import varying
 
 TILE = 128  # queries and keys a tile
 ONE_TILE = 1 << 20  # scores: up to here (4 MiB in float32) all of them make one tile, without loops
 
 
-def blockwise(
+def blockwise_attention(
     q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
@@ -32,7 +33,7 @@ def blockwise(
     scale: float,
     tile: int | None = None,
 ) -> jax.Array:
-    """What `reference` gives, [B, T, K, G, H], with the scores of `tile` queries and keys of one row at a time.
+    """What `reference_attention` gives, [B, T, K, G, H], with the scores of `tile` queries and keys of one row at a time.
 
     Small inputs (`ONE_TILE`) are one tile altogether. Key tiles outside the range that a query tile sees are skipped.
     """
@@ -43,7 +44,7 @@ def blockwise(
     q_tile, k_tile = min(tile, T), min(tile, S)
     q_BcKMH = cut(q_BTKGH, q_tile)
     k_BdKSH, v_BdKSH = cut(k_BSKH[:, :, :, None], k_tile), cut(v_BSKH[:, :, :, None], k_tile)
-    at_c, at_d = cut_at(q_at, q_tile, nobody=-1), cut_at(k_at, k_tile, nobody=-2)
+    at_c, at_d = tiles_of(q_at, q_tile, nobody=-1), tiles_of(k_at, k_tile, nobody=-2)
     out_BcKMH = tiled(q_BcKMH, k_BdKSH, v_BdKSH, at_c, at_d, window, scale)
     out_BcKGTH = out_BcKMH.reshape(B, -1, K, G, q_tile, H)
     return out_BcKGTH.transpose(0, 1, 4, 2, 3, 5).reshape(B, -1, K, G, H)[:, :T]
@@ -56,11 +57,9 @@ def cut(x_BTKGH: jax.Array, tile: int) -> jax.Array:
     return x_BTKGH.reshape(B, -1, tile, K, G, H).transpose(0, 1, 3, 4, 2, 5).reshape(B, -1, K, G * tile, H)
 
 
-def cut_at(at: At, tile: int, nobody: int) -> At:
-    """Position and segment, [B, c, tile] each; what fills the last tile belongs to segment `nobody`."""
-    fill = [(0, 0), (0, -at[0].shape[1] % tile)]
-    position_BT, segment_BT = jnp.pad(at[0], fill), jnp.pad(at[1], fill, constant_values=nobody)
-    return position_BT.reshape(at[0].shape[0], -1, tile), segment_BT.reshape(at[0].shape[0], -1, tile)
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype of scores and sums: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 # One tile of queries with one tile of keys ----------------------------------------------------------------------------
@@ -121,23 +120,6 @@ def attend_back(
 # All tiles ------------------------------------------------------------------------------------------------------------
 
 
-def key_range(at_c: At, at_d: At, window: int | None) -> tuple[jax.Array, jax.Array]:
-    """First and end of the key tiles that a query tile may see, int32 [B, c] each, from the tiles' bounds alone."""
-    (q_position, q_segment), (k_position, k_segment) = (
-        tuple(jnp.stack([x.min(-1), x.max(-1)]) for x in at) for at in (at_c, at_d)
-    )
-    q_low, q_high = q_position[..., :, None]
-    k_low, k_high = k_position[..., None, :]
-    may_Bcd = q_high >= k_low
-    if window is not None:
-        may_Bcd &= q_low - k_high < window
-    (q_low, q_high), (k_low, k_high) = q_segment[..., :, None], k_segment[..., None, :]
-    may_Bcd &= (q_high >= k_low) & (q_low <= k_high)
-    first_Bc = jnp.argmax(may_Bcd, axis=-1)
-    end_Bc = may_Bcd.shape[-1] - jnp.argmax(may_Bcd[..., ::-1], axis=-1)
-    return first_Bc, jnp.where(may_Bcd.any(-1), end_Bc, first_Bc)
-
-
 def is_one_tile(q_BcKMH: jax.Array, k_BdKSH: jax.Array) -> bool:
     B, c, K, M, _ = q_BcKMH.shape
     return c == k_BdKSH.shape[1] == 1 and B * K * M * k_BdKSH.shape[3] <= ONE_TILE
@@ -151,7 +133,7 @@ def heads(x_B1KMH: jax.Array) -> jax.Array:
 def like(x: jax.Array, shape: tuple[int, ...], fill: float = 0.0) -> jax.Array:
     """A constant that varies over the mesh axes that x varies over, as a loop's carry must."""
     constant = jnp.full(shape, fill, wide(x.dtype))
-    axes = tuple(jax.typeof(x).manual_axis_type.varying)
+    axes = tuple(varying(x))
     return lax.pcast(constant, axes, to='varying') if axes else constant
 
 
@@ -189,7 +171,7 @@ def tiled_forward(q_BcKMH, k_BdKSH, v_BdKSH, at_c, at_d, window, scale):
 
         return lax.map(query_tile, (q_cKMH, *at_c, first_c, end_c))
 
-    out_BcKMH, lse_BcKM = lax.map(row, (*inputs, *key_range(at_c, at_d, window)))
+    out_BcKMH, lse_BcKM = lax.map(row, (*inputs, *span(tiles_see(at_c, at_d, window)[0])))
     return out_BcKMH, (*inputs, out_BcKMH, lse_BcKM)
 
 
@@ -224,7 +206,7 @@ def tiled_backward(window, scale, kept, dout_BcKMH):
             (dk_dKHS, dv_dKHS), dq_cKMH = lax.scan(query_tile, zeros, tiles)
             return dq_cKMH, dk_dKHS.swapaxes(2, 3), dv_dKHS.swapaxes(2, 3)
 
-        grads = lax.map(row, (*kept[:5], dout_BcKMH, lse_BcKM, delta_BcKM, *key_range(at_c, at_d, window)))
+        grads = lax.map(row, (*kept[:5], dout_BcKMH, lse_BcKM, delta_BcKM, *span(tiles_see(at_c, at_d, window)[0])))
     dqkv = (grad.reshape(x.shape).astype(x.dtype) for grad, x in zip(grads, kept[:3], strict=True))
     return *dqkv, None, None
 

@@ -1,0 +1,333 @@
+"""Attention for NVIDIA GPUs: a forward and two backward Pallas (Triton) kernels. FlashAttention-2, Dao 2023 (arXiv:2307.08691).
+
+One program owns a tile of queries (forward, dq) or of keys (dk and dv, of all the query heads that share them, so nothing is
+added up across programs) and walks over the tiles that it sees. Which these are is counted outside, from the bounds of each
+tile: first those that need a mask, then a run that needs none, then again those that do. Only the output and one log-sum-exp
+a query are kept for the backward pass. Scores are in base 2: exp2 is one instruction.
+
+Letters: B batch rows, T queries, S keys, K key/value heads, G query heads per key/value head, N = K * G query heads, H head
+dim; c query tiles, d key tiles. Inside a kernel T and S are one tile's, and H is filled up to a power of two.
+"""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from model.attention.mask import FLOOR, HIDDEN, At, sees, span, tiles_of, tiles_see
+from sharding.errors import UserError
+
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Queries and keys a tile (powers of two, at least 16), warps a program, and tiles that are loaded ahead."""
+
+    q: int
+    k: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a kernel needs to know while it is traced."""
+
+    forward: Tiling
+    dq: Tiling
+    dkv: Tiling
+    window: int | None
+    scale: float
+
+
+def tilings(H: int, dtype: jnp.dtype) -> tuple[Tiling, Tiling, Tiling]:
+    """For forward, dq, dkv: what the shared memory and registers of an A100 or H100 hold at this head dim and dtype."""
+    bytes_a_row = pl.next_power_of_2(H) * jnp.dtype(dtype).itemsize
+    if bytes_a_row <= 128:  # bfloat16, H 64
+        return Tiling(128, 64, 4, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)
+    if bytes_a_row <= 256:  # bfloat16, H 128
+        return Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 64, 4, 2)
+    return Tiling(64, 32, 4, 2), Tiling(64, 32, 4, 2), Tiling(32, 32, 4, 2)
+
+
+def flash_attention(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    q_at: At,
+    k_at: At,
+    window: int | None,
+    scale: float,
+    tiling: tuple[Tiling, Tiling, Tiling] | None = None,
+) -> jax.Array:
+    """What `reference_attention` gives, [B, T, K, G, H], for bfloat16, float16 and float32. On a CPU the kernels are interpreted.
+
+    Time is filled up to whole tiles (a copy, where T is not a multiple of 128), H inside the kernels. float32 is multiplied
+    as `jax.default_matmul_precision` says (TF32 unless told).
+    """
+    if q_BTKGH.dtype not in DTYPES:
+        names = ', '.join(jnp.dtype(dtype).name for dtype in DTYPES)
+        raise UserError(f'attention backend flash has no {q_BTKGH.dtype}; it computes in {names}; reference in any')
+    T, S = q_BTKGH.shape[1], k_BSKH.shape[1]
+    q_most, k_most = (max(16, pl.next_power_of_2(length)) for length in (T, S))
+    plan = Plan(
+        *(
+            dataclasses.replace(t, q=min(t.q, q_most), k=min(t.k, k_most))
+            for t in tiling or tilings(q_BTKGH.shape[-1], q_BTKGH.dtype)
+        ),
+        window,
+        scale,
+    )
+    each = plan.forward, plan.dq, plan.dkv
+    q_tile, k_tile = max(t.q for t in each), max(t.k for t in each)
+    fill = lambda x, tile: jnp.pad(x, [(0, 0), (0, -x.shape[1] % tile)] + [(0, 0)] * (x.ndim - 2))
+    at_BiT = join_tiles(tiles_of(q_at, q_tile, nobody=-1))
+    at_BiS = join_tiles(tiles_of(k_at, k_tile, nobody=-2))
+    return padded(fill(q_BTKGH, q_tile), fill(k_BSKH, k_tile), fill(v_BSKH, k_tile), at_BiT, at_BiS, plan)[:, :T]
+
+
+def join_tiles(at_c: At) -> jax.Array:
+    """int32 [B, 2, T]: positions and segments."""
+    return jnp.stack([x.reshape(x.shape[0], -1) for x in at_c], axis=1)
+
+
+# Kernels: one program ---------------------------------------------------------------------------------------------------
+
+
+def load(ref, H: int, *where):
+    """ref[where], filled up with zeros where its last dim has more than H columns."""
+    if ref.shape[-1] == H:
+        return ref[where] if where else ref[...]
+    return triton.load(ref.at[*where, :] if where else ref, mask=(jnp.arange(ref.shape[-1]) < H)[None, :], other=0.0)
+
+
+def store(ref, H: int, value):
+    value = value.astype(ref.dtype)
+    if ref.shape[-1] == H:
+        ref[...] = value
+    else:
+        triton.store(ref, value, mask=(jnp.arange(ref.shape[-1]) < H)[None, :])
+
+
+def walk(span_ref, one_tile, state):
+    """`one_tile(i, state, masked)` over the tiles that this program sees: masked, then a run without a mask, then masked."""
+    first, bare, bare_end, end = (span_ref[i] for i in range(4))
+    state = lax.fori_loop(first, bare, partial(one_tile, masked=True), state)
+    state = lax.fori_loop(bare, bare_end, partial(one_tile, masked=False), state)
+    return lax.fori_loop(bare_end, end, partial(one_tile, masked=True), state)
+
+
+def forward_kernel(q_ref, k_ref, v_ref, q_at_ref, k_at_ref, span_ref, out_ref, lse_ref, *, plan: Plan, H: int):
+    q_TH = load(q_ref, H)
+    q_at = q_at_ref[0], q_at_ref[1]
+
+    def one_tile(d, state, masked):
+        max_T, sum_T, out_TH = state
+        rows = pl.ds(d * plan.forward.k, plan.forward.k)
+        s_TS = triton.dot(q_TH, load(k_ref, H, rows), trans_b=True) * (plan.scale * math.log2(math.e))
+        if masked:
+            s_TS = jnp.where(sees(q_at, (k_at_ref[0, rows], k_at_ref[1, rows]), plan.window), s_TS, HIDDEN)
+        new_T = jnp.maximum(max_T, s_TS.max(1))
+        p_TS = jnp.exp2(s_TS - new_T[:, None])
+        shrink_T = jnp.exp2(max_T - new_T)
+        out_TH = out_TH * shrink_T[:, None] + triton.dot(p_TS.astype(v_ref.dtype), load(v_ref, H, rows))
+        return new_T, sum_T * shrink_T + p_TS.sum(1), out_TH
+
+    T = plan.forward.q
+    nothing = jnp.full((T,), FLOOR, jnp.float32), jnp.zeros((T,), jnp.float32), jnp.zeros(q_TH.shape, jnp.float32)
+    max_T, sum_T, out_TH = walk(span_ref, one_tile, nothing)
+    some_T = jnp.where(sum_T > 0, sum_T, 1.0)
+    store(out_ref, H, out_TH / some_T[:, None])
+    lse_ref[...] = max_T + jnp.log2(some_T)
+
+
+def dq_kernel(
+    q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, q_at_ref, k_at_ref, span_ref, dq_ref, *, plan: Plan, H: int
+):
+    q_TH, dout_TH = load(q_ref, H), load(dout_ref, H)
+    lse_T, delta_T = lse_ref[...], delta_ref[...]
+    q_at = q_at_ref[0], q_at_ref[1]
+
+    def one_tile(d, dq_TH, masked):
+        rows = pl.ds(d * plan.dq.k, plan.dq.k)
+        k_SH = load(k_ref, H, rows)
+        s_TS = triton.dot(q_TH, k_SH, trans_b=True) * (plan.scale * math.log2(math.e))
+        if masked:
+            s_TS = jnp.where(sees(q_at, (k_at_ref[0, rows], k_at_ref[1, rows]), plan.window), s_TS, HIDDEN)
+        dp_TS = triton.dot(dout_TH, load(v_ref, H, rows), trans_b=True)
+        ds_TS = jnp.exp2(s_TS - lse_T[:, None]) * (dp_TS - delta_T[:, None])
+        return dq_TH + triton.dot(ds_TS.astype(k_SH.dtype), k_SH)
+
+    store(dq_ref, H, plan.scale * walk(span_ref, one_tile, jnp.zeros(q_TH.shape, jnp.float32)))
+
+
+def dkv_kernel(
+    q_ref,
+    k_ref,
+    v_ref,
+    dout_ref,
+    lse_ref,
+    delta_ref,
+    q_at_ref,
+    k_at_ref,
+    span_ref,
+    dk_ref,
+    dv_ref,
+    *,
+    plan: Plan,
+    H: int,
+):
+    k_SH, v_SH = load(k_ref, H), load(v_ref, H)
+    k_at = k_at_ref[0], k_at_ref[1]
+
+    def one_head(g, grads):
+        def one_tile(c, grads, masked):
+            dk_SH, dv_SH = grads
+            rows = pl.ds(c * plan.dkv.q, plan.dkv.q)
+            q_TH, dout_TH = load(q_ref, H, rows, g), load(dout_ref, H, rows, g)
+            s_ST = triton.dot(k_SH, q_TH, trans_b=True) * (plan.scale * math.log2(math.e))
+            if masked:
+                see_TS = sees((q_at_ref[0, rows], q_at_ref[1, rows]), k_at, plan.window)
+                s_ST = jnp.where(see_TS.T, s_ST, HIDDEN)
+            p_ST = jnp.exp2(s_ST - lse_ref[g, rows][None, :])
+            dv_SH = dv_SH + triton.dot(p_ST.astype(dout_TH.dtype), dout_TH)
+            dp_ST = triton.dot(v_SH, dout_TH, trans_b=True)
+            ds_ST = p_ST * (dp_ST - delta_ref[g, rows][None, :])
+            return dk_SH + triton.dot(ds_ST.astype(q_TH.dtype), q_TH), dv_SH
+
+        return walk(span_ref, one_tile, grads)
+
+    zeros_SH = jnp.zeros(k_SH.shape, jnp.float32)
+    dk_SH, dv_SH = lax.fori_loop(0, q_ref.shape[1], one_head, (zeros_SH, zeros_SH))
+    store(dk_ref, H, plan.scale * dk_SH)
+    store(dv_ref, H, dv_SH)
+
+
+# All programs -----------------------------------------------------------------------------------------------------------
+
+
+def spans(some_Bcd: jax.Array, every_Bcd: jax.Array) -> jax.Array:
+    """int32 [B, c, 4]: for `walk`. The run without a mask is the first one of tiles that are seen by every query."""
+    first, end = span(some_Bcd)
+    bare = jnp.where(every_Bcd.any(-1), jnp.argmax(every_Bcd, axis=-1), first).astype(jnp.int32)
+    d = jnp.arange(every_Bcd.shape[-1], dtype=jnp.int32)[None, None]
+    stop_Bcd = ~every_Bcd & (d >= bare[..., None])
+    bare_end = jnp.where(stop_Bcd.any(-1), jnp.argmax(stop_Bcd, axis=-1), every_Bcd.shape[-1]).astype(jnp.int32)
+    return jnp.stack([first, bare, bare_end, end], axis=-1)
+
+
+def call(kernel, tiling: Tiling, out_specs, out_like, in_specs, grid, name: str, *inputs):
+    """The kernel on a GPU; on a CPU, its interpretation."""
+    kind = jax.typeof(inputs[0]).manual_axis_type
+
+    def run(interpret: bool, *inputs):
+        return pl.pallas_call(
+            kernel,
+            grid=grid,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype in out_like],
+            compiler_params=triton.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
+            interpret=interpret,
+            name=name,
+        )(*inputs)
+
+    return lax.platform_dependent(*inputs, cuda=partial(run, False), rocm=partial(run, False), cpu=partial(run, True))
+
+
+def tile_pairs(at_BiT: jax.Array, at_BiS: jax.Array, t: Tiling, window: int | None) -> tuple[jax.Array, jax.Array]:
+    cut = lambda at, tile: tiles_of((at[:, 0], at[:, 1]), tile, nobody=0)
+    return tiles_see(cut(at_BiT, t.q), cut(at_BiS, t.k), window)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def padded(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan: Plan):
+    return padded_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan)[0]
+
+
+def padded_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan: Plan):
+    B, T, K, G, H = q_BTKGH.shape
+    t, wide_H, S = plan.forward, pl.next_power_of_2(H), k_BSKH.shape[1]
+    span_Bc4 = spans(*tile_pairs(at_BiT, at_BiS, t, plan.window))
+    last = T // t.q - 1  # the longest walks start first: that evens out the end
+
+    q_spec = pl.BlockSpec((None, t.q, None, None, wide_H), lambda c, n, b: (b, last - c, n // G, n % G, 0))
+    k_spec = pl.BlockSpec((None, S, None, wide_H), lambda c, n, b: (b, 0, n // G, 0))
+    out_BTKGH, lse_BNT = call(
+        partial(forward_kernel, plan=plan, H=H),
+        t,
+        [q_spec, pl.BlockSpec((None, None, t.q), lambda c, n, b: (b, n, last - c))],
+        [(q_BTKGH.shape, q_BTKGH.dtype), ((B, K * G, T), jnp.float32)],
+        [
+            q_spec,
+            k_spec,
+            k_spec,
+            pl.BlockSpec((None, 2, t.q), lambda c, n, b: (b, 0, last - c)),
+            pl.BlockSpec((None, 2, S), lambda c, n, b: (b, 0, 0)),
+            pl.BlockSpec((None, None, 4), lambda c, n, b: (b, last - c, 0)),
+        ],
+        (T // t.q, K * G, B),
+        'flash_forward',
+        *(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, span_Bc4),
+    )
+    return out_BTKGH, (q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, out_BTKGH, lse_BNT)
+
+
+def padded_backward(plan: Plan, kept, dout_BTKGH):
+    q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, out_BTKGH, lse_BNT = kept
+    B, T, K, G, H = q_BTKGH.shape
+    wide_H, S = pl.next_power_of_2(H), k_BSKH.shape[1]
+    delta_BTKG = (dout_BTKGH.astype(jnp.float32) * out_BTKGH.astype(jnp.float32)).sum(-1)
+    delta_BNT = delta_BTKG.reshape(B, T, K * G).swapaxes(1, 2)
+    inputs = q_BTKGH, k_BSKH, v_BSKH, dout_BTKGH, lse_BNT, delta_BNT, at_BiT, at_BiS
+
+    t, last = plan.dq, T // plan.dq.q - 1
+    q_spec = pl.BlockSpec((None, t.q, None, None, wide_H), lambda c, n, b: (b, last - c, n // G, n % G, 0))
+    k_spec = pl.BlockSpec((None, S, None, wide_H), lambda c, n, b: (b, 0, n // G, 0))
+    lse_spec = pl.BlockSpec((None, None, t.q), lambda c, n, b: (b, n, last - c))
+    [dq_BTKGH] = call(
+        partial(dq_kernel, plan=plan, H=H),
+        t,
+        [q_spec],
+        [(q_BTKGH.shape, q_BTKGH.dtype)],
+        [
+            *(q_spec, k_spec, k_spec, q_spec, lse_spec, lse_spec),
+            pl.BlockSpec((None, 2, t.q), lambda c, n, b: (b, 0, last - c)),
+            pl.BlockSpec((None, 2, S), lambda c, n, b: (b, 0, 0)),
+            pl.BlockSpec((None, None, 4), lambda c, n, b: (b, last - c, 0)),
+        ],
+        (T // t.q, K * G, B),
+        'flash_dq',
+        *(*inputs, spans(*tile_pairs(at_BiT, at_BiS, t, plan.window))),
+    )
+
+    t = plan.dkv
+    q_spec = pl.BlockSpec((None, T, None, G, wide_H), lambda d, k, b: (b, 0, k, 0, 0))
+    k_spec = pl.BlockSpec((None, t.k, None, wide_H), lambda d, k, b: (b, d, k, 0))
+    lse_spec = pl.BlockSpec((None, G, T), lambda d, k, b: (b, k, 0))
+    some_Bcd, every_Bcd = tile_pairs(at_BiT, at_BiS, t, plan.window)
+    dk_BSKH, dv_BSKH = call(
+        partial(dkv_kernel, plan=plan, H=H),
+        t,
+        [k_spec, k_spec],
+        [(k_BSKH.shape, k_BSKH.dtype), (v_BSKH.shape, v_BSKH.dtype)],
+        [
+            *(q_spec, k_spec, k_spec, q_spec, lse_spec, lse_spec),
+            pl.BlockSpec((None, 2, T), lambda d, k, b: (b, 0, 0)),
+            pl.BlockSpec((None, 2, t.k), lambda d, k, b: (b, 0, d)),
+            pl.BlockSpec((None, None, 4), lambda d, k, b: (b, d, 0)),
+        ],
+        (S // t.k, K, B),
+        'flash_dkv',
+        *(*inputs, spans(some_Bcd.swapaxes(1, 2), every_Bcd.swapaxes(1, 2))),
+    )
+    return dq_BTKGH, dk_BSKH, dv_BSKH, None, None
+
+
+padded.defvjp(padded_forward, padded_backward)

@@ -1,0 +1,55 @@
+"""Who sees whom, of single tokens and of whole tiles of them.
+
+Letters: B batch rows, T queries, S keys; c query tiles, d key tiles.
+"""
+
+import jax
+import jax.numpy as jnp
+
+At = tuple[jax.Array, jax.Array]  # (position, segment): where a token stands in its document, and in which of its row
+
+HIDDEN = -1e30  # the score of a key that must not be seen
+FLOOR = -1e29  # the least maximum of a row of scores: exp(HIDDEN - FLOOR) is 0, also in a row that sees nothing
+
+
+def sees(q_at: At, k_at: At, window: int | None) -> jax.Array:
+    """bool [..., T, S]: a query sees the keys of its own segment that stand 0 to `window` - 1 positions behind it."""
+    (q_position, q_segment), (k_position, k_segment) = q_at, k_at
+    ago = q_position[..., :, None] - k_position[..., None, :]
+    see = (q_segment[..., :, None] == k_segment[..., None, :]) & (ago >= 0)
+    return see if window is None else see & (ago < window)
+
+
+def tiles_of(at: At, tile: int, nobody: int) -> At:
+    """[B, c, tile] each; what fills the last tile belongs to segment `nobody`, which must be no token's."""
+    rows, length = at[0].shape
+    fill = [(0, 0), (0, -length % tile)]
+    position_BT, segment_BT = jnp.pad(at[0], fill), jnp.pad(at[1], fill, constant_values=nobody)
+    return position_BT.reshape(rows, -1, tile), segment_BT.reshape(rows, -1, tile)
+
+
+def tiles_see(at_c: At, at_d: At, window: int | None) -> tuple[jax.Array, jax.Array]:
+    """bool [B, c, d] twice, from the tiles' bounds alone: may any query of c see a key of d; does each query see each key.
+
+    The first may err on the side of True, the second of False.
+    """
+    (q_position, q_segment), (k_position, k_segment) = at_c, at_d
+    q_first, q_last, q_low, q_high = (x[..., :, None] for x in bounds(q_position, q_segment))
+    k_first, k_last, k_low, k_high = (x[..., None, :] for x in bounds(k_position, k_segment))
+    some = (q_last >= k_first) & (q_high >= k_low) & (q_low <= k_high)
+    every = (q_first >= k_last) & (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
+    if window is not None:
+        some, every = some & (q_first - k_last < window), every & (q_last - k_first < window)
+    return some, every
+
+
+def bounds(position: jax.Array, segment: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """First and last position, lowest and highest segment of each tile."""
+    return position.min(-1), position.max(-1), segment.min(-1), segment.max(-1)
+
+
+def span(on_cd: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """First and end (int32) of the least range of the last dim that holds every True; (0, 0) where there is none."""
+    first = jnp.argmax(on_cd, axis=-1).astype(jnp.int32)
+    end = on_cd.shape[-1] - jnp.argmax(on_cd[..., ::-1], axis=-1).astype(jnp.int32)
+    return first, jnp.where(on_cd.any(-1), end, 0)

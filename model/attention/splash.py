@@ -1,0 +1,57 @@
+"""Attention for TPUs: the Pallas kernel that comes with JAX, "splash" (sparse flash) attention, forward and backward.
+
+It masks by slot, not by position: T = S, and within a row a document's tokens lie side by side in the order of their positions,
+which is how rows are packed. A step of decoding, where T < S, is `reference_attention`'s on every platform: its scores are
+B * heads * S. The kernel's outputs do not say over which mesh axes they vary, so a shard_map around it needs check_vma=False.
+
+Letters: B batch rows, T tokens, K key/value heads, G query heads per key/value head, H head dim.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+from model.attention.mask import At
+from sharding.errors import UserError
+
+LANES = 128  # the kernel's tiles are whole multiples of them
+TILES = (512, 256, 128)
+
+
+def splash_attention(
+    q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, q_at: At, k_at: At, window: int | None, scale: float
+) -> jax.Array:
+    """What `reference_attention` gives, [B, T, K, G, H], for rows as above. On a CPU the kernel is interpreted."""
+    B, T, K, G, H = q_BTKGH.shape
+    if k_BTKH.shape[1] != T:
+        raise UserError(
+            f'attention backend splash takes as many keys as queries ({T}), not {k_BTKH.shape[1]}; reference takes any'
+        )
+    q_segment_BT, k_segment_BT = q_at[1], k_at[1]
+    fill = -T % LANES  # tokens of segment 0 at the end: they see themselves, so that no sum of a softmax is empty
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2))
+    q_BKGTH = pad(q_BTKGH * jnp.asarray(scale, q_BTKGH.dtype)).transpose(0, 2, 3, 1, 4)
+    k_BKTH, v_BKTH = pad(k_BTKH).swapaxes(1, 2), pad(v_BTKH).swapaxes(1, 2)
+    segments = kernels.SegmentIds(pad(q_segment_BT), pad(k_segment_BT))
+
+    def run(interpret: bool, *inputs: jax.Array) -> jax.Array:
+        one_kv_head = make_kernel(T + fill, G, window, interpret)
+        return jax.vmap(jax.vmap(one_kv_head, in_axes=(0, 0, 0, None)))(*inputs)
+
+    inputs = q_BKGTH, k_BKTH, v_BKTH, segments
+    out_BKGTH = lax.platform_dependent(*inputs, tpu=partial(run, False), cpu=partial(run, True))
+    return out_BKGTH.transpose(0, 3, 1, 2, 4)[:, :T]
+
+
+def make_kernel(T: int, G: int, window: int | None, interpret: bool) -> kernels.SplashAttentionKernel:
+    """(q [G, T, H], k [T, H], v [T, H], segments [T] twice) to [G, T, H]; T in whole LANES."""
+    see_TT = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), offset=0)
+    tile = next(tile for tile in TILES if T % tile == 0)
+    sizes = kernels.BlockSizes(*[tile] * 3, *[tile] * 3, use_fused_bwd_kernel=True)
+    return kernels.make_splash_mqa_single_device(
+        masks.MultiHeadMask([see_TT] * G), block_sizes=sizes, interpret=interpret
+    )
