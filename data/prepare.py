@@ -79,6 +79,9 @@ def prepare(config: DataConfig, folder: Path, sequence_length: int, say: Callabl
         raise UserError(f'training.sequence_length={sequence_length}: must be at least 1; try 256')
     key = {'format': FORMAT, 'sequence_length': sequence_length, **asdict(config), 'source': list(config.paths)}
     folder = Path(folder)
+    for leftover in folder / 'data.partial', folder / 'data.old':  # of a process that was killed
+        if leftover.exists():
+            shutil.rmtree(leftover)
     saved = _load(folder, key)
     if saved is not None:
         return saved
@@ -161,7 +164,7 @@ def _build(config: DataConfig, sequence_length: int, say: Callable[[str], None])
 def _split(config: DataConfig, size_of_group: Counter[str], size_of_text: dict[str, int]) -> Split:
     """By groups if whole ones come near the share that is wanted, else by documents, else the end of each document."""
     share = config.validation_share
-    for by, sizes in ('package' if config.source == 'stdlib' else 'file', size_of_group), ('document', size_of_text):
+    for by, sizes in ('package' if config.paths == ('stdlib',) else 'file', size_of_group), ('document', size_of_text):
         held_out = _held_out(sizes, share)
         if sum(sizes[name] for name in held_out) >= share / 2 * sum(sizes.values()):
             return Split(by, share, held_out)
@@ -191,9 +194,6 @@ def _sample(texts: Iterator[str], every: int, block: int = 1 << 16) -> Iterator[
 
 def _save(dataset: Dataset, folder: Path, key: dict[str, Any]) -> None:
     new, old, data = folder / 'data.partial', folder / 'data.old', folder / 'data'
-    for leftover in new, old:
-        if leftover.exists():
-            shutil.rmtree(leftover)
     new.mkdir(parents=True)
     sizes = {}
     for part, rows in zip(SPLITS, (dataset.train, dataset.validation), strict=True):

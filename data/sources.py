@@ -51,16 +51,11 @@ def stdlib(root: Path, skipped: list[str]) -> Iterator[Document]:
 
 def documents(config: DataConfig, skipped: list[str]) -> Iterator[Document]:
     """The documents of `config.source`, none of them empty, in the same order each time."""
-    if config.source == 'stdlib':
+    if config.paths == ('stdlib',):
         root = Path(sysconfig.get_path('stdlib'))
-        found = False
-        for document in stdlib(root, skipped):
-            found = True
-            yield document
-        if not found:
-            raise UserError(
-                f"data.source='stdlib': no Python source under {root}; name files or folders of your own text"
-            )
+        if not (root / 'os.py').is_file():
+            raise UserError(f"data.source='stdlib': no source of it in {root}; name files or folders of your own text")
+        yield from stdlib(root, skipped)
         return
     for path, name, text in _read(config.paths, config.field, 'data.source', skipped):
         yield Document(name, str(path), text)
@@ -69,8 +64,8 @@ def documents(config: DataConfig, skipped: list[str]) -> Iterator[Document]:
 def texts(paths: Sequence[str], field: str = 'text') -> Iterator[tuple[str, str]]:
     """(name, text) of each document in files, folders and globs: a file, or a line of JSONL; empty ones are left out.
 
-    UserError for a path that matches nothing, holds no text or cannot be read, for text that is not UTF-8 (file and byte
-    offset), for a damaged .gz or .zst, for a line of JSONL that is no object with text in `field` (file and line).
+    UserError for a path that matches nothing, holds no text or cannot be read; for text that is not UTF-8, with file
+    and byte offset; for a damaged .gz or .zst; for a line of JSONL that is no object with `field`, with its number.
     """
     for _, name, text in _read(paths, field, '--data', []):
         yield name, text

@@ -1,0 +1,116 @@
+"""Text survives the tokenizer whatever it holds, at once and as a stream."""
+
+import random
+
+import pytest
+
+from data.tokenizer import Tokenizer
+from sharding.errors import UserError
+
+# A little of everything: indentation, both line ends, tabs, two scripts.
+TEXT = (
+    'def f(self):\r\n\treturn 1\n\nclass A:\n        x = "é ü 漢字"\n    def g(self, text):\n        return self.x\n'
+    * 30
+)
+TRICKY = [
+    '',
+    ' ',
+    '   leading, and trailing   ',
+    '\n\n\n',
+    'a  b   c    d',
+    '\t\tx\r\ny\rz\x0b\x0c\x1c\x85\u2028',
+    'nul \0 inside',
+    '\u2581',
+    ' \u2581 \u2581\u2581 a\u2581b\u2581',
+    'reserved \u2585 \u2047 \u2591',
+    '<s></s><unk><pad><0x41><0xE2>\n<0x0A>',
+    '👩\u200d👩\u200d👧 e\u0301 \ufb01 ½ Ａ \ufeff\ufffe\U0010ffff',
+    'x' * 70_000 + '\u2581' + ' ' * 70_000,
+]
+
+
+@pytest.fixture(scope='module')
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([TEXT], 400)
+
+
+def random_text(source: random.Random) -> str:
+    """Up to 60 parts: ASCII, any character but surrogates, what sentencepiece treats in its own way, whitespace."""
+    kinds = [
+        lambda: chr(source.randrange(128)),
+        lambda: chr(source.choice([source.randrange(0xD800), source.randrange(0xE000, 0x110000)])),
+        lambda: source.choice(['\u2581', '\u2585', '<s>', '</s>', '<unk>', '<0x41>', '\r\n', '\0', '漢字']),
+        lambda: source.choice(' \t\n') * source.randrange(1, 20),
+    ]
+    return ''.join(source.choice(kinds)() for _ in range(source.randrange(60)))
+
+
+@pytest.mark.parametrize('text', TRICKY, ids=range(len(TRICKY)))
+def test_tricky_text_survives(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_any_text_survives_at_once_and_as_a_stream(tokenizer: Tokenizer) -> None:
+    source = random.Random(0)
+    texts = [random_text(source) for _ in range(500)]
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        assert ids == tokenizer.encode(text)
+        assert all(0 <= i < tokenizer.vocabulary and i not in (tokenizer.bos, tokenizer.eos) for i in ids)
+        assert tokenizer.decode(ids) == text
+        stream = tokenizer.stream()
+        assert ''.join(stream.push([i]) for i in ids) + stream.finish() == text
+
+
+def test_stream_holds_back_a_part_of_a_character_and_replaces_one_that_never_ends(tokenizer: Tokenizer) -> None:
+    first, second, third = tokenizer.encode('\u2581')
+    stream = tokenizer.stream()
+    assert [stream.push([first]), stream.push([second]), stream.push([third])] == ['', '', '\u2581']
+    assert stream.finish() == ''
+    assert stream.push([first, second]) == ''
+    assert stream.finish() == '\ufffd'
+
+
+def test_control_pieces_have_no_text(tokenizer: Tokenizer) -> None:
+    assert tokenizer.bos != tokenizer.eos
+    assert tokenizer.decode([tokenizer.bos, *tokenizer.encode('a'), tokenizer.eos]) == 'a'
+
+
+def test_learns_whitespace_runs_and_line_ends() -> None:
+    tokenizer = Tokenizer.train([TEXT], 400)
+    assert b'        ' in tokenizer.pieces
+    assert any(b'\n' in piece and len(piece) > 1 for piece in tokenizer.pieces)
+    assert len(tokenizer.encode(TEXT)) < len(TEXT.encode()) / 3
+
+
+def test_training_is_deterministic_and_a_saved_model_loads_equal(tokenizer: Tokenizer, tmp_path) -> None:
+    again = Tokenizer.train(iter([TEXT]), 400, tmp_path / 'tokenizer.model')
+    assert again.model == tokenizer.model
+    loaded = Tokenizer.load(tmp_path / 'tokenizer.model')
+    assert loaded.pieces == tokenizer.pieces
+    assert loaded.encode(TEXT) == tokenizer.encode(TEXT)
+
+
+def test_small_text_gives_fewer_pieces_and_many_characters_fit_a_small_vocabulary() -> None:
+    assert Tokenizer.train(['hello world\n' * 100], 1000).vocabulary < 1000
+    source = random.Random(1)
+    chinese = ''.join(chr(source.randrange(0x4E00, 0x9FA5)) for _ in range(20_000))
+    tokenizer = Tokenizer.train([chinese, 'y' * 70_000], 500)
+    assert tokenizer.vocabulary <= 500
+    assert tokenizer.decode(tokenizer.encode(chinese)) == chinese
+
+
+@pytest.mark.parametrize('texts', [[], ['short'], ['\n' * 1000], ['\0\u2581\u2585' * 1000]], ids=range(4))
+def test_too_little_text_is_the_users_mistake(texts: list[str]) -> None:
+    with pytest.raises(UserError, match=r'data\.source: \d+ characters .* data\.vocabulary=400'):
+        Tokenizer.train(texts, 400)
+
+
+def test_surrogates_and_files_that_are_no_model_are_the_users_mistake(tokenizer: Tokenizer, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"character 2 is '\\ud800'"):
+        tokenizer.encode('ab\ud800')
+    path = tmp_path / 'tokenizer.model'
+    with pytest.raises(UserError, match=r'tokenizer\.model: not a readable sentencepiece model'):
+        Tokenizer.load(path)
+    path.write_bytes(tokenizer.model[:-100])
+    with pytest.raises(UserError, match=r'tokenizer\.model: not a readable sentencepiece model'):
+        Tokenizer.load(path)
