@@ -1,0 +1,254 @@
+"""Checkpoints that are whole or not there: written by Orbax beside training, hashed, and only then given their name.
+
+    runs/NAME/checkpoints/
+      40/                      the checkpoint of step 40: it gets this name by one rename, when all below is on the disk
+        model/ optimizer/ …    the items, each a tree of arrays in Orbax' format, which any mesh can read
+        meta.json              what the caller says of the step
+        config.yaml …          the files given along
+        manifest.json          every file's size and SHA-256, every array's shape and dtype; its own hash
+      saving/                  what is being written or deleted, or was when the process was killed; not for readers
+
+A reader changes nothing. What was killed in the middle is cleared by the next save.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from sharding.errors import UserError
+
+MANIFEST = 'manifest.json'
+META = 'meta.json'
+
+
+class Checkpoints:
+    """The checkpoints of one run: `folder`/checkpoints/STEP/. The newest `keep` are kept; `folder` need not exist yet.
+
+    One process at a time may save. Nothing is created before the first save.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2):
+        assert keep >= 1, keep
+        self.run = Path(folder)
+        self.folder = self.run.absolute() / 'checkpoints'  # Orbax refuses a relative path, and late
+        self.keep = keep
+        self._saving = self.folder / 'saving'
+        self._orbax: ocp.AsyncCheckpointer | None = None  # from the first save on
+        self._thread = ThreadPoolExecutor(1, 'checkpoint')
+        self._last: Future[None] | None = None
+
+    def steps(self) -> list[int]:
+        """The published steps, ascending."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isascii() and path.name.isdecimal())
+
+    def newest(self) -> int:
+        """The last published step. Raises UserError where there is none."""
+        steps = self.steps()
+        if not steps:
+            raise UserError(
+                f'{self.run} has no checkpoint; a run has one after its first checkpoint.every steps and at its end'
+            )
+        return steps[-1]
+
+    def save(self, step: int, items: Mapping[str, Any], meta: dict, files: Mapping[str, bytes] | None = None) -> None:
+        """Begins to save, and returns when the arrays are copied off the devices: they may be donated right after.
+
+        `items` are trees of jax arrays (dicts, optax states, modules, PRNG keys), none of size 0; `meta` is JSON;
+        `files` are names with their contents. Waits for the save before, and raises its error if it failed.
+        """
+        self.wait()
+        files = {META: (json.dumps(meta, indent=1) + '\n').encode(), **(files or {})}
+        taken = {MANIFEST, *items}
+        assert all(name not in taken and Path(name).name == name for name in files), (list(files), taken)
+        if self._saving.exists():
+            shutil.rmtree(self._saving)  # an earlier process was killed, or a save failed
+        self._saving.mkdir(parents=True)
+        if self._orbax is None:
+            options = ocp.options.AsyncOptions(create_directories_asynchronously=False)  # else errors come minutes late
+            self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
+        leaves = {item: _named(tree) for item, tree in items.items()}
+        arrays = {item: {name: _kind(x) for name, x in named.items()} for item, named in leaves.items()}
+        # Orbax cannot save an item without arrays (the state of plain gradient descent); the manifest still lists it.
+        saves = {item: ocp.args.StandardSave(named) for item, named in leaves.items() if named}
+        self._orbax.save(self._saving / str(step), ocp.args.Composite(**saves))
+        self._last = self._thread.submit(self._publish, self._orbax, step, arrays, files)
+
+    def wait(self) -> None:
+        """Returns when the last save is published; raises its error if it failed."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def close(self) -> None:
+        """Waits for the last save, raises its error if it failed, and ends the threads."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            if self._orbax is not None:
+                self._orbax.close()
+
+    def meta(self, step: int) -> dict:
+        """What `save` was told about the step. Raises UserError where it is not there or not whole."""
+        self._verify(step, self._manifest(step), set())
+        return json.loads((self.folder / str(step) / META).read_bytes())
+
+    def restore(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
+        """The named items of a checkpoint, bit for bit, in the layouts asked for: any mesh, whatever mesh saved them.
+
+        `abstract` has a tree of `jax.ShapeDtypeStruct` with a sharding for each item wanted; no other item is read.
+        Raises UserError, before any array is read, where a file is missing, truncated, altered or extra, or where a
+        name, shape or dtype differs (Orbax would cast in silence).
+        """
+        manifest = self._manifest(step)
+        path = self.folder / str(step)
+        wanted = {item: _named(tree) for item, tree in abstract.items()}
+        for item, named in wanted.items():
+            self._compare(step, item, manifest['arrays'], named)
+        self._verify(step, manifest, set(wanted))
+        reads = {item: ocp.args.StandardRestore(named) for item, named in wanted.items() if named}
+        with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as reader:
+            found = reader.restore(path, ocp.args.Composite(**reads)) if reads else {}
+        return {
+            item: jax.tree.unflatten(jax.tree.structure(tree), [found[item][name] for name in wanted[item]])
+            for item, tree in abstract.items()
+        }
+
+    def _publish(self, orbax: ocp.AsyncCheckpointer, step: int, arrays: dict, files: Mapping[str, bytes]) -> None:
+        """Waits for Orbax, completes the folder, gives it its name, deletes the oldest. Runs in a thread of its own."""
+        orbax.wait_until_finished()
+        path, target = self._saving / str(step), self.folder / str(step)
+        for name, content in files.items():
+            (path / name).write_bytes(content)
+        manifest: dict[str, Any] = {
+            'arrays': arrays,
+            'files': {name: _fingerprint(path / name) for name in _files(path)},
+        }
+        manifest['sha256'] = _sha256(manifest)
+        (path / MANIFEST).write_text(json.dumps(manifest, indent=1) + '\n', encoding='utf-8')
+        # The rename may reach the disk before what it names, unless all of that is there already.
+        for inner in [path, *path.rglob('*')]:
+            _sync(inner)
+        if target.exists():  # a step taken again, from an earlier checkpoint
+            self._delete(step)
+        path.rename(target)
+        _sync(self.folder)
+        for old in self.steps()[: -self.keep]:
+            self._delete(old)
+
+    def _delete(self, step: int) -> None:
+        """Takes away the name first: a kill in between leaves no half of a published checkpoint."""
+        doomed = self._saving / f'{step}.deleted'
+        (self.folder / str(step)).rename(doomed)
+        shutil.rmtree(doomed)
+
+    def _manifest(self, step: int) -> dict:
+        """The manifest of a published step, or UserError where it is not as it was written."""
+        path = self.folder / str(step)
+        if not path.is_dir():
+            published = ', '.join(map(str, self.steps()))
+            raise UserError(
+                f'{self.run} has no checkpoint of step {step}; '
+                + (f'it has {published}' if published else 'it has none at all')
+            )
+        try:
+            manifest = json.loads((path / MANIFEST).read_bytes())
+        except FileNotFoundError:
+            raise self._damaged(step, MANIFEST, 'is missing') from None
+        except ValueError:
+            raise self._damaged(step, MANIFEST, 'was altered or truncated (it is not JSON)') from None
+        if not isinstance(manifest, dict) or manifest.pop('sha256', None) != _sha256(manifest):
+            raise self._damaged(step, MANIFEST, 'was altered')
+        return manifest
+
+    def _verify(self, step: int, manifest: dict, wanted: set[str]) -> None:
+        """That the wanted items, and all files beside the items, are byte for byte what was saved."""
+        path = self.folder / str(step)
+        skipped = set(manifest['arrays']) - wanted
+        known = {name: entry for name, entry in manifest['files'].items() if name.split('/')[0] not in skipped}
+        here = {name for name in _files(path) if name.split('/')[0] not in skipped} - {MANIFEST}
+        for name in sorted(here - set(known)):
+            raise self._damaged(step, name, 'is not part of the checkpoint (the manifest does not list it)')
+        for name, (size, sha256) in known.items():
+            if name not in here:
+                raise self._damaged(step, name, 'is missing')
+            found = (path / name).stat().st_size
+            if found < size:
+                raise self._damaged(step, name, f'was truncated: it has {found} bytes of {size}')
+            if found > size or _fingerprint(path / name)[1] != sha256:
+                raise self._damaged(step, name, 'was altered: its SHA-256 is not the one in the manifest')
+
+    def _damaged(self, step: int, name: str, what: str) -> UserError:
+        others = [other for other in self.steps() if other != step]
+        folder = self.run / 'checkpoints' / str(step)
+        way = (
+            f'remove {folder} to go on from step {others[-1]}'
+            if others
+            else 'the run has no other checkpoint: restore the file, or train anew'
+        )
+        return UserError(f'{folder / name} {what}; {way}')
+
+    def _compare(self, step: int, item: str, stored: dict[str, dict[str, str]], wanted: dict[str, Any]) -> None:
+        """That an item holds exactly the arrays that are wanted: the first difference is a UserError."""
+        where = self.run / 'checkpoints' / str(step)
+        if item not in stored:
+            raise UserError(f'{where} has no item {item!r}; it has {", ".join(stored)}')
+        for name in [*wanted, *stored[item]]:
+            has, wants = stored[item].get(name, 'absent'), _kind(wanted[name]) if name in wanted else 'none'
+            if has != wants:
+                raise UserError(
+                    f'{item}/{name} is {has} in {where} and {wants} is wanted: use the config that made the checkpoint'
+                )
+            layout = wanted[name].sharding
+            assert isinstance(layout, jax.sharding.Sharding), f'{name} has no layout'
+            assert not isinstance(getattr(layout, 'mesh', None), jax.sharding.AbstractMesh), f'{name} is on no devices'
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """A tree's leaves by their paths, as in `blocks/0/up_DF`, in the tree's order."""
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator='/'): x
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    assert len(named) == len(jax.tree.leaves(tree)), 'two leaves of one path'
+    return named
+
+
+def _kind(x: Any) -> str:
+    """Dtype and shape, as in `float32[4, 8]`."""
+    return f'{x.dtype}{list(x.shape)}'
+
+
+def _files(path: Path) -> Iterable[str]:
+    """Every file below a folder, by its path from there, sorted."""
+    return sorted(file.relative_to(path).as_posix() for file in path.rglob('*') if not file.is_dir())
+
+
+def _fingerprint(path: Path) -> list:
+    """Size in bytes and SHA-256 of a file."""
+    with path.open('rb') as file:
+        return [os.fstat(file.fileno()).st_size, hashlib.file_digest(file, 'sha256').hexdigest()]
+
+
+def _sha256(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Returns when a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
