@@ -148,8 +148,8 @@ class Tokenizer:
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
-            # Pieces may join letters, signs and digits, hold line ends ('self.', '):' and \n) and deep indentation: Python
-            # source has 3.79 bytes a piece then, 3.29 with the defaults.
+            # Pieces may join letters, signs and digits, hold line ends, and span deep indentation: Python source has
+            # 3.79 bytes a piece then, 3.29 with the defaults.
             split_by_unicode_script=False,
             split_by_number=False,
             max_sentencepiece_length=32,
