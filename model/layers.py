@@ -91,6 +91,12 @@ def specs(tree):
     return jax.tree.map(lambda x: jax.typeof(x).sharding.spec, tree)
 
 
+def is_matrix(path) -> bool:
+    """Whether the weight at a tree path is a matrix, which its name tells: q_DN is, scale_D and q_bias_N are not."""
+    name = next(part.name for part in reversed(path) if '_' in getattr(part, 'name', ''))
+    return len(name.rpartition('_')[2]) > 1
+
+
 def residual_gain(c: ModelConfig) -> float:
     """Scale of the projections that write to the residual stream (GPT-2, section 2.3): 2 per layer add up to about 1."""
     return (2 * c.layers) ** -0.5

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import P, lax
 
 from model.config import ModelConfig
-from model.grouped_matmul import grouped_matmul
+from model.grouped_matmul import combine, grouped_apply, permute
 from model.layers import ACTIVATIONS, Mlp, View, residual_gain, weight
 from sharding.collectives import wide
 from sharding.mesh import FSDP
@@ -50,20 +50,26 @@ class MoE(nnx.Module):
 
     def local_experts(self, x_ND, gate_NK, expert_NK, backend: str):
         """Σ over a token's experts held here of gate · expert(x); partial over `tensor`. Rows are sorted by expert."""
-        c, (N, K) = self.config, expert_NK.shape
+        c = self.config
         gather = lambda w_EDF: lax.all_gather(w_EDF.astype(x_ND.dtype), 'data', axis=1, tiled=True)
         up_EDF, down_EDF = gather(self.up_EDF[...]), gather(self.down_EDF[...])
         E = up_EDF.shape[0]
         mine_R = expert_NK.reshape(-1) - E * lax.axis_index('expert')
         mine_R = jnp.where((mine_R >= 0) & (mine_R < E), mine_R, E)  # E: another device's expert; such rows sort last
         order_R = jnp.argsort(mine_R, stable=True)
+        inverse_R = jnp.argsort(order_R)
         sizes_E = (mine_R[:, None] == jnp.arange(E)[None]).sum(0, dtype=jnp.int32)
-        matmul = lambda x_RD, w_EDF: grouped_matmul(x_RD, w_EDF, sizes_E, backend=backend)
-        x_RD = x_ND[order_R // K]
-        act, h_RF = ACTIVATIONS[c.activation], matmul(x_RD, up_EDF)
-        h_RF = act(matmul(x_RD, gather(self.gate_EDF[...]))) * h_RF if c.gated else act(h_RF)
-        y_RD = matmul(h_RF, down_EDF.swapaxes(1, 2)) * gate_NK.reshape(-1)[order_R, None].astype(x_ND.dtype)
-        return jnp.zeros((N, x_ND.shape[1]), x_ND.dtype).at[order_R // K].add(y_RD)
+        act = ACTIVATIONS[c.activation]
+
+        def mlp(matmul, x_RD, weights):
+            up_DF, down_FD, *gate_DF = weights
+            h_RF = matmul(x_RD, up_DF)
+            h_RF = act(matmul(x_RD, gate_DF[0])) * h_RF if gate_DF else act(h_RF)
+            return matmul(h_RF, down_FD)
+
+        weights = up_EDF, down_EDF.swapaxes(1, 2), *([gather(self.gate_EDF[...])] if c.gated else [])
+        y_RD = grouped_apply(mlp, permute(x_ND, order_R, inverse_R), weights, sizes_E, backend=backend)
+        return combine(y_RD, gate_NK.astype(x_ND.dtype), order_R, inverse_R)
 
 
 def route(x_BTD, router_DE, view: View, c: ModelConfig):

@@ -8,6 +8,7 @@ import optax
 from flax import nnx
 
 from model.decoder import Decoder
+from model.layers import is_matrix
 from training.config import RunConfig, TrainingConfig
 from training.loss import loss_fn
 
@@ -37,13 +38,8 @@ def optimizer(t: TrainingConfig) -> optax.GradientTransformation:
 
 
 def decays(tree):
-    """Which weights decay: those whose name ends in the letters of two dims or more (q_DN), not scales and biases (scale_D)."""
-
-    def matrix(path, _):
-        name = next(key for key in reversed([str(getattr(part, 'name', '')) for part in path]) if '_' in key)
-        return len(name.rpartition('_')[2]) > 1
-
-    return jax.tree_util.tree_map_with_path(matrix, tree)
+    """Which weights decay: matrices, not scales and biases."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), tree)
 
 
 def init(config: RunConfig) -> State:

@@ -1,0 +1,225 @@
+"""Speed and memory of real steps on this machine. Figures are medians of steps that are waited for one by one."""
+
+import functools
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from decoding.generate import next_token
+from decoding.run import in_compute_dtype
+from decoding.sampling import Choice
+from decoding.step import empty_cache, prefill
+from model import cost
+from model.forward import TOKENS, logits
+from model.grouped_matmul import default_backend, grouped_matmul
+from sharding import chips
+from sharding.errors import UserError
+from sharding.mesh import BATCH, Divides, check_divides, make_mesh, platform
+from training.config import RunConfig
+from training.step import init, train_step
+
+
+def seconds_each(step: Callable[[], Any], count: int, warm: int = 2) -> list[float]:
+    """Times of `count` calls, each waited for, after `warm` that are not counted (the first compiles)."""
+    times = []
+    for _ in range(warm + count):
+        began = time.perf_counter()
+        jax.block_until_ready(step())
+        times.append(time.perf_counter() - began)
+    return times[warm:]
+
+
+class Trainer:
+    """Real training steps on random tokens, one document a row. Use it under `jax.set_mesh`."""
+
+    def __init__(self, config: RunConfig):
+        t, rows = config.training, NamedSharding(jax.sharding.get_mesh(), TOKENS)
+        ids = np.random.default_rng(0).integers(0, config.model.vocabulary, (t.batch, t.sequence_length + 1), dtype=np.int32)
+        places = np.broadcast_to(np.arange(t.sequence_length, dtype=np.int32), (t.batch, t.sequence_length))
+        batch = {'tokens': ids[:, :-1], 'targets': ids[:, 1:], 'positions': places, 'segments': np.ones_like(places)}
+        self.batch = {name: jax.device_put(array, rows) for name, array in batch.items()}
+        self.state = jax.jit(functools.partial(init, config))()
+        self.run = jax.jit(functools.partial(train_step, config), donate_argnums=0)
+
+    def step(self) -> Any:
+        """One step; its loss."""
+        self.state, figures = self.run(self.state, self.batch)
+        return figures['loss']
+
+
+def measure_training(config: RunConfig, steps: int) -> dict[str, Any]:
+    """The training figures of the command-line contract, and what they rest on."""
+    config = _ready(config)
+    config.check_sizes()
+    t = config.training
+    with jax.set_mesh(make_mesh(config.mesh)):
+        seconds = statistics.median(seconds_each(Trainer(config).step, steps))
+    tokens = t.batch * t.sequence_length / seconds
+    flops = cost.training_flops(config.model, t.sequence_length)
+    peak, basis = peak_flops(config.model.dtype)
+    peak *= 1 if _is_cpu() else config.mesh.size
+    return {
+        'step_seconds': seconds,
+        'tokens_per_second': tokens,
+        'flops_per_token': flops,
+        'achieved_flops': flops * tokens,
+        'peak_flops': peak,
+        'peak_share': flops * tokens / peak,
+        'peak_basis': basis,
+        'peak_memory_bytes': peak_memory(),
+        **_where(config),
+    }
+
+
+def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int) -> dict[str, Any]:
+    """The decoding figures of the command-line contract, for `rows` sequences of `prompt` tokens and `new` more.
+
+    `recompute_seconds` is a token's cost without a cache: the full forward pass over as many tokens as the median step sees.
+    """
+    config = _ready(config)
+    c, mesh = config.model, make_mesh(config.mesh)
+    check_divides(config.mesh, [Divides(BATCH, '--rows', rows), Divides(('tensor',), '--prompt + --new', prompt + new)])
+    with jax.set_mesh(mesh):
+        put = lambda array: jax.device_put(array, NamedSharding(mesh, TOKENS))
+        model = jax.jit(lambda: in_compute_dtype(init(config).model))()
+        ids = np.random.default_rng(0).integers(0, c.vocabulary, (rows, prompt + new), dtype=np.int32)
+        zero = put(np.zeros(rows, np.float32))
+        choice = Choice(zero, put(np.zeros(rows, np.int32)), zero + 1, zero, put(np.zeros(rows, np.uint32)))
+        read = jax.jit(lambda model, tokens, length: prefill(model, empty_cache(model, rows, prompt + new), tokens, length))
+        tokens_BT, length_B = put(ids[:, :prompt]), put(np.full(rows, prompt, np.int32))
+        prefill_seconds = statistics.median(seconds_each(lambda: read(model, tokens_BT, length_B), 3))
+        state = [put(ids[:, prompt]), length_B, read(model, tokens_BT, length_B)[1]]
+
+        def step() -> Any:
+            token_B, position_B, cache = state
+            state[:] = next_token(model, cache, token_B, position_B, choice)
+            return state[0]
+
+        seconds = statistics.median(seconds_each(step, new - 2))
+        everything = jax.jit(lambda model, *at: jnp.argmax(logits(model, *at)[:, -1], -1))
+        seen = -(-(prompt + new // 2) // config.mesh.tensor) * config.mesh.tensor
+        places = np.broadcast_to(np.arange(seen, dtype=np.int32), (rows, seen))
+        arguments = put(ids[:, :seen]), put(places), put(np.ones_like(places))
+        again = statistics.median(seconds_each(lambda: everything(model, *arguments), 5))
+    width = jnp.dtype(c.dtype).itemsize
+    bytes_ = cost.decode_bytes(c, rows, prompt + new / 2, width, width)
+    bandwidth, basis = peak_bandwidth()
+    bandwidth *= 1 if _is_cpu() else config.mesh.size
+    return {
+        'step_seconds': seconds,
+        'tokens_per_second': rows / seconds,
+        'flops_per_token': sum(cost.forward_flops(c, prompt + new / 2).values()),
+        'bytes_per_token': bytes_,
+        'bandwidth_share': bytes_ * rows / seconds / bandwidth,
+        'bandwidth_basis': basis,
+        'prefill_seconds': prefill_seconds,
+        'recompute_seconds': again,
+        'peak_memory_bytes': peak_memory(),
+        'rows': rows,
+        'prompt': prompt,
+        'new': new,
+        **_where(config),
+    }
+
+
+def measure_experts(rows: int, experts: int, dim: int, hidden: int, rounds: int = 15) -> dict[str, Any]:
+    """The experts' grouped matmul beside one plain matmul of the same size, taken in turns, float32, on one device.
+
+    Shares are of the plain matmul's rate: forward, and forward with the gradient of both inputs.
+    """
+    keys = jax.random.split(jax.random.key(0), 3)
+    x_RD = jax.random.normal(keys[0], (rows, dim))
+    w_EDF = jax.random.normal(keys[1], (experts, dim, hidden)) * dim**-0.5
+    choice_R = jnp.sort(jax.random.randint(keys[2], (rows,), 0, experts))
+    sizes_E = jnp.bincount(choice_R, length=experts).astype(jnp.int32)
+    backend = default_backend(platform())
+    grouped = lambda x, w: grouped_matmul(x, w, sizes_E, backend=backend)
+    plain = lambda x, w: x @ w[0]
+    found: dict[str, dict[str, float]] = {}
+    both = lambda f: jax.jit(lambda x, w, dy: (lambda y, back: (y, back(dy)))(*jax.vjp(f, x, w)))
+    dy_RF = jnp.ones((rows, hidden))
+    variants = {
+        'forward': {'grouped': (jax.jit(grouped), (x_RD, w_EDF)), 'plain': (jax.jit(plain), (x_RD, w_EDF[:1]))},
+        'gradient': {'grouped': (both(grouped), (x_RD, w_EDF, dy_RF)), 'plain': (both(plain), (x_RD, w_EDF[:1], dy_RF))},
+    }
+    for part, pair in variants.items():
+        times: dict[str, list[float]] = {name: [] for name in pair}
+        for turn in range(rounds + 2):
+            for name, (run, arguments) in pair.items():
+                took = seconds_each(functools.partial(run, *arguments), 1, warm=0)
+                times[name] += took if turn >= 2 else []
+        found[part] = {name: statistics.median(values) for name, values in times.items()}
+    flops = 2.0 * rows * dim * hidden
+    return {
+        'rows': rows,
+        'experts': experts,
+        'dim': dim,
+        'hidden': hidden,
+        'backend': backend,
+        'forward_seconds': found['forward'],
+        'gradient_seconds': found['gradient'],
+        'plain_flops': flops / found['forward']['plain'],
+        'forward_share': found['forward']['plain'] / found['forward']['grouped'],
+        'gradient_share': found['gradient']['plain'] / found['gradient']['grouped'],
+        'device': jax.devices()[0].device_kind,
+    }
+
+
+def peak_flops(dtype: str) -> tuple[float, str]:
+    """FLOP/s that one device (a CPU: this machine) can reach at most in a dtype, and how that is known."""
+    kind = jax.devices()[0].device_kind
+    chip = chips.find(kind)
+    if chip:
+        published = chip.bfloat16_flops if dtype == 'bfloat16' else chip.float32_flops
+        if published:
+            return published, chip.source
+    if not _is_cpu():
+        raise UserError(f'device {kind!r} has no published peak for {dtype} in sharding/chips.py; add its data sheet there')
+    n = 2048
+    a = jnp.ones((n, n), 'float32')
+    multiply = jax.jit(lambda a: a @ a)
+    return 2 * n**3 / min(seconds_each(lambda: multiply(a), 8)), f'best of 8 float32 matmuls of {n} × {n} in this process'
+
+
+def peak_bandwidth() -> tuple[float, str]:
+    """Bytes/s that one device (a CPU: this machine) can read at most, and how that is known."""
+    chip = chips.find(jax.devices()[0].device_kind)
+    if chip:
+        return chip.bandwidth, chip.source
+    if not _is_cpu():
+        raise UserError(f'device {jax.devices()[0].device_kind!r} is not described in sharding/chips.py; add its data sheet there')
+    a = np.ones(2**27, np.uint8)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        a.copy()
+        times.append(time.perf_counter() - began)
+    return 2 * a.nbytes / min(times), 'best of 5 copies of 128 MiB on one core in this process, reading and writing'
+
+
+def peak_memory() -> int:
+    """The most bytes that were in use: on the first device where it says so, else in this whole process."""
+    stats = None if _is_cpu() else jax.devices()[0].memory_stats()
+    if stats:
+        return int(stats['peak_bytes_in_use'])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _ready(config: RunConfig) -> RunConfig:
+    return config if config.model.vocabulary else config.with_vocabulary(config.data.vocabulary)
+
+
+def _is_cpu() -> bool:
+    return jax.default_backend() == 'cpu'
+
+
+def _where(config: RunConfig) -> dict[str, Any]:
+    devices = f'{config.mesh.size} × {jax.devices()[0].device_kind}'
+    return {'mesh': str(config.mesh), 'device': devices + (' (simulated)' if _is_cpu() and config.mesh.size > 1 else '')}

@@ -1,0 +1,52 @@
+"""Other projects side by side with this one, in one run: blocks of steps in turns, so that both meet the same machine."""
+
+import json
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from analysis.measure import Trainer, seconds_each
+from sharding.errors import UserError
+from sharding.mesh import make_mesh
+from training.config import RunConfig
+
+WORKER = Path(__file__).with_name('nanogpt_worker.py')
+
+
+def beside_nanogpt(config: RunConfig, repository: Path, python: str, rounds: int = 20, steps: int = 10) -> dict[str, Any]:
+    """Our step and nanoGPT's on the same recipe: medians of `rounds` turns of `steps` steps each, and their ratio.
+
+    Args:
+        repository: a checkout of nanoGPT.
+        python: an interpreter that has torch.
+    """
+    if not (repository / 'model.py').is_file():
+        raise UserError(f'--repository {repository}: holds no model.py; give a checkout of nanoGPT')
+    with subprocess.Popen(
+        [python, str(WORKER), str(repository)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as peer, jax.set_mesh(make_mesh(config.mesh)):
+        assert peer.stdin and peer.stdout
+        trainer = Trainer(config)
+        seconds_each(trainer.step, 3)
+        ready = peer.stdout.readline()
+        if not ready.startswith('ready'):
+            raise UserError(f'--python {python}: nanoGPT did not start; its message stands above')
+        ours, theirs, ratios = [], [], []
+        for _ in range(rounds):
+            ours.append(statistics.median(seconds_each(trainer.step, steps, warm=1)))
+            peer.stdin.write(f'{steps}\n')
+            peer.stdin.flush()
+            theirs.append(statistics.median(json.loads(peer.stdout.readline())))
+            ratios.append(ours[-1] / theirs[-1])
+        peer.stdin.close()
+    return {
+        'step_seconds': statistics.median(ours),
+        'nanogpt_step_seconds': statistics.median(theirs),
+        'ratio': statistics.median(ratios),
+        'ratio_range': [min(ratios), max(ratios)],
+        'mesh': str(config.mesh),
+        'nanogpt': ready.removeprefix('ready').strip(),
+    }

@@ -1,0 +1,158 @@
+"""Text from prompts: one prefill, then one token a step for all of them at once, until each is done."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from data.tokenizer import Tokenizer
+from decoding.sampling import Choice, Sampling, choose
+from decoding.step import decode, empty_cache, prefill
+from model.decoder import Decoder
+from model.forward import TOKENS
+from sharding.errors import UserError
+from sharding.mesh import BATCH
+
+BUCKET = 32  # prompts and caches are padded to multiples of it, so that few sizes are compiled
+
+
+@dataclasses.dataclass
+class Completion:
+    """What follows a prompt."""
+
+    prompt: str
+    text: str = ''
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None  # 'stop': an end token or a stop text; 'length': max_new_tokens or the context is used up
+    seconds: float = 0.0  # from the end of the prefill to its last token
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoded tokens a second, the prefill and its first token not counted."""
+        return (len(self.tokens) - 1) / self.seconds if self.seconds else 0.0
+
+
+class TextStream:
+    """A completion's text as it becomes certain: whole characters, and nothing that may be the start of a stop text."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
+        self.decoder, self.stops = tokenizer.stream(), [stop for stop in stops if stop]
+        self.text = ''  # all decoded so far
+        self.sent = 0  # characters of it that are certain
+        self.stopped = False
+
+    def add(self, token: int | None) -> str:
+        """New certain text after a token; None ends the stream."""
+        self.text += self.decoder.finish() if token is None else self.decoder.push([token])
+        found = [at for at in (self.text.find(stop, max(0, self.sent - len(stop))) for stop in self.stops) if at >= 0]
+        certain = len(self.text)
+        if found:
+            self.stopped, certain = True, min(found)
+            self.text = self.text[:certain]
+        elif token is not None:
+            held = (n for stop in self.stops for n in range(1, len(stop)) if self.text.endswith(stop[:n]))
+            certain -= max(held, default=0)
+        new = self.text[self.sent : certain]
+        self.sent = max(self.sent, certain)
+        return new
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def first_token(model: Decoder, slots: int, tokens_BT: jax.Array, length_B: jax.Array, choice: Choice):
+    """Each row's first new token, and the cache of its prompt."""
+    logit_BV, cache = prefill(model, empty_cache(model, tokens_BT.shape[0], slots), tokens_BT, length_B)
+    return choose(logit_BV, length_B - 1, choice), cache
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def next_token(model: Decoder, cache: Any, token_B: jax.Array, position_B: jax.Array, choice: Choice):
+    """Each row's next token, its position, and the cache with the given one."""
+    logit_BV, cache = decode(model, cache, token_B, position_B)
+    return choose(logit_BV, position_B, choice), position_B + 1, cache
+
+
+def generate(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    max_new_tokens: int,
+    context: int,
+    stops: Sequence[str] = (),
+    emit: Callable[[int, str], None] = lambda prompt, text: None,
+) -> list[Completion]:
+    """Decodes all prompts as one batch; use it under `jax.set_mesh`. Prompt i draws with seed `sampling.seed` + i.
+
+    Args:
+        context: the most tokens that a prompt and what follows it may have together.
+        stops: texts that end a completion; they are not part of it.
+        emit: called with a prompt's number and each new piece of its text.
+
+    Raises UserError for a prompt that leaves no room in the context.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f'max-new-tokens is {max_new_tokens}: it must be at least 1')
+    encoded = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
+    for number, ids in enumerate(encoded):
+        if len(ids) >= context:
+            raise UserError(
+                f'prompt {number + 1} has {len(ids)} tokens, its start token included, and the context is {context}: '
+                f'at most {context - 1} leave room for an answer'
+            )
+    mesh = jax.sharding.get_mesh()
+    ways = mesh.shape[BATCH[0]] * mesh.shape[BATCH[1]]
+    rows = -(-len(prompts) // ways) * ways
+    longest = max(map(len, encoded))
+    padded = -(-longest // BUCKET) * BUCKET
+    slots = -(-min(context, longest + max_new_tokens) // BUCKET) * BUCKET
+    tokens_BT = np.zeros((rows, padded), np.int32)
+    length_B = np.ones(rows, np.int32)  # rows that only fill up the mesh hold one token
+    for number, ids in enumerate(encoded):
+        tokens_BT[number, : len(ids)], length_B[number] = ids, len(ids)
+    put = lambda array: jax.device_put(array, NamedSharding(mesh, TOKENS))
+    every = lambda value, dtype: np.full(rows, value, dtype)
+    seeds_B = ((sampling.seed + np.arange(rows, dtype=np.uint64)) % 2**32).astype(np.uint32)
+    choice = Choice(
+        put(every(sampling.temperature, np.float32)),
+        put(every(sampling.top_k, np.int32)),
+        put(every(sampling.top_p, np.float32)),
+        put(every(sampling.min_p, np.float32)),
+        put(seeds_B),
+    )
+    completions = [Completion(prompt) for prompt in prompts]
+    streams = [TextStream(tokenizer, stops) for _ in prompts]
+    token_B, cache = first_token(model, max(slots, padded), put(tokens_BT), put(length_B), choice)
+    jax.block_until_ready(token_B)
+    began, position_B = time.perf_counter(), put(length_B)
+    while any(completion.finish_reason is None for completion in completions):
+        # The next step is under way while the host reads this one's tokens.
+        following_B, position_B, cache = next_token(model, cache, token_B, position_B, choice)
+        for number, token in enumerate(np.asarray(token_B)[: len(prompts)].tolist()):
+            completion, stream = completions[number], streams[number]
+            if completion.finish_reason:
+                continue
+            if token == tokenizer.eos:
+                completion.finish_reason = 'stop'
+                piece = stream.add(None)
+            else:
+                completion.tokens.append(token)
+                full = len(completion.tokens) == max_new_tokens or len(encoded[number]) + len(completion.tokens) == context
+                piece = stream.add(token)
+                if stream.stopped:
+                    completion.finish_reason = 'stop'
+                elif full:
+                    completion.finish_reason = 'length'
+                    piece += stream.add(None)
+            completion.seconds = time.perf_counter() - began
+            completion.text += piece
+            if piece:
+                emit(number, piece)
+        token_B = following_B
+    jax.block_until_ready(token_B)
+    return completions

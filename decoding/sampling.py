@@ -1,0 +1,64 @@
+"""Choosing the next token. Letters: B rows, V vocabulary."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sharding.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How one prompt's tokens are chosen. The filters apply in this order, after the temperature."""
+
+    temperature: float = 0.0  # 0: always the most likely token
+    top_k: int = 0  # only the k most likely; 0: all
+    top_p: float = 1.0  # the most likely that together reach this probability (Holtzman et al. 2020, arXiv:1904.09751)
+    min_p: float = 0.0  # only those at least this share of the most likely one's probability (arXiv:2407.01082)
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float('inf'):
+            raise UserError(f'temperature is {self.temperature}: it must be at least 0; 0 always takes the most likely token')
+        if self.top_k < 0:
+            raise UserError(f'top-k is {self.top_k}: it must be at least 0; 0 keeps all tokens')
+        if not 0 < self.top_p <= 1:
+            raise UserError(f'top-p is {self.top_p}: it must be above 0 and at most 1; 1 keeps all tokens')
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f'min-p is {self.min_p}: it must be between 0 and 1; 0 keeps all tokens')
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f'seed is {self.seed}: it must be at least 0 and less than 2^32')
+
+
+class Choice(NamedTuple):
+    """The Sampling of each row of a batch, as arrays."""
+
+    temperature_B: jax.Array
+    top_k_B: jax.Array
+    top_p_B: jax.Array
+    min_p_B: jax.Array
+    seed_B: jax.Array  # uint32; rows with equal seed, position and logits choose alike, whatever else is in the batch
+
+
+def choose(logit_BV: jax.Array, position_B: jax.Array, choice: Choice) -> jax.Array:
+    """The token that follows each row's position, int32 [B]. Logits are float32 and whole on each device."""
+    greedy_B = jnp.argmax(logit_BV, axis=-1).astype(jnp.int32)
+
+    def sampled():
+        warm_B = jnp.where(choice.temperature_B > 0, choice.temperature_B, 1)
+        order_BV = jnp.argsort(-logit_BV, axis=-1, stable=True)
+        sorted_BV = jnp.take_along_axis(logit_BV, order_BV, axis=-1) / warm_B[:, None]
+        rank_1V = jnp.arange(sorted_BV.shape[-1])[None]
+        sorted_BV = jnp.where((choice.top_k_B[:, None] == 0) | (rank_1V < choice.top_k_B[:, None]), sorted_BV, -jnp.inf)
+        chance_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        before_BV = jnp.cumsum(chance_BV, axis=-1) - chance_BV
+        keep_BV = (before_BV < choice.top_p_B[:, None]) & (chance_BV >= choice.min_p_B[:, None] * chance_BV[:, :1])
+        keys_B = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(choice.seed_B, position_B)
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, sorted_BV.shape[-1:], sorted_BV.dtype))(keys_B)
+        best_B1 = jnp.argmax(jnp.where(keep_BV, sorted_BV + noise_BV, -jnp.inf), axis=-1)[:, None]
+        picked_B = jnp.take_along_axis(order_BV, best_B1, axis=-1)[:, 0].astype(jnp.int32)
+        return jnp.where(choice.temperature_B > 0, picked_B, greedy_B)
+
+    return jax.lax.cond((choice.temperature_B > 0).any(), sampled, lambda: greedy_B)

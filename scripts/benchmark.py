@@ -1,0 +1,118 @@
+"""Measures speed and memory of real steps on this machine.
+
+python scripts/benchmark.py train configs/demo.yaml --steps 20
+python scripts/benchmark.py decode configs/demo.yaml --rows 4 --prompt 128 --new 64
+python scripts/benchmark.py experts
+python scripts/benchmark.py nanogpt configs/nanogpt-cpu.yaml --repository nanoGPT/ --python torchenv/bin/python
+python scripts/benchmark.py standard             the set of benchmarks/, as Markdown
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from scripts.entry import run
+
+STANDARD = (
+    ('train', 'configs/demo.yaml', '--steps', '10'),
+    ('train', 'configs/demo.yaml', 'mesh.expert=1', 'mesh.tensor=1', '--steps', '10'),
+    ('train', 'configs/nanogpt-cpu.yaml', '--steps', '50'),
+    ('decode', 'configs/demo.yaml', '--rows', '4', '--prompt', '128', '--new', '64'),
+    ('decode', 'configs/demo.yaml', 'mesh.expert=1', 'mesh.tensor=1', '--rows', '1', '--prompt', '128', '--new', '64'),
+    ('experts',),
+    ('experts', '--rows', '4096', '--experts', '4', '--hidden', '256'),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_subparsers(dest='what', required=True)
+    options = {name: what.add_parser(name) for name in ('train', 'decode', 'experts', 'nanogpt', 'standard')}
+    for name in ('train', 'decode', 'nanogpt'):
+        options[name].add_argument('config')
+        options[name].add_argument('overrides', nargs='*', metavar='key=value')
+    options['train'].add_argument('--steps', type=int, default=20, help='whose median is reported')
+    options['decode'].add_argument('--rows', type=int, default=1, help='sequences decoded together')
+    options['decode'].add_argument('--prompt', type=int, default=128, help='tokens of each prompt')
+    options['decode'].add_argument('--new', type=int, default=64, help='tokens decoded after it')
+    for name, default in (('rows', 8192), ('experts', 8), ('dim', 256), ('hidden', 512)):
+        options['experts'].add_argument(f'--{name}', type=int, default=default)
+    options['nanogpt'].add_argument('--repository', type=Path, required=True, help='a checkout of nanoGPT')
+    options['nanogpt'].add_argument('--python', default=sys.executable, help='an interpreter that has torch')
+    for option in options.values():
+        option.add_argument('--json', action='store_true')
+    given = _parse(parser)
+    figures = {'standard': standard, 'experts': experts}.get(given.what, configured)(given)
+    if figures is not None:
+        print(json.dumps(figures) if given.json else '\n'.join(f'{name:>20}  {_show(name, value)}' for name, value in figures.items()))
+
+
+def configured(given: argparse.Namespace) -> dict[str, Any]:
+    """Benchmarks of a config."""
+    from training.config import load
+
+    config = load(given.config, given.overrides)
+
+    from sharding.mesh import simulate_cpu_devices
+
+    simulate_cpu_devices(config.mesh.size)
+
+    from analysis import measure, peers
+
+    if given.what == 'train':
+        return measure.measure_training(config, given.steps)
+    if given.what == 'decode':
+        return measure.measure_decoding(config, given.rows, given.prompt, given.new)
+    return peers.beside_nanogpt(config, given.repository, given.python)
+
+
+def experts(given: argparse.Namespace) -> dict[str, Any]:
+    """The experts' matmul beside a plain one."""
+    from analysis.measure import measure_experts
+
+    return measure_experts(given.rows, given.experts, given.dim, given.hidden)
+
+
+def standard(given: argparse.Namespace) -> None:
+    """Runs the standard set, each in a process of its own, and prints one Markdown table for each kind."""
+    rows: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for arguments in STANDARD:
+        command = [sys.executable, __file__, *arguments, '--json']
+        print(' '.join(arguments), file=sys.stderr)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        rows.setdefault(arguments[0], []).append((' '.join(arguments), json.loads(done.stdout.splitlines()[-1])))
+    for kind, found in rows.items():
+        names = [name for name, value in found[0][1].items() if not isinstance(value, dict) and not name.endswith('basis')]
+        print(f'\n| {kind} | ' + ' | '.join(arguments for arguments, _ in found) + ' |')
+        print('|---|' + '---:|' * len(found))
+        for name in names:
+            print(f'| {name} | ' + ' | '.join(_show(name, figures[name]) for _, figures in found) + ' |')
+
+
+def _parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    # argparse stops reading overrides at the first option; what follows it is gathered here.
+    given, rest = parser.parse_known_args()
+    if rest and (not hasattr(given, 'overrides') or any(part.startswith('-') for part in rest)):
+        parser.error(f'unrecognized arguments: {" ".join(rest)}')
+    if rest:
+        given.overrides += rest
+    return given
+
+
+def _show(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ', '.join(f'{key} {_show(name, part)}' for key, part in value.items())
+    if not isinstance(value, float):
+        return f'{value:,}' if isinstance(value, int) else str(value)
+    if name.endswith('seconds'):
+        return f'{value * 1e3:.2f} ms'
+    if name.endswith(('share', 'ratio')):
+        return f'{value:.3f}'
+    return f'{value:,.0f}' if value < 1e6 else f'{value:.4g}'
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,136 @@
+"""The sharded decoder equals the plain one, in its loss and in every gradient; and no token sees what it must not."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import P
+
+from model.config import ModelConfig, MoEConfig
+from model.decoder import Decoder
+from model.forward import logits
+from sharding.mesh import BATCH, MeshConfig, make_mesh
+from tests import reference
+from training.loss import loss_fn
+
+BASE = ModelConfig(vocabulary=150, layers=2, model_dim=16, heads=4, kv_heads=2, mlp_dim=24)
+MOE = MoEConfig(experts=4, mlp_dim=16)
+VARIANTS = {
+    'grouped-query swiglu': BASE,
+    'multi-head layernorm gelu, all biases': dataclasses.replace(
+        BASE, kv_heads=4, norm='layernorm', activation='gelu', bias=True, qkv_bias=True
+    ),
+    'multi-query relu, window, untied': dataclasses.replace(BASE, kv_heads=1, activation='relu', window=3, tied_embedding=False),
+    'geglu, q/k norm, qkv bias, wide heads': dataclasses.replace(BASE, activation='geglu', qk_norm=True, qkv_bias=True, head_dim=6),
+    'softmax experts': dataclasses.replace(BASE, moe=MOE),
+    'sigmoid experts, shared ones, dense first layer': dataclasses.replace(
+        BASE,
+        layers=3,
+        moe=MoEConfig(experts=4, top_k=3, mlp_dim=8, shared_experts=2, first_dense_layers=1, router='sigmoid', routed_scale=2.5),
+    ),
+    'experts without renormalisation, plain MLP': dataclasses.replace(
+        BASE, activation='gelu', moe=dataclasses.replace(MOE, renormalize=False, top_k=1)
+    ),
+}
+
+
+def sharded(c: ModelConfig, seed: int = 0) -> Decoder:
+    """A model on the current mesh, its norms and biases no longer trivial."""
+    model = jax.jit(lambda key: Decoder(c, nnx.Rngs(key)))(jax.random.key(seed))
+    numbers = itertools.count()
+
+    def blur(w):
+        key = jax.random.fold_in(jax.random.key(seed + 1), next(numbers))
+        return w + 0.3 * jax.random.normal(key, w.shape, w.dtype, out_sharding=jax.typeof(w).sharding)
+
+    return jax.jit(lambda model: jax.tree.map(blur, model))(model)
+
+
+def place(batch: dict) -> dict:
+    return {name: jax.device_put(array, P(BATCH)) for name, array in batch.items()}
+
+
+@pytest.mark.usefixtures('float64')
+@pytest.mark.parametrize('name', VARIANTS)
+@pytest.mark.parametrize('remat', ['none', 'block'])
+def test_loss_and_gradients_equal_the_plain_decoder(name, remat):
+    c = dataclasses.replace(VARIANTS[name], dtype='float64', remat=remat)
+    if remat == 'block' and not c.moe:
+        pytest.skip('rematerialisation wraps every layer alike; one kind is enough')
+    batch = reference.packed_batch(c.vocabulary, B=4, T=12)
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, expert=2, tensor=2))):
+        model = sharded(c)
+        (total, parts), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(model, place(batch))
+        assert jax.tree.all(
+            jax.tree.map(lambda g, w: jax.typeof(g).sharding.spec == jax.typeof(w).sharding.spec, gradient, model)
+        ), 'a gradient is laid out like its weight'
+        w, got = reference.weights(model), reference.weights(gradient)
+    plainly = jax.jit(jax.value_and_grad(reference.loss, has_aux=True), static_argnums=2)
+    with jax.numpy_rank_promotion('allow'):
+        (want, entropy), want_g = plainly(w, batch, c)
+    np.testing.assert_allclose(total, want, rtol=1e-12)
+    np.testing.assert_allclose(parts['loss'], entropy, rtol=1e-12)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(want_g))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want_g), strict=True):
+        scale = max(np.abs(b).max(), 1e-6 * largest)
+        assert np.abs(a - b).max() <= 1e-10 * scale, (jax.tree_util.keystr(path), np.abs(a - b).max(), scale)
+
+
+@pytest.mark.parametrize('name', ['grouped-query swiglu', 'multi-query relu, window, untied', 'softmax experts'])
+def test_no_token_sees_later_ones_or_other_documents(name):
+    """d logits[t] / d embedding of token s is zero exactly where s is later, in another document, or outside all windows."""
+    c = dataclasses.replace(VARIANTS[name], layers=1 if VARIANTS[name].window else 2)
+    T = 8
+    batch = {
+        'tokens': np.arange(T, dtype=np.int32)[None].repeat(4, 0),  # all different: a row of the embedding is a place in the text
+        'positions': np.array([[0, 1, 2, 3, 4, 0, 1, 2]], np.int32).repeat(4, 0),
+        'segments': np.array([[1, 1, 1, 1, 1, 2, 2, 2]], np.int32).repeat(4, 0),
+    }
+    with jax.set_mesh(make_mesh(MeshConfig(expert=2, tensor=2))):
+        model, at = sharded(dataclasses.replace(c, tied_embedding=False)), place(batch)
+
+        def change(model, t):
+            here_1T1 = (jnp.arange(T) == t)[None, :, None]
+            return jnp.where(here_1T1, logits(model, at['tokens'], at['positions'], at['segments']) ** 2, 0).sum()
+
+        moved = jax.jit(lambda t: jnp.abs(jax.grad(change)(model, t).embed_VD[...]).sum(-1))
+        moved_TV = np.stack([np.asarray(moved(t)) for t in range(T)])
+    place_T, document_T = batch['positions'][0], batch['segments'][0]
+    ago = place_T[:, None] - place_T[None]
+    see = (ago >= 0) & (document_T[:, None] == document_T[None]) & (ago < (c.window or T))
+    np.testing.assert_array_equal(moved_TV[:, :T] > 0, see)
+    assert not moved_TV[:, T:].any()
+
+
+def test_dropout_is_the_same_on_every_mesh_and_off_without_a_key():
+    c = dataclasses.replace(VARIANTS['softmax experts'], dropout=0.3)
+    batch = reference.packed_batch(c.vocabulary, B=8, T=8)
+    losses, plain = [], []
+    for mesh in (MeshConfig(), MeshConfig(data=2, expert=2, tensor=2)):
+        with jax.set_mesh(make_mesh(mesh)):
+            model, at = sharded(c), place(batch)
+            run = jax.jit(loss_fn)
+            losses.append([float(run(model, at, jax.random.key(i))[0]) for i in range(2)])
+            plain.append(float(run(model, at)[0]))
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    np.testing.assert_allclose(plain[0], plain[1], rtol=1e-5)
+    assert len({round(value, 4) for value in (*losses[0], plain[0])}) == 3, 'two keys and none give three losses'
+
+
+def test_bfloat16_computes_narrow_and_keeps_wide_parameters():
+    c = dataclasses.replace(VARIANTS['softmax experts'], dtype='bfloat16')
+    batch = reference.packed_batch(c.vocabulary, B=4, T=12)
+    with jax.set_mesh(make_mesh(MeshConfig(expert=2, tensor=2))):
+        model, at = sharded(c), place(batch)
+        (narrow, _), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(model, at)
+        assert {leaf.dtype for leaf in jax.tree.leaves((model, gradient))} == {jnp.dtype('float32')}
+        traced = str(jax.make_jaxpr(loss_fn)(model, at))
+        assert 'bf16[' in traced
+        w = reference.weights(model)
+    with jax.numpy_rank_promotion('allow'):
+        want, _ = reference.loss(w, batch, dataclasses.replace(c, dtype='float32'))
+    np.testing.assert_allclose(narrow, want, rtol=2e-2)

@@ -1,0 +1,143 @@
+"""The decoder once more, written plainly for one device without a mesh: what the sharded one must equal.
+
+Takes the sharded model's weights gathered to the host. Letters as in model/layers.py, E experts.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from model.config import ModelConfig
+
+
+def weights(model) -> dict:
+    """The model's weights as a nested dict of host arrays, layers unstacked: {'embed_VD': …, 'layers': [{'q_DN': …}, …]}."""
+    flat = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        flat[jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value')] = np.asarray(leaf)
+    layers = []
+    for group in range(len(model.groups)):
+        prefix = f'groups.{group}.'
+        mine = {name.removeprefix(prefix): leaf for name, leaf in flat.items() if name.startswith(prefix)}
+        layers += [{name: leaf[i] for name, leaf in mine.items()} for i in range(len(next(iter(mine.values()))))]
+    return {'layers': layers, **{name: leaf for name, leaf in flat.items() if not name.startswith('groups.')}}
+
+
+def norm(x, scale, bias, c: ModelConfig):
+    if c.norm == 'layernorm':
+        x = x - x.mean(-1, keepdims=True)
+    x = x / jnp.sqrt((x * x).mean(-1, keepdims=True) + c.norm_epsilon)
+    return x * scale + (0 if bias is None else bias)
+
+
+def rms(x, scale, c):
+    return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + c.norm_epsilon) * scale
+
+
+def rope(x_BTNH, position_BT, theta):
+    half = x_BTNH.shape[-1] // 2
+    angle = position_BT[:, :, None, None] * theta ** (-np.arange(half) / half)
+    turned = (x_BTNH[..., :half] + 1j * x_BTNH[..., half:]) * jnp.exp(1j * angle)
+    return jnp.concatenate([turned.real, turned.imag], -1)
+
+
+def attend(w, x_BTD, position_BT, segment_BT, c: ModelConfig):
+    B, T, _ = x_BTD.shape
+    get = lambda name: w.get(f'attention.{name}')
+    heads = lambda letter, dims, n: (
+        x_BTD @ get(f'{letter}_{dims}') + (get(f'{letter}_bias_{dims[1]}') if c.qkv_bias else 0)
+    ).reshape(B, T, n, c.head_dim)
+    q, k, v = heads('q', 'DN', c.heads), heads('k', 'DM', c.kv_heads), heads('v', 'DM', c.kv_heads)
+    if c.qk_norm:
+        q, k = rms(q, get('q_scale_H'), c), rms(k, get('k_scale_H'), c)
+    q, k = rope(q, position_BT, c.rope_theta), rope(k, position_BT, c.rope_theta)
+    k, v = (jnp.repeat(a, c.heads // c.kv_heads, axis=2) for a in (k, v))
+    ago = position_BT[:, :, None] - position_BT[:, None, :]
+    see = (ago >= 0) & (segment_BT[:, :, None] == segment_BT[:, None, :])
+    if c.window:
+        see &= ago < c.window
+    scores = jnp.where(see[:, None], jnp.einsum('BTNH,BSNH->BNTS', q, k) / np.sqrt(c.head_dim), -jnp.inf)
+    a = jnp.einsum('BNTS,BSNH->BTNH', jax.nn.softmax(scores, axis=-1), v).reshape(B, T, -1)
+    return a @ get('o_DN').T + (get('o_bias_D') if c.bias else 0)
+
+
+def activate(c: ModelConfig, gate, up):
+    act = {'swiglu': jax.nn.silu, 'geglu': jax.nn.gelu, 'gelu': jax.nn.gelu, 'relu': jax.nn.relu}[c.activation]
+    return act(up) if gate is None else act(gate) * up
+
+
+def mlp(w, prefix, x_BTD, c: ModelConfig):
+    get = lambda name: w.get(prefix + name)
+    up = x_BTD @ get('up_DF') + (get('up_bias_F') if c.bias else 0)
+    gate = x_BTD @ get('gate_DF') if c.gated else None
+    return activate(c, gate, up) @ get('down_DF').T + (get('down_bias_D') if c.bias else 0)
+
+
+def experts(w, x_BTD, segment_BT, c: ModelConfig):
+    """Every expert works on every token; what was not chosen has weight 0. Also Σ of the balance and z losses, and loads."""
+    m = c.moe
+    logit_BTE = x_BTD @ w['mlp.router_DE']
+    score_BTE = jax.nn.softmax(logit_BTE, -1) if m.router == 'softmax' else jax.nn.sigmoid(logit_BTE)
+    kth = jnp.sort(score_BTE, -1)[..., -m.top_k, None]
+    chosen_BTE = score_BTE >= kth
+    gate_BTE = jnp.where(chosen_BTE, score_BTE, 0)
+    if m.renormalize:
+        gate_BTE = gate_BTE / gate_BTE.sum(-1, keepdims=True)
+    up = jnp.einsum('BTD,EDF->BTEF', x_BTD, w['mlp.up_EDF'])
+    gate = jnp.einsum('BTD,EDF->BTEF', x_BTD, w['mlp.gate_EDF']) if c.gated else None
+    y = jnp.einsum('BTEF,EDF,BTE->BTD', activate(c, gate, up), w['mlp.down_EDF'], gate_BTE * m.routed_scale)
+    if m.shared_experts:
+        y = y + mlp(w, 'mlp.shared.', x_BTD, c)
+    live = (segment_BT > 0)[..., None]
+    share_BTE = jnp.where(live, score_BTE / score_BTE.sum(-1, keepdims=True), 0)
+    balance = z = 0.0
+    for b in range(x_BTD.shape[0]):  # one sequence at a time, as the paper writes it
+        T = live[b].sum()
+        f_E = m.experts / (m.top_k * T) * (chosen_BTE[b] & live[b]).sum(0)
+        balance += (f_E * (share_BTE[b].sum(0) / T)).sum()
+        z += jnp.where(live[b, :, 0], jax.nn.logsumexp(logit_BTE[b], axis=-1) ** 2, 0).sum()
+    return y, (balance, z, (chosen_BTE & live).sum((0, 1)))
+
+
+def forward(w: dict, batch: dict, c: ModelConfig):
+    """Logits [B, T, vocabulary], and (balance, z, load_E) of each layer with experts."""
+    x = w['embed_VD'][batch['tokens']]
+    figures = []
+    for layer in w['layers']:
+        x = x + attend(layer, norm(x, layer['attention_norm.scale_D'], layer.get('attention_norm.bias_D'), c), batch['positions'], batch['segments'], c)
+        h = norm(x, layer['mlp_norm.scale_D'], layer.get('mlp_norm.bias_D'), c)
+        if 'mlp.router_DE' in layer:
+            y, found = experts(layer, h, batch['segments'], c)
+            figures.append(found)
+        else:
+            y = mlp(layer, 'mlp.', h, c)
+        x = x + y
+    x = norm(x, w['norm.scale_D'], w.get('norm.bias_D'), c)
+    head = w['embed_VD'].T if c.tied_embedding else w['head_DV']
+    return (x @ head)[..., : c.vocabulary], figures
+
+
+def loss(w: dict, batch: dict, c: ModelConfig):
+    """What training.loss.loss_fn minimises, and the mean cross-entropy that is part of it."""
+    logits, figures = forward(w, batch, c)
+    live = batch['segments'] > 0
+    nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch['targets'][..., None], -1)[..., 0]
+    entropy = total = jnp.where(live, nats, 0).sum() / live.sum()
+    if c.moe:
+        rows = live.any(1).sum()
+        total = total + c.moe.balance_loss * sum(f[0] for f in figures) / len(figures) / rows
+        total = total + c.moe.z_loss * sum(f[1] for f in figures) / len(figures) / live.sum()
+    return total, entropy
+
+
+def packed_batch(vocabulary: int, B: int, T: int, seed: int = 0, padding: int = 2) -> dict:
+    """Random rows of several documents each, the last tokens padding."""
+    r = np.random.default_rng(seed)
+    segments = 1 + np.cumsum(r.random((B, T)) < 0.2, axis=1).astype(np.int32)
+    starts = np.diff(segments, axis=1, prepend=0) > 0
+    columns = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    positions = columns - np.maximum.accumulate(np.where(starts, columns, 0), axis=1)
+    if padding:
+        segments[:, -padding:], positions[:, -padding:] = 0, 0
+    ids = r.integers(0, vocabulary, (2, B, T), dtype=np.int32)
+    return {'tokens': ids[0], 'targets': ids[1], 'positions': positions.astype(np.int32), 'segments': segments}
