@@ -302,6 +302,7 @@ def fails_at(number: int, real: Callable) -> tuple[Callable, Iterator[int]]:
         (Path, 'write_text'),
         (Path, 'rename'),
         (shutil, 'rmtree'),
+        (os, 'unlink'),
     ],
     ids=lambda x: x if isinstance(x, str) else '',
 )
