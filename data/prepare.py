@@ -25,7 +25,7 @@ from data.sources import Document, documents
 from data.tokenizer import Tokenizer
 from sharding.errors import UserError
 
-__all__ = ['Dataset', 'pack_documents', 'prepare']
+__all__ = ['Dataset', 'load', 'pack_documents', 'prepare']
 
 FORMAT = 1
 SPLITS = 'train', 'validation'
@@ -82,14 +82,21 @@ def prepare(config: DataConfig, folder: Path, sequence_length: int, say: Callabl
     for leftover in folder / 'data.partial', folder / 'data.old':  # of a process that was killed
         if leftover.exists():
             shutil.rmtree(leftover)
-    saved = _load(folder, key)
-    if saved is not None:
-        return saved
+    if (saved := _load(folder)) and saved[0] == key:
+        return saved[1]
     begin = time.perf_counter()
     dataset = _build(config, sequence_length, say)
     _save(dataset, folder, key)
     say(f'data: prepared in {time.perf_counter() - begin:.1f} s')
     return dataset
+
+
+def load(folder: Path) -> Dataset:
+    """The data of a run as it was prepared; nothing is written. UserError where there is none or it is damaged."""
+    saved = _load(Path(folder))
+    if saved is None:
+        raise UserError(f'{Path(folder) / "data"}: not there; a run that scripts/train.py made holds its data')
+    return saved[1]
 
 
 def _build(config: DataConfig, sequence_length: int, say: Callable[[str], None]) -> Dataset:
@@ -216,19 +223,17 @@ def _save(dataset: Dataset, folder: Path, key: dict[str, Any]) -> None:
         shutil.rmtree(old)
 
 
-def _load(folder: Path, key: dict[str, Any]) -> Dataset | None:
-    """What is saved, its arrays left on disk; None if nothing is, or of another config."""
+def _load(folder: Path) -> tuple[dict[str, Any], Dataset] | None:
+    """What is saved and the config that it was made from, the arrays left on disk; None if nothing is."""
     data = folder / 'data'
     if not data.exists():
         return None
     mend = 'restore the run folder from a copy, or start over with --fresh'
     try:
         description = json.loads((data / 'data.json').read_text(encoding='utf-8'))
-        saved_key, facts, sizes, sha256 = (description[name] for name in ('key', 'facts', 'sizes', 'tokenizer_sha256'))
+        key, facts, sizes, sha256 = (description[name] for name in ('key', 'facts', 'sizes', 'tokenizer_sha256'))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f'{data / "data.json"}: damaged ({error}); {mend}') from None
-    if saved_key != key:
-        return None
     for name, size in sizes.items():
         path = data / name
         found = path.stat().st_size if path.exists() else 'no'
@@ -238,8 +243,8 @@ def _load(folder: Path, key: dict[str, Any]) -> Dataset | None:
     if hashlib.sha256(tokenizer.model).hexdigest() != sha256:
         raise UserError(f'{folder / "tokenizer.model"}: not the tokenizer that made {data}; {mend}')
 
-    def load(part: str) -> Rows:
+    def rows(part: str) -> Rows:
         arrays = {name: np.load(data / f'{part}.{name}.npy', mmap_mode='r', allow_pickle=False) for name in ARRAYS}
         return Rows(sequence_length=key['sequence_length'], bytes=facts[part]['bytes'], **arrays)
 
-    return Dataset(tokenizer, load('train'), load('validation'), facts)
+    return key, Dataset(tokenizer, rows('train'), rows('validation'), facts)

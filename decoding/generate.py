@@ -127,12 +127,13 @@ def generate(
     )
     completions = [Completion(prompt) for prompt in prompts]
     streams = [TextStream(tokenizer, stops) for _ in prompts]
-    token_B, cache = first_token(model, max(slots, padded), put(tokens_BT), put(length_B), choice)
-    jax.block_until_ready(token_B)
-    began, position_B = time.perf_counter(), put(length_B)
+    position_B = put(length_B)
+    token_B, cache = first_token(model, max(slots, padded), put(tokens_BT), position_B, choice)
+    step = next_token.lower(model, cache, token_B, position_B, choice).compile()
+    began = time.perf_counter()
     while any(completion.finish_reason is None for completion in completions):
         # The next step is under way while the host reads this one's tokens.
-        following_B, position_B, cache = next_token(model, cache, token_B, position_B, choice)
+        following_B, position_B, cache = step(model, cache, token_B, position_B, choice)
         for number, token in enumerate(np.asarray(token_B)[: len(prompts)].tolist()):
             completion, stream = completions[number], streams[number]
             if completion.finish_reason:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import P
 from jax.sharding import NamedSharding
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data.prepare import Dataset, Rows, prepare
 from model.forward import TOKENS
 from sharding.errors import UserError
-from sharding.mesh import BATCH, make_mesh, platform
+from sharding.mesh import make_mesh, platform
 from training import config as configs
 from training.checkpoint import Checkpoints
 from training.config import RunConfig
@@ -36,7 +37,7 @@ def train(config: RunConfig, runs: Path, fresh: bool = False, console: Console |
     Returns the exit code: 0 done, 130 or 143 after Ctrl-C or SIGTERM, with a checkpoint saved.
     Raises UserError, before anything is touched, where the config cannot run here or does not continue what is there.
     """
-    console = console or Console()
+    console = console or Console(soft_wrap=True)
     folder = runs / config.name
     config.check_sizes()
     mesh = make_mesh(config.mesh)
@@ -137,6 +138,9 @@ class Run:
                 batch = self.dataset.train.batch(config.seed, step - 1, t.batch)
                 self.state, figures = self.step(self.state, self.put(batch))
                 waiting.append((step, figures))
+                if step == first + 1:  # compiling is no part of the speed
+                    jax.block_until_ready(figures)
+                    self.clock = time.perf_counter()
                 due = step == t.steps or self.stopped_by
                 validate = step % config.metrics.validate_every == 0 or step == t.steps
                 save = step % config.checkpoint.every == 0 or due
@@ -225,7 +229,12 @@ def evaluate(sums: Any, model: Any, rows: Rows, count: int, batch: int, put: Any
 def on_mesh(tree: Any) -> Any:
     """Abstract arrays with the layouts that `jax.eval_shape` found, on the current mesh itself."""
     mesh = jax.sharding.get_mesh()
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec)), tree)
+
+    def place(x):
+        spec = x.sharding.spec if x.sharding else P()  # eval_shape says nothing of scalars
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, tree)
 
 
 def restore(checkpoints: Checkpoints, step: int, config: RunConfig) -> State:

@@ -25,10 +25,9 @@ def named(tree: Any) -> Iterator[tuple[str, Any]]:
 def weights_table(model: Any) -> Table:
     """Each weight's shape, layout and bytes per device."""
     table = Table(title='Weights', title_justify='left', pad_edge=False, box=None)
-    table.add_column('weight')
-    table.add_column('shape')
-    table.add_column('layout')
-    table.add_column('bytes/device', justify='right')
+    for column in ('weight', 'shape', 'layout'):
+        table.add_column(column, no_wrap=True, overflow='ignore')
+    table.add_column('bytes/device', justify='right', no_wrap=True)
     count = bytes_ = 0
     for name, leaf in named(model):
         layout = ', '.join('·'.join(axes if isinstance(axes, tuple) else [axes or '–']) for axes in leaf.sharding.spec)

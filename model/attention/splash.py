@@ -33,7 +33,7 @@ def splash_attention(
         )
     q_segment_BT, k_segment_BT = q_at[1], k_at[1]
     fill = -T % LANES  # tokens of segment 0 at the end: they see themselves, so that no sum of a softmax is empty
-    pad = lambda x: jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2))
+    pad = partial(pad_time, fill=fill)
     q_BKGTH = pad(q_BTKGH * jnp.asarray(scale, q_BTKGH.dtype)).transpose(0, 2, 3, 1, 4)
     k_BKTH, v_BKTH = pad(k_BTKH).swapaxes(1, 2), pad(v_BTKH).swapaxes(1, 2)
     segments = kernels.SegmentIds(pad(q_segment_BT), pad(k_segment_BT))
@@ -47,11 +47,14 @@ def splash_attention(
     return out_BKGTH.transpose(0, 3, 1, 2, 4)[:, :T]
 
 
+def pad_time(x_BT: jax.Array, fill: int) -> jax.Array:
+    return jnp.pad(x_BT, [(0, 0), (0, fill)] + [(0, 0)] * (x_BT.ndim - 2))
+
+
 def make_kernel(T: int, G: int, window: int | None, interpret: bool) -> kernels.SplashAttentionKernel:
     """(q [G, T, H], k [T, H], v [T, H], segments [T] twice) to [G, T, H]; T in whole LANES."""
     see_TT = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), offset=0)
     tile = next(tile for tile in TILES if T % tile == 0)
-    sizes = kernels.BlockSizes(*[tile] * 3, *[tile] * 3, use_fused_bwd_kernel=True)
-    return kernels.make_splash_mqa_single_device(
-        masks.MultiHeadMask([see_TT] * G), block_sizes=sizes, interpret=interpret
-    )
+    sizes = kernels.BlockSizes(*[tile] * 8)  # three kernels: the fused backward one keeps T / tile copies of dq
+    see_GTT = masks.MultiHeadMask([see_TT] * G)
+    return kernels.make_splash_mqa_single_device(see_GTT, block_sizes=sizes, interpret=interpret)

@@ -1,0 +1,260 @@
+"""The experts' arithmetic: rows sorted by expert, each run of rows multiplied by its own expert's weights.
+
+R: rows (token, choice) sorted by expert   E: experts held here   D, F, G: widths in, hidden, out   N: tokens   K: choices a token
+B: rows of one block
+
+Everything is written from one device's view and works inside a fully manual `jax.shard_map` and outside of one.
+Backends: `reference` computes every expert for every row and keeps the right one (obviously right, E times the work);
+`ragged` is `lax.ragged_dot`, which accelerators have kernels for; `blocked` is for CPUs, where `lax.ragged_dot` costs E times the work too.
+"""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from sharding.errors import UserError
+
+BACKENDS = ('reference', 'blocked', 'ragged')
+
+# Rows of a block, tried in this order in each group; the last one covers what remains. Large blocks run at a plain matmul's speed, small ones
+# waste little where a group ends.
+BLOCKS = (512, 128, 32)
+
+Matmul = Callable[[jax.Array, Any], Any]  # (rows, weight) -> rows, (rows, (weight, ...)) -> (rows, ...)
+
+
+def default_backend(platform: str) -> str:
+    """The fast backend of a `jax.Device.platform`: 'cpu', 'gpu' or 'tpu'."""
+    return 'blocked' if platform == 'cpu' else 'ragged'
+
+
+def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, backend: str) -> jax.Array:
+    """y_RF, where the first sizes[0] rows of x meet w[0], the next sizes[1] rows meet w[1], and so on.
+
+    sum(sizes) <= R; rows past the sum give 0, and neither receive nor contribute any gradient whatever they hold. Sums are made in float32 or
+    wider. Raises UserError for an unknown backend.
+    """
+    return grouped_apply(lambda matmul, x_RD, w: matmul(x_RD, w), x_RD, w_EDF, sizes_E, backend=backend)
+
+
+def expert_mlp(
+    x_RD: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+    sizes_E: jax.Array,
+    *,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+    backend: str,
+) -> jax.Array:
+    """y_RD = (activation(x gate) * (x up)) down with each row's own expert (Shazeer 2020, arXiv:2002.05202, eq. 6); rows as in `grouped_matmul`."""
+
+    def mlp(matmul: Matmul, x_RD: jax.Array, weights: tuple[jax.Array, ...]) -> jax.Array:
+        gate, up, down = weights
+        gate_RF, up_RF = matmul(x_RD, (gate, up))
+        return matmul(activation(gate_RF) * up_RF, down)
+
+    return grouped_apply(mlp, x_RD, (gate_EDF, up_EDF, down_EFD), sizes_E, backend=backend)
+
+
+def grouped_apply(
+    f: Callable[[Matmul, jax.Array, Any], jax.Array], x_RD: jax.Array, weights: Any, sizes_E: jax.Array, *, backend: str
+) -> jax.Array:
+    """y_RG = f(matmul, x_RD, weights), each row with the weights of its own group; `weights` is a pytree of arrays [E, ...].
+
+    f acts on rows independently, gives 0-free gradients at a row of zeros, keeps the dtype, closes over no traced value, and multiplies rows by
+    weights with `matmul` alone: `blocked` hands it a block of rows and one group's weights, so that all of f happens while the block is in
+    cache; the other backends hand it all rows and all weights. Rows past sum(sizes) as in `grouped_matmul`.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f'grouped matmul backend {backend!r} is unknown; use one of {", ".join(BACKENDS)}')
+    for w in jax.tree.leaves(weights):
+        assert w.dtype == x_RD.dtype and w.shape[0] == sizes_E.shape[0], (w.dtype, w.shape, x_RD.dtype, sizes_E.shape)
+    x_RD, weights, sizes_E = _vary_alike((x_RD, weights, sizes_E.astype(jnp.int32)))
+    if backend == 'blocked':
+        return _blocked(f, x_RD, weights, sizes_E)
+    ends_E = jnp.cumsum(sizes_E)
+    row_R = jnp.arange(x_RD.shape[0])
+
+    def matmul(x_RD: jax.Array, w_EDF: Any) -> Any:
+        if isinstance(w_EDF, tuple):
+            return tuple(matmul(x_RD, w) for w in w_EDF)
+        wide = jnp.promote_types(x_RD.dtype, jnp.float32)
+        if backend == 'ragged':
+            y_RF = lax.ragged_dot(x_RD, w_EDF, sizes_E, preferred_element_type=wide)
+        else:
+            mine_RE = (row_R[:, None] < ends_E[None]) & (row_R[:, None] >= (ends_E - sizes_E)[None])
+            y_RF = jnp.einsum('RD,EDF,RE->RF', x_RD, w_EDF, mine_RE.astype(wide), preferred_element_type=wide)
+        return y_RF.astype(x_RD.dtype)
+
+    # Both ends are masked: what the last rows hold (anything, NaN too) reaches neither y nor, through 0 * NaN, a gradient.
+    inside_R1 = (row_R < ends_E[-1])[:, None]
+    y_RG = f(matmul, jnp.where(inside_R1, x_RD, 0), weights)
+    return jnp.where(inside_R1, y_RG, 0)
+
+
+def permute(x_ND: jax.Array, order_R: jax.Array, inverse_R: jax.Array) -> jax.Array:
+    """x_RD[r] = x_ND[order[r] // K]: the tokens' rows, one for each choice (R = N K), in the order of their experts.
+
+    order_R sorts the N K (token, choice) pairs by expert, inverse_R is its inverse permutation. The gradient is a gather and a sum over K; the
+    scatter-add that autodiff would write is many times slower.
+    """
+    return _permute(*_vary_alike((x_ND, order_R, inverse_R)))
+
+
+def combine(y_RD: jax.Array, share_NK: jax.Array, order_R: jax.Array, inverse_R: jax.Array) -> jax.Array:
+    """y_ND = sum over K of share_NK times the token's own rows of y_RD: the way back from `permute`, whose indices it takes."""
+    return _combine(*_vary_alike((y_RD, share_NK, order_R, inverse_R)))
+
+
+def _vary_alike(tree: Any) -> Any:
+    """The same arrays, all marked as varying over every mesh axis that one of them varies over.
+
+    A loop's carry has one type throughout, and so has a custom gradient; what JAX adds for the cast in the backward pass is the psum that
+    the gradient of a replicated weight needs. Outside of shard_map nothing varies and nothing happens.
+    """
+    axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in jax.tree.leaves(tree)))
+    return jax.tree.map(lambda a: _vary(a, axes), tree)
+
+
+def _vary(a: jax.Array, axes: frozenset[str]) -> jax.Array:
+    missing = tuple(sorted(axes - jax.typeof(a).manual_axis_type.varying))
+    return lax.pcast(a, missing, to='varying') if missing else a
+
+
+def _rows(x_RD: jax.Array, row_B: jax.Array) -> jax.Array:
+    return x_RD.at[row_B].get(mode='promise_in_bounds', unique_indices=False)
+
+
+@jax.custom_vjp
+def _permute(x_ND: jax.Array, order_R: jax.Array, inverse_R: jax.Array) -> jax.Array:
+    return _rows(x_ND, order_R // (order_R.shape[0] // x_ND.shape[0]))
+
+
+def _permute_forward(x_ND, order_R, inverse_R):
+    return _permute(x_ND, order_R, inverse_R), (inverse_R, x_ND.shape[0])
+
+
+def _permute_backward(saved, g_RD):
+    inverse_R, N = saved
+    return _rows(g_RD, inverse_R).reshape(N, -1, g_RD.shape[1]).sum(1), None, None
+
+
+_permute.defvjp(_permute_forward, _permute_backward)
+
+
+@jax.custom_vjp
+def _combine(y_RD: jax.Array, share_NK: jax.Array, order_R: jax.Array, inverse_R: jax.Array) -> jax.Array:
+    y_NKD = _rows(y_RD, inverse_R).reshape(*share_NK.shape, -1)
+    return jnp.sum(share_NK[:, :, None] * y_NKD, 1)
+
+
+def _combine_forward(y_RD, share_NK, order_R, inverse_R):
+    return _combine(y_RD, share_NK, order_R, inverse_R), (y_RD, share_NK, order_R, inverse_R)
+
+
+def _combine_backward(saved, g_ND):
+    y_RD, share_NK, order_R, inverse_R = saved
+    dy_RD = _rows(share_NK.reshape(-1), order_R)[:, None] * _rows(g_ND, order_R // share_NK.shape[1])
+    y_NKD = _rows(y_RD, inverse_R).reshape(*share_NK.shape, -1)
+    return dy_RD, jnp.sum(g_ND[:, None] * y_NKD, 2), None, None
+
+
+_combine.defvjp(_combine_forward, _combine_backward)
+
+
+def _blocked(f: Callable[[Matmul, jax.Array, Any], jax.Array], x_RD: jax.Array, weights: Any, sizes_E: jax.Array) -> jax.Array:
+    """Group after group, block after block of its rows: the work follows sum(sizes), not R, and nothing of size R but y is allocated.
+
+    A block may reach past its group's end; those rows are computed and dropped. `lax.while_loop` has no reverse mode, hence the custom gradient: the
+    same walk, with each block's vjp recomputed from x, and the weights' gradients summed in float32 or wider while a group lasts.
+    """
+    R, dtype = x_RD.shape[0], x_RD.dtype
+    axes = jax.typeof(x_RD).manual_axis_type.varying
+    wide = jnp.promote_types(dtype, jnp.float32)
+    blocks = tuple(B for B in BLOCKS if B <= R) or (R,)
+
+    def g(x_BD: jax.Array, weights: Any) -> jax.Array:  # one block, one group
+        return f(matmul, x_BD, weights)
+
+    def matmul(x_BD: jax.Array, w: Any) -> Any:
+        if not isinstance(w, tuple):
+            return x_BD @ w
+        ends = list(itertools.accumulate(w_DF.shape[1] for w_DF in w))[:-1]
+        return tuple(jnp.split(x_BD @ jnp.concatenate(w, 1), ends, 1))
+
+    def widen(tree: Any) -> Any:
+        return jax.tree.map(lambda a: a.astype(wide), tree)
+
+    def zeros(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        return _vary(jnp.zeros(shape, dtype), axes)
+
+    def take(a_RD: jax.Array, first: jax.Array, B: int) -> jax.Array:
+        return lax.dynamic_slice_in_dim(a_RD, first, B)
+
+    def put(a_RD: jax.Array, a_BD: jax.Array, mine_B1: jax.Array, first: jax.Array) -> jax.Array:
+        a_BD = jnp.where(mine_B1, a_BD.astype(a_RD.dtype), take(a_RD, first, a_BD.shape[0]))
+        return lax.dynamic_update_slice_in_dim(a_RD, a_BD, first, 0)
+
+    def walk(body: Callable, carry: Any, start: jax.Array, size: jax.Array) -> Any:
+        """carry = body(first, mine_B1, carry) for blocks that cover the group; mine says which of the rows first .. first + B - 1 are new."""
+        for i, B in enumerate(blocks):
+            count = size // B if i + 1 < len(blocks) else -(-size // B)
+
+            def block(j, carry, B=B, start=start, end=start + size):
+                row = start + j * B
+                first = jnp.minimum(row, R - B)  # the last block of x ends where x ends
+                row_B1 = first + lax.broadcasted_iota(jnp.int32, (B, 1), 0)
+                return body(first, (row_B1 >= row) & (row_B1 < end), carry)
+
+            carry = lax.fori_loop(0, count, block, carry)
+            start, size = start + count * B, size - count * B
+        return carry
+
+    @jax.custom_vjp
+    def run(x_RD: jax.Array, weights: Any, sizes_E: jax.Array) -> jax.Array:
+        one = jax.tree.map(lambda w: w[0], weights)
+        G = jax.eval_shape(g, x_RD, one).shape[1]
+
+        def group(y_RG: jax.Array, item: tuple) -> tuple[jax.Array, None]:
+            weights, size, end = item
+            weights = widen(weights)
+
+            def block(first: jax.Array, mine_B1: jax.Array, y_RG: jax.Array) -> jax.Array:
+                x_BD = widen(take(x_RD, first, mine_B1.shape[0]))
+                return put(y_RG, g(x_BD, weights), mine_B1, first)
+
+            return walk(block, y_RG, end - size, size), None
+
+        return lax.scan(group, zeros((R, G), dtype), (weights, sizes_E, jnp.cumsum(sizes_E)))[0]
+
+    def forward(x_RD, weights, sizes_E):
+        return run(x_RD, weights, sizes_E), (x_RD, weights, sizes_E)
+
+    def backward(saved, dy_RG):
+        x_RD, weights, sizes_E = saved
+
+        def group(dx_RD: jax.Array, item: tuple) -> tuple[jax.Array, Any]:
+            weights, size, end = item
+            weights = widen(weights)
+
+            def block(first: jax.Array, mine_B1: jax.Array, carry: tuple) -> tuple:
+                dx_RD, sums = carry
+                # Rows that are not this block's are 0 in both, so that they add nothing to the sums.
+                x_BD, dy_BG = (jnp.where(mine_B1, widen(take(a, first, mine_B1.shape[0])), 0) for a in (x_RD, dy_RG))
+                dx_BD, dweights = jax.vjp(g, x_BD, weights)[1](dy_BG)
+                return put(dx_RD, dx_BD, mine_B1, first), jax.tree.map(jnp.add, sums, dweights)
+
+            sums = jax.tree.map(lambda w: zeros(w.shape, wide), weights)
+            dx_RD, sums = walk(block, (dx_RD, sums), end - size, size)
+            return dx_RD, jax.tree.map(lambda a: a.astype(dtype), sums)
+
+        dx_RD, dweights = lax.scan(group, zeros(x_RD.shape, dtype), (weights, sizes_E, jnp.cumsum(sizes_E)))
+        return dx_RD, dweights, None
+
+    run.defvjp(forward, backward)
+    return run(x_RD, weights, sizes_E)
