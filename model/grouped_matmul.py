@@ -1,11 +1,12 @@
 """The experts' arithmetic: rows sorted by expert, each run of rows multiplied by its own expert's weights.
 
-R: rows (token, choice) sorted by expert   E: experts held here   D, F, G: widths in, hidden, out   N: tokens   K: choices a token
-B: rows of one block
+R: rows (token, choice) sorted by expert   E: experts held here   D, F, G: widths in, hidden, out   N: tokens   K:
+choices a token B: rows of one block
 
 Everything is written from one device's view and works inside a fully manual `jax.shard_map` and outside of one.
 Backends: `reference` computes every expert for every row and keeps the right one (obviously right, E times the work);
-`ragged` is `lax.ragged_dot`, which accelerators have kernels for; `blocked` is for CPUs, where `lax.ragged_dot` costs E times the work too.
+`ragged` is `lax.ragged_dot`, which accelerators have kernels for; `blocked` is for CPUs, where `lax.ragged_dot` costs E
+times the work too.
 """
 
 import itertools
@@ -16,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sharding.errors import UserError
+from sharding.errors import UserError, nearest
 
 BACKENDS = ('reference', 'blocked', 'ragged')
 
-# Rows of a block, tried in this order in each group; the last one covers what remains. Large blocks run at a plain matmul's speed, small ones
-# waste little where a group ends.
+# Rows of a block, tried in this order in each group; the last one covers what remains. Large blocks run at a plain
+# matmul's speed, small ones waste little where a group ends.
 BLOCKS = (512, 128, 32)
 
 Matmul = Callable[[jax.Array, Any], Any]  # (rows, weight) -> rows, (rows, (weight, ...)) -> (rows, ...)
@@ -35,8 +36,8 @@ def default_backend(platform: str) -> str:
 def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, backend: str) -> jax.Array:
     """y_RF, where the first sizes[0] rows of x meet w[0], the next sizes[1] rows meet w[1], and so on.
 
-    sum(sizes) <= R; rows past the sum give 0, and neither receive nor contribute any gradient whatever they hold. Sums are made in float32 or
-    wider. Raises UserError for an unknown backend.
+    sum(sizes) <= R; rows past the sum give 0, and neither receive nor contribute any gradient whatever they hold. Sums
+    are made in float32 or wider. Raises UserError for an unknown backend.
     """
     return grouped_apply(lambda matmul, x_RD, w: matmul(x_RD, w), x_RD, w_EDF, sizes_E, backend=backend)
 
@@ -51,7 +52,8 @@ def expert_mlp(
     activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
     backend: str,
 ) -> jax.Array:
-    """y_RD = (activation(x gate) * (x up)) down with each row's own expert (Shazeer 2020, arXiv:2002.05202, eq. 6); rows as in `grouped_matmul`."""
+    """y_RD = (activation(x gate) * (x up)) down with each row's own expert (Shazeer 2020, arXiv:2002.05202, eq. 6);
+    rows as in `grouped_matmul`."""
 
     def mlp(matmul: Matmul, x_RD: jax.Array, weights: tuple[jax.Array, ...]) -> jax.Array:
         gate, up, down = weights
@@ -64,16 +66,19 @@ def expert_mlp(
 def grouped_apply(
     f: Callable[[Matmul, jax.Array, Any], jax.Array], x_RD: jax.Array, weights: Any, sizes_E: jax.Array, *, backend: str
 ) -> jax.Array:
-    """y_RG = f(matmul, x_RD, weights), each row with the weights of its own group; `weights` is a pytree of arrays [E, ...].
+    """y_RG = f(matmul, x_RD, weights), each row with the weights of its own group; `weights` is a pytree of arrays [E,
+    ...].
 
-    f acts on rows independently, gives 0-free gradients at a row of zeros, keeps the dtype, closes over no traced value, and multiplies rows by
-    weights with `matmul` alone: `blocked` hands it a block of rows and one group's weights, so that all of f happens while the block is in
-    cache; the other backends hand it all rows and all weights. Rows past sum(sizes) as in `grouped_matmul`.
+    f acts on rows independently, has finite gradients at a row of zeros, keeps the dtype, closes over no traced value,
+    and multiplies rows by weights with `matmul` alone: `blocked` hands it a block of rows and one group's weights, so
+    that all of f happens while the block is in cache; the other backends hand it all rows and all weights. Rows past
+    sum(sizes) as in `grouped_matmul`.
     """
     if backend not in BACKENDS:
-        raise UserError(f'grouped matmul backend {backend!r} is unknown; use one of {", ".join(BACKENDS)}')
+        raise UserError(f'grouped matmul backend {backend!r} does not exist{nearest(backend, BACKENDS)}')
     for w in jax.tree.leaves(weights):
-        assert w.dtype == x_RD.dtype and w.shape[0] == sizes_E.shape[0], (w.dtype, w.shape, x_RD.dtype, sizes_E.shape)
+        assert w.dtype == x_RD.dtype, (w.dtype, x_RD.dtype)
+        assert w.shape[0] == sizes_E.shape[0], (w.shape, sizes_E.shape)
     x_RD, weights, sizes_E = _vary_alike((x_RD, weights, sizes_E.astype(jnp.int32)))
     if backend == 'blocked':
         return _blocked(f, x_RD, weights, sizes_E)
@@ -91,7 +96,8 @@ def grouped_apply(
             y_RF = jnp.einsum('RD,EDF,RE->RF', x_RD, w_EDF, mine_RE.astype(wide), preferred_element_type=wide)
         return y_RF.astype(x_RD.dtype)
 
-    # Both ends are masked: what the last rows hold (anything, NaN too) reaches neither y nor, through 0 * NaN, a gradient.
+    # Both ends are masked: what the last rows hold (anything, NaN too) reaches neither y nor, through 0 * NaN, a
+    # gradient.
     inside_R1 = (row_R < ends_E[-1])[:, None]
     y_RG = f(matmul, jnp.where(inside_R1, x_RD, 0), weights)
     return jnp.where(inside_R1, y_RG, 0)
@@ -100,22 +106,24 @@ def grouped_apply(
 def permute(x_ND: jax.Array, order_R: jax.Array, inverse_R: jax.Array) -> jax.Array:
     """x_RD[r] = x_ND[order[r] // K]: the tokens' rows, one for each choice (R = N K), in the order of their experts.
 
-    order_R sorts the N K (token, choice) pairs by expert, inverse_R is its inverse permutation. The gradient is a gather and a sum over K; the
-    scatter-add that autodiff would write is many times slower.
+    order_R sorts the N K (token, choice) pairs by expert, inverse_R is its inverse permutation. The gradient is a
+    gather and a sum over K; the scatter-add that autodiff would write is many times slower.
     """
     return _permute(*_vary_alike((x_ND, order_R, inverse_R)))
 
 
 def combine(y_RD: jax.Array, share_NK: jax.Array, order_R: jax.Array, inverse_R: jax.Array) -> jax.Array:
-    """y_ND = sum over K of share_NK times the token's own rows of y_RD: the way back from `permute`, whose indices it takes."""
+    """y_ND = sum over K of share_NK times the token's own rows of y_RD: the way back from `permute`, whose indices it
+    takes."""
     return _combine(*_vary_alike((y_RD, share_NK, order_R, inverse_R)))
 
 
 def _vary_alike(tree: Any) -> Any:
     """The same arrays, all marked as varying over every mesh axis that one of them varies over.
 
-    A loop's carry has one type throughout, and so has a custom gradient; what JAX adds for the cast in the backward pass is the psum that
-    the gradient of a replicated weight needs. Outside of shard_map nothing varies and nothing happens.
+    A loop's carry has one type throughout, and so has a custom gradient; what JAX adds for the cast in the backward
+    pass is the psum that the gradient of a replicated weight needs. Outside of shard_map nothing varies and nothing
+    happens.
     """
     axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in jax.tree.leaves(tree)))
     return jax.tree.map(lambda a: _vary(a, axes), tree)
@@ -127,7 +135,7 @@ def _vary(a: jax.Array, axes: frozenset[str]) -> jax.Array:
 
 
 def _rows(x_RD: jax.Array, row_B: jax.Array) -> jax.Array:
-    return x_RD.at[row_B].get(mode='promise_in_bounds', unique_indices=False)
+    return x_RD.at[row_B].get(mode='promise_in_bounds')
 
 
 @jax.custom_vjp
@@ -135,11 +143,11 @@ def _permute(x_ND: jax.Array, order_R: jax.Array, inverse_R: jax.Array) -> jax.A
     return _rows(x_ND, order_R // (order_R.shape[0] // x_ND.shape[0]))
 
 
-def _permute_forward(x_ND, order_R, inverse_R):
+def _permute_forward(x_ND: jax.Array, order_R: jax.Array, inverse_R: jax.Array) -> tuple:
     return _permute(x_ND, order_R, inverse_R), (inverse_R, x_ND.shape[0])
 
 
-def _permute_backward(saved, g_RD):
+def _permute_backward(saved: tuple, g_RD: jax.Array) -> tuple:
     inverse_R, N = saved
     return _rows(g_RD, inverse_R).reshape(N, -1, g_RD.shape[1]).sum(1), None, None
 
@@ -153,11 +161,11 @@ def _combine(y_RD: jax.Array, share_NK: jax.Array, order_R: jax.Array, inverse_R
     return jnp.sum(share_NK[:, :, None] * y_NKD, 1)
 
 
-def _combine_forward(y_RD, share_NK, order_R, inverse_R):
+def _combine_forward(y_RD: jax.Array, share_NK: jax.Array, order_R: jax.Array, inverse_R: jax.Array) -> tuple:
     return _combine(y_RD, share_NK, order_R, inverse_R), (y_RD, share_NK, order_R, inverse_R)
 
 
-def _combine_backward(saved, g_ND):
+def _combine_backward(saved: tuple, g_ND: jax.Array) -> tuple:
     y_RD, share_NK, order_R, inverse_R = saved
     dy_RD = _rows(share_NK.reshape(-1), order_R)[:, None] * _rows(g_ND, order_R // share_NK.shape[1])
     y_NKD = _rows(y_RD, inverse_R).reshape(*share_NK.shape, -1)
@@ -167,11 +175,15 @@ def _combine_backward(saved, g_ND):
 _combine.defvjp(_combine_forward, _combine_backward)
 
 
-def _blocked(f: Callable[[Matmul, jax.Array, Any], jax.Array], x_RD: jax.Array, weights: Any, sizes_E: jax.Array) -> jax.Array:
-    """Group after group, block after block of its rows: the work follows sum(sizes), not R, and nothing of size R but y is allocated.
+def _blocked(
+    f: Callable[[Matmul, jax.Array, Any], jax.Array], x_RD: jax.Array, weights: Any, sizes_E: jax.Array
+) -> jax.Array:
+    """Group after group, block after block of its rows: the work follows sum(sizes), not R, and nothing of size R but y
+    is allocated.
 
-    A block may reach past its group's end; those rows are computed and dropped. `lax.while_loop` has no reverse mode, hence the custom gradient: the
-    same walk, with each block's vjp recomputed from x, and the weights' gradients summed in float32 or wider while a group lasts.
+    A block may reach past its group's end; those rows are computed and dropped. `lax.while_loop` has no reverse mode,
+    hence the custom gradient: the same walk, with each block's vjp recomputed from x, and the weights' gradients summed
+    in float32 or wider while a group lasts.
     """
     R, dtype = x_RD.shape[0], x_RD.dtype
     axes = jax.typeof(x_RD).manual_axis_type.varying
@@ -184,6 +196,7 @@ def _blocked(f: Callable[[Matmul, jax.Array, Any], jax.Array], x_RD: jax.Array, 
     def matmul(x_BD: jax.Array, w: Any) -> Any:
         if not isinstance(w, tuple):
             return x_BD @ w
+        # One wide product is faster than several narrow ones; XLA makes the wide weight once a group.
         ends = list(itertools.accumulate(w_DF.shape[1] for w_DF in w))[:-1]
         return tuple(jnp.split(x_BD @ jnp.concatenate(w, 1), ends, 1))
 
@@ -201,7 +214,8 @@ def _blocked(f: Callable[[Matmul, jax.Array, Any], jax.Array], x_RD: jax.Array, 
         return lax.dynamic_update_slice_in_dim(a_RD, a_BD, first, 0)
 
     def walk(body: Callable, carry: Any, start: jax.Array, size: jax.Array) -> Any:
-        """carry = body(first, mine_B1, carry) for blocks that cover the group; mine says which of the rows first .. first + B - 1 are new."""
+        """carry = body(first, mine_B1, carry) for blocks that cover the group; mine says which of the rows first ..
+        first + B - 1 are new."""
         for i, B in enumerate(blocks):
             count = size // B if i + 1 < len(blocks) else -(-size // B)
 
