@@ -13,6 +13,7 @@ from model.attention.reference import reference_attention
 from model.attention.splash import splash_attention
 from sharding.collectives import varying
 from sharding.errors import UserError, nearest
+from sharding.mesh import platform
 
 _RUN = {
     'reference': reference_attention,
@@ -39,9 +40,9 @@ def attention(
     Args:
         q_BTKGH: queries, G heads for each of the K key/value heads (K = 1: multi-query; G = 1: multi-head).
         k_BSKH, v_BSKH: keys and values.
-        q_at: (position, segment), int32 [B, T] each: where a token stands in its document, and in which document of its row.
+        q_at: (position, segment), int32 [B, T] each: a token's place in its document, and its document in the row.
         k_at: the same for the keys, [B, S] each.
-        window: a query sees itself and the `window` - 1 positions before it (Hugging Face's meaning); None: all before it.
+        window: a query sees itself and the `window` - 1 positions before it (as in Hugging Face's configs); None: all.
         scale: of the scores; default H ** -0.5.
         backend: one of `BACKENDS`; `default_backend` names the fast one of a platform.
 
@@ -53,7 +54,7 @@ def attention(
         [B, T, K, G, H] in q's dtype.
 
     Raises:
-        UserError: an unknown backend, or a window below 1.
+        UserError: an unknown backend, a window below 1, or inputs that the backend says it does not take.
     """
     if backend not in _RUN:
         raise UserError(f'attention backend {backend!r} does not exist{nearest(backend, BACKENDS)}')
@@ -68,7 +69,7 @@ def attention(
 
 
 def together(tree):
-    """All arrays, marked as varying over the mesh axes that any of them varies over: loops and kernels want them alike."""
+    """The arrays, each marked as varying over the mesh axes that any of them varies over, as loops and kernels want."""
     axes = frozenset().union(*map(varying, jax.tree.leaves(tree)))
 
     def mark(x: jax.Array) -> jax.Array:
@@ -78,14 +79,17 @@ def together(tree):
     return jax.tree.map(mark, tree)
 
 
-def default_backend(platform: str) -> str:
+def default_backend(name: str) -> str:
     """The fast backend of a JAX platform: 'cpu', 'gpu' or 'cuda', 'tpu'."""
     fast = {'cpu': 'blockwise', 'gpu': 'flash', 'cuda': 'flash', 'tpu': 'splash'}
-    if platform not in fast:
-        raise UserError(f'platform {platform!r} has no fast attention backend; known: {", ".join(fast)}')
-    return fast[platform]
+    if name not in fast:
+        raise UserError(f'platform {name!r} has no fast attention backend; known: {", ".join(fast)}')
+    return fast[name]
 
 
 def needs_unchecked(backend: str) -> bool:
-    """Whether a shard_map that holds this backend must be made with check_vma=False."""
-    return backend == 'splash'
+    """Whether a shard_map that holds this backend must be made with check_vma=False, on the current mesh's platform.
+
+    Splash's outputs do not say over which axes they vary; on a CPU, neither does Pallas while it interprets flash.
+    """
+    return backend == 'splash' or (backend == 'flash' and platform() == 'cpu')

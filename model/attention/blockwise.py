@@ -1,13 +1,12 @@
 """Attention in tiles with an online softmax: no array of all T times S scores exists, forward or backward.
 
 Milakov and Gimelshein 2018 (arXiv:1805.02867) for the softmax; FlashAttention-2, Dao 2023 (arXiv:2307.08691), for the
-gradient, which keeps the output and one log-sum-exp a query. Plain jax.numpy, so it runs everywhere, in shapes chosen for
-XLA on a CPU: there batched matmuls over contiguous [time, H] rows are two to three times as fast as einsums over strided
-heads.
+gradient, which keeps the output and one log-sum-exp a query. Plain jax.numpy, so it runs everywhere, in shapes chosen
+for XLA on a CPU, where batched matmuls over contiguous [time, H] rows are far faster than einsums over strided heads.
 
-Letters: B batch rows, T queries, S keys, K key/value heads, G query heads per key/value head, H head dim; c query tiles,
-d key tiles. Of one tile: N = K (or B * K) heads, M = G * T query rows that share a head's keys, S keys, and R = 1 (or B)
-masks of [T, S].
+Letters: B batch rows, T queries, S keys, K key/value heads, G query heads per key/value head, H head dim, c query
+tiles, d key tiles. Of one tile: N = K (or B * K) heads, M = G * T query rows that share a head's keys, S keys, and R
+= 1 (or B) masks of [T, S].
 """
 
 from functools import partial
@@ -33,7 +32,7 @@ def blockwise_attention(
     scale: float,
     tile: int | None = None,
 ) -> jax.Array:
-    """What `reference_attention` gives, [B, T, K, G, H], with the scores of `tile` queries and keys of one row at a time.
+    """What `reference_attention` gives, [B, T, K, G, H], from the scores of `tile` queries and keys of a row at a time.
 
     Small inputs (`ONE_TILE`) are one tile altogether. Key tiles outside the range that a query tile sees are skipped.
     """

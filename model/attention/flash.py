@@ -1,12 +1,13 @@
-"""Attention for NVIDIA GPUs: a forward and two backward Pallas (Triton) kernels. FlashAttention-2, Dao 2023 (arXiv:2307.08691).
+"""Attention for NVIDIA GPUs: one forward and two backward Pallas (Triton) kernels.
 
-One program owns a tile of queries (forward, dq) or of keys (dk and dv, of all the query heads that share them, so nothing is
-added up across programs) and walks over the tiles that it sees. Which these are is counted outside, from the bounds of each
-tile: first those that need a mask, then a run that needs none, then again those that do. Only the output and one log-sum-exp
-a query are kept for the backward pass. Scores are in base 2: exp2 is one instruction.
+FlashAttention-2, Dao 2023 (arXiv:2307.08691). One program owns a tile of queries (forward, dq), or a tile of keys for
+all the query heads that share them (dk, dv), so that no two programs add to one place. It walks over the tiles that
+its own may see, counted outside from the bounds of each: first those that want a mask, then a run that wants none,
+then again those that do. The backward pass is left the output and one log-sum-exp a query, in base 2, where an
+exponential is one instruction.
 
-Letters: B batch rows, T queries, S keys, K key/value heads, G query heads per key/value head, N = K * G query heads, H head
-dim; c query tiles, d key tiles. Inside a kernel T and S are one tile's, and H is filled up to a power of two.
+Letters: B batch rows, T queries, S keys, K key/value heads, G query heads per key/value head, N = K * G query heads,
+H head dim, c query tiles, d key tiles. Inside a kernel T and S are one tile's, and H is filled up to a power of two.
 """
 
 import dataclasses
@@ -19,7 +20,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from model.attention.mask import FLOOR, HIDDEN, At, sees, span, tiles_of, tiles_see
+from model.attention.mask import FLOOR, HIDDEN, At, sees, tiles_of, tiles_see
+from model.attention.mask import span as least_span
 from sharding.errors import UserError
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -37,7 +39,7 @@ class Tiling:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a kernel needs to know while it is traced."""
+    """What the kernels know while they are traced."""
 
     forward: Tiling
     dq: Tiling
@@ -47,13 +49,18 @@ class Plan:
 
 
 def tilings(H: int, dtype: jnp.dtype) -> tuple[Tiling, Tiling, Tiling]:
-    """For forward, dq, dkv: what the shared memory and registers of an A100 or H100 hold at this head dim and dtype."""
-    bytes_a_row = pl.next_power_of_2(H) * jnp.dtype(dtype).itemsize
-    if bytes_a_row <= 128:  # bfloat16, H 64
-        return Tiling(128, 64, 4, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)
-    if bytes_a_row <= 256:  # bfloat16, H 128
-        return Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 64, 4, 2)
-    return Tiling(64, 32, 4, 2), Tiling(64, 32, 4, 2), Tiling(32, 32, 4, 2)
+    """For forward, dq, dkv: by the bytes of one head's row, so that an A100 or H100 has the shared memory.
+
+    Compiled for sm_90a, all but the last run on wgmma, and none spills more than 12 bytes of registers.
+    """
+    row = pl.next_power_of_2(H) * jnp.dtype(dtype).itemsize
+    if row <= 128:
+        return Tiling(128, 128, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)
+    if row <= 256:
+        return Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)
+    if row <= 512:
+        return Tiling(128, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(32, 64, 8, 2)
+    return Tiling(32, 32, 8, 2), Tiling(32, 32, 8, 1), Tiling(16, 32, 8, 1)
 
 
 def flash_attention(
@@ -66,38 +73,41 @@ def flash_attention(
     scale: float,
     tiling: tuple[Tiling, Tiling, Tiling] | None = None,
 ) -> jax.Array:
-    """What `reference_attention` gives, [B, T, K, G, H], for bfloat16, float16 and float32. On a CPU the kernels are interpreted.
+    """What `reference_attention` gives, [B, T, K, G, H], for bfloat16, float16, float32; a CPU interprets the kernels.
 
-    Time is filled up to whole tiles (a copy, where T is not a multiple of 128), H inside the kernels. float32 is multiplied
-    as `jax.default_matmul_precision` says (TF32 unless told).
+    Time is filled up to whole tiles (a copy, where they do not divide it); H is filled up inside the kernels. float32
+    is multiplied as `jax.default_matmul_precision` says, which unsaid is TF32.
+
+    Raises:
+        UserError: another dtype.
     """
     if q_BTKGH.dtype not in DTYPES:
         names = ', '.join(jnp.dtype(dtype).name for dtype in DTYPES)
-        raise UserError(f'attention backend flash has no {q_BTKGH.dtype}; it computes in {names}; reference in any')
-    T, S = q_BTKGH.shape[1], k_BSKH.shape[1]
-    q_most, k_most = (max(16, pl.next_power_of_2(length)) for length in (T, S))
-    plan = Plan(
-        *(
-            dataclasses.replace(t, q=min(t.q, q_most), k=min(t.k, k_most))
-            for t in tiling or tilings(q_BTKGH.shape[-1], q_BTKGH.dtype)
-        ),
-        window,
-        scale,
-    )
-    each = plan.forward, plan.dq, plan.dkv
+        raise UserError(f'attention backend flash has no {q_BTKGH.dtype}; it computes in {names}, reference in any')
+    T, S, H = q_BTKGH.shape[1], k_BSKH.shape[1], q_BTKGH.shape[-1]
+    each = [smaller(t, T, S) for t in tiling or tilings(H, q_BTKGH.dtype)]
     q_tile, k_tile = max(t.q for t in each), max(t.k for t in each)
-    fill = lambda x, tile: jnp.pad(x, [(0, 0), (0, -x.shape[1] % tile)] + [(0, 0)] * (x.ndim - 2))
-    at_BiT = join_tiles(tiles_of(q_at, q_tile, nobody=-1))
-    at_BiS = join_tiles(tiles_of(k_at, k_tile, nobody=-2))
-    return padded(fill(q_BTKGH, q_tile), fill(k_BSKH, k_tile), fill(v_BSKH, k_tile), at_BiT, at_BiS, plan)[:, :T]
+    q_BTKGH, (k_BSKH, v_BSKH) = fill(q_BTKGH, q_tile), (fill(x, k_tile) for x in (k_BSKH, v_BSKH))
+    at_BiT, at_BiS = fill_at(q_at, q_tile, nobody=-1), fill_at(k_at, k_tile, nobody=-2)
+    return whole_tiles(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, Plan(*each, window, scale))[:, :T]
 
 
-def join_tiles(at_c: At) -> jax.Array:
-    """int32 [B, 2, T]: positions and segments."""
-    return jnp.stack([x.reshape(x.shape[0], -1) for x in at_c], axis=1)
+def smaller(t: Tiling, T: int, S: int) -> Tiling:
+    """Tiles no larger than what there is; Triton's matmuls want 16."""
+    q_most, k_most = (max(16, pl.next_power_of_2(length)) for length in (T, S))
+    return dataclasses.replace(t, q=min(t.q, q_most), k=min(t.k, k_most))
 
 
-# Kernels: one program ---------------------------------------------------------------------------------------------------
+def fill(x_BT: jax.Array, tile: int) -> jax.Array:
+    return jnp.pad(x_BT, [(0, 0), (0, -x_BT.shape[1] % tile)] + [(0, 0)] * (x_BT.ndim - 2))
+
+
+def fill_at(at: At, tile: int, nobody: int) -> jax.Array:
+    """int32 [B, 2, T]: positions and segments; what is filled up belongs to segment `nobody`."""
+    return jnp.stack([x_BcT.reshape(x_BcT.shape[0], -1) for x_BcT in tiles_of(at, tile, nobody)], axis=1)
+
+
+# Kernels: one program -------------------------------------------------------------------------------------------------
 
 
 def load(ref, H: int, *where):
@@ -116,7 +126,7 @@ def store(ref, H: int, value):
 
 
 def walk(span_ref, one_tile, state):
-    """`one_tile(i, state, masked)` over the tiles that this program sees: masked, then a run without a mask, then masked."""
+    """`one_tile(i, state, masked)` over the tiles that this program may see, from `span_ref` (`spans` made it)."""
     first, bare, bare_end, end = (span_ref[i] for i in range(4))
     state = lax.fori_loop(first, bare, partial(one_tile, masked=True), state)
     state = lax.fori_loop(bare, bare_end, partial(one_tile, masked=False), state)
@@ -209,12 +219,12 @@ def dkv_kernel(
     store(dv_ref, H, dv_SH)
 
 
-# All programs -----------------------------------------------------------------------------------------------------------
+# All programs ---------------------------------------------------------------------------------------------------------
 
 
 def spans(some_Bcd: jax.Array, every_Bcd: jax.Array) -> jax.Array:
     """int32 [B, c, 4]: for `walk`. The run without a mask is the first one of tiles that are seen by every query."""
-    first, end = span(some_Bcd)
+    first, end = least_span(some_Bcd)
     bare = jnp.where(every_Bcd.any(-1), jnp.argmax(every_Bcd, axis=-1), first).astype(jnp.int32)
     d = jnp.arange(every_Bcd.shape[-1], dtype=jnp.int32)[None, None]
     stop_Bcd = ~every_Bcd & (d >= bare[..., None])
@@ -222,112 +232,116 @@ def spans(some_Bcd: jax.Array, every_Bcd: jax.Array) -> jax.Array:
     return jnp.stack([first, bare, bare_end, end], axis=-1)
 
 
-def call(kernel, tiling: Tiling, out_specs, out_like, in_specs, grid, name: str, *inputs):
-    """The kernel on a GPU; on a CPU, its interpretation."""
-    kind = jax.typeof(inputs[0]).manual_axis_type
+def call(kernel, name: str, tiling: Tiling, grid, in_specs, out_specs, out_shapes, *inputs) -> list[jax.Array]:
+    """The kernel on a GPU; on a CPU, its interpretation. `out_shapes`: (shape, dtype) of each output."""
+    kind = jax.typeof(inputs[0]).manual_axis_type  # outputs vary over the mesh axes that the inputs vary over
 
-    def run(interpret: bool, *inputs):
+    def run(*inputs, interpret: bool):
         return pl.pallas_call(
             kernel,
             grid=grid,
             in_specs=in_specs,
             out_specs=out_specs,
-            out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype in out_like],
+            out_shape=[jax.ShapeDtypeStruct(*out, manual_axis_type=kind) for out in out_shapes],
             compiler_params=triton.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
             interpret=interpret,
             name=name,
         )(*inputs)
 
-    return lax.platform_dependent(*inputs, cuda=partial(run, False), rocm=partial(run, False), cpu=partial(run, True))
+    compiled, interpreted = partial(run, interpret=False), partial(run, interpret=True)
+    return lax.platform_dependent(*inputs, cuda=compiled, rocm=compiled, cpu=interpreted)
 
 
-def tile_pairs(at_BiT: jax.Array, at_BiS: jax.Array, t: Tiling, window: int | None) -> tuple[jax.Array, jax.Array]:
-    cut = lambda at, tile: tiles_of((at[:, 0], at[:, 1]), tile, nobody=0)
-    return tiles_see(cut(at_BiT, t.q), cut(at_BiS, t.k), window)
+def pairs(at_BiT: jax.Array, at_BiS: jax.Array, t: Tiling, window: int | None) -> tuple[jax.Array, jax.Array]:
+    """`tiles_see` for tiles of this size; they divide T and S."""
+    at_c, at_d = ((at[:, 0], at[:, 1]) for at in (at_BiT, at_BiS))
+    return tiles_see(tiles_of(at_c, t.q, nobody=-1), tiles_of(at_d, t.k, nobody=-2), window)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def padded(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan: Plan):
-    return padded_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan)[0]
+def whole_tiles(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan: Plan):
+    return whole_tiles_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan)[0]
 
 
-def padded_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan: Plan):
-    B, T, K, G, H = q_BTKGH.shape
-    t, wide_H, S = plan.forward, pl.next_power_of_2(H), k_BSKH.shape[1]
-    span_Bc4 = spans(*tile_pairs(at_BiT, at_BiS, t, plan.window))
-    last = T // t.q - 1  # the longest walks start first: that evens out the end
+def query_specs(t: Tiling, T: int, S: int, G: int, H: int):
+    """Blocks of a program (c, n, b) that owns a query tile: of q, k and v, log-sum-exps, both places, and its span."""
+    H, last = (
+        pl.next_power_of_2(H),
+        T // t.q - 1,
+    )  # the last queries see most: they start first, which evens out the end
+    return (
+        pl.BlockSpec((None, t.q, None, None, H), lambda c, n, b: (b, last - c, n // G, n % G, 0)),
+        pl.BlockSpec((None, S, None, H), lambda c, n, b: (b, 0, n // G, 0)),
+        pl.BlockSpec((None, None, t.q), lambda c, n, b: (b, n, last - c)),
+        pl.BlockSpec((None, 2, t.q), lambda c, n, b: (b, 0, last - c)),
+        pl.BlockSpec((None, 2, S), lambda c, n, b: (b, 0, 0)),
+        pl.BlockSpec((None, None, 4), lambda c, n, b: (b, last - c, 0)),
+    )
 
-    q_spec = pl.BlockSpec((None, t.q, None, None, wide_H), lambda c, n, b: (b, last - c, n // G, n % G, 0))
-    k_spec = pl.BlockSpec((None, S, None, wide_H), lambda c, n, b: (b, 0, n // G, 0))
+
+def key_specs(t: Tiling, T: int, G: int, H: int):
+    """The same for a program (d, k, b) that owns a key tile."""
+    H = pl.next_power_of_2(H)
+    return (
+        pl.BlockSpec((None, T, None, G, H), lambda d, k, b: (b, 0, k, 0, 0)),
+        pl.BlockSpec((None, t.k, None, H), lambda d, k, b: (b, d, k, 0)),
+        pl.BlockSpec((None, G, T), lambda d, k, b: (b, k, 0)),
+        pl.BlockSpec((None, 2, T), lambda d, k, b: (b, 0, 0)),
+        pl.BlockSpec((None, 2, t.k), lambda d, k, b: (b, 0, d)),
+        pl.BlockSpec((None, None, 4), lambda d, k, b: (b, d, 0)),
+    )
+
+
+def whole_tiles_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan: Plan):
+    (B, T, K, G, H), S, t = q_BTKGH.shape, k_BSKH.shape[1], plan.forward
+    q, kv, lse, at_q, at_k, span = query_specs(t, T, S, G, H)
     out_BTKGH, lse_BNT = call(
         partial(forward_kernel, plan=plan, H=H),
-        t,
-        [q_spec, pl.BlockSpec((None, None, t.q), lambda c, n, b: (b, n, last - c))],
-        [(q_BTKGH.shape, q_BTKGH.dtype), ((B, K * G, T), jnp.float32)],
-        [
-            q_spec,
-            k_spec,
-            k_spec,
-            pl.BlockSpec((None, 2, t.q), lambda c, n, b: (b, 0, last - c)),
-            pl.BlockSpec((None, 2, S), lambda c, n, b: (b, 0, 0)),
-            pl.BlockSpec((None, None, 4), lambda c, n, b: (b, last - c, 0)),
-        ],
-        (T // t.q, K * G, B),
         'flash_forward',
-        *(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, span_Bc4),
+        t,
+        (T // t.q, K * G, B),
+        [q, kv, kv, at_q, at_k, span],
+        [q, lse],
+        [(q_BTKGH.shape, q_BTKGH.dtype), ((B, K * G, T), jnp.float32)],
+        *(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, spans(*pairs(at_BiT, at_BiS, t, plan.window))),
     )
     return out_BTKGH, (q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, out_BTKGH, lse_BNT)
 
 
-def padded_backward(plan: Plan, kept, dout_BTKGH):
+def whole_tiles_backward(plan: Plan, kept, dout_BTKGH):
     q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, out_BTKGH, lse_BNT = kept
-    B, T, K, G, H = q_BTKGH.shape
-    wide_H, S = pl.next_power_of_2(H), k_BSKH.shape[1]
+    (B, T, K, G, H), S = q_BTKGH.shape, k_BSKH.shape[1]
     delta_BTKG = (dout_BTKGH.astype(jnp.float32) * out_BTKGH.astype(jnp.float32)).sum(-1)
     delta_BNT = delta_BTKG.reshape(B, T, K * G).swapaxes(1, 2)
     inputs = q_BTKGH, k_BSKH, v_BSKH, dout_BTKGH, lse_BNT, delta_BNT, at_BiT, at_BiS
 
-    t, last = plan.dq, T // plan.dq.q - 1
-    q_spec = pl.BlockSpec((None, t.q, None, None, wide_H), lambda c, n, b: (b, last - c, n // G, n % G, 0))
-    k_spec = pl.BlockSpec((None, S, None, wide_H), lambda c, n, b: (b, 0, n // G, 0))
-    lse_spec = pl.BlockSpec((None, None, t.q), lambda c, n, b: (b, n, last - c))
+    t = plan.dq
+    q, kv, lse, at_q, at_k, span = query_specs(t, T, S, G, H)
     [dq_BTKGH] = call(
         partial(dq_kernel, plan=plan, H=H),
-        t,
-        [q_spec],
-        [(q_BTKGH.shape, q_BTKGH.dtype)],
-        [
-            *(q_spec, k_spec, k_spec, q_spec, lse_spec, lse_spec),
-            pl.BlockSpec((None, 2, t.q), lambda c, n, b: (b, 0, last - c)),
-            pl.BlockSpec((None, 2, S), lambda c, n, b: (b, 0, 0)),
-            pl.BlockSpec((None, None, 4), lambda c, n, b: (b, last - c, 0)),
-        ],
-        (T // t.q, K * G, B),
         'flash_dq',
-        *(*inputs, spans(*tile_pairs(at_BiT, at_BiS, t, plan.window))),
+        t,
+        (T // t.q, K * G, B),
+        [q, kv, kv, q, lse, lse, at_q, at_k, span],
+        [q],
+        [(q_BTKGH.shape, q_BTKGH.dtype)],
+        *(*inputs, spans(*pairs(at_BiT, at_BiS, t, plan.window))),
     )
 
     t = plan.dkv
-    q_spec = pl.BlockSpec((None, T, None, G, wide_H), lambda d, k, b: (b, 0, k, 0, 0))
-    k_spec = pl.BlockSpec((None, t.k, None, wide_H), lambda d, k, b: (b, d, k, 0))
-    lse_spec = pl.BlockSpec((None, G, T), lambda d, k, b: (b, k, 0))
-    some_Bcd, every_Bcd = tile_pairs(at_BiT, at_BiS, t, plan.window)
+    q, kv, lse, at_q, at_k, span = key_specs(t, T, G, H)
+    some_Bcd, every_Bcd = pairs(at_BiT, at_BiS, t, plan.window)
     dk_BSKH, dv_BSKH = call(
         partial(dkv_kernel, plan=plan, H=H),
-        t,
-        [k_spec, k_spec],
-        [(k_BSKH.shape, k_BSKH.dtype), (v_BSKH.shape, v_BSKH.dtype)],
-        [
-            *(q_spec, k_spec, k_spec, q_spec, lse_spec, lse_spec),
-            pl.BlockSpec((None, 2, T), lambda d, k, b: (b, 0, 0)),
-            pl.BlockSpec((None, 2, t.k), lambda d, k, b: (b, 0, d)),
-            pl.BlockSpec((None, None, 4), lambda d, k, b: (b, d, 0)),
-        ],
-        (S // t.k, K, B),
         'flash_dkv',
+        t,
+        (S // t.k, K, B),
+        [q, kv, kv, q, lse, lse, at_q, at_k, span],
+        [kv, kv],
+        [(k_BSKH.shape, k_BSKH.dtype), (v_BSKH.shape, v_BSKH.dtype)],
         *(*inputs, spans(some_Bcd.swapaxes(1, 2), every_Bcd.swapaxes(1, 2))),
     )
     return dq_BTKGH, dk_BSKH, dv_BSKH, None, None
 
 
-padded.defvjp(padded_forward, padded_backward)
+whole_tiles.defvjp(whole_tiles_forward, whole_tiles_backward)

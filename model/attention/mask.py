@@ -29,9 +29,9 @@ def tiles_of(at: At, tile: int, nobody: int) -> At:
 
 
 def tiles_see(at_c: At, at_d: At, window: int | None) -> tuple[jax.Array, jax.Array]:
-    """bool [B, c, d] twice, from the tiles' bounds alone: may any query of c see a key of d; does each query see each key.
+    """bool [B, c, d] twice: may any query of tile c see a key of tile d, and does every query of c see every key of d.
 
-    The first may err on the side of True, the second of False.
+    From the tiles' bounds alone, so the first may err on the side of True and the second on the side of False.
     """
     (q_position, q_segment), (k_position, k_segment) = at_c, at_d
     q_first, q_last, q_low, q_high = (x[..., :, None] for x in bounds(q_position, q_segment))

@@ -1,8 +1,9 @@
 """Attention for TPUs: the Pallas kernel that comes with JAX, "splash" (sparse flash) attention, forward and backward.
 
-It masks by slot, not by position: T = S, and within a row a document's tokens lie side by side in the order of their positions,
-which is how rows are packed. A step of decoding, where T < S, is `reference_attention`'s on every platform: its scores are
-B * heads * S. The kernel's outputs do not say over which mesh axes they vary, so a shard_map around it needs check_vma=False.
+It masks by slot, not by position: T = S, and within a row a document's tokens lie side by side in the order of their
+positions, which is how rows are packed. A step of decoding, where T < S, is `reference_attention`'s on every
+platform: its scores are B * heads * S. The kernel's outputs do not say over which mesh axes they vary, so a shard_map
+around it needs check_vma=False.
 
 Letters: B batch rows, T tokens, K key/value heads, G query heads per key/value head, H head dim.
 """
@@ -26,7 +27,7 @@ def splash_attention(
     q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, q_at: At, k_at: At, window: int | None, scale: float
 ) -> jax.Array:
     """What `reference_attention` gives, [B, T, K, G, H], for rows as above. On a CPU the kernel is interpreted."""
-    B, T, K, G, H = q_BTKGH.shape
+    T, G = q_BTKGH.shape[1], q_BTKGH.shape[3]
     if k_BTKH.shape[1] != T:
         raise UserError(
             f'attention backend splash takes as many keys as queries ({T}), not {k_BTKH.shape[1]}; reference takes any'
