@@ -95,13 +95,14 @@ def test_values_and_gradients_float32_for_any_sizes(backend):
 
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_bfloat16_sums_in_float32(backend):
-    # 1,024 ones and a group of 1,300 rows: summed in bfloat16 both would stop near 256.
-    x_RD, w_EDF = jnp.ones((1300, 1024), jnp.bfloat16), jnp.ones((1, 1024, 1), jnp.bfloat16)
+    # Down a column of x are 511 ones and 510 minus ones, in one block each; bfloat16 has no 511, and would find 0 or 2.
+    x_RD = jnp.zeros((1300, 1024), jnp.bfloat16).at[:511].set(1).at[512:1022].set(-1)
+    w_EDF = jnp.ones((1, 1024, 1), jnp.bfloat16)
     y_RF, vjp = jax.vjp(lambda x, w: grouped_matmul(x, w, jnp.array([1300]), backend=backend), x_RD, w_EDF)
     dw_EDF = vjp(jnp.ones_like(y_RF))[1]
     assert y_RF.dtype == dw_EDF.dtype == jnp.bfloat16
-    assert (y_RF == 1024).all()
-    assert (dw_EDF == jnp.asarray(1300, jnp.bfloat16)).all()
+    assert (y_RF == 1024 * x_RD[:, :1]).all()  # summed in bfloat16 it would stop near 256
+    assert (dw_EDF == 1).all()
 
 
 @pytest.mark.parametrize('backend', BACKENDS)
