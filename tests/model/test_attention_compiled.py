@@ -90,6 +90,6 @@ def test_splash_compiles_for_a_v5p():
     cases = """[
         (4096, 2, 4, 128, None, jnp.bfloat16),
         (1000, 1, 2, 64, 300, jnp.bfloat16),
-        (700, 2, 1, 96, None, jnp.float32),
+        (1500, 2, 1, 96, None, jnp.float32),
     ]"""
     assert 'compiled 3' in compile_in_a_process('tpu', 'splash', '', 'tpu_custom_call', cases)
