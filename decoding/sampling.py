@@ -5,8 +5,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import P
 
 from sharding.errors import UserError
+from sharding.mesh import BATCH
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +45,12 @@ class Choice(NamedTuple):
 
 
 def choose(logit_BV: jax.Array, position_B: jax.Array, choice: Choice) -> jax.Array:
-    """The token that follows each row's position, int32 [B]. Logits are float32 and whole on each device."""
+    """The token that follows each row's position, int32 [B], rows split over BATCH. Logits are float32, V whole on each device."""
+    return jax.shard_map(one_device, in_specs=P(BATCH), out_specs=P(BATCH))(logit_BV, position_B, choice)
+
+
+def one_device(logit_BV: jax.Array, position_B: jax.Array, choice: Choice) -> jax.Array:
+    """`choose` for the rows of one device."""
     greedy_B = jnp.argmax(logit_BV, axis=-1).astype(jnp.int32)
 
     def sampled():
@@ -55,8 +62,10 @@ def choose(logit_BV: jax.Array, position_B: jax.Array, choice: Choice) -> jax.Ar
         chance_BV = jax.nn.softmax(sorted_BV, axis=-1)
         before_BV = jnp.cumsum(chance_BV, axis=-1) - chance_BV
         keep_BV = (before_BV < choice.top_p_B[:, None]) & (chance_BV >= choice.min_p_B[:, None] * chance_BV[:, :1])
-        keys_B = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(choice.seed_B, position_B)
-        noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, sorted_BV.shape[-1:], sorted_BV.dtype))(keys_B)
+        draw = lambda seed, position: jax.random.gumbel(
+            jax.random.fold_in(jax.random.key(seed), position), sorted_BV.shape[-1:], sorted_BV.dtype
+        )
+        noise_BV = jax.vmap(draw)(choice.seed_B, position_B)
         best_B1 = jnp.argmax(jnp.where(keep_BV, sorted_BV + noise_BV, -jnp.inf), axis=-1)[:, None]
         picked_B = jnp.take_along_axis(order_BV, best_B1, axis=-1)[:, 0].astype(jnp.int32)
         return jnp.where(choice.temperature_B > 0, picked_B, greedy_B)

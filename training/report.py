@@ -34,7 +34,7 @@ def weights_table(model: Any) -> Table:
         table.add_row(name, ' × '.join(map(str, leaf.shape)), layout, f'{shard_bytes(leaf):,}')
         count, bytes_ = count + leaf.size, bytes_ + shard_bytes(leaf)
     table.add_section()
-    table.add_row('all', f'{count:,} parameters', '', f'{bytes_:,}')
+    table.add_row(f'all {count:,} parameters', '', '', f'{bytes_:,}')
     return table
 
 

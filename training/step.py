@@ -58,5 +58,5 @@ def train_step(config: RunConfig, state: State, batch: dict) -> tuple[State, dic
     key = jax.random.fold_in(state.key, state.step) if config.model.dropout else None
     (_, figures), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.model, batch, key)
     updates, moments = optimizer(config.training).update(gradient, state.optimizer, state.model)
-    figures |= {'grad_norm': optax.global_norm(gradient), 'learning_rate': schedule(config.training)(state.step)}
+    figures |= {'grad_norm': optax.tree.norm(gradient), 'learning_rate': schedule(config.training)(state.step)}
     return State(optax.apply_updates(state.model, updates), moments, state.step + 1, state.key), figures
