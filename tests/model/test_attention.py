@@ -13,6 +13,7 @@ from jax.sharding import AxisType
 from model.attention import BACKENDS, attention, default_backend, needs_unchecked
 from model.attention.blockwise import blockwise_attention
 from model.attention.flash import Tiling, flash_attention
+from model.attention.mask import sees, span, tiles_see
 from sharding.errors import UserError
 
 FAST = tuple(backend for backend in BACKENDS if backend != 'reference')
@@ -129,6 +130,37 @@ def test_flash_equals_the_reference(backend, heads, T, H, window):
 )
 def test_splash_equals_the_reference(backend, heads, T, H, window):
     check(partial(attention, window=window, backend=backend), window, sample(1, T, *HEADS[heads], H), 1e-5)
+
+
+@pytest.mark.parametrize('window', [None, 3])
+def test_what_is_known_of_tiles_holds_for_their_tokens(window):
+    """Also of tokens in any order: a tile that is skipped has nothing to see, one without a mask nothing to hide."""
+    rng = np.random.default_rng(0)
+    B, c, d, tile = 40, 5, 6, 4
+
+    def places(tiles: int, low: int) -> tuple[jax.Array, jax.Array]:
+        position = low + rng.integers(0, 4, (B, tiles, 1)) + rng.integers(0, 2, (B, tiles, tile))
+        segment = rng.integers(1, 3, (B, tiles, 1)) + (rng.random((B, tiles, tile)) < 0.1)  # mostly one a tile
+        return jnp.asarray(position, jnp.int32), jnp.asarray(segment, jnp.int32)
+
+    at_c, at_d = places(c, low=1), places(d, low=0)
+    whole = (tuple(x.reshape(B, -1) for x in at) for at in (at_c, at_d))
+    see_Bctds = np.asarray(sees(*whole, window)).reshape(B, c, tile, d, tile)
+    some_Bcd, every_Bcd = map(np.asarray, tiles_see(at_c, at_d, window))
+    assert (some_Bcd >= see_Bctds.any((2, 4))).all()
+    assert (every_Bcd <= see_Bctds.all((2, 4))).all()
+    first_Bc, end_Bc = (np.asarray(x)[..., None] for x in span(jnp.asarray(some_Bcd)))
+    assert (some_Bcd <= (np.arange(d) >= first_Bc) & (np.arange(d) < end_Bc)).all()
+    for known in (some_Bcd, every_Bcd, see_Bctds.any((2, 4))):
+        assert 0 < known.mean() < 1
+
+
+@pytest.mark.parametrize('backend', here(['blockwise', 'flash']))
+def test_tokens_may_stand_in_any_order(backend):
+    q, k, v, at, dout = sample(2, 70, 2, 1, 16)
+    order = jnp.asarray(np.random.default_rng(1).permutation(70))
+    q, k, v, dout, *at = (x[:, order] for x in (q, k, v, dout, *at))
+    check(small(backend, 9), 9, (q, k, v, tuple(at), dout), 1e-5)
 
 
 @pytest.mark.parametrize('backend', here(FAST))
