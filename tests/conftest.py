@@ -1,7 +1,9 @@
 """What holds in every test: eight simulated CPU devices, strict JAX settings, and float64 only where a test asks for it."""
 
 import os
+import platform
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -16,6 +18,9 @@ if '--xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', '
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Else GPUs and TPUs multiply float32 in fewer bits, and no tight tolerance holds there.
 jax.config.update('jax_default_matmul_precision', 'highest')
+# The tests compile far longer than they compute: a second run takes a fifth of the time. Machine code is for one machine.
+jax.config.update('jax_compilation_cache_dir', str(Path(__file__).parents[1] / '.cache' / 'jax' / platform.node()))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 
 # Programs are compiled three times faster this way, and mean the same. Tests of what users run start the scripts, or ask for
