@@ -3,6 +3,8 @@
 Letters: B batch rows, T queries, S keys, K key/value heads, G query heads per key/value head, H head dim.
 """
 
+from collections.abc import Callable
+
 import jax
 from jax import lax
 
@@ -15,7 +17,7 @@ from sharding.collectives import varying
 from sharding.errors import UserError, nearest
 from sharding.mesh import platform
 
-_RUN = {
+_RUN: dict[str, Callable[..., jax.Array]] = {
     'reference': reference_attention,
     'blockwise': blockwise_attention,
     'flash': flash_attention,

@@ -129,6 +129,11 @@ def heads(x_B1KMH: jax.Array) -> jax.Array:
     return x_B1KMH.reshape(-1, *x_B1KMH.shape[3:])
 
 
+def only(at: At) -> At:
+    """[B, T] each, of the only tile."""
+    return at[0][:, 0], at[1][:, 0]
+
+
 def like(x: jax.Array, shape: tuple[int, ...], fill: float = 0.0) -> jax.Array:
     """A constant that varies over the mesh axes that x varies over, as a loop's carry must."""
     constant = jnp.full(shape, fill, wide(x.dtype))
@@ -150,7 +155,7 @@ def tiled(
 def tiled_forward(q_BcKMH, k_BdKSH, v_BdKSH, at_c, at_d, window, scale):
     inputs = q_BcKMH, k_BdKSH, v_BdKSH, at_c, at_d
     if is_one_tile(q_BcKMH, k_BdKSH):
-        see_RTS = sees(*(tuple(x[:, 0] for x in at) for at in (at_c, at_d)), window)
+        see_RTS = sees(only(at_c), only(at_d), window)
         out, lse = finish(attend(heads(q_BcKMH), heads(k_BdKSH), heads(v_BdKSH), see_RTS, scale), q_BcKMH.dtype)
         out_BcKMH, lse_BcKM = out.reshape(q_BcKMH.shape), lse.reshape(q_BcKMH.shape[:-1])
         return out_BcKMH, (*inputs, out_BcKMH, lse_BcKM)
@@ -178,9 +183,9 @@ def tiled_backward(window, scale, kept, dout_BcKMH):
     q_BcKMH, k_BdKSH, v_BdKSH, at_c, at_d, out_BcKMH, lse_BcKM = kept
     delta_BcKM = (dout_BcKMH.astype(lse_BcKM.dtype) * out_BcKMH).sum(-1)
     if is_one_tile(q_BcKMH, k_BdKSH):
-        see_RTS = sees(*(tuple(x[:, 0] for x in at) for at in (at_c, at_d)), window)
-        tiles = map(heads, (q_BcKMH, k_BdKSH, v_BdKSH, dout_BcKMH, lse_BcKM, delta_BcKM))
-        dq_NMH, dk_NHS, dv_NHS = attend_back(*tiles, see_RTS, scale)
+        see_RTS = sees(only(at_c), only(at_d), window)
+        q, k, v, dout, lse, delta = map(heads, (q_BcKMH, k_BdKSH, v_BdKSH, dout_BcKMH, lse_BcKM, delta_BcKM))
+        dq_NMH, dk_NHS, dv_NHS = attend_back(q, k, v, dout, lse, delta, see_RTS, scale)
         grads = dq_NMH, dk_NHS.swapaxes(1, 2), dv_NHS.swapaxes(1, 2)
     else:
 

@@ -85,11 +85,11 @@ def flash_attention(
         names = ', '.join(jnp.dtype(dtype).name for dtype in DTYPES)
         raise UserError(f'attention backend flash has no {q_BTKGH.dtype}; it computes in {names}, reference in any')
     T, S, H = q_BTKGH.shape[1], k_BSKH.shape[1], q_BTKGH.shape[-1]
-    each = [smaller(t, T, S) for t in tiling or tilings(H, q_BTKGH.dtype)]
+    forward, dq, dkv = each = [smaller(t, T, S) for t in tiling or tilings(H, q_BTKGH.dtype)]
     q_tile, k_tile = max(t.q for t in each), max(t.k for t in each)
     q_BTKGH, (k_BSKH, v_BSKH) = fill(q_BTKGH, q_tile), (fill(x, k_tile) for x in (k_BSKH, v_BSKH))
     at_BiT, at_BiS = fill_at(q_at, q_tile, nobody=-1), fill_at(k_at, k_tile, nobody=-2)
-    return whole_tiles(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, Plan(*each, window, scale))[:, :T]
+    return whole_tiles(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, Plan(forward, dq, dkv, window, scale))[:, :T]
 
 
 def smaller(t: Tiling, T: int, S: int) -> Tiling:

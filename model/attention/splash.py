@@ -9,6 +9,7 @@ Letters: B batch rows, T tokens, K key/value heads, G query heads per key/value 
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +27,18 @@ TILES = (512, 256, 128)
 def splash_attention(
     q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, q_at: At, k_at: At, window: int | None, scale: float
 ) -> jax.Array:
-    """What `reference_attention` gives, [B, T, K, G, H], for rows as above. On a CPU the kernel is interpreted."""
+    """What `reference_attention` gives, [B, T, K, G, H], for rows as above. On a CPU the kernel is interpreted.
+
+    Raises:
+        UserError: keys that are not the queries' own tokens, or float64.
+    """
     T, G = q_BTKGH.shape[1], q_BTKGH.shape[3]
     if k_BTKH.shape[1] != T:
         raise UserError(
             f'attention backend splash takes as many keys as queries ({T}), not {k_BTKH.shape[1]}; reference takes any'
         )
+    if q_BTKGH.dtype == jnp.float64:
+        raise UserError('attention backend splash has no float64; it computes in float32 or less, reference in any')
     q_segment_BT, k_segment_BT = q_at[1], k_at[1]
     fill = -T % LANES  # tokens of segment 0 at the end: they see themselves, so that no sum of a softmax is empty
     pad = partial(pad_time, fill=fill)
@@ -39,7 +46,7 @@ def splash_attention(
     k_BKTH, v_BKTH = pad(k_BTKH).swapaxes(1, 2), pad(v_BTKH).swapaxes(1, 2)
     segments = kernels.SegmentIds(pad(q_segment_BT), pad(k_segment_BT))
 
-    def run(interpret: bool, *inputs: jax.Array) -> jax.Array:
+    def run(interpret: bool, *inputs):
         one_kv_head = make_kernel(T + fill, G, window, interpret)
         return jax.vmap(jax.vmap(one_kv_head, in_axes=(0, 0, 0, None)))(*inputs)
 
@@ -56,6 +63,8 @@ def make_kernel(T: int, G: int, window: int | None, interpret: bool) -> kernels.
     """(q [G, T, H], k [T, H], v [T, H], segments [T] twice) to [G, T, H]; T in whole LANES."""
     see_TT = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), offset=0)
     tile = next(tile for tile in TILES if T % tile == 0)
-    sizes = kernels.BlockSizes(*[tile] * 8)  # three kernels: the fused backward one keeps T / tile copies of dq
+    # dq and dk, dv by kernels of their own: the fused one keeps T / tile copies of dq
+    ends = ('_q', '_kv', '_kv_compute', '_q_dkv', '_kv_dkv', '_kv_dkv_compute', '_q_dq', '_kv_dq')
+    sizes: dict[str, Any] = {f'block{end}': tile for end in ends}
     see_GTT = masks.MultiHeadMask([see_TT] * G)
-    return kernels.make_splash_mqa_single_device(see_GTT, block_sizes=sizes, interpret=interpret)
+    return kernels.make_splash_mqa_single_device(see_GTT, block_sizes=kernels.BlockSizes(**sizes), interpret=interpret)

@@ -293,7 +293,8 @@ def test_mistakes_are_named():
 
 
 @pytest.mark.usefixtures('float64')
-def test_flash_refuses_float64():
+@pytest.mark.parametrize('backend', ['flash', 'splash'])
+def test_the_kernels_refuse_float64(backend):
     q, k, v, at, _ = sample(1, 8, 1, 1, 4, jnp.float64)
-    with pytest.raises(UserError, match='flash has no float64'):
-        attention(q, k, v, at, at, backend='flash')
+    with pytest.raises(UserError, match=f'{backend} has no float64'):
+        attention(q, k, v, at, at, backend=backend)
