@@ -1,4 +1,4 @@
-"""What holds in every test: eight simulated CPU devices, strict JAX settings, and float64 only where a test asks for it."""
+"""What holds in every test: eight simulated CPU devices, strict JAX settings, float64 only where a test asks for it."""
 
 import os
 import platform
@@ -10,7 +10,7 @@ import pytest
 
 DEVICES = 8
 
-# Before the first use of a device. Not through the environment, so that scripts that tests start see it as a user's shell leaves it.
+# Before the first use of a device. Not through the environment: scripts that tests start find it as in a user's shell.
 jax.config.update('jax_platforms', os.environ.get('JAX_PLATFORMS', 'cpu'))
 if '--xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     jax.config.update('jax_num_cpu_devices', DEVICES)
@@ -18,13 +18,11 @@ if '--xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', '
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Else GPUs and TPUs multiply float32 in fewer bits, and no tight tolerance holds there.
 jax.config.update('jax_default_matmul_precision', 'highest')
-# The tests compile far longer than they compute: a second run takes a fifth of the time. Machine code is for one machine.
+# The tests compile longer than they compute: a second run takes a fifth of the time. Machine code is for one machine.
 jax.config.update('jax_compilation_cache_dir', str(Path(__file__).parents[1] / '.cache' / 'jax' / platform.node()))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
-
-
-# Programs are compiled three times faster this way, and mean the same. Tests of what users run start the scripts, or ask for
-# `optimized`.
+# Programs are compiled three times faster this way, and mean the same; a test of what users run starts a script or asks
+# for `optimized`.
 jax.config.update('jax_disable_most_optimizations', True)
 
 
