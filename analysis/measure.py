@@ -18,7 +18,7 @@ from decoding.sampling import Choice
 from decoding.step import empty_cache, prefill
 from model import cost
 from model.forward import TOKENS, logits
-from model.grouped_matmul import default_backend, grouped_matmul
+from model.grouped_matmul import default_backend, expert_mlp
 from sharding import chips
 from sharding.errors import UserError
 from sharding.mesh import BATCH, Divides, check_divides, make_mesh, platform
@@ -130,44 +130,57 @@ def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int) -> dic
 
 
 def measure_experts(rows: int, experts: int, dim: int, hidden: int, rounds: int = 15) -> dict[str, Any]:
-    """The experts' grouped matmul beside one plain matmul of the same size, taken in turns, float32, on one device.
+    """The experts' gated MLP on sorted rows beside one plain matmul [rows, dim] @ [dim, hidden], in turns, float32, one device.
 
-    Shares are of the plain matmul's rate: forward, and forward with the gradient of both inputs.
+    Rates count the MLP's three matmuls (with gradient: nine, what is computed again not counted). `forward_share` and
+    `gradient_share` are of the plain matmul's forward rate, `gradient_share_of_gradient` of its rate with its own gradient.
     """
-    keys = jax.random.split(jax.random.key(0), 3)
+    keys = jax.random.split(jax.random.key(0), 5)
     x_RD = jax.random.normal(keys[0], (rows, dim))
-    w_EDF = jax.random.normal(keys[1], (experts, dim, hidden)) * dim**-0.5
-    choice_R = jnp.sort(jax.random.randint(keys[2], (rows,), 0, experts))
-    sizes_E = jnp.bincount(choice_R, length=experts).astype(jnp.int32)
+    gate_EDF, up_EDF, down_EFD = (
+        jax.random.normal(key, (experts, *shape)) * shape[0] ** -0.5
+        for key, shape in zip(keys[1:4], ((dim, hidden), (dim, hidden), (hidden, dim)), strict=True)
+    )
+    sizes_E = jnp.bincount(jax.random.randint(keys[4], (rows,), 0, experts), length=experts).astype(jnp.int32)
     backend = default_backend(platform())
-    grouped = lambda x, w: grouped_matmul(x, w, sizes_E, backend=backend)
-    plain = lambda x, w: x @ w[0]
-    found: dict[str, dict[str, float]] = {}
-    both = lambda f: jax.jit(lambda x, w, dy: (lambda y, back: (y, back(dy)))(*jax.vjp(f, x, w)))
-    dy_RF = jnp.ones((rows, hidden))
-    variants = {
-        'forward': {'grouped': (jax.jit(grouped), (x_RD, w_EDF)), 'plain': (jax.jit(plain), (x_RD, w_EDF[:1]))},
-        'gradient': {'grouped': (both(grouped), (x_RD, w_EDF, dy_RF)), 'plain': (both(plain), (x_RD, w_EDF[:1], dy_RF))},
+    mlp = lambda x, *w: expert_mlp(x, *w, sizes_E, backend=backend)
+    plain = lambda x, w: x @ w
+    gradient = lambda f: jax.jit(lambda dy, *a: jax.vjp(f, *a)[1](dy))
+    weights, plain_arguments = (x_RD, gate_EDF, up_EDF, down_EFD), (x_RD, gate_EDF[0])
+    runs = {
+        'mlp': lambda run=jax.jit(mlp): run(*weights),
+        'plain': lambda run=jax.jit(plain): run(*plain_arguments),
+        'mlp_gradient': lambda run=gradient(mlp): run(x_RD, *weights),
+        'plain_gradient': lambda run=gradient(plain): run(jnp.ones((rows, hidden)), *plain_arguments),
     }
-    for part, pair in variants.items():
-        times: dict[str, list[float]] = {name: [] for name in pair}
-        for turn in range(rounds + 2):
-            for name, (run, arguments) in pair.items():
-                took = seconds_each(functools.partial(run, *arguments), 1, warm=0)
-                times[name] += took if turn >= 2 else []
-        found[part] = {name: statistics.median(values) for name, values in times.items()}
-    flops = 2.0 * rows * dim * hidden
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 2):
+        for name, run in runs.items():
+            took = seconds_each(run, 1, warm=0)
+            times[name] += took if turn >= 2 else []
+    seconds = {name: statistics.median(values) for name, values in times.items()}
+    one = 2.0 * rows * dim * hidden  # FLOPs of the plain matmul
+    # vjp of the plain matmul needs no forward pass, that of the MLP does.
+    rate = {
+        'mlp': 3 * one / seconds['mlp'],
+        'plain': one / seconds['plain'],
+        'mlp_gradient': 9 * one / seconds['mlp_gradient'],
+        'plain_gradient': 2 * one / seconds['plain_gradient'],
+    }
     return {
         'rows': rows,
         'experts': experts,
         'dim': dim,
         'hidden': hidden,
         'backend': backend,
-        'forward_seconds': found['forward'],
-        'gradient_seconds': found['gradient'],
-        'plain_flops': flops / found['forward']['plain'],
-        'forward_share': found['forward']['plain'] / found['forward']['grouped'],
-        'gradient_share': found['gradient']['plain'] / found['gradient']['grouped'],
+        'mlp_seconds': seconds['mlp'],
+        'plain_seconds': seconds['plain'],
+        'mlp_gradient_seconds': seconds['mlp_gradient'],
+        'plain_gradient_seconds': seconds['plain_gradient'],
+        'plain_flops': rate['plain'],
+        'forward_share': rate['mlp'] / rate['plain'],
+        'gradient_share': rate['mlp_gradient'] / rate['plain'],
+        'gradient_share_of_gradient': rate['mlp_gradient'] / rate['plain_gradient'],
         'device': jax.devices()[0].device_kind,
     }
 

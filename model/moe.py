@@ -10,7 +10,7 @@ from flax import nnx
 from jax import P, lax
 
 from model.config import ModelConfig
-from model.grouped_matmul import combine, grouped_apply, permute
+from model.grouped_matmul import combine, expert_mlp, permute
 from model.layers import ACTIVATIONS, Mlp, View, residual_gain, weight
 from sharding.collectives import wide
 from sharding.mesh import FSDP
@@ -59,16 +59,15 @@ class MoE(nnx.Module):
         order_R = jnp.argsort(mine_R, stable=True)
         inverse_R = jnp.argsort(order_R)
         sizes_E = (mine_R[:, None] == jnp.arange(E)[None]).sum(0, dtype=jnp.int32)
-        act = ACTIVATIONS[c.activation]
-
-        def mlp(matmul, x_RD, weights):
-            up_DF, down_FD, *gate_DF = weights
-            h_RF = matmul(x_RD, up_DF)
-            h_RF = act(matmul(x_RD, gate_DF[0])) * h_RF if gate_DF else act(h_RF)
-            return matmul(h_RF, down_FD)
-
-        weights = up_EDF, down_EDF.swapaxes(1, 2), *([gather(self.gate_EDF[...])] if c.gated else [])
-        y_RD = grouped_apply(mlp, permute(x_ND, order_R, inverse_R), weights, sizes_E, backend=backend)
+        y_RD = expert_mlp(
+            permute(x_ND, order_R, inverse_R),
+            gather(self.gate_EDF[...]) if c.gated else None,
+            up_EDF,
+            down_EDF.swapaxes(1, 2),
+            sizes_E,
+            activation=ACTIVATIONS[c.activation],
+            backend=backend,
+        )
         return combine(y_RD, gate_NK.astype(x_ND.dtype), order_R, inverse_R)
 
 

@@ -23,6 +23,21 @@ def vary(tree):
     return jax.tree.map(mark, tree)
 
 
+def vary_together(tree):
+    """Marks arrays as varying over every mesh axis that one of them varies over; outside of shard_map nothing happens.
+
+    A loop's carry, a kernel's operands and a custom gradient have one type throughout. What JAX adds for the cast in the
+    backward pass is the sum that the gradient of a replicated array needs.
+    """
+    axes = frozenset().union(*map(varying, jax.tree.leaves(tree)))
+
+    def mark(x):
+        missing = tuple(sorted(axes - varying(x)))
+        return lax.pcast(x, missing, to='varying') if missing else x
+
+    return jax.tree.map(mark, tree)
+
+
 def varying(x) -> frozenset[str]:
     """The mesh axes along which x is known to differ between devices."""
     return jax.typeof(x).manual_axis_type.varying

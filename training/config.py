@@ -111,7 +111,7 @@ class RunConfig:
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocabulary=have or tokens))
 
 
-MAY_CHANGE = ('mesh', 'checkpoint', 'metrics', 'training.steps')  # between a run and its continuation
+MAY_CHANGE = ('mesh', 'checkpoint', 'metrics', 'training.steps')  # between a run and its continuation; a folder may be renamed too
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -164,7 +164,7 @@ def check_continues(saved: RunConfig, wanted: RunConfig) -> None:
         wanted = wanted.with_vocabulary(saved.model.vocabulary)
     old, new = (dict(_leaves(dataclasses.asdict(config))) for config in (saved, wanted))
     for key in sorted(old.keys() | new.keys()):
-        free = any(key == name or key.startswith(f'{name}.') for name in MAY_CHANGE)
+        free = any(key == name or key.startswith(f'{name}.') for name in ('name', *MAY_CHANGE))
         if not free and old.get(key) != new.get(key):
             raise UserError(
                 f'{key} is {new.get(key)!r} and was {old.get(key)!r} when run {saved.name!r} began; a continuation may change only '

@@ -4,6 +4,7 @@ import collections
 import functools
 import math
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -41,15 +42,32 @@ def train(config: RunConfig, runs: Path, fresh: bool = False, console: Console |
     folder = runs / config.name
     config.check_sizes()
     mesh = make_mesh(config.mesh)
-    if fresh:
-        set_aside(folder, console)
-    checkpoints = Checkpoints(folder, config.checkpoint.keep)
+    if fresh and folder.exists():
+        # The new run is made beside the old one, which stays where it is until nothing can be wrong any more.
+        staging = folder.with_name(f'.{folder.name}.new')
+        shutil.rmtree(staging, ignore_errors=True)
+        config, dataset = ready(config, staging, console)
+        aside = set_aside(folder)
+        staging.rename(folder)
+        console.print(f'moved the earlier {folder} aside to {aside}')
+    else:
+        config, dataset = ready(config, folder, console)
+    with jax.set_mesh(mesh):
+        return Run(config, folder, dataset, console).go()
+
+
+def ready(config: RunConfig, folder: Path, console: Console) -> tuple[RunConfig, Dataset]:
+    """The complete config and the data. Raises UserError where they do not fit each other or the run's last checkpoint."""
+    checkpoints = Checkpoints(folder)
     steps = checkpoints.steps()
     if steps:
         saved = configs.load(folder / 'config.yaml')
         configs.check_continues(saved, config)
         if steps[-1] > config.training.steps:
-            raise UserError(f'training.steps is {config.training.steps} and run {config.name!r} has taken {steps[-1]} steps already; nearest that works: {steps[-1]}')
+            raise UserError(
+                f'training.steps is {config.training.steps} and run {config.name!r} has taken {steps[-1]} steps already; '
+                f'nearest that works: {steps[-1]}'
+            )
     dataset = prepare(config.data, folder, config.training.sequence_length, say=console.print)
     config = config.with_vocabulary(dataset.tokenizer.vocabulary)
     config.check_sizes()
@@ -60,24 +78,21 @@ def train(config: RunConfig, runs: Path, fresh: bool = False, console: Console |
                 f'{folder / "data"} was made from corpus {dataset.facts["sha256"][:12]} and checkpoint {steps[-1]} from '
                 f'{meta["corpus"][:12]}: the prepared data was replaced; restore it, or begin anew with --fresh'
             )
-    with jax.set_mesh(mesh):
-        return Run(config, folder, dataset, checkpoints, console).go()
+    return config, dataset
 
 
-def set_aside(folder: Path, console: Console) -> None:
-    """Moves a run out of the way of a new one, whole."""
-    if folder.exists():
-        number = next(n for n in range(1, 10**6) if not folder.with_name(f'{folder.name}.old-{n}').exists())
-        aside = folder.with_name(f'{folder.name}.old-{number}')
-        folder.rename(aside)
-        console.print(f'moved {folder} aside to {aside}')
+def set_aside(folder: Path) -> Path:
+    """Moves a run out of the way of a new one, whole; where it is now."""
+    number = next(n for n in range(1, 10**6) if not folder.with_name(f'{folder.name}.old-{n}').exists())
+    return folder.rename(folder.with_name(f'{folder.name}.old-{number}'))
 
 
 class Run:
     """One process' life with a run. Use it under `jax.set_mesh`."""
 
-    def __init__(self, config: RunConfig, folder: Path, dataset: Dataset, checkpoints: Checkpoints, console: Console):
-        self.config, self.folder, self.dataset, self.checkpoints, self.console = config, folder, dataset, checkpoints, console
+    def __init__(self, config: RunConfig, folder: Path, dataset: Dataset, console: Console):
+        self.config, self.folder, self.dataset, self.console = config, folder, dataset, console
+        self.checkpoints = Checkpoints(folder, config.checkpoint.keep)
         self.stopped_by = 0
         self.rows = NamedSharding(jax.sharding.get_mesh(), TOKENS)
         self.step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
@@ -129,7 +144,6 @@ class Run:
     def loop(self, first: int) -> None:
         """Steps `first` + 1 to the last."""
         config, t = self.config, self.config.training
-        saved = first
         waiting: collections.deque[tuple[int, dict]] = collections.deque()
         with progress_bar(self.console) as bar:
             task = bar.add_task('compiling', total=t.steps, completed=first, loss='', speed='')
@@ -141,11 +155,12 @@ class Run:
                 if step == first + 1:  # compiling is no part of the speed
                     jax.block_until_ready(figures)
                     self.clock = time.perf_counter()
-                due = step == t.steps or self.stopped_by
+                stop = bool(self.stopped_by)  # once a step: a signal that comes later ends the next one
+                due = step == t.steps or stop
                 validate = step % config.metrics.validate_every == 0 or step == t.steps
                 save = step % config.checkpoint.every == 0 or due
                 # A CPU that simulates devices aborts when many steps wait for each other; and a checkpoint wants all figures in.
-                ahead = 0 if platform() == 'cpu' or validate or save or self.stopped_by else AHEAD
+                ahead = 0 if platform() == 'cpu' or validate or save else AHEAD
                 while len(waiting) > ahead:
                     row = self.figures(*waiting.popleft())
                     log = row['step'] % config.metrics.every == 0 or (row['step'] == step and (validate or due))
@@ -158,12 +173,10 @@ class Run:
                     bar.update(task, completed=row['step'], description='training', loss=f'loss {row["loss"]:.4f}', **shown)
                 if save:
                     self.save(step)
-                    saved = step
-                if self.stopped_by:
+                if stop:
                     break
         if first == t.steps:
             self.console.print(f'{self.folder} has taken all of its {t.steps} steps already')
-        assert saved == step if first < t.steps else True
 
     def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """A host's batch as global arrays, rows split over the mesh."""

@@ -1,0 +1,56 @@
+"""Starting the scripts as a user does, in a folder of the test's own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+name: tiny
+mesh: {data: 2, expert: 2, tensor: 2}
+model: {layers: 2, model_dim: 32, heads: 4, kv_heads: 2, mlp_dim: 32, moe: {experts: 4, mlp_dim: 16, first_dense_layers: 1}}
+data: {source: text, vocabulary: 320}
+training: {steps: 40, batch: 8, sequence_length: 32, learning_rate: 1e-2, warmup_steps: 2}
+checkpoint: {every: 3}
+metrics: {every: 1, validate_every: 10, validation_rows: 8}
+"""
+
+
+def workplace(folder: Path) -> Path:
+    """A folder with a config and text to learn from."""
+    (folder / 'text').mkdir(parents=True)
+    for number in range(20):
+        lines = [f'def f{number}_{i}(x):\n    return x + {i * number}\n\n\n' for i in range(40)]
+        (folder / 'text' / f'{number}.py').write_text(''.join(lines), encoding='utf-8')
+    (folder / 'tiny.yaml').write_text(CONFIG, encoding='utf-8')
+    return folder
+
+
+def start(folder: Path, script: str, *arguments: str) -> subprocess.Popen:
+    """A script under way in `folder`."""
+    environment = {name: value for name, value in os.environ.items() if name not in ('XLA_FLAGS', 'JAX_PLATFORMS')}
+    environment |= {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT), 'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled')}
+    # Two of three seconds would go into optimising programs this small; every process of a test compiles alike.
+    environment['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+    command = [sys.executable, str(ROOT / 'scripts' / f'{script}.py'), *arguments]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(folder: Path, script: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
+    """A script from start to end; its exit code must be `code`."""
+    with start(folder, script, *arguments) as process:
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == code, f'{script} {arguments}: exit {process.returncode}, not {code}\n{out}\n{err}'
+    return subprocess.CompletedProcess(arguments, code, out, err)
+
+
+def rows(folder: Path, name: str = 'tiny') -> list[dict]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / 'runs' / name / 'metrics.jsonl').read_text().splitlines()]
+
+
+def everything(folder: Path) -> dict[str, tuple]:
+    """What stands in a folder: path -> size and time of change, to see that nothing was touched."""
+    return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.rglob('*'))}

@@ -1,0 +1,115 @@
+"""A user's mistake: one clear line, exit code 2, and nothing touched."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.scripts.runs import everything, run, workplace
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory) -> Path:
+    folder = workplace(tmp_path_factory.mktemp('mistakes'))
+    run(folder, 'train', 'tiny.yaml', 'training.steps=2')
+    (folder / 'empty').mkdir()
+    (folder / 'broken.txt').write_bytes(b'fine so far\n\xff\xfe not any more')
+    (folder / 'void.txt').write_bytes(b'')
+    (folder / 'bare').mkdir(parents=True)
+    (folder / 'runs' / 'bare').mkdir()
+    for name in ('config.yaml', 'tokenizer.model'):
+        shutil.copy(folder / 'runs' / 'tiny' / name, folder / 'runs' / 'bare' / name)
+    return folder
+
+
+def mistake(place: Path, script: str, *arguments: str) -> str:
+    """The one line that it prints."""
+    before = everything(place)
+    done = run(place, script, *arguments, code=2)
+    after = everything(place)
+    assert {path: facts for path, facts in after.items() if not path.startswith('compiled')} == {
+        path: facts for path, facts in before.items() if not path.startswith('compiled')
+    }, 'nothing was touched'
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith('error: ')
+    return lines[0]
+
+
+TRAIN = {
+    'unknown key': (['training.stepz=3'], ["'training.stepz'", "did you mean 'steps'"]),
+    'unknown section': (['modle.layers=3'], ["'modle'", "did you mean 'model'"]),
+    'wrong type': (['training.steps=many'], ['training.steps', '"many"', 'integer']),
+    'true is not a number': (['training.batch=true'], ['training.batch', 'integer']),
+    'name that leaves runs': (['name=../elsewhere'], ['../elsewhere', "'elsewhere'"]),
+    'heads': (['name=n', 'mesh.tensor=3', 'training.sequence_length=36'], ['mesh.tensor is 3', 'model.heads is 4', 'nearest meshes that work']),
+    'experts': (['name=n', 'mesh.expert=8', 'mesh.data=1', 'mesh.tensor=1'], ['mesh.expert is 8', 'model.moe.experts is 4', 'nearest meshes']),
+    'batch': (['name=n', 'training.batch=6'], ['training.batch is 6', 'mesh.data × mesh.expert is 4']),
+    'no such data': (['name=n', 'data.source=nowhere'], ['nowhere']),
+    'empty folder': (['name=n', 'data.source=empty'], ['empty']),
+    'empty file': (['name=n', 'data.source=void.txt'], ['void.txt']),
+    'not UTF-8': (['name=n', 'data.source=broken.txt'], ['broken.txt', '12']),
+    'another model than the run has': (['model.layers=3'], ['model.layers', '3', '2', '--fresh']),
+    'fewer steps than taken': (['training.steps=1'], ['training.steps is 1', '2']),
+    'fresh with bad data': (['--fresh', 'data.source=nowhere'], ['nowhere']),
+    'kv heads': (['name=n', 'model.kv_heads=3'], ['model.kv_heads is 3', 'nearest that works']),
+}
+
+
+@pytest.mark.parametrize('name', TRAIN)
+def test_train(place, name):
+    arguments, words = TRAIN[name]
+    line = mistake(place, 'train', 'tiny.yaml', *arguments)
+    assert all(word in line for word in words), line
+
+
+def test_no_such_config(place):
+    assert 'tinny.yaml' in (line := mistake(place, 'train', 'tinny.yaml'))
+    assert "did you mean 'tiny.yaml'" in line
+
+
+DECODE = {
+    'negative temperature': (['runs/tiny', '--prompt', 'x', '--temperature', '-1'], ['temperature is -1.0', 'at least 0']),
+    'long prompt': (['runs/tiny', '--prompt', 'y ' * 100], ['prompt 1', 'the context is 32']),
+    'no such run': (['runs/tony', '--prompt', 'x'], ['runs/tony', "did you mean 'runs/tiny'"]),
+    'no checkpoint': (['runs/bare', '--prompt', 'x'], ['runs/bare', 'no checkpoint']),
+    'mesh that does not divide': (['runs/tiny', '--prompt', 'x', '--mesh', 'tensor=3'], ['mesh.tensor is 3', 'nearest meshes']),
+    'no prompt': (['runs/tiny'], ['--prompt']),
+}
+
+
+@pytest.mark.parametrize('name', DECODE)
+def test_decode(place, name):
+    arguments, words = DECODE[name]
+    line = mistake(place, 'decode', *arguments)
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize('damage', ['missing', 'truncated', 'altered'])
+def test_damaged_checkpoint(place, damage):
+    folder = place / 'runs' / damage
+    shutil.copytree(place / 'runs' / 'tiny', folder)
+    (step,) = (folder / 'checkpoints' / '2',)
+    victim = max((path for path in (step / 'model').rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
+    content = victim.read_bytes()
+    if damage == 'missing':
+        victim.unlink()
+    elif damage == 'truncated':
+        victim.write_bytes(content[:-1])
+    else:
+        victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    for script, arguments in (('decode', [f'runs/{damage}', '--prompt', 'x']), ('train', ['tiny.yaml', f'name={damage}', 'training.steps=3'])):
+        line = mistake(place, script, *arguments)
+        assert victim.name in line, line
+
+
+def test_score_wants_ids_of_the_vocabulary(place):
+    np.save(place / 'ids.npy', np.array([[1, 2, 99999]], np.int32))
+    assert '99999' in mistake(place, 'score', 'runs/tiny', '--tokens', 'ids.npy', '--logits', 'out.npy')
+    (place / 'pickle.npy').write_bytes(b'\x93NUMPY not really')
+    assert 'pickle.npy' in mistake(place, 'score', 'runs/tiny', '--tokens', 'pickle.npy', '--logits', 'out.npy')
+
+
+def test_evaluate_names_the_missing_path(place):
+    assert 'nowhere.txt' in mistake(place, 'evaluate', 'runs/tiny', '--data', 'nowhere.txt')
