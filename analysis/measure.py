@@ -41,7 +41,9 @@ class Trainer:
 
     def __init__(self, config: RunConfig):
         t, rows = config.training, NamedSharding(jax.sharding.get_mesh(), TOKENS)
-        ids = np.random.default_rng(0).integers(0, config.model.vocabulary, (t.batch, t.sequence_length + 1), dtype=np.int32)
+        ids = np.random.default_rng(0).integers(
+            0, config.model.vocabulary, (t.batch, t.sequence_length + 1), dtype=np.int32
+        )
         places = np.broadcast_to(np.arange(t.sequence_length, dtype=np.int32), (t.batch, t.sequence_length))
         batch = {'tokens': ids[:, :-1], 'targets': ids[:, 1:], 'positions': places, 'segments': np.ones_like(places)}
         self.batch = {name: jax.device_put(array, rows) for name, array in batch.items()}
@@ -92,7 +94,9 @@ def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int) -> dic
         ids = np.random.default_rng(0).integers(0, c.vocabulary, (rows, prompt + new), dtype=np.int32)
         zero = put(np.zeros(rows, np.float32))
         choice = Choice(zero, put(np.zeros(rows, np.int32)), zero + 1, zero, put(np.zeros(rows, np.uint32)))
-        read = jax.jit(lambda model, tokens, length: prefill(model, empty_cache(model, rows, prompt + new), tokens, length))
+        read = jax.jit(
+            lambda model, tokens, length: prefill(model, empty_cache(model, rows, prompt + new), tokens, length)
+        )
         tokens_BT, length_B = put(ids[:, :prompt]), put(np.full(rows, prompt, np.int32))
         prefill_seconds = statistics.median(seconds_each(lambda: read(model, tokens_BT, length_B), 3))
         state = [put(ids[:, prompt]), length_B, read(model, tokens_BT, length_B)[1]]
@@ -143,15 +147,15 @@ def measure_experts(rows: int, experts: int, dim: int, hidden: int, rounds: int 
     )
     sizes_E = jnp.bincount(jax.random.randint(keys[4], (rows,), 0, experts), length=experts).astype(jnp.int32)
     backend = default_backend(platform())
-    mlp = lambda x, *w: expert_mlp(x, *w, sizes_E, backend=backend)
+    mlp = lambda x, gate, up, down: expert_mlp(x, gate, up, down, sizes_E, backend=backend)
     plain = lambda x, w: x @ w
     gradient = lambda f: jax.jit(lambda dy, *a: jax.vjp(f, *a)[1](dy))
-    weights, plain_arguments = (x_RD, gate_EDF, up_EDF, down_EFD), (x_RD, gate_EDF[0])
+    weights, plain_weights = (x_RD, gate_EDF, up_EDF, down_EFD), (x_RD, gate_EDF[0])
     runs = {
-        'mlp': lambda run=jax.jit(mlp): run(*weights),
-        'plain': lambda run=jax.jit(plain): run(*plain_arguments),
-        'mlp_gradient': lambda run=gradient(mlp): run(x_RD, *weights),
-        'plain_gradient': lambda run=gradient(plain): run(jnp.ones((rows, hidden)), *plain_arguments),
+        'mlp': functools.partial(jax.jit(mlp), *weights),
+        'plain': functools.partial(jax.jit(plain), *plain_weights),
+        'mlp_gradient': functools.partial(gradient(mlp), x_RD, *weights),
+        'plain_gradient': functools.partial(gradient(plain), jnp.ones((rows, hidden)), *plain_weights),
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 2):
@@ -194,11 +198,15 @@ def peak_flops(dtype: str) -> tuple[float, str]:
         if published:
             return published, chip.source
     if not _is_cpu():
-        raise UserError(f'device {kind!r} has no published peak for {dtype} in sharding/chips.py; add its data sheet there')
+        raise UserError(
+            f'device {kind!r} has no published peak for {dtype} in sharding/chips.py; add its data sheet there'
+        )
     n = 2048
     a = jnp.ones((n, n), 'float32')
     multiply = jax.jit(lambda a: a @ a)
-    return 2 * n**3 / min(seconds_each(lambda: multiply(a), 8)), f'best of 8 float32 matmuls of {n} × {n} in this process'
+    return 2 * n**3 / min(
+        seconds_each(lambda: multiply(a), 8)
+    ), f'best of 8 float32 matmuls of {n} × {n} in this process'
 
 
 def peak_bandwidth() -> tuple[float, str]:
@@ -207,7 +215,9 @@ def peak_bandwidth() -> tuple[float, str]:
     if chip:
         return chip.bandwidth, chip.source
     if not _is_cpu():
-        raise UserError(f'device {jax.devices()[0].device_kind!r} is not described in sharding/chips.py; add its data sheet there')
+        raise UserError(
+            f'device {jax.devices()[0].device_kind!r} is not described in sharding/chips.py; add its data sheet there'
+        )
     a = np.ones(2**27, np.uint8)
     times = []
     for _ in range(5):
@@ -235,4 +245,7 @@ def _is_cpu() -> bool:
 
 def _where(config: RunConfig) -> dict[str, Any]:
     devices = f'{config.mesh.size} × {jax.devices()[0].device_kind}'
-    return {'mesh': str(config.mesh), 'device': devices + (' (simulated)' if _is_cpu() and config.mesh.size > 1 else '')}
+    return {
+        'mesh': str(config.mesh),
+        'device': devices + (' (simulated)' if _is_cpu() and config.mesh.size > 1 else ''),
+    }

@@ -16,7 +16,9 @@ from training.config import RunConfig
 WORKER = Path(__file__).with_name('nanogpt_worker.py')
 
 
-def beside_nanogpt(config: RunConfig, repository: Path, python: str, rounds: int = 20, steps: int = 10) -> dict[str, Any]:
+def beside_nanogpt(
+    config: RunConfig, repository: Path, python: str, rounds: int = 20, steps: int = 10
+) -> dict[str, Any]:
     """Our step and nanoGPT's on the same recipe: medians of `rounds` turns of `steps` steps each, and their ratio.
 
     Args:
@@ -25,10 +27,14 @@ def beside_nanogpt(config: RunConfig, repository: Path, python: str, rounds: int
     """
     if not (repository / 'model.py').is_file():
         raise UserError(f'--repository {repository}: holds no model.py; give a checkout of nanoGPT')
-    with subprocess.Popen(
-        [python, str(WORKER), str(repository)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as peer, jax.set_mesh(make_mesh(config.mesh)):
-        assert peer.stdin and peer.stdout
+    with (
+        subprocess.Popen(
+            [python, str(WORKER), str(repository)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as peer,
+        jax.set_mesh(make_mesh(config.mesh)),
+    ):
+        assert peer.stdin
+        assert peer.stdout
         trainer = Trainer(config)
         seconds_each(trainer.step, 3)
         ready = peer.stdout.readline()

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -29,7 +28,9 @@ class Completion:
     prompt: str
     text: str = ''
     tokens: list[int] = dataclasses.field(default_factory=list)
-    finish_reason: str | None = None  # 'stop': an end token or a stop text; 'length': max_new_tokens or the context is used up
+    finish_reason: str | None = (
+        None  # 'stop': an end token or a stop text; 'length': max_new_tokens or the context is used up
+    )
     seconds: float = 0.0  # from the end of the prefill to its last token
 
     @property
@@ -143,7 +144,9 @@ def generate(
                 piece = stream.add(None)
             else:
                 completion.tokens.append(token)
-                full = len(completion.tokens) == max_new_tokens or len(encoded[number]) + len(completion.tokens) == context
+                full = (
+                    len(completion.tokens) == max_new_tokens or len(encoded[number]) + len(completion.tokens) == context
+                )
                 piece = stream.add(token)
                 if stream.stopped:
                     completion.finish_reason = 'stop'

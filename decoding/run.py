@@ -11,10 +11,12 @@ from model.config import sizes
 from model.decoder import Decoder
 from model.layers import is_matrix
 from sharding.errors import UserError, nearest
+from sharding.memory import explaining, gib, shard_bytes
 from sharding.mesh import MeshConfig, check_divides, make_mesh, parse_mesh, simulate_cpu_devices
 from training import config as configs
 from training.config import RunConfig
-from training.loop import restore_model
+from training.loop import on_mesh, restore_model
+from training.step import init
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +48,12 @@ def open_run(folder: str | Path, mesh: str | None = None) -> TrainedRun:
     devices = make_mesh(wanted)
     tokenizer = Tokenizer.load(folder / 'tokenizer.model')
     with jax.set_mesh(devices):
-        model, step = restore_model(folder, config)
-        model = jax.jit(in_compute_dtype, donate_argnums=0)(model)
+        abstract = on_mesh(jax.eval_shape(lambda: init(config).model))
+        with explaining(
+            lambda: f'out of memory on a device: weights {gib(shard_bytes(abstract))}; split them over more with --mesh'
+        ):
+            model, step = restore_model(folder, abstract)
+            model = jax.jit(in_compute_dtype, donate_argnums=0)(model)
     return TrainedRun(folder, config, devices, tokenizer, model, step)
 
 

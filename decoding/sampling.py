@@ -23,7 +23,9 @@ class Sampling:
 
     def __post_init__(self):
         if not 0 <= self.temperature < float('inf'):
-            raise UserError(f'temperature is {self.temperature}: it must be at least 0; 0 always takes the most likely token')
+            raise UserError(
+                f'temperature is {self.temperature}: it must be at least 0; 0 always takes the most likely token'
+            )
         if self.top_k < 0:
             raise UserError(f'top-k is {self.top_k}: it must be at least 0; 0 keeps all tokens')
         if not 0 < self.top_p <= 1:
@@ -45,7 +47,7 @@ class Choice(NamedTuple):
 
 
 def choose(logit_BV: jax.Array, position_B: jax.Array, choice: Choice) -> jax.Array:
-    """The token that follows each row's position, int32 [B], rows split over BATCH. Logits are float32, V whole on each device."""
+    """The token that follows each row's position, int32 [B]. Rows are split over BATCH, V is whole; logits are float32."""
     return jax.shard_map(one_device, in_specs=P(BATCH), out_specs=P(BATCH))(logit_BV, position_B, choice)
 
 

@@ -56,7 +56,7 @@ def decode(model: Decoder, cache: Cache, token_B, position_B):
 
 
 def _with_cache(body, model, cache, tokens, row_B):
-    layout = Cache(CACHE_SPEC, CACHE_SPEC)
+    layout = jax.tree.map(lambda _: CACHE_SPEC, cache)
     run = one_device(body, model, (specs(model), layout, TOKENS, TOKENS), (P(BATCH, 'tensor'), layout))
     logit_BV, cache = run(model, cache, tokens, row_B)
     return real_vocabulary(logit_BV, model), cache

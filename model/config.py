@@ -68,7 +68,9 @@ class ModelConfig:
     experts: Literal['auto', 'reference', 'blocked', 'ragged'] = 'auto'  # backend of the experts' grouped matmul
 
     def __post_init__(self):
-        set_default = lambda field, value: object.__setattr__(self, field, value) if getattr(self, field) is None else None
+        set_default = lambda field, value: (
+            object.__setattr__(self, field, value) if getattr(self, field) is None else None
+        )
         for field in ('layers', 'model_dim', 'heads', 'mlp_dim', 'vocabulary', 'kv_heads', 'head_dim', 'window'):
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise UserError(f'model.{field} is {getattr(self, field)}: it must be at least 1')
@@ -80,7 +82,10 @@ class ModelConfig:
             )
         set_default('head_dim', self.model_dim // self.heads)
         if self.head_dim % 2:
-            raise UserError(f'model.head_dim is {self.head_dim}: rotary positions turn pairs, so it must be even; nearest: {self.head_dim + 1}')
+            raise UserError(
+                f'model.head_dim is {self.head_dim}: rotary positions turn pairs, so it must be even; '
+                f'nearest: {self.head_dim + 1}'
+            )
         if self.heads % self.kv_heads:
             raise UserError(
                 f'model.kv_heads is {self.kv_heads} and model.heads {self.heads}: kv_heads must divide heads; '
@@ -125,7 +130,11 @@ def sizes(c: ModelConfig) -> list[Divides]:
         Divides(('tensor',), 'model.kv_heads × model.head_dim', c.kv_heads * c.head_dim),
         Divides(FSDP, 'model.model_dim', c.model_dim),
         Divides(('tensor',), 'model.model_dim', c.model_dim),
-        Divides((*FSDP, 'tensor'), 'the padded vocabulary', VOCABULARY_MULTIPLE if c.vocabulary is None else c.padded_vocabulary),
+        Divides(
+            (*FSDP, 'tensor'),
+            'the padded vocabulary',
+            VOCABULARY_MULTIPLE if c.vocabulary is None else c.padded_vocabulary,
+        ),
     ]
     if any(kind == 'dense' for kind, _ in c.groups):
         rules.append(Divides(('tensor',), 'model.mlp_dim', c.mlp_dim))

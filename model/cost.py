@@ -25,7 +25,9 @@ def parameters(c: ModelConfig) -> dict[str, int]:
     if c.moe:
         parts['router'] = kinds.get('moe', 0) * D * c.moe.experts
         parts['experts'] = kinds.get('moe', 0) * c.moe.experts * _matrices(c) * D * c.moe.mlp_dim
-        parts['shared_experts'] = kinds.get('moe', 0) * (_mlp(c, c.moe.shared_experts * c.moe.mlp_dim) if c.moe.shared_experts else 0)
+        parts['shared_experts'] = kinds.get('moe', 0) * (
+            _mlp(c, c.moe.shared_experts * c.moe.mlp_dim) if c.moe.shared_experts else 0
+        )
     return parts
 
 
@@ -70,7 +72,7 @@ def decode_bytes(c: ModelConfig, rows: int, keys: float, weight_bytes: int, cach
     Experts: those that at least one of the rows is expected to visit if choices are even. The embedding is a lookup, unless it
     is the head too. `weight_bytes` and `cache_bytes` are bytes a number.
     """
-    parts = parameters(c)
+    parts: dict[str, float] = dict(parameters(c))
     if not c.tied_embedding:
         parts.pop('embedding')
     if c.moe:

@@ -7,6 +7,8 @@ Between blocks x_BTD is split by rows over BATCH and by sequence over `tensor`. 
 V padded vocabulary, L layers, N tokens of this device.
 """
 
+from typing import TypedDict
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -20,7 +22,8 @@ from model.moe import MoE
 from sharding.collectives import vary, whole
 from sharding.mesh import FSDP, platform
 
-CPU_UNROLL = 8  # so many layers are written out on a CPU, where a loop's slices are copies; more keep the loop, to compile quickly
+# So many layers are written out on a CPU, where a loop's slices are copies; more keep the loop, to compile quickly.
+CPU_UNROLL = 8
 
 
 class Block(nnx.Module):
@@ -63,7 +66,7 @@ class Decoder(nnx.Module):
         """
         c = self.config
         x_BTD = view.dropout(self.embed(tokens_BT, view), c.dropout, 0)
-        first, figures = 0, {}
+        first, figures = 0, dict[str, jax.Array]()
         for (_, n), blocks in zip(c.groups, self.groups, strict=True):
 
             def layer(carry, numbered):
@@ -100,8 +103,15 @@ def remat(layer, c: ModelConfig, unrolled: bool):
     return jax.checkpoint(layer, policy=policy, prevent_cse=unrolled)  # a loop's border keeps it apart anyhow
 
 
-def backends(c: ModelConfig) -> dict[str, str]:
-    """The backends of attention and of the experts on this platform: View's arguments."""
+class Backends(TypedDict):
+    """View's arguments: how attention and the experts compute."""
+
+    backend: str
+    experts: str
+
+
+def backends(c: ModelConfig) -> Backends:
+    """The backends that the config names, or the fast ones of the current mesh's platform."""
     name = platform()
     return {
         'backend': attention_backend(name) if c.attention == 'auto' else c.attention,

@@ -18,13 +18,16 @@ TOKENS = P(BATCH)  # of a [B, T] array: its rows are split, each device of `tens
 
 
 def one_device(body, model: Decoder, in_specs, out_specs):
-    """`body` as a shard_map over every axis. check_vma finds a missing sum; a kernel that cannot say what varies turns it off."""
+    """`body` as a shard_map over every axis.
+
+    check_vma finds a missing sum; attention kernels that cannot say what varies turn it off.
+    """
     checked = not needs_unchecked(backends(model.config)['backend'])
     return jax.shard_map(body, in_specs=in_specs, out_specs=out_specs, check_vma=checked)
 
 
 def logits(model: Decoder, tokens_BT, position_BT, segment_BT):
-    """float32 (or wider) logits [B, T, vocabulary] of the full forward pass, rows split over BATCH. T must split over `tensor`."""
+    """Logits [B, T, vocabulary] of the full forward pass, float32 or wider, rows split over BATCH; `tensor` must divide T."""
 
     def body(model, tokens_BT, position_BT, segment_BT):
         x_BTD, _, _ = model.hidden(tokens_BT, View(position_BT, segment_BT, **backends(model.config)))

@@ -78,7 +78,9 @@ def weight(rngs: nnx.Rngs, c: ModelConfig, shape, spec: P, fan_in: int, gain: fl
 
     Its values depend on the key and the shape, not on the mesh.
     """
-    return nnx.Param(jax.random.normal(rngs.params(), shape, c.parameter_dtype, out_sharding=spec) * (gain * fan_in**-0.5))
+    return nnx.Param(
+        jax.random.normal(rngs.params(), shape, c.parameter_dtype, out_sharding=spec) * (gain * fan_in**-0.5)
+    )
 
 
 def constant(c: ModelConfig, value: float, shape, spec: P) -> nnx.Param:
@@ -125,7 +127,9 @@ def rope(x_BTnH, position_BT, theta: float):
     half = x_BTnH.shape[-1] // 2
     x = wide(x_BTnH)
     turn_h = jnp.asarray(theta, x.dtype) ** (-jnp.arange(half, dtype=x.dtype) / half)
-    angle = position_BT.astype(x.dtype).reshape(*position_BT.shape, *(1,) * (x.ndim - 2)) * turn_h.reshape((1,) * (x.ndim - 1) + (half,))
+    angle = position_BT.astype(x.dtype).reshape(*position_BT.shape, *(1,) * (x.ndim - 2)) * turn_h.reshape(
+        (1,) * (x.ndim - 1) + (half,)
+    )
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTnH.dtype)

@@ -89,7 +89,9 @@ def route(x_BTD, router_DE, view: View, c: ModelConfig):
     if m.renormalize:
         gate_BTK = gate_BTK / gate_BTK.sum(-1, keepdims=True)
     live_BT1 = view.live_BT[..., None].astype(score_BTE.dtype)
-    chosen_BTE = (expert_BTK[..., None] == jnp.arange(m.experts)[None, None, None]).sum(2).astype(score_BTE.dtype) * live_BT1
+    chosen_BTE = (expert_BTK[..., None] == jnp.arange(m.experts)[None, None, None]).sum(2).astype(
+        score_BTE.dtype
+    ) * live_BT1
     share_BTE = score_BTE / score_BTE.sum(-1, keepdims=True) * live_BT1
     row = lambda a_BTE: lax.psum(a_BTE.sum(1), 'tensor') if view.sequence_split else a_BTE.sum(1)
     tokens_B1 = jnp.maximum(row(live_BT1), 1)

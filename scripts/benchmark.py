@@ -47,7 +47,11 @@ def main() -> None:
     given = _parse(parser)
     figures = {'standard': standard, 'experts': experts}.get(given.what, configured)(given)
     if figures is not None:
-        print(json.dumps(figures) if given.json else '\n'.join(f'{name:>20}  {_show(name, value)}' for name, value in figures.items()))
+        print(
+            json.dumps(figures)
+            if given.json
+            else '\n'.join(f'{name:>20}  {_show(name, value)}' for name, value in figures.items())
+        )
 
 
 def configured(given: argparse.Namespace) -> dict[str, Any]:
@@ -85,7 +89,9 @@ def standard(given: argparse.Namespace) -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows.setdefault(arguments[0], []).append((' '.join(arguments), json.loads(done.stdout.splitlines()[-1])))
     for kind, found in rows.items():
-        names = [name for name, value in found[0][1].items() if not isinstance(value, dict) and not name.endswith('basis')]
+        names = [
+            name for name, value in found[0][1].items() if not isinstance(value, dict) and not name.endswith('basis')
+        ]
         print(f'\n| {kind} | ' + ' | '.join(arguments for arguments, _ in found) + ' |')
         print('|---|' + '---:|' * len(found))
         for name in names:

@@ -15,15 +15,23 @@ from sharding.errors import UserError
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('run', metavar='RUN', help='a folder such as runs/demo')
-    parser.add_argument('--prompt', action='append', default=[], metavar='TEXT', help='may be given several times: they are one batch')
+    parser.add_argument(
+        '--prompt', action='append', default=[], metavar='TEXT', help='may be given several times: they are one batch'
+    )
     parser.add_argument('--prompts-file', metavar='FILE', help='one prompt a line, UTF-8')
     parser.add_argument('--max-new-tokens', type=int, default=128, metavar='N')
-    parser.add_argument('--temperature', type=float, default=0.0, metavar='T', help='0 (the default) takes the most likely token')
+    parser.add_argument(
+        '--temperature', type=float, default=0.0, metavar='T', help='0 (the default) takes the most likely token'
+    )
     parser.add_argument('--top-k', type=int, default=0, metavar='K', help='only the K most likely; 0: all')
     parser.add_argument('--top-p', type=float, default=1.0, metavar='P', help='the most likely that together reach P')
-    parser.add_argument('--min-p', type=float, default=0.0, metavar='P', help='only those with at least P of the best one’s probability')
+    parser.add_argument(
+        '--min-p', type=float, default=0.0, metavar='P', help='only those with at least P of the best one’s probability'
+    )
     parser.add_argument('--seed', type=int, default=0, metavar='S', help='prompt i draws with seed S + i')
-    parser.add_argument('--stop', action='append', default=[], metavar='TEXT', help='ends a completion; may be given several times')
+    parser.add_argument(
+        '--stop', action='append', default=[], metavar='TEXT', help='ends a completion; may be given several times'
+    )
     parser.add_argument('--mesh', metavar='AXES', help='such as expert=2,tensor=2; the run’s own otherwise')
     parser.add_argument('--json', action='store_true', help='one JSON object a prompt')
     options = parser.parse_args()
@@ -31,7 +39,11 @@ def main() -> None:
     from decoding.sampling import Sampling
 
     sampling = Sampling(
-        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, min_p=options.min_p, seed=options.seed
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        seed=options.seed,
     )
     prompts = options.prompt + (read_prompts(options.prompts_file) if options.prompts_file else [])
     if not prompts:
@@ -44,9 +56,14 @@ def main() -> None:
     import jax
 
     from decoding.generate import generate
+    from sharding.memory import explaining, gib, shard_bytes
 
     screen = Screen(prompts, quiet=options.json)
-    with jax.set_mesh(opened.mesh):
+    tell = (
+        f'out of memory on a device: weights {gib(shard_bytes(opened.model))}, the rest the cache of {len(prompts)} prompts; '
+        'give fewer at a time, lower --max-new-tokens, or split them over more devices with --mesh'
+    )
+    with jax.set_mesh(opened.mesh), explaining(lambda: tell):
         completions = generate(
             opened.model,
             opened.tokenizer,

@@ -13,8 +13,15 @@ from scripts.entry import run
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('run', metavar='RUN', help='a folder such as runs/demo')
-    parser.add_argument('--tokens', required=True, metavar='FILE', help='.npy, whole numbers [B, T]: each row is one document from its start')
-    parser.add_argument('--logits', required=True, metavar='FILE', help='.npy to write: [b, t] holds the logits of the token after t')
+    parser.add_argument(
+        '--tokens',
+        required=True,
+        metavar='FILE',
+        help='.npy, whole numbers [B, T]: each row is one document from its start',
+    )
+    parser.add_argument(
+        '--logits', required=True, metavar='FILE', help='.npy to write: [b, t] holds the logits of the token after t'
+    )
     parser.add_argument('--mesh', metavar='AXES', help='such as expert=2,tensor=2; the run’s own otherwise')
     options = parser.parse_args()
 
@@ -28,7 +35,9 @@ def main() -> None:
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f'--tokens {options.tokens}: not a readable .npy file of numbers: {error}') from None
     if tokens_BT.ndim != 2 or tokens_BT.dtype.kind not in 'iu' or not tokens_BT.size:
-        raise UserError(f'--tokens {options.tokens}: {tokens_BT.dtype} {list(tokens_BT.shape)}: it must hold whole numbers [B, T], not none')
+        raise UserError(
+            f'--tokens {options.tokens}: {tokens_BT.dtype} {list(tokens_BT.shape)}: it must hold whole numbers [B, T], not none'
+        )
     target = Path(options.logits)
     if not target.parent.is_dir():
         raise UserError(f'--logits {target}: there is no folder {target.parent}')

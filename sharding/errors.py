@@ -1,14 +1,22 @@
-"""The one exception for a user's mistake, and the search for what they may have meant."""
+"""What the scripts tell a user in one line instead of a traceback, and the search for what they may have meant."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend: the scripts print its one line and exit with 2; anything else is a bug, with a traceback.
+    """A mistake that the user can mend: the scripts print its one line and exit with 2.
 
     The message names the field or file, the value, the rule, and the nearest value that works.
     """
+
+
+class OutOfMemory(RuntimeError):
+    """A device has too little memory for what the user asked of it: one line says what used it and what to change."""
+
+
+class Diverged(RuntimeError):
+    """The loss is no number any more."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -33,7 +33,9 @@ class MeshConfig:
     def __post_init__(self):
         for axis in AXES:
             if getattr(self, axis) < 1:
-                raise UserError(f'mesh.{axis} is {getattr(self, axis)}; an axis needs at least 1 device, and 1 turns it off')
+                raise UserError(
+                    f'mesh.{axis} is {getattr(self, axis)}; an axis needs at least 1 device, and 1 turns it off'
+                )
 
     @property
     def size(self) -> int:
@@ -94,7 +96,7 @@ def simulate_cpu_devices(count: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Divides:
-    """The devices along `axes` must divide `size`, the value of the config's `field`; with `or_repeats`, be a multiple of it."""
+    """The devices along `axes` must divide `size`, the value of `field`; with `or_repeats` they may be a multiple of it."""
 
     axes: tuple[str, ...]
     field: str
@@ -116,7 +118,9 @@ def check_divides(mesh: MeshConfig, rules: Iterable[Divides]) -> None:
             verb = 'must divide it, or be a multiple of it' if rule.or_repeats else 'must divide it'
             options = list(itertools.islice(nearest_meshes(mesh, rules), 3))
             works = '; '.join(f'({option})' for option in options)
-            raise UserError(f'{axes} is {mesh.span(rule.axes)} and {rule.field} is {rule.size}: {verb}; nearest meshes that work: {works}')
+            raise UserError(
+                f'{axes} is {mesh.span(rule.axes)} and {rule.field} is {rule.size}: {verb}; nearest meshes that work: {works}'
+            )
 
 
 def nearest_meshes(mesh: MeshConfig, rules: Iterable[Divides]) -> Iterator[MeshConfig]:

@@ -104,7 +104,13 @@ def forward(w: dict, batch: dict, c: ModelConfig):
     x = w['embed_VD'][batch['tokens']]
     figures = []
     for layer in w['layers']:
-        x = x + attend(layer, norm(x, layer['attention_norm.scale_D'], layer.get('attention_norm.bias_D'), c), batch['positions'], batch['segments'], c)
+        x = x + attend(
+            layer,
+            norm(x, layer['attention_norm.scale_D'], layer.get('attention_norm.bias_D'), c),
+            batch['positions'],
+            batch['segments'],
+            c,
+        )
         h = norm(x, layer['mlp_norm.scale_D'], layer.get('mlp_norm.bias_D'), c)
         if 'mlp.router_DE' in layer:
             y, found = experts(layer, h, batch['segments'], c)

@@ -68,7 +68,9 @@ class MetricsConfig:
 
     every: int = 10  # steps between rows of metrics.jsonl
     validate_every: int = 500  # steps between validations, beside the one at the end
-    validation_rows: int = 256  # rows of the validation split read each time, rounded up to whole batches; the end reads all
+    validation_rows: int = (
+        256  # rows of the validation split read each time, rounded up to whole batches; the end reads all
+    )
 
     def __post_init__(self):
         for field in ('every', 'validate_every', 'validation_rows'):
@@ -107,11 +109,18 @@ class RunConfig:
         """This config with the tokenizer's vocabulary, where the config leaves it open."""
         have = self.model.vocabulary
         if have is not None and have < tokens:
-            raise UserError(f'model.vocabulary is {have} and the tokenizer has {tokens} pieces: at least {tokens} are needed')
+            raise UserError(
+                f'model.vocabulary is {have} and the tokenizer has {tokens} pieces: at least {tokens} are needed'
+            )
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocabulary=have or tokens))
 
 
-MAY_CHANGE = ('mesh', 'checkpoint', 'metrics', 'training.steps')  # between a run and its continuation; a folder may be renamed too
+MAY_CHANGE = (
+    'mesh',
+    'checkpoint',
+    'metrics',
+    'training.steps',
+)  # between a run and its continuation; a folder may be renamed too
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -167,8 +176,8 @@ def check_continues(saved: RunConfig, wanted: RunConfig) -> None:
         free = any(key == name or key.startswith(f'{name}.') for name in ('name', *MAY_CHANGE))
         if not free and old.get(key) != new.get(key):
             raise UserError(
-                f'{key} is {new.get(key)!r} and was {old.get(key)!r} when run {saved.name!r} began; a continuation may change only '
-                f'{", ".join(MAY_CHANGE)}; set {key}={old.get(key)} again, choose another name, or begin anew with --fresh'
+                f'{key} is {new.get(key)!r} and was {old.get(key)!r} when run {saved.name!r} began; a continuation may change '
+                f'only {", ".join(MAY_CHANGE)}; set {key}={old.get(key)} again, choose another name, or begin anew with --fresh'
             )
 
 

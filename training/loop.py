@@ -1,4 +1,4 @@
-"""A run from its config to its last checkpoint: everything with a clock, a file or a signal stands here, around the pure step."""
+"""A run from its config to its last checkpoint: all that has a clock, a file or a signal, around the pure step."""
 
 import collections
 import functools
@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data.prepare import Dataset, Rows, prepare
 from model.forward import TOKENS
-from sharding.errors import UserError
+from sharding.errors import Diverged, UserError
+from sharding.memory import explaining
 from sharding.mesh import make_mesh, platform
 from training import config as configs
 from training.checkpoint import Checkpoints
 from training.config import RunConfig
 from training.loss import loss_sums
 from training.metrics import Metrics
-from training.report import out_of_memory, weights_table
+from training.report import memory_line, weights_table
 from training.step import State, init, train_step
 
 AHEAD = 2  # steps that an accelerator may be given before the host reads the figures of the first
@@ -38,7 +40,7 @@ def train(config: RunConfig, runs: Path, fresh: bool = False, console: Console |
     Returns the exit code: 0 done, 130 or 143 after Ctrl-C or SIGTERM, with a checkpoint saved.
     Raises UserError, before anything is touched, where the config cannot run here or does not continue what is there.
     """
-    console = console or Console(soft_wrap=True)
+    console = console or Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     folder = runs / config.name
     config.check_sizes()
     mesh = make_mesh(config.mesh)
@@ -52,7 +54,8 @@ def train(config: RunConfig, runs: Path, fresh: bool = False, console: Console |
         console.print(f'moved the earlier {folder} aside to {aside}')
     else:
         config, dataset = ready(config, folder, console)
-    with jax.set_mesh(mesh):
+    shapes = lambda: on_mesh(jax.eval_shape(functools.partial(init, config)))
+    with jax.set_mesh(mesh), explaining(lambda: memory_line(config, shapes())):
         return Run(config, folder, dataset, console).go()
 
 
@@ -101,7 +104,6 @@ class Run:
     def go(self) -> int:
         """Restores or begins, trains, validates, saves. Returns the exit code."""
         config, console = self.config, self.console
-        begin = functools.partial(init, config)
         published = self.checkpoints.steps()
         first = published[-1] if published else 0
         self.tokens = 0
@@ -111,7 +113,7 @@ class Run:
             console.print(f'continuing {self.folder} after step {first}')
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.state = jax.jit(begin)()
+            self.state = jax.jit(functools.partial(init, config))()
         write_config(config, self.folder)
         console.print(weights_table(self.state.model))
         self.metrics = Metrics(self.folder, first)
@@ -119,18 +121,14 @@ class Run:
         try:
             self.loop(first)
             self.checkpoints.wait()
-        except jax.errors.JaxRuntimeError as error:
-            if 'RESOURCE_EXHAUSTED' not in str(error):
-                raise
-            shapes = jax.eval_shape(begin)
-            raise MemoryError(out_of_memory(config, on_mesh(shapes))) from error
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self.metrics.close()
             self.checkpoints.close()
         if self.stopped_by:
-            console.print(f'stopped by {signal.Signals(self.stopped_by).name} after step {self.checkpoints.steps()[-1]}, saved; run again to continue')
+            name, step = signal.Signals(self.stopped_by).name, self.checkpoints.steps()[-1]
+            console.print(f'stopped by {name} after step {step}, saved; run again to continue')
             return 128 + self.stopped_by
         console.print(f'done: {self.folder}')
         return 0
@@ -159,7 +157,7 @@ class Run:
                 due = step == t.steps or stop
                 validate = step % config.metrics.validate_every == 0 or step == t.steps
                 save = step % config.checkpoint.every == 0 or due
-                # A CPU that simulates devices aborts when many steps wait for each other; and a checkpoint wants all figures in.
+                # A CPU that simulates devices aborts when many steps wait for each other; a checkpoint wants all figures in.
                 ahead = 0 if platform() == 'cpu' or validate or save else AHEAD
                 while len(waiting) > ahead:
                     row = self.figures(*waiting.popleft())
@@ -169,8 +167,9 @@ class Run:
                     if log:
                         self.log(row)
                     speed = row.get('tokens_per_second')
-                    shown = {'speed': f'{speed:,.0f} tokens/s'} if speed else {}
-                    bar.update(task, completed=row['step'], description='training', loss=f'loss {row["loss"]:.4f}', **shown)
+                    if speed:
+                        bar.update(task, speed=f'{speed:,.0f} tokens/s')
+                    bar.update(task, completed=row['step'], description='training', loss=f'loss {row["loss"]:.4f}')
                 if save:
                     self.save(step)
                 if stop:
@@ -189,10 +188,15 @@ class Run:
         row = {name: float(figures[name]) for name in ('loss', 'grad_norm', 'learning_rate')}
         row = {'step': step, **row, 'tokens': self.tokens}
         if not math.isfinite(row['loss']):
-            raise FloatingPointError(f'the loss is {row["loss"]} at step {step}: lower training.learning_rate, or raise training.warmup_steps')
+            raise Diverged(
+                f'the loss is {row["loss"]} at step {step}: lower training.learning_rate (now '
+                f'{self.config.training.learning_rate}) or raise training.warmup_steps; the last checkpoint is from before'
+            )
         if 'router' in figures:
             router = figures['router']
-            row |= {f'router.{name}': float(router[name]) for name in ('entropy', 'max_share', 'balance_loss', 'z_loss')}
+            row |= {
+                f'router.{name}': float(router[name]) for name in ('entropy', 'max_share', 'balance_loss', 'z_loss')
+            }
             row |= {'router.dropped_share': 0.0, 'router.load': router['load'].tolist()}
         return row
 
@@ -218,7 +222,11 @@ class Run:
     def save(self, step: int) -> None:
         """Begins a checkpoint; it is written while training goes on."""
         began = time.perf_counter()
-        items = {'model': self.state.model, 'optimizer': self.state.optimizer, 'random': {'step': self.state.step, 'key': self.state.key}}
+        items = {
+            'model': self.state.model,
+            'optimizer': self.state.optimizer,
+            'random': {'step': self.state.step, 'key': self.state.key},
+        }
         facts = {'step': step, 'tokens': self.tokens, 'corpus': self.dataset.facts['sha256'], 'seed': self.config.seed}
         # Step N's rows follow from (seed, N): the next sample is the data's whole position.
         facts |= {'next_sample': step * self.config.training.batch}
@@ -258,12 +266,11 @@ def restore(checkpoints: Checkpoints, step: int, config: RunConfig) -> State:
     return State(found['model'], found['optimizer'], **found['random'])
 
 
-def restore_model(folder: Path, config: RunConfig, step: int | None = None) -> tuple[Any, int]:
-    """Only the weights of a run's newest (or given) checkpoint, on the current mesh, and its step."""
+def restore_model(folder: Path, abstract: Any) -> tuple[Any, int]:
+    """Only the weights of a run's newest checkpoint, in the layouts of `abstract`, and its step."""
     checkpoints = Checkpoints(folder)
-    step = checkpoints.newest() if step is None else step
-    shapes = on_mesh(jax.eval_shape(lambda: init(config).model))
-    return checkpoints.restore(step, {'model': shapes})['model'], step
+    step = checkpoints.newest()
+    return checkpoints.restore(step, {'model': abstract})['model'], step
 
 
 def write_config(config: RunConfig, folder: Path) -> None:

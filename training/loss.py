@@ -33,8 +33,9 @@ def loss_sums(model: Decoder, batch: dict, dropout_key=None) -> dict:
         tokens_BT = batch['tokens']
         rows = tokens_BT.shape[0]
         row_B = lax.axis_index(BATCH) * rows + jnp.arange(rows)
-        place = batch['positions'], batch['segments']
-        view = View(*place, **backends(model.config), dropout_key=None if dropout_key is None else key, row_B=row_B)
+        key_or_none = None if dropout_key is None else key
+        at = batch['positions'], batch['segments']
+        view = View(*at, **backends(model.config), dropout_key=key_or_none, row_B=row_B)
         x_BTD, _, figures = model.hidden(tokens_BT, view)
         live_BT = my_slice(batch['segments']) > 0
         nats = cross_entropy(vary(model.head()), x_BTD, my_slice(batch['targets']), live_BT, model.config.vocabulary)
@@ -43,7 +44,7 @@ def loss_sums(model: Decoder, batch: dict, dropout_key=None) -> dict:
         return lax.psum(vary({'nats': nats, 'tokens': live_BT.sum(), 'rows': rows, 'router': figures}), AXES)
 
     key = jax.random.key(0) if dropout_key is None else dropout_key
-    run = one_device(body, model, (specs(model), {name: TOKENS for name in batch}, P()), P())
+    run = one_device(body, model, (specs(model), dict.fromkeys(batch, TOKENS), P()), P())
     return run(model, batch, key)
 
 

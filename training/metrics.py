@@ -15,7 +15,8 @@ from tensorboardX import SummaryWriter
 class Metrics:
     """Appends rows to folder/metrics.jsonl and folder/tensorboard, and draws folder/loss.png.
 
-    Rows after `step` belong to steps that a restored checkpoint does not know: they are cut, so that no step stands there twice.
+    Rows after `step` belong to steps that a restored checkpoint does not know: they are cut, so that no step stands
+    there twice.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -34,7 +35,9 @@ class Metrics:
         for name, value in row.items():
             if name == 'router.load':
                 for layer, shares in enumerate(value):
-                    self.board.add_scalars(f'router.load/layer {layer}', {f'expert {e}': x for e, x in enumerate(shares)}, row['step'])
+                    self.board.add_scalars(
+                        f'router.load/layer {layer}', {f'expert {e}': x for e, x in enumerate(shares)}, row['step']
+                    )
             elif name != 'step':
                 self.board.add_scalar(name, value, row['step'])
 
@@ -58,10 +61,17 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Training and validation loss by step, and with experts the largest share of each step below."""
     routed = [row for row in rows if 'router.max_share' in row]
     figure, axes = plt.subplots(
-        2 if routed else 1, 1, figsize=(8, 6.5 if routed else 4.5), sharex=True, squeeze=False, height_ratios=[3, 1][: 2 if routed else 1]
+        2 if routed else 1,
+        1,
+        figsize=(8, 6.5 if routed else 4.5),
+        sharex=True,
+        squeeze=False,
+        height_ratios=[3, 1][: 2 if routed else 1],
     )
     loss = axes[0, 0]
-    loss.plot([row['step'] for row in rows], [row['loss'] for row in rows], color='#4477aa', linewidth=1, label='training')
+    loss.plot(
+        [row['step'] for row in rows], [row['loss'] for row in rows], color='#4477aa', linewidth=1, label='training'
+    )
     checked = [row for row in rows if 'validation_loss' in row]
     if checked:
         steps, values = [row['step'] for row in checked], [row['validation_loss'] for row in checked]

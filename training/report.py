@@ -1,18 +1,15 @@
 """What a run tells its user about memory: the layout of every weight, and what filled a device that ran out."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.table import Table
 
+from sharding.memory import gib, shard_bytes
+from sharding.mesh import BATCH
 from training.config import RunConfig
-
-
-def shard_bytes(x: Any) -> int:
-    """Bytes of x on one device; x may be an array or only its shape, dtype and sharding."""
-    return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
 def named(tree: Any) -> Iterator[tuple[str, Any]]:
@@ -38,21 +35,16 @@ def weights_table(model: Any) -> Table:
     return table
 
 
-def out_of_memory(config: RunConfig, state: Any) -> str:
-    """One line: what a step keeps on each device, and what to change. `state` may be abstract (shapes with shardings)."""
-    gib = lambda n: f'{n / 2**30:.2f} GiB'
+def memory_line(config: RunConfig, state: Any) -> str:
+    """What a training step keeps on each device, and what to change. `state` may be abstract (shapes with shardings)."""
     t, m, mesh = config.training, config.model, config.mesh
-    weights = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(state.model))
-    moments = sum(shard_bytes(leaf) for leaf in jax.tree.leaves(state.optimizer))
-    rows = -(-t.batch // mesh.span(('data', 'expert')))
-    residual = m.layers * rows * t.sequence_length * m.model_dim * jax.numpy.dtype(m.dtype).itemsize // mesh.tensor
-    changes = [
-        f'training.batch (now {t.batch})',
-        f'training.sequence_length (now {t.sequence_length})',
-        *([f'model.remat=block (now {m.remat}) to keep only the layers’ inputs'] if m.remat != 'block' else []),
-        f'a larger mesh.data or mesh.tensor (now {mesh.data} and {mesh.tensor}) to split weights and activations further',
-    ]
+    weights, moments = shard_bytes(state.model), shard_bytes(state.optimizer)
+    rows = -(-t.batch // mesh.span(BATCH))
+    inputs = m.layers * rows * t.sequence_length * m.model_dim * jnp.dtype(m.dtype).itemsize // mesh.tensor
+    remat = '' if m.remat == 'block' else f'set model.remat=block (now {m.remat}) to keep only the layers’ inputs, '
     return (
         f'out of memory on a device: weights {gib(weights)}, gradients {gib(weights)}, optimizer state {gib(moments)}, '
-        f'the layers’ inputs {gib(residual)}, the rest activations within layers; lower {", ".join(changes[:2])}, or set {"; or ".join(changes[2:])}'
+        f'layers’ inputs {gib(inputs)}, the rest activations; {remat}lower training.batch (now {t.batch}) or '
+        f'training.sequence_length (now {t.sequence_length}), or raise mesh.data or mesh.tensor (now {mesh.data} and '
+        f'{mesh.tensor}) to split all of it further'
     )

@@ -17,7 +17,10 @@ from sharding.mesh import BATCH, MeshConfig, make_mesh
 from training.config import RunConfig, TrainingConfig
 from training.step import init
 
-TEXT = 'def read(path):\n    return open(path).read()\n\n\nclass Queue:\n    def put(self, item):\n        self.items.append(item)\n' * 30
+TEXT = (
+    'def read(path):\n    return open(path).read()\n\n\n'
+    'class Queue:\n    def put(self, item):\n        self.items.append(item)\n' * 30
+)
 
 
 @pytest.fixture(scope='module')
@@ -30,11 +33,17 @@ def chosen(logits, count=2000, **sampling) -> np.ndarray:
     s = Sampling(**sampling)
     every = lambda value, dtype: jnp.full(count, value, dtype)
     choice = Choice(
-        every(s.temperature, jnp.float32), every(s.top_k, jnp.int32), every(s.top_p, jnp.float32), every(s.min_p, jnp.float32), every(s.seed, jnp.uint32)
+        every(s.temperature, jnp.float32),
+        every(s.top_k, jnp.int32),
+        every(s.top_p, jnp.float32),
+        every(s.min_p, jnp.float32),
+        every(s.seed, jnp.uint32),
     )
     logit_BV = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
     with jax.set_mesh(make_mesh(MeshConfig(data=2))):
-        place = jax.tree.map(lambda a: jax.device_put(a, P(BATCH)), (logit_BV, jnp.arange(count, dtype=jnp.int32), choice))
+        place = jax.tree.map(
+            lambda a: jax.device_put(a, P(BATCH)), (logit_BV, jnp.arange(count, dtype=jnp.int32), choice)
+        )
         return np.asarray(jax.jit(choose)(*place))
 
 
@@ -73,7 +82,9 @@ def test_seed_decides():
     assert (a != c).any()
 
 
-@pytest.mark.parametrize('field', [{'temperature': -0.1}, {'top_k': -1}, {'top_p': 0.0}, {'top_p': 1.1}, {'min_p': -1.0}, {'seed': -1}])
+@pytest.mark.parametrize(
+    'field', [{'temperature': -0.1}, {'top_k': -1}, {'top_p': 0.0}, {'top_p': 1.1}, {'min_p': -1.0}, {'seed': -1}]
+)
 def test_sampling_out_of_range(field):
     with pytest.raises(UserError, match=str(next(iter(field.values())))):
         Sampling(**field)
@@ -98,7 +109,15 @@ def test_text_streams_whole_characters_and_holds_back_what_may_be_a_stop(tokeniz
 def generated(mesh: MeshConfig, tokenizer, prompts, **options):
     config = RunConfig(
         name='generated',
-        model=ModelConfig(vocabulary=tokenizer.vocabulary, layers=2, model_dim=32, heads=4, kv_heads=2, mlp_dim=32, moe=MoEConfig(experts=4, mlp_dim=32)),
+        model=ModelConfig(
+            vocabulary=tokenizer.vocabulary,
+            layers=2,
+            model_dim=32,
+            heads=4,
+            kv_heads=2,
+            mlp_dim=32,
+            moe=MoEConfig(experts=4, mlp_dim=32),
+        ),
         training=TrainingConfig(steps=1, batch=4, sequence_length=64),
     )
     with jax.set_mesh(make_mesh(mesh)):
@@ -112,7 +131,9 @@ def test_a_prompt_gets_the_same_text_alone_and_in_a_batch_on_any_mesh(tokenizer,
     together = generated(MeshConfig(data=2, expert=2, tensor=2), tokenizer, prompts, sampling=sampling)
     alone = generated(MeshConfig(), tokenizer, prompts[:1], sampling=sampling)
     assert together[0].tokens == alone[0].tokens
-    assert all(len(completion.tokens) <= 12 and completion.finish_reason in ('stop', 'length') for completion in together)
+    assert all(
+        len(completion.tokens) <= 12 and completion.finish_reason in ('stop', 'length') for completion in together
+    )
     assert all(completion.text == tokenizer.decode(completion.tokens) for completion in together)
 
 
@@ -144,6 +165,17 @@ def test_context_is_never_exceeded(tokenizer):
 def test_logits_stay_split_by_rows_while_choosing():
     with jax.set_mesh(make_mesh(MeshConfig(data=2, expert=2, tensor=2))):
         rows = lambda a: jax.device_put(a, P(BATCH))
-        choice = Choice(*map(rows, (np.ones(4, np.float32), np.zeros(4, np.int32), np.ones(4, np.float32), np.zeros(4, np.float32), np.zeros(4, np.uint32))))
+        choice = Choice(
+            *map(
+                rows,
+                (
+                    np.ones(4, np.float32),
+                    np.zeros(4, np.int32),
+                    np.ones(4, np.float32),
+                    np.zeros(4, np.float32),
+                    np.zeros(4, np.uint32),
+                ),
+            )
+        )
         out = jax.jit(choose)(rows(np.zeros((4, 10), np.float32)), rows(np.arange(4, dtype=np.int32)), choice)
         assert out.sharding.spec == P(BATCH)

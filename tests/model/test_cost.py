@@ -20,7 +20,10 @@ CONFIGS = [
     DENSE,
     dataclasses.replace(DENSE, norm='layernorm', bias=True, qkv_bias=True, activation='gelu', tied_embedding=False),
     dataclasses.replace(
-        DENSE, layers=3, qk_norm=True, moe=MoEConfig(experts=8, mlp_dim=16, top_k=2, shared_experts=1, first_dense_layers=1)
+        DENSE,
+        layers=3,
+        qk_norm=True,
+        moe=MoEConfig(experts=8, mlp_dim=16, top_k=2, shared_experts=1, first_dense_layers=1),
     ),
 ]
 
@@ -41,7 +44,9 @@ def dots(jaxpr, times=1.0) -> float:
             lhs = equation.invars[0].aval.shape
             total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted) * times
         inner = times * equation.params.get('length', 1) if equation.primitive.name == 'scan' else times
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, 'eqns') or hasattr(v, 'jaxpr')):
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda v: hasattr(v, 'eqns') or hasattr(v, 'jaxpr')
+        ):
             value = getattr(value, 'jaxpr', value)
             if hasattr(value, 'eqns'):
                 total += dots(value, inner)
@@ -77,9 +82,9 @@ def test_a_token_visits_its_experts_only():
     one = 3 * c.model_dim * c.moe.mlp_dim
     assert cost.active_parameters(c) == sum(cost.parameters(c).values()) - 2 * (c.moe.experts - c.moe.top_k) * one
     assert cost.forward_flops(c, 1)['experts'] == 2 * 2 * (c.moe.top_k + 1) * one
-    assert math.isclose(
-        cost.decode_bytes(c, 1, 0, 4, 4), 4 * (cost.active_parameters(c))
-    ), 'one row reads exactly the experts that it visits'
+    assert math.isclose(cost.decode_bytes(c, 1, 0, 4, 4), 4 * (cost.active_parameters(c))), (
+        'one row reads exactly the experts that it visits'
+    )
 
 
 def test_cache_is_two_vectors_a_head_and_layer():

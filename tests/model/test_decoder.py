@@ -24,13 +24,19 @@ VARIANTS = {
     'multi-head layernorm gelu, all biases': dataclasses.replace(
         BASE, kv_heads=4, norm='layernorm', activation='gelu', bias=True, qkv_bias=True
     ),
-    'multi-query relu, window, untied': dataclasses.replace(BASE, kv_heads=1, activation='relu', window=3, tied_embedding=False),
-    'geglu, q/k norm, qkv bias, wide heads': dataclasses.replace(BASE, activation='geglu', qk_norm=True, qkv_bias=True, head_dim=6),
+    'multi-query relu, window, untied': dataclasses.replace(
+        BASE, kv_heads=1, activation='relu', window=3, tied_embedding=False
+    ),
+    'geglu, q/k norm, qkv bias, wide heads': dataclasses.replace(
+        BASE, activation='geglu', qk_norm=True, qkv_bias=True, head_dim=6
+    ),
     'softmax experts': dataclasses.replace(BASE, moe=MOE),
     'sigmoid experts, shared ones, dense first layer': dataclasses.replace(
         BASE,
         layers=3,
-        moe=MoEConfig(experts=4, top_k=3, mlp_dim=8, shared_experts=2, first_dense_layers=1, router='sigmoid', routed_scale=2.5),
+        moe=MoEConfig(
+            experts=4, top_k=3, mlp_dim=8, shared_experts=2, first_dense_layers=1, router='sigmoid', routed_scale=2.5
+        ),
     ),
     'experts without renormalisation, plain MLP': dataclasses.replace(
         BASE, activation='gelu', moe=dataclasses.replace(MOE, renormalize=False, top_k=1)
@@ -86,7 +92,9 @@ def test_no_token_sees_later_ones_or_other_documents(name):
     c = dataclasses.replace(VARIANTS[name], layers=1 if VARIANTS[name].window else 2)
     T = 8
     batch = {
-        'tokens': np.arange(T, dtype=np.int32)[None].repeat(4, 0),  # all different: a row of the embedding is a place in the text
+        'tokens': np.arange(T, dtype=np.int32)[None].repeat(
+            4, 0
+        ),  # all different: a row of the embedding is a place in the text
         'positions': np.array([[0, 1, 2, 3, 4, 0, 1, 2]], np.int32).repeat(4, 0),
         'segments': np.array([[1, 1, 1, 1, 1, 2, 2, 2]], np.int32).repeat(4, 0),
     }

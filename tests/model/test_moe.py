@@ -16,7 +16,12 @@ from sharding.mesh import BATCH, MeshConfig, make_mesh
 from tests import reference
 
 MODEL = ModelConfig(
-    vocabulary=128, layers=1, model_dim=16, heads=4, mlp_dim=16, moe=MoEConfig(experts=8, top_k=2, mlp_dim=16, shared_experts=1)
+    vocabulary=128,
+    layers=1,
+    model_dim=16,
+    heads=4,
+    mlp_dim=16,
+    moe=MoEConfig(experts=8, top_k=2, mlp_dim=16, shared_experts=1),
 )
 B, T = 8, 16
 
@@ -26,13 +31,15 @@ def sparse(c: ModelConfig, backend: str):
 
     def body(moe, x_BTD, ct_BTD, segment_BT):
         view = View(jnp.zeros_like(segment_BT), segment_BT, backend='reference', experts=backend)
-        y_BTD, figures = moe(x_BTD, view)
+        y_BTD, _ = moe(x_BTD, view)
         total = jax.lax.psum((y_BTD * ct_BTD).sum(), ('data', 'expert', 'tensor'))
         return total, y_BTD
 
     def run(moe, x, ct, segment):
         split = P(BATCH, 'tensor')
-        return jax.shard_map(body, in_specs=(specs(moe), split, split, P(BATCH)), out_specs=(P(), split))(moe, x, ct, segment)
+        return jax.shard_map(body, in_specs=(specs(moe), split, split, P(BATCH)), out_specs=(P(), split))(
+            moe, x, ct, segment
+        )
 
     return run
 

@@ -31,11 +31,17 @@ def workplace(folder: Path) -> Path:
 def start(folder: Path, script: str, *arguments: str) -> subprocess.Popen:
     """A script under way in `folder`."""
     environment = {name: value for name, value in os.environ.items() if name not in ('XLA_FLAGS', 'JAX_PLATFORMS')}
-    environment |= {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT), 'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled')}
+    environment |= {
+        'JAX_PLATFORMS': 'cpu',
+        'PYTHONPATH': str(ROOT),
+        'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
+    }
     # Two of three seconds would go into optimising programs this small; every process of a test compiles alike.
     environment['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
     command = [sys.executable, str(ROOT / 'scripts' / f'{script}.py'), *arguments]
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def run(folder: Path, script: str, *arguments: str, code: int = 0) -> subprocess.CompletedProcess:
@@ -53,4 +59,7 @@ def rows(folder: Path, name: str = 'tiny') -> list[dict]:
 
 def everything(folder: Path) -> dict[str, tuple]:
     """What stands in a folder: path -> size and time of change, to see that nothing was touched."""
-    return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.rglob('*'))}
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob('*'))
+    }

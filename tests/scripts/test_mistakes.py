@@ -43,8 +43,14 @@ TRAIN = {
     'wrong type': (['training.steps=many'], ['training.steps', '"many"', 'integer']),
     'true is not a number': (['training.batch=true'], ['training.batch', 'integer']),
     'name that leaves runs': (['name=../elsewhere'], ['../elsewhere', "'elsewhere'"]),
-    'heads': (['name=n', 'mesh.tensor=3', 'training.sequence_length=36'], ['mesh.tensor is 3', 'model.heads is 4', 'nearest meshes that work']),
-    'experts': (['name=n', 'mesh.expert=8', 'mesh.data=1', 'mesh.tensor=1'], ['mesh.expert is 8', 'model.moe.experts is 4', 'nearest meshes']),
+    'heads': (
+        ['name=n', 'mesh.tensor=3', 'training.sequence_length=36'],
+        ['mesh.tensor is 3', 'model.heads is 4', 'nearest meshes that work'],
+    ),
+    'experts': (
+        ['name=n', 'mesh.expert=8', 'mesh.data=1', 'mesh.tensor=1'],
+        ['mesh.expert is 8', 'model.moe.experts is 4', 'nearest meshes'],
+    ),
     'batch': (['name=n', 'training.batch=6'], ['training.batch is 6', 'mesh.data × mesh.expert is 4']),
     'no such data': (['name=n', 'data.source=nowhere'], ['nowhere']),
     'empty folder': (['name=n', 'data.source=empty'], ['empty']),
@@ -70,11 +76,17 @@ def test_no_such_config(place):
 
 
 DECODE = {
-    'negative temperature': (['runs/tiny', '--prompt', 'x', '--temperature', '-1'], ['temperature is -1.0', 'at least 0']),
+    'negative temperature': (
+        ['runs/tiny', '--prompt', 'x', '--temperature', '-1'],
+        ['temperature is -1.0', 'at least 0'],
+    ),
     'long prompt': (['runs/tiny', '--prompt', 'y ' * 100], ['prompt 1', 'the context is 32']),
     'no such run': (['runs/tony', '--prompt', 'x'], ['runs/tony', "did you mean 'runs/tiny'"]),
     'no checkpoint': (['runs/bare', '--prompt', 'x'], ['runs/bare', 'no checkpoint']),
-    'mesh that does not divide': (['runs/tiny', '--prompt', 'x', '--mesh', 'tensor=3'], ['mesh.tensor is 3', 'nearest meshes']),
+    'mesh that does not divide': (
+        ['runs/tiny', '--prompt', 'x', '--mesh', 'tensor=3'],
+        ['mesh.tensor is 3', 'nearest meshes'],
+    ),
     'no prompt': (['runs/tiny'], ['--prompt']),
 }
 
@@ -99,7 +111,10 @@ def test_damaged_checkpoint(place, damage):
         victim.write_bytes(content[:-1])
     else:
         victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    for script, arguments in (('decode', [f'runs/{damage}', '--prompt', 'x']), ('train', ['tiny.yaml', f'name={damage}', 'training.steps=3'])):
+    for script, arguments in (
+        ('decode', [f'runs/{damage}', '--prompt', 'x']),
+        ('train', ['tiny.yaml', f'name={damage}', 'training.steps=3']),
+    ):
         line = mistake(place, script, *arguments)
         assert victim.name in line, line
 
@@ -113,3 +128,21 @@ def test_score_wants_ids_of_the_vocabulary(place):
 
 def test_evaluate_names_the_missing_path(place):
     assert 'nowhere.txt' in mistake(place, 'evaluate', 'runs/tiny', '--data', 'nowhere.txt')
+
+
+def test_out_of_memory_says_what_used_it_and_what_to_change(place):
+    done = run(
+        place,
+        'train',
+        'tiny.yaml',
+        'name=huge',
+        'model.layers=1',
+        'model.moe=null',
+        'model.mlp_dim=40000000000',
+        code=1,
+    )
+    (line,) = done.stderr.strip().splitlines()
+    assert all(
+        word in line
+        for word in ('weights', 'GiB', 'optimizer state', 'training.batch', 'model.remat=block', 'mesh.data')
+    ), line

@@ -56,7 +56,11 @@ def test_killed_at_random_moments_ends_bit_equal(undisturbed):
             begun = log.stat().st_mtime_ns if log.exists() else 0
             deadline = time.time() + 200
             # From the moment its steps begin: before, there is nothing to lose.
-            while process.poll() is None and time.time() < deadline and not (log.exists() and log.stat().st_mtime_ns > begun and log.stat().st_size):
+            while (
+                process.poll() is None
+                and time.time() < deadline
+                and not (log.exists() and log.stat().st_mtime_ns > begun and log.stat().st_size)
+            ):
                 time.sleep(0.02)
             time.sleep(moments.uniform(0, 1.0))
             kills += process.poll() is None
@@ -66,7 +70,9 @@ def test_killed_at_random_moments_ends_bit_equal(undisturbed):
     run(undisturbed, 'train', 'tiny.yaml', 'name=killed')
     assert same(final(undisturbed, 'undisturbed'), final(undisturbed, 'killed')), f'seed {seed}'
     assert [row['step'] for row in rows(undisturbed, 'killed')] == list(range(1, STEPS + 1))
-    clean = lambda name: [{key: row[key] for key in row if key != 'tokens_per_second'} for row in rows(undisturbed, name)]
+    clean = lambda name: [
+        {key: row[key] for key in row if key != 'tokens_per_second'} for row in rows(undisturbed, name)
+    ]
     assert clean('killed') == clean('undisturbed')
 
 
@@ -113,4 +119,6 @@ def test_initial_state_does_not_depend_on_what_is_there(undisturbed):
     with jax.set_mesh(make_mesh(config.mesh)):
         fresh = jax.jit(functools.partial(init, config))()
         assert int(fresh.step) == 0
-    assert not same(final(undisturbed, 'undisturbed')[0], jax.tree.map(np.asarray, fresh.model)), 'training moved the weights'
+    assert not same(final(undisturbed, 'undisturbed')[0], jax.tree.map(np.asarray, fresh.model)), (
+        'training moved the weights'
+    )

@@ -5,9 +5,20 @@ import pytest
 
 from model.config import ModelConfig, MoEConfig, batch_sizes, sizes
 from sharding.errors import UserError
-from sharding.mesh import AXES, Divides, MeshConfig, check_divides, factorizations, make_mesh, nearest_meshes, parse_mesh
+from sharding.mesh import (
+    AXES,
+    Divides,
+    MeshConfig,
+    check_divides,
+    factorizations,
+    make_mesh,
+    nearest_meshes,
+    parse_mesh,
+)
 
-MODEL = ModelConfig(layers=2, model_dim=64, heads=12, kv_heads=4, head_dim=8, mlp_dim=96, moe=MoEConfig(experts=6, mlp_dim=48))
+MODEL = ModelConfig(
+    layers=2, model_dim=64, heads=12, kv_heads=4, head_dim=8, mlp_dim=96, moe=MoEConfig(experts=6, mlp_dim=48)
+)
 
 
 def test_mesh_is_explicit_over_all_axes():

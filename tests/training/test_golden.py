@@ -1,4 +1,7 @@
-"""Losses that no refactor may change. A change of the arithmetic itself renews them: REGOLD=1 pytest tests/training/test_golden.py."""
+"""Losses that no refactor may change.
+
+A change of the arithmetic itself renews them: REGOLD=1 pytest tests/training/test_golden.py
+"""
 
 import dataclasses
 import functools
@@ -19,9 +22,20 @@ GOLDEN = Path(__file__).with_name('golden.json')
 MODELS = {
     'dense': ModelConfig(vocabulary=300, layers=2, model_dim=32, heads=4, kv_heads=2, mlp_dim=48, qk_norm=True),
     'plain': ModelConfig(
-        vocabulary=300, layers=2, model_dim=32, heads=4, mlp_dim=48, activation='gelu', norm='layernorm', bias=True, qkv_bias=True, dropout=0.1
+        vocabulary=300,
+        layers=2,
+        model_dim=32,
+        heads=4,
+        mlp_dim=48,
+        activation='gelu',
+        norm='layernorm',
+        bias=True,
+        qkv_bias=True,
+        dropout=0.1,
     ),
-    'softmax experts': ModelConfig(vocabulary=300, layers=2, model_dim=32, heads=4, mlp_dim=32, moe=MoEConfig(experts=4, mlp_dim=32)),
+    'softmax experts': ModelConfig(
+        vocabulary=300, layers=2, model_dim=32, heads=4, mlp_dim=32, moe=MoEConfig(experts=4, mlp_dim=32)
+    ),
     'sigmoid experts': ModelConfig(
         vocabulary=300,
         layers=2,
@@ -29,7 +43,9 @@ MODELS = {
         heads=4,
         mlp_dim=32,
         tied_embedding=False,
-        moe=MoEConfig(experts=4, mlp_dim=32, router='sigmoid', shared_experts=1, first_dense_layers=1, routed_scale=1.5),
+        moe=MoEConfig(
+            experts=4, mlp_dim=32, router='sigmoid', shared_experts=1, first_dense_layers=1, routed_scale=1.5
+        ),
     ),
 }
 

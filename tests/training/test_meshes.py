@@ -66,8 +66,12 @@ def run_on(shape: tuple[int, int, int], dtype: str) -> dict:
         state = jax.jit(functools.partial(init, config))()
         born = jax.tree.map(np.asarray, state.model)
         for leaf in jax.tree.leaves(state.model):
-            ways = np.prod([config.mesh.span(axes if isinstance(axes, tuple) else (axes,)) for axes in leaf.sharding.spec if axes])
-            assert all(shard.data.size * ways == leaf.size for shard in leaf.addressable_shards), 'no device holds more than its shard'
+            ways = np.prod(
+                [config.mesh.span(axes if isinstance(axes, tuple) else (axes,)) for axes in leaf.sharding.spec if axes]
+            )
+            assert all(shard.data.size * ways == leaf.size for shard in leaf.addressable_shards), (
+                'no device holds more than its shard'
+            )
         step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
         losses = []
         for batch in batches():
