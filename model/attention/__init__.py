@@ -6,14 +6,13 @@ Letters: B batch rows, T queries, S keys, K key/value heads, G query heads per k
 from collections.abc import Callable
 
 import jax
-from jax import lax
 
 from model.attention.blockwise import blockwise_attention
 from model.attention.flash import flash_attention
 from model.attention.mask import At
 from model.attention.reference import reference_attention
 from model.attention.splash import splash_attention
-from sharding.collectives import varying
+from sharding.collectives import vary_together, varying
 from sharding.errors import UserError, nearest
 from sharding.mesh import platform
 
@@ -66,19 +65,8 @@ def attention(
     assert k_BSKH.shape == v_BSKH.shape == (B, k_BSKH.shape[1], K, H), (q_BTKGH.shape, k_BSKH.shape, v_BSKH.shape)
     assert q_at[0].shape == q_at[1].shape == (B, T), (q_BTKGH.shape, q_at[0].shape)
     assert k_at[0].shape == k_at[1].shape == k_BSKH.shape[:2], (k_BSKH.shape, k_at[0].shape)
-    inputs = together((q_BTKGH, k_BSKH, v_BSKH, q_at, k_at))
+    inputs = vary_together((q_BTKGH, k_BSKH, v_BSKH, q_at, k_at))
     return _RUN[backend](*inputs, window, H**-0.5 if scale is None else scale)
-
-
-def together(tree):
-    """The arrays, each marked as varying over the mesh axes that any of them varies over, as loops and kernels want."""
-    axes = frozenset().union(*map(varying, jax.tree.leaves(tree)))
-
-    def mark(x: jax.Array) -> jax.Array:
-        missing = tuple(axes - varying(x))
-        return lax.pcast(x, missing, to='varying') if missing else x
-
-    return jax.tree.map(mark, tree)
 
 
 def default_backend(name: str) -> str:
