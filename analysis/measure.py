@@ -10,20 +10,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from decoding.generate import next_token
 from decoding.run import in_compute_dtype
 from decoding.sampling import Choice
 from decoding.step import empty_cache, prefill
 from model import cost
-from model.forward import TOKENS, logits
+from model.config import sizes
+from model.forward import logits, place
 from model.grouped_matmul import default_backend, expert_mlp
 from sharding import chips
-from sharding.errors import UserError
 from sharding.mesh import BATCH, Divides, check_divides, make_mesh, platform
 from training.config import RunConfig
 from training.step import init, train_step
+
+UNKNOWN = 'not described in sharding/chips.py'
 
 
 def seconds_each(step: Callable[[], Any], count: int, warm: int = 2) -> list[float]:
@@ -40,13 +41,13 @@ class Trainer:
     """Real training steps on random tokens, one document a row. Use it under `jax.set_mesh`."""
 
     def __init__(self, config: RunConfig):
-        t, rows = config.training, NamedSharding(jax.sharding.get_mesh(), TOKENS)
+        t = config.training
         ids = np.random.default_rng(0).integers(
             0, config.model.vocabulary, (t.batch, t.sequence_length + 1), dtype=np.int32
         )
         places = np.broadcast_to(np.arange(t.sequence_length, dtype=np.int32), (t.batch, t.sequence_length))
         batch = {'tokens': ids[:, :-1], 'targets': ids[:, 1:], 'positions': places, 'segments': np.ones_like(places)}
-        self.batch = {name: jax.device_put(array, rows) for name, array in batch.items()}
+        self.batch = place(batch)
         self.state = jax.jit(functools.partial(init, config))()
         self.run = jax.jit(functools.partial(train_step, config), donate_argnums=0)
 
@@ -65,15 +66,14 @@ def measure_training(config: RunConfig, steps: int) -> dict[str, Any]:
         seconds = statistics.median(seconds_each(Trainer(config).step, steps))
     tokens = t.batch * t.sequence_length / seconds
     flops = cost.training_flops(config.model, t.sequence_length)
-    peak, basis = peak_flops(config.model.dtype)
-    peak *= 1 if _is_cpu() else config.mesh.size
+    peak, basis = peak_flops(config)
     return {
         'step_seconds': seconds,
         'tokens_per_second': tokens,
         'flops_per_token': flops,
         'achieved_flops': flops * tokens,
         'peak_flops': peak,
-        'peak_share': flops * tokens / peak,
+        'peak_share': flops * tokens / peak if peak else None,
         'peak_basis': basis,
         'peak_memory_bytes': peak_memory(),
         **_where(config),
@@ -87,19 +87,20 @@ def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int) -> dic
     """
     config = _ready(config)
     c, mesh = config.model, make_mesh(config.mesh)
-    check_divides(config.mesh, [Divides(BATCH, '--rows', rows), Divides(('tensor',), '--prompt + --new', prompt + new)])
+    check_divides(
+        config.mesh, [*sizes(c), Divides(BATCH, '--rows', rows), Divides(('tensor',), '--prompt + --new', prompt + new)]
+    )
     with jax.set_mesh(mesh):
-        put = lambda array: jax.device_put(array, NamedSharding(mesh, TOKENS))
         model = jax.jit(lambda: in_compute_dtype(init(config).model))()
         ids = np.random.default_rng(0).integers(0, c.vocabulary, (rows, prompt + new), dtype=np.int32)
-        zero = put(np.zeros(rows, np.float32))
-        choice = Choice(zero, put(np.zeros(rows, np.int32)), zero + 1, zero, put(np.zeros(rows, np.uint32)))
+        zero = np.zeros(rows, np.float32)
+        choice = place(Choice(zero, np.zeros(rows, np.int32), zero + 1, zero, np.zeros(rows, np.uint32)))
         read = jax.jit(
             lambda model, tokens, length: prefill(model, empty_cache(model, rows, prompt + new), tokens, length)
         )
-        tokens_BT, length_B = put(ids[:, :prompt]), put(np.full(rows, prompt, np.int32))
+        tokens_BT, length_B = place(ids[:, :prompt]), place(np.full(rows, prompt, np.int32))
         prefill_seconds = statistics.median(seconds_each(lambda: read(model, tokens_BT, length_B), 3))
-        state = [put(ids[:, prompt]), length_B, read(model, tokens_BT, length_B)[1]]
+        state = [place(ids[:, prompt]), length_B, read(model, tokens_BT, length_B)[1]]
 
         def step() -> Any:
             token_B, position_B, cache = state
@@ -110,18 +111,17 @@ def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int) -> dic
         everything = jax.jit(lambda model, *at: jnp.argmax(logits(model, *at)[:, -1], -1))
         seen = -(-(prompt + new // 2) // config.mesh.tensor) * config.mesh.tensor
         places = np.broadcast_to(np.arange(seen, dtype=np.int32), (rows, seen))
-        arguments = put(ids[:, :seen]), put(places), put(np.ones_like(places))
+        arguments = place(ids[:, :seen]), place(places), place(np.ones_like(places))
         again = statistics.median(seconds_each(lambda: everything(model, *arguments), 5))
     width = jnp.dtype(c.dtype).itemsize
     bytes_ = cost.decode_bytes(c, rows, prompt + new / 2, width, width)
-    bandwidth, basis = peak_bandwidth()
-    bandwidth *= 1 if _is_cpu() else config.mesh.size
+    bandwidth, basis = peak_bandwidth(config)
     return {
         'step_seconds': seconds,
         'tokens_per_second': rows / seconds,
         'flops_per_token': sum(cost.forward_flops(c, prompt + new / 2).values()),
         'bytes_per_token': bytes_,
-        'bandwidth_share': bytes_ * rows / seconds / bandwidth,
+        'bandwidth_share': bytes_ * rows / seconds / bandwidth if bandwidth else None,
         'bandwidth_basis': basis,
         'prefill_seconds': prefill_seconds,
         'recompute_seconds': again,
@@ -189,18 +189,14 @@ def measure_experts(rows: int, experts: int, dim: int, hidden: int, rounds: int 
     }
 
 
-def peak_flops(dtype: str) -> tuple[float, str]:
-    """FLOP/s that one device (a CPU: this machine) can reach at most in a dtype, and how that is known."""
-    kind = jax.devices()[0].device_kind
-    chip = chips.find(kind)
+def peak_flops(config: RunConfig) -> tuple[float | None, str]:
+    """FLOP/s that the mesh's devices (a CPU: this machine) can reach at most in the config's dtype, and how that is known."""
+    chip = chips.find(jax.devices()[0].device_kind)
     if chip:
-        published = chip.bfloat16_flops if dtype == 'bfloat16' else chip.float32_flops
-        if published:
-            return published, chip.source
+        one = chip.bfloat16_flops if config.model.dtype == 'bfloat16' else chip.float32_flops
+        return one * config.mesh.size, chip.source
     if not _is_cpu():
-        raise UserError(
-            f'device {kind!r} has no published peak for {dtype} in sharding/chips.py; add its data sheet there'
-        )
+        return None, UNKNOWN
     n = 2048
     a = jnp.ones((n, n), 'float32')
     multiply = jax.jit(lambda a: a @ a)
@@ -209,15 +205,13 @@ def peak_flops(dtype: str) -> tuple[float, str]:
     ), f'best of 8 float32 matmuls of {n} × {n} in this process'
 
 
-def peak_bandwidth() -> tuple[float, str]:
-    """Bytes/s that one device (a CPU: this machine) can read at most, and how that is known."""
+def peak_bandwidth(config: RunConfig) -> tuple[float | None, str]:
+    """Bytes/s that the mesh's devices (a CPU: this machine) can read at most, and how that is known."""
     chip = chips.find(jax.devices()[0].device_kind)
     if chip:
-        return chip.bandwidth, chip.source
+        return chip.bandwidth * config.mesh.size, chip.source
     if not _is_cpu():
-        raise UserError(
-            f'device {jax.devices()[0].device_kind!r} is not described in sharding/chips.py; add its data sheet there'
-        )
+        return None, UNKNOWN
     a = np.ones(2**27, np.uint8)
     times = []
     for _ in range(5):

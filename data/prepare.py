@@ -20,12 +20,10 @@ import numpy as np
 import sentencepiece
 
 from data.config import DataConfig
-from data.packing import Rows, encode_documents, pack, pack_documents
+from data.packing import Rows, encode_documents, pack
 from data.sources import Document, documents
 from data.tokenizer import Tokenizer
 from sharding.errors import UserError
-
-__all__ = ['Dataset', 'load', 'pack_documents', 'prepare']
 
 FORMAT = 1
 SPLITS = 'train', 'validation'
@@ -68,12 +66,18 @@ class Split:
         return {'train': document.text[:place], 'validation': document.text[place:]}
 
 
-def prepare(config: DataConfig, folder: Path, sequence_length: int, say: Callable[[str], None] = print) -> Dataset:
+def prepare(
+    config: DataConfig,
+    folder: Path,
+    sequence_length: int,
+    say: Callable[[str], None] = print,
+    check: Callable[[Dataset], object] | None = None,
+) -> Dataset:
     """The data of the run in `folder`: loaded if it is there, of the same config and length, else made and saved.
 
     Writes `folder/tokenizer.model` and `folder/data/`. Rows have `sequence_length` inputs. One process at a time may
-    call this on a folder. UserError for a source that cannot be read or has too little text, and for damaged files in
-    the folder.
+    call this on a folder. `check` may refuse what was made before it is written. UserError for a source that cannot be
+    read or has too little text, and for damaged files in the folder.
     """
     if sequence_length < 1:
         raise UserError(f'training.sequence_length={sequence_length}: must be at least 1; try 256')
@@ -86,6 +90,8 @@ def prepare(config: DataConfig, folder: Path, sequence_length: int, say: Callabl
         return saved[1]
     begin = time.perf_counter()
     dataset = _build(config, sequence_length, say)
+    if check:
+        check(dataset)  # raises while nothing is written
     _save(dataset, folder, key)
     say(f'data: prepared in {time.perf_counter() - begin:.1f} s')
     return dataset

@@ -8,15 +8,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from data.tokenizer import Tokenizer
 from decoding.sampling import Choice, Sampling, choose
 from decoding.step import decode, empty_cache, prefill
 from model.decoder import Decoder
-from model.forward import TOKENS
+from model.forward import place, row_ways
 from sharding.errors import UserError
-from sharding.mesh import BATCH
 
 BUCKET = 32  # prompts and caches are padded to multiples of it, so that few sizes are compiled
 
@@ -31,12 +29,12 @@ class Completion:
     finish_reason: str | None = (
         None  # 'stop': an end token or a stop text; 'length': max_new_tokens or the context is used up
     )
-    seconds: float = 0.0  # from the end of the prefill to its last token
+    seconds: float = 0.0  # from its second token to its last
 
     @property
     def tokens_per_second(self) -> float:
-        """Decoded tokens a second, the prefill and its first token not counted."""
-        return (len(self.tokens) - 1) / self.seconds if self.seconds else 0.0
+        """Decoded tokens a second, but for the first two: the prefill gives one, and the next step may compile."""
+        return max(len(self.tokens) - 2, 0) / self.seconds if self.seconds else 0.0
 
 
 class TextStream:
@@ -106,9 +104,7 @@ def generate(
                 f'prompt {number + 1} has {len(ids)} tokens, its start token included, and the context is {context}: '
                 f'at most {context - 1} leave room for an answer'
             )
-    mesh = jax.sharding.get_mesh()
-    ways = mesh.shape[BATCH[0]] * mesh.shape[BATCH[1]]
-    rows = -(-len(prompts) // ways) * ways
+    rows = -(-len(prompts) // row_ways()) * row_ways()
     longest = max(map(len, encoded))
     padded = -(-longest // BUCKET) * BUCKET
     slots = -(-min(context, longest + max_new_tokens) // BUCKET) * BUCKET
@@ -116,25 +112,27 @@ def generate(
     length_B = np.ones(rows, np.int32)  # rows that only fill up the mesh hold one token
     for number, ids in enumerate(encoded):
         tokens_BT[number, : len(ids)], length_B[number] = ids, len(ids)
-    put = lambda array: jax.device_put(array, NamedSharding(mesh, TOKENS))
     every = lambda value, dtype: np.full(rows, value, dtype)
-    seeds_B = ((sampling.seed + np.arange(rows, dtype=np.uint64)) % 2**32).astype(np.uint32)
-    choice = Choice(
-        put(every(sampling.temperature, np.float32)),
-        put(every(sampling.top_k, np.int32)),
-        put(every(sampling.top_p, np.float32)),
-        put(every(sampling.min_p, np.float32)),
-        put(seeds_B),
+    choice = place(
+        Choice(
+            every(sampling.temperature, np.float32),
+            every(sampling.top_k, np.int32),
+            every(sampling.top_p, np.float32),
+            every(sampling.min_p, np.float32),
+            ((sampling.seed + np.arange(rows, dtype=np.uint64)) % 2**32).astype(np.uint32),
+        )
     )
     completions = [Completion(prompt) for prompt in prompts]
     streams = [TextStream(tokenizer, stops) for _ in prompts]
-    position_B = put(length_B)
-    token_B, cache = first_token(model, max(slots, padded), put(tokens_BT), position_B, choice)
-    step = next_token.lower(model, cache, token_B, position_B, choice).compile()
-    began = time.perf_counter()
+    position_B = place(length_B)
+    token_B, cache = first_token(model, max(slots, padded), place(tokens_BT), position_B, choice)
+    began = 0.0
     while any(completion.finish_reason is None for completion in completions):
         # The next step is under way while the host reads this one's tokens.
-        following_B, position_B, cache = step(model, cache, token_B, position_B, choice)
+        following_B, position_B, cache = next_token(model, cache, token_B, position_B, choice)
+        if not began:  # the first step compiles
+            jax.block_until_ready(following_B)
+            began = time.perf_counter()
         for number, token in enumerate(np.asarray(token_B)[: len(prompts)].tolist()):
             completion, stream = completions[number], streams[number]
             if completion.finish_reason:

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 
 from data.tokenizer import Tokenizer
 from model.config import sizes
+from model.cost import parameters
 from model.decoder import Decoder
 from model.layers import is_matrix
 from sharding.errors import UserError, nearest
-from sharding.memory import explaining, gib, shard_bytes
-from sharding.mesh import MeshConfig, check_divides, make_mesh, parse_mesh, simulate_cpu_devices
-from training import config as configs
+from sharding.memory import explaining
+from sharding.mesh import MeshConfig, check_divides, make_mesh, parse_mesh, start
+from training.checkpoint import Checkpoints
 from training.config import RunConfig
-from training.loop import on_mesh, restore_model
-from training.step import init
+from training.state import restore_model, saved_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,26 +34,25 @@ class TrainedRun:
 def open_run(folder: str | Path, mesh: str | None = None) -> TrainedRun:
     """The newest checkpoint of a run, on the mesh that trained it or on another (`'expert=2,tensor=2'`).
 
-    Call it before anything asks JAX for devices: a machine with only a CPU simulates as many as the mesh has.
+    A machine with only a CPU simulates as many devices as the mesh has, unless JAX has started before.
     Raises UserError where the folder is not a run, has no whole checkpoint, or the mesh cannot hold the model.
     """
     folder = Path(folder)
     if not (folder / 'config.yaml').is_file():
         runs = [str(path.parent) for path in folder.parent.glob('*/config.yaml')] if folder.parent.is_dir() else []
         raise UserError(f'{folder}: not a run, for it has no config.yaml{nearest(str(folder), runs) if runs else ""}')
-    config = configs.load(folder / 'config.yaml')
+    checkpoints = Checkpoints(folder)
+    step = checkpoints.newest()
+    config = saved_config(checkpoints, step)
     wanted: MeshConfig = config.mesh if mesh is None else parse_mesh(mesh)
     check_divides(wanted, sizes(config.model))
-    simulate_cpu_devices(wanted.size)
+    start(wanted.size, config.model.dtype)
     devices = make_mesh(wanted)
-    tokenizer = Tokenizer.load(folder / 'tokenizer.model')
-    with jax.set_mesh(devices):
-        abstract = on_mesh(jax.eval_shape(lambda: init(config).model))
-        with explaining(
-            lambda: f'out of memory on a device: weights {gib(shard_bytes(abstract))}; split them over more with --mesh'
-        ):
-            model, step = restore_model(folder, abstract)
-            model = jax.jit(in_compute_dtype, donate_argnums=0)(model)
+    tokenizer = Tokenizer.load(checkpoints.folder / str(step) / 'tokenizer.model')
+    tell = f'out of memory on a device: {sum(parameters(config.model).values()):,} parameters; split them over more with --mesh'
+    with jax.set_mesh(devices), explaining(lambda: tell):
+        model = restore_model(folder, step, config)
+        model = jax.jit(in_compute_dtype, donate_argnums=0)(model)
     return TrainedRun(folder, config, devices, tokenizer, model, step)
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import P
 
 from sharding.errors import UserError
@@ -39,11 +40,13 @@ class Sampling:
 class Choice(NamedTuple):
     """The Sampling of each row of a batch, as arrays."""
 
-    temperature_B: jax.Array
-    top_k_B: jax.Array
-    top_p_B: jax.Array
-    min_p_B: jax.Array
-    seed_B: jax.Array  # uint32; rows with equal seed, position and logits choose alike, whatever else is in the batch
+    temperature_B: jax.Array | np.ndarray
+    top_k_B: jax.Array | np.ndarray
+    top_p_B: jax.Array | np.ndarray
+    min_p_B: jax.Array | np.ndarray
+    seed_B: (
+        jax.Array | np.ndarray
+    )  # uint32; rows with equal seed, position and logits choose alike, whatever else is in the batch
 
 
 def choose(logit_BV: jax.Array, position_B: jax.Array, choice: Choice) -> jax.Array:

@@ -4,11 +4,9 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from model.decoder import Decoder
-from model.forward import TOKENS, logits
-from sharding.mesh import BATCH
+from model.forward import logits, place, row_ways
 
 
 def score(model: Decoder, tokens_BT: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -16,16 +14,14 @@ def score(model: Decoder, tokens_BT: np.ndarray) -> Iterator[tuple[int, np.ndarr
 
     Yields (first row, float32 [b, T, V]) block by block, so that not all logits exist at once.
     """
-    mesh = jax.sharding.get_mesh()
-    rows = mesh.shape[BATCH[0]] * mesh.shape[BATCH[1]]
+    rows, ways = row_ways(), jax.sharding.get_mesh().shape['tensor']
     count, T = tokens_BT.shape
-    padded = -(-T // mesh.shape['tensor']) * mesh.shape['tensor']
+    padded = -(-T // ways) * ways
     run = jax.jit(logits)
-    put = lambda array: jax.device_put(array, NamedSharding(mesh, TOKENS))
-    place = put(np.broadcast_to(np.arange(padded, dtype=np.int32), (rows, padded)))
-    document = put(np.broadcast_to((np.arange(padded) < T).astype(np.int32), (rows, padded)))
+    position = place(np.broadcast_to(np.arange(padded, dtype=np.int32), (rows, padded)))
+    document = place(np.broadcast_to((np.arange(padded) < T).astype(np.int32), (rows, padded)))
     for begin in range(0, count, rows):
         block = tokens_BT[begin : begin + rows]
         filled = np.zeros((rows, padded), np.int32)
         filled[: len(block), :T] = block
-        yield begin, np.asarray(run(model, put(filled), place, document), np.float32)[: len(block), :T]
+        yield begin, np.asarray(run(model, place(filled), position, document), np.float32)[: len(block), :T]

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import P, lax
 
-from model.decoder import Decoder, backends
+from model.decoder import Decoder, backends, to_vocabulary
 from model.forward import TOKENS, one_device, real_vocabulary
 from model.layers import CACHE_SPEC, Cache, View, specs
-from sharding.collectives import wide
 from sharding.mesh import BATCH
 
 
@@ -38,7 +37,7 @@ def prefill(model: Decoder, cache: Cache, tokens_BT, length_B):
         view = View(position_BT, segment_BT, **backends(model.config), sequence_split=T % n == 0)
         x_BTD, cache, _ = model.hidden(tokens_BT, view, cache)
         last_BD = jnp.take_along_axis(view.join(x_BTD), length_B[:, None, None] - 1, axis=1)[:, 0]
-        return wide(last_BD @ model.head()), cache
+        return to_vocabulary(last_BD, model.head()), cache
 
     return _with_cache(body, model, cache, tokens_BT, length_B)
 
@@ -50,7 +49,7 @@ def decode(model: Decoder, cache: Cache, token_B, position_B):
         ones_B1 = jnp.ones_like(position_B)[:, None]
         view = View(position_B[:, None], ones_B1, **backends(model.config), sequence_split=False, decoding=True)
         x_BTD, cache, _ = model.hidden(token_B[:, None], view, cache)
-        return wide(x_BTD[:, 0] @ model.head()), cache
+        return to_vocabulary(x_BTD[:, 0], model.head()), cache
 
     return _with_cache(body, model, cache, token_B, position_B)
 

@@ -93,10 +93,13 @@ class ModelConfig:
             )
         if not 0 <= self.dropout < 1:
             raise UserError(f'model.dropout is {self.dropout}: it must be at least 0 and less than 1')
-        if self.moe and self.moe.first_dense_layers > self.layers:
+        for field in ('norm_epsilon', 'rope_theta'):
+            if not getattr(self, field) > 0:
+                raise UserError(f'model.{field} is {getattr(self, field)}: it must be above 0')
+        if self.moe and self.moe.first_dense_layers >= self.layers:
             raise UserError(
                 f'model.moe.first_dense_layers is {self.moe.first_dense_layers} and model.layers {self.layers}: '
-                f'at most {self.layers} layers can be dense'
+                f'at most {self.layers - 1} can be dense; model.moe=null makes all of them so'
             )
 
     @property

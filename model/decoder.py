@@ -52,7 +52,8 @@ class Decoder(nnx.Module):
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         self.config = c
         D, V = c.model_dim, c.padded_vocabulary
-        self.embed_VD = weight(rngs, c, (V, D), P(FSDP, 'tensor'), fan_in=D)
+        # As the tied head too it must be small, or each token begins by predicting itself.
+        self.embed_VD = weight(rngs, c, (V, D), P(FSDP, 'tensor'), fan_in=D if c.tied_embedding else 1)
         stack = lambda kind, n: jax.vmap(lambda rngs: Block(c, kind, rngs))(rngs.split(n))
         self.groups = nnx.List([stack(kind, n) for kind, n in c.groups])
         self.norm = Norm(c)
@@ -93,6 +94,12 @@ class Decoder(nnx.Module):
             return whole(self.head_DV[...], self.config.dtype)
         embed_VD = whole(self.embed_VD[...], self.config.dtype)
         return lax.all_to_all(embed_VD, 'tensor', split_axis=0, concat_axis=1, tiled=True).T
+
+
+def to_vocabulary(x_ND, head_DV):
+    """Logits, in at least float32 however narrow x and the head are."""
+    wide = jnp.promote_types(x_ND.dtype, jnp.float32)
+    return jnp.einsum('...D,DV->...V', x_ND, head_DV, preferred_element_type=wide)
 
 
 def remat(layer, c: ModelConfig, unrolled: bool):

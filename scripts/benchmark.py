@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from scripts.entry import run
+from sharding.errors import UserError
 
+LEAST = {'steps': 1, 'rows': 1, 'prompt': 1, 'new': 8, 'experts': 1, 'dim': 1, 'hidden': 1}
 STANDARD = (
     ('train', 'configs/demo.yaml', '--steps', '10'),
     ('train', 'configs/demo.yaml', 'mesh.expert=1', 'mesh.tensor=1', '--steps', '10'),
@@ -45,6 +47,9 @@ def main() -> None:
     for option in options.values():
         option.add_argument('--json', action='store_true')
     given = _parse(parser)
+    for name, least in LEAST.items():
+        if getattr(given, name, least) < least:
+            raise UserError(f'--{name} is {getattr(given, name)}: it must be at least {least}')
     figures = {'standard': standard, 'experts': experts}.get(given.what, configured)(given)
     if figures is not None:
         print(
@@ -60,9 +65,9 @@ def configured(given: argparse.Namespace) -> dict[str, Any]:
 
     config = load(given.config, given.overrides)
 
-    from sharding.mesh import simulate_cpu_devices
+    from sharding.mesh import start
 
-    simulate_cpu_devices(config.mesh.size)
+    start(config.mesh.size, config.model.dtype)
 
     from analysis import measure, peers
 
@@ -109,6 +114,8 @@ def _parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def _show(name: str, value: Any) -> str:
+    if value is None:
+        return 'unknown'
     if isinstance(value, dict):
         return ', '.join(f'{key} {_show(name, part)}' for key, part in value.items())
     if not isinstance(value, float):

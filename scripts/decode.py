@@ -80,17 +80,17 @@ def main() -> None:
             fields = ('prompt', 'text', 'tokens', 'finish_reason', 'tokens_per_second')
             print(json.dumps({field: getattr(completion, field) for field in fields}))
     else:
-        decoded = sum(len(completion.tokens) - 1 for completion in completions)
-        seconds = max(completion.seconds for completion in completions)
-        speed = f', {decoded / seconds:,.0f} tokens/s' if decoded and seconds else ''
+        speed = sum(completion.tokens_per_second for completion in completions)
         tokens = sum(len(completion.tokens) for completion in completions)
-        print(f'{len(completions)} prompts, {tokens} tokens{speed} (step {opened.step})', file=sys.stderr)
+        print(
+            f'{len(completions)} prompts, {tokens} tokens, {speed:,.0f} tokens/s (step {opened.step})', file=sys.stderr
+        )
 
 
 def read_prompts(path: str) -> list[str]:
-    """The lines of a file, empty ones left out."""
+    """The lines of a file, empty ones left out. Only line feeds end a line: a prompt may hold any other character."""
     try:
-        lines = Path(path).read_text(encoding='utf-8').splitlines()
+        lines = Path(path).read_text(encoding='utf-8').split('\n')
     except UnicodeDecodeError as error:
         raise UserError(f'--prompts-file {path}: not UTF-8 at byte {error.start}') from None
     except OSError as error:

@@ -5,7 +5,6 @@ python scripts/evaluate.py runs/demo --data notes.md src/ 'more/*.jsonl'
 
 import argparse
 import json
-import math
 
 from scripts.entry import run
 
@@ -27,51 +26,51 @@ def main() -> None:
         list(texts(options.data, options.field)) if options.data else None
     )  # a wrong path is told before a model is read
 
+    from pathlib import Path
+
+    from data.prepare import load
+
+    dataset = load(Path(options.run)) if (Path(options.run) / 'data').exists() or found is None else None
+
     from decoding.run import open_run
 
     opened = open_run(options.run, options.mesh)
 
     import jax
-    from jax.sharding import NamedSharding
+    import numpy as np
 
     from data.baseline import xz_bits_per_byte
-    from data.prepare import load, pack_documents
-    from model.forward import TOKENS
-    from training.loop import evaluate
-    from training.loss import loss_sums
+    from data.packing import pack_documents
+    from sharding.memory import explaining
+    from training.evaluation import evaluate
 
     t = opened.config.training
-    dataset = load(opened.folder)
     if found is None:
         rows, content = dataset.validation, dataset.validation_bytes()
     else:
         rows = pack_documents(opened.tokenizer, [text for _, text in found], t.sequence_length)
         content = b''.join(text.encode() for _, text in found)
-    put = lambda batch: {
-        name: jax.device_put(array, NamedSharding(opened.mesh, TOKENS)) for name, array in batch.items()
-    }
-    ways = opened.mesh.shape['data'] * opened.mesh.shape['expert']
-    batch = -(-min(t.batch, len(rows)) // ways) * ways
-    with jax.set_mesh(opened.mesh):
-        nats, tokens = evaluate(jax.jit(loss_sums), opened.model, rows, len(rows), batch, put)
+    tell = f'out of memory on a device: activations of {t.batch} rows of {t.sequence_length} tokens; split them with --mesh'
+    with jax.set_mesh(opened.mesh), explaining(lambda: tell):
+        read = evaluate(opened.model, opened.tokenizer, rows, np.arange(len(rows)), t.batch)
+    assert read.bytes == len(content), 'every byte is predicted once'
     figures = {
-        'nats_per_token': nats / tokens,
-        'bits_per_byte': nats / math.log(2) / len(content),
-        'tokens': tokens,
-        'bytes': len(content),
+        'nats_per_token': read.nats_per_token,
+        'bits_per_byte': read.bits_per_byte,
+        'tokens': read.tokens,
+        'bytes': read.bytes,
         'xz_bits_per_byte': xz_bits_per_byte(content),
-        'xz_given_training_bits_per_byte': xz_bits_per_byte(content, dataset.train_bytes()),
+        'xz_given_training_bits_per_byte': xz_bits_per_byte(content, dataset.train_bytes()) if dataset else None,
         'step': opened.step,
     }
     if options.json:
         print(json.dumps(figures))
         return
-    print(f'{tokens:,} tokens of {len(content):,} bytes, after step {opened.step}')
-    print(
-        f'  model                       {figures["bits_per_byte"]:.4f} bits/byte   ({figures["nats_per_token"]:.4f} nats/token)'
-    )
+    print(f'{read.tokens:,} tokens of {read.bytes:,} bytes, after step {opened.step}')
+    print(f'  model                       {read.bits_per_byte:.4f} bits/byte   ({read.nats_per_token:.4f} nats/token)')
     print(f'  xz -9, these bytes alone    {figures["xz_bits_per_byte"]:.4f} bits/byte')
-    print(f'  xz -9, given the training   {figures["xz_given_training_bits_per_byte"]:.4f} bits/byte')
+    if dataset:
+        print(f'  xz -9, given the training   {figures["xz_given_training_bits_per_byte"]:.4f} bits/byte')
 
 
 if __name__ == '__main__':

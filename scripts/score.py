@@ -34,6 +34,8 @@ def main() -> None:
         tokens_BT = np.load(options.tokens, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f'--tokens {options.tokens}: not a readable .npy file of numbers: {error}') from None
+    if not isinstance(tokens_BT, np.ndarray):
+        raise UserError(f'--tokens {options.tokens}: an archive of several arrays; save the one with np.save')
     if tokens_BT.ndim != 2 or tokens_BT.dtype.kind not in 'iu' or not tokens_BT.size:
         raise UserError(
             f'--tokens {options.tokens}: {tokens_BT.dtype} {list(tokens_BT.shape)}: it must hold whole numbers [B, T], not none'
@@ -50,10 +52,12 @@ def main() -> None:
     import jax
 
     from decoding.score import score
+    from sharding.memory import explaining
 
     partial = target.with_name(target.name + '.partial')
     out = np.lib.format.open_memmap(partial, mode='w+', dtype=np.float32, shape=(*tokens_BT.shape, vocabulary))
-    with jax.set_mesh(opened.mesh):
+    tell = f'out of memory on a device: logits of {tokens_BT.shape[1]} tokens a row; give shorter rows, or use --mesh'
+    with jax.set_mesh(opened.mesh), explaining(lambda: tell):
         for begin, logit_BTV in score(opened.model, tokens_BT):
             out[begin : begin + len(logit_BTV)] = logit_BTV
     out.flush()

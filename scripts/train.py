@@ -20,9 +20,9 @@ def main() -> int:
 
     config = load(options.config, options.overrides)
 
-    from sharding.mesh import simulate_cpu_devices
+    from sharding.mesh import start
 
-    simulate_cpu_devices(config.mesh.size)
+    start(config.mesh.size, config.model.dtype)
 
     from training.loop import train
 

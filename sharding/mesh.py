@@ -19,6 +19,7 @@ from sharding.errors import UserError
 
 AXES = ('data', 'expert', 'tensor')
 BATCH = ('data', 'expert')  # axes that split the rows of a batch
+SEARCHED = 1024  # devices at most of a mesh that is proposed in an error
 FSDP = ('data', 'expert')  # axes that split a weight which is used by every row: it is gathered where it is used
 
 
@@ -86,12 +87,19 @@ def platform() -> str:
     return 'gpu' if name in ('cuda', 'rocm') else name
 
 
-def simulate_cpu_devices(count: int) -> None:
-    """Lets a machine that has only a CPU play `count` devices. Call it before anything asks JAX for devices.
+def start(devices: int, dtype: str) -> None:
+    """Settles what JAX must know before anything asks it for devices: 64 bits, and how many devices a CPU plays.
 
-    A machine with an accelerator ignores it: its own devices are used.
+    A machine with an accelerator has its own devices. Where JAX has started already (a notebook), it keeps those that it
+    has, and `make_mesh` judges whether they suffice.
     """
-    jax.config.update('jax_num_cpu_devices', count)
+    if dtype == 'float64':
+        jax.config.update('jax_enable_x64', True)
+    try:
+        jax.config.update('jax_num_cpu_devices', devices)
+    except RuntimeError as error:
+        if 'before backends are initialized' not in str(error):
+            raise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +134,7 @@ def check_divides(mesh: MeshConfig, rules: Iterable[Divides]) -> None:
 def nearest_meshes(mesh: MeshConfig, rules: Iterable[Divides]) -> Iterator[MeshConfig]:
     """Meshes that keep the rules: first those of the same number of devices, the most alike first, then of fewer devices."""
     rules = list(rules)
-    for devices in range(mesh.size, 0, -1):
+    for devices in range(min(mesh.size, SEARCHED), 0, -1):
         alike = [MeshConfig(**dict(zip(AXES, shape, strict=True))) for shape in factorizations(devices, len(AXES))]
         working = [option for option in alike if all(rule.holds(option) for rule in rules)]
         yield from sorted(working, key=lambda option: (_distance(option, mesh), str(option)))

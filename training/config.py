@@ -18,7 +18,7 @@ from sharding.mesh import MeshConfig, check_divides
 
 def _at_least(section: str, config: Any, field: str, least: float) -> None:
     value = getattr(config, field)
-    if value < least:
+    if not value >= least:
         raise UserError(f'{section}.{field} is {value}: it must be at least {least}')
 
 
@@ -155,11 +155,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def validate(tree: dict, source: str) -> RunConfig:
     """A mapping as a RunConfig; `source` names where it came from in the message of a UserError."""
     try:
-        return pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(tree), strict=True, extra='forbid')
-    except TypeError as error:  # YAML knows dates, JSON does not
-        raise UserError(f'{source}: {error}') from None
+        return pydantic.TypeAdapter(RunConfig).validate_json(
+            json.dumps(tree, allow_nan=False), strict=True, extra='forbid'
+        )
     except pydantic.ValidationError as error:
         raise UserError(f'{source}: {_explain(error.errors()[0])}') from None
+    except (TypeError, ValueError) as error:  # YAML knows dates and .nan, JSON does not
+        raise UserError(f'{source}: {error}') from None
 
 
 def dump(config: RunConfig) -> str:

@@ -12,24 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax import P
-from jax.sharding import NamedSharding
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.prepare import Dataset, Rows, prepare
-from model.forward import TOKENS
+from data.prepare import Dataset, prepare
+from model.forward import place
 from sharding.errors import Diverged, UserError
 from sharding.memory import explaining
 from sharding.mesh import make_mesh, platform
 from training import config as configs
 from training.checkpoint import Checkpoints
 from training.config import RunConfig
-from training.loss import loss_sums
+from training.evaluation import evaluate, spread
 from training.metrics import Metrics
 from training.report import memory_line, weights_table
-from training.step import State, init, train_step
+from training.state import abstract_state, items, restore, saved_config
+from training.step import init, train_step
 
 AHEAD = 2  # steps that an accelerator may be given before the host reads the figures of the first
 
@@ -54,8 +52,7 @@ def train(config: RunConfig, runs: Path, fresh: bool = False, console: Console |
         console.print(f'moved the earlier {folder} aside to {aside}')
     else:
         config, dataset = ready(config, folder, console)
-    shapes = lambda: on_mesh(jax.eval_shape(functools.partial(init, config)))
-    with jax.set_mesh(mesh), explaining(lambda: memory_line(config, shapes())):
+    with jax.set_mesh(mesh), explaining(lambda: memory_line(config, abstract_state(config))):
         return Run(config, folder, dataset, console).go()
 
 
@@ -64,16 +61,19 @@ def ready(config: RunConfig, folder: Path, console: Console) -> tuple[RunConfig,
     checkpoints = Checkpoints(folder)
     steps = checkpoints.steps()
     if steps:
-        saved = configs.load(folder / 'config.yaml')
-        configs.check_continues(saved, config)
+        configs.check_continues(saved_config(checkpoints, steps[-1]), config)
         if steps[-1] > config.training.steps:
             raise UserError(
                 f'training.steps is {config.training.steps} and run {config.name!r} has taken {steps[-1]} steps already; '
                 f'nearest that works: {steps[-1]}'
             )
-    dataset = prepare(config.data, folder, config.training.sequence_length, say=console.print)
-    config = config.with_vocabulary(dataset.tokenizer.vocabulary)
-    config.check_sizes()
+
+    def complete(dataset: Dataset) -> RunConfig:
+        whole = config.with_vocabulary(dataset.tokenizer.vocabulary)
+        whole.check_sizes()
+        return whole
+
+    dataset = prepare(config.data, folder, config.training.sequence_length, say=console.print, check=complete)
     if steps:
         meta = checkpoints.meta(steps[-1])
         if meta['corpus'] != dataset.facts['sha256']:
@@ -81,7 +81,7 @@ def ready(config: RunConfig, folder: Path, console: Console) -> tuple[RunConfig,
                 f'{folder / "data"} was made from corpus {dataset.facts["sha256"][:12]} and checkpoint {steps[-1]} from '
                 f'{meta["corpus"][:12]}: the prepared data was replaced; restore it, or begin anew with --fresh'
             )
-    return config, dataset
+    return complete(dataset), dataset
 
 
 def set_aside(folder: Path) -> Path:
@@ -97,9 +97,7 @@ class Run:
         self.config, self.folder, self.dataset, self.console = config, folder, dataset, console
         self.checkpoints = Checkpoints(folder, config.checkpoint.keep)
         self.stopped_by = 0
-        self.rows = NamedSharding(jax.sharding.get_mesh(), TOKENS)
         self.step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
-        self.sums = jax.jit(loss_sums)
 
     def go(self) -> int:
         """Restores or begins, trains, validates, saves. Returns the exit code."""
@@ -148,11 +146,8 @@ class Run:
             self.clock, self.clock_tokens = time.perf_counter(), self.tokens
             for step in range(first + 1, t.steps + 1):
                 batch = self.dataset.train.batch(config.seed, step - 1, t.batch)
-                self.state, figures = self.step(self.state, self.put(batch))
+                self.state, figures = self.step(self.state, place(batch))
                 waiting.append((step, figures))
-                if step == first + 1:  # compiling is no part of the speed
-                    jax.block_until_ready(figures)
-                    self.clock = time.perf_counter()
                 stop = bool(self.stopped_by)  # once a step: a signal that comes later ends the next one
                 due = step == t.steps or stop
                 validate = step % config.metrics.validate_every == 0 or step == t.steps
@@ -161,6 +156,8 @@ class Run:
                 ahead = 0 if platform() == 'cpu' or validate or save else AHEAD
                 while len(waiting) > ahead:
                     row = self.figures(*waiting.popleft())
+                    if row['step'] == first + 1:  # it compiled, which is no part of the speed
+                        self.clock, self.clock_tokens = time.perf_counter(), self.tokens
                     log = row['step'] % config.metrics.every == 0 or (row['step'] == step and (validate or due))
                     if row['step'] == step and validate:
                         row |= self.validate(everything=step == t.steps)
@@ -177,19 +174,15 @@ class Run:
         if first == t.steps:
             self.console.print(f'{self.folder} has taken all of its {t.steps} steps already')
 
-    def put(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """A host's batch as global arrays, rows split over the mesh."""
-        return {name: jax.device_put(array, self.rows) for name, array in batch.items()}
-
     def figures(self, step: int, figures: dict) -> dict[str, Any]:
         """The row of a step, once the device has it."""
         figures = jax.device_get(figures)
         self.tokens += int(figures['tokens'])
         row = {name: float(figures[name]) for name in ('loss', 'grad_norm', 'learning_rate')}
         row = {'step': step, **row, 'tokens': self.tokens}
-        if not math.isfinite(row['loss']):
+        if not math.isfinite(row['loss']) or not math.isfinite(row['grad_norm']):
             raise Diverged(
-                f'the loss is {row["loss"]} at step {step}: lower training.learning_rate (now '
+                f'step {step} has loss {row["loss"]} and gradient norm {row["grad_norm"]}: lower training.learning_rate (now '
                 f'{self.config.training.learning_rate}) or raise training.warmup_steps; the last checkpoint is from before'
             )
         if 'router' in figures:
@@ -202,75 +195,35 @@ class Run:
 
     def log(self, row: dict[str, Any]) -> None:
         """Writes a row, with the speed since the last one; time spent validating and saving is not counted."""
-        now = time.perf_counter()
-        row['tokens_per_second'] = (self.tokens - self.clock_tokens) / (now - self.clock - row.pop('seconds', 0))
+        seconds = time.perf_counter() - self.clock - row.pop('seconds', 0)
+        if self.tokens > self.clock_tokens:  # not so for a process' first step, which compiled
+            row['tokens_per_second'] = (self.tokens - self.clock_tokens) / seconds
         self.metrics.log(row)
         if not self.console.is_terminal or 'validation_loss' in row:
             self.console.print(line(row, self.config.training.steps), highlight=False)
         self.clock, self.clock_tokens = time.perf_counter(), self.tokens
 
     def validate(self, everything: bool) -> dict[str, float]:
-        """Loss on the validation split, or on the first rows of it, without dropout."""
+        """Loss on the validation split, or on rows spread over it, without dropout."""
         began = time.perf_counter()
         rows = self.dataset.validation
-        count = len(rows) if everything else min(len(rows), self.config.metrics.validation_rows)
-        nats, tokens = evaluate(self.sums, self.state.model, rows, count, self.config.training.batch, self.put)
-        loss = nats / tokens
-        bits = loss / math.log(2) * rows.tokens / rows.bytes
-        return {'validation_loss': loss, 'validation_bits_per_byte': bits, 'seconds': time.perf_counter() - began}
+        numbers = spread(len(rows) if everything else self.config.metrics.validation_rows, len(rows))
+        found = evaluate(self.state.model, self.dataset.tokenizer, rows, numbers, self.config.training.batch)
+        return {
+            'validation_loss': found.nats_per_token,
+            'validation_bits_per_byte': found.bits_per_byte,
+            'seconds': time.perf_counter() - began,
+        }
 
     def save(self, step: int) -> None:
         """Begins a checkpoint; it is written while training goes on."""
         began = time.perf_counter()
-        items = {
-            'model': self.state.model,
-            'optimizer': self.state.optimizer,
-            'random': {'step': self.state.step, 'key': self.state.key},
-        }
         facts = {'step': step, 'tokens': self.tokens, 'corpus': self.dataset.facts['sha256'], 'seed': self.config.seed}
         # Step N's rows follow from (seed, N): the next sample is the data's whole position.
         facts |= {'next_sample': step * self.config.training.batch}
         files = {name: (self.folder / name).read_bytes() for name in ('config.yaml', 'tokenizer.model')}
-        self.checkpoints.save(step, items, facts, files)
+        self.checkpoints.save(step, items(self.state), facts, files)
         self.clock += time.perf_counter() - began
-
-
-def evaluate(sums: Any, model: Any, rows: Rows, count: int, batch: int, put: Any) -> tuple[float, int]:
-    """Σ nats and real tokens of the first `count` rows, `batch` at a time; the last batch is filled up with padding."""
-    nats, tokens = 0.0, 0
-    for start in range(0, count, batch):
-        taken = np.arange(start, min(start + batch, count))
-        block = rows.take(np.pad(taken, (0, batch - len(taken))))
-        block['segments'][len(taken) :] = 0
-        found = jax.device_get(sums(model, put(block)))
-        nats, tokens = nats + float(found['nats']), tokens + int(found['tokens'])
-    return nats, tokens
-
-
-def on_mesh(tree: Any) -> Any:
-    """Abstract arrays with the layouts that `jax.eval_shape` found, on the current mesh itself."""
-    mesh = jax.sharding.get_mesh()
-
-    def place(x):
-        spec = x.sharding.spec if x.sharding else P()  # eval_shape says nothing of scalars
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree.map(place, tree)
-
-
-def restore(checkpoints: Checkpoints, step: int, config: RunConfig) -> State:
-    """The state of a checkpoint, on the current mesh, whatever mesh saved it."""
-    shapes = on_mesh(jax.eval_shape(functools.partial(init, config)))
-    rest = {'step': shapes.step, 'key': shapes.key}
-    found = checkpoints.restore(step, {'model': shapes.model, 'optimizer': shapes.optimizer, 'random': rest})
-    return State(found['model'], found['optimizer'], **found['random'])
-
-
-def restore_model(folder: Path, abstract: Any) -> tuple[Any, int]:
-    """Only the weights of a run's newest checkpoint, in the layouts of `abstract`, and its step."""
-    checkpoints = Checkpoints(folder)
-    step = checkpoints.newest()
-    return checkpoints.restore(step, {'model': abstract})['model'], step
 
 
 def write_config(config: RunConfig, folder: Path) -> None:
@@ -296,7 +249,9 @@ def progress_bar(console: Console) -> Progress:
 
 def line(row: dict[str, Any], steps: int) -> str:
     """A row of metrics as a line for a person."""
-    text = f'step {row["step"]}/{steps}  loss {row["loss"]:.4f}  {row["tokens_per_second"]:,.0f} tokens/s'
+    text = f'step {row["step"]}/{steps}  loss {row["loss"]:.4f}'
+    if 'tokens_per_second' in row:
+        text += f'  {row["tokens_per_second"]:,.0f} tokens/s'
     if 'router.max_share' in row:
         text += f'  largest expert share {row["router.max_share"]:.2f}'
     if 'validation_loss' in row:

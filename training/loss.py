@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import P, lax
 
-from model.decoder import Decoder, backends
+from model.decoder import Decoder, backends, to_vocabulary
 from model.forward import TOKENS, one_device
 from model.layers import View, specs
-from sharding.collectives import join, my_slice, vary, wide
+from sharding.collectives import join, my_slice, vary
 from sharding.mesh import AXES, BATCH
 
 CHUNK = 2048  # tokens whose logits exist at once
@@ -59,7 +59,7 @@ def cross_entropy(head_DV, x_BTD, target_BT, live_BT, vocabulary: int):
     @jax.checkpoint
     def chunk(x_1ND, target_1N, live_1N):
         x_ND, target_N, live_N = (join(a)[0] for a in (x_1ND, target_1N, live_1N))
-        logit_NV = jnp.where((columns_V < vocabulary)[None], wide(x_ND @ head_DV), -jnp.inf)
+        logit_NV = jnp.where((columns_V < vocabulary)[None], to_vocabulary(x_ND, head_DV), -jnp.inf)
         top_N = lax.pmax(lax.stop_gradient(logit_NV.max(-1)), 'tensor')
         sum_N = lax.psum(jnp.exp(logit_NV - top_N[:, None]).sum(-1), 'tensor')
         hit_N = lax.psum(jnp.where(columns_V[None] == target_N[:, None], logit_NV, 0).sum(-1), 'tensor')
@@ -68,10 +68,12 @@ def cross_entropy(head_DV, x_BTD, target_BT, live_BT, vocabulary: int):
     flat = lambda a: a.reshape(1, -1, *a.shape[2:])
     x, target, live = flat(x_BTD), flat(target_BT), flat(live_BT)
     N = x.shape[1]
-    chunks = next(k for k in range(max(1, N * n // CHUNK), N + 1) if N % k == 0)
+    chunks = -(-N * n // CHUNK)
     if chunks == 1:
         return chunk(x, target, live)
-    cut = lambda a: a.reshape(chunks, 1, N // chunks, *a.shape[2:])
+    size = -(-N // chunks)
+    fill = lambda a: jnp.pad(a, ((0, 0), (0, chunks * size - N), *[(0, 0)] * (a.ndim - 2)))  # live: False
+    cut = lambda a: fill(a).reshape(chunks, 1, size, *a.shape[2:])
     return lax.map(lambda a: chunk(*a), (cut(x), cut(target), cut(live))).sum()
 
 

@@ -11,6 +11,8 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from tensorboardX import SummaryWriter
 
+DRAWN = ('step', 'loss', 'router.max_share', 'validation_loss', 'validation_bits_per_byte')
+
 
 class Metrics:
     """Appends rows to folder/metrics.jsonl and folder/tensorboard, and draws folder/loss.png.
@@ -22,22 +24,22 @@ class Metrics:
     def __init__(self, folder: Path, step: int):
         self.folder = folder
         self.path = folder / 'metrics.jsonl'
-        self.rows = [row for row in read(self.path) if row['step'] <= step]
-        _replace(self.path, ''.join(json.dumps(row) + '\n' for row in self.rows))
+        rows = [row for row in read(self.path) if row['step'] <= step]
+        _replace(self.path, ''.join(json.dumps(row) + '\n' for row in rows))
+        self.rows = [brief(row) for row in rows]
         self.file = self.path.open('a', encoding='utf-8')
         self.board = SummaryWriter(str(folder / 'tensorboard'), purge_step=step + 1)
 
     def log(self, row: dict[str, Any]) -> None:
-        """One row; numbers go to TensorBoard too, per-expert loads as a histogram of shares."""
-        self.rows.append(row)
+        """One row; all of its numbers go to TensorBoard too."""
+        self.rows.append(brief(row))
         self.file.write(json.dumps(row) + '\n')
         self.file.flush()
         for name, value in row.items():
             if name == 'router.load':
                 for layer, shares in enumerate(value):
-                    self.board.add_scalars(
-                        f'router.load/layer {layer}', {f'expert {e}': x for e, x in enumerate(shares)}, row['step']
-                    )
+                    for expert, share in enumerate(shares):
+                        self.board.add_scalar(f'router.load/layer {layer}/expert {expert}', share, row['step'])
             elif name != 'step':
                 self.board.add_scalar(name, value, row['step'])
 
@@ -47,6 +49,12 @@ class Metrics:
         self.board.close()
         if self.rows:
             draw(self.rows, self.folder / 'loss.png', self.folder.name)
+
+
+def brief(row: dict[str, Any]) -> dict[str, Any]:
+    """What `draw` needs of a row, which a long run keeps in memory."""
+    kept = {name: value for name, value in row.items() if name in DRAWN}
+    return kept | ({'experts': len(row['router.load'][0])} if 'router.load' in row else {})
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -82,9 +90,8 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     loss.legend(frameon=False)
     if routed:
         steps = [row['step'] for row in routed]
-        experts = len(routed[-1]['router.load'][0])
         axes[1, 0].plot(steps, [row['router.max_share'] for row in routed], color='#228833', linewidth=1)
-        axes[1, 0].axhline(1 / experts, color='gray', linestyle=':', linewidth=1)
+        axes[1, 0].axhline(1 / routed[-1]['experts'], color='gray', linestyle=':', linewidth=1)
         axes[1, 0].set(ylabel='largest share\nof an expert', ylim=(0, None))
     axes[-1, 0].set_xlabel('step')
     for axis in axes[:, 0]:

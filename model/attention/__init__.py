@@ -12,7 +12,7 @@ from model.attention.flash import flash_attention
 from model.attention.mask import At
 from model.attention.reference import reference_attention
 from model.attention.splash import splash_attention
-from sharding.collectives import vary_together, varying
+from sharding.collectives import vary_together
 from sharding.errors import UserError, nearest
 from sharding.mesh import platform
 

@@ -1,5 +1,6 @@
 """A user's mistake: one clear line, exit code 2, and nothing touched."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -59,6 +60,13 @@ TRAIN = {
     'another model than the run has': (['model.layers=3'], ['model.layers', '3', '2', '--fresh']),
     'fewer steps than taken': (['training.steps=1'], ['training.steps is 1', '2']),
     'fresh with bad data': (['--fresh', 'data.source=nowhere'], ['nowhere']),
+    'vocabulary smaller than the tokenizer': (['name=n', 'model.vocabulary=100'], ['model.vocabulary is 100', '320']),
+    'only dense layers beside experts': (
+        ['name=n', 'model.moe.first_dense_layers=2'],
+        ['first_dense_layers is 2', 'at most 1'],
+    ),
+    'not a number': (['name=n', 'training.learning_rate=.nan'], ['nan']),
+    'far too many devices': (['name=n', 'mesh.data=20000'], ['mesh.data × mesh.expert', 'nearest meshes']),
     'kv heads': (['name=n', 'model.kv_heads=3'], ['model.kv_heads is 3', 'nearest that works']),
 }
 
@@ -146,3 +154,42 @@ def test_out_of_memory_says_what_used_it_and_what_to_change(place):
         word in line
         for word in ('weights', 'GiB', 'optimizer state', 'training.batch', 'model.remat=block', 'mesh.data')
     ), line
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_before_it_is_saved(place):
+    done = run(place, 'train', 'tiny.yaml', 'name=steep', 'training.learning_rate=1e38', 'checkpoint.every=1', code=1)
+    (line,) = done.stderr.strip().splitlines()
+    assert 'training.learning_rate' in line
+    steps = sorted(
+        int(path.name) for path in (place / 'runs' / 'steep' / 'checkpoints').iterdir() if path.name.isdecimal()
+    )
+    assert f'step {steps[-1] + 1} ' in line, (line, steps)
+    # What was saved is sound: its loss and gradient were numbers.
+    assert 'temperature' not in run(place, 'decode', 'runs/tiny', '--prompt', 'def').stderr
+
+
+def test_scores_and_evaluation_of_a_run(place):
+    ids = np.random.default_rng(0).integers(0, 300, (3, 17)).astype(np.int32)
+    np.save(place / 'good.npy', ids)
+    for name, mesh in (('a', 'tensor=2'), ('b', 'data=2,expert=2')):
+        run(place, 'score', 'runs/tiny', '--tokens', 'good.npy', '--logits', f'{name}.npy', '--mesh', mesh)
+    a, b = (np.load(place / f'{name}.npy', allow_pickle=False) for name in 'ab')
+    assert a.shape == (3, 17, 320)
+    assert a.dtype == np.float32
+    np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(a).max())
+    figures = json.loads(run(place, 'evaluate', 'runs/tiny', '--data', 'text/3.py', 'text/4.py', '--json').stdout)
+    size = sum((place / 'text' / f'{n}.py').stat().st_size for n in (3, 4))
+    assert figures['bytes'] == size
+    assert figures['bits_per_byte'] == pytest.approx(figures['nats_per_token'] * figures['tokens'] / np.log(2) / size)
+    assert 0 < figures['xz_given_training_bits_per_byte'] < figures['xz_bits_per_byte']
+
+
+def test_decoding_answers_in_json(place):
+    prompts = ['def f1', 'return', 'é😀']
+    arguments = [part for prompt in prompts for part in ('--prompt', prompt)]
+    done = run(place, 'decode', 'runs/tiny', *arguments, '--max-new-tokens', '5', '--json')
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one['prompt'] for one in found] == prompts
+    for one in found:
+        assert one.keys() == {'prompt', 'text', 'tokens', 'finish_reason', 'tokens_per_second'}
+        assert len(one['tokens']) <= 5

@@ -1,0 +1,57 @@
+"""The loss of a model on packed rows."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from data.packing import Rows
+from data.tokenizer import Tokenizer
+from model.decoder import Decoder
+from model.forward import place, row_ways
+from training.loss import loss_sums
+
+_sums = jax.jit(loss_sums)
+
+
+class Evaluation(NamedTuple):
+    """Sums over what was read."""
+
+    nats: float
+    tokens: int  # predicted ones, the end of each document included
+    bytes: int  # of the text that they stand for
+
+    @property
+    def nats_per_token(self) -> float:
+        """Mean cross-entropy."""
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float:
+        """What a tokenizer's choice of pieces does not change."""
+        return self.nats / math.log(2) / self.bytes
+
+
+def evaluate(
+    model: Decoder, tokenizer: Tokenizer, rows: Rows, numbers: Sequence[int] | np.ndarray, batch: int
+) -> Evaluation:
+    """Reads the rows of those numbers, about `batch` at a time, without dropout. Use it under `jax.set_mesh`."""
+    piece_bytes = np.array([len(piece) for piece in tokenizer.pieces])
+    batch = -(-min(batch, len(numbers)) // row_ways()) * row_ways()
+    nats, tokens, bytes_ = 0.0, 0, 0
+    for start in range(0, len(numbers), batch):
+        taken = np.asarray(numbers[start : start + batch])
+        block = rows.take(np.pad(taken, (0, batch - len(taken))))
+        block['segments'][len(taken) :] = 0  # the last batch is filled up with padding
+        found = jax.device_get(_sums(model, place(block)))
+        nats, tokens = nats + float(found['nats']), tokens + int(found['tokens'])
+        bytes_ += int(piece_bytes[block['targets']][block['segments'] > 0].sum())
+    return Evaluation(nats, tokens, bytes_)
+
+
+def spread(count: int, size: int) -> np.ndarray:
+    """`count` of `size` rows, evenly spread: rows are packed long pieces first, so that the first ones are no sample."""
+    count = min(count, size)
+    return np.arange(count) * size // count

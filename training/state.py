@@ -1,0 +1,47 @@
+"""A run's state off its checkpoints, on the current mesh, whatever mesh saved it."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import P
+from jax.sharding import NamedSharding
+
+from training import config as configs
+from training.checkpoint import Checkpoints
+from training.config import RunConfig
+from training.step import State, init
+
+
+def abstract_state(config: RunConfig) -> State:
+    """Shapes, dtypes and layouts of the state, nothing of it made. Use it under `jax.set_mesh`."""
+    mesh = jax.sharding.get_mesh()
+
+    def place(x):
+        spec = x.sharding.spec if x.sharding else P()  # eval_shape says nothing of scalars
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, jax.eval_shape(functools.partial(init, config)))
+
+
+def saved_config(checkpoints: Checkpoints, step: int) -> RunConfig:
+    """The config that a checkpoint was saved with: its own copy, which its manifest vouches for."""
+    checkpoints.meta(step)
+    return configs.load(checkpoints.folder / str(step) / 'config.yaml')
+
+
+def items(state: State) -> dict[str, Any]:
+    """The parts of a checkpoint."""
+    return {'model': state.model, 'optimizer': state.optimizer, 'random': {'step': state.step, 'key': state.key}}
+
+
+def restore(checkpoints: Checkpoints, step: int, config: RunConfig) -> State:
+    """All of the state."""
+    found = checkpoints.restore(step, items(abstract_state(config)))
+    return State(found['model'], found['optimizer'], **found['random'])
+
+
+def restore_model(folder: Path, step: int, config: RunConfig) -> Any:
+    """Only the weights."""
+    return Checkpoints(folder).restore(step, {'model': abstract_state(config).model})['model']
