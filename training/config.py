@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -154,13 +155,14 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def validate(tree: dict, source: str) -> RunConfig:
     """A mapping as a RunConfig; `source` names where it came from in the message of a UserError."""
+    for key, value in _leaves(tree):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f'{source}: {key} is {value}: it must be a finite number')
     try:
-        return pydantic.TypeAdapter(RunConfig).validate_json(
-            json.dumps(tree, allow_nan=False), strict=True, extra='forbid'
-        )
+        return pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(tree), strict=True, extra='forbid')
     except pydantic.ValidationError as error:
         raise UserError(f'{source}: {_explain(error.errors()[0])}') from None
-    except (TypeError, ValueError) as error:  # YAML knows dates and .nan, JSON does not
+    except TypeError as error:  # YAML knows dates, JSON does not
         raise UserError(f'{source}: {error}') from None
 
 
