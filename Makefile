@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/python scripts/train.py configs/demo.yaml
-	$(BIN)/python scripts/decode.py runs/demo --prompt 'def read_config(path):' --prompt 'class Queue:' --prompt 'import '
+	$(BIN)/python scripts/decode.py runs/demo --temperature 0.3 --prompt 'def read_config(path):' --prompt 'class Queue(' --prompt 'import '
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
