@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/python scripts/train.py configs/demo.yaml
-	$(BIN)/python scripts/decode.py runs/demo --temperature 0.3 --prompt 'def read_config(path):' --prompt 'class Queue(' --prompt 'import '
+	$(BIN)/python scripts/decode.py runs/demo --temperature 0.3 --top-p 0.7 --prompt 'class Queue(object):' --prompt '    def __init__(self, ' --prompt 'import os'
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
