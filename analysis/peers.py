@@ -37,8 +37,8 @@ def beside_nanogpt(
         assert peer.stdout
         trainer = Trainer(config)
         seconds_each(trainer.step, 3)
-        ready = peer.stdout.readline()
-        if not ready.startswith('ready'):
+        ready = next((line for line in peer.stdout if line.startswith('ready')), '')  # nanoGPT says a few things first
+        if not ready:
             raise UserError(f'--python {python}: nanoGPT did not start; its message stands above')
         ours, theirs, ratios = [], [], []
         for _ in range(rounds):

@@ -122,7 +122,7 @@ def _show(name: str, value: Any) -> str:
         return f'{value:,}' if isinstance(value, int) else str(value)
     if name.endswith('seconds'):
         return f'{value * 1e3:.2f} ms'
-    if name.endswith(('share', 'ratio')):
+    if 'share' in name or name.endswith('ratio'):
         return f'{value:.3f}'
     return f'{value:,.0f}' if value < 1e6 else f'{value:.4g}'
 
