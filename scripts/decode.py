@@ -82,8 +82,13 @@ def main() -> None:
     else:
         speed = sum(completion.tokens_per_second for completion in completions)
         tokens = sum(len(completion.tokens) for completion in completions)
+        full = sum(one.finish_reason == 'length' and len(one.tokens) < options.max_new_tokens for one in completions)
+        if full:
+            context = opened.config.training.sequence_length
+            print(f'{full} of them ended where the context of {context} tokens is full', file=sys.stderr)
         print(
-            f'{len(completions)} prompts, {tokens} tokens, {speed:,.0f} tokens/s (step {opened.step})', file=sys.stderr
+            f'prompts: {len(completions)}, tokens: {tokens}, {speed:,.0f} tokens/s (step {opened.step})',
+            file=sys.stderr,
         )
 
 

@@ -123,11 +123,12 @@ def check_divides(mesh: MeshConfig, rules: Iterable[Divides]) -> None:
     for rule in rules:
         if not rule.holds(mesh):
             axes = ' × '.join(f'mesh.{axis}' for axis in rule.axes)
-            verb = 'must divide it, or be a multiple of it' if rule.or_repeats else 'must divide it'
+            verb = 'must divide or be a multiple of' if rule.or_repeats else 'must divide'
             options = list(itertools.islice(nearest_meshes(mesh, rules), 3))
             works = '; '.join(f'({option})' for option in options)
             raise UserError(
-                f'{axes} is {mesh.span(rule.axes)} and {rule.field} is {rule.size}: {verb}; nearest meshes that work: {works}'
+                f'{axes} is {mesh.span(rule.axes)} and {rule.field} is {rule.size}: the first {verb} the second; '
+                f'nearest meshes that work: {works}'
             )
 
 

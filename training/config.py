@@ -150,7 +150,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
                 node[parent] = {}
             node = node[parent]
         node[last] = _parse(value, override)
-    return validate(tree, str(path))
+    return validate(tree, f'{path} with {" ".join(overrides)}' if overrides else str(path))
 
 
 def validate(tree: dict, source: str) -> RunConfig:
@@ -204,7 +204,8 @@ def _parse(text: str, source: str) -> Any:
 def _explain(error: Any) -> str:
     key = '.'.join(str(part) for part in error['loc'])
     if error['type'] == 'unexpected_keyword_argument':
-        return f'no key {key!r}{nearest(str(error["loc"][-1]), _keys(error["loc"][:-1]))}'
+        parents = ''.join(f'{part}.' for part in error['loc'][:-1])
+        return f'no key {key!r}{nearest(key, [parents + name for name in _keys(error["loc"][:-1])])}'
     if error['type'] in ('missing', 'missing_argument', 'missing_keyword_only_argument'):
         return f'{key} is missing: it has no default'
     cause = error.get('ctx', {}).get('error')

@@ -142,6 +142,7 @@ class Run:
         config, t = self.config, self.config.training
         waiting: collections.deque[tuple[int, dict]] = collections.deque()
         with progress_bar(self.console) as bar:
+            self.console.print('compiling the first step')
             task = bar.add_task('compiling', total=t.steps, completed=first, loss='', speed='')
             self.clock, self.clock_tokens = time.perf_counter(), self.tokens
             for step in range(first + 1, t.steps + 1):

@@ -39,7 +39,7 @@ def mistake(place: Path, script: str, *arguments: str) -> str:
 
 
 TRAIN = {
-    'unknown key': (['training.stepz=3'], ["'training.stepz'", "did you mean 'steps'"]),
+    'unknown key': (['training.stepz=3'], ["'training.stepz'", "did you mean 'training.steps'"]),
     'unknown section': (['modle.layers=3'], ["'modle'", "did you mean 'model'"]),
     'wrong type': (['training.steps=many'], ['training.steps', '"many"', 'integer']),
     'true is not a number': (['training.batch=true'], ['training.batch', 'integer']),
