@@ -144,7 +144,7 @@ class Run:
         with progress_bar(self.console) as bar:
             self.console.print('compiling the first step')
             task = bar.add_task('compiling', total=t.steps, completed=first, loss='', speed='')
-            self.clock, self.clock_tokens = time.perf_counter(), self.tokens
+            self.clock, self.clock_tokens = self.begun = time.perf_counter(), self.tokens
             for step in range(first + 1, t.steps + 1):
                 batch = self.dataset.train.batch(config.seed, step - 1, t.batch)
                 self.state, figures = self.step(self.state, place(batch))
@@ -196,9 +196,9 @@ class Run:
 
     def log(self, row: dict[str, Any]) -> None:
         """Writes a row, with the speed since the last one; time spent validating and saving is not counted."""
-        seconds = time.perf_counter() - self.clock - row.pop('seconds', 0)
-        if self.tokens > self.clock_tokens:  # not so for a process' first step, which compiled
-            row['tokens_per_second'] = (self.tokens - self.clock_tokens) / seconds
+        # A process' first step alone has no span but the one in which it compiled.
+        clock, tokens = (self.clock, self.clock_tokens) if self.tokens > self.clock_tokens else self.begun
+        row['tokens_per_second'] = (self.tokens - tokens) / (time.perf_counter() - clock - row.pop('seconds', 0))
         self.metrics.log(row)
         if not self.console.is_terminal or 'validation_loss' in row:
             self.console.print(line(row, self.config.training.steps), highlight=False)
@@ -250,9 +250,7 @@ def progress_bar(console: Console) -> Progress:
 
 def line(row: dict[str, Any], steps: int) -> str:
     """A row of metrics as a line for a person."""
-    text = f'step {row["step"]}/{steps}  loss {row["loss"]:.4f}'
-    if 'tokens_per_second' in row:
-        text += f'  {row["tokens_per_second"]:,.0f} tokens/s'
+    text = f'step {row["step"]}/{steps}  loss {row["loss"]:.4f}  {row["tokens_per_second"]:,.0f} tokens/s'
     if 'router.max_share' in row:
         text += f'  largest expert share {row["router.max_share"]:.2f}'
     if 'validation_loss' in row:

@@ -75,6 +75,17 @@ def test_killed_at_random_moments_ends_bit_equal(undisturbed):
         {key: row[key] for key in row if key != 'tokens_per_second'} for row in rows(undisturbed, name)
     ]
     assert clean('killed') == clean('undisturbed')
+    wanted = {
+        'step',
+        'loss',
+        'grad_norm',
+        'learning_rate',
+        'tokens',
+        'tokens_per_second',
+        'router.entropy',
+        'router.dropped_share',
+    }
+    assert all(wanted <= row.keys() and row['tokens_per_second'] > 0 for row in rows(undisturbed, 'killed'))
 
 
 @pytest.mark.parametrize(('number', 'code'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
