@@ -66,7 +66,7 @@ class Decoder(nnx.Module):
         Figures: name -> [L, …] over the layers with a router, empty without one.
         """
         c = self.config
-        x_BTD = view.dropout(self.embed(tokens_BT, view), c.dropout, 0)
+        x_BTD = vary(view.dropout(self.embed(tokens_BT, view), c.dropout, 0))
         first, figures = 0, dict[str, jax.Array]()
         for (_, n), blocks in zip(c.groups, self.groups, strict=True):
 

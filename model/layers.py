@@ -19,7 +19,7 @@ from jax import P, lax
 from model.attention import attention
 from model.config import ModelConfig
 from sharding.collectives import join, my_slice, split, whole, wide
-from sharding.mesh import FSDP
+from sharding.mesh import BATCH, FSDP
 
 
 class Cache(NamedTuple):
@@ -29,7 +29,7 @@ class Cache(NamedTuple):
     v_LBSK: jax.Array  # [L, B, S, K, H]
 
 
-CACHE_SPEC = P(None, FSDP, None, 'tensor', None)
+CACHE_SPEC = P(None, BATCH, None, 'tensor', None)
 
 
 @dataclasses.dataclass(frozen=True)

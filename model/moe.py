@@ -24,9 +24,9 @@ class MoE(nnx.Module):
         D, E, F = c.model_dim, c.moe.experts, c.moe.mlp_dim
         self.router_DE = weight(rngs, c, (D, E), P(FSDP, None), fan_in=D)
         if c.gated:
-            self.gate_EDF = weight(rngs, c, (E, D, F), P('expert', 'data', 'tensor'), fan_in=D)
-        self.up_EDF = weight(rngs, c, (E, D, F), P('expert', 'data', 'tensor'), fan_in=D)
-        self.down_EDF = weight(rngs, c, (E, D, F), P('expert', 'data', 'tensor'), fan_in=F, gain=residual_gain(c))
+            self.gate_EDF = weight(rngs, c, (E, D, F), P('expert', ('data', 'context'), 'tensor'), fan_in=D)
+        self.up_EDF = weight(rngs, c, (E, D, F), P('expert', ('data', 'context'), 'tensor'), fan_in=D)
+        self.down_EDF = weight(rngs, c, (E, D, F), P('expert', ('data', 'context'), 'tensor'), fan_in=F, gain=residual_gain(c))
         if c.moe.shared_experts:
             self.shared = Mlp(c, F * c.moe.shared_experts, rngs)
 
@@ -51,7 +51,7 @@ class MoE(nnx.Module):
     def local_experts(self, x_ND, gate_NK, expert_NK, backend: str):
         """Σ over a token's experts held here of gate · expert(x); partial over `tensor`. Rows are sorted by expert."""
         c = self.config
-        gather = lambda w_EDF: lax.all_gather(w_EDF.astype(x_ND.dtype), 'data', axis=1, tiled=True)
+        gather = lambda w_EDF: lax.all_gather(w_EDF.astype(x_ND.dtype), ('data', 'context'), axis=1, tiled=True)
         up_EDF, down_EDF = gather(self.up_EDF[...]), gather(self.down_EDF[...])
         E = up_EDF.shape[0]
         mine_R = expert_NK.reshape(-1) - E * lax.axis_index('expert')

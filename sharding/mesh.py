@@ -2,9 +2,14 @@
 
 The mesh shape is the strategy: an axis of size 1 turns its parallelism off.
 
+    replica  rows of the batch, across slow links: every replica has all weights, and gradients are averaged once a step
+    stage    layers: a pipeline, through which microbatches of the rows go one after another
     data     rows of the batch; weights and optimizer state are split along it too
+    context  the sequence: keys and values go round; weights and optimizer state are split along it too
     expert   rows of the batch, and the experts of a mixture; other weights are split along it too
     tensor   heads, hidden units and the vocabulary; between blocks, the sequence
+
+Neighbours along the last axes are neighbours in the machine: `tensor` wants the fastest links, `replica` bears the slowest.
 """
 
 import dataclasses
@@ -13,21 +18,26 @@ import math
 from collections.abc import Iterable, Iterator
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 
 from sharding.errors import UserError
 
-AXES = ('data', 'expert', 'tensor')
-BATCH = ('data', 'expert')  # axes that split the rows of a batch
+AXES = ('replica', 'stage', 'data', 'context', 'expert', 'tensor')
+BATCH = ('replica', 'data', 'expert')  # axes that split the rows of a batch
+FSDP = ('data', 'context', 'expert')  # axes that split a weight which every token meets: it is gathered where it is used
+SEQUENCE = ('context', 'tensor')  # axes that split the sequence between blocks
 SEARCHED = 1024  # devices at most of a mesh that is proposed in an error
-FSDP = ('data', 'expert')  # axes that split a weight which is used by every row: it is gathered where it is used
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Devices along each axis."""
 
+    replica: int = 1
+    stage: int = 1
     data: int = 1
+    context: int = 1
     expert: int = 1
     tensor: int = 1
 
@@ -48,7 +58,8 @@ class MeshConfig:
         return math.prod(getattr(self, axis) for axis in axes)
 
     def __str__(self) -> str:
-        return ' '.join(f'{axis}={getattr(self, axis)}' for axis in AXES)
+        """The axes that are on, as in `data=4 tensor=2`; `data=1` where none is."""
+        return ' '.join(f'{axis}={getattr(self, axis)}' for axis in AXES if getattr(self, axis) > 1) or 'data=1'
 
 
 def parse_mesh(text: str, option: str = '--mesh') -> MeshConfig:
@@ -65,9 +76,11 @@ def parse_mesh(text: str, option: str = '--mesh') -> MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
-    """The explicit mesh over the first devices of this machine (or over the given ones).
+    """The explicit mesh over the first devices (or over the given ones), laid out so that the last axes have the best links.
 
-    Raises UserError where the machine has fewer devices than the mesh asks for.
+    Where the devices are several slices of a TPU, which only a data centre's network joins, `replica` (and after it
+    `stage`) goes across slices. Raises UserError where there are fewer devices than the mesh asks for, or where replica ×
+    stage does not split them at the slices' borders.
     """
     devices = jax.devices() if devices is None else devices
     if len(devices) < config.size:
@@ -76,8 +89,28 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.M
             f'mesh ({config}) asks for {config.size} devices; this machine has {len(devices)} ({kind}): '
             f'choose sizes whose product is at most {len(devices)}'
         )
+    devices = devices[: config.size]
     shape = tuple(getattr(config, axis) for axis in AXES)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices[: config.size])
+    explicit = (AxisType.Explicit,) * len(AXES)
+    slices = len({getattr(device, 'slice_index', 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=explicit, devices=devices)
+    across = slow_shape(config, slices)
+    within = tuple(n // m for n, m in zip(shape, across, strict=True))
+    return jax.sharding.Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=explicit)
+
+
+def slow_shape(config: MeshConfig, slices: int) -> tuple[int, ...]:
+    """How many of the slices lie along each axis: along `replica` as many as it takes, the rest along `stage`."""
+    replica = math.gcd(config.replica, slices)
+    stage = slices // replica
+    if config.stage % stage:
+        raise UserError(
+            f'mesh.replica is {config.replica} and mesh.stage {config.stage}, and the devices are {slices} slices: replica × '
+            f'stage must be a multiple of the slices, which only slow links join; nearest that works: '
+            f'mesh.replica={-(-config.replica // slices) * slices}'
+        )
+    return (replica, stage, *(1,) * (len(AXES) - 2))
 
 
 def platform() -> str:
@@ -138,7 +171,7 @@ def nearest_meshes(mesh: MeshConfig, rules: Iterable[Divides]) -> Iterator[MeshC
     for devices in range(min(mesh.size, SEARCHED), 0, -1):
         alike = [MeshConfig(**dict(zip(AXES, shape, strict=True))) for shape in factorizations(devices, len(AXES))]
         working = [option for option in alike if all(rule.holds(option) for rule in rules)]
-        yield from sorted(working, key=lambda option: (_distance(option, mesh), str(option)))
+        yield from sorted(working, key=lambda option: (_distance(option, mesh), dataclasses.astuple(option)))
 
 
 def factorizations(n: int, parts: int) -> Iterator[tuple[int, ...]]:

@@ -12,7 +12,8 @@ from jax import P
 from model.config import ModelConfig, MoEConfig
 from model.layers import View, specs
 from model.moe import MoE
-from sharding.mesh import BATCH, MeshConfig, make_mesh
+from sharding.collectives import vary
+from sharding.mesh import AXES, BATCH, SEQUENCE, MeshConfig, make_mesh
 from tests import reference
 
 MODEL = ModelConfig(
@@ -32,11 +33,11 @@ def sparse(c: ModelConfig, backend: str):
     def body(moe, x_BTD, ct_BTD, segment_BT):
         view = View(jnp.zeros_like(segment_BT), segment_BT, backend='reference', experts=backend)
         y_BTD, _ = moe(x_BTD, view)
-        total = jax.lax.psum((y_BTD * ct_BTD).sum(), ('data', 'expert', 'tensor'))
+        total = jax.lax.psum(vary((y_BTD * ct_BTD).sum()), AXES)
         return total, y_BTD
 
     def run(moe, x, ct, segment):
-        split = P(BATCH, 'tensor')
+        split = P(BATCH, SEQUENCE)
         return jax.shard_map(body, in_specs=(specs(moe), split, split, P(BATCH)), out_specs=(P(), split))(
             moe, x, ct, segment
         )
@@ -67,7 +68,7 @@ def test_sparse_experts_equal_dense_ones(mesh, dtype, tolerance, backend, router
         if router != 'even':
             skew = jnp.asarray([0.3, 0.2, -0.1, -0.1, -0.1, -0.1, -0.1, -0.1], dtype)
             moe.router_DE[...] = jax.jit(lambda w: w * 0.01 + skew[None])(moe.router_DE[...])
-        split = lambda a: jax.device_put(a, P(BATCH, 'tensor'))
+        split = lambda a: jax.device_put(a, P(BATCH, SEQUENCE))
         run = jax.jit(jax.value_and_grad(sparse(c, backend), argnums=(0, 1), has_aux=True))
         (_, y), (dw, dx) = run(moe, split(x), split(ct), jax.device_put(segment, P(BATCH)))
         named = lambda tree: {

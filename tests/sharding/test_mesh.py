@@ -24,7 +24,7 @@ MODEL = ModelConfig(
 def test_mesh_is_explicit_over_all_axes():
     mesh = make_mesh(MeshConfig(data=2, tensor=4))
     assert mesh.axis_names == AXES
-    assert tuple(mesh.shape.values()) == (2, 1, 4)
+    assert tuple(mesh.shape.values()) == (1, 1, 2, 1, 1, 4)
     assert mesh.are_all_axes_explicit
 
 

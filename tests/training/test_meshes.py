@@ -17,7 +17,15 @@ from tests import reference
 from training.config import RunConfig, TrainingConfig
 from training.step import init, train_step
 
-MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 4, 2)]
+MESHES = [
+    (1, 1, 1, 1, 1, 1),
+    (1, 1, 8, 1, 1, 1),
+    (1, 1, 1, 1, 8, 1),
+    (1, 1, 1, 1, 1, 8),
+    (1, 1, 2, 1, 2, 2),
+    (1, 1, 1, 1, 4, 2),
+    (2, 1, 2, 1, 1, 2),
+]
 STEPS = 20
 PROMPTS = [3, 9, 1, 5, 8, 2, 7, 4]  # tokens
 NEW = 128
@@ -58,7 +66,7 @@ def place(batch):
 
 
 @functools.cache
-def run_on(shape: tuple[int, int, int], dtype: str) -> dict:
+def run_on(shape: tuple[int, ...], dtype: str) -> dict:
     """Initial weights, losses of 20 steps, and then greedy text: its tokens and how far apart the two best logits were."""
     config = dataclasses.replace(RUN, mesh=MeshConfig(**dict(zip(AXES, shape, strict=True))))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
