@@ -8,18 +8,22 @@ import jax.numpy as jnp
 from jax import P, lax
 
 from model.decoder import Decoder, backends, to_vocabulary
-from model.forward import TOKENS, one_device, real_vocabulary
-from model.layers import CACHE_SPEC, Cache, View, specs
+from model.forward import TOKENS, columns, needs_no_stages, one_device, real_vocabulary
+from model.layers import CACHE_SPEC, Cache, View
+from sharding.collectives import settled
 from sharding.mesh import BATCH
+from sharding.order import cyclic
 
 
 def empty_cache(model: Decoder, rows: int, slots: int) -> Cache:
-    """A cache for `rows` sequences of at most `slots` tokens, in the compute dtype, split over BATCH and `tensor`.
+    """A cache for `rows` sequences of at most `slots` tokens, in the compute dtype, split over BATCH, `context`, `tensor`.
 
-    Where `tensor` has more devices than there are KV heads, each keeps the head that it uses.
+    `slots` is rounded up to what `context` divides. Where `tensor` has more devices than there are KV heads, each keeps the
+    head that it uses. Raises UserError on a mesh with stages.
     """
-    c = model.config
-    heads = max(c.kv_heads, jax.sharding.get_abstract_mesh().shape['tensor'])
+    needs_no_stages('decoding')
+    c, mesh = model.config, jax.sharding.get_abstract_mesh().shape
+    heads, slots = max(c.kv_heads, mesh['tensor']), -(-slots // mesh['context']) * mesh['context']
     make = lambda: jnp.zeros((c.layers, rows, slots, heads, c.head_dim), c.dtype, out_sharding=CACHE_SPEC)
     return Cache(make(), make())
 
@@ -27,27 +31,38 @@ def empty_cache(model: Decoder, rows: int, slots: int) -> Cache:
 def prefill(model: Decoder, cache: Cache, tokens_BT, length_B):
     """Reads the prompts: row b's are tokens_BT[b, :length_B[b]], what follows is padding.
 
-    Returns the logits [B, vocabulary] after each row's last token, and the cache.
+    Returns the logits [B, vocabulary] after each row's last token, and the cache. Device i of `context` reads columns i,
+    i + n, i + 2n …, whose keys and values are those that it keeps.
     """
+    fill = -tokens_BT.shape[1] % jax.sharding.get_abstract_mesh().shape['context']
+    tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, fill)))
 
     def body(model, cache, tokens_BT, length_B):
-        T, n = tokens_BT.shape[1], lax.axis_size('tensor')
-        position_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens_BT.shape)
+        column_T = columns(tokens_BT.shape[1], cyclic)
+        tokens_BT = tokens_BT[:, column_T]
+        position_BT = jnp.broadcast_to(column_T, tokens_BT.shape)
         segment_BT = (position_BT < length_B[:, None]).astype(jnp.int32)
-        view = View(position_BT, segment_BT, **backends(model.config), sequence_split=T % n == 0)
+        split = tokens_BT.shape[1] % lax.axis_size('tensor') == 0
+        view = View(position_BT, segment_BT, column_T, **backends(model.config), sequence_split=split)
         x_BTD, cache, _ = model.hidden(tokens_BT, view, cache)
-        last_BD = jnp.take_along_axis(view.join(x_BTD), length_B[:, None, None] - 1, axis=1)[:, 0]
+        last_BT1 = (position_BT == length_B[:, None] - 1)[..., None]  # one column, of one device of `context`
+        last_BD = lax.psum(jnp.where(last_BT1, view.join(x_BTD), 0).sum(1), 'context')
         return to_vocabulary(last_BD, model.head()), cache
 
     return _with_cache(body, model, cache, tokens_BT, length_B)
 
 
 def decode(model: Decoder, cache: Cache, token_B, position_B):
-    """One more token in each row, at its position. Returns the logits [B, vocabulary] after it, and the cache."""
+    """One more token in each row, at its position. Returns the logits [B, vocabulary] after it, and the cache.
+
+    Every device of `context` works on the same tokens; each attends to the slots that it keeps.
+    """
 
     def body(model, cache, token_B, position_B):
-        ones_B1 = jnp.ones_like(position_B)[:, None]
-        view = View(position_B[:, None], ones_B1, **backends(model.config), sequence_split=False, decoding=True)
+        ones_B1, column_1 = jnp.ones_like(position_B)[:, None], jnp.zeros(1, jnp.int32)
+        view = View(
+            position_B[:, None], ones_B1, column_1, **backends(model.config), sequence_split=False, decoding=True
+        )
         x_BTD, cache, _ = model.hidden(token_B[:, None], view, cache)
         return to_vocabulary(x_BTD[:, 0], model.head()), cache
 
@@ -56,6 +71,12 @@ def decode(model: Decoder, cache: Cache, token_B, position_B):
 
 def _with_cache(body, model, cache, tokens, row_B):
     layout = jax.tree.map(lambda _: CACHE_SPEC, cache)
-    run = one_device(body, model, (specs(model), layout, TOKENS, TOKENS), (P(BATCH, 'tensor'), layout))
+
+    def settle(model, *rest):
+        logit_BV, cache = body(model, *rest)
+        logit_BV = settled(logit_BV, ('stage', 'context'))
+        return logit_BV, jax.tree.map(lambda a: settled(a, ('stage',)), cache)
+
+    run = one_device(settle, model, (layout, TOKENS, TOKENS), (P(BATCH, 'tensor'), layout))
     logit_BV, cache = run(model, cache, tokens, row_B)
     return real_vocabulary(logit_BV, model), cache

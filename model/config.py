@@ -6,7 +6,7 @@ from typing import Literal
 import jax.numpy as jnp
 
 from sharding.errors import UserError
-from sharding.mesh import BATCH, FSDP, Divides
+from sharding.mesh import BATCH, FSDP, SEQUENCE, Divides
 
 VOCABULARY_MULTIPLE = 128  # the embedding's rows are rounded up to it, on every mesh alike, so that they split evenly
 
@@ -124,6 +124,11 @@ class ModelConfig:
         dense = self.moe.first_dense_layers if self.moe else self.layers
         return tuple((kind, n) for kind, n in (('dense', dense), ('moe', self.layers - dense)) if n)
 
+    @property
+    def longest_group(self) -> int:
+        """Which of the groups a pipeline splits over its stages; the later one of two as long."""
+        return max(range(len(self.groups)), key=lambda number: (self.groups[number][1], number))
+
 
 def sizes(c: ModelConfig) -> list[Divides]:
     """What the mesh must divide to hold this model."""
@@ -139,6 +144,9 @@ def sizes(c: ModelConfig) -> list[Divides]:
             VOCABULARY_MULTIPLE if c.vocabulary is None else c.padded_vocabulary,
         ),
     ]
+    kind, layers = c.groups[c.longest_group]
+    name = 'model.layers' if len(c.groups) == 1 else f'the number of {kind} layers in a row'
+    rules.append(Divides(('stage',), name, layers))
     if any(kind == 'dense' for kind, _ in c.groups):
         rules.append(Divides(('tensor',), 'model.mlp_dim', c.mlp_dim))
     if c.moe:
@@ -149,12 +157,20 @@ def sizes(c: ModelConfig) -> list[Divides]:
     return rules
 
 
-def batch_sizes(batch: int, sequence_length: int) -> list[Divides]:
+def batch_sizes(batch: int, sequence_length: int, accumulation: int = 1, microbatches: int | None = None) -> list[Divides]:
     """What the mesh must divide to hold a training batch."""
-    return [
-        Divides(BATCH, 'training.batch', batch),
-        Divides(('tensor',), 'training.sequence_length', sequence_length),
+    part = 'training.batch' if accumulation == 1 else 'training.batch / training.accumulation'
+    rules = [
+        Divides((*BATCH, 'stage'), part, batch // accumulation),
+        Divides(SEQUENCE, 'training.sequence_length', sequence_length),
+        Divides(('context',), 'training.sequence_length', sequence_length, twice=True),
     ]
+    if microbatches is not None:
+        rules += [
+            Divides(('stage',), 'training.microbatches', microbatches),
+            Divides(BATCH, f'{part} / training.microbatches', batch // accumulation // microbatches),
+        ]
+    return rules
 
 
 def _nearest_divisor(n: int, wanted: int) -> int:

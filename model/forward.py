@@ -8,16 +8,19 @@ Letters: B rows, T sequence, V vocabulary.
 import math
 
 import jax
-from jax import P
+import jax.numpy as jnp
+from jax import P, lax
 from jax.sharding import NamedSharding
 
 from model.attention import needs_unchecked
 from model.decoder import Decoder, backends, to_vocabulary
 from model.layers import View, specs
-from sharding.collectives import join
+from sharding.collectives import join, settled, vary
+from sharding.errors import UserError
 from sharding.mesh import BATCH
+from sharding.order import contiguous
 
-TOKENS = P(BATCH)  # of a [B, T] array: its rows are split, each device of `tensor` holds them whole
+TOKENS = P(BATCH)  # of a [B, T] array of integers: its rows are split; each device takes its own columns of them
 
 
 def place(tree):
@@ -32,22 +35,42 @@ def row_ways() -> int:
 
 
 def one_device(body, model: Decoder, in_specs, out_specs):
-    """`body` as a shard_map over every axis.
+    """`body(model, …)` as a shard_map over every axis, the model as this device's own copies (see `vary`).
 
     check_vma finds a missing sum; attention kernels that cannot say what varies turn it off.
     """
     checked = not needs_unchecked(backends(model.config)['backend'])
-    return jax.shard_map(body, in_specs=in_specs, out_specs=out_specs, check_vma=checked)
+    own = lambda model, *rest: body(vary(model), *rest)
+    return jax.shard_map(own, in_specs=(specs(model), *in_specs), out_specs=out_specs, check_vma=checked)
+
+
+def columns(T: int, order) -> jax.Array:
+    """int32 [T / context]: which columns of a row of T this device works on; `order` is a function of sharding.order."""
+    return jnp.asarray(order(T, lax.axis_size('context')))[lax.axis_index('context')]
+
+
+def needs_no_stages(what: str) -> None:
+    """Raises UserError where the current mesh has a pipeline, which is for training."""
+    stages = jax.sharding.get_abstract_mesh().shape['stage']
+    if stages > 1:
+        raise UserError(f'mesh.stage is {stages}: {what} has no pipeline; use the same devices as mesh.data={stages} more')
 
 
 def logits(model: Decoder, tokens_BT, position_BT, segment_BT):
-    """Logits [B, T, vocabulary] of the full forward pass, float32 or wider, rows split over BATCH; `tensor` must divide T."""
+    """Logits [B, T, vocabulary] of the full forward pass, float32 or wider, rows split over BATCH, T over `context`.
 
-    def body(model, tokens_BT, position_BT, segment_BT):
-        x_BTD, _, _ = model.hidden(tokens_BT, View(position_BT, segment_BT, **backends(model.config)))
-        return to_vocabulary(join(x_BTD), model.head())
+    context × tensor must divide T. Raises UserError on a mesh with stages.
+    """
+    needs_no_stages('scoring')
 
-    run = one_device(body, model, (specs(model), TOKENS, TOKENS, TOKENS), P(BATCH, None, 'tensor'))
+    def body(model, *batch):
+        column_T = columns(batch[0].shape[1], contiguous)
+        tokens_BT, position_BT, segment_BT = (a_BT[:, column_T] for a_BT in batch)
+        view = View(position_BT, segment_BT, column_T, **backends(model.config))
+        x_BTD, _, _ = model.hidden(tokens_BT, view)
+        return settled(to_vocabulary(join(x_BTD), model.head()), ('stage',))
+
+    run = one_device(body, model, (TOKENS, TOKENS, TOKENS), P(BATCH, 'context', 'tensor'))
     return real_vocabulary(run(model, tokens_BT, position_BT, segment_BT), model)
 
 

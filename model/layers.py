@@ -17,33 +17,49 @@ from flax import nnx
 from jax import P, lax
 
 from model.attention import attention
+from model.attention.cached import cached_attention
 from model.config import ModelConfig
 from sharding.collectives import join, my_slice, split, whole, wide
 from sharding.mesh import BATCH, FSDP
+from sharding.pipeline import dealt, microbatch
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far: slot s of a row holds its token at position s."""
+    """Keys and values of the tokens so far: a row's token at position p is in slot p // n of device p mod n of `context`."""
 
     k_LBSK: jax.Array  # [L, B, S, K, H]
     v_LBSK: jax.Array  # [L, B, S, K, H]
 
 
-CACHE_SPEC = P(None, BATCH, None, 'tensor', None)
+CACHE_SPEC = P(None, BATCH, 'context', 'tensor', None)
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What a block needs to know of its tokens beside their activations."""
+    """What a block needs to know of its tokens beside their activations: those of this device's part of `context`."""
 
     position_BT: jax.Array  # place in the document, int32
     segment_BT: jax.Array  # documents of a row, numbered from 1; 0 is padding
+    column_T: jax.Array  # place in the row, int32
     backend: str  # of attention
     experts: str  # backend of the experts' grouped matmul
     sequence_split: bool = True  # between blocks each device of `tensor` holds a slice of the sequence, not all of it
     dropout_key: jax.Array | None = None  # one for all devices; None: no dropout
     row_B: jax.Array | None = None  # number of each row in the global batch, for dropout
+    microbatches: int = 1  # of a pipeline, into which the rows are cut; 1 where `stage` is 1
     decoding: bool = False  # one token a row, that sees the cache
+
+    def dealt(self) -> 'View':
+        """The rows that this stage works on outside of the pipeline."""
+        return self._rows(lambda tree: dealt(tree, self.microbatches))
+
+    def microbatch(self, number: jax.Array) -> 'View':
+        """The rows of one microbatch."""
+        return self._rows(lambda tree: microbatch(tree, number, self.microbatches))
+
+    def _rows(self, choose) -> 'View':
+        position_BT, segment_BT, row_B = choose((self.position_BT, self.segment_BT, self.row_B))
+        return dataclasses.replace(self, position_BT=position_BT, segment_BT=segment_BT, row_B=row_B)
 
     @property
     def live_BT(self) -> jax.Array:
@@ -51,7 +67,7 @@ class View:
         return (my_slice(self.segment_BT) if self.sequence_split else self.segment_BT) > 0
 
     def join(self, x_BTD):
-        """From the layout between blocks to the whole sequence on each device."""
+        """From the layout between blocks to this context's whole sequence on each device of `tensor`."""
         return join(x_BTD) if self.sequence_split else x_BTD
 
     def split(self, x_BTD):
@@ -65,10 +81,9 @@ class View:
         key = self.dropout_key
         for number in site:
             key = jax.random.fold_in(key, number)
-        columns_T = jnp.arange(self.segment_BT.shape[1])
-        columns_T = my_slice(columns_T, 0) if self.sequence_split else columns_T
+        column_T = my_slice(self.column_T, 0) if self.sequence_split else self.column_T
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-        key_BT = fold(jax.vmap(jax.random.fold_in, (None, 0))(key, self.row_B), columns_T)
+        key_BT = fold(jax.vmap(jax.random.fold_in, (None, 0))(key, self.row_B), column_T)
         keep_BTD = jax.vmap(jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BTD.shape[-1:])))(key_BT)
         return jnp.where(keep_BTD, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)
 
@@ -195,19 +210,22 @@ class Attention(nnx.Module):
             k_BTKH = rms_norm(k_BTKH, self.k_scale_H[...], c.norm_epsilon)
         q_BTKGH, k_BTKH = (rope(a, view.position_BT, c.rope_theta) for a in (q_BTKGH, k_BTKH))
         if cache is not None:
-            rows_B1 = jnp.arange(k_BTKH.shape[0])[:, None]
-            put = lambda old, new: old.at[layer, rows_B1, view.position_BT].set(new.astype(old.dtype), mode='drop')
-            cache = Cache(put(cache.k_LBSK, k_BTKH), put(cache.v_LBSK, v_BTKH))
+            cache = Cache(*(keep(old, new, layer, view.position_BT) for old, new in zip(cache, (k_BTKH, v_BTKH), strict=True)))
         here = (view.position_BT, view.segment_BT)
         if view.decoding:
-            slots_BS = jnp.broadcast_to(jnp.arange(cache.k_LBSK.shape[2], dtype=jnp.int32), cache.k_LBSK.shape[1:3])
-            k_BTKH, v_BTKH = cache.k_LBSK[layer].astype(q.dtype), cache.v_LBSK[layer].astype(q.dtype)
-            there, backend = (slots_BS, jnp.ones_like(slots_BS)), 'reference'  # one query: there is no T×T to avoid
+            k_BSKH, v_BSKH = (kept[layer].astype(q.dtype) for kept in cache)
+            a_BTKGH = cached_attention(q_BTKGH, k_BSKH, v_BSKH, view.position_BT, c.window)
         else:
-            there, backend = here, view.backend
-        a_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, here, there, window=c.window, backend=backend)
+            a_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, here, here, window=c.window, backend=view.backend, ring=True)
         y_BTD = view.split(linear_back(a_BTKGH.reshape(*q.shape[:2], -1), whole(self.o_DN[...], q.dtype)))
         return (y_BTD + self.o_bias_D.astype(q.dtype)[None, None] if c.bias else y_BTD), cache
+
+
+def keep(old_LBSK, new_BTKH, layer, position_BT):
+    """A cache with new tokens' keys or values at [layer]: each device of `context` keeps those of its own positions."""
+    n, rows_B1 = lax.axis_size('context'), jnp.arange(new_BTKH.shape[0])[:, None]
+    slot_BT = jnp.where(position_BT % n == lax.axis_index('context'), position_BT // n, old_LBSK.shape[2])
+    return old_LBSK.at[layer, rows_B1, slot_BT].set(new_BTKH.astype(old_LBSK.dtype), mode='drop')
 
 
 def my_kv_heads(w_DM, c: ModelConfig):

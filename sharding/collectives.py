@@ -43,6 +43,35 @@ def varying(x) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
 
 
+def sum_copies(tree, specs):
+    """Each device's own gradient of weights laid out as `specs`, summed over the axes along which the weights are copies.
+
+    One call for all weights of a layout: a step sends this once, whatever the number of its layers and microbatches.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    layouts = structure.flatten_up_to(specs)
+    by_axes: dict[tuple[str, ...], list[int]] = {}
+    for i, spec in enumerate(layouts):
+        split = {axis for axes in spec if axes for axis in (axes if isinstance(axes, tuple) else (axes,))}
+        by_axes.setdefault(tuple(axis for axis in AXES if axis not in split), []).append(i)
+    for axes, where in by_axes.items():
+        for i, total in zip(where, lax.psum([leaves[i] for i in where], axes), strict=True):
+            leaves[i] = total
+    return jax.tree.unflatten(structure, leaves)
+
+
+def send(tree, axis: str, by: int = 1):
+    """What the device `by` places before this one along `axis` holds; the ends are neighbours."""
+    n = lax.axis_size(axis)
+    return lax.ppermute(tree, axis, [(i, (i + by) % n) for i in range(n)])
+
+
+def settled(x, axes: tuple[str, ...]):
+    """x, which is the same on all devices along `axes`, known to be so: the first one's."""
+    first = sum(lax.axis_index(axis) for axis in axes) == 0
+    return lax.psum(jnp.where(first, x, 0), axes)
+
+
 def whole(w, dtype, axes=FSDP, dim: int = 0):
     """A weight from its shards along `axes`, sent in the compute dtype. Backward: a reduce-scatter of its gradient."""
     return lax.all_gather(w.astype(dtype), axes, axis=dim, tiled=True)

@@ -137,17 +137,26 @@ def start(devices: int, dtype: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Divides:
-    """The devices along `axes` must divide `size`, the value of `field`; with `or_repeats` they may be a multiple of it."""
+    """The devices along `axes` must divide `size`, the value of `field`; with `or_repeats` they may be a multiple of it.
+
+    With `twice` it is twice their number that must divide it, where they are more than one.
+    """
 
     axes: tuple[str, ...]
     field: str
     size: int
     or_repeats: bool = False
+    twice: bool = False
+
+    def ways(self, mesh: MeshConfig) -> int:
+        """What must divide the size."""
+        n = mesh.span(self.axes)
+        return 2 * n if self.twice and n > 1 else n
 
     def holds(self, mesh: MeshConfig) -> bool:
         """Whether the mesh keeps the rule."""
-        n = mesh.span(self.axes)
-        return self.size % n == 0 or (self.or_repeats and n % self.size == 0)
+        n = self.ways(mesh)
+        return (self.size > 0 and self.size % n == 0) or (self.or_repeats and n % self.size == 0)
 
 
 def check_divides(mesh: MeshConfig, rules: Iterable[Divides]) -> None:
@@ -155,12 +164,13 @@ def check_divides(mesh: MeshConfig, rules: Iterable[Divides]) -> None:
     rules = list(rules)
     for rule in rules:
         if not rule.holds(mesh):
-            axes = ' × '.join(f'mesh.{axis}' for axis in rule.axes)
+            on = [axis for axis in rule.axes if getattr(mesh, axis) > 1] or rule.axes
+            axes = ('2 × ' if rule.twice else '') + ' × '.join(f'mesh.{axis}' for axis in on)
             verb = 'must divide or be a multiple of' if rule.or_repeats else 'must divide'
             options = list(itertools.islice(nearest_meshes(mesh, rules), 3))
             works = '; '.join(f'({option})' for option in options)
             raise UserError(
-                f'{axes} is {mesh.span(rule.axes)} and {rule.field} is {rule.size}: the first {verb} the second; '
+                f'{axes} is {rule.ways(mesh)} and {rule.field} is {rule.size}: the first {verb} the second; '
                 f'nearest meshes that work: {works}'
             )
 

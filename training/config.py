@@ -14,7 +14,7 @@ import yaml
 from data.config import DataConfig
 from model.config import ModelConfig, batch_sizes, sizes
 from sharding.errors import UserError, nearest
-from sharding.mesh import MeshConfig, check_divides
+from sharding.mesh import BATCH, MeshConfig, check_divides
 
 
 def _at_least(section: str, config: Any, field: str, least: float) -> None:
@@ -37,11 +37,21 @@ class TrainingConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
+    accumulation: int = 1  # parts of a batch that are worked on one after another; the result is that of the whole batch
+    microbatches: int | None = None  # parts that go through a pipeline (mesh.stage) after one another; None: 4 a stage, or fewer
     clip: float | None = 1.0  # global norm above which a gradient is scaled down to it; null: never
 
     def __post_init__(self):
-        for field in ('steps', 'batch', 'sequence_length'):
+        for field in ('steps', 'batch', 'sequence_length', 'accumulation'):
             _at_least('training', self, field, 1)
+        if self.microbatches is not None:
+            _at_least('training', self, 'microbatches', 1)
+        if self.batch % self.accumulation:
+            works = min((d for d in range(1, self.batch + 1) if self.batch % d == 0), key=lambda d: abs(d - self.accumulation))
+            raise UserError(
+                f'training.accumulation is {self.accumulation} and training.batch {self.batch}: the first must divide the '
+                f'second; nearest that works: {works}'
+            )
         for field in ('warmup_steps', 'learning_rate', 'final_learning_rate', 'weight_decay', 'epsilon'):
             _at_least('training', self, field, 0)
         for field in ('beta1', 'beta2'):
@@ -104,7 +114,18 @@ class RunConfig:
     def check_sizes(self) -> None:
         """Raises UserError where the mesh cannot hold the model or the batch."""
         t = self.training
-        check_divides(self.mesh, [*sizes(self.model), *batch_sizes(t.batch, t.sequence_length)])
+        microbatches = t.microbatches if self.mesh.stage > 1 else None
+        batch = batch_sizes(t.batch, t.sequence_length, t.accumulation, microbatches)
+        check_divides(self.mesh, [*sizes(self.model), *batch])
+
+    @property
+    def microbatches(self) -> int:
+        """Into how many parts the pipeline cuts the rows of a device; 1 without one."""
+        t, stages = self.training, self.mesh.stage
+        if stages == 1:
+            return 1
+        rows = t.batch // (t.accumulation * self.mesh.span(BATCH))
+        return t.microbatches or max(n for n in range(stages, 4 * stages + 1, stages) if rows % n == 0)
 
     def with_vocabulary(self, tokens: int) -> 'RunConfig':
         """This config with the tokenizer's vocabulary, where the config leaves it open."""
@@ -121,6 +142,8 @@ MAY_CHANGE = (
     'checkpoint',
     'metrics',
     'training.steps',
+    'training.accumulation',
+    'training.microbatches',
 )  # between a run and its continuation; a folder may be renamed too
 
 

@@ -13,7 +13,7 @@ from model.decoder import Decoder
 from model.forward import place, row_ways
 from training.loss import loss_sums
 
-_sums = jax.jit(loss_sums)
+_sums = jax.jit(loss_sums, static_argnames='microbatches')
 
 
 class Evaluation(NamedTuple):
@@ -39,13 +39,15 @@ def evaluate(
 ) -> Evaluation:
     """Reads the rows of those numbers, about `batch` at a time, without dropout. Use it under `jax.set_mesh`."""
     piece_bytes = np.array([len(piece) for piece in tokenizer.pieces])
-    batch = -(-min(batch, len(numbers)) // row_ways()) * row_ways()
+    stages = jax.sharding.get_mesh().shape['stage']  # a pipeline takes as many microbatches at least
+    ways = row_ways() * stages
+    batch = -(-min(batch, len(numbers)) // ways) * ways
     nats, tokens, bytes_ = 0.0, 0, 0
     for start in range(0, len(numbers), batch):
         taken = np.asarray(numbers[start : start + batch])
         block = rows.take(np.pad(taken, (0, batch - len(taken))))
         block['segments'][len(taken) :] = 0  # the last batch is filled up with padding
-        found = jax.device_get(_sums(model, place(block)))
+        found = jax.device_get(_sums(model, place(block), microbatches=stages))
         nats, tokens = nats + float(found['nats']), tokens + int(found['tokens'])
         bytes_ += int(piece_bytes[block['targets']][block['segments'] > 0].sum())
     return Evaluation(nats, tokens, bytes_)

@@ -1,6 +1,7 @@
-"""Cross-entropy over a vocabulary that is split between devices, and the router's losses.
+"""Cross-entropy over a vocabulary that is split between devices, the router's losses, and their gradient.
 
-Letters: B rows, T sequence, V this device's part of the vocabulary, N tokens of this device, D model, L layers, E experts.
+Letters: B rows, T sequence, V this device's part of the vocabulary, N tokens of this device, D model, L layers, E experts,
+A parts of a step, one after another, whose gradients are added up.
 """
 
 import jax
@@ -8,21 +9,24 @@ import jax.numpy as jnp
 from jax import P, lax
 
 from model.decoder import Decoder, backends, to_vocabulary
-from model.forward import TOKENS, one_device
+from model.forward import TOKENS, columns, one_device
 from model.layers import View, specs
-from sharding.collectives import join, my_slice, vary
+from sharding.collectives import join, my_slice, sum_copies, vary
 from sharding.mesh import AXES, BATCH
+from sharding.order import zigzag
+from sharding.pipeline import dealt
 
 CHUNK = 2048  # tokens whose logits exist at once
 
 
-def loss_sums(model: Decoder, batch: dict, dropout_key=None) -> dict:
-    """Sums over all real tokens of a batch, float32 or wider; differentiable.
+def loss_sums(model: Decoder, batch: dict, dropout_key=None, microbatches: int = 1) -> dict:
+    """Sums over all real tokens of a batch, float32 or wider.
 
     Args:
         model: the decoder, sharded as it was born.
         batch: 'tokens', 'targets', 'positions', 'segments', each int32 [B, T], rows split over BATCH; segment 0 is padding.
         dropout_key: one key for all devices; None turns dropout off.
+        microbatches: into which the pipeline cuts each device's rows, where the mesh has stages: a multiple of them.
 
     Returns:
         'nats' Σ cross-entropy, 'tokens' how many, 'rows' with a real token, and with experts 'router': each figure of
@@ -30,22 +34,117 @@ def loss_sums(model: Decoder, batch: dict, dropout_key=None) -> dict:
     """
 
     def body(model, batch, key):
-        tokens_BT = batch['tokens']
-        rows = tokens_BT.shape[0]
-        row_B = lax.axis_index(BATCH) * rows + jnp.arange(rows)
-        key_or_none = None if dropout_key is None else key
-        at = batch['positions'], batch['segments']
-        view = View(*at, **backends(model.config), dropout_key=key_or_none, row_B=row_B)
-        x_BTD, _, figures = model.hidden(tokens_BT, view)
-        live_BT = my_slice(batch['segments']) > 0
-        nats = cross_entropy(vary(model.head()), x_BTD, my_slice(batch['targets']), live_BT, model.config.vocabulary)
-        copies = lax.axis_size('tensor')
-        rows = (batch['segments'] > 0).any(1).sum() / copies
-        return lax.psum(vary({'nats': nats, 'tokens': live_BT.sum(), 'rows': rows, 'router': figures}), AXES)
+        shares = device_shares(model, batch, first_row(batch), key if dropout_key is not None else None, microbatches)
+        return counts(batch) | lax.psum(vary(shares), AXES)
 
-    key = jax.random.key(0) if dropout_key is None else dropout_key
-    run = one_device(body, model, (specs(model), dict.fromkeys(batch, TOKENS), P()), P())
-    return run(model, batch, key)
+    run = one_device(body, model, (dict.fromkeys(batch, TOKENS), P()), P())
+    return run(model, batch, jax.random.key(0) if dropout_key is None else dropout_key)
+
+
+def loss_fn(model: Decoder, batch: dict, dropout_key=None, microbatches: int = 1):
+    """The loss to minimise, and the parts it is made of; arguments as in `loss_sums`.
+
+    loss = mean cross-entropy over real tokens + balance_loss · mean over rows and layers of the balance loss
+    + z_loss · mean over tokens and layers of the router z-loss; in nats.
+    """
+    sums = loss_sums(model, batch, dropout_key, microbatches)
+    return total_loss(sums, sums, model), parts(sums, model)
+
+
+def loss_and_gradient(model: Decoder, batch: dict, dropout_key=None, microbatches: int = 1, accumulation: int = 1):
+    """((loss, parts), gradient) of `loss_fn`, the gradient laid out like the model.
+
+    `accumulation` parts of each device's rows are worked on one after another, and their gradients added up. They are
+    those of the whole batch: what a token's loss is divided by is known beforehand. Differentiates one device's view
+    (in the shard_map, not through it), so that what a weight's copies need of each other is sent once a step.
+    """
+
+    def body(model, batch, key):
+        known, rows = counts(batch), batch['tokens'].shape[0]
+        first, key = first_row(batch), key if dropout_key is not None else None
+        size = rows // accumulation
+
+        def one_part(batch, number):
+            def share(model):
+                shares = device_shares(model, batch, first + number * size, key, microbatches)
+                return total_loss(shares, known, model), shares
+
+            return vary(jax.grad(share, has_aux=True)(model))
+
+        if accumulation == 1:
+            gradient, shares = one_part(batch, 0)
+        else:
+            cut = jax.tree.map(lambda a: a.reshape(accumulation, size, *a.shape[1:]), batch)
+            found = jax.eval_shape(one_part, jax.tree.map(lambda a: a[0], cut), 0)
+            nothing = vary(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), found))
+            add = lambda total, part: (jax.tree.map(jnp.add, total, one_part(*part)), None)
+            (gradient, shares), _ = lax.scan(add, nothing, (cut, jnp.arange(accumulation)))
+        return sum_copies(gradient, layouts), known | lax.psum(vary(shares), AXES)
+
+    layouts = specs(model)
+    run = one_device(body, model, (dict.fromkeys(batch, TOKENS), P()), (layouts, P()))
+    gradient, sums = run(model, batch, jax.random.key(0) if dropout_key is None else dropout_key)
+    return (total_loss(sums, sums, model), parts(sums, model)), gradient
+
+
+def first_row(batch: dict) -> jax.Array:
+    """The number in the global batch of this device's first row."""
+    return lax.axis_index(BATCH) * batch['tokens'].shape[0]
+
+
+def counts(batch: dict) -> dict:
+    """How many real tokens the global batch has, and rows with one; known before anything is computed."""
+    live_BT = batch['segments'] > 0
+    return lax.psum({'tokens': live_BT.sum(), 'rows': live_BT.any(1).sum()}, BATCH)
+
+
+def device_shares(model: Decoder, batch: dict, first, key, microbatches: int) -> dict:
+    """This device's share of 'nats' and 'router', which added up over all devices are those of the batch."""
+    B, T = batch['tokens'].shape
+    column_T = columns(T, zigzag)
+    tokens_BT, target_BT, position_BT, segment_BT = (
+        batch[name][:, column_T] for name in ('tokens', 'targets', 'positions', 'segments')
+    )
+    view = View(
+        position_BT,
+        segment_BT,
+        column_T,
+        **backends(model.config),
+        dropout_key=key,
+        row_B=first + jnp.arange(B),
+        microbatches=microbatches,
+    )
+    x_BTD, _, figures = model.hidden(tokens_BT, view)
+    target_BT, live_BT = my_slice(dealt(target_BT, microbatches)), view.dealt().live_BT
+    nats = cross_entropy(model.head(), x_BTD, target_BT, live_BT, model.config.vocabulary)
+    return {'nats': nats, 'router': figures}
+
+
+def total_loss(sums: dict, known: dict, model: Decoder):
+    """The loss of whole sums, or a device's share of it: of its own sums and the counts of the whole batch."""
+    tokens, moe = jnp.maximum(known['tokens'], 1), model.config.moe
+    total = sums['nats'] / tokens
+    if moe:
+        router, rows = sums['router'], jnp.maximum(known['rows'], 1)
+        total = total + moe.balance_loss * router['balance'].mean() / rows + moe.z_loss * router['z'].mean() / tokens
+    return total
+
+
+def parts(sums: dict, model: Decoder) -> dict:
+    """What is reported of whole sums."""
+    tokens, moe = jnp.maximum(sums['tokens'], 1), model.config.moe
+    found = {'loss': sums['nats'] / tokens, 'tokens': sums['tokens']}
+    if moe:
+        router = sums['router']
+        load_LE = router['load_E'] / (tokens * moe.top_k)
+        found['router'] = {
+            'balance_loss': router['balance'].mean() / jnp.maximum(sums['rows'], 1),
+            'z_loss': router['z'].mean() / tokens,
+            'entropy': router['entropy'].mean() / tokens,
+            'max_share': load_LE.max(),
+            'load': load_LE,
+        }
+    return found
 
 
 def cross_entropy(head_DV, x_BTD, target_BT, live_BT, vocabulary: int):
@@ -75,27 +174,3 @@ def cross_entropy(head_DV, x_BTD, target_BT, live_BT, vocabulary: int):
     fill = lambda a: jnp.pad(a, ((0, 0), (0, chunks * size - N), *[(0, 0)] * (a.ndim - 2)))  # live: False
     cut = lambda a: fill(a).reshape(chunks, 1, size, *a.shape[2:])
     return lax.map(lambda a: chunk(*a), (cut(x), cut(target), cut(live))).sum()
-
-
-def loss_fn(model: Decoder, batch: dict, dropout_key=None):
-    """The loss to minimise, and the parts it is made of.
-
-    loss = mean cross-entropy over real tokens + balance_loss · mean over rows and layers of the balance loss
-    + z_loss · mean over tokens and layers of the router z-loss; in nats.
-    """
-    sums = loss_sums(model, batch, dropout_key)
-    tokens = jnp.maximum(sums['tokens'], 1)
-    parts = {'loss': sums['nats'] / tokens, 'tokens': sums['tokens']}
-    total, moe = parts['loss'], model.config.moe
-    if moe:
-        router = sums['router']
-        load_LE = router['load_E'] / (tokens * moe.top_k)
-        parts['router'] = {
-            'balance_loss': router['balance'].mean() / jnp.maximum(sums['rows'], 1),
-            'z_loss': router['z'].mean() / tokens,
-            'entropy': router['entropy'].mean() / tokens,
-            'max_share': load_LE.max(),
-            'load': load_LE,
-        }
-        total = total + moe.balance_loss * parts['router']['balance_loss'] + moe.z_loss * parts['router']['z_loss']
-    return total, parts

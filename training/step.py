@@ -10,7 +10,7 @@ from flax import nnx
 from model.decoder import Decoder
 from model.layers import is_matrix
 from training.config import RunConfig, TrainingConfig
-from training.loss import loss_fn
+from training.loss import loss_and_gradient
 
 
 class State(NamedTuple):
@@ -56,7 +56,9 @@ def train_step(config: RunConfig, state: State, batch: dict) -> tuple[State, dic
     experts router (see `training.loss.loss_fn`).
     """
     key = jax.random.fold_in(state.key, state.step) if config.model.dropout else None
-    (_, figures), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.model, batch, key)
+    (_, figures), gradient = loss_and_gradient(
+        state.model, batch, key, config.microbatches, config.training.accumulation
+    )
     updates, moments = optimizer(config.training).update(gradient, state.optimizer, state.model)
     figures |= {'grad_norm': optax.tree.norm(gradient), 'learning_rate': schedule(config.training)(state.step)}
     return State(optax.apply_updates(state.model, updates), moments, state.step + 1, state.key), figures

@@ -35,6 +35,7 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     backend: str,
+    ring: bool = False,
 ) -> jax.Array:
     """Causal softmax attention within segments (Vaswani et al. 2017, arXiv:1706.03762), from one device's view.
 

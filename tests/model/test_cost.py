@@ -13,7 +13,7 @@ from model import cost
 from model.config import ModelConfig, MoEConfig
 from model.decoder import Decoder
 from sharding.mesh import BATCH, MeshConfig, make_mesh
-from training.loss import loss_fn
+from training.loss import loss_and_gradient, loss_fn
 
 DENSE = ModelConfig(vocabulary=256, layers=2, model_dim=32, heads=4, kv_heads=2, mlp_dim=48, attention='reference')
 CONFIGS = [
@@ -63,7 +63,7 @@ def test_flops_are_those_of_the_traced_matmuls(c, window):
         model = jax.jit(lambda: Decoder(c, nnx.Rngs(0)))()
         at = {name: jax.device_put(array, P(BATCH)) for name, array in batch.items()}
         forward = dots(jax.make_jaxpr(loss_fn)(model, at).jaxpr)
-        both = dots(jax.make_jaxpr(jax.grad(lambda *a: loss_fn(*a)[0]))(model, at).jaxpr)
+        both = dots(jax.make_jaxpr(loss_and_gradient)(model, at).jaxpr)
     want = sum(cost.forward_flops(c, keys=T).values())
     assert forward == want * B * T
     head = cost.forward_flops(c, keys=T)['head']  # the loss keeps no logits: its backward pass computes them once more

@@ -15,7 +15,7 @@ from model.decoder import Decoder
 from model.forward import logits
 from sharding.mesh import BATCH, MeshConfig, make_mesh
 from tests import reference
-from training.loss import loss_fn
+from training.loss import loss_and_gradient, loss_fn
 
 BASE = ModelConfig(vocabulary=150, layers=2, model_dim=16, heads=4, kv_heads=2, mlp_dim=24)
 MOE = MoEConfig(experts=4, mlp_dim=16)
@@ -71,7 +71,7 @@ def test_loss_and_gradients_equal_the_plain_decoder(name, remat):
     batch = reference.packed_batch(c.vocabulary, B=4, T=12)
     with jax.set_mesh(make_mesh(MeshConfig(data=1, expert=2, tensor=2))):
         model = sharded(c)
-        (total, parts), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(model, place(batch))
+        (total, parts), gradient = jax.jit(loss_and_gradient)(model, place(batch))
         assert jax.tree.all(
             jax.tree.map(lambda g, w: jax.typeof(g).sharding.spec == jax.typeof(w).sharding.spec, gradient, model)
         ), 'a gradient is laid out like its weight'
@@ -135,7 +135,7 @@ def test_bfloat16_computes_narrow_and_keeps_wide_parameters():
     batch = reference.packed_batch(c.vocabulary, B=4, T=12)
     with jax.set_mesh(make_mesh(MeshConfig(expert=2, tensor=2))):
         model, at = sharded(c), place(batch)
-        (narrow, _), gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(model, at)
+        (narrow, _), gradient = jax.jit(loss_and_gradient)(model, at)
         assert {leaf.dtype for leaf in jax.tree.leaves((model, gradient))} == {jnp.dtype('float32')}
         traced = str(jax.make_jaxpr(loss_fn)(model, at))
         assert 'bf16[' in traced
