@@ -20,7 +20,7 @@ from model.config import sizes
 from model.forward import logits, place
 from model.grouped_matmul import default_backend, expert_mlp
 from sharding import chips
-from sharding.mesh import BATCH, Divides, check_divides, make_mesh, platform
+from sharding.mesh import BATCH, SEQUENCE, Divides, check_divides, make_mesh, platform
 from training.config import RunConfig
 from training.step import init, train_step
 
@@ -88,7 +88,7 @@ def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int) -> dic
     config = _ready(config)
     c, mesh = config.model, make_mesh(config.mesh)
     check_divides(
-        config.mesh, [*sizes(c), Divides(BATCH, '--rows', rows), Divides(('tensor',), '--prompt + --new', prompt + new)]
+        config.mesh, [*sizes(c), Divides(BATCH, '--rows', rows), Divides(SEQUENCE, '--prompt + --new', prompt + new)]
     )
     with jax.set_mesh(mesh):
         model = jax.jit(lambda: in_compute_dtype(init(config).model))()
@@ -109,7 +109,7 @@ def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int) -> dic
 
         seconds = statistics.median(seconds_each(step, new - 2))
         everything = jax.jit(lambda model, *at: jnp.argmax(logits(model, *at)[:, -1], -1))
-        seen = -(-(prompt + new // 2) // config.mesh.tensor) * config.mesh.tensor
+        seen = -(-(prompt + new // 2) // config.mesh.span(SEQUENCE)) * config.mesh.span(SEQUENCE)
         places = np.broadcast_to(np.arange(seen, dtype=np.int32), (rows, seen))
         arguments = place(ids[:, :seen]), place(places), place(np.ones_like(places))
         again = statistics.median(seconds_each(lambda: everything(model, *arguments), 5))

@@ -1,5 +1,6 @@
 """Logits of whole sequences, a few rows at a time."""
 
+import math
 from collections.abc import Iterator
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 
 from model.decoder import Decoder
 from model.forward import logits, place, row_ways
+from sharding.mesh import SEQUENCE
 
 
 def score(model: Decoder, tokens_BT: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
@@ -14,7 +16,7 @@ def score(model: Decoder, tokens_BT: np.ndarray) -> Iterator[tuple[int, np.ndarr
 
     Yields (first row, float32 [b, T, V]) block by block, so that not all logits exist at once.
     """
-    rows, ways = row_ways(), jax.sharding.get_mesh().shape['tensor']
+    rows, ways = row_ways(), math.prod(jax.sharding.get_mesh().shape[axis] for axis in SEQUENCE)
     count, T = tokens_BT.shape
     padded = -(-T // ways) * ways
     run = jax.jit(logits)

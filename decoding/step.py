@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from jax import P, lax
 
 from model.decoder import Decoder, backends, to_vocabulary
-from model.forward import TOKENS, columns, needs_no_stages, one_device, real_vocabulary
+from model.forward import ROWS, TOKENS, columns, needs_no_stages, one_device, real_vocabulary
 from model.layers import CACHE_SPEC, Cache, View
-from sharding.collectives import settled
-from sharding.mesh import BATCH
+from sharding.collectives import settled, vary
 from sharding.order import cyclic
 
 
@@ -72,11 +71,10 @@ def decode(model: Decoder, cache: Cache, token_B, position_B):
 def _with_cache(body, model, cache, tokens, row_B):
     layout = jax.tree.map(lambda _: CACHE_SPEC, cache)
 
-    def settle(model, *rest):
-        logit_BV, cache = body(model, *rest)
-        logit_BV = settled(logit_BV, ('stage', 'context'))
-        return logit_BV, jax.tree.map(lambda a: settled(a, ('stage',)), cache)
+    def known(model, cache, *rest):
+        logit_BV, cache = body(model, vary(cache), *rest)
+        return settled(logit_BV, 'context'), cache
 
-    run = one_device(settle, model, (layout, TOKENS, TOKENS), (P(BATCH, 'tensor'), layout))
+    run = one_device(known, model, (layout, TOKENS, TOKENS), (P(ROWS, 'tensor'), layout))
     logit_BV, cache = run(model, cache, tokens, row_B)
     return real_vocabulary(logit_BV, model), cache

@@ -15,12 +15,14 @@ from jax.sharding import NamedSharding
 from model.attention import needs_unchecked
 from model.decoder import Decoder, backends, to_vocabulary
 from model.layers import View, specs
-from sharding.collectives import join, settled, vary
+from sharding.collectives import join, vary
 from sharding.errors import UserError
 from sharding.mesh import BATCH
 from sharding.order import contiguous
 
 TOKENS = P(BATCH)  # of a [B, T] array of integers: its rows are split; each device takes its own columns of them
+
+ROWS = (*BATCH, 'stage')  # axes of the rows that a device's view gives, where `stage` is 1
 
 
 def place(tree):
@@ -68,13 +70,13 @@ def logits(model: Decoder, tokens_BT, position_BT, segment_BT):
         tokens_BT, position_BT, segment_BT = (a_BT[:, column_T] for a_BT in batch)
         view = View(position_BT, segment_BT, column_T, **backends(model.config))
         x_BTD, _, _ = model.hidden(tokens_BT, view)
-        return settled(to_vocabulary(join(x_BTD), model.head()), ('stage',))
+        return to_vocabulary(join(x_BTD), model.head())
 
-    run = one_device(body, model, (TOKENS, TOKENS, TOKENS), P(BATCH, 'context', 'tensor'))
+    run = one_device(body, model, (TOKENS, TOKENS, TOKENS), P(ROWS, 'context', 'tensor'))
     return real_vocabulary(run(model, tokens_BT, position_BT, segment_BT), model)
 
 
 def real_vocabulary(logit_V, model: Decoder):
     """Logits split over `tensor` and padded, to all of the real vocabulary on each of its devices."""
-    spec = P(*jax.typeof(logit_V).sharding.spec[:-1], None)
+    spec = P(BATCH, *jax.typeof(logit_V).sharding.spec[1:-1], None)
     return jax.reshard(logit_V, spec)[..., : model.config.vocabulary]

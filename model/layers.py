@@ -31,7 +31,7 @@ class Cache(NamedTuple):
     v_LBSK: jax.Array  # [L, B, S, K, H]
 
 
-CACHE_SPEC = P(None, BATCH, 'context', 'tensor', None)
+CACHE_SPEC = P(None, (*BATCH, 'stage'), 'context', 'tensor', None)  # `stage` is 1 where there is a cache
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,10 +66,9 @@ def send(tree, axis: str, by: int = 1):
     return lax.ppermute(tree, axis, [(i, (i + by) % n) for i in range(n)])
 
 
-def settled(x, axes: tuple[str, ...]):
-    """x, which is the same on all devices along `axes`, known to be so: the first one's."""
-    first = sum(lax.axis_index(axis) for axis in axes) == 0
-    return lax.psum(jnp.where(first, x, 0), axes)
+def settled(x, axis: str):
+    """x, which is the same on all devices along `axis`, known to be so: the first one's."""
+    return lax.psum(jnp.where(lax.axis_index(axis) == 0, x, 0), axis)
 
 
 def whole(w, dtype, axes=FSDP, dim: int = 0):
