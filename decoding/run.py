@@ -34,6 +34,9 @@ class TrainedRun:
 def open_run(folder: str | Path, mesh: str | None = None) -> TrainedRun:
     """The newest checkpoint of a run, on the mesh that trained it or on another (`'expert=2,tensor=2'`).
 
+    Rows are split over replica, data and expert, caches over context and tensor too; each replica has all weights. There is no
+    pipeline: the stages of the run's own mesh become more of `data`, and a mesh that is asked for has none.
+
     A machine with only a CPU simulates as many devices as the mesh has, unless JAX has started before.
     Raises UserError where the folder is not a run, has no whole checkpoint, or the mesh cannot hold the model.
     """
@@ -44,7 +47,12 @@ def open_run(folder: str | Path, mesh: str | None = None) -> TrainedRun:
     checkpoints = Checkpoints(folder)
     step = checkpoints.newest()
     config = saved_config(checkpoints, step)
-    wanted: MeshConfig = config.mesh if mesh is None else parse_mesh(mesh)
+    wanted = unstaged(config.mesh) if mesh is None else parse_mesh(mesh)
+    if wanted.stage > 1:
+        raise UserError(
+            f'--mesh {mesh}: stage is {wanted.stage}, and decoding has no pipeline: a token would wait for every stage in turn; '
+            f'nearest that works: ({unstaged(wanted)})'
+        )
     check_divides(wanted, sizes(config.model))
     start(wanted.size, config.model.dtype)
     devices = make_mesh(wanted)
@@ -54,6 +62,11 @@ def open_run(folder: str | Path, mesh: str | None = None) -> TrainedRun:
         model = restore_model(folder, step, config)
         model = jax.jit(in_compute_dtype, donate_argnums=0)(model)
     return TrainedRun(folder, config, devices, tokenizer, model, step)
+
+
+def unstaged(mesh: MeshConfig) -> MeshConfig:
+    """The mesh with its stages as more of `data`: how a run that was trained by a pipeline decodes, unless told otherwise."""
+    return dataclasses.replace(mesh, stage=1, data=mesh.data * mesh.stage)
 
 
 def in_compute_dtype(model: Decoder) -> Decoder:

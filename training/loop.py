@@ -25,7 +25,7 @@ from training.checkpoint import Checkpoints
 from training.config import RunConfig
 from training.evaluation import evaluate, spread
 from training.metrics import Metrics
-from training.report import memory_line, weights_table
+from training.report import layout, memory_line
 from training.state import abstract_state, items, restore, saved_config
 from training.step import init, train_step
 
@@ -113,7 +113,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.state = jax.jit(functools.partial(init, config))()
         write_config(config, self.folder)
-        console.print(weights_table(self.state.model))
+        console.print(layout(config, self.state.model))
         self.metrics = Metrics(self.folder, first)
         handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from rich.console import Group
 from rich.table import Table
 
 from sharding.memory import gib, shard_bytes
-from sharding.mesh import BATCH
+from sharding.mesh import AXES, BATCH, SEQUENCE
+from sharding.pipeline import bubble, ticks
 from training.config import RunConfig
 
 
@@ -17,6 +19,59 @@ def named(tree: Any) -> Iterator[tuple[str, Any]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator='.')
         yield name.removesuffix('.value'), leaf
+
+
+SPLITS = {
+    'replica': 'rows; gradients are averaged over it once a step',
+    'stage': 'layers',
+    'data': 'rows, weights and optimizer state',
+    'context': 'the sequence, weights and optimizer state',
+    'expert': 'rows, experts, weights and optimizer state',
+    'tensor': 'heads, hidden units, vocabulary; between blocks the sequence',
+}
+
+
+def layout(config: RunConfig, model: Any) -> Group:
+    """What the mesh splits, and each weight's layout."""
+    return Group(mesh_table(config), '', weights_table(model))
+
+
+def mesh_table(config: RunConfig) -> Table:
+    """All axes of the mesh: devices along each, and what they split."""
+    table = Table(title='Mesh', title_justify='left', pad_edge=False, box=None)
+    table.add_column('axis')
+    table.add_column('devices', justify='right')
+    table.add_column('splits', no_wrap=True, overflow='ignore')
+    for axis in AXES:
+        what = SPLITS[axis] + (f': {pipeline_line(config)}' if axis == 'stage' and config.mesh.stage > 1 else '')
+        table.add_row(axis, str(getattr(config.mesh, axis)), what)
+    parts = config.training.accumulation
+    table.add_row('all', str(config.mesh.size), f'{parts} parts of a batch, one after another' if parts > 1 else '')
+    return table
+
+
+def pipeline_line(config: RunConfig) -> str:
+    """The pipeline's schedule: its microbatches and its bubble, and the layers' inputs that it keeps for the backward pass."""
+    stages, M = config.mesh.stage, config.microbatches
+    kept = gib(kept_inputs(config))
+    return f'{M} microbatches, a bubble of {bubble(M, stages):.1%} of the work; its layers’ inputs take {kept}'
+
+
+def kept_inputs(config: RunConfig) -> int:
+    """Bytes on one device of the layers' inputs that wait for the backward pass: all that model.remat=block keeps.
+
+    A pipeline keeps those of each tick, the bubble's too: (M + S - 1) · L / S inputs of a microbatch.
+    """
+    t, m, mesh = config.training, config.model, config.mesh
+    width = jnp.dtype(m.dtype).itemsize
+    row = t.sequence_length * m.model_dim * width // mesh.span(SEQUENCE)
+    rows = t.batch // (t.accumulation * mesh.span(BATCH))
+    if mesh.stage == 1:
+        return m.layers * rows * row
+    longest = m.groups[m.longest_group][1]
+    M = config.microbatches
+    in_pipeline = ticks(M, mesh.stage) * (longest // mesh.stage) * (rows // M) * row
+    return in_pipeline + (m.layers - longest) * (rows // mesh.stage) * row
 
 
 def weights_table(model: Any) -> Table:
@@ -38,13 +93,12 @@ def weights_table(model: Any) -> Table:
 def memory_line(config: RunConfig, state: Any) -> str:
     """What a training step keeps on each device, and what to change. `state` may be abstract (shapes with shardings)."""
     t, m, mesh = config.training, config.model, config.mesh
+    inputs = kept_inputs(config)
     weights, moments = shard_bytes(state.model), shard_bytes(state.optimizer)
-    rows = -(-t.batch // mesh.span(BATCH))
-    inputs = m.layers * rows * t.sequence_length * m.model_dim * jnp.dtype(m.dtype).itemsize // mesh.tensor
     remat = '' if m.remat == 'block' else f'set model.remat=block (now {m.remat}) to keep only the layers’ inputs, '
     return (
         f'out of memory on a device: weights {gib(weights)}, gradients {gib(weights)}, optimizer state {gib(moments)}, '
-        f'layers’ inputs {gib(inputs)}, the rest activations; {remat}lower training.batch (now {t.batch}) or '
-        f'training.sequence_length (now {t.sequence_length}), or raise mesh.data or mesh.tensor (now {mesh.data} and '
-        f'{mesh.tensor}) to split all of it further'
+        f'layers’ inputs {gib(inputs)}, the rest activations; {remat}raise '
+        f'training.accumulation (now {t.accumulation}), lower training.batch (now {t.batch}) or training.sequence_length (now '
+        f'{t.sequence_length}), or split all of it further (now {mesh}): by mesh.data, mesh.tensor, mesh.context or mesh.stage'
     )

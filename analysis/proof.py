@@ -1,0 +1,268 @@
+"""That every mesh gives one device's numbers: the cases of `scripts/prove.py`, and the faults that they must catch.
+
+A case is a name such as `gradient/dense/stage=2 tensor=4` and a function that computes its figures. Results are kept by
+case and by the hash of the code that they were computed with, so that a run that was interrupted goes on where it was.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+from flax import nnx
+
+from data.config import DataConfig
+from model import decoder
+from model.config import ModelConfig, MoEConfig
+from model.decoder import Decoder
+from model.forward import place
+from sharding.mesh import AXES, MeshConfig, factorizations, make_mesh
+from training.config import RunConfig, TrainingConfig
+from training.loss import loss_and_gradient
+from training.step import init, train_step
+
+ROOT = Path(__file__).parents[1]
+CODE = ('model', 'sharding', 'training', 'analysis/proof.py')  # what a result rests on
+DEVICES = 8
+TOLERANCE = {'gradient': 1e-10, 'initial': 0.0, 'losses': 1e-5, 'losses of 50': 1e-4}
+VOCABULARY, B, T = 200, 16, 128
+
+DENSE = ModelConfig(vocabulary=VOCABULARY, layers=8, model_dim=32, heads=8, kv_heads=4, mlp_dim=32, window=48, qk_norm=True)
+EXPERTS = MoEConfig(
+    experts=8,
+    top_k=2,
+    mlp_dim=16,
+    shared_experts=1,
+    first_dense_layers=1,
+    router='sigmoid',
+    capacity_factor=4.0,  # as many rows as there are: nothing is dropped, so that all dispatchers mean the same
+)
+MODELS = {'dense': DENSE} | {
+    dispatch: dataclasses.replace(
+        DENSE, layers=9, window=None, moe=dataclasses.replace(EXPERTS, dispatch=dispatch), remat='block'
+    )
+    for dispatch in ('all_gather', 'all_to_all', 'ragged')
+}
+ACCUMULATION = {'dense': 2, 'all_to_all': 2}  # parts a step, on every mesh but the one device; 1 for the others
+
+MESHES = [MeshConfig(**dict(zip(AXES, shape, strict=True))) for shape in factorizations(DEVICES, len(AXES))]
+# Every axis is on in at least four of them.
+LONG = [
+    MeshConfig(**sizes)
+    for sizes in (
+        {'replica': 8},
+        {'stage': 8},
+        {'data': 8},
+        {'context': 8},
+        {'expert': 8},
+        {'tensor': 8},
+        {'replica': 2, 'stage': 2, 'data': 2},
+        {'replica': 2, 'context': 2, 'expert': 2},
+        {'replica': 2, 'stage': 2, 'tensor': 2},
+        {'stage': 2, 'data': 2, 'context': 2},
+        {'stage': 2, 'context': 2, 'tensor': 2},
+        {'stage': 2, 'expert': 2, 'tensor': 2},
+        {'data': 2, 'expert': 2, 'tensor': 2},
+        {'context': 2, 'expert': 2, 'tensor': 2},
+    )
+]
+
+
+def packed_batch(seed: int) -> dict[str, np.ndarray]:
+    """Random rows of documents, numbered from 1, the last tokens padding; each token is followed by one of two."""
+    r = np.random.default_rng(seed)
+    segment_BT = (1 + np.cumsum(r.random((B, T)) < 0.03, axis=1)).astype(np.int32)
+    column_BT = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    starts_BT = np.diff(segment_BT, axis=1, prepend=0) > 0
+    position_BT = column_BT - np.maximum.accumulate(np.where(starts_BT, column_BT, 0), axis=1)
+    length_B1 = T - r.integers(0, 9, (B, 1))
+    padding_BT = column_BT >= length_B1
+    token_BT = np.zeros((B, T + 1), np.int32)
+    token_BT[:, 0] = r.integers(0, VOCABULARY, B)
+    for t in range(T):
+        token_BT[:, t + 1] = (token_BT[:, t] * 7 + r.integers(1, 3, B)) % VOCABULARY
+    return {
+        'tokens': token_BT[:, :-1],
+        'targets': token_BT[:, 1:],
+        'positions': np.where(padding_BT, 0, position_BT),
+        'segments': np.where(padding_BT, 0, segment_BT),
+    }
+
+
+def config_of(kind: str, mesh: MeshConfig, dtype: str, steps: int = 50) -> RunConfig:
+    """The run of a kind of model on a mesh."""
+    accumulation = ACCUMULATION.get(kind, 1) if mesh.size > 1 else 1
+    t = TrainingConfig(
+        steps=steps, batch=B, sequence_length=T, learning_rate=3e-3, warmup_steps=10, accumulation=accumulation
+    )
+    config = RunConfig(
+        name='proof',
+        mesh=mesh,
+        model=dataclasses.replace(MODELS[kind], dtype=dtype),
+        data=DataConfig(),
+        training=t,
+    )
+    config.check_sizes()
+    return config
+
+
+@contextlib.contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """float64 where the case asks for it, and programs that compile quickly: loops over layers as on accelerators."""
+    before = jax.config.read('jax_enable_x64')
+    jax.config.update('jax_enable_x64', dtype == 'float64')
+    try:
+        with mock.patch.object(decoder, 'CPU_UNROLL', 0):
+            yield
+    finally:
+        jax.config.update('jax_enable_x64', before)
+
+
+def named(tree: Any) -> dict[str, np.ndarray]:
+    """A model's arrays on the host, by name."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value'): np.asarray(x) for path, x in leaves}
+
+
+def gradient(kind: str, mesh: MeshConfig) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and gradient of the first step in float64."""
+    config = config_of(kind, mesh, 'float64')
+    with precision('float64'), jax.set_mesh(make_mesh(mesh)):
+        model = jax.jit(lambda key: Decoder(config.model, nnx.Rngs(key)))(jax.random.key(0))
+        run = functools.partial(
+            loss_and_gradient, microbatches=config.microbatches, accumulation=config.training.accumulation
+        )
+        (loss, _), found = jax.jit(run)(model, place(packed_batch(0)))
+        return float(loss), named(found)
+
+
+def initial(kind: str, mesh: MeshConfig) -> dict[str, np.ndarray]:
+    """Initial parameters in float32."""
+    config = config_of(kind, mesh, 'float32')
+    with precision('float32'), jax.set_mesh(make_mesh(mesh)):
+        return named(jax.jit(functools.partial(init, config))().model)
+
+
+def losses(kind: str, mesh: MeshConfig, steps: int) -> list[float]:
+    """Losses of the first steps in float32."""
+    config = config_of(kind, mesh, 'float32', steps=50)
+    with precision('float32'), jax.set_mesh(make_mesh(mesh)):
+        state = jax.jit(functools.partial(init, config))()
+        step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
+        found = []
+        for number in range(steps):
+            state, figures = step(state, place(packed_batch(number)))
+            found.append(float(figures['loss']))
+    return found
+
+
+one_gradient = functools.cache(lambda kind: gradient(kind, MeshConfig()))
+one_initial = functools.cache(lambda kind: initial(kind, MeshConfig()))
+one_losses = functools.cache(lambda kind: losses(kind, MeshConfig(), 50))
+
+
+def gradient_error(kind: str, mesh: MeshConfig) -> dict[str, Any]:
+    """How far loss and gradient of a mesh are from one device's: of each leaf max |Δ| over max |g|; the worst leaf."""
+    (loss, found), (one_loss, one) = gradient(kind, mesh), one_gradient(kind)
+    assert found.keys() == one.keys()
+    errors = {name: float(np.abs(found[name] - one[name]).max() / np.abs(one[name]).max()) for name in one}
+    worst = max(errors, key=lambda name: errors[name] if np.isfinite(errors[name]) else np.inf)
+    return {'loss': abs(loss / one_loss - 1), 'error': errors[worst], 'leaf': worst, 'leaves': len(errors)}
+
+
+def initial_error(kind: str, mesh: MeshConfig) -> dict[str, Any]:
+    """How many initial parameters are not bit for bit one device's."""
+    found, one = initial(kind, mesh), one_initial(kind)
+    return {
+        'error': float(sum((found[name] != one[name]).sum() for name in one)),
+        'parameters': sum(leaf.size for leaf in one.values()),
+    }
+
+
+def losses_error(kind: str, mesh: MeshConfig) -> dict[str, Any]:
+    """The largest relative difference of 20 and of 50 losses from one device's."""
+    found, one = np.array(losses(kind, mesh, 50)), np.array(one_losses(kind))
+    apart = np.abs(found / one - 1)
+    return {'error': float(apart[:20].max()), 'error of 50': float(apart.max()), 'first': one[0], 'last': float(found[-1])}
+
+
+# Faults ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A mistake planted in the code while a case runs."""
+
+    what: str
+    kind: str
+    mesh: MeshConfig
+    plant: Callable[[], contextlib.AbstractContextManager]
+
+
+def patched(target: str, change: Callable[[Any], Any]) -> contextlib.AbstractContextManager:
+    """The attribute `target` (a dotted name) replaced by `change` of it."""
+    module, _, name = target.rpartition('.')
+    found = __import__(module, fromlist=[name])
+    return mock.patch.object(found, name, change(getattr(found, name)))
+
+
+def fault_error(fault: Fault) -> dict[str, Any]:
+    """What the case says while the fault is planted: the type check's refusal, or how wrong the numbers are."""
+    one_gradient(fault.kind)  # before anything is planted
+    with fault.plant():
+        try:
+            return gradient_error(fault.kind, fault.mesh)
+        except ValueError as error:
+            line = next(line.strip() for line in str(error).splitlines() if 'out_specs' in line or 'varying' in line)
+            return {'refused': line[:160]}
+
+
+def caught(found: dict[str, Any]) -> bool:
+    """Whether a planted fault shows."""
+    return 'refused' in found or not found['error'] <= TOLERANCE['gradient']
+
+
+# Running and keeping --------------------------------------------------------------------------------------------------
+
+
+def fingerprint() -> str:
+    """Of the code that results rest on, and of jax."""
+    digest = hashlib.sha256(jax.__version__.encode())
+    for place_ in CODE:
+        path = ROOT / place_
+        for file in sorted(path.rglob('*.py')) if path.is_dir() else [path]:
+            digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+class Results:
+    """Figures by case, one JSON object a line; those of other code are not read."""
+
+    def __init__(self, path: Path):
+        self.path, self.code = path, fingerprint()
+        self.found: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            for line in path.read_text(encoding='utf-8').splitlines():
+                row = json.loads(line)
+                if row.pop('code') == self.code:
+                    self.found[row.pop('case')] = row
+
+    def run(self, case: str, compute: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+        """The case's figures, and whether they were there already."""
+        if case in self.found:
+            return self.found[case], True
+        began = time.perf_counter()
+        row = compute() | {'seconds': round(time.perf_counter() - began, 1)}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open('a', encoding='utf-8') as file:
+            file.write(json.dumps({'case': case, 'code': self.code, **row}) + '\n')
+        self.found[case] = row
+        return row, False
