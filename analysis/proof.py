@@ -230,6 +230,40 @@ def caught(found: dict[str, Any]) -> bool:
     return 'refused' in found or not found['error'] <= TOLERANCE['gradient']
 
 
+# All cases ------------------------------------------------------------------------------------------------------------
+
+
+def cases() -> dict[str, Callable[[], dict[str, Any]]]:
+    """Every case by name."""
+    found: dict[str, Callable[[], dict[str, Any]]] = {}
+    for kind in MODELS:
+        for mesh in MESHES:
+            found[f'gradient/{kind}/{mesh}'] = functools.partial(gradient_error, kind, mesh)
+    for kind in ('dense', 'all_gather'):
+        for mesh in MESHES:
+            found[f'initial/{kind}/{mesh}'] = functools.partial(initial_error, kind, mesh)
+        for mesh in LONG:
+            found[f'losses/{kind}/{mesh}'] = functools.partial(losses_error, kind, mesh)
+    for fault in FAULTS:
+        found[f'fault/{fault.what}/{fault.kind}/{fault.mesh}'] = functools.partial(fault_error, fault)
+    return found
+
+
+def holds(case: str, found: dict[str, Any]) -> bool:
+    """Whether a case came out as it must."""
+    part = case.split('/')[0]
+    if part == 'fault':
+        return caught(found)
+    if part == 'gradient' and not found['loss'] <= TOLERANCE[part]:
+        return False
+    return found['error'] <= TOLERANCE[part] and found.get('error of 50', 0) <= TOLERANCE['losses of 50']
+
+
+def tell(found: dict[str, Any]) -> str:
+    """A case's figures in a line."""
+    return ', '.join(f'{name} {value:.2g}' if isinstance(value, float) else f'{name} {value}' for name, value in found.items())
+
+
 # Running and keeping --------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,122 @@
+"""The page of `scripts/prove.py`: tables that a reader can check."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from analysis.proof import DEVICES, LONG, MESHES, MODELS, TOLERANCE, B, Results, T, caught
+from sharding.mesh import AXES
+
+
+def page(results: Results, cases: dict[str, Callable[[], dict[str, Any]]]) -> str:
+    """Markdown: what was compared, on which meshes, how far apart it was, and which planted faults were caught."""
+    missing = [case for case in cases if case not in results.found]
+    lines = [
+        '# Every mesh gives the same numbers',
+        '',
+        f'`python scripts/prove.py`, jax {jax.__version__}, {DEVICES} devices simulated by a CPU; code {results.code}. '
+        'The cases are in `analysis/proof.py`.',
+        '',
+    ]
+    if missing:
+        lines += [f'**Not run yet: {len(missing)} of {len(cases)} cases**, such as `{missing[0]}`.', '']
+    lines += summary(results, cases)
+    lines += gradients(results)
+    lines += initials(results)
+    lines += long_runs(results)
+    lines += faults(results, cases)
+    return '\n'.join(lines)
+
+
+def summary(results: Results, cases: dict[str, Any]) -> list[str]:
+    """The worst of each claim."""
+
+    def worst(prefix: str, field: str = 'error') -> str:
+        values = [found[field] for case, found in results.found.items() if case.startswith(prefix) and field in found]
+        return f'{max(values):.1e}' if values else '–'
+
+    planted = [case for case in cases if case.startswith('fault/')]
+    found = sum(caught(results.found[case]) for case in planted if case in results.found)
+    return [
+        '| claim | tolerance | worst found |',
+        '|---|---:|---:|',
+        f'| loss of a step equals one device’s, float64, {len(MESHES)} meshes × {len(MODELS)} models | '
+        f'{TOLERANCE["gradient"]:.0e} | {worst("gradient/", "loss")} |',
+        f'| every leaf of its gradient (max \\|Δ\\| over max \\|g\\|) | {TOLERANCE["gradient"]:.0e} | {worst("gradient/")} |',
+        f'| initial parameters that differ in any bit, float32, {len(MESHES)} meshes | 0 | {worst("initial/")} |',
+        f'| 20 losses, float32, {len(LONG)} meshes | {TOLERANCE["losses"]:.0e} | {worst("losses/")} |',
+        f'| 50 losses | {TOLERANCE["losses of 50"]:.0e} | {worst("losses/", "error of 50")} |',
+        f'| planted faults that are caught | {len(planted)} | {found} |',
+        '',
+    ]
+
+
+def gradients(results: Results) -> list[str]:
+    """One row a mesh, one column a model."""
+    lines = [
+        '## Loss and gradient of one step, float64',
+        '',
+        f'A decoder of 8 equal layers (with experts: a dense one before them), 8 heads, 8 experts, {B} rows of {T} tokens, several '
+        'documents and padding in each; the dense one has a sliding window and 2 parts of a step (accumulation), as has '
+        'all_to_all, whose capacity is never reached. Each figure: the worst leaf’s max |Δ| over max |g|, beside one device.',
+        '',
+        '| ' + ' | '.join([*AXES, *MODELS]) + ' |',
+        '|' + '---:|' * (len(AXES) + len(MODELS)),
+    ]
+    for mesh in MESHES:
+        sizes = [str(getattr(mesh, axis)) if getattr(mesh, axis) > 1 else '·' for axis in AXES]
+        found = [results.found.get(f'gradient/{kind}/{mesh}') for kind in MODELS]
+        lines.append('| ' + ' | '.join([*sizes, *(f'{one["error"]:.1e}' if one else '' for one in found)]) + ' |')
+    return [*lines, '']
+
+
+def initials(results: Results) -> list[str]:
+    """How many meshes begin with the same bits."""
+    lines = ['## Initial parameters, float32', '']
+    for kind in ('dense', 'all_gather'):
+        found = [results.found[f'initial/{kind}/{mesh}'] for mesh in MESHES if f'initial/{kind}/{mesh}' in results.found]
+        same = sum(one['error'] == 0 for one in found)
+        if found:
+            name = 'with experts' if kind != 'dense' else 'dense'
+            lines.append(f'- {name}: bit for bit one device’s {found[0]["parameters"]:,} parameters on {same} of {len(found)} meshes')
+    return [*lines, '']
+
+
+def long_runs(results: Results) -> list[str]:
+    """Losses of whole runs."""
+    lines = [
+        '## Losses of a run, float32',
+        '',
+        'Relative difference from one device, the largest of 20 and of 50 steps of AdamW.',
+        '',
+        '| mesh | dense, 20 | dense, 50 | experts, 20 | experts, 50 | loss, first → last |',
+        '|---|---:|---:|---:|---:|---:|',
+    ]
+    for mesh in LONG:
+        found = [results.found.get(f'losses/{kind}/{mesh}') for kind in ('dense', 'all_gather')]
+        figures = [f'{one[field]:.1e}' if one else '' for one in found for field in ('error', 'error of 50')]
+        ends = f'{found[0]["first"]:.3f} → {found[0]["last"]:.3f}' if found[0] else ''
+        lines.append('| ' + ' | '.join([str(mesh), *figures, ends]) + ' |')
+    return [*lines, '']
+
+
+def faults(results: Results, cases: dict[str, Any]) -> list[str]:
+    """What happens to the same comparison when the code is wrong."""
+    lines = [
+        '## Planted faults',
+        '',
+        'The same comparison while one thing is wrong. A fault is caught where the type check of `shard_map` refuses the program, '
+        f'or where the error is above {TOLERANCE["gradient"]:.0e}.',
+        '',
+        '| fault | model | mesh | caught by | error |',
+        '|---|---|---|---|---:|',
+    ]
+    for case in cases:
+        if case.startswith('fault/'):
+            _, what, kind, mesh = case.split('/')
+            found = results.found.get(case)
+            by = '' if not found else 'types' if 'refused' in found else 'numbers' if caught(found) else '**not caught**'
+            error = f'{found["error"]:.1e}' if found and 'error' in found else ''
+            lines.append(f'| {what} | {kind} | {mesh} | {by} | {error} |')
+    return [*lines, '']

@@ -1,0 +1,58 @@
+"""Proves on this machine that every mesh gives one device's numbers, and writes the page that shows it.
+
+python scripts/prove.py                      all of it: benchmarks/sharding.md (about an hour on two cores; goes on where it was)
+python scripts/prove.py --only 'gradient/dense/*'          some cases, of fnmatch patterns; the page says what is missing
+"""
+
+import argparse
+import fnmatch
+from pathlib import Path
+
+from scripts.entry import run
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--only', metavar='PATTERN', default='*', help='cases to run, such as initial/* or *stage=8*')
+    parser.add_argument('--list', action='store_true', help='names of the cases, none of them run')
+    parser.add_argument('--page', type=Path, default=Path('benchmarks/sharding.md'), help='where the page goes')
+    parser.add_argument('--results', type=Path, default=Path('.cache/proof.jsonl'), help='where figures are kept')
+    options = parser.parse_args()
+
+    from sharding.mesh import start
+
+    start(8, 'float32')
+
+    import jax
+
+    jax.config.update('jax_disable_most_optimizations', True)  # thrice as fast to compile, and the same arithmetic
+    jax.config.update('jax_default_matmul_precision', 'highest')
+
+    from analysis import proof, proof_page
+    from sharding.errors import UserError, nearest
+
+    cases = proof.cases()
+    chosen = fnmatch.filter(cases, options.only)
+    if not chosen:
+        raise UserError(f'--only {options.only!r}: no case has such a name{nearest(options.only, cases)}')
+    if options.list:
+        print('\n'.join(chosen))
+        return 0
+    results = proof.Results(options.results)
+    failed = []
+    for number, case in enumerate(chosen, start=1):
+        found, known = results.run(case, cases[case])
+        right = proof.holds(case, found)
+        if not right:
+            failed.append(case)
+        verdict = 'as it must be' if right else 'FAILED'
+        print(f'{number}/{len(chosen)}  {case}  {proof.tell(found)}  {verdict}{"  (kept)" if known else ""}', flush=True)
+    options.page.write_text(proof_page.page(results, cases), encoding='utf-8')
+    print(f'{options.page}: {sum(case in results.found for case in cases)} of {len(cases)} cases')
+    for case in failed:
+        print(f'FAILED: {case}: {proof.tell(results.found[case])}')
+    return 1 if failed else 0
+
+
+if __name__ == '__main__':
+    run(main)
