@@ -95,6 +95,12 @@ def my_slice(x_BT, dim: int = 1):
     return lax.dynamic_slice_in_dim(x_BT, lax.axis_index('tensor') * size, size, axis=dim)
 
 
+def onward(tree, axis: str):
+    """Every device's arrays to the next one along `axis`, the last one's to the first. Backward: one step back."""
+    n = lax.axis_size(axis)
+    return lax.ppermute(tree, axis, [(i, (i + 1) % n) for i in range(n)])
+
+
 def wide(x):
     """x in at least float32."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

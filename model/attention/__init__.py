@@ -6,11 +6,13 @@ Letters: B batch rows, T queries, S keys, K key/value heads, G query heads per k
 from collections.abc import Callable
 
 import jax
+from jax import lax
 
 from model.attention.blockwise import blockwise_attention
 from model.attention.flash import flash_attention
 from model.attention.mask import At
 from model.attention.reference import reference_attention
+from model.attention.ring import AXIS, ring_attention
 from model.attention.splash import splash_attention
 from sharding.collectives import vary_together
 from sharding.errors import UserError, nearest
@@ -47,6 +49,8 @@ def attention(
         window: a query sees itself and the `window` - 1 positions before it (as in Hugging Face's configs); None: all.
         scale: of the scores; default H ** -0.5.
         backend: one of `BACKENDS`; `default_backend` names the fast one of a platform.
+        ring: inside a shard_map whose mesh has an axis `context`: the keys are those of all its devices, which hold a part of
+            each row (in any order, `ring.zigzag`'s for equal work), as many columns each; Liu et al. 2023, arXiv:2310.01889.
 
     A query sees a key iff their segments are equal and 0 <= query position - key position (< window). A query that sees
     no key gives 0. Segment 0 is padding: its outputs are finite and otherwise unspecified. Softmax and sums are float32
@@ -56,7 +60,7 @@ def attention(
         [B, T, K, G, H] in q's dtype.
 
     Raises:
-        UserError: an unknown backend, a window below 1, or inputs that the backend says it does not take.
+        UserError: an unknown backend or one without a ring, a window below 1, or inputs that the backend says it does not take.
     """
     if backend not in _RUN:
         raise UserError(f'attention backend {backend!r} does not exist{nearest(backend, BACKENDS)}')
@@ -67,15 +71,18 @@ def attention(
     assert q_at[0].shape == q_at[1].shape == (B, T), (q_BTKGH.shape, q_at[0].shape)
     assert k_at[0].shape == k_at[1].shape == k_BSKH.shape[:2], (k_BSKH.shape, k_at[0].shape)
     inputs = vary_together((q_BTKGH, k_BSKH, v_BSKH, q_at, k_at))
-    return _RUN[backend](*inputs, window, H**-0.5 if scale is None else scale)
+    scale = H**-0.5 if scale is None else scale
+    if ring and lax.axis_size(AXIS) > 1:
+        return ring_attention(*inputs, window, scale, backend)
+    return _RUN[backend](*inputs, window, scale)
 
 
-def default_backend(name: str) -> str:
-    """The fast backend of a JAX platform: 'cpu', 'gpu' or 'cuda', 'tpu'."""
+def default_backend(name: str, context: int = 1) -> str:
+    """The fast backend of a JAX platform ('cpu', 'gpu' or 'cuda', 'tpu') for a sequence over `context` devices."""
     fast = {'cpu': 'blockwise', 'gpu': 'flash', 'cuda': 'flash', 'tpu': 'splash'}
     if name not in fast:
         raise UserError(f'platform {name!r} has no fast attention backend; known: {", ".join(fast)}')
-    return fast[name]
+    return 'blockwise' if fast[name] == 'splash' and context > 1 else fast[name]
 
 
 def needs_unchecked(backend: str) -> bool:

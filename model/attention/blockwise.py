@@ -17,8 +17,9 @@ from jax import lax
 
 from model.attention.mask import FLOOR, HIDDEN, At, sees, span, tiles_of, tiles_see
 from sharding.collectives import varying
+from sharding.mesh import platform
 
-TILE = 128  # queries and keys a tile
+TILES = {'cpu': 128, 'gpu': 128, 'tpu': 512}  # queries and keys a tile, by platform: a TPU's matmuls want larger ones
 ONE_TILE = 1 << 20  # scores: up to here (4 MiB in float32) all of them make one tile, without loops
 
 
@@ -36,24 +37,38 @@ def blockwise_attention(
 
     Small inputs (`ONE_TILE`) are one tile altogether. Key tiles outside the range that a query tile sees are skipped.
     """
-    B, T, K, G, H = q_BTKGH.shape
-    S = k_BSKH.shape[1]
-    if tile is None:
-        tile = max(T, S) if B * K * G * T * S <= ONE_TILE else TILE
-    q_tile, k_tile = min(tile, T), min(tile, S)
-    q_BcKMH = cut(q_BTKGH, q_tile)
-    k_BdKSH, v_BdKSH = cut(k_BSKH[:, :, :, None], k_tile), cut(v_BSKH[:, :, :, None], k_tile)
+    T, S, G = q_BTKGH.shape[1], k_BSKH.shape[1], q_BTKGH.shape[3]
+    q_tile, k_tile = tile_sizes(q_BTKGH, S, tile)
+    keys = cut(k_BSKH[:, :, :, None], k_tile), cut(v_BSKH[:, :, :, None], k_tile)
     at_c, at_d = tiles_of(q_at, q_tile, nobody=-1), tiles_of(k_at, k_tile, nobody=-2)
-    out_BcKMH = tiled(q_BcKMH, k_BdKSH, v_BdKSH, at_c, at_d, window, scale)
-    out_BcKGTH = out_BcKMH.reshape(B, -1, K, G, q_tile, H)
-    return out_BcKGTH.transpose(0, 1, 4, 2, 3, 5).reshape(B, -1, K, G, H)[:, :T]
+    return uncut(tiled(cut(q_BTKGH, q_tile), *keys, at_c, at_d, window, scale), T, G)
+
+
+def tile_sizes(q_BTKGH: jax.Array, S: int, tile: int | None) -> tuple[int, int]:
+    """Queries and keys a tile."""
+    B, T, K, G, _ = q_BTKGH.shape
+    if tile is None:
+        tile = max(T, S) if B * K * G * T * S <= ONE_TILE else TILES[platform()]
+    return min(tile, T), min(tile, S)
 
 
 def cut(x_BTKGH: jax.Array, tile: int) -> jax.Array:
     """[B, c, K, G * tile, H]: tiles of time, heads before time; the last tile is filled up with zeros."""
-    B, T, K, G, H = x_BTKGH.shape
-    x_BTKGH = jnp.pad(x_BTKGH, [(0, 0), (0, -T % tile), (0, 0), (0, 0), (0, 0)])
+    B, _, K, G, H = x_BTKGH.shape
+    x_BTKGH = fill(x_BTKGH, tile)
     return x_BTKGH.reshape(B, -1, tile, K, G, H).transpose(0, 1, 3, 4, 2, 5).reshape(B, -1, K, G * tile, H)
+
+
+def fill(x_BT: jax.Array, tile: int) -> jax.Array:
+    """With zeros at the end, up to whole tiles."""
+    return jnp.pad(x_BT, [(0, 0), (0, -x_BT.shape[1] % tile)] + [(0, 0)] * (x_BT.ndim - 2))
+
+
+def uncut(x_BcKMH: jax.Array, T: int, G: int) -> jax.Array:
+    """The inverse of `cut`: [B, T, K, G, H]."""
+    B, c, K, M, H = x_BcKMH.shape
+    x_BcKGTH = x_BcKMH.reshape(B, c, K, G, M // G, H)
+    return x_BcKGTH.transpose(0, 1, 4, 2, 3, 5).reshape(B, -1, K, G, H)[:, :T]
 
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:
@@ -88,12 +103,11 @@ def merge(a: State, b: State) -> State:
     return max_NM, a[1] * a_NM + b[1] * b_NM, a[2] * a_NM[..., None] + b[2] * b_NM[..., None]
 
 
-def finish(state: State, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Output and log-sum-exp of a tile's queries; a query that saw no key gets 0 and 0."""
+def finish(state: State) -> tuple[jax.Array, jax.Array]:
+    """Output and log-sum-exp of a tile's queries; a query that saw no key gets 0 and `FLOOR`, which weighs nothing."""
     max_NM, sum_NM, out_NMH = state
     some_NM = jnp.where(sum_NM > 0, sum_NM, 1)
-    lse_NM = jnp.where(sum_NM > 0, max_NM + jnp.log(some_NM), 0)
-    return (out_NMH / some_NM[..., None]).astype(dtype), lse_NM
+    return out_NMH / some_NM[..., None], max_NM + jnp.log(some_NM)
 
 
 def attend_back(
@@ -116,6 +130,58 @@ def attend_back(
     return jnp.einsum('NMS,NSH->NMH', ds_NMS, k_NSH, preferred_element_type=acc), dk_NHS, dv_NHS
 
 
+# One tile of queries with the keys that it may see --------------------------------------------------------------------
+
+
+def over_keys(state: State, q_KMH, at_T: At, k_dKSH, v_dKSH, at_d: At, first, end, window, scale, row=()) -> State:
+    """The state with the keys of tiles `first` to `end` - 1; with `row` (b,), k, v and at_d have rows, and b's are meant.
+
+    A row is not cut out beforehand, which would copy it.
+    """
+
+    def key_tile(d, state):
+        see_RTS = sees(one(at_T), one(at_tile(at_d, *row, d)), window)
+        return merge(state, attend(q_KMH, k_dKSH[*row, d], v_dKSH[*row, d], see_RTS, scale))
+
+    return lax.fori_loop(first, end, key_tile, state)
+
+
+def over_keys_back(
+    grads, q_KMH, at_T: At, dout_KMH, lse_KM, delta_KM, k_dKSH, v_dKSH, at_d: At, first, end, window, scale, row=()
+):
+    """The same of the gradients dq_KMH, dk_dKHS and dv_dKHS: this tile's part of them is added."""
+
+    def key_tile(d, grads):
+        dq_KMH, dk_dKHS, dv_dKHS = grads
+        see_RTS = sees(one(at_T), one(at_tile(at_d, *row, d)), window)
+        k_KSH, v_KSH = k_dKSH[*row, d], v_dKSH[*row, d]
+        dq, dk, dv = attend_back(q_KMH, k_KSH, v_KSH, dout_KMH, lse_KM, delta_KM, see_RTS, scale)
+        return dq_KMH + dq, dk_dKHS.at[*row, d].add(dk), dv_dKHS.at[*row, d].add(dv)
+
+    return lax.fori_loop(first, end, key_tile, grads)
+
+
+def nothing(q: jax.Array) -> State:
+    """The state of queries [..., H] that have met no key."""
+    return like(q, q.shape[:-1], FLOOR), like(q, q.shape[:-1]), like(q, q.shape)
+
+
+def like(x: jax.Array, shape: tuple[int, ...], fill: float = 0.0) -> jax.Array:
+    """A constant that varies over the mesh axes that x varies over, as a loop's carry must."""
+    constant = jnp.full(shape, fill, wide(x.dtype))
+    axes = tuple(varying(x))
+    return lax.pcast(constant, axes, to='varying') if axes else constant
+
+
+def at_tile(at: At, *where: jax.Array | int) -> At:
+    return at[0][where], at[1][where]
+
+
+def one(at_T: At) -> At:
+    """[1, T] each."""
+    return at_T[0][None], at_T[1][None]
+
+
 # All tiles ------------------------------------------------------------------------------------------------------------
 
 
@@ -134,17 +200,6 @@ def only(at: At) -> At:
     return at[0][:, 0], at[1][:, 0]
 
 
-def like(x: jax.Array, shape: tuple[int, ...], fill: float = 0.0) -> jax.Array:
-    """A constant that varies over the mesh axes that x varies over, as a loop's carry must."""
-    constant = jnp.full(shape, fill, wide(x.dtype))
-    axes = tuple(varying(x))
-    return lax.pcast(constant, axes, to='varying') if axes else constant
-
-
-def at_tile(at: At, i: jax.Array | int) -> At:
-    return at[0][i][None], at[1][i][None]
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def tiled(
     q_BcKMH: jax.Array, k_BdKSH: jax.Array, v_BdKSH: jax.Array, at_c: At, at_d: At, window: int | None, scale: float
@@ -156,31 +211,28 @@ def tiled_forward(q_BcKMH, k_BdKSH, v_BdKSH, at_c, at_d, window, scale):
     inputs = q_BcKMH, k_BdKSH, v_BdKSH, at_c, at_d
     if is_one_tile(q_BcKMH, k_BdKSH):
         see_RTS = sees(only(at_c), only(at_d), window)
-        out, lse = finish(attend(heads(q_BcKMH), heads(k_BdKSH), heads(v_BdKSH), see_RTS, scale), q_BcKMH.dtype)
-        out_BcKMH, lse_BcKM = out.reshape(q_BcKMH.shape), lse.reshape(q_BcKMH.shape[:-1])
+        out_NMH, lse_NM = finish(attend(heads(q_BcKMH), heads(k_BdKSH), heads(v_BdKSH), see_RTS, scale))
+        out_BcKMH, lse_BcKM = out_NMH.astype(q_BcKMH.dtype).reshape(q_BcKMH.shape), lse_NM.reshape(q_BcKMH.shape[:-1])
         return out_BcKMH, (*inputs, out_BcKMH, lse_BcKM)
 
     def row(row):
         q_cKMH, k_dKSH, v_dKSH, at_c, at_d, first_c, end_c = row
 
         def query_tile(tile):
-            q_KMH, position_T, segment_T, first, end = tile
+            q_KMH, at_T, first, end = tile
+            state = over_keys(nothing(q_KMH), q_KMH, at_T, k_dKSH, v_dKSH, at_d, first, end, window, scale)
+            out_KMH, lse_KM = finish(state)
+            return out_KMH.astype(q_KMH.dtype), lse_KM
 
-            def key_tile(d, state):
-                see_RTS = sees((position_T[None], segment_T[None]), at_tile(at_d, d), window)
-                return merge(state, attend(q_KMH, k_dKSH[d], v_dKSH[d], see_RTS, scale))
-
-            nothing = like(q_KMH, q_KMH.shape[:-1], FLOOR), like(q_KMH, q_KMH.shape[:-1]), like(q_KMH, q_KMH.shape)
-            return finish(lax.fori_loop(first, end, key_tile, nothing), q_KMH.dtype)
-
-        return lax.map(query_tile, (q_cKMH, *at_c, first_c, end_c))
+        return lax.map(query_tile, (q_cKMH, at_c, first_c, end_c))
 
     out_BcKMH, lse_BcKM = lax.map(row, (*inputs, *span(tiles_see(at_c, at_d, window)[0])))
     return out_BcKMH, (*inputs, out_BcKMH, lse_BcKM)
 
 
 def tiled_backward(window, scale, kept, dout_BcKMH):
-    q_BcKMH, k_BdKSH, v_BdKSH, at_c, at_d, out_BcKMH, lse_BcKM = kept
+    *inputs, out_BcKMH, lse_BcKM = kept
+    q_BcKMH, k_BdKSH, v_BdKSH, at_c, at_d = inputs
     delta_BcKM = (dout_BcKMH.astype(lse_BcKM.dtype) * out_BcKMH).sum(-1)
     if is_one_tile(q_BcKMH, k_BdKSH):
         see_RTS = sees(only(at_c), only(at_d), window)
@@ -193,26 +245,79 @@ def tiled_backward(window, scale, kept, dout_BcKMH):
             q_cKMH, k_dKSH, v_dKSH, at_c, at_d, dout_cKMH, lse_cKM, delta_cKM, first_c, end_c = row
 
             def query_tile(dkv_dKHS, tile):
-                q_KMH, dout_KMH, lse_KM, delta_KM, position_T, segment_T, first, end = tile
-
-                def key_tile(d, grads):
-                    dq_KMH, dk_dKHS, dv_dKHS = grads
-                    see_RTS = sees((position_T[None], segment_T[None]), at_tile(at_d, d), window)
-                    dq, dk, dv = attend_back(q_KMH, k_dKSH[d], v_dKSH[d], dout_KMH, lse_KM, delta_KM, see_RTS, scale)
-                    return dq_KMH + dq, dk_dKHS.at[d].add(dk), dv_dKHS.at[d].add(dv)
-
-                dq_KMH, *dkv_dKHS = lax.fori_loop(first, end, key_tile, (like(q_KMH, q_KMH.shape), *dkv_dKHS))
-                return tuple(dkv_dKHS), dq_KMH
+                *query, first, end = tile
+                grads = like(query[0], query[0].shape), *dkv_dKHS
+                dq_KMH, *dkv = over_keys_back(grads, *query, k_dKSH, v_dKSH, at_d, first, end, window, scale)
+                return tuple(dkv), dq_KMH
 
             d, K, S, H = k_dKSH.shape
             zeros = like(k_dKSH, (d, K, H, S)), like(k_dKSH, (d, K, H, S))
-            tiles = q_cKMH, dout_cKMH, lse_cKM, delta_cKM, *at_c, first_c, end_c
+            tiles = q_cKMH, at_c, dout_cKMH, lse_cKM, delta_cKM, first_c, end_c
             (dk_dKHS, dv_dKHS), dq_cKMH = lax.scan(query_tile, zeros, tiles)
             return dq_cKMH, dk_dKHS.swapaxes(2, 3), dv_dKHS.swapaxes(2, 3)
 
-        grads = lax.map(row, (*kept[:5], dout_BcKMH, lse_BcKM, delta_BcKM, *span(tiles_see(at_c, at_d, window)[0])))
-    dqkv = (grad.reshape(x.shape).astype(x.dtype) for grad, x in zip(grads, kept[:3], strict=True))
+        grads = lax.map(row, (*inputs, dout_BcKMH, lse_BcKM, delta_BcKM, *span(tiles_see(at_c, at_d, window)[0])))
+    dqkv = (grad.reshape(x.shape).astype(x.dtype) for grad, x in zip(grads, inputs[:3], strict=True))
     return *dqkv, None, None
 
 
 tiled.defvjp(tiled_forward, tiled_backward)
+
+
+# All tiles, for a ring: queries as they come, and their state or gradient changed in place -----------------------------
+
+
+def more_keys(state_BT: State, q_BTKGH, k_BdKSH, v_BdKSH, at_c: At, at_d: At, window, scale) -> State:
+    """The state of all queries ([B, T, K, G], twice, and [B, T, K, G, H]), with these keys too; T in whole tiles of at_c."""
+    first_Bc, end_Bc = span(tiles_see(at_c, at_d, window)[0])
+    B, c = first_Bc.shape
+
+    def query_tile(i, state_BT):
+        b, i = i // c, i % c
+        state = tuple(get_tile(x, c, b, i) for x in state_BT)
+        q_KMH, at_T = get_tile(q_BTKGH, c, b, i), at_tile(at_c, b, i)
+        span = first_Bc[b, i], end_Bc[b, i]
+        state = over_keys(state, q_KMH, at_T, k_BdKSH, v_BdKSH, at_d, *span, window, scale, row=(b,))
+        return tuple(set_tile(x, c, b, i, new) for x, new in zip(state_BT, state, strict=True))
+
+    return lax.fori_loop(0, B * c, query_tile, state_BT)
+
+
+def more_keys_back(
+    dq_BTKGH, q_BTKGH, k_BdKSH, v_BdKSH, at_c: At, at_d: At, dout_BTKGH, lse_BTKG, delta_BTKG, window, scale
+):
+    """dq with these keys' part added, and their dk and dv, all in `wide`.
+
+    Log-sum-exp and delta (dout times out, summed over H) are those of the whole softmax, over whatever keys.
+    """
+    first_Bc, end_Bc = span(tiles_see(at_c, at_d, window)[0])
+    B, c = first_Bc.shape
+
+    def query_tile(i, grads):
+        dq_BTKGH, *dkv_BdKHS = grads
+        b, i = i // c, i % c
+        dq_KMH, q_KMH, dout_KMH, lse_KM, delta_KM = (
+            get_tile(x, c, b, i) for x in (dq_BTKGH, q_BTKGH, dout_BTKGH, lse_BTKG, delta_BTKG)
+        )
+        query = q_KMH, at_tile(at_c, b, i), dout_KMH, lse_KM, delta_KM
+        keys = k_BdKSH, v_BdKSH, at_d, first_Bc[b, i], end_Bc[b, i]
+        dq_KMH, *dkv_BdKHS = over_keys_back((dq_KMH, *dkv_BdKHS), *query, *keys, window, scale, row=(b,))
+        return set_tile(dq_BTKGH, c, b, i, dq_KMH), *dkv_BdKHS
+
+    _, d, K, S, H = k_BdKSH.shape
+    zeros = like(k_BdKSH, (B, d, K, H, S)), like(k_BdKSH, (B, d, K, H, S))
+    dq_BTKGH, dk_BdKHS, dv_BdKHS = lax.fori_loop(0, B * c, query_tile, (dq_BTKGH, *zeros))
+    return dq_BTKGH, dk_BdKHS.swapaxes(3, 4), dv_BdKHS.swapaxes(3, 4)
+
+
+def get_tile(x_BTKG: jax.Array, tiles: int, b, i) -> jax.Array:
+    """[K, M] or [K, M, H]: tile i of `tiles` of row b."""
+    B, T, K, G, *H = x_BTKG.shape
+    x_TKG = x_BTKG.reshape(B, tiles, T // tiles, K, G, *H)[b, i]
+    return jnp.moveaxis(x_TKG, 0, 2).reshape(K, -1, *H)
+
+
+def set_tile(x_BTKG: jax.Array, tiles: int, b, i, new_KM: jax.Array) -> jax.Array:
+    B, T, K, G, *H = x_BTKG.shape
+    new_TKG = jnp.moveaxis(new_KM.reshape(K, G, -1, *H), 2, 0)
+    return x_BTKG.reshape(B, tiles, T // tiles, K, G, *H).at[b, i].set(new_TKG).reshape(x_BTKG.shape)

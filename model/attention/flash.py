@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from model.attention.blockwise import fill
 from model.attention.mask import FLOOR, HIDDEN, At, sees, tiles_of, tiles_see
 from model.attention.mask import span as least_span
 from sharding.errors import UserError
@@ -81,6 +82,21 @@ def flash_attention(
     Raises:
         UserError: another dtype.
     """
+    inputs, plan = in_tiles(q_BTKGH, k_BSKH, v_BSKH, q_at, k_at, window, scale, tiling)
+    return whole_tiles(*inputs, plan)[:, : q_BTKGH.shape[1]]
+
+
+def in_tiles(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    q_at: At,
+    k_at: At,
+    window: int | None,
+    scale: float,
+    tiling: tuple[Tiling, Tiling, Tiling] | None,
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], Plan]:
+    """q, k, v, filled up to whole tiles, and the places of their tokens, int32 [B, 2, T] and [B, 2, S]."""
     if q_BTKGH.dtype not in DTYPES:
         names = ', '.join(jnp.dtype(dtype).name for dtype in DTYPES)
         raise UserError(f'attention backend flash has no {q_BTKGH.dtype}; it computes in {names}, reference in any')
@@ -89,17 +105,13 @@ def flash_attention(
     q_tile, k_tile = max(t.q for t in each), max(t.k for t in each)
     q_BTKGH, (k_BSKH, v_BSKH) = fill(q_BTKGH, q_tile), (fill(x, k_tile) for x in (k_BSKH, v_BSKH))
     at_BiT, at_BiS = fill_at(q_at, q_tile, nobody=-1), fill_at(k_at, k_tile, nobody=-2)
-    return whole_tiles(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, Plan(forward, dq, dkv, window, scale))[:, :T]
+    return (q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS), Plan(forward, dq, dkv, window, scale)
 
 
 def smaller(t: Tiling, T: int, S: int) -> Tiling:
     """Tiles no larger than what there is; Triton's matmuls want 16."""
     q_most, k_most = (max(16, pl.next_power_of_2(length)) for length in (T, S))
     return dataclasses.replace(t, q=min(t.q, q_most), k=min(t.k, k_most))
-
-
-def fill(x_BT: jax.Array, tile: int) -> jax.Array:
-    return jnp.pad(x_BT, [(0, 0), (0, -x_BT.shape[1] % tile)] + [(0, 0)] * (x_BT.ndim - 2))
 
 
 def fill_at(at: At, tile: int, nobody: int) -> jax.Array:
@@ -293,26 +305,47 @@ def key_specs(t: Tiling, T: int, G: int, H: int):
 
 
 def whole_tiles_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan: Plan):
+    inputs = q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS
+    out_BTKGH, lse_BNT = tiles_forward(*inputs, plan, q_BTKGH.dtype)
+    return out_BTKGH, (*inputs, out_BTKGH, lse_BNT)
+
+
+def whole_tiles_backward(plan: Plan, kept, dout_BTKGH):
+    *inputs, out_BTKGH, lse_BNT = kept
+    delta_BTKG = (dout_BTKGH.astype(jnp.float32) * out_BTKGH.astype(jnp.float32)).sum(-1)
+    grads = tiles_backward(*inputs, dout_BTKGH, lse_BNT, by_head(delta_BTKG), plan, dout_BTKGH.dtype)
+    return *grads, None, None
+
+
+whole_tiles.defvjp(whole_tiles_forward, whole_tiles_backward)
+
+
+def by_head(x_BTKG: jax.Array) -> jax.Array:
+    """[B, N, T], as the kernels want log-sum-exps and deltas."""
+    return x_BTKG.reshape(*x_BTKG.shape[:2], -1).swapaxes(1, 2)
+
+
+def tiles_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan: Plan, dtype: jnp.dtype) -> list[jax.Array]:
+    """Output [B, T, K, G, H] in `dtype` and log-sum-exp [B, N, T] in base 2 and float32; of no key, 0 and `FLOOR`."""
     (B, T, K, G, H), S, t = q_BTKGH.shape, k_BSKH.shape[1], plan.forward
     q, kv, lse, at_q, at_k, span = query_specs(t, T, S, G, H)
-    out_BTKGH, lse_BNT = call(
+    return call(
         partial(forward_kernel, plan=plan, H=H),
         'flash_forward',
         t,
         (T // t.q, K * G, B),
         [q, kv, kv, at_q, at_k, span],
         [q, lse],
-        [(q_BTKGH.shape, q_BTKGH.dtype), ((B, K * G, T), jnp.float32)],
+        [(q_BTKGH.shape, dtype), ((B, K * G, T), jnp.float32)],
         *(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, spans(*pairs(at_BiT, at_BiS, t, plan.window))),
     )
-    return out_BTKGH, (q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, out_BTKGH, lse_BNT)
 
 
-def whole_tiles_backward(plan: Plan, kept, dout_BTKGH):
-    q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, out_BTKGH, lse_BNT = kept
+def tiles_backward(
+    q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, dout_BTKGH, lse_BNT, delta_BNT, plan: Plan, dtype: jnp.dtype
+) -> list[jax.Array]:
+    """dq, dk and dv in `dtype`. Log-sum-exp and delta may be of a softmax over more keys than these."""
     (B, T, K, G, H), S = q_BTKGH.shape, k_BSKH.shape[1]
-    delta_BTKG = (dout_BTKGH.astype(jnp.float32) * out_BTKGH.astype(jnp.float32)).sum(-1)
-    delta_BNT = delta_BTKG.reshape(B, T, K * G).swapaxes(1, 2)
     inputs = q_BTKGH, k_BSKH, v_BSKH, dout_BTKGH, lse_BNT, delta_BNT, at_BiT, at_BiS
 
     t = plan.dq
@@ -324,7 +357,7 @@ def whole_tiles_backward(plan: Plan, kept, dout_BTKGH):
         (T // t.q, K * G, B),
         [q, kv, kv, q, lse, lse, at_q, at_k, span],
         [q],
-        [(q_BTKGH.shape, q_BTKGH.dtype)],
+        [(q_BTKGH.shape, dtype)],
         *(*inputs, spans(*pairs(at_BiT, at_BiS, t, plan.window))),
     )
 
@@ -338,10 +371,7 @@ def whole_tiles_backward(plan: Plan, kept, dout_BTKGH):
         (S // t.k, K, B),
         [q, kv, kv, q, lse, lse, at_q, at_k, span],
         [kv, kv],
-        [(k_BSKH.shape, k_BSKH.dtype), (v_BSKH.shape, v_BSKH.dtype)],
+        [(k_BSKH.shape, dtype), (v_BSKH.shape, dtype)],
         *(*inputs, spans(some_Bcd.swapaxes(1, 2), every_Bcd.swapaxes(1, 2))),
     )
-    return dq_BTKGH, dk_BSKH, dv_BSKH, None, None
-
-
-whole_tiles.defvjp(whole_tiles_forward, whole_tiles_backward)
+    return [dq_BTKGH, dk_BSKH, dv_BSKH]
