@@ -60,8 +60,8 @@ def sum_copies(tree, specs):
     return jax.tree.unflatten(structure, leaves)
 
 
-def send(tree, axis: str, by: int = 1):
-    """What the device `by` places before this one along `axis` holds; the ends are neighbours."""
+def onward(tree, axis: str, by: int = 1):
+    """What the device `by` places before this one along `axis` holds, as everything moves on; the ends are neighbours."""
     n = lax.axis_size(axis)
     return lax.ppermute(tree, axis, [(i, (i + by) % n) for i in range(n)])
 
@@ -93,12 +93,6 @@ def my_slice(x_BT, dim: int = 1):
     """This device's slice over `tensor` of an array that every device of `tensor` holds whole."""
     size = x_BT.shape[dim] // lax.axis_size('tensor')
     return lax.dynamic_slice_in_dim(x_BT, lax.axis_index('tensor') * size, size, axis=dim)
-
-
-def onward(tree, axis: str):
-    """Every device's arrays to the next one along `axis`, the last one's to the first. Backward: one step back."""
-    n = lax.axis_size(axis)
-    return lax.ppermute(tree, axis, [(i, (i + 1) % n) for i in range(n)])
 
 
 def wide(x):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sharding.collectives import send, vary
+from sharding.collectives import onward, vary
 
 
 def ticks(microbatches: int, stages: int) -> int:
@@ -60,7 +60,7 @@ def pipeline(layers: Callable, x_mBTD: jax.Array) -> tuple[jax.Array, Any]:
     """
     S, s, m = lax.axis_size('stage'), lax.axis_index('stage'), x_mBTD.shape[0]
     M = m * S
-    nearer = lambda x: send(x, 'stage', -1)
+    nearer = lambda x: onward(x, 'stage', -1)
 
     def tick(carry, t):
         waiting_mBTD, x_BTD, done_mBTD, sums = carry
@@ -75,7 +75,7 @@ def pipeline(layers: Callable, x_mBTD: jax.Array) -> tuple[jax.Array, Any]:
         out_BTD = nearer(lax.dynamic_index_in_dim(done_mBTD, slot, keepdims=False))
         out_BTD = jnp.where(s == S - 1, y_BTD, out_BTD)
         done_mBTD = lax.dynamic_update_index_in_dim(done_mBTD, out_BTD, slot, 0)
-        return (waiting_mBTD, send(y_BTD, 'stage', 1), done_mBTD, sums), None
+        return (waiting_mBTD, onward(y_BTD, 'stage'), done_mBTD, sums), None
 
     nothing_BTD = jnp.zeros_like(x_mBTD[0])
     _, sums = jax.eval_shape(layers, x_mBTD[0], jnp.int32(0))
