@@ -1,19 +1,21 @@
 """What a decoder is made of. No mesh in here: the same config runs on any mesh whose axes divide its sizes (see `sizes`)."""
 
 import dataclasses
-from typing import Literal
+import math
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 
-from sharding.errors import UserError
+from sharding.errors import UserError, nearest
 from sharding.mesh import BATCH, FSDP, SEQUENCE, Divides
 
+Dispatch = Literal['auto', 'all_gather', 'all_to_all', 'ragged']
 VOCABULARY_MULTIPLE = 128  # the embedding's rows are rounded up to it, on every mesh alike, so that they split evenly
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """A mixture-of-experts layer. Every token visits its `top_k` experts and all shared ones; none is dropped."""
+    """A mixture-of-experts layer. Every token visits its `top_k` experts and all shared ones; `all_to_all` alone drops some."""
 
     experts: int
     top_k: int = 2
@@ -25,18 +27,32 @@ class MoEConfig:
     routed_scale: float = 1.0  # factor on the routed experts' sum
     balance_loss: float = 0.01  # weight of the sequence-level balance loss (DeepSeek-V3, arXiv:2412.19437, eq. 17–20)
     z_loss: float = 0.001  # weight of the router z-loss (ST-MoE, arXiv:2202.08906, eq. 5)
+    bias_update_rate: float = 0.0  # step of the choice's bias (DeepSeek-V3, section 2.1.2: 0.001); 0: there is no bias
+    dispatch: Dispatch = 'auto'  # how tokens reach their experts: see model/dispatch.py
+    capacity_factor: float = (
+        1.25  # all_to_all: rows of an expert's buffer by its even share; what does not fit is dropped
+    )
 
     def __post_init__(self):
         for field in ('experts', 'top_k', 'mlp_dim'):
             if getattr(self, field) < 1:
                 raise UserError(f'model.moe.{field} is {getattr(self, field)}: it must be at least 1')
-        for field in ('shared_experts', 'first_dense_layers', 'balance_loss', 'z_loss'):
-            if getattr(self, field) < 0:
-                raise UserError(f'model.moe.{field} is {getattr(self, field)}: it cannot be negative')
+        for field in ('shared_experts', 'first_dense_layers', 'balance_loss', 'z_loss', 'bias_update_rate'):
+            if not getattr(self, field) >= 0:
+                raise UserError(f'model.moe.{field} is {getattr(self, field)}: it cannot be negative; nearest: 0')
         if self.top_k > self.experts:
             raise UserError(
                 f'model.moe.top_k is {self.top_k} and model.moe.experts {self.experts}: '
                 f'a token cannot visit more than all; largest that works: {self.experts}'
+            )
+        if self.dispatch not in get_args(Dispatch):
+            raise UserError(
+                f'model.moe.dispatch is {self.dispatch!r}: no such way{nearest(self.dispatch, get_args(Dispatch))}'
+            )
+        if not 0 < self.capacity_factor < math.inf:
+            raise UserError(
+                f'model.moe.capacity_factor is {self.capacity_factor}: it must be a number above 0; 1 makes room for even '
+                f'choices, model.moe.dispatch=ragged for any'
             )
 
 

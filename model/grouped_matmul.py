@@ -1,7 +1,7 @@
 """The experts' arithmetic: rows sorted by expert, each run of rows multiplied by its own expert's weights.
 
 R: rows (token, choice) sorted by expert   E: experts held here   D, F, G: widths in, hidden, out   N: tokens
-K: choices a token   B: rows of one block
+K: choices a token   B: rows of one block   S: slots that rows go to (all R of them, in the order of experts, or fewer)
 
 Everything is written from one device's view and works inside a fully manual `jax.shard_map` and outside of one.
 Backends: `reference` computes every expert for every row and keeps the right one (obviously right, E times the work);
@@ -112,18 +112,21 @@ def grouped_apply(
     return jnp.where(inside_R1, y_RG, 0)
 
 
-def permute(x_ND: jax.Array, order_R: jax.Array, inverse_R: jax.Array) -> jax.Array:
-    """x_RD[r] = x_ND[order[r] // K]: the tokens' rows, one for each choice (R = N K), in the order of their experts.
+def permute(x_ND: jax.Array, order_S: jax.Array, slot_R: jax.Array, *, partial: bool = False) -> jax.Array:
+    """x_SD[s] = x_ND[order[s] // K]: the tokens' rows, one for each choice (R = N K), in the order of their experts.
 
-    order_R sorts the N K (token, choice) pairs by expert, inverse_R is its inverse permutation. The gradient is a sum
-    of K gathers, where autodiff would write a scatter-add.
+    order_S names the (token, choice) pair in each slot and slot_R the slot of each pair: permutations of each other, unless
+    `partial`, where an index past the end means none: an empty slot, which is 0, or a pair without a slot. The gradient is a
+    sum of K gathers, where autodiff would write a scatter-add.
     """
-    return _permute(*vary_together((x_ND, order_R, inverse_R)), order_R.shape[0] // x_ND.shape[0])
+    return _permute(*vary_together((x_ND, order_S, slot_R)), slot_R.shape[0] // x_ND.shape[0], _mode(partial))
 
 
-def combine(y_RD: jax.Array, share_NK: jax.Array, order_R: jax.Array, inverse_R: jax.Array) -> jax.Array:
-    """y_ND = sum over K of share_NK times the token's own rows of y_RD: the way back from `permute`, same indices."""
-    return _combine(*vary_together((y_RD, share_NK, order_R, inverse_R)))
+def combine(
+    y_SD: jax.Array, share_NK: jax.Array, order_S: jax.Array, slot_R: jax.Array, *, partial: bool = False
+) -> jax.Array:
+    """y_ND = sum over K of share_NK times the token's own rows of y_SD: the way back from `permute`, same indices."""
+    return _combine(*vary_together((y_SD, share_NK, order_S, slot_R)), _mode(partial))
 
 
 def _vary(a: jax.Array, axes: frozenset[str]) -> jax.Array:
@@ -131,49 +134,53 @@ def _vary(a: jax.Array, axes: frozenset[str]) -> jax.Array:
     return lax.pcast(a, missing, to='varying') if missing else a
 
 
-def _rows(x_RD: jax.Array, row_B: jax.Array) -> jax.Array:
-    return x_RD.at[row_B].get(mode='promise_in_bounds')
+def _mode(partial: bool) -> str:
+    return 'fill' if partial else 'promise_in_bounds'
 
 
-def _added(y_RD: jax.Array, share_NK: jax.Array, inverse_R: jax.Array) -> jax.Array:
+def _rows(x_RD: jax.Array, row_B: jax.Array, mode: str) -> jax.Array:
+    return x_RD.at[row_B].get(mode=mode, fill_value=0)
+
+
+def _added(y_SD: jax.Array, share_NK: jax.Array, slot_R: jax.Array, mode: str) -> jax.Array:
     # K gathers added up, not one summed over K: XLA's CPU code for a sum over a middle dim is three times slower.
-    wide = jnp.promote_types(y_RD.dtype, jnp.float32)
-    pairs = zip(share_NK.T, inverse_R.reshape(share_NK.shape).T, strict=True)
-    terms = [share_N[:, None] * _rows(y_RD, inverse_N).astype(wide) for share_N, inverse_N in pairs]
-    return sum(terms[1:], terms[0]).astype(y_RD.dtype)
+    wide = jnp.promote_types(y_SD.dtype, jnp.float32)
+    pairs = zip(share_NK.T, slot_R.reshape(share_NK.shape).T, strict=True)
+    terms = [share_N[:, None] * _rows(y_SD, slot_N, mode).astype(wide) for share_N, slot_N in pairs]
+    return sum(terms[1:], terms[0]).astype(y_SD.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _permute(x_ND: jax.Array, order_R: jax.Array, inverse_R: jax.Array, K: int) -> jax.Array:
-    return _rows(x_ND, order_R // K)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _permute(x_ND: jax.Array, order_S: jax.Array, slot_R: jax.Array, K: int, mode: str) -> jax.Array:
+    return _rows(x_ND, order_S // K, mode)  # past the pairs' end is past the tokens' end
 
 
-def _permute_forward(x_ND: jax.Array, order_R: jax.Array, inverse_R: jax.Array, K: int) -> tuple:
-    return _permute(x_ND, order_R, inverse_R, K), inverse_R
+def _permute_forward(x_ND: jax.Array, order_S: jax.Array, slot_R: jax.Array, K: int, mode: str) -> tuple:
+    return _permute(x_ND, order_S, slot_R, K, mode), slot_R
 
 
-def _permute_backward(K: int, inverse_R: jax.Array, g_RD: jax.Array) -> tuple:
-    return _added(g_RD, jnp.ones((inverse_R.shape[0] // K, K), g_RD.dtype), inverse_R), None, None
+def _permute_backward(K: int, mode: str, slot_R: jax.Array, g_SD: jax.Array) -> tuple:
+    return _added(g_SD, jnp.ones((slot_R.shape[0] // K, K), g_SD.dtype), slot_R, mode), None, None
 
 
 _permute.defvjp(_permute_forward, _permute_backward)
 
 
-@jax.custom_vjp
-def _combine(y_RD: jax.Array, share_NK: jax.Array, order_R: jax.Array, inverse_R: jax.Array) -> jax.Array:
-    return _added(y_RD, share_NK, inverse_R)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _combine(y_SD: jax.Array, share_NK: jax.Array, order_S: jax.Array, slot_R: jax.Array, mode: str) -> jax.Array:
+    return _added(y_SD, share_NK, slot_R, mode)
 
 
-def _combine_forward(y_RD: jax.Array, share_NK: jax.Array, order_R: jax.Array, inverse_R: jax.Array) -> tuple:
-    return _combine(y_RD, share_NK, order_R, inverse_R), (y_RD, share_NK, order_R, inverse_R)
+def _combine_forward(y_SD: jax.Array, share_NK: jax.Array, order_S: jax.Array, slot_R: jax.Array, mode: str) -> tuple:
+    return _combine(y_SD, share_NK, order_S, slot_R, mode), (y_SD, share_NK, order_S, slot_R)
 
 
-def _combine_backward(saved: tuple, g_ND: jax.Array) -> tuple:
-    y_RD, share_NK, order_R, inverse_R = saved
-    g_RD = _rows(g_ND, order_R // share_NK.shape[1])
-    dshare_R = jnp.sum(g_RD * y_RD, 1)
-    dy_RD = _rows(share_NK.reshape(-1), order_R)[:, None] * g_RD
-    return dy_RD, _rows(dshare_R, inverse_R).reshape(share_NK.shape), None, None
+def _combine_backward(mode: str, saved: tuple, g_ND: jax.Array) -> tuple:
+    y_SD, share_NK, order_S, slot_R = saved
+    g_SD = _rows(g_ND, order_S // share_NK.shape[1], mode)
+    dshare_S = jnp.sum(g_SD * y_SD, 1)
+    dy_SD = _rows(share_NK.reshape(-1), order_S, mode)[:, None] * g_SD
+    return dy_SD, _rows(dshare_S, slot_R, mode).reshape(share_NK.shape), None, None
 
 
 _combine.defvjp(_combine_forward, _combine_backward)

@@ -1,7 +1,7 @@
-"""A mixture of experts: a router chooses, the experts that this device holds work, and nothing is dropped.
+"""A mixture of experts: a router chooses, model/dispatch.py takes tokens to the devices of their experts and back.
 
-Letters: N tokens of this device, D model, E experts, K experts per token, F hidden units of an expert, R rows (a row is one
-token for one of its experts); n as a prefix dim counts devices.
+Letters: B rows, T sequence, N tokens of this device, D model, E experts, K experts per token, F hidden units of an expert,
+L layers.
 """
 
 import jax
@@ -10,10 +10,12 @@ from flax import nnx
 from jax import P, lax
 
 from model.config import ModelConfig
-from model.grouped_matmul import combine, expert_mlp, permute
-from model.layers import ACTIVATIONS, Mlp, View, residual_gain, weight
-from sharding.collectives import wide
-from sharding.mesh import FSDP
+from model.dispatch import Experts, default_dispatch, dispatch
+from model.layers import ACTIVATIONS, Mlp, View, constant, residual_gain, weight
+from sharding.collectives import vary, wide
+from sharding.mesh import FSDP, SEQUENCE, platform
+
+EXPERTS = P('expert', ('data', 'context'), 'tensor')  # D is split too, and gathered where the experts are used
 
 
 class MoE(nnx.Module):
@@ -24,55 +26,50 @@ class MoE(nnx.Module):
         D, E, F = c.model_dim, c.moe.experts, c.moe.mlp_dim
         self.router_DE = weight(rngs, c, (D, E), P(FSDP, None), fan_in=D)
         if c.gated:
-            self.gate_EDF = weight(rngs, c, (E, D, F), P('expert', ('data', 'context'), 'tensor'), fan_in=D)
-        self.up_EDF = weight(rngs, c, (E, D, F), P('expert', ('data', 'context'), 'tensor'), fan_in=D)
-        self.down_EDF = weight(rngs, c, (E, D, F), P('expert', ('data', 'context'), 'tensor'), fan_in=F, gain=residual_gain(c))
+            self.gate_EDF = weight(rngs, c, (E, D, F), EXPERTS, fan_in=D)
+        self.up_EDF = weight(rngs, c, (E, D, F), EXPERTS, fan_in=D)
+        self.down_EDF = weight(rngs, c, (E, D, F), EXPERTS, fan_in=F, gain=residual_gain(c))
+        if c.moe.bias_update_rate:
+            self.bias_E = constant(c, 0.0, (E,), P(None))  # the training step moves it: see `updated_bias`
         if c.moe.shared_experts:
             self.shared = Mlp(c, F * c.moe.shared_experts, rngs)
 
     def __call__(self, x_BTD, view: View):
-        """The block's output in the layout between blocks, and this device's share of the router's figures (see `route`)."""
+        """The block's output in the layout between blocks, and this device's share of the router's figures (see `route`).
+
+        Padding visits no routed expert. Figures also has `dropped`, the real tokens' choices that found no room.
+        """
         c = self.config
         router_DE = lax.all_gather(self.router_DE[...], FSDP, tiled=True)
-        gate_BTK, expert_BTK, figures = route(x_BTD, router_DE, view, c)
+        bias_E = self.bias_E[...] if c.moe.bias_update_rate else None
+        gate_BTK, expert_BTK, figures = route(x_BTD, router_DE, bias_E, view, c)
+        expert_BTK = jnp.where(view.live_BT[..., None], expert_BTK, c.moe.experts)
         flat = lambda a: a.reshape(-1, a.shape[-1])
-        y_ND = self.routed(flat(x_BTD), flat(gate_BTK), flat(expert_BTK), view)
+        send = dispatch(default_dispatch(platform()) if c.moe.dispatch == 'auto' else c.moe.dispatch)
+        y_ND, figures['dropped'] = send(
+            flat(x_BTD),
+            flat(gate_BTK),
+            flat(expert_BTK),
+            self.experts(x_BTD.dtype, view.experts),
+            split=view.sequence_split,
+            capacity_factor=c.moe.capacity_factor,
+        )
         y_BTD = y_ND.reshape(x_BTD.shape)
         return (y_BTD + self.shared(x_BTD, view) if c.moe.shared_experts else y_BTD), figures
 
-    def routed(self, x_ND, gate_NK, expert_NK, view: View):
-        """Tokens go to every device of `expert` (and of `tensor`), which adds what its experts make of them; sums come back."""
-        axes = ('expert', 'tensor') if view.sequence_split else ('expert',)
-        x_ND, gate_NK, expert_NK = (lax.all_gather(a, axes, tiled=True) for a in (x_ND, gate_NK, expert_NK))
-        y_ND = self.local_experts(x_ND, gate_NK, expert_NK, view.experts)
-        y_ND = lax.psum_scatter(y_ND, axes, tiled=True)
-        return y_ND if view.sequence_split else lax.psum(y_ND, 'tensor')
-
-    def local_experts(self, x_ND, gate_NK, expert_NK, backend: str):
-        """Σ over a token's experts held here of gate · expert(x); partial over `tensor`. Rows are sorted by expert."""
+    def experts(self, dtype, backend: str) -> Experts:
+        """The experts that this device holds, D whole."""
         c = self.config
-        gather = lambda w_EDF: lax.all_gather(w_EDF.astype(x_ND.dtype), ('data', 'context'), axis=1, tiled=True)
-        up_EDF, down_EDF = gather(self.up_EDF[...]), gather(self.down_EDF[...])
-        E = up_EDF.shape[0]
-        mine_R = expert_NK.reshape(-1) - E * lax.axis_index('expert')
-        mine_R = jnp.where((mine_R >= 0) & (mine_R < E), mine_R, E)  # E: another device's expert; such rows sort last
-        order_R = jnp.argsort(mine_R, stable=True)
-        inverse_R = jnp.argsort(order_R)
-        sizes_E = (mine_R[:, None] == jnp.arange(E)[None]).sum(0, dtype=jnp.int32)
-        y_RD = expert_mlp(
-            permute(x_ND, order_R, inverse_R),
-            gather(self.gate_EDF[...]) if c.gated else None,
-            up_EDF,
-            down_EDF.swapaxes(1, 2),
-            sizes_E,
-            activation=ACTIVATIONS[c.activation],
-            backend=backend,
-        )
-        return combine(y_RD, gate_NK.astype(x_ND.dtype), order_R, inverse_R)
+        gather = lambda w_EDF: lax.all_gather(w_EDF[...].astype(dtype), ('data', 'context'), axis=1, tiled=True)
+        gate_EDF = gather(self.gate_EDF) if c.gated else None
+        return Experts(gate_EDF, gather(self.up_EDF), gather(self.down_EDF), ACTIVATIONS[c.activation], backend)
 
 
-def route(x_BTD, router_DE, view: View, c: ModelConfig):
+def route(x_BTD, router_DE, bias_E, view: View, c: ModelConfig):
     """Each token's experts and their weights, in at least float32, and this device's share of the router's figures.
+
+    bias_E, or None, is added to the scores to choose by them; weights and figures are made of the scores without it
+    (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
 
     Returns gate_BTK, expert_BTK (int32) and a dict of sums over this device's real tokens, all of which become whole when
     added up over every mesh axis:
@@ -85,24 +82,36 @@ def route(x_BTD, router_DE, view: View, c: ModelConfig):
     m = c.moe
     logit_BTE = jnp.einsum('BTD,DE->BTE', wide(x_BTD), wide(router_DE), precision='highest')
     score_BTE = jax.nn.softmax(logit_BTE, axis=-1) if m.router == 'softmax' else jax.nn.sigmoid(logit_BTE)
-    gate_BTK, expert_BTK = lax.top_k(score_BTE, m.top_k)
+    if bias_E is None:
+        gate_BTK, expert_BTK = lax.top_k(score_BTE, m.top_k)
+    else:
+        _, expert_BTK = lax.top_k(lax.stop_gradient(score_BTE + bias_E.astype(score_BTE.dtype)[None, None]), m.top_k)
+        gate_BTK = jnp.take_along_axis(score_BTE, expert_BTK, axis=-1)
     if m.renormalize:
         gate_BTK = gate_BTK / gate_BTK.sum(-1, keepdims=True)
-    live_BT1 = view.live_BT[..., None].astype(score_BTE.dtype)
-    chosen_BTE = (expert_BTK[..., None] == jnp.arange(m.experts)[None, None, None]).sum(2).astype(
-        score_BTE.dtype
-    ) * live_BT1
+    live_BT1 = vary(view.live_BT[..., None].astype(score_BTE.dtype))
+    chosen_BTKE = expert_BTK[..., None] == jnp.arange(m.experts)[None, None, None]
+    chosen_BTE = chosen_BTKE.sum(2).astype(score_BTE.dtype) * live_BT1
     share_BTE = score_BTE / score_BTE.sum(-1, keepdims=True) * live_BT1
-    row = lambda a_BTE: lax.psum(a_BTE.sum(1), 'tensor') if view.sequence_split else a_BTE.sum(1)
+    axes = SEQUENCE if view.sequence_split else ('context',)
+    row = lambda a_BTE: lax.psum(a_BTE.sum(1), axes)
     tokens_B1 = jnp.maximum(row(live_BT1), 1)
     balance = (row(chosen_BTE) * row(share_BTE) / tokens_B1**2).sum() * (m.experts / m.top_k)
-    copies = lax.axis_size('tensor')  # every device of `tensor` has the row's sums: each keeps its share
     figures = {
-        'balance': balance / copies,
+        'balance': balance / lax.axis_size(SEQUENCE),  # so many devices have the row's sums: each keeps its share
         'z': (jax.nn.logsumexp(logit_BTE, axis=-1, keepdims=True) ** 2 * live_BT1).sum(),
         'entropy': -(share_BTE * jnp.log(jnp.where(share_BTE > 0, share_BTE, 1))).sum(),
         'load_E': chosen_BTE.sum((0, 1)),
     }
-    if not view.sequence_split:
-        figures |= {name: figures[name] / copies for name in ('z', 'entropy', 'load_E')}
+    if not view.sequence_split:  # every device of `tensor` has the same tokens
+        figures |= {name: figures[name] / lax.axis_size('tensor') for name in ('z', 'entropy', 'load_E')}
     return gate_BTK * m.routed_scale, expert_BTK, figures
+
+
+def updated_bias(bias_LE, load_LE, rate: float):
+    """The bias for the next step: up by `rate` where an expert had fewer tokens than the mean of its layer, down where more.
+
+    Wang et al. 2024, arXiv:2408.15664, algorithm 1. `load_LE` counts the whole step's tokens, of all devices.
+    """
+    load_LE = load_LE.astype(bias_LE.dtype)
+    return bias_LE + rate * jnp.sign(load_LE.mean(-1, keepdims=True) - load_LE)

@@ -73,22 +73,27 @@ def mlp(w, prefix, x_BTD, c: ModelConfig):
     return activate(c, gate, up) @ get('down_DF').T + (get('down_bias_D') if c.bias else 0)
 
 
-def experts(w, x_BTD, segment_BT, c: ModelConfig):
-    """Every expert works on every token; what was not chosen has weight 0. Also Σ of the balance and z losses, and loads."""
+def experts(w, x_BTD, segment_BT, c: ModelConfig, kept_BTE=True):
+    """Every expert works on every token; what was not chosen has weight 0, padding chooses nothing.
+
+    Choices that are not `kept` add nothing. Also Σ of the balance and z losses, and loads.
+    """
     m = c.moe
     logit_BTE = x_BTD @ w['mlp.router_DE']
     score_BTE = jax.nn.softmax(logit_BTE, -1) if m.router == 'softmax' else jax.nn.sigmoid(logit_BTE)
-    kth = jnp.sort(score_BTE, -1)[..., -m.top_k, None]
-    chosen_BTE = score_BTE >= kth
+    rank_BTE = score_BTE + w.get('mlp.bias_E', 0)  # chooses; the gates are made of the scores
+    kth = jnp.sort(rank_BTE, -1)[..., -m.top_k, None]
+    chosen_BTE = rank_BTE >= kth
     gate_BTE = jnp.where(chosen_BTE, score_BTE, 0)
     if m.renormalize:
         gate_BTE = gate_BTE / gate_BTE.sum(-1, keepdims=True)
+    live = (segment_BT > 0)[..., None]
+    gate_BTE = jnp.where(live & kept_BTE, gate_BTE, 0)
     up = jnp.einsum('BTD,EDF->BTEF', x_BTD, w['mlp.up_EDF'])
     gate = jnp.einsum('BTD,EDF->BTEF', x_BTD, w['mlp.gate_EDF']) if c.gated else None
     y = jnp.einsum('BTEF,EDF,BTE->BTD', activate(c, gate, up), w['mlp.down_EDF'], gate_BTE * m.routed_scale)
     if m.shared_experts:
         y = y + mlp(w, 'mlp.shared.', x_BTD, c)
-    live = (segment_BT > 0)[..., None]
     share_BTE = jnp.where(live, score_BTE / score_BTE.sum(-1, keepdims=True), 0)
     balance = z = 0.0
     for b in range(x_BTD.shape[0]):  # one sequence at a time, as the paper writes it

@@ -1,6 +1,7 @@
 """Sparse experts equal a plain dense reference: every expert on every token, what was not chosen weighted with 0."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,13 @@ import pytest
 from flax import nnx
 from jax import P
 
+from model import moe as moe_module
 from model.config import ModelConfig, MoEConfig
+from model.dispatch import capacity
 from model.layers import View, specs
-from model.moe import MoE
+from model.moe import MoE, updated_bias
 from sharding.collectives import vary
+from sharding.errors import UserError
 from sharding.mesh import AXES, BATCH, SEQUENCE, MeshConfig, make_mesh
 from tests import reference
 
@@ -25,64 +29,235 @@ MODEL = ModelConfig(
     moe=MoEConfig(experts=8, top_k=2, mlp_dim=16, shared_experts=1),
 )
 B, T = 8, 16
+MESHES = [
+    MeshConfig(),
+    MeshConfig(data=2, expert=2, tensor=2),
+    MeshConfig(expert=8),
+    MeshConfig(expert=4, tensor=2),
+    MeshConfig(context=2, expert=4),
+]
+DISPATCHES = ['all_gather', 'all_to_all', 'ragged']
+LOSSES = {'balance': 3.0, 'z': 0.1}  # weights in the differentiated sum, so that it feels both
 
 
-def sparse(c: ModelConfig, backend: str):
-    """A function of global arrays: (Σ y · ct, (y, figures)) of the layer of experts."""
+def config(dtype='float32', **changes) -> ModelConfig:
+    """Capacity has room for everything, unless `changes` to the mixture say otherwise."""
+    moe = dataclasses.replace(MODEL.moe, **{'capacity_factor': 4.0} | changes)
+    return dataclasses.replace(MODEL, dtype=dtype, moe=moe)
+
+
+@functools.cache
+def sparse(c: ModelConfig, backend: str, sequence_split: bool = True):
+    """A jitted function of global arrays: ((Σ y · ct + losses, (y, figures)), gradients of weights and x)."""
+    x_spec, copies = (P(BATCH, SEQUENCE), ('stage',)) if sequence_split else (P(BATCH), ('stage', *SEQUENCE))
 
     def body(moe, x_BTD, ct_BTD, segment_BT):
-        view = View(jnp.zeros_like(segment_BT), segment_BT, backend='reference', experts=backend)
-        y_BTD, _ = moe(x_BTD, view)
-        total = jax.lax.psum(vary((y_BTD * ct_BTD).sum()), AXES)
-        return total, y_BTD
+        here = {} if sequence_split else {'sequence_split': False, 'decoding': True}
+        view = View(jnp.zeros_like(segment_BT), segment_BT, backend='reference', experts=backend, **here)
+        y_BTD, figures = moe(vary(x_BTD), view)
+        y_BTD = jax.lax.pmean(y_BTD, copies)
+        figures = jax.lax.psum(vary(figures), AXES)
+        axes = tuple(axis for axis in AXES if axis not in copies)
+        total = jax.lax.psum((y_BTD * ct_BTD).sum(), axes) + sum(n * figures[name] for name, n in LOSSES.items())
+        return total, y_BTD, figures
 
     def run(moe, x, ct, segment):
-        split = P(BATCH, SEQUENCE)
-        return jax.shard_map(body, in_specs=(specs(moe), split, split, P(BATCH)), out_specs=(P(), split))(
-            moe, x, ct, segment
-        )
+        segment_spec = P(BATCH, 'context') if sequence_split else P(BATCH)
+        out_specs = (P(), x_spec, P())
+        body_ = jax.shard_map(body, in_specs=(specs(moe), x_spec, x_spec, segment_spec), out_specs=out_specs)
+        total, y, figures = body_(moe, x, ct, segment)
+        return total, (y, figures)
 
-    return run
-
-
-def dense(w, x, ct, segment, c):
-    y, _ = reference.experts(w, x, segment, c)
-    return (y * ct).sum(), y
+    return jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True) if sequence_split else run)
 
 
-@pytest.mark.parametrize('router', ['even', 'all tokens choose the same experts'])
-@pytest.mark.parametrize('backend', ['reference', 'blocked', 'ragged'])
-@pytest.mark.parametrize(('dtype', 'tolerance'), [('float32', 1e-5), ('float64', 1e-10)])
-@pytest.mark.parametrize('mesh', [MeshConfig(), MeshConfig(data=2, expert=2, tensor=2)])
-def test_sparse_experts_equal_dense_ones(mesh, dtype, tolerance, backend, router, request):
-    if dtype == 'float64':
-        request.getfixturevalue('float64')
-    c = dataclasses.replace(MODEL, dtype=dtype)
+@functools.partial(jax.jit, static_argnums=4)
+def dense(w, x, ct, segment, c, kept_BTE=True):
+    def run(w, x):
+        y, (balance, z, load_E) = reference.experts(w, x, segment, c, kept_BTE)
+        total = (y * ct).sum() + LOSSES['balance'] * balance + LOSSES['z'] * z
+        return total, (y, {'balance': balance, 'z': z, 'load_E': load_E})
+
+    return jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(w, x)
+
+
+def inputs(c: ModelConfig, tokens: int = T):
+    """x, ct, and segments: the first tokens of a row are padding, of row 0 none, of row 5 all but one."""
     r = np.random.default_rng(0)
-    x, ct = r.normal(size=(2, B, T, c.model_dim)).astype(dtype)
-    segment = np.ones((B, T), np.int32)
-    if router != 'even':
-        x = np.abs(x)  # with the router below, experts 0 and 1 win everywhere and six get nothing
+    x, ct = r.normal(size=(2, B, tokens, c.model_dim)).astype(c.dtype)
+    segment = (np.arange(tokens)[None] >= np.array([0, 3, 0, 0, 1, tokens - 1, 0, 2])[:, None]).astype(np.int32)
+    return x, ct, segment
+
+
+def layer(c: ModelConfig, skewed: bool = False) -> MoE:
+    """A layer on the current mesh. `skewed`: where x is positive experts 0 and 1 win everywhere, and six get nothing."""
+    moe = jax.jit(lambda key: MoE(c, nnx.Rngs(key)))(jax.random.key(0))
+    if skewed:
+        skew = jnp.asarray([0.3, 0.2, -0.1, -0.1, -0.1, -0.1, -0.1, -0.1], c.dtype)
+        moe.router_DE[...] = jax.jit(lambda w: w * 0.01 + skew[None])(moe.router_DE[...])
+    elif c.moe.bias_update_rate:
+        bias = jnp.asarray(np.random.default_rng(1).normal(size=c.moe.experts) * 0.2, c.dtype)
+        moe.bias_E[...] = jax.device_put(bias, P(None))
+    return moe
+
+
+def named(tree) -> dict:
+    return {
+        'mlp.' + jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value'): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def check(c: ModelConfig, mesh: MeshConfig, backend: str, tolerance: float, skewed: bool, kept_BTE=True) -> dict:
+    """Asserts that value, gradients and figures equal the dense reference. Returns what was got."""
+    x, ct, segment = inputs(c)
+    x = np.abs(x) if skewed else x
     with jax.set_mesh(make_mesh(mesh)):
-        moe = jax.jit(lambda key: MoE(c, nnx.Rngs(key)))(jax.random.key(0))
-        if router != 'even':
-            skew = jnp.asarray([0.3, 0.2, -0.1, -0.1, -0.1, -0.1, -0.1, -0.1], dtype)
-            moe.router_DE[...] = jax.jit(lambda w: w * 0.01 + skew[None])(moe.router_DE[...])
-        split = lambda a: jax.device_put(a, P(BATCH, SEQUENCE))
-        run = jax.jit(jax.value_and_grad(sparse(c, backend), argnums=(0, 1), has_aux=True))
-        (_, y), (dw, dx) = run(moe, split(x), split(ct), jax.device_put(segment, P(BATCH)))
-        named = lambda tree: {
-            'mlp.' + jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value'): np.asarray(leaf)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
-        w, got = named(moe), {**named(dw), 'x': np.asarray(dx), 'y': np.asarray(y)}
-    plainly = jax.jit(jax.value_and_grad(dense, argnums=(0, 1), has_aux=True), static_argnums=4)
+        moe = layer(c, skewed)
+        put = lambda a, *spec: jax.device_put(a, P(*spec))
+        arrays = put(x, BATCH, SEQUENCE), put(ct, BATCH, SEQUENCE), put(segment, BATCH, 'context')
+        (_, (y, figures)), (dw, dx) = sparse(c, backend)(moe, *arrays)
+        got = {**named(dw), 'x': dx, 'y': y, **{name: figures[name] for name in ('balance', 'z', 'load_E')}}
+        got, w, dropped = jax.device_get(got), named(moe), float(figures['dropped'])
     with jax.numpy_rank_promotion('allow'):
-        (_, want_y), (want_dw, want_dx) = plainly(w, x, ct, segment, c)
-    want = {**want_dw, 'x': want_dx, 'y': want_y}
+        (_, (want_y, want_figures)), (want_dw, want_dx) = dense(w, x, ct, segment, c, kept_BTE)
+    want = {**want_dw, 'x': want_dx, 'y': want_y, **want_figures}
     assert got.keys() == want.keys()
     for name in want:
-        assert np.abs(got[name] - want[name]).max() <= tolerance * np.abs(want[name]).max(), name
-    if router != 'even':
-        assert not np.asarray(got['mlp.up_EDF'])[2:].any(), 'experts without tokens learn nothing'
-        assert np.asarray(got['mlp.up_EDF'])[:2].any()
+        error, scale = np.abs(got[name] - want[name]).max(), np.abs(want[name]).max()
+        assert error <= tolerance * scale, (name, error, scale)
+    if skewed:
+        assert not got['mlp.up_EDF'][2:].any(), 'experts without tokens learn nothing'
+        assert got['mlp.up_EDF'][:2].any()
+    return {**got, 'dropped': dropped}
+
+
+@pytest.mark.parametrize('backend', ['reference', 'blocked', 'ragged'])
+@pytest.mark.parametrize(('dtype', 'tolerance'), [('float32', 1e-5), ('float64', 1e-10)])
+@pytest.mark.parametrize('mesh', MESHES[:2])
+def test_sparse_experts_equal_dense_ones(mesh, dtype, tolerance, backend, request):
+    if dtype == 'float64':
+        request.getfixturevalue('float64')
+    for skewed in (False, True):
+        check(config(dtype), mesh, backend, tolerance, skewed)
+
+
+# With a bias: it chooses, and the gates are made of the scores without it. Sigmoid scores, as DeepSeek-V3 uses it with.
+@pytest.mark.parametrize('dispatch', DISPATCHES)
+@pytest.mark.parametrize(('mesh', 'dtype'), [*((mesh, 'float64') for mesh in MESHES), (MESHES[1], 'float32')])
+def test_every_dispatch_equals_dense_experts(mesh, dtype, dispatch, request):
+    if dtype == 'float64':
+        request.getfixturevalue('float64')
+    c = config(dtype, dispatch=dispatch, bias_update_rate=0.001, router='sigmoid')
+    for skewed in (False, True):
+        got = check(c, mesh, 'blocked', 1e-5 if dtype == 'float32' else 1e-10, skewed)
+        assert got['dropped'] == 0
+        assert not got['mlp.bias_E'].any(), 'no gradient moves the bias'
+
+
+@pytest.mark.parametrize('dispatch', DISPATCHES)
+def test_a_wrong_expert_is_noticed(dispatch, monkeypatch):
+    right = MoE.experts
+
+    def shifted(self, dtype, backend):
+        held = right(self, dtype, backend)
+        return held._replace(up_EDF=jnp.roll(held.up_EDF, 1, 0))
+
+    monkeypatch.setattr(MoE, 'experts', shifted)
+    c = config(dispatch=dispatch, z_loss=0.5)  # a config of its own: `sparse` keeps what it traced
+    with pytest.raises(AssertionError, match='mlp'):
+        check(c, MeshConfig(expert=4, tensor=2), 'blocked', 1e-2, skewed=False)
+
+
+def kept(c: ModelConfig, mesh: MeshConfig, w: dict, skewed: bool) -> tuple[np.ndarray, int]:
+    """Which choices find room, [B, T, E], and how many do not: one device after the other, one token after the other."""
+    x, _, segment = inputs(c)
+    score = np.abs(x) @ w['mlp.router_DE'] if skewed else x @ w['mlp.router_DE']
+    choice_BTK = np.argsort(-score, axis=-1)[..., : c.moe.top_k]
+    rows, columns = mesh.span(BATCH), mesh.span(SEQUENCE)
+    room = capacity(B * T // rows // columns, c.moe.top_k, c.moe.experts, c.moe.capacity_factor)
+    kept_BTE, dropped = np.zeros((B, T, c.moe.experts), bool), 0
+    for rows_b in np.split(np.arange(B), rows):
+        for columns_t in np.split(np.arange(T), columns):
+            used_E = np.zeros(c.moe.experts, int)
+            for b in rows_b:
+                for t in columns_t[segment[b, columns_t] > 0]:
+                    for e in choice_BTK[b, t]:
+                        used_E[e] += 1
+                        kept_BTE[b, t, e] = used_E[e] <= room
+                        dropped += used_E[e] > room
+    return kept_BTE, dropped
+
+
+@pytest.mark.parametrize('mesh', [MESHES[1], MESHES[4]])
+def test_what_exceeds_the_capacity_is_dropped_later_tokens_first(mesh, float64):
+    c = config('float64', dispatch='all_to_all', capacity_factor=0.5)
+    for skewed in (False, True):
+        with jax.set_mesh(make_mesh(mesh)):
+            w = named(layer(c, skewed))
+        kept_BTE, dropped = kept(c, mesh, w, skewed)
+        got = check(c, mesh, 'blocked', 1e-10, skewed, kept_BTE)
+        assert got['dropped'] == dropped > 0
+
+
+@pytest.mark.parametrize('dispatch', DISPATCHES)
+@pytest.mark.parametrize('mesh', [MeshConfig(expert=8), MeshConfig(expert=4, tensor=2)])
+def test_decoding_drops_nothing_and_equals_dense_experts(mesh, dispatch, float64):
+    """One token a row, the same on all devices of `tensor`: on the first mesh one on each device."""
+    c = config('float64', dispatch=dispatch, capacity_factor=0.01)
+    x, ct, segment = (a[:, -1:] for a in inputs(c))
+    with jax.set_mesh(make_mesh(mesh)):
+        moe = layer(c)
+        arrays = (jax.device_put(a, P(BATCH)) for a in (x, ct, segment))
+        _, (y, figures) = sparse(c, 'blocked', sequence_split=False)(moe, *arrays)
+        y, w, figures = np.asarray(y), named(moe), jax.device_get(figures)
+    with jax.numpy_rank_promotion('allow'):
+        (_, (want, want_figures)), _ = dense(w, x, ct, segment, c)
+    assert np.abs(y - want).max() <= 1e-10 * np.abs(want).max()
+    np.testing.assert_allclose(figures['load_E'], want_figures['load_E'])
+    np.testing.assert_allclose(figures['balance'], want_figures['balance'])
+    np.testing.assert_allclose(figures['z'], want_figures['z'])
+    assert figures['dropped'] == 0
+
+
+def test_a_bias_changes_the_choice_and_not_the_gates(float64):
+    c = config('float64', router='sigmoid', renormalize=False)
+    x, _, segment = inputs(c)
+    router = np.random.default_rng(2).normal(size=(c.model_dim, c.moe.experts))
+
+    def body(x, segment, bias):
+        view = View(jnp.zeros_like(segment), segment, backend='reference', experts='blocked')
+        return moe_module.route(vary(x), jnp.asarray(router), bias, view, c)[:2]
+
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        run = jax.jit(jax.shard_map(body, in_specs=(P(BATCH), P(BATCH), P()), out_specs=P(AXES)))
+        x, segment = (jax.device_put(a, P(BATCH)) for a in (x, segment))
+        bias = np.zeros(c.moe.experts)
+        gate, expert = run(x, segment, bias)
+        same_gate, same_expert = run(x, segment, bias + 0.7)
+        bias[3] = 10.0
+        all_gate, all_expert = run(x, segment, bias)
+    np.testing.assert_array_equal(expert, same_expert)
+    np.testing.assert_allclose(gate, same_gate)
+    assert (np.asarray(all_expert)[..., 0] == 3).all()
+    assert not (np.asarray(expert) == 3).any(-1).all()
+    np.testing.assert_allclose(np.asarray(all_gate)[..., 0], 1 / (1 + np.exp(-x @ router[:, 3])))
+
+
+def test_the_bias_rises_where_experts_have_few_tokens():
+    bias_LE, load_LE = jnp.array([[0.0, 0.5, 0.0], [0, 0, 0]]), jnp.array([[1.0, 2.0, 6.0], [4, 4, 4]])
+    np.testing.assert_allclose(updated_bias(bias_LE, load_LE, 0.1), [[0.1, 0.6, -0.1], [0, 0, 0]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'message'),
+    [
+        ('dispatch', 'al_to_all', "model.moe.dispatch is 'al_to_all'.* did you mean 'all_to_all'"),
+        ('capacity_factor', 0.0, 'model.moe.capacity_factor is 0.0: it must be a number above 0; 1 makes room'),
+        ('capacity_factor', float('nan'), 'model.moe.capacity_factor is nan'),
+        ('bias_update_rate', -0.1, 'model.moe.bias_update_rate is -0.1: it cannot be negative; nearest: 0'),
+    ],
+)
+def test_mistakes_in_the_config_are_named(field, value, message):
+    with pytest.raises(UserError, match=message):
+        config(**{field: value})
