@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from model.attention import blockwise, flash
-from model.attention.mask import At, tiles_of
+from model.attention.mask import FLOOR, At, tiles_of
 from model.attention.reference import reference_attention
 from sharding.collectives import onward
 from sharding.errors import UserError
@@ -137,7 +137,10 @@ def blockwise_tick_back(dq_BTKGH, q_BTKGH, at_c, keys, dout_BTKGH, lse_BTKG, del
 def flash_tick(state, q_BTKGH, at_BiT, keys, plan):
     k_BSKH, v_BSKH, at_BiS = keys
     out_BTKGH, lse_BNT = flash.tiles_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan, jnp.float32)
-    lse_BTKG = math.log(2) * lse_BNT.swapaxes(1, 2).reshape(q_BTKGH.shape[:-1])
+    # Where no key is seen FLOOR itself: a compiler may keep more digits of a product (in a fused multiply-add), and in what
+    # `merge` subtracts, at 1e29, the difference of one rounding is an infinite exponential.
+    lse_BNT = jnp.where(lse_BNT > FLOOR / 2, lse_BNT * math.log(2), FLOOR)
+    lse_BTKG = lse_BNT.swapaxes(1, 2).reshape(q_BTKGH.shape[:-1])
     return blockwise.merge(state, (lse_BTKG, jnp.ones_like(lse_BTKG), out_BTKGH))  # an output's weights add up to 1
 
 
