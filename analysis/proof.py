@@ -4,6 +4,7 @@ A case is a name such as `gradient/dense/stage=2 tensor=4` and a function that c
 case and by the hash of the code that they were computed with, so that a run that was interrupted goes on where it was.
 """
 
+import ast
 import contextlib
 import dataclasses
 import functools
@@ -12,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import jax
@@ -33,12 +34,20 @@ from training.loss import loss_and_gradient
 from training.step import init, train_step
 
 ROOT = Path(__file__).parents[1]
-CODE = ('model', 'sharding', 'training', 'analysis/proof.py')  # what a result rests on
+CODE = (  # what a result rests on
+    'analysis/proof.py',
+    'model/attention',
+    *(f'model/{name}.py' for name in ('config', 'decoder', 'dispatch', 'forward', 'grouped_matmul', 'layers', 'moe')),
+    *(f'sharding/{name}.py' for name in ('collectives', 'mesh', 'order', 'pipeline')),
+    *(f'training/{name}.py' for name in ('loss', 'step')),
+)
 DEVICES = 8
 TOLERANCE = {'gradient': 1e-10, 'initial': 0.0, 'losses': 1e-5, 'losses of 50': 1e-4}
 VOCABULARY, B, T = 200, 16, 128
 
-DENSE = ModelConfig(vocabulary=VOCABULARY, layers=8, model_dim=32, heads=8, kv_heads=4, mlp_dim=32, window=48, qk_norm=True)
+DENSE = ModelConfig(
+    vocabulary=VOCABULARY, layers=8, model_dim=32, heads=8, kv_heads=4, mlp_dim=32, window=48, qk_norm=True
+)
 EXPERTS = MoEConfig(
     experts=8,
     top_k=2,
@@ -100,7 +109,7 @@ def packed_batch(seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def config_of(kind: str, mesh: MeshConfig, dtype: str, steps: int = 50) -> RunConfig:
+def config_of(kind: str, mesh: MeshConfig, dtype: Literal['float32', 'float64'], steps: int = 50) -> RunConfig:
     """The run of a kind of model on a mesh."""
     accumulation = ACCUMULATION.get(kind, 1) if mesh.size > 1 else 1
     t = TrainingConfig(
@@ -132,7 +141,10 @@ def precision(dtype: str) -> Iterator[None]:
 def named(tree: Any) -> dict[str, np.ndarray]:
     """A model's arrays on the host, by name."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value'): np.asarray(x) for path, x in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value'): np.asarray(x)
+        for path, x in leaves
+    }
 
 
 def gradient(kind: str, mesh: MeshConfig) -> tuple[float, dict[str, np.ndarray]]:
@@ -194,7 +206,12 @@ def losses_error(kind: str, mesh: MeshConfig) -> dict[str, Any]:
     """The largest relative difference of 20 and of 50 losses from one device's."""
     found, one = np.array(losses(kind, mesh, 50)), np.array(one_losses(kind))
     apart = np.abs(found / one - 1)
-    return {'error': float(apart[:20].max()), 'error of 50': float(apart.max()), 'first': one[0], 'last': float(found[-1])}
+    return {
+        'error': float(apart[:20].max()),
+        'error of 50': float(apart.max()),
+        'first': one[0],
+        'last': float(found[-1]),
+    }
 
 
 # Faults ---------------------------------------------------------------------------------------------------------------
@@ -305,6 +322,13 @@ FAULTS = (
         lambda real: lambda tree, number, M: real(tree, (number + 1) % M, M),
     ),
     fault(
+        'tokens reach the next device’s experts',
+        'all_gather',
+        MeshConfig(data=2, expert=4),
+        'model.dispatch.by_expert',
+        lambda real: lambda expert_NK, E: real(jnp.where(expert_NK < E, (expert_NK + 1) % E, E), E),
+    ),
+    fault(
         'a document begins a token late',
         'dense',
         MeshConfig(data=2, context=2, tensor=2),
@@ -363,19 +387,25 @@ def holds(case: str, found: dict[str, Any]) -> bool:
 
 def tell(found: dict[str, Any]) -> str:
     """A case's figures in a line."""
-    return ', '.join(f'{name} {value:.2g}' if isinstance(value, float) else f'{name} {value}' for name, value in found.items())
+    return ', '.join(
+        f'{name} {value:.2g}' if isinstance(value, float) else f'{name} {value}' for name, value in found.items()
+    )
 
 
 # Running and keeping --------------------------------------------------------------------------------------------------
 
 
 def fingerprint() -> str:
-    """Of the code that results rest on, and of jax."""
+    """Of the code that results rest on, without its comments and docstrings, and of jax."""
     digest = hashlib.sha256(jax.__version__.encode())
-    for place_ in CODE:
-        path = ROOT / place_
+    for name in CODE:
+        path = ROOT / name
         for file in sorted(path.rglob('*.py')) if path.is_dir() else [path]:
-            digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+            tree = ast.parse(file.read_text(encoding='utf-8'))
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                    node.value = ast.Constant(None)
+            digest.update(ast.dump(tree).encode())
     return digest.hexdigest()[:12]
 
 

@@ -57,9 +57,9 @@ def gradients(results: Results) -> list[str]:
     lines = [
         '## Loss and gradient of one step, float64',
         '',
-        f'A decoder of 8 equal layers (with experts: a dense one before them), 8 heads, 8 experts, {B} rows of {T} tokens, several '
-        'documents and padding in each; the dense one has a sliding window and 2 parts of a step (accumulation), as has '
-        'all_to_all, whose capacity is never reached. Each figure: the worst leaf’s max |Δ| over max |g|, beside one device.',
+        f'A decoder of 8 equal layers (with experts: a dense one before them), 8 heads, 8 experts, {B} rows of {T} tokens, '
+        'several documents and padding in each; the dense one has a sliding window and 2 parts of a step (accumulation), as '
+        'has all_to_all, whose capacity is never reached. Each figure: the worst leaf’s max |Δ| over max |g|, beside one device.',
         '',
         '| ' + ' | '.join([*AXES, *MODELS]) + ' |',
         '|' + '---:|' * (len(AXES) + len(MODELS)),
@@ -75,11 +75,15 @@ def initials(results: Results) -> list[str]:
     """How many meshes begin with the same bits."""
     lines = ['## Initial parameters, float32', '']
     for kind in ('dense', 'all_gather'):
-        found = [results.found[f'initial/{kind}/{mesh}'] for mesh in MESHES if f'initial/{kind}/{mesh}' in results.found]
+        found = [
+            results.found[f'initial/{kind}/{mesh}'] for mesh in MESHES if f'initial/{kind}/{mesh}' in results.found
+        ]
         same = sum(one['error'] == 0 for one in found)
         if found:
             name = 'with experts' if kind != 'dense' else 'dense'
-            lines.append(f'- {name}: bit for bit one device’s {found[0]["parameters"]:,} parameters on {same} of {len(found)} meshes')
+            lines.append(
+                f'- {name}: bit for bit one device’s {found[0]["parameters"]:,} parameters on {same} of {len(found)} meshes'
+            )
     return [*lines, '']
 
 
@@ -106,8 +110,8 @@ def faults(results: Results, cases: dict[str, Any]) -> list[str]:
     lines = [
         '## Planted faults',
         '',
-        'The same comparison while one thing is wrong. A fault is caught where the type check of `shard_map` refuses the program, '
-        f'or where the error is above {TOLERANCE["gradient"]:.0e}.',
+        'The same comparison while one thing is wrong. A fault is caught where the type check of `shard_map` refuses the '
+        f'program, or where the error is above {TOLERANCE["gradient"]:.0e}.',
         '',
         '| fault | model | mesh | caught by | error |',
         '|---|---|---|---|---:|',
@@ -116,7 +120,9 @@ def faults(results: Results, cases: dict[str, Any]) -> list[str]:
         if case.startswith('fault/'):
             _, what, kind, mesh = case.split('/')
             found = results.found.get(case)
-            by = '' if not found else 'types' if 'refused' in found else 'numbers' if caught(found) else '**not caught**'
+            by = (
+                '' if not found else 'types' if 'refused' in found else 'numbers' if caught(found) else '**not caught**'
+            )
             error = f'{found["error"]:.1e}' if found and 'error' in found else ''
             lines.append(f'| {what} | {kind} | {mesh} | {by} | {error} |')
     return [*lines, '']

@@ -50,8 +50,8 @@ def open_run(folder: str | Path, mesh: str | None = None) -> TrainedRun:
     wanted = unstaged(config.mesh) if mesh is None else parse_mesh(mesh)
     if wanted.stage > 1:
         raise UserError(
-            f'--mesh {mesh}: stage is {wanted.stage}, and decoding has no pipeline: a token would wait for every stage in turn; '
-            f'nearest that works: ({unstaged(wanted)})'
+            f'--mesh {mesh}: stage is {wanted.stage}, and decoding has no pipeline, where a token would wait for each '
+            f'stage in turn; nearest that works: ({unstaged(wanted)})'
         )
     check_divides(wanted, sizes(config.model))
     start(wanted.size, config.model.dtype)

@@ -173,7 +173,9 @@ def sizes(c: ModelConfig) -> list[Divides]:
     return rules
 
 
-def batch_sizes(batch: int, sequence_length: int, accumulation: int = 1, microbatches: int | None = None) -> list[Divides]:
+def batch_sizes(
+    batch: int, sequence_length: int, accumulation: int = 1, microbatches: int | None = None
+) -> list[Divides]:
     """What the mesh must divide to hold a training batch."""
     part = 'training.batch' if accumulation == 1 else 'training.batch / training.accumulation'
     rules = [

@@ -159,8 +159,8 @@ class Backends(TypedDict):
 
 def backends(c: ModelConfig) -> Backends:
     """The backends that the config names, or the fast ones of the current mesh's platform."""
-    name = platform()
+    name, context = platform(), jax.sharding.get_abstract_mesh().shape['context']
     return {
-        'backend': attention_backend(name) if c.attention == 'auto' else c.attention,
+        'backend': attention_backend(name, context) if c.attention == 'auto' else c.attention,
         'experts': experts_backend(name) if c.experts == 'auto' else c.experts,
     }

@@ -55,7 +55,9 @@ def needs_no_stages(what: str) -> None:
     """Raises UserError where the current mesh has a pipeline, which is for training."""
     stages = jax.sharding.get_abstract_mesh().shape['stage']
     if stages > 1:
-        raise UserError(f'mesh.stage is {stages}: {what} has no pipeline; use the same devices as mesh.data={stages} more')
+        raise UserError(
+            f'mesh.stage is {stages}: {what} has no pipeline; use the same devices as mesh.data={stages} more'
+        )
 
 
 def logits(model: Decoder, tokens_BT, position_BT, segment_BT):

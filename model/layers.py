@@ -210,7 +210,9 @@ class Attention(nnx.Module):
             k_BTKH = rms_norm(k_BTKH, self.k_scale_H[...], c.norm_epsilon)
         q_BTKGH, k_BTKH = (rope(a, view.position_BT, c.rope_theta) for a in (q_BTKGH, k_BTKH))
         if cache is not None:
-            cache = Cache(*(keep(old, new, layer, view.position_BT) for old, new in zip(cache, (k_BTKH, v_BTKH), strict=True)))
+            cache = Cache(
+                *(keep(old, new, layer, view.position_BT) for old, new in zip(cache, (k_BTKH, v_BTKH), strict=True))
+            )
         here = (view.position_BT, view.segment_BT)
         if view.decoding:
             k_BSKH, v_BSKH = (kept[layer].astype(q.dtype) for kept in cache)

@@ -1,7 +1,9 @@
 """Proves on this machine that every mesh gives one device's numbers, and writes the page that shows it.
 
-python scripts/prove.py                      all of it: benchmarks/sharding.md (about an hour on two cores; goes on where it was)
-python scripts/prove.py --only 'gradient/dense/*'          some cases, of fnmatch patterns; the page says what is missing
+python scripts/prove.py                      all of it, into benchmarks/sharding.md (about an hour on two cores)
+python scripts/prove.py --only 'gradient/dense/*'          some cases; the page says what is missing
+
+A run that was interrupted goes on where it was: figures are kept with a hash of the code that they came from.
 """
 
 import argparse
@@ -46,7 +48,9 @@ def main() -> int:
         if not right:
             failed.append(case)
         verdict = 'as it must be' if right else 'FAILED'
-        print(f'{number}/{len(chosen)}  {case}  {proof.tell(found)}  {verdict}{"  (kept)" if known else ""}', flush=True)
+        print(
+            f'{number}/{len(chosen)}  {case}  {proof.tell(found)}  {verdict}{"  (kept)" if known else ""}', flush=True
+        )
     options.page.write_text(proof_page.page(results, cases), encoding='utf-8')
     print(f'{options.page}: {sum(case in results.found for case in cases)} of {len(cases)} cases')
     for case in failed:

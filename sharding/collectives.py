@@ -5,7 +5,7 @@ Letters: B rows, T sequence (here: as long as the name says), D model, N any dim
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import P, lax
 
 from sharding.mesh import AXES, FSDP
 
@@ -49,7 +49,7 @@ def sum_copies(tree, specs):
     One call for all weights of a layout: a step sends this once, whatever the number of its layers and microbatches.
     """
     leaves, structure = jax.tree.flatten(tree)
-    layouts = structure.flatten_up_to(specs)
+    layouts = jax.tree.leaves(specs, is_leaf=lambda spec: isinstance(spec, P))
     by_axes: dict[tuple[str, ...], list[int]] = {}
     for i, spec in enumerate(layouts):
         split = {axis for axes in spec if axes for axis in (axes if isinstance(axes, tuple) else (axes,))}

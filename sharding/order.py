@@ -13,9 +13,10 @@ def contiguous(T: int, n: int) -> np.ndarray:
 
 
 def zigzag(T: int, n: int) -> np.ndarray:
-    """int32 [n, c]: of 2n chunks device i holds the chunks i and 2n - 1 - i, so that all have equal work under a causal mask.
+    """int32 [n, c]: of 2n chunks device i holds the chunks i and 2n - 1 - i.
 
-    As in Llama 3's context parallelism (arXiv:2407.21783, section 3.3.2).
+    Then as many pairs of a query and an earlier key meet on every device, and in every tick of a ring (Brandon et al. 2023,
+    arXiv:2311.09431, for the imbalance; the order is Llama 3's, arXiv:2407.21783, section 3.3.2).
     """
     if n == 1:
         return contiguous(T, 1)

@@ -37,8 +37,12 @@ class TrainingConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
-    accumulation: int = 1  # parts of a batch that are worked on one after another; the result is that of the whole batch
-    microbatches: int | None = None  # parts that go through a pipeline (mesh.stage) after one another; None: 4 a stage, or fewer
+    accumulation: int = (
+        1  # parts of a batch that are worked on one after another; the result is that of the whole batch
+    )
+    microbatches: int | None = (
+        None  # parts that go through a pipeline (mesh.stage) after one another; None: 4 a stage, or fewer
+    )
     clip: float | None = 1.0  # global norm above which a gradient is scaled down to it; null: never
 
     def __post_init__(self):
@@ -47,7 +51,9 @@ class TrainingConfig:
         if self.microbatches is not None:
             _at_least('training', self, 'microbatches', 1)
         if self.batch % self.accumulation:
-            works = min((d for d in range(1, self.batch + 1) if self.batch % d == 0), key=lambda d: abs(d - self.accumulation))
+            works = min(
+                (d for d in range(1, self.batch + 1) if self.batch % d == 0), key=lambda d: abs(d - self.accumulation)
+            )
             raise UserError(
                 f'training.accumulation is {self.accumulation} and training.batch {self.batch}: the first must divide the '
                 f'second; nearest that works: {works}'

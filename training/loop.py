@@ -188,10 +188,9 @@ class Run:
             )
         if 'router' in figures:
             router = figures['router']
-            row |= {
-                f'router.{name}': float(router[name]) for name in ('entropy', 'max_share', 'balance_loss', 'z_loss')
-            }
-            row |= {'router.dropped_share': 0.0, 'router.load': router['load'].tolist()}
+            names = ('entropy', 'max_share', 'balance_loss', 'z_loss', 'dropped_share')
+            row |= {f'router.{name}': float(router[name]) for name in names}
+            row['router.load'] = router['load'].tolist()
         return row
 
     def log(self, row: dict[str, Any]) -> None:

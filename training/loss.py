@@ -142,6 +142,7 @@ def parts(sums: dict, model: Decoder) -> dict:
             'z_loss': router['z'].mean() / tokens,
             'entropy': router['entropy'].mean() / tokens,
             'max_share': load_LE.max(),
+            'dropped_share': router['dropped'].sum() / (tokens * moe.top_k * load_LE.shape[0]),
             'load': load_LE,
         }
     return found

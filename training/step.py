@@ -9,6 +9,7 @@ from flax import nnx
 
 from model.decoder import Decoder
 from model.layers import is_matrix
+from model.moe import MoE, updated_bias
 from training.config import RunConfig, TrainingConfig
 from training.loss import loss_and_gradient
 
@@ -61,4 +62,19 @@ def train_step(config: RunConfig, state: State, batch: dict) -> tuple[State, dic
     )
     updates, moments = optimizer(config.training).update(gradient, state.optimizer, state.model)
     figures |= {'grad_norm': optax.tree.norm(gradient), 'learning_rate': schedule(config.training)(state.step)}
-    return State(optax.apply_updates(state.model, updates), moments, state.step + 1, state.key), figures
+    model = optax.apply_updates(state.model, updates)
+    if config.model.moe and config.model.moe.bias_update_rate:
+        balance_choices(model, figures)
+    return State(model, moments, state.step + 1, state.key), figures
+
+
+def balance_choices(model: Decoder, figures: dict) -> None:
+    """Moves the routers' biases by what the whole step's tokens chose, whatever devices and parts they were on."""
+    moe = model.config.moe
+    # Shares of all choices back to whole numbers, so that every mesh compares the same.
+    load_LE = jnp.round(figures['router']['load'] * (figures['tokens'] * moe.top_k))
+    for blocks in model.groups:
+        if isinstance(blocks.mlp, MoE):
+            bias_LE = blocks.mlp.bias_E
+            spec = jax.typeof(bias_LE[...]).sharding.spec
+            bias_LE[...] = updated_bias(bias_LE[...], jax.reshard(load_LE, spec), moe.bias_update_rate)

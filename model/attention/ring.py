@@ -29,20 +29,6 @@ from sharding.errors import UserError
 AXIS = 'context'
 
 
-def zigzag(T: int, n: int) -> jax.Array:
-    """int32 [n, T / n]: which of a row's T columns each of n devices holds, in that order: chunks i and 2n - 1 - i of 2n.
-
-    Then as many pairs of a query and an earlier key meet on every device, and in every tick (Brandon et al. 2023,
-    arXiv:2311.09431, for the imbalance; the order is that of Megatron-LM's and Llama 3's context parallelism,
-    arXiv:2407.21783, 3.3.2). A device finds its own as `zigzag(T, n)[lax.axis_index('context')]`.
-    """
-    if n == 1:
-        return jnp.arange(T, dtype=jnp.int32)[None]
-    assert T % (2 * n) == 0, (T, n)
-    chunk_2nT = jnp.arange(T, dtype=jnp.int32).reshape(2 * n, -1)
-    return jnp.concatenate([chunk_2nT[:n], chunk_2nT[n:][::-1]], axis=1)
-
-
 def ring_attention(
     q_BTKGH: jax.Array,
     k_BSKH: jax.Array,

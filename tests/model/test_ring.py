@@ -12,10 +12,11 @@ import model.attention.ring
 from model.attention import attention, default_backend, needs_unchecked
 from model.attention.flash import Tiling
 from model.attention.mask import tiles_see
-from model.attention.ring import ring_blockwise, ring_flash, zigzag
+from model.attention.ring import ring_blockwise, ring_flash
 from sharding.collectives import onward, vary_together
 from sharding.errors import UserError
 from sharding.mesh import BATCH, MeshConfig, make_mesh
+from sharding.order import zigzag
 from tests.model.test_attention import here, sample, value_and_grads
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason='wants 8 devices')
@@ -265,7 +266,7 @@ def test_zigzag():
     with pytest.raises(AssertionError):
         zigzag(10, 4)
     mine = jax.shard_map(
-        lambda: zigzag(16, 8)[jax.lax.axis_index('context')],
+        lambda: jnp.asarray(zigzag(16, 8))[jax.lax.axis_index('context')],
         mesh=make_mesh(MeshConfig(context=8)),
         in_specs=(),
         out_specs=P('context'),
