@@ -4,6 +4,7 @@ Letters: B batch rows, T queries, S keys, K key/value heads, G query heads per k
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 from jax import lax
@@ -72,9 +73,9 @@ def attention(
     assert k_at[0].shape == k_at[1].shape == k_BSKH.shape[:2], (k_BSKH.shape, k_at[0].shape)
     inputs = vary_together((q_BTKGH, k_BSKH, v_BSKH, q_at, k_at))
     scale = H**-0.5 if scale is None else scale
-    if ring and lax.axis_size(AXIS) > 1:
-        return ring_attention(*inputs, window, scale, backend)
-    return _RUN[backend](*inputs, window, scale)
+    around = ring and lax.axis_size(AXIS) > 1
+    run: Callable[..., jax.Array] = partial(ring_attention, backend=backend) if around else _RUN[backend]
+    return run(*inputs, window, scale)
 
 
 def default_backend(name: str, context: int = 1) -> str:

@@ -245,10 +245,11 @@ def tiled_backward(window, scale, kept, dout_BcKMH):
             q_cKMH, k_dKSH, v_dKSH, at_c, at_d, dout_cKMH, lse_cKM, delta_cKM, first_c, end_c = row
 
             def query_tile(dkv_dKHS, tile):
-                *query, first, end = tile
-                grads = like(query[0], query[0].shape), *dkv_dKHS
-                dq_KMH, *dkv = over_keys_back(grads, *query, k_dKSH, v_dKSH, at_d, first, end, window, scale)
-                return tuple(dkv), dq_KMH
+                q_KMH, at_T, dout_KMH, lse_KM, delta_KM, first, end = tile
+                query, keys = (q_KMH, at_T, dout_KMH, lse_KM, delta_KM), (k_dKSH, v_dKSH, at_d, first, end)
+                grads = like(q_KMH, q_KMH.shape), *dkv_dKHS
+                dq_KMH, *dkv_dKHS = over_keys_back(grads, *query, *keys, window, scale)
+                return tuple(dkv_dKHS), dq_KMH
 
             d, K, S, H = k_dKSH.shape
             zeros = like(k_dKSH, (d, K, H, S)), like(k_dKSH, (d, K, H, S))
@@ -274,10 +275,10 @@ def more_keys(state_BT: State, q_BTKGH, k_BdKSH, v_BdKSH, at_c: At, at_d: At, wi
 
     def query_tile(i, state_BT):
         b, i = i // c, i % c
-        state = tuple(get_tile(x, c, b, i) for x in state_BT)
+        max_KM, sum_KM, out_KMH = (get_tile(x, c, b, i) for x in state_BT)
         q_KMH, at_T = get_tile(q_BTKGH, c, b, i), at_tile(at_c, b, i)
-        span = first_Bc[b, i], end_Bc[b, i]
-        state = over_keys(state, q_KMH, at_T, k_BdKSH, v_BdKSH, at_d, *span, window, scale, row=(b,))
+        keys = k_BdKSH, v_BdKSH, at_d, first_Bc[b, i], end_Bc[b, i]
+        state = over_keys((max_KM, sum_KM, out_KMH), q_KMH, at_T, *keys, window, scale, row=(b,))
         return tuple(set_tile(x, c, b, i, new) for x, new in zip(state_BT, state, strict=True))
 
     return lax.fori_loop(0, B * c, query_tile, state_BT)

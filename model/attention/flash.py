@@ -311,9 +311,10 @@ def whole_tiles_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan: Plan):
 
 
 def whole_tiles_backward(plan: Plan, kept, dout_BTKGH):
-    *inputs, out_BTKGH, lse_BNT = kept
+    q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, out_BTKGH, lse_BNT = kept
     delta_BTKG = (dout_BTKGH.astype(jnp.float32) * out_BTKGH.astype(jnp.float32)).sum(-1)
-    grads = tiles_backward(*inputs, dout_BTKGH, lse_BNT, by_head(delta_BTKG), plan, dout_BTKGH.dtype)
+    inputs = q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS
+    grads = tiles_backward(*inputs, dout_BTKGH, lse_BNT, by_head(delta_BTKG), plan, q_BTKGH.dtype)
     return *grads, None, None
 
 
