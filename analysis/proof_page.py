@@ -59,7 +59,7 @@ def gradients(results: Results) -> list[str]:
         '',
         f'A decoder of 8 equal layers (with experts: a dense one before them), 8 heads, 8 experts, {B} rows of {T} tokens, '
         'several documents and padding in each; the dense one has a sliding window and 2 parts of a step (accumulation), as '
-        'has all_to_all, whose capacity is never reached. Each figure: the worst leaf’s max |Δ| over max |g|, beside one device.',
+        'has all_to_all, whose capacity is never reached. Each figure: the worst leaf’s max |Δ| over max |g| of one device.',
         '',
         '| ' + ' | '.join([*AXES, *MODELS]) + ' |',
         '|' + '---:|' * (len(AXES) + len(MODELS)),

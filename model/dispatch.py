@@ -43,8 +43,8 @@ class Experts(NamedTuple):
     backend: str  # of the grouped matmul
 
     @property
-    def number(self) -> int:
-        """How many."""
+    def held(self) -> int:
+        """How many of the E experts."""
         return self.up_EDF.shape[0]
 
     def grouped(self, x_SD, sizes_E):
@@ -75,7 +75,7 @@ def all_gather(x_ND, gate_NK, expert_NK, experts: Experts, *, split: bool, capac
     """Every token to every device; rows of other devices' experts sort last and are not computed."""
     axes = ('expert', 'tensor') if split else ('expert',)
     x_ND, gate_NK, expert_NK = (lax.all_gather(a, axes, tiled=True) for a in (x_ND, gate_NK, expert_NK))
-    E = experts.number
+    E = experts.held
     mine_NK = expert_NK - E * lax.axis_index('expert')
     mine_NK = jnp.where((mine_NK >= 0) & (mine_NK < E), mine_NK, E)
     order_R, place_R, sizes_E = by_expert(mine_NK, E)
@@ -91,15 +91,15 @@ def all_to_all(x_ND, gate_NK, expert_NK, experts: Experts, *, split: bool, capac
     Gates stay at home. Without `split` there is room for every token, so that decoding drops none.
     """
     (N, K), n = expert_NK.shape, lax.axis_size('expert')
-    E, D = n * experts.number, x_ND.shape[1]
+    E, D = n * experts.held, x_ND.shape[1]
     C = capacity(N, K, E, capacity_factor) if split else N
     order_S, slot_R, dropped = slots(expert_NK, E, C)
-    x_nECD = permute(x_ND, order_S, slot_R, partial=True).reshape(n, experts.number, C, D)
+    x_nECD = permute(x_ND, order_S, slot_R, partial=True).reshape(n, experts.held, C, D)
     x_nECD = lax.all_to_all(x_nECD, 'expert', 0, 0, tiled=True)
     if split:
         x_nECD = lax.all_gather(x_nECD, 'tensor', tiled=True)
-    y_ECD = experts.batched(x_nECD.swapaxes(0, 1).reshape(experts.number, -1, D))
-    y_nECD = y_ECD.reshape(experts.number, -1, C, D).swapaxes(0, 1)
+    y_ECD = experts.batched(x_nECD.swapaxes(0, 1).reshape(experts.held, -1, D))
+    y_nECD = y_ECD.reshape(experts.held, -1, C, D).swapaxes(0, 1)
     if split:
         y_nECD = lax.psum_scatter(y_nECD, 'tensor', tiled=True)
     y_SD = lax.all_to_all(y_nECD, 'expert', 0, 0, tiled=True).reshape(E * C, D)
@@ -116,11 +116,11 @@ def ragged(x_ND, gate_NK, expert_NK, experts: Experts, *, split: bool, capacity_
     if split:
         x_ND, gate_NK, expert_NK = (lax.all_gather(a, 'tensor', tiled=True) for a in (x_ND, gate_NK, expert_NK))
     (N, K), n = expert_NK.shape, lax.axis_size('expert')
-    E = n * experts.number
+    E = n * experts.held
     order_R, place_R, count_E = by_expert(expert_NK, E)
     count_nE = lax.all_gather(count_E, 'expert')
-    mine_nE = lax.dynamic_slice_in_dim(count_nE, lax.axis_index('expert') * experts.number, experts.number, 1)
-    x_SD = exchange(permute(x_ND, order_R, place_R), count_nE, n * N * min(K, experts.number))
+    mine_nE = lax.dynamic_slice_in_dim(count_nE, lax.axis_index('expert') * experts.held, experts.held, 1)
+    x_SD = exchange(permute(x_ND, order_R, place_R), count_nE, n * N * min(K, experts.held))
     y_SD = experts.grouped(x_SD, mine_nE.sum(0, dtype=jnp.int32))
     y_RD = exchange(y_SD, count_nE, N * K, back=True)
     y_ND = combine(y_RD, gate_NK.astype(x_ND.dtype), order_R, place_R)

@@ -37,6 +37,7 @@ MESHES = [
     MeshConfig(context=2, expert=4),
 ]
 DISPATCHES = ['all_gather', 'all_to_all', 'ragged']
+EVERY = np.ones((1, 1, 1), bool)
 LOSSES = {'balance': 3.0, 'z': 0.1}  # weights in the differentiated sum, so that it feels both
 
 
@@ -55,7 +56,7 @@ def sparse(c: ModelConfig, backend: str, sequence_split: bool = True):
         here = {} if sequence_split else {'sequence_split': False, 'decoding': True}
         view = View(jnp.zeros_like(segment_BT), segment_BT, backend='reference', experts=backend, **here)
         y_BTD, figures = moe(vary(x_BTD), view)
-        y_BTD = jax.lax.pmean(y_BTD, copies)
+        y_BTD = jax.lax.pmean(vary(y_BTD), copies)
         figures = jax.lax.psum(vary(figures), AXES)
         axes = tuple(axis for axis in AXES if axis not in copies)
         total = jax.lax.psum((y_BTD * ct_BTD).sum(), axes) + sum(n * figures[name] for name, n in LOSSES.items())
@@ -72,7 +73,7 @@ def sparse(c: ModelConfig, backend: str, sequence_split: bool = True):
 
 
 @functools.partial(jax.jit, static_argnums=4)
-def dense(w, x, ct, segment, c, kept_BTE=True):
+def dense(w, x, ct, segment, c, kept_BTE=EVERY):
     def run(w, x):
         y, (balance, z, load_E) = reference.experts(w, x, segment, c, kept_BTE)
         total = (y * ct).sum() + LOSSES['balance'] * balance + LOSSES['z'] * z
@@ -89,16 +90,31 @@ def inputs(c: ModelConfig, tokens: int = T):
     return x, ct, segment
 
 
-def layer(c: ModelConfig, skewed: bool = False) -> MoE:
-    """A layer on the current mesh. `skewed`: where x is positive experts 0 and 1 win everywhere, and six get nothing."""
-    moe = jax.jit(lambda key: MoE(c, nnx.Rngs(key)))(jax.random.key(0))
+@functools.cache
+def values(c: ModelConfig, skewed: bool) -> list[np.ndarray]:
+    """A layer's weights. `skewed`: where x is positive experts 0 and 1 win everywhere, and six get nothing."""
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        moe = jax.device_get(jax.jit(lambda key: MoE(c, nnx.Rngs(key)))(jax.random.key(0)))
     if skewed:
-        skew = jnp.asarray([0.3, 0.2, -0.1, -0.1, -0.1, -0.1, -0.1, -0.1], c.dtype)
-        moe.router_DE[...] = jax.jit(lambda w: w * 0.01 + skew[None])(moe.router_DE[...])
+        skew = np.array([0.3, 0.2, -0.1, -0.1, -0.1, -0.1, -0.1, -0.1], c.dtype)
+        moe.router_DE.set_value(moe.router_DE[...] * 0.01 + skew)
     elif c.moe.bias_update_rate:
-        bias = jnp.asarray(np.random.default_rng(1).normal(size=c.moe.experts) * 0.2, c.dtype)
-        moe.bias_E[...] = jax.device_put(bias, P(None))
-    return moe
+        moe.bias_E.set_value(np.random.default_rng(1).normal(size=c.moe.experts).astype(c.dtype) * 0.2)
+    return jax.tree.leaves(moe)
+
+
+def layer(c: ModelConfig, skewed: bool = False) -> MoE:
+    """A layer on the current mesh."""
+    moe = jax.eval_shape(lambda: MoE(c, nnx.Rngs(0)))
+    leaves, structure = jax.tree.flatten(moe)
+    put = [jax.device_put(a, s.sharding.spec) for a, s in zip(values(plain(c), skewed), leaves, strict=True)]
+    return jax.tree.unflatten(structure, put)
+
+
+def plain(c: ModelConfig) -> ModelConfig:
+    """Without what the dense reference does not know, so that it is compiled once for all."""
+    moe = dataclasses.replace(c.moe, dispatch='auto', capacity_factor=1.0)
+    return dataclasses.replace(c, moe=moe)
 
 
 def named(tree) -> dict:
@@ -108,7 +124,7 @@ def named(tree) -> dict:
     }
 
 
-def check(c: ModelConfig, mesh: MeshConfig, backend: str, tolerance: float, skewed: bool, kept_BTE=True) -> dict:
+def check(c: ModelConfig, mesh: MeshConfig, backend: str, tolerance: float, skewed: bool, kept_BTE=EVERY) -> dict:
     """Asserts that value, gradients and figures equal the dense reference. Returns what was got."""
     x, ct, segment = inputs(c)
     x = np.abs(x) if skewed else x
@@ -120,7 +136,7 @@ def check(c: ModelConfig, mesh: MeshConfig, backend: str, tolerance: float, skew
         got = {**named(dw), 'x': dx, 'y': y, **{name: figures[name] for name in ('balance', 'z', 'load_E')}}
         got, w, dropped = jax.device_get(got), named(moe), float(figures['dropped'])
     with jax.numpy_rank_promotion('allow'):
-        (_, (want_y, want_figures)), (want_dw, want_dx) = dense(w, x, ct, segment, c, kept_BTE)
+        (_, (want_y, want_figures)), (want_dw, want_dx) = dense(w, x, ct, segment, plain(c), kept_BTE)
     want = {**want_dw, 'x': want_dx, 'y': want_y, **want_figures}
     assert got.keys() == want.keys()
     for name in want:
@@ -212,7 +228,7 @@ def test_decoding_drops_nothing_and_equals_dense_experts(mesh, dispatch, float64
         _, (y, figures) = sparse(c, 'blocked', sequence_split=False)(moe, *arrays)
         y, w, figures = np.asarray(y), named(moe), jax.device_get(figures)
     with jax.numpy_rank_promotion('allow'):
-        (_, (want, want_figures)), _ = dense(w, x, ct, segment, c)
+        (_, (want, want_figures)), _ = dense(w, x, ct, segment, plain(c))
     assert np.abs(y - want).max() <= 1e-10 * np.abs(want).max()
     np.testing.assert_allclose(figures['load_E'], want_figures['load_E'])
     np.testing.assert_allclose(figures['balance'], want_figures['balance'])
