@@ -194,7 +194,7 @@ class _Peers:
             line = f'{message["who"]}: {message["line"]}' if self.process == 0 else ''
         with contextlib.suppress(Exception):
             if sys.stdout.isatty():
-                os.write(1, b'\x1b[?25h\n')  # the progress bar hid the cursor
+                os.write(sys.stdout.fileno(), b'\x1b[?25h\n')  # the progress bar hid the cursor
             if line:
                 os.write(2, f'{line}\n'.encode())
             if self.process == 0:

@@ -16,6 +16,7 @@ import re
 import socket
 import stat
 import subprocess
+import sys
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -105,6 +106,8 @@ def begin(launch: Launch, devices: int) -> None:
     try:
         jax.distributed.initialize(launch.coordinator, launch.processes, launch.process, **told)
         if jax.process_count() > 1:
+            if jax.default_backend() == 'cpu':
+                _hush()
             if jax.process_index() == 0:
                 _outlive()
             peers.join(jax.process_index(), jax.process_count(), _exchange, jax.distributed.shutdown)
@@ -115,6 +118,15 @@ def begin(launch: Launch, devices: int) -> None:
             f'the mesh asks for {devices} devices and the {jax.process_count()} processes have {jax.device_count()} '
             f'({jax.local_device_count()} each): the sizes along its axes must multiply to {jax.device_count()}'
         )
+
+
+def _hush() -> None:
+    """Gloo, which connects CPUs, tells of each connection on standard output: only Python's own lines go there from now on."""
+    sys.stdout.flush()
+    real = os.fdopen(os.dup(1), 'w', buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    with open(os.devnull, 'wb') as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    sys.stdout = real
 
 
 def _outlive() -> None:
