@@ -6,6 +6,8 @@ Letters: B rows, T sequence, V vocabulary.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +28,41 @@ ROWS = (*BATCH, 'stage')  # axes of the rows that a device's view gives, where `
 
 
 def place(tree):
-    """Host arrays, rows first, as global arrays whose rows are split over the current mesh."""
-    rows = NamedSharding(jax.sharding.get_mesh(), TOKENS)
-    return jax.tree.map(lambda array: jax.device_put(array, rows), tree)
+    """Host arrays, rows first, the same in every process, as global arrays whose rows are split over the current mesh."""
+    return jax.tree.map(lambda array: place_rows(len(array), lambda begin, end: array[begin:end]), tree)
+
+
+def place_rows(count: int, take: Callable[[int, int], Any]):
+    """`count` rows as global arrays, laid out as by `place`, of which this process takes only those that it needs.
+
+    `take(begin, end)` gives a tree of host arrays [end - begin, …]; it is called once for each of `local_rows(count)`.
+    """
+    split = NamedSharding(jax.sharding.get_mesh(), TOKENS)
+    spans = local_rows(count)
+    blocks = [take(*span) for span in spans]
+
+    def whole(*parts):
+        def part(index):
+            begin, end, _ = index[0].indices(count)
+            span = next(n for n, (first, last) in enumerate(spans) if first <= begin and end <= last)
+            return parts[span][begin - spans[span][0] : end - spans[span][0]]
+
+        return jax.make_array_from_callback((count, *parts[0].shape[1:]), split, part)
+
+    return jax.tree.map(whole, *blocks)
+
+
+def local_rows(count: int) -> list[tuple[int, int]]:
+    """Which of `count` rows lie on this process' devices of the current mesh: [begin, end) of each run of them, ascending."""
+    split = NamedSharding(jax.sharding.get_mesh(), TOKENS)
+    found: list[tuple[int, int]] = []
+    for begin, end in sorted(
+        {i[0].indices(count)[:2] for i in split.addressable_devices_indices_map((count,)).values()}
+    ):
+        if found and begin == found[-1][1]:
+            begin = found.pop()[0]
+        found.append((begin, end))
+    return found
 
 
 def row_ways() -> int:

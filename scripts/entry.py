@@ -1,27 +1,41 @@
 """What every script does around its work: one line for what a user can mend, and the exit codes of the contract."""
 
 import sys
+import traceback
 from collections.abc import Callable
 
-from sharding.errors import Diverged, OutOfMemory, UserError
+from sharding import peers
+from sharding.errors import Diverged, NotTogether, OutOfMemory, UserError
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Runs a script's main and exits.
 
     0 done; 2 the user's mistake and 1 what this machine or this run cannot do, each in one line on stderr; what main returns;
-    1 with a traceback for anything else.
+    1 with a traceback for anything else. Of several processes one that fails ends all with its code.
     """
     try:
         code = main() or 0
+        peers.leave()
         sys.stdout.flush()
-    except (UserError, OutOfMemory, Diverged) as error:
-        print(f'error: {error}', file=sys.stderr)
-        code = 2 if isinstance(error, UserError) else 1
+        sys.exit(code)
+    except (UserError, OutOfMemory, Diverged, NotTogether) as error:
+        if not peers.first():
+            peers.give_word()  # a mistake that all make is the first's to tell
+        line, code = f'error: {error}', 2 if isinstance(error, UserError) else 1
+        print(line, file=sys.stderr)
     except BrokenPipeError:  # the reader of our output has gone, as in `… | head`
         sys.stderr.close()
-        code = 1
+        line, code = 'its output is closed', 1
     except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
-        code = 130
+        line, code = 'interrupted', 130
+        print(line, file=sys.stderr)
+    except Exception as error:
+        if not peers.several():
+            raise
+        peers.give_word()  # when a process is lost, its collectives fail in all others
+        traceback.print_exc()
+        line, code = f'{type(error).__name__}: {error}', 1
+    if peers.several():
+        peers.fail(code, line)
     sys.exit(code)

@@ -1,6 +1,8 @@
 """Trains a run: runs/NAME/ gets its config, tokenizer, metrics, picture and checkpoints. Run again, it continues.
 
 python scripts/train.py configs/demo.yaml training.steps=100 mesh.data=2
+
+Several processes train one run, each on its own devices: scripts/launch/ has ready files.
 """
 
 import argparse
@@ -14,15 +16,24 @@ def main() -> int:
     parser.add_argument('config', help='a YAML file, such as configs/demo.yaml')
     parser.add_argument('overrides', nargs='*', metavar='key=value', help='such as training.steps=100')
     parser.add_argument('--fresh', action='store_true', help='move a run of that name aside and begin anew')
+    from sharding.processes import add_options
+
+    add_options(parser)
     options = parser.parse_intermixed_args()
 
+    from sharding.processes import begin, check_devices, find
     from training.config import load
 
     config = load(options.config, options.overrides)
+    launch = find(vars(options))
+    processes = (launch and launch.processes) or 1
+    check_devices(config.mesh.size, processes, config.mesh)
 
     from sharding.mesh import start
 
-    start(config.mesh.size, config.model.dtype)
+    start(config.mesh.size, config.model.dtype, processes)
+    if launch:
+        begin(launch, config.mesh.size)
 
     from training.loop import train
 

@@ -15,6 +15,10 @@ class OutOfMemory(RuntimeError):
     """A device has too little memory for what the user asked of it: one line says what used it and what to change."""
 
 
+class NotTogether(RuntimeError):
+    """The processes of a run did not find each other."""
+
+
 class Diverged(RuntimeError):
     """The loss is no number any more."""
 

@@ -124,16 +124,16 @@ def platform() -> str:
     return 'gpu' if name in ('cuda', 'rocm') else name
 
 
-def start(devices: int, dtype: str) -> None:
+def start(devices: int, dtype: str, processes: int = 1) -> None:
     """Settles what JAX must know before anything asks it for devices: 64 bits, and how many devices a CPU plays.
 
-    A machine with an accelerator has its own devices. Where JAX has started already (a notebook), it keeps those that it
+    `devices` are those of the whole mesh, of which each of the `processes` has its part. A machine with an accelerator has its own devices. Where JAX has started already (a notebook), it keeps those that it
     has, and `make_mesh` judges whether they suffice.
     """
     if dtype == 'float64':
         jax.config.update('jax_enable_x64', True)
     try:
-        jax.config.update('jax_num_cpu_devices', devices)
+        jax.config.update('jax_num_cpu_devices', devices // processes)
     except RuntimeError as error:
         if 'before backends are initialized' not in str(error):
             raise

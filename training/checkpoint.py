@@ -8,6 +8,9 @@
         manifest.json          every file's size and SHA-256, every array's shape and dtype; its own hash
       saving/                  what is being written or deleted, or was when the process was killed; not for readers
 
+Of several processes each writes and reads its own arrays through Orbax; process 0 does all else, and none goes on before
+it is done: nobody restores, or begins the next save, before the last one is published.
+
 A reader changes nothing. What was killed in the middle is cleared by the next save.
 """
 
@@ -24,6 +27,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from sharding import peers
 from sharding.errors import UserError
 
 MANIFEST = 'manifest.json'
@@ -33,7 +37,7 @@ META = 'meta.json'
 class Checkpoints:
     """The checkpoints of one run: `folder`/checkpoints/STEP/. The newest `keep` are kept; `folder` need not exist yet.
 
-    One process at a time may save. Nothing is created before the first save.
+    One run at a time may save; of several processes all call `save`, `wait`, `restore` and `close` alike. Nothing is created before the first save.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2):
@@ -71,9 +75,11 @@ class Checkpoints:
         files = {META: (json.dumps(meta, indent=1) + '\n').encode(), **(files or {})}
         taken = {MANIFEST, *items}
         assert all(name not in taken and Path(name).name == name for name in files), (list(files), taken)
-        if self._saving.exists():
-            shutil.rmtree(self._saving)  # an earlier process was killed, or a save failed
-        self._saving.mkdir(parents=True)
+        if peers.first():
+            if self._saving.exists():
+                shutil.rmtree(self._saving)  # an earlier process was killed, or a save failed
+            self._saving.mkdir(parents=True)
+        peers.meet('a folder to save into')
         if self._orbax is None:
             options = ocp.options.AsyncOptions(create_directories_asynchronously=False)  # else errors come minutes late
             self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
@@ -111,12 +117,14 @@ class Checkpoints:
         Raises UserError, before any array is read, where a file is missing, truncated, altered or extra, or where a
         name, shape or dtype differs (Orbax would cast in silence).
         """
-        manifest = self._manifest(step)
         path = self.folder / str(step)
         wanted = {item: _named(tree) for item, tree in abstract.items()}
-        for item, named in wanted.items():
-            self._compare(step, item, manifest['arrays'], named)
-        self._verify(step, manifest, set(wanted))
+        if peers.first():
+            manifest = self._manifest(step)
+            for item, named in wanted.items():
+                self._compare(step, item, manifest['arrays'], named)
+            self._verify(step, manifest, set(wanted))
+        peers.meet('verified')
         reads = {item: ocp.args.StandardRestore(named) for item, named in wanted.items() if named}
         with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as reader:
             found = reader.restore(path, ocp.args.Composite(**reads)) if reads else {}
@@ -126,8 +134,15 @@ class Checkpoints:
         }
 
     def _publish(self, orbax: ocp.AsyncCheckpointer, step: int, arrays: dict, files: Mapping[str, bytes]) -> None:
-        """Waits for Orbax, completes the folder, gives it its name, deletes the oldest. Runs in a thread of its own."""
+        """Waits for Orbax in all processes, and publishes. Runs in a thread of its own."""
         orbax.wait_until_finished()
+        peers.meet('saved')
+        if peers.first():
+            self._complete(step, arrays, files)
+        peers.meet('published')
+
+    def _complete(self, step: int, arrays: dict, files: Mapping[str, bytes]) -> None:
+        """Completes the folder, gives it its name, deletes the oldest."""
         path, target = self._saving / str(step), self.folder / str(step)
         for name, content in files.items():
             (path / name).write_bytes(content)

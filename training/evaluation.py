@@ -10,10 +10,11 @@ import numpy as np
 from data.packing import Rows
 from data.tokenizer import Tokenizer
 from model.decoder import Decoder
-from model.forward import place, row_ways
+from model.forward import place_rows, row_ways
 from training.loss import loss_sums
 
 _sums = jax.jit(loss_sums, static_argnames='microbatches')
+_total = jax.jit(jax.numpy.sum)
 
 
 class Evaluation(NamedTuple):
@@ -38,18 +39,25 @@ def evaluate(
     model: Decoder, tokenizer: Tokenizer, rows: Rows, numbers: Sequence[int] | np.ndarray, batch: int
 ) -> Evaluation:
     """Reads the rows of those numbers, about `batch` at a time, without dropout. Use it under `jax.set_mesh`."""
-    piece_bytes = np.array([len(piece) for piece in tokenizer.pieces])
+    bytes_V = np.array([len(piece) for piece in tokenizer.pieces], np.int32)
     stages = jax.sharding.get_mesh().shape['stage']  # a pipeline takes as many microbatches at least
     ways = row_ways() * stages
     batch = -(-min(batch, len(numbers)) // ways) * ways
     nats, tokens, bytes_ = 0.0, 0, 0
     for start in range(0, len(numbers), batch):
         taken = np.asarray(numbers[start : start + batch])
-        block = rows.take(np.pad(taken, (0, batch - len(taken))))
-        block['segments'][len(taken) :] = 0  # the last batch is filled up with padding
-        found = jax.device_get(_sums(model, place(block), microbatches=stages))
-        nats, tokens = nats + float(found['nats']), tokens + int(found['tokens'])
-        bytes_ += int(piece_bytes[block['targets']][block['segments'] > 0].sum())
+        padded = np.pad(taken, (0, batch - len(taken)))
+
+        def take(begin: int, end: int) -> dict[str, np.ndarray]:
+            block = rows.take(padded[begin:end])
+            block['segments'][max(len(taken) - begin, 0) :] = 0  # the last batch is filled up with padding
+            bytes_NT = np.where(block['segments'] > 0, bytes_V[block['targets']], 0)
+            return block | {'bytes': bytes_NT.sum(1, dtype=np.int32)}
+
+        block = place_rows(batch, take)
+        bytes_B = block.pop('bytes')
+        found = jax.device_get({**_sums(model, block, microbatches=stages), 'bytes': _total(bytes_B)})
+        nats, tokens, bytes_ = nats + float(found['nats']), tokens + int(found['tokens']), bytes_ + int(found['bytes'])
     return Evaluation(nats, tokens, bytes_)
 
 

@@ -15,16 +15,18 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.prepare import Dataset, prepare
-from model.forward import place
+from data.prepare import Dataset, load, prepare
+from model.forward import place_rows
+from sharding import peers
 from sharding.errors import Diverged, UserError
 from sharding.memory import explaining
 from sharding.mesh import make_mesh, platform
+from sharding.processes import Agreement
 from training import config as configs
 from training.checkpoint import Checkpoints
 from training.config import RunConfig
 from training.evaluation import evaluate, spread
-from training.metrics import Metrics
+from training.metrics import Metrics, Unwritten
 from training.report import layout, memory_line
 from training.state import abstract_state, items, restore, saved_config
 from training.step import init, train_step
@@ -38,10 +40,23 @@ def train(config: RunConfig, runs: Path, fresh: bool = False, console: Console |
     Returns the exit code: 0 done, 130 or 143 after Ctrl-C or SIGTERM, with a checkpoint saved.
     Raises UserError, before anything is touched, where the config cannot run here or does not continue what is there.
     """
-    console = console or Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    width = None if sys.stdout.isatty() else 120
+    console = console or Console(soft_wrap=True, width=width, quiet=not peers.first())
     folder = runs / config.name
     config.check_sizes()
     mesh = make_mesh(config.mesh)
+    if peers.first():
+        config, dataset = make_ready(config, folder, fresh, console)
+    # Where process 0 finds something wrong, all processes end with its exit code, here or wherever they are.
+    corpus = peers.meet('the data is there', dataset.facts['sha256'] if peers.first() else None)
+    if not peers.first():
+        config, dataset = read_ready(config, folder, corpus)
+    with jax.set_mesh(mesh), explaining(lambda: memory_line(config, abstract_state(config))):
+        return Run(config, folder, dataset, console).go()
+
+
+def make_ready(config: RunConfig, folder: Path, fresh: bool, console: Console) -> tuple[RunConfig, Dataset]:
+    """The complete config and the data, made where they are not there. One process does this."""
     if fresh and folder.exists():
         # The new run is made beside the old one, which stays where it is until nothing can be wrong any more.
         staging = folder.with_name(f'.{folder.name}.new')
@@ -50,10 +65,21 @@ def train(config: RunConfig, runs: Path, fresh: bool = False, console: Console |
         aside = set_aside(folder)
         staging.rename(folder)
         console.print(f'moved the earlier {folder} aside to {aside}')
-    else:
-        config, dataset = ready(config, folder, console)
-    with jax.set_mesh(mesh), explaining(lambda: memory_line(config, abstract_state(config))):
-        return Run(config, folder, dataset, console).go()
+        return config, dataset
+    return ready(config, folder, console)
+
+
+def read_ready(config: RunConfig, folder: Path, corpus: str) -> tuple[RunConfig, Dataset]:
+    """What another process made ready. Raises UserError where `folder` is not the folder that it wrote to."""
+    try:
+        dataset = load(folder)
+    except UserError as error:
+        raise UserError(f'{error}; the processes of a run need one run folder that all of them see') from None
+    if dataset.facts['sha256'] != corpus:
+        raise UserError(
+            f'{folder} holds other data here than for process 0: the processes of a run need one run folder'
+        )
+    return config.with_vocabulary(dataset.tokenizer.vocabulary), dataset
 
 
 def ready(config: RunConfig, folder: Path, console: Console) -> tuple[RunConfig, Dataset]:
@@ -102,22 +128,25 @@ class Run:
     def go(self) -> int:
         """Restores or begins, trains, validates, saves. Returns the exit code."""
         config, console = self.config, self.console
-        published = self.checkpoints.steps()
-        first = published[-1] if published else 0
+        # Process 0 says where to begin: a shared folder may show the others something older.
+        first = peers.at_first('the first step', lambda: max(self.checkpoints.steps(), default=0))
         self.tokens = 0
         if first:
             self.state = restore(self.checkpoints, first, config)
-            self.tokens = self.checkpoints.meta(first)['tokens']
+            self.tokens = peers.at_first('tokens so far', lambda: self.checkpoints.meta(first)['tokens'])
             console.print(f'continuing {self.folder} after step {first}')
         else:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self.state = jax.jit(functools.partial(init, config))()
-        write_config(config, self.folder)
+        if peers.first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_config(config, self.folder)
         console.print(layout(config, self.state.model))
-        self.metrics = Metrics(self.folder, first)
+        self.metrics = Metrics(self.folder, first) if peers.first() else Unwritten()
+        self.agree = Agreement(late=0 if platform() == 'cpu' else AHEAD)
         handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             self.loop(first)
+            self.stopped_by = Agreement(late=0)(self.stopped_by)  # the signal may have come to another process
             self.checkpoints.wait()
         finally:
             for number, handler in handlers.items():
@@ -125,8 +154,8 @@ class Run:
             self.metrics.close()
             self.checkpoints.close()
         if self.stopped_by:
-            name, step = signal.Signals(self.stopped_by).name, self.checkpoints.steps()[-1]
-            console.print(f'stopped by {name} after step {step}, saved; run again to continue')
+            name = signal.Signals(self.stopped_by).name
+            console.print(f'stopped by {name} after step {self.last}, saved; run again to continue')
             return 128 + self.stopped_by
         console.print(f'done: {self.folder}')
         return 0
@@ -140,17 +169,19 @@ class Run:
     def loop(self, first: int) -> None:
         """Steps `first` + 1 to the last."""
         config, t = self.config, self.config.training
+        self.last = first
         waiting: collections.deque[tuple[int, dict]] = collections.deque()
         with progress_bar(self.console) as bar:
             self.console.print('compiling the first step')
             task = bar.add_task('compiling', total=t.steps, completed=first, loss='', speed='')
             self.clock, self.clock_tokens = self.begun = time.perf_counter(), self.tokens
             for step in range(first + 1, t.steps + 1):
-                batch = self.dataset.train.batch(config.seed, step - 1, t.batch)
-                self.state, figures = self.step(self.state, place(batch))
+                take = functools.partial(self.dataset.train.batch, config.seed, step - 1, t.batch)
+                self.state, figures = self.step(self.state, place_rows(t.batch, take))
+                self.last = step
                 waiting.append((step, figures))
-                stop = bool(self.stopped_by)  # once a step: a signal that comes later ends the next one
-                due = step == t.steps or stop
+                stop = self.agree(self.stopped_by)  # once a step: a signal that comes later ends the next one
+                due = step == t.steps or bool(stop)
                 validate = step % config.metrics.validate_every == 0 or step == t.steps
                 save = step % config.checkpoint.every == 0 or due
                 # A CPU that simulates devices aborts when many steps wait for each other; a checkpoint wants all figures in.
@@ -221,7 +252,8 @@ class Run:
         facts = {'step': step, 'tokens': self.tokens, 'corpus': self.dataset.facts['sha256'], 'seed': self.config.seed}
         # Step N's rows follow from (seed, N): the next sample is the data's whole position.
         facts |= {'next_sample': step * self.config.training.batch}
-        files = {name: (self.folder / name).read_bytes() for name in ('config.yaml', 'tokenizer.model')}
+        names = ('config.yaml', 'tokenizer.model') if peers.first() else ()
+        files = {name: (self.folder / name).read_bytes() for name in names}
         self.checkpoints.save(step, items(self.state), facts, files)
         self.clock += time.perf_counter() - began
 
@@ -243,7 +275,7 @@ def progress_bar(console: Console) -> Progress:
         TextColumn('{task.fields[speed]}'),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=not console.is_terminal or console.quiet,
     )
 
 

@@ -51,6 +51,16 @@ class Metrics:
             draw(self.rows, self.folder / 'loss.png', self.folder.name)
 
 
+class Unwritten:
+    """The metrics of a process that does not write them: process 0 does."""
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 def brief(row: dict[str, Any]) -> dict[str, Any]:
     """What `draw` needs of a row, which a long run keeps in memory."""
     kept = {name: value for name, value in row.items() if name in DRAWN}

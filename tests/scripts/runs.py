@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,8 +29,8 @@ def workplace(folder: Path) -> Path:
     return folder
 
 
-def start(folder: Path, script: str, *arguments: str) -> subprocess.Popen:
-    """A script under way in `folder`."""
+def start(folder: Path, script: str, *arguments: str, **variables: str) -> subprocess.Popen:
+    """A script under way in `folder`, with more environment variables."""
     environment = {name: value for name, value in os.environ.items() if name not in ('XLA_FLAGS', 'JAX_PLATFORMS')}
     environment |= {
         'JAX_PLATFORMS': 'cpu',
@@ -37,7 +38,7 @@ def start(folder: Path, script: str, *arguments: str) -> subprocess.Popen:
         'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
     }
     # Two of three seconds would go into optimising programs this small; every process of a test compiles alike.
-    environment['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+    environment |= {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', **variables}
     command = [sys.executable, str(ROOT / 'scripts' / f'{script}.py'), *arguments]
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -50,6 +51,14 @@ def run(folder: Path, script: str, *arguments: str, code: int = 0) -> subprocess
         out, err = process.communicate(timeout=300)
     assert process.returncode == code, f'{script} {arguments}: exit {process.returncode}, not {code}\n{out}\n{err}'
     return subprocess.CompletedProcess(arguments, code, out, err)
+
+
+def start_together(folder: Path, processes: int, *arguments: str) -> list[subprocess.Popen]:
+    """scripts/train.py under way as several processes of one machine, told so by the environment, as launch files do."""
+    with socket.create_server(('localhost', 0)) as server:
+        port = server.getsockname()[1]
+    told = {'WEFT_COORDINATOR': f'localhost:{port}', 'WEFT_PROCESSES': str(processes)}
+    return [start(folder, 'train', *arguments, **told, WEFT_PROCESS=str(process)) for process in range(processes)]
 
 
 def rows(folder: Path, name: str = 'tiny') -> list[dict]:
