@@ -24,8 +24,11 @@ MESHES = [
     (1, 1, 1, 1, 1, 8),
     (1, 1, 2, 1, 2, 2),
     (1, 1, 1, 1, 4, 2),
-    (2, 1, 2, 1, 1, 2),
+    (2, 1, 1, 2, 1, 2),
+    (1, 1, 2, 4, 1, 1),
+    (1, 2, 1, 1, 2, 2),
 ]
+DECODING = [shape for shape in MESHES if shape[1] == 1]  # there is no pipeline in decoding
 STEPS = 20
 PROMPTS = [3, 9, 1, 5, 8, 2, 7, 4]  # tokens
 NEW = 128
@@ -34,7 +37,7 @@ RUN = RunConfig(
     name='meshes',
     model=ModelConfig(
         vocabulary=300,
-        layers=2,
+        layers=3,
         model_dim=32,
         heads=8,
         kv_heads=4,
@@ -86,7 +89,7 @@ def run_on(shape: tuple[int, ...], dtype: str) -> dict:
             state, figures = step(state, place(batch))
             losses.append(float(figures['loss']))
         found = {'born': born, 'losses': losses}
-        if dtype == 'float32':
+        if dtype == 'float32' and config.mesh.stage == 1:
             found |= greedy(state.model)
     return found
 
@@ -119,7 +122,7 @@ def greedy(model) -> dict:
     return {'text': np.take_along_axis(tokens_BT, at + 1, 1), 'margins': np.stack(margins, 1), 'cache_error': apart}
 
 
-@pytest.mark.parametrize('shape', MESHES)
+@pytest.mark.parametrize('shape', DECODING)
 def test_decoding_with_a_cache_equals_the_full_forward_pass(shape):
     assert run_on(shape, 'float32')['cache_error'] <= 1e-5
 
@@ -130,6 +133,11 @@ def test_float32_runs_agree(shape):
     assert jax.tree.all(jax.tree.map(np.array_equal, one['born'], many['born'])), 'initial parameters are bit-equal'
     np.testing.assert_allclose(many['losses'], one['losses'], rtol=1e-5)
     assert one['losses'][-1] < one['losses'][0] - 0.5, 'something was learnt'
+
+
+@pytest.mark.parametrize('shape', DECODING[1:])
+def test_greedy_text_agrees(shape):
+    one, many = run_on(MESHES[0], 'float32'), run_on(shape, 'float32')
     for mine, other, margins in zip(one['text'], many['text'], one['margins'], strict=True):
         # Past a near tie two right runs may write different text.
         sure = list(itertools.takewhile(lambda margin: margin > 1e-4, margins))
