@@ -25,7 +25,11 @@ from sharding.errors import UserError
 
 AXES = ('replica', 'stage', 'data', 'context', 'expert', 'tensor')
 BATCH = ('replica', 'data', 'expert')  # axes that split the rows of a batch
-FSDP = ('data', 'context', 'expert')  # axes that split a weight which every token meets: it is gathered where it is used
+FSDP = (
+    'data',
+    'context',
+    'expert',
+)  # axes that split a weight which every token meets: it is gathered where it is used
 SEQUENCE = ('context', 'tensor')  # axes that split the sequence between blocks
 SEARCHED = 1024  # devices at most of a mesh that is proposed in an error
 
@@ -123,8 +127,9 @@ def platform() -> str:
 def start(devices: int, dtype: str, processes: int = 1) -> None:
     """Settles what JAX must know before anything asks it for devices: 64 bits, and how many devices a CPU plays.
 
-    `devices` are those of the whole mesh, of which each of the `processes` has its part. A machine with an accelerator has its own devices. Where JAX has started already (a notebook), it keeps those that it
-    has, and `make_mesh` judges whether they suffice.
+    `devices` are those of the whole mesh, of which each of the `processes` has its part. A machine with an accelerator has
+    its own devices. Where JAX has started already (a notebook), it keeps those that it has, and `make_mesh` judges whether
+    they suffice.
     """
     if dtype == 'float64':
         jax.config.update('jax_enable_x64', True)

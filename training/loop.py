@@ -76,7 +76,9 @@ def read_ready(config: RunConfig, folder: Path, corpus: str) -> tuple[RunConfig,
     except UserError as error:
         raise UserError(f'{error}; the processes of a run need one run folder that all of them see') from None
     if dataset.facts['sha256'] != corpus:
-        raise UserError(f'{folder} holds other data here than for process 0: the processes of a run need one run folder')
+        raise UserError(
+            f'{folder} holds other data here than for process 0: the processes of a run need one run folder'
+        )
     return config.with_vocabulary(dataset.tokenizer.vocabulary), dataset
 
 
