@@ -127,8 +127,9 @@ def platform() -> str:
 def start(devices: int, dtype: str, processes: int = 1) -> None:
     """Settles what JAX must know before anything asks it for devices: 64 bits, and how many devices a CPU plays.
 
-    `devices` are those of the whole mesh, of which each of the `processes` has its part. A machine with an accelerator has its own devices. Where JAX has started already (a notebook), it keeps those that it
-    has, and `make_mesh` judges whether they suffice.
+    `devices` are those of the whole mesh, of which each of the `processes` has its part. A machine with an accelerator has
+    its own devices. Where JAX has started already (a notebook), it keeps those that it has, and `make_mesh` judges whether
+    they suffice.
     """
     if dtype == 'float64':
         jax.config.update('jax_enable_x64', True)

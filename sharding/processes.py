@@ -102,9 +102,9 @@ def begin(launch: Launch, devices: int) -> None:
     """
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM, which means save and stop
-    told = {} if launch.coordinator is None else {'cluster_detection_method': 'deactivate'}
+    method = 'deactivate' if launch.coordinator else None  # what was told is all, wherever this runs
     try:
-        jax.distributed.initialize(launch.coordinator, launch.processes, launch.process, **told)
+        jax.distributed.initialize(*launch, cluster_detection_method=method)
         if jax.process_count() > 1:
             if jax.default_backend() == 'cpu':
                 _hush()

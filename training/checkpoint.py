@@ -37,7 +37,8 @@ META = 'meta.json'
 class Checkpoints:
     """The checkpoints of one run: `folder`/checkpoints/STEP/. The newest `keep` are kept; `folder` need not exist yet.
 
-    One run at a time may save; of several processes all call `save`, `wait`, `restore` and `close` alike. Nothing is created before the first save.
+    One run at a time may save; of several processes all call `save`, `wait`, `restore` and `close` alike. Nothing is
+    created before the first save.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2):

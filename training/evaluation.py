@@ -1,5 +1,6 @@
 """The loss of a model on packed rows."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -46,19 +47,20 @@ def evaluate(
     nats, tokens, bytes_ = 0.0, 0, 0
     for start in range(0, len(numbers), batch):
         taken = np.asarray(numbers[start : start + batch])
-        padded = np.pad(taken, (0, batch - len(taken)))
-
-        def take(begin: int, end: int) -> dict[str, np.ndarray]:
-            block = rows.take(padded[begin:end])
-            block['segments'][max(len(taken) - begin, 0) :] = 0  # the last batch is filled up with padding
-            bytes_NT = np.where(block['segments'] > 0, bytes_V[block['targets']], 0)
-            return block | {'bytes': bytes_NT.sum(1, dtype=np.int32)}
-
-        block = place_rows(batch, take)
+        block = place_rows(batch, functools.partial(_padded, rows, taken, bytes_V))
         bytes_B = block.pop('bytes')
         found = jax.device_get({**_sums(model, block, microbatches=stages), 'bytes': _total(bytes_B)})
         nats, tokens, bytes_ = nats + float(found['nats']), tokens + int(found['tokens']), bytes_ + int(found['bytes'])
     return Evaluation(nats, tokens, bytes_)
+
+
+def _padded(rows: Rows, taken: np.ndarray, bytes_V: np.ndarray, begin: int, end: int) -> dict[str, np.ndarray]:
+    """Rows `begin` to `end` of those `taken`, with padding after the last, and the bytes of text of each."""
+    mine = taken[begin:end]
+    block = rows.take(np.pad(mine, (0, end - begin - len(mine))))
+    block['segments'][len(mine) :] = 0
+    bytes_NT = np.where(block['segments'] > 0, bytes_V[block['targets']], 0)
+    return block | {'bytes': bytes_NT.sum(1, dtype=np.int32)}
 
 
 def spread(count: int, size: int) -> np.ndarray:
