@@ -224,7 +224,7 @@ REDUCTIONS = {'reduce_sum', 'reduce_max', 'reduce_min', 'reduce_prod', 'reduce_a
 
 
 def asked(jaxpr: Any, mesh: Mesh) -> Traffic:
-    """What a traced program asks for, loops multiplied out, exactly.
+    """What a traced program asks for, loops multiplied out, exactly as it is written: what nobody uses counts too.
 
     Args:
         jaxpr: what `jax.make_jaxpr` gives of a whole step, traced under the mesh.

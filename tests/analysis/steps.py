@@ -17,9 +17,10 @@ from training.step import train_step
 SLOTS = 16  # of the cache of a decode step
 
 
-def run_config(model: ModelConfig, mesh: MeshConfig, batch: int, sequence_length: int) -> RunConfig:
-    training = TrainingConfig(steps=1, batch=batch, sequence_length=sequence_length)
-    return RunConfig(name='traffic', mesh=mesh, model=model, training=training)
+def run_config(model: ModelConfig, mesh: MeshConfig, batch: int, sequence_length: int, **training) -> RunConfig:
+    """A run of one step; `training` are fields of TrainingConfig."""
+    t = TrainingConfig(steps=1, batch=batch, sequence_length=sequence_length, **training)
+    return RunConfig(name='traffic', mesh=mesh, model=model, training=t)
 
 
 def rows(*shape: int) -> jax.ShapeDtypeStruct:
