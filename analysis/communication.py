@@ -1,8 +1,9 @@
 """What one device sends in a training step by the shapes alone: the count by hand of what `analysis.traffic` finds.
 
 The weights that a layer gathers over FSDP and whose gradients it scatters back, the activations that are joined and split
-over `tensor` around its blocks, the embedding, the loss over a split vocabulary, and the sums of gradients over the axes
-that replicate a weight. Left out: scalars (the loss's sums, the gradient's norm).
+over `tensor` around its blocks, the keys and values that go round `context`, the embedding, the loss over a split
+vocabulary, and the sums of gradients over the axes that replicate a weight. Left out: scalars (the loss's sums, the
+gradient's norm).
 
 Letters: B rows and T sequence of one device's blocks, D model, N query heads times H, M kv heads times H, F hidden units of
 an MLP, V padded vocabulary, L layers.
@@ -67,7 +68,7 @@ def training(config: ModelConfig, mesh: MeshConfig, batch: int, sequence_length:
 
     Args:
         config: a dense model; how the experts' tokens travel is not counted here.
-        mesh: `context` and `stage` must be 1: what they send is not counted here.
+        mesh: `stage` must be 1: what a pipeline sends is not counted here.
         batch: rows a step, all devices together.
         sequence_length: tokens a row.
 
@@ -76,9 +77,8 @@ def training(config: ModelConfig, mesh: MeshConfig, batch: int, sequence_length:
     """
     if config.moe:
         raise ValueError('the traffic of experts is not counted by hand: a dense model is needed (model.moe is set)')
-    for axis in ('context', 'stage'):
-        if getattr(mesh, axis) > 1:
-            raise ValueError(f'the traffic over {axis} is not counted by hand: mesh.{axis} must be 1')
+    if mesh.stage > 1:
+        raise ValueError('the traffic of a pipeline is not counted by hand: mesh.stage must be 1')
     step, found = Step(config, mesh, batch, sequence_length), Traffic()
     for term in TERMS:
         term(step, found)
@@ -111,6 +111,21 @@ def layer_activations(step: Step, found: Traffic) -> None:
     joins, splits = 2 * step.passes, 2 + (step.passes - 1)
     step.send(found, 'all_gather', ('tensor',), size, (joins + 2) * c.layers)
     step.send(found, 'reduce_scatter', ('tensor',), size, (splits + 2) * c.layers)
+
+
+def ring(step: Step, found: Traffic) -> None:
+    """Keys, values and their places go round n devices of `context`: in n − 1 sends a pass, and n − 1 backward.
+
+    Backward their gradients go along, in at least float32, and one send further: home.
+    """
+    c, n = step.config, step.mesh.context
+    if n == 1:
+        return
+    heads = max(c.kv_heads, step.mesh.tensor) // step.mesh.tensor
+    numbers, times = step.tokens * heads * c.head_dim, c.layers * (step.passes + 1) * (n - 1)
+    step.send(found, 'ppermute', ('context',), numbers * step.number, 2 * times)
+    step.send(found, 'ppermute', ('context',), step.tokens * INT32, 2 * times)
+    step.send(found, 'ppermute', ('context',), numbers * step.wide, 2 * c.layers * n)
 
 
 def embedding(step: Step, found: Traffic) -> None:
@@ -166,4 +181,4 @@ def replicated(step: Step, found: Traffic) -> None:
 
 
 # One function for each thing that is sent; another axis or another kind of layer is one more.
-TERMS = (layer_weights, layer_activations, embedding, head, cross_entropy, replicated)
+TERMS = (layer_weights, layer_activations, ring, embedding, head, cross_entropy, replicated)

@@ -29,6 +29,11 @@ EXPERTS = dataclasses.replace(
 )
 
 
+def sent_by(dispatch: str) -> ModelConfig:
+    """EXPERTS, to which the tokens go in another way."""
+    return dataclasses.replace(EXPERTS, moe=dataclasses.replace(EXPERTS.moe, dispatch=dispatch))
+
+
 class Case(NamedTuple):
     """A model on a mesh; its step of training is traced, and a step of decoding where the mesh has no pipeline."""
 
@@ -52,10 +57,14 @@ CASES = {
         MeshConfig(data=8),
     ),
     'dense_repeated_heads_tensor8': Case(DENSE, MeshConfig(tensor=8)),
-    'dense_replica2_data2_tensor2': Case(DENSE, MeshConfig(replica=2, data=2, tensor=2), compiled=True),
+    'dense_replica2_data2_tensor2': Case(DENSE, MeshConfig(replica=2, data=2, tensor=2)),
     'dense_accumulation_data2_tensor2': Case(DENSE, MeshConfig(data=2, tensor=2), {'accumulation': 2}),
     'dense_stage2_data2_tensor2': Case(DENSE, MeshConfig(stage=2, data=2, tensor=2), compiled=True),
+    'dense_context4_tensor2': Case(DENSE, MeshConfig(context=4, tensor=2)),
+    'dense_stage2_context2_tensor2': Case(DENSE, MeshConfig(stage=2, context=2, tensor=2)),
     'experts_data2_expert2_tensor2': Case(EXPERTS, MeshConfig(data=2, expert=2, tensor=2), compiled=True),
+    'experts_all_to_all_expert4_tensor2': Case(sent_by('all_to_all'), MeshConfig(expert=4, tensor=2)),
+    'experts_ragged_expert4_tensor2': Case(sent_by('ragged'), MeshConfig(expert=4, tensor=2)),
     'experts_remat_expert8': Case(dataclasses.replace(EXPERTS, remat='block'), MeshConfig(expert=8)),
 }
 # Of a compiled program only the bytes are held to the budget, with this slack for another version of the compiler.
@@ -180,6 +189,9 @@ BY_HAND = [
         ),
         MeshConfig(data=2, expert=2, tensor=2),
     ),
+    (dataclasses.replace(LARGE, tied_embedding=False), MeshConfig(replica=2, data=4)),
+    (dataclasses.replace(LARGE, attention='blockwise', kv_heads=4), MeshConfig(data=2, context=2, tensor=2)),
+    (dataclasses.replace(LARGE, attention='blockwise', remat='none'), MeshConfig(context=4, tensor=2)),
 ]
 
 
@@ -202,7 +214,7 @@ def test_a_dense_step_asks_for_what_its_shapes_say(model, mesh):
 
 def test_what_is_not_counted_by_hand_says_so():
     count = functools.partial(communication.training, batch=8, sequence_length=32)
-    with pytest.raises(ValueError, match=r'mesh\.context must be 1'):
-        count(DENSE, MeshConfig(context=2))
+    with pytest.raises(ValueError, match=r'mesh\.stage must be 1'):
+        count(DENSE, MeshConfig(stage=2))
     with pytest.raises(ValueError, match=r'model\.moe is set'):
         count(EXPERTS, MeshConfig())
