@@ -25,7 +25,7 @@ from training.config import RunConfig
 BUDGETS = Path(__file__).with_name('budgets')
 DENSE = ModelConfig(vocabulary=300, layers=2, model_dim=32, heads=8, kv_heads=4, mlp_dim=48)
 EXPERTS = dataclasses.replace(
-    DENSE, layers=3, moe=MoEConfig(experts=8, mlp_dim=16, shared_experts=1, first_dense_layers=1)
+    DENSE, layers=2, moe=MoEConfig(experts=8, mlp_dim=16, shared_experts=1, first_dense_layers=1)
 )
 
 
