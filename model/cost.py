@@ -23,7 +23,7 @@ def parameters(c: ModelConfig) -> dict[str, int]:
         'head': 0 if c.tied_embedding else c.padded_vocabulary * D,
     }
     if c.moe:
-        parts['router'] = kinds.get('moe', 0) * D * c.moe.experts
+        parts['router'] = kinds.get('moe', 0) * c.moe.experts * (D + bool(c.moe.bias_update_rate))
         parts['experts'] = kinds.get('moe', 0) * c.moe.experts * _matrices(c) * D * c.moe.mlp_dim
         parts['shared_experts'] = kinds.get('moe', 0) * (
             _mlp(c, c.moe.shared_experts * c.moe.mlp_dim) if c.moe.shared_experts else 0
