@@ -26,9 +26,7 @@ class MoE(nnx.Module):
         if c.gated:
             self.gate_EDF = weight(rngs, c, (E, D, F), P('expert', ('data', 'context'), 'tensor'), fan_in=D)
         self.up_EDF = weight(rngs, c, (E, D, F), P('expert', ('data', 'context'), 'tensor'), fan_in=D)
-        self.down_EDF = weight(
-            rngs, c, (E, D, F), P('expert', ('data', 'context'), 'tensor'), fan_in=F, gain=residual_gain(c)
-        )
+        self.down_EDF = weight(rngs, c, (E, D, F), P('expert', ('data', 'context'), 'tensor'), fan_in=F, gain=residual_gain(c))
         if c.moe.shared_experts:
             self.shared = Mlp(c, F * c.moe.shared_experts, rngs)
 
