@@ -25,11 +25,7 @@ from sharding.errors import UserError
 
 AXES = ('replica', 'stage', 'data', 'context', 'expert', 'tensor')
 BATCH = ('replica', 'data', 'expert')  # axes that split the rows of a batch
-FSDP = (
-    'data',
-    'context',
-    'expert',
-)  # axes that split a weight which every token meets: it is gathered where it is used
+FSDP = ('data', 'context', 'expert')  # axes that split a weight which every token meets: it is gathered where it is used
 SEQUENCE = ('context', 'tensor')  # axes that split the sequence between blocks
 SEARCHED = 1024  # devices at most of a mesh that is proposed in an error
 
