@@ -23,9 +23,7 @@ CONFIGS = [
         DENSE,
         layers=3,
         qk_norm=True,
-        moe=MoEConfig(
-            experts=8, mlp_dim=16, top_k=2, shared_experts=1, first_dense_layers=1, bias_update_rate=0.001
-        ),
+        moe=MoEConfig(experts=8, mlp_dim=16, top_k=2, shared_experts=1, first_dense_layers=1, bias_update_rate=0.001),
     ),
 ]
 

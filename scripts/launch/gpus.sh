@@ -1,0 +1,25 @@
+#!/bin/bash
+# Several GPUs of one machine. One process drives them all, and that is enough:
+#     .venv/bin/python scripts/train.py configs/demo.yaml mesh.data=8
+# One process a GPU instead (to keep hosts' work apart, or to try what many machines will do):
+#     GPUS=8 scripts/launch/gpus.sh configs/demo.yaml mesh.data=8
+# The mesh' axes multiply to GPUS. Ctrl-C, or SIGTERM to any one of the processes, makes all save and stop.
+export WEFT_COORDINATOR=${WEFT_COORDINATOR:-localhost:9876} WEFT_PROCESSES=${GPUS:-8}
+
+trap 'kill -TERM $(jobs -p)' TERM
+trap '' INT # the terminal sends it to all of them
+for ((gpu = 0; gpu < WEFT_PROCESSES; gpu++)); do
+    (
+        trap - INT TERM
+        CUDA_VISIBLE_DEVICES=$gpu WEFT_PROCESS=$gpu exec "${PYTHON:-.venv/bin/python}" scripts/train.py "$@"
+    ) &
+    first=${first:-$!}
+done
+wait "$first"
+code=$?
+while kill -0 "$first" 2>/dev/null; do # a trapped signal ended the wait, not the process
+    wait "$first"
+    code=$?
+done
+wait
+exit $code
