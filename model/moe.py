@@ -26,17 +26,11 @@ class MoE(nnx.Module):
         D, E, F = c.model_dim, c.moe.experts, c.moe.mlp_dim
         self.router_DE = weight(rngs, c, (D, E), P(FSDP, None), fan_in=D)
         if c.gated:
-<<<<<<< HEAD
             self.gate_EDF = weight(rngs, c, (E, D, F), EXPERTS, fan_in=D)
         self.up_EDF = weight(rngs, c, (E, D, F), EXPERTS, fan_in=D)
         self.down_EDF = weight(rngs, c, (E, D, F), EXPERTS, fan_in=F, gain=residual_gain(c))
         if c.moe.bias_update_rate:
             self.bias_E = constant(c, 0.0, (E,), P(None))  # the training step moves it: see `updated_bias`
-=======
-            self.gate_EDF = weight(rngs, c, (E, D, F), P('expert', ('data', 'context'), 'tensor'), fan_in=D)
-        self.up_EDF = weight(rngs, c, (E, D, F), P('expert', ('data', 'context'), 'tensor'), fan_in=D)
-        self.down_EDF = weight(rngs, c, (E, D, F), P('expert', ('data', 'context'), 'tensor'), fan_in=F, gain=residual_gain(c))
->>>>>>> proc
         if c.moe.shared_experts:
             self.shared = Mlp(c, F * c.moe.shared_experts, rngs)
 
