@@ -19,7 +19,10 @@ from sharding.mesh import BATCH, MeshConfig, make_mesh
 from sharding.order import zigzag
 from tests.model.test_attention import here, sample, value_and_grads
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason='wants 8 devices')
+pytestmark = [
+    pytest.mark.skipif(jax.device_count() < 8, reason='wants 8 devices'),
+    pytest.mark.usefixtures('uncached'),
+]
 
 ROWS, HEADS = P(BATCH, 'context'), P(BATCH, 'context', 'tensor')
 TILES = (Tiling(16, 32, 4, 2), Tiling(32, 16, 4, 2), Tiling(16, 16, 4, 2))  # forward, dq, dkv
