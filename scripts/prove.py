@@ -8,7 +8,6 @@ A run that was interrupted goes on where it was: figures are kept with a hash of
 
 import argparse
 import fnmatch
-import platform
 from pathlib import Path
 
 from scripts.entry import run
@@ -30,8 +29,6 @@ def main() -> int:
 
     jax.config.update('jax_disable_most_optimizations', True)  # thrice as fast to compile, and the same arithmetic
     jax.config.update('jax_default_matmul_precision', 'highest')
-    jax.config.update('jax_compilation_cache_dir', str(options.results.parent / 'jax' / platform.node()))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
     from analysis import proof, proof_page
     from sharding.errors import UserError, nearest

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 
 import jax
 from jax.experimental import mesh_utils
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
 from sharding.errors import UserError
@@ -94,6 +95,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.M
             f'choose sizes whose product is at most {len(devices)}'
         )
     devices = devices[: config.size]
+    if devices[0].platform == 'cpu' and max(config.context, config.stage) > 1:
+        compile_anew()
     shape = tuple(getattr(config, axis) for axis in AXES)
     explicit = (AxisType.Explicit,) * len(AXES)
     # Hosts with GPUs say that they are slices too, but what joins them is fast enough for every axis.
@@ -103,6 +106,16 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.M
     across = slow_shape(config, slices)
     within = tuple(n // m for n, m in zip(shape, across, strict=True))
     return jax.sharding.Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=explicit)
+
+
+def compile_anew() -> None:
+    """Turns JAX's compilation cache off in this process, for programs of several CPU devices that send to each other.
+
+    All of a program's ppermutes have one channel. Devices that a CPU simulates issue them in one order, but not in a program
+    that comes out of the cache: there one send may meet another, and the numbers are wrong. Seen in jaxlib 0.10.2.
+    """
+    jax.config.update('jax_enable_compilation_cache', False)
+    compilation_cache.reset_cache()
 
 
 def slow_shape(config: MeshConfig, slices: int) -> tuple[int, ...]:

@@ -37,19 +37,10 @@ def optimized() -> Iterator[None]:
         jax.config.update('jax_disable_most_optimizations', True)
 
 
-@pytest.fixture
-def uncached() -> Iterator[None]:
-    """The test compiles anew, whatever the cache holds: for programs with sends that do not wait for each other.
-
-    All of a program's ppermutes have one channel. A CPU's devices issue them in one order, but not in a program that comes
-    out of the cache: there one send may meet another (wrong values), or more devices than there are (the process aborts).
-    Seen in jaxlib 0.10.2.
-    """
-    jax.config.update('jax_enable_compilation_cache', False)
-    reset_cache()
-    try:
-        yield
-    finally:
+@pytest.fixture(autouse=True)
+def cached() -> None:
+    """Each test begins with the compilation cache, which a mesh with sends turns off (`sharding.mesh.compile_anew`)."""
+    if not jax.config.read('jax_enable_compilation_cache'):
         jax.config.update('jax_enable_compilation_cache', True)
         reset_cache()
 

@@ -21,7 +21,6 @@ from tests.model.test_attention import here, sample, value_and_grads
 
 pytestmark = [
     pytest.mark.skipif(jax.device_count() < 8, reason='wants 8 devices'),
-    pytest.mark.usefixtures('uncached'),
 ]
 
 ROWS, HEADS = P(BATCH, 'context'), P(BATCH, 'context', 'tensor')
