@@ -11,10 +11,11 @@ from model.config import sizes
 from model.cost import parameters
 from model.decoder import Decoder
 from model.layers import is_matrix
+from sharding.buckets import Bucket, at
 from sharding.errors import UserError, nearest
 from sharding.memory import explaining
 from sharding.mesh import MeshConfig, check_divides, make_mesh, parse_mesh, start
-from training.checkpoint import Checkpoints
+from training.bucket_checkpoint import checkpoints_of
 from training.config import RunConfig
 from training.state import restore_model, saved_config
 
@@ -23,7 +24,7 @@ from training.state import restore_model, saved_config
 class TrainedRun:
     """A run's config, tokenizer and weights. Use the model under `jax.set_mesh(run.mesh)`."""
 
-    folder: Path
+    folder: Path | Bucket
     config: RunConfig
     mesh: jax.sharding.Mesh
     tokenizer: Tokenizer
@@ -31,7 +32,7 @@ class TrainedRun:
     step: int
 
 
-def open_run(folder: str | Path, mesh: str | None = None) -> TrainedRun:
+def open_run(folder: str | Path | Bucket, mesh: str | None = None) -> TrainedRun:
     """The newest checkpoint of a run, on the mesh that trained it or on another (`'expert=2,tensor=2'`).
 
     Rows are split over replica, data and expert, caches over context and tensor too; each replica has all weights. There is no
@@ -40,11 +41,11 @@ def open_run(folder: str | Path, mesh: str | None = None) -> TrainedRun:
     A machine with only a CPU simulates as many devices as the mesh has, unless JAX has started before.
     Raises UserError where the folder is not a run, has no whole checkpoint, or the mesh cannot hold the model.
     """
-    folder = Path(folder)
+    folder = at(folder)
     if not (folder / 'config.yaml').is_file():
-        runs = [str(path.parent) for path in folder.parent.glob('*/config.yaml')] if folder.parent.is_dir() else []
+        runs = _runs(folder.parent)
         raise UserError(f'{folder}: not a run, for it has no config.yaml{nearest(str(folder), runs) if runs else ""}')
-    checkpoints = Checkpoints(folder)
+    checkpoints = checkpoints_of(folder)
     step = checkpoints.newest()
     config = saved_config(checkpoints, step)
     wanted = unstaged(config.mesh) if mesh is None else parse_mesh(mesh)
@@ -56,12 +57,20 @@ def open_run(folder: str | Path, mesh: str | None = None) -> TrainedRun:
     check_divides(wanted, sizes(config.model))
     start(wanted.size, config.model.dtype)
     devices = make_mesh(wanted)
-    tokenizer = Tokenizer.load(checkpoints.folder / str(step) / 'tokenizer.model')
+    tokenizer = Tokenizer(checkpoints.file(step, 'tokenizer.model'))
     tell = f'out of memory on a device: {sum(parameters(config.model).values()):,} parameters; split them over more with --mesh'
     with jax.set_mesh(devices), explaining(lambda: tell):
-        model = restore_model(folder, step, config)
+        model = restore_model(checkpoints, step, config)
         model = jax.jit(in_compute_dtype, donate_argnums=0)(model)
     return TrainedRun(folder, config, devices, tokenizer, model, step)
+
+
+def _runs(folder: Path | Bucket) -> list[str]:
+    """The runs in a folder."""
+    if isinstance(folder, Bucket):
+        names = folder.names() if '/' in folder.key else []  # all of a bucket is not a folder of runs
+        return [str(folder / name) for name in names if (folder / name / 'config.yaml').is_file()]
+    return [str(path.parent) for path in folder.glob('*/config.yaml')] if folder.is_dir() else []
 
 
 def unstaged(mesh: MeshConfig) -> MeshConfig:

@@ -26,11 +26,17 @@ def main() -> None:
         list(texts(options.data, options.field)) if options.data else None
     )  # a wrong path is told before a model is read
 
-    from pathlib import Path
+    from contextlib import closing
 
     from data.prepare import load
+    from sharding.buckets import at
+    from training.mirror import Mirror
 
-    dataset = load(Path(options.run)) if (Path(options.run) / 'data').exists() or found is None else None
+    dataset, folder = None, at(options.run)
+    if (folder / 'data').exists() or found is None:
+        with closing(Mirror(folder)) as mirror:
+            mirror.fetch()
+            dataset = load(mirror.local)  # of a bucket's, mapped files stay readable without a name
 
     from decoding.run import open_run
 

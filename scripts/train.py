@@ -6,7 +6,6 @@ Several processes train one run, each on its own devices: scripts/launch/ has re
 """
 
 import argparse
-from pathlib import Path
 
 from scripts.entry import run
 
@@ -16,20 +15,22 @@ def main() -> int:
     parser.add_argument('config', help='a YAML file, such as configs/demo.yaml')
     parser.add_argument('overrides', nargs='*', metavar='key=value', help='such as training.steps=100')
     parser.add_argument('--fresh', action='store_true', help='move a run of that name aside and begin anew')
-    parser.add_argument('--runs', metavar='PATH', default='runs', help='the folder of all runs (default: runs)')
+    parser.add_argument(
+        '--runs',
+        metavar='PATH',
+        default='runs',
+        help='the folder of all runs, gs://BUCKET/… and s3://BUCKET/… too (default: runs)',
+    )
     from sharding.processes import add_options
 
     add_options(parser)
     options = parser.parse_intermixed_args()
 
-    from sharding.errors import UserError
+    from sharding.buckets import at
     from sharding.processes import begin, check_devices, find
     from training.config import load
 
-    if '://' in options.runs:
-        raise UserError(
-            f'--runs {options.runs}: runs are local folders; mount the bucket and give the folder where it is'
-        )
+    runs = at(options.runs)
     config = load(options.config, options.overrides)
     launch = find(vars(options))
     processes = (launch and launch.processes) or 1
@@ -43,7 +44,7 @@ def main() -> int:
 
     from training.loop import train
 
-    return train(config, Path(options.runs), options.fresh)
+    return train(config, runs, options.fresh)
 
 
 if __name__ == '__main__':

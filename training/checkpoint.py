@@ -12,6 +12,8 @@ Of several processes each writes and reads its own arrays through Orbax; process
 it is done: nobody restores, or begins the next save, before the last one is published.
 
 A reader changes nothing. What was killed in the middle is cleared by the next save.
+
+Object stores have no rename: training/bucket_checkpoint.py does the same there, with the arrays as in training/shards.py.
 """
 
 import contextlib
@@ -28,10 +30,13 @@ import jax
 import orbax.checkpoint as ocp
 
 from sharding import peers
+from sharding.buckets import at_once
 from sharding.errors import UserError
+from training import shards
 
 MANIFEST = 'manifest.json'
 META = 'meta.json'
+SHARDS = 'shards'  # the manifest's format where the arrays are as in training/shards.py; where Orbax wrote it says none
 
 
 class Checkpoints:
@@ -73,9 +78,7 @@ class Checkpoints:
         `files` are names with their contents. Waits for the save before, and raises its error if it failed.
         """
         self.wait()
-        files = {META: (json.dumps(meta, indent=1) + '\n').encode(), **(files or {})}
-        taken = {MANIFEST, *items}
-        assert all(name not in taken and Path(name).name == name for name in files), (list(files), taken)
+        files = contents(items, meta, files)
         if peers.first():
             if self._saving.exists():
                 shutil.rmtree(self._saving)  # an earlier process was killed, or a save failed
@@ -84,12 +87,11 @@ class Checkpoints:
         if self._orbax is None:
             options = ocp.options.AsyncOptions(create_directories_asynchronously=False)  # else errors come minutes late
             self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
-        leaves = {item: _named(tree) for item, tree in items.items()}
-        arrays = {item: {name: _kind(x) for name, x in named.items()} for item, named in leaves.items()}
+        leaves = {item: named(tree) for item, tree in items.items()}
         # Orbax cannot save an item without arrays (the state of plain gradient descent); the manifest still lists it.
-        saves = {item: ocp.args.StandardSave(named) for item, named in leaves.items() if named}
+        saves = {item: ocp.args.StandardSave(arrays) for item, arrays in leaves.items() if arrays}
         self._orbax.save(self._saving / str(step), ocp.args.Composite(**saves))
-        self._last = self._thread.submit(self._publish, self._orbax, step, arrays, files)
+        self._last = self._thread.submit(self._publish, self._orbax, step, kinds(items), files)
 
     def wait(self) -> None:
         """Returns when the last save is published; raises its error if it failed."""
@@ -109,7 +111,11 @@ class Checkpoints:
     def meta(self, step: int) -> dict:
         """What `save` was told about the step. Raises UserError where it is not there or not whole."""
         self._verify(step, self._manifest(step), set())
-        return json.loads((self.folder / str(step) / META).read_bytes())
+        return json.loads(self.file(step, META))
+
+    def file(self, step: int, name: str) -> bytes:
+        """A file of a checkpoint."""
+        return (self.folder / str(step) / name).read_bytes()
 
     def restore(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
         """The named items of a checkpoint, bit for bit, in the layouts asked for: any mesh, whatever mesh saved them.
@@ -118,21 +124,47 @@ class Checkpoints:
         Raises UserError, before any array is read, where a file is missing, truncated, altered or extra, or where a
         name, shape or dtype differs (Orbax would cast in silence).
         """
-        path = self.folder / str(step)
-        wanted = {item: _named(tree) for item, tree in abstract.items()}
+        wanted = {item: named(tree) for item, tree in abstract.items()}
+        manifest: dict = {}
         if peers.first():
             manifest = self._manifest(step)
-            for item, named in wanted.items():
-                self._compare(step, item, manifest['arrays'], named)
+            for item, arrays in wanted.items():
+                self._compare(step, item, manifest['arrays'], arrays)
             self._verify(step, manifest, set(wanted))
-        peers.meet('verified')
-        reads = {item: ocp.args.StandardRestore(named) for item, named in wanted.items() if named}
-        with contextlib.closing(ocp.Checkpointer(ocp.CompositeCheckpointHandler())) as reader:
-            found = reader.restore(path, ocp.args.Composite(**reads)) if reads else {}
+        if peers.meet('verified', manifest.get('format')) == SHARDS:
+            found = self._read_shards(step, manifest or self._manifest(step), wanted)
+        else:
+            found = self._read_orbax(step, wanted)
         return {
             item: jax.tree.unflatten(jax.tree.structure(tree), [found[item][name] for name in wanted[item]])
             for item, tree in abstract.items()
         }
+
+    def _read_orbax(self, step: int, wanted: dict[str, dict[str, Any]]) -> Mapping[str, Any]:
+        """Arrays by item and name."""
+        reads = {item: ocp.args.StandardRestore(arrays) for item, arrays in wanted.items() if arrays}
+        if not reads:
+            return {}
+        reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+        with contextlib.closing(reader), self._on_disk(step) as path:
+            return reader.restore(path, ocp.args.Composite(**reads))
+
+    def _read_shards(self, step: int, manifest: dict, wanted: dict[str, dict[str, Any]]) -> Mapping[str, Any]:
+        """Arrays by item and name; each shard is hashed as it is read."""
+        paths: dict[str, list[str]] = {}
+        for path in manifest['files']:
+            paths.setdefault(path.rpartition('/')[0], []).append(path)
+
+        def read(path: str) -> bytes:
+            content = self.file(step, path)
+            if hashlib.sha256(content).hexdigest() != manifest['files'][path][1]:
+                raise self._altered(step, path)
+            return content
+
+        leaves = {f'{item}/{name}': x for item, arrays in wanted.items() for name, x in arrays.items()}
+        parts = at_once(lambda name: shards.gather(name, leaves[name], paths[name], read), leaves)
+        whole = {name: shards.place(x, part) for (name, x), part in zip(leaves.items(), parts, strict=True)}
+        return {item: {name: whole[f'{item}/{name}'] for name in arrays} for item, arrays in wanted.items()}
 
     def _publish(self, orbax: ocp.AsyncCheckpointer, step: int, arrays: dict, files: Mapping[str, bytes]) -> None:
         """Waits for Orbax in all processes, and publishes. Runs in a thread of its own."""
@@ -147,12 +179,8 @@ class Checkpoints:
         path, target = self._saving / str(step), self.folder / str(step)
         for name, content in files.items():
             (path / name).write_bytes(content)
-        manifest: dict[str, Any] = {
-            'arrays': arrays,
-            'files': {name: _fingerprint(path / name) for name in _files(path)},
-        }
-        manifest['sha256'] = _sha256(manifest)
-        (path / MANIFEST).write_text(json.dumps(manifest, indent=1) + '\n', encoding='utf-8')
+        manifest = {'arrays': arrays, 'files': {name: _fingerprint(path / name) for name in _files(path)}}
+        (path / MANIFEST).write_text(sealed(manifest), encoding='utf-8')
         # The rename may reach the disk before what it names, unless all of that is there already.
         for inner in [path, *path.rglob('*')]:
             _sync(inner)
@@ -171,15 +199,14 @@ class Checkpoints:
 
     def _manifest(self, step: int) -> dict:
         """The manifest of a published step, or UserError where it is not as it was written."""
-        path = self.folder / str(step)
-        if not path.is_dir():
+        if step not in self.steps():
             published = ', '.join(map(str, self.steps()))
             raise UserError(
                 f'{self.run} has no checkpoint of step {step}; '
                 + (f'it has {published}' if published else 'it has none at all')
             )
         try:
-            manifest = json.loads((path / MANIFEST).read_bytes())
+            manifest = json.loads(self.file(step, MANIFEST))
         except FileNotFoundError:
             raise self._damaged(step, MANIFEST, 'is missing') from None
         except ValueError:
@@ -190,20 +217,34 @@ class Checkpoints:
 
     def _verify(self, step: int, manifest: dict, wanted: set[str]) -> None:
         """That the wanted items, and all files beside the items, are byte for byte what was saved."""
-        path = self.folder / str(step)
         skipped = set(manifest['arrays']) - wanted
         known = {name: entry for name, entry in manifest['files'].items() if name.split('/')[0] not in skipped}
-        here = {name for name in _files(path) if name.split('/')[0] not in skipped} - {MANIFEST}
-        for name in sorted(here - set(known)):
+        sizes = {name: size for name, size in self._sizes(step).items() if name.split('/')[0] not in skipped}
+        for name in sorted(set(sizes) - {MANIFEST} - set(known)):
             raise self._damaged(step, name, 'is not part of the checkpoint (the manifest does not list it)')
         for name, (size, sha256) in known.items():
-            if name not in here:
+            if name not in sizes:
                 raise self._damaged(step, name, 'is missing')
-            found = (path / name).stat().st_size
-            if found < size:
-                raise self._damaged(step, name, f'was truncated: it has {found} bytes of {size}')
-            if found > size or _fingerprint(path / name)[1] != sha256:
-                raise self._damaged(step, name, 'was altered: its SHA-256 is not the one in the manifest')
+            if sizes[name] < size:
+                raise self._damaged(step, name, f'was truncated: it has {sizes[name]} bytes of {size}')
+            if sizes[name] > size or self._digest(step, name, manifest) not in (sha256, None):
+                raise self._altered(step, name)
+
+    def _sizes(self, step: int) -> dict[str, int]:
+        """Every file of a checkpoint, and its size in bytes."""
+        path = self.folder / str(step)
+        return {name: (path / name).stat().st_size for name in _files(path)}
+
+    def _digest(self, step: int, name: str, manifest: dict) -> str | None:
+        """A file's SHA-256."""
+        return _fingerprint(self.folder / str(step) / name)[1]
+
+    def _on_disk(self, step: int) -> contextlib.AbstractContextManager[Path]:
+        """Where Orbax can read a checkpoint."""
+        return contextlib.nullcontext(self.folder / str(step))
+
+    def _altered(self, step: int, name: str) -> UserError:
+        return self._damaged(step, name, 'was altered: its SHA-256 is not the one in the manifest')
 
     def _damaged(self, step: int, name: str, what: str) -> UserError:
         others = [other for other in self.steps() if other != step]
@@ -231,14 +272,32 @@ class Checkpoints:
             assert not isinstance(getattr(layout, 'mesh', None), jax.sharding.AbstractMesh), f'{name} is on no devices'
 
 
-def _named(tree: Any) -> dict[str, Any]:
+def contents(items: Mapping[str, Any], meta: dict, files: Mapping[str, bytes] | None) -> dict[str, bytes]:
+    """The files of a checkpoint beside its items and its manifest."""
+    files = {META: (json.dumps(meta, indent=1) + '\n').encode(), **(files or {})}
+    taken = {MANIFEST, *items}
+    assert all(name not in taken and Path(name).name == name for name in files), (list(files), taken)
+    return files
+
+
+def sealed(manifest: dict) -> str:
+    """The content of manifest.json, with its own hash."""
+    return json.dumps({**manifest, 'sha256': _sha256(manifest)}, indent=1) + '\n'
+
+
+def named(tree: Any) -> dict[str, Any]:
     """A tree's leaves by their paths, as in `blocks/0/up_DF`, in the tree's order."""
-    named = {
+    leaves = {
         jax.tree_util.keystr(path, simple=True, separator='/'): x
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
     }
-    assert len(named) == len(jax.tree.leaves(tree)), 'two leaves of one path'
-    return named
+    assert len(leaves) == len(jax.tree.leaves(tree)), 'two leaves of one path'
+    return leaves
+
+
+def kinds(items: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Dtype and shape of each array, by item and name."""
+    return {item: {name: _kind(x) for name, x in named(tree).items()} for item, tree in items.items()}
 
 
 def _kind(x: Any) -> str:

@@ -165,7 +165,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f'{path}: no such config{nearest(str(path), others) if others else ""}') from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'{path}: cannot be read as a config: {error}') from None
-    tree = _parse(text, str(path))
+    return parse(text, str(path), overrides)
+
+
+def parse(text: str, path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config that a YAML text from `path` holds."""
+    tree = _parse(text, path)
     if not isinstance(tree, dict):
         raise UserError(f'{path}: a config is a mapping of keys to values, not {type(tree).__name__}')
     for override in overrides:
@@ -179,7 +184,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
                 node[parent] = {}
             node = node[parent]
         node[last] = _parse(value, override)
-    return validate(tree, f'{path} with {" ".join(overrides)}' if overrides else str(path))
+    return validate(tree, f'{path} with {" ".join(overrides)}' if overrides else path)
 
 
 def validate(tree: dict, source: str) -> RunConfig:

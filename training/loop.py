@@ -1,6 +1,7 @@
 """A run from its config to its last checkpoint: all that has a clock, a file or a signal, around the pure step."""
 
 import collections
+import contextlib
 import functools
 import math
 import os
@@ -18,15 +19,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from data.prepare import Dataset, load, prepare
 from model.forward import place_rows
 from sharding import peers
+from sharding.buckets import Bucket
 from sharding.errors import Diverged, UserError
 from sharding.memory import explaining
 from sharding.mesh import make_mesh, platform
 from sharding.processes import Agreement
 from training import config as configs
-from training.checkpoint import Checkpoints
+from training.bucket_checkpoint import checkpoints_of
 from training.config import RunConfig
 from training.evaluation import evaluate, spread
 from training.metrics import Metrics, Unwritten
+from training.mirror import Mirror, set_aside
 from training.report import layout, memory_line
 from training.state import abstract_state, items, restore, saved_config
 from training.step import init, train_step
@@ -34,7 +37,7 @@ from training.step import init, train_step
 AHEAD = 2  # steps that an accelerator may be given before the host reads the figures of the first
 
 
-def train(config: RunConfig, runs: Path, fresh: bool = False, console: Console | None = None) -> int:
+def train(config: RunConfig, runs: Path | Bucket, fresh: bool = False, console: Console | None = None) -> int:
     """Trains `runs/NAME` to its last step, continuing it where it has a checkpoint.
 
     Returns the exit code: 0 done, 130 or 143 after Ctrl-C or SIGTERM, with a checkpoint saved.
@@ -42,37 +45,45 @@ def train(config: RunConfig, runs: Path, fresh: bool = False, console: Console |
     """
     width = None if sys.stdout.isatty() else 120
     console = console or Console(soft_wrap=True, width=width, quiet=not peers.first())
-    folder = runs / config.name
     config.check_sizes()
     mesh = make_mesh(config.mesh)
-    if peers.first():
-        config, dataset = make_ready(config, folder, fresh, console)
-    # Where process 0 finds something wrong, all processes end with its exit code, here or wherever they are.
-    corpus = peers.meet('the data is there', dataset.facts['sha256'] if peers.first() else None)
-    if not peers.first():
-        config, dataset = read_ready(config, folder, corpus)
-    with jax.set_mesh(mesh), explaining(lambda: memory_line(config, abstract_state(config))):
-        return Run(config, folder, dataset, console).go()
+    with contextlib.closing(Mirror(runs / config.name)) as mirror:
+        if peers.first():
+            config, dataset = make_ready(config, mirror, fresh, console)
+        # Where process 0 finds something wrong, all processes end with its exit code, here or wherever they are.
+        corpus = peers.meet('the data is there', dataset.facts['sha256'] if peers.first() else None)
+        if not peers.first():
+            config, dataset = read_ready(config, mirror, corpus)
+        with jax.set_mesh(mesh), explaining(lambda: memory_line(config, abstract_state(config))):
+            return Run(config, mirror, dataset, console).go()
 
 
-def make_ready(config: RunConfig, folder: Path, fresh: bool, console: Console) -> tuple[RunConfig, Dataset]:
+def make_ready(config: RunConfig, mirror: Mirror, fresh: bool, console: Console) -> tuple[RunConfig, Dataset]:
     """The complete config and the data, made where they are not there. One process does this."""
+    folder = mirror.folder
     if fresh and folder.exists():
         # The new run is made beside the old one, which stays where it is until nothing can be wrong any more.
-        staging = folder.with_name(f'.{folder.name}.new')
-        shutil.rmtree(staging, ignore_errors=True)
-        config, dataset = ready(config, staging, console)
-        aside = set_aside(folder)
-        staging.rename(folder)
+        staging = Mirror(folder.with_name(f'.{folder.name}.new'))
+        shutil.rmtree(staging.local, ignore_errors=True)
+        try:
+            config, dataset = ready(config, staging, console)
+            aside = set_aside(folder)
+            mirror.adopt(staging)
+        finally:
+            staging.close()
         console.print(f'moved the earlier {folder} aside to {aside}')
-        return config, dataset
-    return ready(config, folder, console)
+    else:
+        config, dataset = ready(config, mirror, console)
+    mirror.push()
+    return config, dataset
 
 
-def read_ready(config: RunConfig, folder: Path, corpus: str) -> tuple[RunConfig, Dataset]:
-    """What another process made ready. Raises UserError where `folder` is not the folder that it wrote to."""
+def read_ready(config: RunConfig, mirror: Mirror, corpus: str) -> tuple[RunConfig, Dataset]:
+    """What another process made ready. Raises UserError where its folder is not the one seen here."""
+    folder = mirror.folder
+    mirror.fetch()
     try:
-        dataset = load(folder)
+        dataset = load(mirror.local)
     except UserError as error:
         raise UserError(f'{error}; the processes of a run need one run folder that all of them see') from None
     if dataset.facts['sha256'] != corpus:
@@ -82,9 +93,9 @@ def read_ready(config: RunConfig, folder: Path, corpus: str) -> tuple[RunConfig,
     return config.with_vocabulary(dataset.tokenizer.vocabulary), dataset
 
 
-def ready(config: RunConfig, folder: Path, console: Console) -> tuple[RunConfig, Dataset]:
+def ready(config: RunConfig, mirror: Mirror, console: Console) -> tuple[RunConfig, Dataset]:
     """The complete config and the data. Raises UserError where they do not fit each other or the run's last checkpoint."""
-    checkpoints = Checkpoints(folder)
+    checkpoints = checkpoints_of(mirror.folder)
     steps = checkpoints.steps()
     if steps:
         configs.check_continues(saved_config(checkpoints, steps[-1]), config)
@@ -94,34 +105,31 @@ def ready(config: RunConfig, folder: Path, console: Console) -> tuple[RunConfig,
                 f'nearest that works: {steps[-1]}'
             )
 
+    mirror.fetch()
+
     def complete(dataset: Dataset) -> RunConfig:
         whole = config.with_vocabulary(dataset.tokenizer.vocabulary)
         whole.check_sizes()
         return whole
 
-    dataset = prepare(config.data, folder, config.training.sequence_length, say=console.print, check=complete)
+    dataset = prepare(config.data, mirror.local, config.training.sequence_length, say=console.print, check=complete)
     if steps:
         meta = checkpoints.meta(steps[-1])
         if meta['corpus'] != dataset.facts['sha256']:
             raise UserError(
-                f'{folder / "data"} was made from corpus {dataset.facts["sha256"][:12]} and checkpoint {steps[-1]} from '
+                f'{mirror.folder / "data"} was made from corpus {dataset.facts["sha256"][:12]} and checkpoint {steps[-1]} from '
                 f'{meta["corpus"][:12]}: the prepared data was replaced; restore it, or begin anew with --fresh'
             )
     return complete(dataset), dataset
 
 
-def set_aside(folder: Path) -> Path:
-    """Moves a run out of the way of a new one, whole; where it is now."""
-    number = next(n for n in range(1, 10**6) if not folder.with_name(f'{folder.name}.old-{n}').exists())
-    return folder.rename(folder.with_name(f'{folder.name}.old-{number}'))
-
-
 class Run:
     """One process' life with a run. Use it under `jax.set_mesh`."""
 
-    def __init__(self, config: RunConfig, folder: Path, dataset: Dataset, console: Console):
-        self.config, self.folder, self.dataset, self.console = config, folder, dataset, console
-        self.checkpoints = Checkpoints(folder, config.checkpoint.keep)
+    def __init__(self, config: RunConfig, mirror: Mirror, dataset: Dataset, console: Console):
+        self.config, self.mirror, self.dataset, self.console = config, mirror, dataset, console
+        self.folder = mirror.folder
+        self.checkpoints = checkpoints_of(mirror.folder, config.checkpoint.keep)
         self.stopped_by = 0
         self.step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
 
@@ -138,10 +146,11 @@ class Run:
         else:
             self.state = jax.jit(functools.partial(init, config))()
         if peers.first():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_config(config, self.folder)
+            self.mirror.local.mkdir(parents=True, exist_ok=True)
+            write_config(config, self.mirror.local)
         console.print(layout(config, self.state.model))
-        self.metrics = Metrics(self.folder, first) if peers.first() else Unwritten()
+        self.metrics = Metrics(self.mirror.local, first) if peers.first() else Unwritten()
+        self.push()
         self.agree = Agreement(late=0 if platform() == 'cpu' else AHEAD)
         handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -152,7 +161,10 @@ class Run:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self.metrics.close()
-            self.checkpoints.close()
+            try:
+                self.push()
+            finally:
+                self.checkpoints.close()
         if self.stopped_by:
             name = signal.Signals(self.stopped_by).name
             console.print(f'stopped by {name} after step {self.last}, saved; run again to continue')
@@ -230,6 +242,8 @@ class Run:
         clock, tokens = (self.clock, self.clock_tokens) if self.tokens > self.clock_tokens else self.begun
         row['tokens_per_second'] = (self.tokens - tokens) / (time.perf_counter() - clock - row.pop('seconds', 0))
         self.metrics.log(row)
+        if 'validation_loss' in row:
+            self.push()
         if not self.console.is_terminal or 'validation_loss' in row:
             self.console.print(line(row, self.config.training.steps), highlight=False)
         self.clock, self.clock_tokens = time.perf_counter(), self.tokens
@@ -246,14 +260,21 @@ class Run:
             'seconds': time.perf_counter() - began,
         }
 
+    def push(self) -> None:
+        """What a run in a bucket shows beside its checkpoints."""
+        if peers.first():
+            self.metrics.flush()
+            self.mirror.push()
+
     def save(self, step: int) -> None:
         """Begins a checkpoint; it is written while training goes on."""
         began = time.perf_counter()
+        self.push()  # a run that goes on from this checkpoint has the rows up to it
         facts = {'step': step, 'tokens': self.tokens, 'corpus': self.dataset.facts['sha256'], 'seed': self.config.seed}
         # Step N's rows follow from (seed, N): the next sample is the data's whole position.
         facts |= {'next_sample': step * self.config.training.batch}
         names = ('config.yaml', 'tokenizer.model') if peers.first() else ()
-        files = {name: (self.folder / name).read_bytes() for name in names}
+        files = {name: (self.mirror.local / name).read_bytes() for name in names}
         self.checkpoints.save(step, items(self.state), facts, files)
         self.clock += time.perf_counter() - began
 

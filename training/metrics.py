@@ -43,6 +43,11 @@ class Metrics:
             elif name != 'step':
                 self.board.add_scalar(name, value, row['step'])
 
+    def flush(self) -> None:
+        """Writes what is pending."""
+        if not self.file.closed:
+            self.board.flush()
+
     def close(self) -> None:
         """Writes what is pending, and the picture."""
         self.file.close()
@@ -55,6 +60,9 @@ class Unwritten:
     """The metrics of a process that does not write them: process 0 does."""
 
     def log(self, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
         """Nothing."""
 
     def close(self) -> None:

@@ -1,7 +1,6 @@
 """A run's state off its checkpoints, on the current mesh, whatever mesh saved it."""
 
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,7 +27,8 @@ def abstract_state(config: RunConfig) -> State:
 def saved_config(checkpoints: Checkpoints, step: int) -> RunConfig:
     """The config that a checkpoint was saved with: its own copy, which its manifest vouches for."""
     checkpoints.meta(step)
-    return configs.load(checkpoints.folder / str(step) / 'config.yaml')
+    source = checkpoints.folder / str(step) / 'config.yaml'
+    return configs.parse(checkpoints.file(step, 'config.yaml').decode(), str(source))
 
 
 def items(state: State) -> dict[str, Any]:
@@ -42,6 +42,6 @@ def restore(checkpoints: Checkpoints, step: int, config: RunConfig) -> State:
     return State(found['model'], found['optimizer'], **found['random'])
 
 
-def restore_model(folder: Path, step: int, config: RunConfig) -> Any:
+def restore_model(checkpoints: Checkpoints, step: int, config: RunConfig) -> Any:
     """Only the weights."""
-    return Checkpoints(folder).restore(step, {'model': abstract_state(config).model})['model']
+    return checkpoints.restore(step, {'model': abstract_state(config).model})['model']

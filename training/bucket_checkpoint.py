@@ -1,0 +1,120 @@
+"""Checkpoints in an object store, which has no rename: a checkpoint is there from the moment its manifest is, written last.
+
+    gs://BUCKET/runs/NAME/checkpoints/
+      40/model/ optimizer/ …   the items, each array as its shards (see training/shards.py): every process writes its own
+      40/meta.json …           as in a local folder
+      40/manifest.json         last; a folder without it is no checkpoint: what a kill left, which the next save clears
+
+Orbax is not used here: it has no s3://, and where it writes gs:// it wants one more set of credentials and publishes by
+a marker of its own. A local folder reads this form too, and a bucket Orbax' form: a run may be copied either way.
+"""
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from sharding import peers
+from sharding.buckets import Bucket, at_once
+from training import shards
+from training.checkpoint import MANIFEST, SHARDS, Checkpoints, contents, kinds, named, sealed
+
+
+def checkpoints_of(folder: Path | Bucket, keep: int = 2) -> Checkpoints:
+    """The checkpoints of a run, wherever it is."""
+    return BucketCheckpoints(folder, keep) if isinstance(folder, Bucket) else Checkpoints(folder, keep)
+
+
+class BucketCheckpoints(Checkpoints):
+    """The checkpoints of one run in an object store; of use like the others."""
+
+    run: Any
+    folder: Any
+
+    def __init__(self, folder: Bucket, keep: int = 2):
+        assert keep >= 1, keep
+        self.run, self.folder, self.keep = folder, folder / 'checkpoints', keep
+        self._orbax = None
+        self._thread = ThreadPoolExecutor(1, 'checkpoint')
+        self._last: Future[None] | None = None
+
+    def steps(self) -> list[int]:
+        """The published steps, ascending."""
+        return [step for step in self._folders() if (self.folder / str(step) / MANIFEST).is_file()]
+
+    def save(self, step: int, items: Mapping[str, Any], meta: dict, files: Mapping[str, bytes] | None = None) -> None:
+        """As in a local folder; a step that is taken again is not there until it is published again."""
+        self.wait()
+        files = contents(items, meta, files)
+        if peers.first():
+            published = self.steps()
+            for other in self._folders():
+                if other == step or other not in published:
+                    self._delete(other)
+        peers.meet('a folder to save into')
+        leaves = {item: named(tree) for item, tree in items.items()}
+        for x in jax.tree.leaves(leaves):
+            if not jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+                x.copy_to_host_async()
+        mine: dict[str, bytes] = {}
+        for item, arrays in leaves.items():
+            for name, x in arrays.items():
+                mine.update(shards.written(f'{item}/{name}', x))
+        self._last = self._thread.submit(self._publish_shards, step, kinds(items), mine, files)
+
+    def file(self, step: int, name: str) -> bytes:
+        """A file of a checkpoint."""
+        return (self.folder / str(step) / name).read_bytes()
+
+    def _publish_shards(self, step: int, arrays: dict, mine: dict[str, bytes], files: Mapping[str, bytes]) -> None:
+        """Writes this process' shards, and process 0 the rest when all have. Runs in a thread of its own."""
+        path = self.folder / str(step)
+        prints = {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in mine.items()}
+        at_once(lambda name: (path / name).write_bytes(mine[name]), mine)
+        if not peers.first():
+            (path / 'prints' / f'{jax.process_index()}.json').write_bytes(json.dumps(prints).encode())
+        peers.meet('saved')
+        if peers.first():
+            others = [f'prints/{process}.json' for process in range(1, jax.process_count())]
+            for other in others:
+                prints |= json.loads((path / other).read_bytes())
+            path.delete(others)
+            at_once(lambda name: (path / name).write_bytes(files[name]), files)
+            prints |= {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in files.items()}
+            manifest = {'format': SHARDS, 'arrays': arrays, 'files': dict(sorted(prints.items()))}
+            (path / MANIFEST).write_bytes(sealed(manifest).encode())
+            for old in self.steps()[: -self.keep]:
+                self._delete(old)
+        peers.meet('published')
+
+    def _folders(self) -> list[int]:
+        """The steps of which there is anything, ascending."""
+        return sorted(int(name) for name in self.folder.names() if name.isascii() and name.isdecimal())
+
+    def _delete(self, step: int) -> None:
+        """Its manifest first: from then on it is no checkpoint."""
+        path = self.folder / str(step)
+        path.delete([MANIFEST])
+        path.delete(path.files())
+
+    def _sizes(self, step: int) -> dict[str, int]:
+        return (self.folder / str(step)).files()
+
+    def _digest(self, step: int, name: str, manifest: dict) -> str | None:
+        """None for a shard: it is hashed when it is read, and need not come over the network twice."""
+        shard = manifest.get('format') == SHARDS and name.split('/')[0] in manifest['arrays']
+        return None if shard else hashlib.sha256(self.file(step, name)).hexdigest()
+
+    @contextlib.contextmanager
+    def _on_disk(self, step: int) -> Iterator[Path]:
+        """A copy of a checkpoint, for Orbax to read."""
+        with tempfile.TemporaryDirectory(prefix='weft-') as folder:
+            source = self.folder / str(step)
+            source.download(Path(folder), source.files())
+            yield Path(folder)
