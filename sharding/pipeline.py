@@ -64,17 +64,20 @@ def pipeline(layers: Callable, x_mBTD: jax.Array) -> tuple[jax.Array, Any]:
 
     def tick(carry, t):
         waiting_mBTD, x_BTD, done_mBTD, sums = carry
-        slot = jnp.minimum(t // S, m - 1)  # microbatches come in, and later out, S from each slot
-        next_BTD = lax.dynamic_index_in_dim(waiting_mBTD, slot, keepdims=False)
-        waiting_mBTD = lax.dynamic_update_index_in_dim(waiting_mBTD, nearer(next_BTD), slot, 0)
+        in_slot = jnp.minimum(t // S, m - 1)  # microbatches come in, and later out, S from each slot
+        next_BTD = lax.dynamic_index_in_dim(waiting_mBTD, in_slot, keepdims=False)
         number = t - s  # of the microbatch that this stage works on
         y_BTD, found = layers(jnp.where(s == 0, next_BTD, x_BTD), jnp.clip(number, 0, M - 1))
         counts = (number >= 0) & (number < M)
         sums = jax.tree.map(lambda a, b: a + jnp.where(counts, b, 0), sums, found)
-        slot = jnp.maximum(t - (S - 1), 0) // S
-        out_BTD = nearer(lax.dynamic_index_in_dim(done_mBTD, slot, keepdims=False))
-        out_BTD = jnp.where(s == S - 1, y_BTD, out_BTD)
-        done_mBTD = lax.dynamic_update_index_in_dim(done_mBTD, out_BTD, slot, 0)
+        out_slot = jnp.maximum(t - (S - 1), 0) // S
+        out_BTD = lax.dynamic_index_in_dim(done_mBTD, out_slot, keepdims=False)
+        # Devices that a CPU simulates may start what does not wait in different orders, a send on one while another is in the
+        # layers' own collectives, and then wait for each other for ever. So all sends wait for y; t is never negative.
+        next_BTD, out_BTD = (jnp.where(t < 0, y_BTD, x) for x in (next_BTD, out_BTD))
+        waiting_mBTD = lax.dynamic_update_index_in_dim(waiting_mBTD, nearer(next_BTD), in_slot, 0)
+        out_BTD = jnp.where(s == S - 1, y_BTD, nearer(out_BTD))
+        done_mBTD = lax.dynamic_update_index_in_dim(done_mBTD, out_BTD, out_slot, 0)
         return (waiting_mBTD, onward(y_BTD, 'stage'), done_mBTD, sums), None
 
     nothing_BTD = jnp.zeros_like(x_mBTD[0])

@@ -40,7 +40,7 @@ def optimized() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def cached() -> None:
     """Each test begins with the compilation cache, which a mesh with sends turns off (`sharding.mesh.compile_anew`)."""
-    if not jax.config.read('jax_enable_compilation_cache'):
+    if not jax.config.jax_enable_compilation_cache:
         jax.config.update('jax_enable_compilation_cache', True)
         reset_cache()
 
