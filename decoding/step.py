@@ -42,7 +42,7 @@ def prefill(model: Decoder, cache: Cache, tokens_BT, length_B):
         position_BT = jnp.broadcast_to(column_T, tokens_BT.shape)
         segment_BT = (position_BT < length_B[:, None]).astype(jnp.int32)
         split = tokens_BT.shape[1] % lax.axis_size('tensor') == 0
-        view = View(position_BT, segment_BT, column_T, **backends(model.config), sequence_split=split)
+        view = View(position_BT, segment_BT, **backends(model.config), sequence_split=split)
         x_BTD, cache, _ = model.hidden(tokens_BT, view, cache)
         last_BT1 = (position_BT == length_B[:, None] - 1)[..., None]  # one column, of one device of `context`
         last_BD = lax.psum(jnp.where(last_BT1, view.join(x_BTD), 0).sum(1), 'context')
@@ -58,10 +58,8 @@ def decode(model: Decoder, cache: Cache, token_B, position_B):
     """
 
     def body(model, cache, token_B, position_B):
-        ones_B1, column_1 = jnp.ones_like(position_B)[:, None], jnp.zeros(1, jnp.int32)
-        view = View(
-            position_B[:, None], ones_B1, column_1, **backends(model.config), sequence_split=False, decoding=True
-        )
+        ones_B1 = jnp.ones_like(position_B)[:, None]
+        view = View(position_B[:, None], ones_B1, **backends(model.config), sequence_split=False, decoding=True)
         x_BTD, cache, _ = model.hidden(token_B[:, None], view, cache)
         return to_vocabulary(x_BTD[:, 0], model.head()), cache
 

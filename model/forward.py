@@ -104,7 +104,7 @@ def logits(model: Decoder, tokens_BT, position_BT, segment_BT):
     def body(model, *batch):
         column_T = columns(batch[0].shape[1], contiguous)
         tokens_BT, position_BT, segment_BT = (a_BT[:, column_T] for a_BT in batch)
-        view = View(position_BT, segment_BT, column_T, **backends(model.config))
+        view = View(position_BT, segment_BT, **backends(model.config))
         x_BTD, _, _ = model.hidden(tokens_BT, view)
         return to_vocabulary(join(x_BTD), model.head())
 

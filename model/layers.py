@@ -40,12 +40,12 @@ class View:
 
     position_BT: jax.Array  # place in the document, int32
     segment_BT: jax.Array  # documents of a row, numbered from 1; 0 is padding
-    column_T: jax.Array  # place in the row, int32
     backend: str  # of attention
     experts: str  # backend of the experts' grouped matmul
     sequence_split: bool = True  # between blocks each device of `tensor` holds a slice of the sequence, not all of it
     dropout_key: jax.Array | None = None  # one for all devices; None: no dropout
     row_B: jax.Array | None = None  # number of each row in the global batch, for dropout
+    column_T: jax.Array | None = None  # number of each column in the row, for dropout
     microbatches: int = 1  # of a pipeline, into which the rows are cut; 1 where `stage` is 1
     decoding: bool = False  # one token a row, that sees the cache
 
