@@ -15,6 +15,7 @@ Neighbours along the last axes are neighbours in the machine: `tensor` wants the
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -32,6 +33,7 @@ FSDP = (
     'expert',
 )  # axes that split a weight which every token meets: it is gathered where it is used
 SEQUENCE = ('context', 'tensor')  # axes that split the sequence between blocks
+IN_ORDER = '--xla_cpu_enable_concurrency_optimized_scheduler=false'
 SEARCHED = 1024  # devices at most of a mesh that is proposed in an error
 
 
@@ -147,11 +149,23 @@ def start(devices: int, dtype: str, processes: int = 1) -> None:
     """
     if dtype == 'float64':
         jax.config.update('jax_enable_x64', True)
+    run_in_order()
     try:
         jax.config.update('jax_num_cpu_devices', devices // processes)
     except RuntimeError as error:
         if 'before backends are initialized' not in str(error):
             raise
+
+
+def run_in_order() -> None:
+    """Has CPU programs keep the order of their steps, also of those that do not wait for each other; before JAX starts.
+
+    Else the devices that a CPU simulates may start their collectives in different orders, and wait for each other for ever.
+    Seen in jaxlib 0.10.2 with experts by `ragged` in a pipeline.
+    """
+    flags = os.environ.get('XLA_FLAGS', '')
+    if IN_ORDER.partition('=')[0] not in flags:
+        os.environ['XLA_FLAGS'] = f'{flags} {IN_ORDER}'.strip()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,15 @@ import jax
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
+from sharding.mesh import run_in_order
+
 DEVICES = 8
 
 # Before the first use of a device. Not through the environment: scripts that tests start find it as in a user's shell.
 jax.config.update('jax_platforms', os.environ.get('JAX_PLATFORMS', 'cpu'))
 if '--xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     jax.config.update('jax_num_cpu_devices', DEVICES)
+run_in_order()
 # [B, T] + [T] is more often a mistake than meant.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Else GPUs and TPUs multiply float32 in fewer bits, and no tight tolerance holds there.
