@@ -140,7 +140,7 @@ def config_of(kind: str, mesh: MeshConfig, dtype: Literal['float32', 'float64'],
 @contextlib.contextmanager
 def precision(dtype: str) -> Iterator[None]:
     """float64 where the case asks for it, and programs that compile quickly: loops over layers as on accelerators."""
-    before = jax.config.jax_enable_x64
+    before = jax.config.read('jax_enable_x64')
     jax.config.update('jax_enable_x64', dtype == 'float64')
     try:
         with mock.patch.object(decoder, 'CPU_UNROLL', 0):
