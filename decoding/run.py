@@ -1,6 +1,7 @@
 """A trained run, opened for reading on any mesh. Nothing in its folder is touched."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from model.layers import is_matrix
 from sharding.buckets import Bucket, at
 from sharding.errors import UserError, nearest
 from sharding.memory import explaining
-from sharding.mesh import MeshConfig, check_divides, make_mesh, parse_mesh, start
+from sharding.mesh import Divides, MeshConfig, check_divides, make_mesh, nearest_meshes, parse_mesh, start
 from training.bucket_checkpoint import checkpoints_of
 from training.config import RunConfig
 from training.state import restore_model, saved_config
@@ -36,7 +37,8 @@ def open_run(folder: str | Path | Bucket, mesh: str | None = None) -> TrainedRun
     """The newest checkpoint of a run, on the mesh that trained it or on another (`'expert=2,tensor=2'`).
 
     Rows are split over replica, data and expert, caches over context and tensor too; each replica has all weights. There is no
-    pipeline: the stages of the run's own mesh become more of `data`, and a mesh that is asked for has none.
+    pipeline: the stages of the run's own mesh become more of `data`, as far as that divides the model, and a mesh that is
+    asked for has none.
 
     A machine with only a CPU simulates as many devices as the mesh has, unless JAX has started before.
     Raises UserError where the folder is not a run, has no whole checkpoint, or the mesh cannot hold the model.
@@ -48,13 +50,8 @@ def open_run(folder: str | Path | Bucket, mesh: str | None = None) -> TrainedRun
     checkpoints = checkpoints_of(folder)
     step = checkpoints.newest()
     config = saved_config(checkpoints, step)
-    wanted = unstaged(config.mesh) if mesh is None else parse_mesh(mesh)
-    if wanted.stage > 1:
-        raise UserError(
-            f'--mesh {mesh}: stage is {wanted.stage}, and decoding has no pipeline, where a token would wait for each '
-            f'stage in turn; nearest that works: ({unstaged(wanted)})'
-        )
-    check_divides(wanted, sizes(config.model))
+    wanted = own_mesh(config) if mesh is None else parse_mesh(mesh)
+    check_divides(wanted, [*sizes(config.model), NO_PIPELINE])
     start(wanted.size, config.model.dtype)
     devices = make_mesh(wanted)
     tokenizer = Tokenizer(checkpoints.file(step, 'tokenizer.model'))
@@ -73,9 +70,19 @@ def _runs(folder: Path | Bucket) -> list[str]:
     return [str(path.parent) for path in folder.glob('*/config.yaml')] if folder.is_dir() else []
 
 
-def unstaged(mesh: MeshConfig) -> MeshConfig:
-    """The mesh with its stages as more of `data`: how a run that was trained by a pipeline decodes, unless told otherwise."""
-    return dataclasses.replace(mesh, stage=1, data=mesh.data * mesh.stage)
+# A token would wait for each stage in turn.
+NO_PIPELINE = Divides(('stage',), 'the number of stages that decoding can use', 1)
+
+
+def own_mesh(config: RunConfig) -> MeshConfig:
+    """The mesh that a run decodes on unless told otherwise: its own, or the most alike of as many devices without stages."""
+    mesh = config.mesh
+    if mesh.stage == 1:
+        return mesh
+    wanted = dataclasses.replace(mesh, stage=1, data=mesh.data * mesh.stage)
+    found = next(nearest_meshes(wanted, [*sizes(config.model), NO_PIPELINE]))
+    print(f'decoding has no pipeline: on mesh ({found}) instead of the run’s own ({mesh})', file=sys.stderr)
+    return found
 
 
 def in_compute_dtype(model: Decoder) -> Decoder:

@@ -10,6 +10,7 @@ from jax import P
 
 from data.tokenizer import Tokenizer
 from decoding.generate import TextStream, generate
+from decoding.run import own_mesh
 from decoding.sampling import Choice, Sampling, choose
 from model.config import ModelConfig, MoEConfig
 from sharding.errors import UserError
@@ -179,3 +180,20 @@ def test_logits_stay_split_by_rows_while_choosing():
         )
         out = jax.jit(choose)(rows(np.zeros((4, 10), np.float32)), rows(np.arange(4, dtype=np.int32)), choice)
         assert out.sharding.spec == P(BATCH)
+
+
+@pytest.mark.parametrize(
+    ('mesh', 'wanted'),
+    [
+        (MeshConfig(stage=2, data=2), MeshConfig(data=4)),
+        (MeshConfig(replica=2, context=2), MeshConfig(replica=2, context=2)),
+        (MeshConfig(stage=3, data=2), MeshConfig(replica=3, data=2)),  # 6 does not divide model_dim
+    ],
+)
+def test_a_run_with_stages_decodes_on_as_many_devices_without(mesh, wanted, capsys):
+    config = ModelConfig(vocabulary=300, layers=6, model_dim=32, heads=4, mlp_dim=32)
+    run = RunConfig(
+        name='staged', mesh=mesh, model=config, training=TrainingConfig(steps=1, batch=12, sequence_length=8)
+    )
+    assert own_mesh(run) == wanted
+    assert ('no pipeline' in capsys.readouterr().err) == (mesh.stage > 1)
