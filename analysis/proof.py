@@ -43,7 +43,9 @@ CODE = (  # what a result rests on
     *(f'training/{name}.py' for name in ('loss', 'step')),
 )
 DEVICES = 8
-TOLERANCE = {'gradient': 1e-10, 'initial': 0.0, 'losses': 1e-5, 'losses of 50': 1e-4}
+# Of losses: of the first 20 steps and of all 50. By dtype, see `losses`.
+TOLERANCE = {'gradient': 1e-10, 'initial': 0.0}
+LOSSES_TOLERANCE = {'float32': (1e-5, 1e-4), 'float64': (1e-10, 1e-10)}
 VOCABULARY, B, T = 200, 16, 128
 
 DENSE = ModelConfig(
@@ -76,6 +78,7 @@ MODELS = {
 }
 ACCUMULATION = {'dense': 2, 'all_to_all': 2}  # parts a step, on every mesh but the one device; 1 for the others
 
+RUNS = ('dense', 'all_gather')  # models of whole runs
 MESHES = [MeshConfig(**dict(zip(AXES, shape, strict=True))) for shape in factorizations(DEVICES, len(AXES))]
 # Every axis is on in at least four of them.
 LONG = [
@@ -191,10 +194,20 @@ def initial(kind: str, mesh: MeshConfig) -> dict[str, np.ndarray]:
         return named(jax.jit(lambda key: Decoder(config.model, nnx.Rngs(key)))(jax.random.key(config.seed)))
 
 
+def losses_dtype(kind: str) -> Literal['float32', 'float64']:
+    """Of whole runs: float32, with a router float64.
+
+    Where a token's second and third expert score the same to a float32's last digits, the order of a sum decides which one it
+    visits, and an expert's load which way its bias goes: two right runs in float32 are then 1e-3 apart after 20 steps.
+    """
+    return 'float64' if MODELS[kind].moe else 'float32'
+
+
 def losses(kind: str, mesh: MeshConfig, steps: int) -> list[float]:
-    """Losses of the first steps in float32."""
-    config = config_of(kind, mesh, 'float32', steps=50)
-    with precision('float32'), jax.set_mesh(make_mesh(mesh)):
+    """Losses of the first steps of a whole run: AdamW, and the update of the routers' biases."""
+    dtype = losses_dtype(kind)
+    config = config_of(kind, mesh, dtype, steps=50)
+    with precision(dtype), jax.set_mesh(make_mesh(mesh)):
         state = jax.jit(functools.partial(init, config))()
         step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
         found = []
@@ -394,7 +407,7 @@ def cases() -> dict[str, Callable[[], dict[str, Any]]]:
     for mesh in MESHES:
         # Every kind of weight is in this one.
         found[f'initial/all_gather/{mesh}'] = functools.partial(initial_error, 'all_gather', mesh)
-    for kind in ('dense', 'all_gather'):
+    for kind in RUNS:
         for mesh in LONG:
             found[f'losses/{kind}/{mesh}'] = functools.partial(losses_error, kind, mesh)
     for fault in FAULTS:
@@ -409,7 +422,10 @@ def holds(case: str, found: dict[str, Any]) -> bool:
         return caught(found)
     if part == 'gradient' and not found['loss'] <= TOLERANCE[part]:
         return False
-    return found['error'] <= TOLERANCE[part] and found.get('error of 50', 0) <= TOLERANCE['losses of 50']
+    if part == 'losses':
+        of_20, of_50 = LOSSES_TOLERANCE[losses_dtype(case.split('/')[1])]
+        return found['error'] <= of_20 and found['error of 50'] <= of_50
+    return found['error'] <= TOLERANCE[part]
 
 
 def tell(found: dict[str, Any]) -> str:

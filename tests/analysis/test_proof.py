@@ -75,3 +75,10 @@ def test_a_result_is_kept_for_the_code_that_it_came_from(tmp_path):
 )
 def test_what_holds(found, right):
     assert proof.holds('gradient/dense/data=8', found) is right
+
+
+def test_what_holds_of_whole_runs():
+    near, far = {'error': 9e-6, 'error of 50': 9e-5}, {'error': 9e-6, 'error of 50': 2e-4}
+    assert proof.holds('losses/dense/data=8', near)
+    assert not proof.holds('losses/dense/data=8', far)
+    assert not proof.holds('losses/all_gather/data=8', near)  # in float64
