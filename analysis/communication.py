@@ -79,6 +79,12 @@ def training(config: ModelConfig, mesh: MeshConfig, batch: int, sequence_length:
         raise ValueError('the traffic of experts is not counted by hand: a dense model is needed (model.moe is set)')
     if mesh.stage > 1:
         raise ValueError('the traffic of a pipeline is not counted by hand: mesh.stage must be 1')
+    plain = ModelConfig(layers=1, model_dim=2, heads=1, mlp_dim=1)
+    for field in ('latent', 'norm_order', 'positions', 'attention_sinks', 'o_bias', 'mlp_bias'):
+        if getattr(config, field) != getattr(plain, field):
+            raise ValueError(f'the traffic of model.{field} {getattr(config, field)} is not counted by hand')
+    if config.qk_norm == 'full':
+        raise ValueError('the traffic of model.qk_norm full is not counted by hand')
     step, found = Step(config, mesh, batch, sequence_length), Traffic()
     for term in TERMS:
         term(step, found)
@@ -167,8 +173,8 @@ def replicated(step: Step, found: Traffic) -> None:
     c, n = step.config, step.mesh.tensor
     D, N, M = c.model_dim, c.heads * c.head_dim, c.kv_heads * c.head_dim
     norms = 2 if c.norm == 'layernorm' and c.bias else 1
-    whole = [D] * (2 * norms) + [D, D] * c.bias + [c.head_dim] * 2 * c.qk_norm
-    split = [N, M, M] * c.qkv_bias + [c.mlp_dim] * c.bias
+    whole = [D] * (2 * norms) + [D, D] * c.bias + [c.head_dim] * 2 * bool(c.qk_norm)
+    split = [N, M, M] * c.qkv_bias + [c.mlp_dim] * (len(matrices(c)) - 5) * c.bias
     for size in whole:
         step.send(found, 'psum', AXES, c.layers * size * step.wide)
     step.send(found, 'psum', AXES, D * step.wide, norms)

@@ -22,9 +22,10 @@ def empty_cache(model: Decoder, rows: int, slots: int) -> Cache:
     """
     needs_no_stages('decoding')
     c, mesh = model.config, jax.sharding.get_abstract_mesh().shape
-    heads, slots = max(c.kv_heads, mesh['tensor']), -(-slots // mesh['context']) * mesh['context']
-    make = lambda: jnp.zeros((c.layers, rows, slots, heads, c.head_dim), c.dtype, out_sharding=CACHE_SPEC)
-    return Cache(make(), make())
+    heads, slots = max(c.cached_heads, mesh['tensor']), -(-slots // mesh['context']) * mesh['context']
+    make = lambda width: jnp.zeros((c.layers, rows, slots, heads, width), c.dtype, out_sharding=CACHE_SPEC)
+    widths = c.cached_widths
+    return Cache(make(widths[0]), make(widths[1]) if len(widths) > 1 else None)
 
 
 def prefill(model: Decoder, cache: Cache, tokens_BT, length_B):
@@ -46,7 +47,7 @@ def prefill(model: Decoder, cache: Cache, tokens_BT, length_B):
         x_BTD, cache, _ = model.hidden(tokens_BT, view, cache)
         last_BT1 = (position_BT == length_B[:, None] - 1)[..., None]  # one column, of one device of `context`
         last_BD = lax.psum(jnp.where(last_BT1, view.join(x_BTD), 0).sum(1), 'context')
-        return to_vocabulary(last_BD, model.head()), cache
+        return to_vocabulary(last_BD, model.head(), model.config), cache
 
     return _with_cache(body, model, cache, tokens_BT, length_B)
 
@@ -61,7 +62,7 @@ def decode(model: Decoder, cache: Cache, token_B, position_B):
         ones_B1 = jnp.ones_like(position_B)[:, None]
         view = View(position_B[:, None], ones_B1, **backends(model.config), sequence_split=False, decoding=True)
         x_BTD, cache, _ = model.hidden(token_B[:, None], view, cache)
-        return to_vocabulary(x_BTD[:, 0], model.head()), cache
+        return to_vocabulary(x_BTD[:, 0], model.head(), model.config), cache
 
     return _with_cache(body, model, cache, token_B, position_B)
 

@@ -1,6 +1,7 @@
 """What a decoder is made of. No mesh in here: the same config runs on any mesh whose axes divide its sizes (see `sizes`)."""
 
 import dataclasses
+import functools
 import math
 from typing import Literal, get_args
 
@@ -14,6 +15,79 @@ VOCABULARY_MULTIPLE = 128  # the embedding's rows are rounded up to it, on every
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary positions are stretched to a longer context than the model was trained on; see `model.rope`."""
+
+    kind: Literal['linear', 'dynamic', 'yarn', 'llama3', 'longrope']
+    factor: float  # new context by old
+    original_positions: int | None = None  # the old context, in tokens; linear needs none
+    low_frequency_factor: float = 1.0  # llama3
+    high_frequency_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn: the ramp begins and ends at whole dims
+    attention_factor: float | None = None  # yarn, longrope: on queries and keys alike; None: the paper's, of `factor`
+    short_factors: tuple[float, ...] | None = (
+        None  # longrope: by pair of dims, for rows of at most `original_positions`
+    )
+    long_factors: tuple[float, ...] | None = None  # longrope: for longer rows
+
+    def __post_init__(self):
+        if not self.factor > 0:
+            raise UserError(f'model.rope_scaling.factor is {self.factor}: it must be above 0')
+        if self.kind != 'linear' and (self.original_positions or 0) < 1:
+            raise UserError(
+                f'model.rope_scaling.original_positions is {self.original_positions}: {self.kind} needs the context that the '
+                'model was trained on, in tokens'
+            )
+        if self.kind == 'longrope' and not (self.short_factors and self.long_factors):
+            raise UserError(
+                'model.rope_scaling: longrope needs short_factors and long_factors, one for each pair of dims'
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1): keys and values from one vector a token."""
+
+    q_rank: int | None = None  # of the queries' own latent vector; None: queries come from x itself
+    kv_rank: int  # of what is cached, beside the rotary part of the key
+    plain_dim: int  # of a head's query and key, the part without positions
+    rotary_dim: int  # of a head's query and key, the rotary part; one such key for all heads
+    value_dim: int  # of a head's value
+
+    def __post_init__(self):
+        for field in ('q_rank', 'kv_rank', 'plain_dim', 'rotary_dim', 'value_dim'):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise UserError(f'model.latent.{field} is {getattr(self, field)}: it must be at least 1')
+        if self.rotary_dim % 2:
+            raise UserError(
+                f'model.latent.rotary_dim is {self.rotary_dim}: rotary positions turn pairs, so it must be even; '
+                f'nearest: {self.rotary_dim + 1}'
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What tells one layer of a stack from another."""
+
+    experts: bool = False  # a mixture of experts; else an MLP
+    windowed: bool = False  # attention sees `window` tokens, and turns by `local_rope_theta`; else all of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Layers in a row that repeat one sequence of kinds: what one scan goes over."""
+
+    kinds: tuple[Kind, ...]
+    repeats: int
+
+    @property
+    def layers(self) -> int:
+        return len(self.kinds) * self.repeats
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """A mixture-of-experts layer. Every token visits its `top_k` experts and all shared ones; `all_to_all` alone drops some."""
 
@@ -22,16 +96,32 @@ class MoEConfig:
     mlp_dim: int  # hidden units of one expert
     shared_experts: int = 0  # experts that every token visits, without a router
     first_dense_layers: int = 0  # layers before the first mixture, with a plain MLP of model.mlp_dim
+    pattern: tuple[bool, ...] = (True,)  # which layers are mixtures, over and over from the first; false: a plain MLP
     router: Literal['softmax', 'sigmoid'] = 'softmax'
+    router_bias: bool = False  # of the router's logits
+    bias: bool = False  # of each expert's projections
     renormalize: bool = True  # the chosen experts' weights add up to 1
+    groups: int = (
+        1  # of experts side by side: a token chooses groups first (DeepSeek-V2, arXiv:2405.04434, section 2.1.3)
+    )
+    top_groups: int = 1  # groups that a token chooses
+    group_score: Literal['max', 'top2'] = 'top2'  # of a group: its best expert's score, or the sum of its two best
+    choice_bias: bool = False  # a bias on the scores by which experts are chosen; bias_update_rate moves it
     routed_scale: float = 1.0  # factor on the routed experts' sum
     balance_loss: float = 0.01  # weight of the sequence-level balance loss (DeepSeek-V3, arXiv:2412.19437, eq. 17–20)
     z_loss: float = 0.001  # weight of the router z-loss (ST-MoE, arXiv:2202.08906, eq. 5)
-    bias_update_rate: float = 0.0  # step of the choice's bias (DeepSeek-V3, section 2.1.2: 0.001); 0: there is no bias
+    bias_update_rate: float = (
+        0.0  # step of the choice's bias (DeepSeek-V3, section 2.1.2: 0.001); above 0: there is one
+    )
     dispatch: Dispatch = 'auto'  # how tokens reach their experts: see model/dispatch.py
     capacity_factor: float = (
         1.25  # all_to_all: rows of an expert's buffer by its even share; what does not fit is dropped
     )
+
+    @property
+    def has_choice_bias(self) -> bool:
+        """Whether experts are chosen by their scores and a bias."""
+        return self.choice_bias or self.bias_update_rate > 0
 
     def __post_init__(self):
         for field in ('experts', 'top_k', 'mlp_dim'):
@@ -45,6 +135,23 @@ class MoEConfig:
                 f'model.moe.top_k is {self.top_k} and model.moe.experts {self.experts}: '
                 f'a token cannot visit more than all; largest that works: {self.experts}'
             )
+        if not self.pattern or not any(self.pattern):
+            raise UserError(
+                f'model.moe.pattern is {list(self.pattern)}: it must have a true; model.moe=null has no mixture'
+            )
+        if self.groups < 1 or self.experts % self.groups:
+            raise UserError(
+                f'model.moe.groups is {self.groups} and model.moe.experts {self.experts}: the first must divide the second; '
+                f'nearest that works: {_nearest_divisor(self.experts, max(self.groups, 1))}'
+            )
+        room = self.experts // self.groups * min(self.top_groups, self.groups)
+        if not 1 <= self.top_groups <= self.groups or room < self.top_k:
+            raise UserError(
+                f'model.moe.top_groups is {self.top_groups} of {self.groups} groups of {self.experts // self.groups} experts: '
+                f'there must be at least one, no more than all, and room for top_k ({self.top_k}) experts in them'
+            )
+        if self.groups > 1 and self.group_score == 'top2' and self.experts // self.groups < 2:
+            raise UserError('model.moe.group_score is top2 and a group has one expert; use max')
         if self.dispatch not in get_args(Dispatch):
             raise UserError(
                 f'model.moe.dispatch is {self.dispatch!r}: no such way{nearest(self.dispatch, get_args(Dispatch))}'
@@ -58,7 +165,7 @@ class MoEConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder stack. Sizes are counts of units; positions are rotary."""
+    """A stack of layers, and what stands before and after it. Sizes are counts of units."""
 
     vocabulary: int | None = None  # tokens; None: as many as the run's tokenizer has
     layers: int
@@ -67,18 +174,41 @@ class ModelConfig:
     kv_heads: int | None = None  # None: as many as heads (multi-head); 1: multi-query; between: grouped-query
     head_dim: int | None = None  # None: model_dim / heads
     mlp_dim: int
-    activation: Literal['swiglu', 'geglu', 'gelu', 'relu'] = 'swiglu'
+    activation: Literal['swiglu', 'geglu', 'clamped_swiglu', 'gelu', 'gelu_exact', 'relu', 'silu'] = 'swiglu'
+    activation_limit: float = 7.0  # of clamped_swiglu (gpt-oss), beyond which gate and up are cut off
     norm: Literal['rmsnorm', 'layernorm'] = 'rmsnorm'
     norm_epsilon: float = 1e-5
+    norm_order: Literal['pre', 'post', 'sandwich'] = (
+        'pre'  # x + f(norm(x)); norm(x + f(x)), as in 2017; x + norm(f(norm(x)))
+    )
+    norm_offset: float = 0.0  # added to each RMSNorm's scale (Gemma keeps scales as differences from 1)
+    positions: Literal['rotary', 'learned', 'none'] = 'rotary'
+    max_positions: int | None = None  # rows of the table of learned positions
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    rotary_fraction: float = 1.0  # of each head's dims, from the first; the others do not turn
+    rotary_pairs: Literal['halves', 'neighbours'] = 'halves'  # dims h and h + H/2 turn together, or 2h and 2h + 1
+    local_rope_theta: float | None = None  # of layers with a window, without scaling; None: as all others
     window: int | None = None  # tokens that a query sees, itself one of them; None: all before it
-    qk_norm: bool = False  # RMSNorm of each head's query and key
+    window_pattern: tuple[bool, ...] = (True,)  # which layers have the window, over and over from the first
+    latent: LatentConfig | None = None  # keys and values from a latent vector, instead of kv_heads and head_dim
+    query_scale: float | None = None  # of the scores; None: 1 / √(width of a head's query)
+    attention_softcap: float | None = None  # c: scores become c tanh(score / c)
+    attention_sinks: bool = False  # each head has one more score in the softmax, that stands for no token
+    qk_norm: bool | Literal['full'] = False  # RMSNorm of each head's query and key; full: of all heads' together
     qkv_bias: bool = False
+    o_bias: bool = False  # of attention's output projection
+    mlp_bias: bool = False
     bias: bool = False  # of the output and MLP projections and of LayerNorm
     tied_embedding: bool = True  # the LM head is the embedding
+    embedding_scale: float = 1.0  # on what the embedding gives
+    logit_scale: float = 1.0  # on the head's logits
+    logit_softcap: float | None = None  # c: logits become c tanh(logit / c)
     dropout: float = 0.0  # of the embedding and of each block's output, in training
     moe: MoEConfig | None = None
-    dtype: Literal['float32', 'bfloat16', 'float64'] = 'float32'  # of compute; parameters are at least float32
+    dtype: Literal['float32', 'bfloat16', 'float16', 'float64'] = 'float32'  # of compute
+    # Of stored parameters, gradients and optimizer state; None: at least float32. Imported models keep their source's.
+    weight_dtype: Literal['float32', 'bfloat16', 'float16', 'float64'] | None = None
     remat: Literal['none', 'dots', 'block'] = 'none'  # kept for the backward pass: all; matmul results; a layer's input
     attention: Literal['auto', 'reference', 'blockwise', 'flash', 'splash'] = 'auto'
     experts: Literal['auto', 'reference', 'blocked', 'ragged'] = 'auto'  # backend of the experts' grouped matmul
@@ -97,11 +227,27 @@ class ModelConfig:
                 f'model.head_dim is given; nearest that works: {_nearest_divisor(self.model_dim, self.heads)}'
             )
         set_default('head_dim', self.model_dim // self.heads)
-        if self.head_dim % 2:
+        if self.head_dim % 2 and self.positions == 'rotary' and not self.latent:
             raise UserError(
                 f'model.head_dim is {self.head_dim}: rotary positions turn pairs, so it must be even; '
                 f'nearest: {self.head_dim + 1}'
             )
+        if not 0 < self.rotary_fraction <= 1:
+            raise UserError(f'model.rotary_fraction is {self.rotary_fraction}: it must be above 0 and at most 1')
+        if self.positions == 'learned' and (self.max_positions or 0) < 1:
+            raise UserError(
+                f'model.max_positions is {self.max_positions}: learned positions need a table of that many rows'
+            )
+        if not self.window_pattern:
+            raise UserError('model.window_pattern is empty: [true] gives every layer the window')
+        if self.latent and (self.kv_heads != self.heads or self.qk_norm or self.qkv_bias or self.attention_sinks):
+            raise UserError(
+                'model.latent: attention from latent vectors has as many kv_heads as heads, and no qk_norm, qkv_bias or '
+                'attention_sinks'
+            )
+        for field in ('attention_softcap', 'logit_softcap', 'activation_limit', 'query_scale', 'local_rope_theta'):
+            if getattr(self, field) is not None and not getattr(self, field) > 0:
+                raise UserError(f'model.{field} is {getattr(self, field)}: it must be above 0')
         if self.heads % self.kv_heads:
             raise UserError(
                 f'model.kv_heads is {self.kv_heads} and model.heads {self.heads}: kv_heads must divide heads; '
@@ -117,11 +263,33 @@ class ModelConfig:
                 f'model.moe.first_dense_layers is {self.moe.first_dense_layers} and model.layers {self.layers}: '
                 f'at most {self.layers - 1} can be dense; model.moe=null makes all of them so'
             )
+        if self.moe and not any(kind.experts for kind in self.kinds):
+            raise UserError(
+                f'model.moe.pattern is {list(self.moe.pattern)} and model.layers {self.layers}: no layer would be a mixture; '
+                'model.moe=null says so'
+            )
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """All layers, first to last, as few different ones as can be."""
+        return _runs(self.kinds)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Of each layer, first to last."""
+
+        def kind(layer: int) -> Kind:
+            m = self.moe
+            experts = m is not None and layer >= m.first_dense_layers and m.pattern[layer % len(m.pattern)]
+            windowed = self.window is not None and self.window_pattern[layer % len(self.window_pattern)]
+            return Kind(bool(experts), windowed)
+
+        return tuple(kind(layer) for layer in range(self.layers))
 
     @property
     def parameter_dtype(self):
-        """Of parameters, gradients and optimizer state: at least float32."""
-        return jnp.promote_types(self.dtype, 'float32')
+        """Of parameters, gradients and optimizer state."""
+        return jnp.dtype(self.weight_dtype) if self.weight_dtype else jnp.promote_types(self.dtype, 'float32')
 
     @property
     def padded_vocabulary(self) -> int:
@@ -132,18 +300,59 @@ class ModelConfig:
     @property
     def gated(self) -> bool:
         """Whether an MLP has a gate beside its up projection."""
-        return self.activation in ('swiglu', 'geglu')
+        return self.activation in ('swiglu', 'geglu', 'clamped_swiglu')
 
     @property
-    def groups(self) -> tuple[tuple[str, int], ...]:
-        """Runs of like layers, first to last: ('dense' or 'moe', how many)."""
-        dense = self.moe.first_dense_layers if self.moe else self.layers
-        return tuple((kind, n) for kind, n in (('dense', dense), ('moe', self.layers - dense)) if n)
+    def longest_run(self) -> int:
+        """Which of the runs a pipeline splits over its stages; the later one of two as long."""
+        return max(range(len(self.runs)), key=lambda number: (self.runs[number].layers, number))
 
     @property
-    def longest_group(self) -> int:
-        """Which of the groups a pipeline splits over its stages; the later one of two as long."""
-        return max(range(len(self.groups)), key=lambda number: (self.groups[number][1], number))
+    def query_dim(self) -> int:
+        """Width of a head's query and key."""
+        return self.latent.plain_dim + self.latent.rotary_dim if self.latent else self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dims of a head that turn with the position."""
+        return self.latent.rotary_dim if self.latent else 2 * int(self.head_dim * self.rotary_fraction / 2)
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a head's value."""
+        return self.latent.value_dim if self.latent else self.head_dim
+
+    @property
+    def cached_heads(self) -> int:
+        """Heads of keys and values that a cache keeps of a token and layer; a latent vector is one for all."""
+        return 1 if self.latent else self.kv_heads
+
+    @property
+    def cached_widths(self) -> tuple[int, ...]:
+        """Numbers that a cache keeps of each such head: of its key and its value, or of the latent vector."""
+        if self.latent:
+            return (self.latent.kv_rank + self.latent.rotary_dim,)
+        return (self.head_dim, self.head_dim)
+
+
+@functools.cache
+def _runs(kinds: tuple[Kind, ...]) -> tuple[Run, ...]:
+    """Kinds in a row as repeated units: the fewest kinds written down, of those the fewest runs, of those the first longest."""
+    L = len(kinds)
+    best: list[tuple[tuple[int, int], tuple[Run, ...]]] = [((0, 0), ())] * (L + 1)
+    for first in reversed(range(L)):
+        found = []
+        for unit in range(1, L - first + 1):
+            repeats = 1
+            while True:
+                (written, runs), rest = best[first + unit * repeats]
+                found.append(((written + unit, runs + 1), (Run(kinds[first : first + unit], repeats), *rest)))
+                end = first + unit * (repeats + 1)
+                if end > L or kinds[end - unit : end] != kinds[first : first + unit]:
+                    break
+                repeats += 1
+        best[first] = min(found, key=lambda one: (one[0], -one[1][0].layers))
+    return best[0][1]
 
 
 def sizes(c: ModelConfig) -> list[Divides]:
@@ -151,7 +360,6 @@ def sizes(c: ModelConfig) -> list[Divides]:
     rules = [
         Divides(('tensor',), 'model.heads', c.heads),
         Divides(('tensor',), 'model.kv_heads', c.kv_heads, or_repeats=True),
-        Divides(('tensor',), 'model.kv_heads × model.head_dim', c.kv_heads * c.head_dim),
         Divides(FSDP, 'model.model_dim', c.model_dim),
         Divides(('tensor',), 'model.model_dim', c.model_dim),
         Divides(
@@ -160,17 +368,30 @@ def sizes(c: ModelConfig) -> list[Divides]:
             VOCABULARY_MULTIPLE if c.vocabulary is None else c.padded_vocabulary,
         ),
     ]
-    kind, layers = c.groups[c.longest_group]
-    name = 'model.layers' if len(c.groups) == 1 else f'the number of {kind} layers in a row'
-    rules.append(Divides(('stage',), name, layers))
-    if any(kind == 'dense' for kind, _ in c.groups):
+    run = c.runs[c.longest_run]
+    units = f'units of {len(run.kinds)} layers' if len(run.kinds) > 1 else f'{_name(run.kinds[0])} layers'
+    name = 'model.layers' if run.repeats == c.layers else f'the number of {units} in a row'
+    rules.append(Divides(('stage',), name, run.repeats))
+    if not all(kind.experts for kind in c.kinds):
         rules.append(Divides(('tensor',), 'model.mlp_dim', c.mlp_dim))
+    if not c.latent:
+        rules.append(Divides(('tensor',), 'model.kv_heads × model.head_dim', c.kv_heads * c.head_dim))
+    else:
+        rules.append(Divides(FSDP, 'model.latent.kv_rank', c.latent.kv_rank))
+        if c.latent.q_rank:
+            rules.append(Divides(FSDP, 'model.latent.q_rank', c.latent.q_rank))
+    if c.positions == 'learned':
+        rules.append(Divides((*FSDP, 'tensor'), 'model.model_dim', c.model_dim))
     if c.moe:
         rules += [
             Divides(('expert',), 'model.moe.experts', c.moe.experts),
             Divides(('tensor',), 'model.moe.mlp_dim', c.moe.mlp_dim),
         ]
     return rules
+
+
+def _name(kind: Kind) -> str:
+    return 'moe' if kind.experts else 'dense'
 
 
 def batch_sizes(

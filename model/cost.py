@@ -11,23 +11,22 @@ from model.config import ModelConfig
 
 def parameters(c: ModelConfig) -> dict[str, int]:
     """Parameters by part; the sum is what a checkpoint holds (with the embedding's padding rows)."""
-    D, N, M = c.model_dim, c.heads * c.head_dim, c.kv_heads * c.head_dim
+    D, moe = c.model_dim, sum(kind.experts for kind in c.kinds)
     norm = D * (2 if c.norm == 'layernorm' and c.bias else 1)
-    attention = D * (2 * N + 2 * M) + (N + 2 * M) * c.qkv_bias + D * c.bias + 2 * c.head_dim * c.qk_norm
-    kinds = dict(c.groups)
+    norms = {'pre': 2 * c.layers + 1, 'post': 2 * c.layers, 'sandwich': 4 * c.layers + 1}[c.norm_order]
     parts = {
-        'embedding': c.padded_vocabulary * D,
-        'attention': c.layers * attention,
-        'mlp': kinds.get('dense', 0) * _mlp(c, c.mlp_dim),
-        'norms': (2 * c.layers + 1) * norm,
+        'embedding': c.padded_vocabulary * D + (c.max_positions * D if c.positions == 'learned' else 0),
+        'attention': c.layers * _attention(c),
+        'mlp': (c.layers - moe) * _mlp(c, c.mlp_dim),
+        'norms': norms * norm,
         'head': 0 if c.tied_embedding else c.padded_vocabulary * D,
     }
     if c.moe:
-        parts['router'] = kinds.get('moe', 0) * c.moe.experts * (D + bool(c.moe.bias_update_rate))
-        parts['experts'] = kinds.get('moe', 0) * c.moe.experts * _matrices(c) * D * c.moe.mlp_dim
-        parts['shared_experts'] = kinds.get('moe', 0) * (
-            _mlp(c, c.moe.shared_experts * c.moe.mlp_dim) if c.moe.shared_experts else 0
-        )
+        m = c.moe
+        expert = _matrices(c) * D * m.mlp_dim + m.bias * ((_matrices(c) - 1) * m.mlp_dim + D)
+        parts['router'] = moe * m.experts * (D + m.router_bias + m.has_choice_bias)
+        parts['experts'] = moe * m.experts * expert
+        parts['shared_experts'] = moe * (_mlp(c, m.shared_experts * m.mlp_dim) if m.shared_experts else 0)
     return parts
 
 
@@ -39,25 +38,28 @@ def active_parameters(c: ModelConfig) -> int:
 
 
 def keys_seen(c: ModelConfig, sequence_length: int) -> float:
-    """Keys that a token of a row sees, itself one of them, on average."""
-    window = min(c.window or sequence_length, sequence_length)
-    return (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
+    """Keys that a token of a row sees, itself one of them, on average over tokens and layers."""
+
+    def seen(windowed: bool) -> float:
+        window = min(c.window if windowed else sequence_length, sequence_length)
+        return (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
+
+    return sum(seen(kind.windowed) for kind in c.kinds) / c.layers
 
 
 def forward_flops(c: ModelConfig, keys: float) -> dict[str, float]:
-    """Matmul FLOPs of one token's forward pass by part, where it sees `keys` keys."""
-    D, N, M = c.model_dim, c.heads * c.head_dim, c.kv_heads * c.head_dim
-    kinds = dict(c.groups)
+    """Matmul FLOPs of one token's forward pass by part, where it sees `keys` keys in each layer on average."""
+    D, moe = c.model_dim, sum(kind.experts for kind in c.kinds)
     flops = {
-        'projections': c.layers * 2.0 * D * (2 * N + 2 * M),
-        'attention': c.layers * 2 * 2.0 * N * keys,
-        'mlp': kinds.get('dense', 0) * 2.0 * _matrices(c) * D * c.mlp_dim,
+        'projections': c.layers * 2.0 * sum(a * b for a, b in _projections(c)),
+        'attention': c.layers * 2.0 * c.heads * (c.query_dim + c.value_dim) * keys,
+        'mlp': (c.layers - moe) * 2.0 * _matrices(c) * D * c.mlp_dim,
         'head': 2.0 * D * c.vocabulary,
     }
     if c.moe:
         visited = c.moe.top_k + c.moe.shared_experts
-        flops['router'] = kinds.get('moe', 0) * 2.0 * D * c.moe.experts
-        flops['experts'] = kinds.get('moe', 0) * 2.0 * visited * _matrices(c) * D * c.moe.mlp_dim
+        flops['router'] = moe * 2.0 * D * c.moe.experts
+        flops['experts'] = moe * 2.0 * visited * _matrices(c) * D * c.moe.mlp_dim
     return flops
 
 
@@ -77,13 +79,35 @@ def decode_bytes(c: ModelConfig, rows: int, keys: float, weight_bytes: int, cach
         parts.pop('embedding')
     if c.moe:
         parts['experts'] *= 1 - (1 - c.moe.top_k / c.moe.experts) ** rows
-    seen = min(keys, c.window or keys)
+    seen = sum(min(keys, c.window if kind.windowed else keys) for kind in c.kinds) / c.layers
     return sum(parts.values()) * weight_bytes / rows + cache_bytes_per_token(c, cache_bytes) * seen
 
 
 def cache_bytes_per_token(c: ModelConfig, number_bytes: int) -> int:
-    """Bytes that the cache keeps of one token: its keys and values in every layer."""
-    return 2 * c.layers * c.kv_heads * c.head_dim * number_bytes
+    """Bytes that the cache keeps of one token in every layer: its keys and values, or its latent vectors."""
+    return c.layers * c.cached_heads * sum(c.cached_widths) * number_bytes
+
+
+def _projections(c: ModelConfig) -> list[tuple[int, int]]:
+    """Rows and columns of each of a layer's matrices of attention, as training and prefill use them."""
+    D, a = c.model_dim, c.latent
+    N, M = c.heads * c.query_dim, c.kv_heads * c.head_dim
+    if a is None:
+        return [(D, N), (D, M), (D, M), (D, N)]
+    queries = [(D, a.q_rank), (a.q_rank, N)] if a.q_rank else [(D, N)]
+    latent = [(D, a.kv_rank + a.rotary_dim), (a.kv_rank, c.heads * (a.plain_dim + a.value_dim))]
+    return [*queries, *latent, (D, c.heads * a.value_dim)]
+
+
+def _attention(c: ModelConfig) -> int:
+    """Parameters of a layer's attention."""
+    N, M = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    vectors = (N + 2 * M) * c.qkv_bias + c.model_dim * (c.bias or c.o_bias) + c.heads * c.attention_sinks
+    if c.qk_norm:
+        vectors += N + M if c.qk_norm == 'full' else 2 * c.head_dim
+    if c.latent:
+        vectors += c.latent.kv_rank + (c.latent.q_rank or 0)
+    return sum(a * b for a, b in _projections(c)) + vectors
 
 
 def _matrices(c: ModelConfig) -> int:
@@ -91,4 +115,5 @@ def _matrices(c: ModelConfig) -> int:
 
 
 def _mlp(c: ModelConfig, hidden: int) -> int:
-    return _matrices(c) * c.model_dim * hidden + (hidden + c.model_dim) * c.bias
+    biases = (_matrices(c) - 1) * hidden + c.model_dim
+    return _matrices(c) * c.model_dim * hidden + biases * (c.bias or c.mlp_bias)

@@ -15,8 +15,9 @@ from flax import nnx
 from jax import P, lax
 
 from model.attention import default_backend as attention_backend
-from model.config import ModelConfig
+from model.config import Kind, ModelConfig
 from model.grouped_matmul import default_backend as experts_backend
+from model.latent import LatentAttention
 from model.layers import Attention, Cache, Mlp, Norm, View, weight
 from model.moe import MoE
 from sharding.collectives import vary, whole
@@ -28,29 +29,40 @@ CPU_UNROLL = 8
 
 
 class Block(nnx.Module):
-    """One layer: attention, then an MLP or a mixture of experts, each added to what it read (pre-norm)."""
+    """One layer: attention, then an MLP or a mixture of experts, each added to what it read; norms as `norm_order` says."""
 
-    def __init__(self, c: ModelConfig, kind: str, rngs: nnx.Rngs):
+    def __init__(self, c: ModelConfig, kind: Kind, rngs: nnx.Rngs):
         self.config = c
         self.attention_norm = Norm(c)
-        self.attention = Attention(c, rngs)
+        self.attention = LatentAttention(c, kind, rngs) if c.latent else Attention(c, kind, rngs)
         self.mlp_norm = Norm(c)
-        self.mlp = Mlp(c, c.mlp_dim, rngs) if kind == 'dense' else MoE(c, rngs)
+        self.mlp = MoE(c, rngs) if kind.experts else Mlp(c, c.mlp_dim, rngs)
+        if c.norm_order == 'sandwich':
+            self.attention_out_norm, self.mlp_out_norm = Norm(c), Norm(c)
 
     def __call__(self, x_BTD, view: View, cache: Cache | None, layer):
         """x after the layer, the cache, and the router's figures (an empty dict without a router)."""
-        rate = self.config.dropout
-        y_BTD, cache = self.attention(self.attention_norm(x_BTD), view, cache, layer)
-        x_BTD = x_BTD + view.dropout(y_BTD, rate, 1, layer)
-        y_BTD = self.mlp(self.mlp_norm(x_BTD), view)
-        y_BTD, figures = y_BTD if isinstance(self.mlp, MoE) else (y_BTD, {})
-        return x_BTD + view.dropout(y_BTD, rate, 2, layer), cache, figures
+        rate, figures, before = self.config.dropout, {}, self.config.norm_order != 'post'
+        y_BTD, cache = self.attention(self.attention_norm(x_BTD) if before else x_BTD, view, cache, layer)
+        x_BTD = self.add(x_BTD, y_BTD, 'attention', view, rate, 1, layer)
+        y_BTD = self.mlp(self.mlp_norm(x_BTD) if before else x_BTD, view)
+        if isinstance(self.mlp, MoE):
+            y_BTD, figures = y_BTD
+        return self.add(x_BTD, y_BTD, 'mlp', view, rate, 2, layer), cache, figures
+
+    def add(self, x_BTD, y_BTD, part: str, view: View, rate: float, *site):
+        """The sum of x and a part's output, and its norm where that comes after."""
+        if self.config.norm_order == 'sandwich':
+            y_BTD = getattr(self, f'{part}_out_norm')(y_BTD)
+        x_BTD = x_BTD + view.dropout(y_BTD, rate, *site)
+        return getattr(self, f'{part}_norm')(x_BTD) if self.config.norm_order == 'post' else x_BTD
 
 
 class Decoder(nnx.Module):
-    """Embedding, stacked groups of like layers, final norm, LM head.
+    """Embedding, runs of layers, final norm, LM head.
 
-    The longest group is the pipeline's where the mesh has stages: its layers are split over them, in order. All other
+    Each of the kinds that a run repeats has its layers stacked, one group for each: of layers a b a b, groups a a and b b.
+    The longest run is the pipeline's where the mesh has stages: its layers are split over them, in order. All other
     weights every stage has; it uses them on the rows of its own microbatches.
     """
 
@@ -59,8 +71,17 @@ class Decoder(nnx.Module):
         D, V = c.model_dim, c.padded_vocabulary
         # As the tied head too it must be small, or each token begins by predicting itself.
         self.embed_VD = weight(rngs, c, (V, D), P(FSDP, 'tensor'), fan_in=D if c.tied_embedding else 1)
-        self.groups = nnx.List([stacked(c, number, rngs) for number in range(len(c.groups))])
-        self.norm = Norm(c)
+        if c.positions == 'learned':
+            self.position_PD = weight(rngs, c, (c.max_positions, D), P(None, ('tensor', *FSDP)), fan_in=D)
+        self.groups = nnx.List(
+            [
+                stacked(c, kind, run.repeats, 'stage' if number == c.longest_run else None, rngs)
+                for number, run in enumerate(c.runs)
+                for kind in run.kinds
+            ]
+        )
+        if c.norm_order != 'post':
+            self.norm = Norm(c)
         if not c.tied_embedding:
             self.head_DV = weight(rngs, c, (D, V), P(FSDP, 'tensor'), fan_in=D)
 
@@ -68,27 +89,37 @@ class Decoder(nnx.Module):
         """Normed activations before the LM head, in the layout between blocks; the cache; the figures of each router.
 
         Every stage is given all rows and gives those of its own microbatches (`View.dealt`).
-        Figures: name -> [L, …] over the layers with a router, this device's share; empty without one.
+        Figures: name -> [L, …] over the layers with a router, in the order of the groups, this device's share; empty without.
         """
         c, ends, M = self.config, view.dealt(), view.microbatches
         tokens_BT = dealt(tokens_BT, M)
         x_BTD = vary(ends.dropout(self.embed(tokens_BT, ends), c.dropout, 0))
-        first, figures = 0, dict[str, jax.Array]()
-        for number, ((_, n), blocks) in enumerate(zip(c.groups, self.groups, strict=True)):
-            if lax.axis_size('stage') > 1 and number == c.longest_group:
+        first, group, figures = 0, 0, list[dict[str, jax.Array]]()
+        for number, run in enumerate(c.runs):
+            blocks = tuple(self.groups[group : group + len(run.kinds)])
+            if lax.axis_size('stage') > 1 and number == c.longest_run:
                 assert cache is None, 'decoding has no pipeline'
-                x_BTD, found = pipelined(blocks, x_BTD, view, first, n)
+                x_BTD, found = pipelined(blocks, x_BTD, view, first, run.repeats)
             else:
                 x_BTD, cache, found = in_order(blocks, x_BTD, ends, cache, first)
-            first, figures = first + n, figures | found
-        return self.norm(x_BTD), cache, figures
+            first, group, figures = first + run.layers, group + len(run.kinds), [*figures, *found]
+        return (x_BTD if c.norm_order == 'post' else self.norm(x_BTD)), cache, by_layer(figures)
 
     def embed(self, tokens_BT, view: View):
         """Each device of `tensor` looks up its part of D for all tokens; what is sent then makes that all of D."""
-        x = whole(self.embed_VD[...], self.config.dtype)[tokens_BT]
+        c = self.config
+        x = whole(self.embed_VD[...], c.dtype)[tokens_BT]
+        if c.embedding_scale != 1:
+            x = x * jnp.asarray(c.embedding_scale, x.dtype)
+        if c.positions == 'learned':
+            x = x + self.position_table(x.dtype)[view.position_BT]
         if view.sequence_split:
             return lax.all_to_all(x, 'tensor', split_axis=1, concat_axis=2, tiled=True)
         return lax.all_gather(x, 'tensor', axis=2, tiled=True)
+
+    def position_table(self, dtype):
+        """What is added to the tokens' embeddings by position, this device's part of D: [P, D / tensor]."""
+        return lax.all_gather(self.position_PD[...].astype(dtype), FSDP, axis=1, tiled=True)
 
     def head(self):
         """The LM head, D first, its part of the vocabulary on each device of `tensor`, in the compute dtype."""
@@ -98,48 +129,59 @@ class Decoder(nnx.Module):
         return lax.all_to_all(embed_VD, 'tensor', split_axis=0, concat_axis=1, tiled=True).T
 
 
-def stacked(c: ModelConfig, number: int, rngs: nnx.Rngs) -> Block:
-    """The layers of a group as one module with a leading dim, which is split over `stage` where they are the pipeline's."""
-    kind, n = c.groups[number]
-    layout = P('stage') if number == c.longest_group else P(None)
-    keys = jax.tree.map(lambda key: jax.reshard(key, layout), rngs.split(n))
+def stacked(c: ModelConfig, kind: Kind, repeats: int, axis: str | None, rngs: nnx.Rngs) -> Block:
+    """Layers of a kind as one module with a leading dim, which is split over `axis`."""
+    keys = jax.tree.map(lambda key: jax.reshard(key, P(axis)), rngs.split(repeats))
     return jax.vmap(lambda rngs: Block(c, kind, rngs))(keys)
 
 
-def in_order(blocks: Block, x_BTD, view: View, cache: Cache | None, first):
-    """x after the layers of a stacked module, of which the first has number `first`; the cache; figures of each layer."""
+def in_order(blocks: tuple[Block, ...], x_BTD, view: View, cache: Cache | None, first):
+    """x after the layers of a run, of which the first has number `first`; the cache; by kind the figures of each layer."""
 
-    def layer(carry, numbered):
-        (x_BTD, cache), (block, number) = carry, numbered
-        x_BTD, cache, figures = block(x_BTD, view, cache, number)
+    def unit(carry, numbered):
+        (x_BTD, cache), (blocks, number) = carry, numbered
+        figures = []
+        for place, block in enumerate(blocks):
+            x_BTD, cache, found = block(x_BTD, view, cache, number + place)
+            figures.append(found)
         return (x_BTD, cache), vary(figures)
 
-    n = jax.tree.leaves(blocks)[0].shape[0]
-    unroll = platform() == 'cpu' and n <= CPU_UNROLL
-    run = remat(layer, blocks.config, unroll)
-    (x_BTD, cache), figures = lax.scan(run, (x_BTD, cache), (blocks, first + jnp.arange(n)), unroll=unroll)
+    repeats = jax.tree.leaves(blocks)[0].shape[0]
+    unroll = platform() == 'cpu' and repeats * len(blocks) <= CPU_UNROLL
+    run = remat(unit, blocks[0].config, unroll)
+    numbers = first + jnp.arange(repeats) * len(blocks)
+    (x_BTD, cache), figures = lax.scan(run, (x_BTD, cache), (blocks, numbers), unroll=unroll)
     return x_BTD, cache, figures
 
 
-def pipelined(blocks: Block, x_BTD, view: View, first, n: int):
-    """The same for layers that are split over `stage`; x holds the rows of this stage's microbatches. No cache."""
+def pipelined(blocks: tuple[Block, ...], x_BTD, view: View, first, repeats: int):
+    """The same for a run that is split over `stage`; x holds the rows of this stage's microbatches. No cache."""
     mine = jax.tree.leaves(blocks)[0].shape[0]
     before = lax.axis_index('stage') * mine
 
     def layers(x_BTD, number):
-        x_BTD, _, figures = in_order(blocks, x_BTD, view.microbatch(number), None, first + before)
+        x_BTD, _, figures = in_order(blocks, x_BTD, view.microbatch(number), None, first + before * len(blocks))
         return x_BTD, figures
 
     m = view.microbatches // lax.axis_size('stage')
     x_mBTD, figures = pipeline(layers, x_BTD.reshape(m, -1, *x_BTD.shape[1:]))
-    place = lambda a: lax.dynamic_update_slice_in_dim(jnp.zeros((n, *a.shape[1:]), a.dtype), a, before, 0)
+    place = lambda a: lax.dynamic_update_slice_in_dim(jnp.zeros((repeats, *a.shape[1:]), a.dtype), a, before, 0)
     return x_mBTD.reshape(x_BTD.shape), jax.tree.map(place, figures)
 
 
-def to_vocabulary(x_ND, head_DV):
+def by_layer(figures: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """The figures of all groups with a router as one: name -> [L, …], group after group."""
+    found = [of_group for of_group in figures if of_group]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found) if found else {}
+
+
+def to_vocabulary(x_ND, head_DV, c: ModelConfig):
     """Logits, in at least float32 however narrow x and the head are."""
     wide = jnp.promote_types(x_ND.dtype, jnp.float32)
-    return jnp.einsum('...D,DV->...V', x_ND, head_DV, preferred_element_type=wide)
+    logit_NV = jnp.einsum('...D,DV->...V', x_ND, head_DV, preferred_element_type=wide)
+    if c.logit_scale != 1:
+        logit_NV = logit_NV * c.logit_scale
+    return logit_NV if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logit_NV / c.logit_softcap)
 
 
 def remat(layer, c: ModelConfig, unrolled: bool):

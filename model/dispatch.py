@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from model.grouped_matmul import combine, expert_mlp, permute
+from model.grouped_matmul import combine, expert_mlp, permute, with_ones
 from sharding.collectives import vary_together
 from sharding.mesh import platform
 
@@ -38,9 +38,10 @@ class Experts(NamedTuple):
 
     gate_EDF: jax.Array | None  # None: a plain MLP
     up_EDF: jax.Array
-    down_EDF: jax.Array
-    activation: Callable[[jax.Array], jax.Array]
+    down_EFD: jax.Array
+    activation: Callable[..., jax.Array]  # of gate and up, or of up alone
     backend: str  # of the grouped matmul
+    biased: bool = False  # D and, of down, F have one more row each: what is added, for it meets a 1
 
     @property
     def held(self) -> int:
@@ -49,16 +50,15 @@ class Experts(NamedTuple):
 
     def grouped(self, x_SD, sizes_E):
         """The first sizes[0] rows meet the first expert, and so on; rows past the sum give 0."""
-        down_EFD = self.down_EDF.swapaxes(1, 2)
-        activation, backend = self.activation, self.backend
-        return expert_mlp(x_SD, self.gate_EDF, self.up_EDF, down_EFD, sizes_E, activation=activation, backend=backend)
+        weights = self.gate_EDF, self.up_EDF, self.down_EFD
+        return expert_mlp(x_SD, *weights, sizes_E, activation=self.activation, biased=self.biased, backend=self.backend)
 
     def batched(self, x_ECD):
         """As many rows for each expert."""
-        up = lambda w_EDF: jnp.einsum('ECD,EDF->ECF', x_ECD, w_EDF)
-        h_ECF = up(self.up_EDF)
-        h_ECF = self.activation(h_ECF) if self.gate_EDF is None else self.activation(up(self.gate_EDF)) * h_ECF
-        return jnp.einsum('ECF,EDF->ECD', h_ECF, self.down_EDF)
+        more = with_ones if self.biased else lambda x: x
+        up = lambda w_EDF: jnp.einsum('ECD,EDF->ECF', more(x_ECD), w_EDF)
+        h_ECF = self.activation(*(up(w) for w in (self.gate_EDF, self.up_EDF) if w is not None))
+        return jnp.einsum('ECF,EFD->ECD', more(h_ECF), self.down_EFD)
 
 
 def default_dispatch(platform: str) -> str:

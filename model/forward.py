@@ -106,7 +106,7 @@ def logits(model: Decoder, tokens_BT, position_BT, segment_BT):
         tokens_BT, position_BT, segment_BT = (a_BT[:, column_T] for a_BT in batch)
         view = View(position_BT, segment_BT, **backends(model.config))
         x_BTD, _, _ = model.hidden(tokens_BT, view)
-        return to_vocabulary(join(x_BTD), model.head())
+        return to_vocabulary(join(x_BTD), model.head(), model.config)
 
     run = one_device(body, model, (TOKENS, TOKENS, TOKENS), P(ROWS, 'context', 'tensor'))
     return real_vocabulary(run(model, tokens_BT, position_BT, segment_BT), model)

@@ -9,7 +9,9 @@ G query heads per kv head, H head dim, F hidden units of an MLP, L layers, S slo
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,8 @@ from jax import P, lax
 
 from model.attention import attention
 from model.attention.cached import cached_attention
-from model.config import ModelConfig
+from model.config import Kind, ModelConfig
+from model.rope import rope
 from sharding.collectives import join, my_slice, split, whole, wide
 from sharding.mesh import BATCH, FSDP
 from sharding.pipeline import dealt, microbatch
@@ -28,7 +31,7 @@ class Cache(NamedTuple):
     """Keys and values of the tokens so far: a row's token at position p is in slot p // n of device p mod n of `context`."""
 
     k_LBSK: jax.Array  # [L, B, S, K, H]
-    v_LBSK: jax.Array  # [L, B, S, K, H]
+    v_LBSK: jax.Array | None  # [L, B, S, K, H]; None where one latent vector is both (model/latent.py)
 
 
 CACHE_SPEC = P(None, (*BATCH, 'stage'), 'context', 'tensor', None)  # `stage` is 1 where there is a cache
@@ -109,9 +112,9 @@ def specs(tree):
 
 
 def is_matrix(path) -> bool:
-    """Whether the weight at a tree path is a matrix, which its name tells: q_DN is, scale_D and q_bias_N are not."""
+    """Whether the weight at a tree path is a matrix, which its name tells: q_DN is, scale_D and up_bias_EF are not."""
     name = next(part.name for part in reversed(path) if '_' in getattr(part, 'name', ''))
-    return len(name.rpartition('_')[2]) > 1
+    return len(name.rpartition('_')[2]) > 1 and '_bias_' not in name
 
 
 def residual_gain(c: ModelConfig) -> float:
@@ -137,36 +140,29 @@ def rms_norm(x, scale, epsilon: float):
     return (h * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
-def rope(x_BTnH, position_BT, theta: float):
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864): dims h and h + H/2 are a pair, as in Llama's published weights."""
-    half = x_BTnH.shape[-1] // 2
-    x = wide(x_BTnH)
-    turn_h = jnp.asarray(theta, x.dtype) ** (-jnp.arange(half, dtype=x.dtype) / half)
-    angle = position_BT.astype(x.dtype).reshape(*position_BT.shape, *(1,) * (x.ndim - 2)) * turn_h.reshape(
-        (1,) * (x.ndim - 1) + (half,)
-    )
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BTnH.dtype)
-
-
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm over the last dim."""
 
     def __init__(self, c: ModelConfig):
         self.config = c
-        self.scale_D = constant(c, 1.0, (c.model_dim,), P(None))
+        self.scale_D = constant(c, 1.0 - c.norm_offset, (c.model_dim,), P(None))
         if c.norm == 'layernorm' and c.bias:
             self.bias_D = constant(c, 0.0, (c.model_dim,), P(None))
 
     def __call__(self, x_BTD):
         c = self.config
+        scale_D = offset(self.scale_D[...], c)
         if c.norm == 'rmsnorm':
-            return rms_norm(x_BTD, self.scale_D[...], c.norm_epsilon)
+            return rms_norm(x_BTD, scale_D, c.norm_epsilon)
         h = wide(x_BTD)
         h = h - h.mean(-1, keepdims=True)
-        h = h * lax.rsqrt((h * h).mean(-1, keepdims=True) + c.norm_epsilon) * self.scale_D[None, None]
-        return (h + self.bias_D[None, None] if c.bias else h).astype(x_BTD.dtype)
+        h = h * lax.rsqrt((h * h).mean(-1, keepdims=True) + c.norm_epsilon) * scale_D[None, None]
+        return (h + wide(self.bias_D[...])[None, None] if c.bias else h).astype(x_BTD.dtype)
+
+
+def offset(scale_D, c: ModelConfig):
+    """The scale that a norm multiplies by, of the one that is kept, in at least float32."""
+    return wide(scale_D) + c.norm_offset if c.norm_offset else wide(scale_D)
 
 
 class Attention(nnx.Module):
@@ -175,8 +171,8 @@ class Attention(nnx.Module):
     Where `tensor` is a multiple of the KV heads, each of its devices uses one of them.
     """
 
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        self.config = c
+    def __init__(self, c: ModelConfig, kind: Kind, rngs: nnx.Rngs):
+        self.config, self.windowed = c, kind.windowed
         D, N, M, H = c.model_dim, c.heads * c.head_dim, c.kv_heads * c.head_dim, c.head_dim
         self.q_DN = weight(rngs, c, (D, N), P(FSDP, 'tensor'), fan_in=D)
         self.k_DM = weight(rngs, c, (D, M), P(FSDP, 'tensor'), fan_in=D)
@@ -186,11 +182,16 @@ class Attention(nnx.Module):
             self.q_bias_N = constant(c, 0.0, (N,), P('tensor'))
             self.k_bias_M = constant(c, 0.0, (M,), P('tensor'))
             self.v_bias_M = constant(c, 0.0, (M,), P('tensor'))
-        if c.bias:
+        if c.bias or c.o_bias:
             self.o_bias_D = constant(c, 0.0, (D,), P(None))
-        if c.qk_norm:
-            self.q_scale_H = constant(c, 1.0, (H,), P(None))
-            self.k_scale_H = constant(c, 1.0, (H,), P(None))
+        if c.qk_norm == 'full':
+            self.q_scale_N = constant(c, 1.0 - c.norm_offset, (N,), P('tensor'))
+            self.k_scale_M = constant(c, 1.0 - c.norm_offset, (M,), P('tensor'))
+        elif c.qk_norm:
+            self.q_scale_H = constant(c, 1.0 - c.norm_offset, (H,), P(None))
+            self.k_scale_H = constant(c, 1.0 - c.norm_offset, (H,), P(None))
+        if c.attention_sinks:
+            self.sink_N = constant(c, 0.0, (c.heads,), P('tensor'))
 
     def __call__(self, x_BTD, view: View, cache: Cache | None, layer):
         """The block's output in the layout between blocks, and the cache with these tokens' keys and values at [layer]."""
@@ -203,24 +204,51 @@ class Attention(nnx.Module):
             q = q + self.q_bias_N.astype(q.dtype)[None, None]
             k = k + my_kv_heads(self.k_bias_M[...], c).astype(k.dtype)[None, None]
             v = v + my_kv_heads(self.v_bias_M[...], c).astype(v.dtype)[None, None]
+        if c.qk_norm == 'full':
+            q = norm_of_all(q, offset(self.q_scale_N[...], c), c.heads, c)
+            k = norm_of_all(k, offset(my_kv_heads(self.k_scale_M[...], c), c), c.kv_heads, c)
         k_BTKH, v_BTKH = (a.reshape(*a.shape[:2], -1, H) for a in (k, v))
         q_BTKGH = q.reshape(*q.shape[:2], k_BTKH.shape[2], -1, H)
-        if c.qk_norm:
-            q_BTKGH = rms_norm(q_BTKGH, self.q_scale_H[...], c.norm_epsilon)
-            k_BTKH = rms_norm(k_BTKH, self.k_scale_H[...], c.norm_epsilon)
-        q_BTKGH, k_BTKH = (rope(a, view.position_BT, c.rope_theta) for a in (q_BTKGH, k_BTKH))
+        if c.qk_norm and c.qk_norm != 'full':
+            q_BTKGH = rms_norm(q_BTKGH, offset(self.q_scale_H[...], c), c.norm_epsilon)
+            k_BTKH = rms_norm(k_BTKH, offset(self.k_scale_H[...], c), c.norm_epsilon)
+        if c.positions == 'rotary':
+            q_BTKGH, k_BTKH = (rope(a, view.position_BT, c, self.windowed) for a in (q_BTKGH, k_BTKH))
         if cache is not None:
             cache = Cache(
                 *(keep(old, new, layer, view.position_BT) for old, new in zip(cache, (k_BTKH, v_BTKH), strict=True))
             )
         here = (view.position_BT, view.segment_BT)
+        how = how_to_attend(c, self.windowed)
+        if c.attention_sinks:
+            how['sink_KG'] = self.sink_N.reshape(q_BTKGH.shape[2:4])
         if view.decoding:
             k_BSKH, v_BSKH = (kept[layer].astype(q.dtype) for kept in cache)
-            a_BTKGH = cached_attention(q_BTKGH, k_BSKH, v_BSKH, view.position_BT, c.window)
+            a_BTKGH = cached_attention(q_BTKGH, k_BSKH, v_BSKH, view.position_BT, **how)
         else:
-            a_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, here, here, window=c.window, backend=view.backend, ring=True)
+            a_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, here, here, **how, backend=view.backend, ring=True)
         y_BTD = view.split(linear_back(a_BTKGH.reshape(*q.shape[:2], -1), whole(self.o_DN[...], q.dtype)))
-        return (y_BTD + self.o_bias_D.astype(q.dtype)[None, None] if c.bias else y_BTD), cache
+        return (y_BTD + self.o_bias_D.astype(q.dtype)[None, None] if c.bias or c.o_bias else y_BTD), cache
+
+
+def how_to_attend(c: ModelConfig, windowed: bool) -> dict[str, Any]:
+    """The arguments of `attention` and `cached_attention` that the config decides."""
+    how: dict[str, Any] = {
+        'window': c.window if windowed else None,
+        'scale': c.query_dim**-0.5 if c.query_scale is None else c.query_scale,
+    }
+    if c.attention_softcap is not None:
+        how['softcap'] = c.attention_softcap
+    return how
+
+
+def norm_of_all(x_BTN, scale_N, heads: int, c: ModelConfig):
+    """RMSNorm over all `heads` heads of all devices of `tensor`; heads of which several devices have copies count once."""
+    h, n = wide(x_BTN), lax.axis_size('tensor')
+    copies = max(n // heads, 1)
+    squares = lax.psum((h * h).sum(-1, keepdims=True), 'tensor') / copies
+    h = h * lax.rsqrt(squares / (heads * c.head_dim) + c.norm_epsilon)
+    return (h * scale_N[None, None]).astype(x_BTN.dtype)
 
 
 def keep(old_LBSK, new_BTKH, layer, position_BT):
@@ -240,11 +268,31 @@ def my_kv_heads(w_DM, c: ModelConfig):
     return lax.dynamic_slice_in_dim(w_DM, head * c.head_dim, c.head_dim, axis=w_DM.ndim - 1)
 
 
-ACTIVATIONS = {'swiglu': jax.nn.silu, 'geglu': jax.nn.gelu, 'gelu': jax.nn.gelu, 'relu': jax.nn.relu}
+def clamped_swiglu(gate, up, *, limit: float):
+    """gpt-oss's gated unit (its published modeling code): a sigmoid of slope 1.702, both inputs cut off, up moved by 1."""
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
+
+
+ACTIVATIONS: dict[str, Callable] = {
+    'swiglu': lambda gate, up: jax.nn.silu(gate) * up,
+    'geglu': lambda gate, up: jax.nn.gelu(gate) * up,
+    'clamped_swiglu': clamped_swiglu,
+    'gelu': jax.nn.gelu,  # the tanh form, as in GPT-2
+    'gelu_exact': partial(jax.nn.gelu, approximate=False),
+    'relu': jax.nn.relu,
+    'silu': jax.nn.silu,
+}
+
+
+def activation(c: ModelConfig) -> Callable[..., jax.Array]:
+    """Of an MLP's hidden units: a function of up, or of gate and up where `c.gated`."""
+    found = ACTIVATIONS[c.activation]
+    return partial(found, limit=c.activation_limit) if c.activation == 'clamped_swiglu' else found
 
 
 class Mlp(nnx.Module):
-    """Gated (Shazeer 2020, arXiv:2002.05202) or plain, hidden units split over `tensor`. gelu is the tanh form, as in GPT-2."""
+    """Gated (Shazeer 2020, arXiv:2002.05202) or plain, hidden units split over `tensor`."""
 
     def __init__(self, c: ModelConfig, hidden: int, rngs: nnx.Rngs):
         self.config = c
@@ -253,7 +301,10 @@ class Mlp(nnx.Module):
             self.gate_DF = weight(rngs, c, (D, F), P(FSDP, 'tensor'), fan_in=D)
         self.up_DF = weight(rngs, c, (D, F), P(FSDP, 'tensor'), fan_in=D)
         self.down_DF = weight(rngs, c, (D, F), P(FSDP, 'tensor'), fan_in=F, gain=residual_gain(c))
-        if c.bias:
+        self.biased = c.bias or c.mlp_bias
+        if self.biased:
+            if c.gated:
+                self.gate_bias_F = constant(c, 0.0, (F,), P('tensor'))
             self.up_bias_F = constant(c, 0.0, (F,), P('tensor'))
             self.down_bias_D = constant(c, 0.0, (D,), P(None))
 
@@ -262,9 +313,14 @@ class Mlp(nnx.Module):
         c, dtype = self.config, x_BTD.dtype
         x_BTD = view.join(x_BTD)
         h_BTF = linear(x_BTD, whole(self.up_DF[...], dtype))
-        if c.bias:
+        if self.biased:
             h_BTF = h_BTF + self.up_bias_F.astype(dtype)[None, None]
-        act = ACTIVATIONS[c.activation]
-        h_BTF = act(linear(x_BTD, whole(self.gate_DF[...], dtype))) * h_BTF if c.gated else act(h_BTF)
+        if c.gated:
+            gate_BTF = linear(x_BTD, whole(self.gate_DF[...], dtype))
+            if self.biased:
+                gate_BTF = gate_BTF + self.gate_bias_F.astype(dtype)[None, None]
+            h_BTF = activation(c)(gate_BTF, h_BTF)
+        else:
+            h_BTF = activation(c)(h_BTF)
         y_BTD = view.split(linear_back(h_BTF, whole(self.down_DF[...], dtype)))
-        return y_BTD + self.down_bias_D.astype(dtype)[None, None] if c.bias else y_BTD
+        return y_BTD + self.down_bias_D.astype(dtype)[None, None] if self.biased else y_BTD

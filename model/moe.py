@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import P, lax
 
-from model.config import ModelConfig
+from model.config import ModelConfig, MoEConfig
 from model.dispatch import Experts, default_dispatch, dispatch
-from model.layers import ACTIVATIONS, Mlp, View, constant, residual_gain, weight
+from model.layers import Mlp, View, activation, constant, residual_gain, weight
 from sharding.collectives import vary, wide
 from sharding.mesh import FSDP, SEQUENCE, platform
 
@@ -29,8 +29,17 @@ class MoE(nnx.Module):
             self.gate_EDF = weight(rngs, c, (E, D, F), EXPERTS, fan_in=D)
         self.up_EDF = weight(rngs, c, (E, D, F), EXPERTS, fan_in=D)
         self.down_EDF = weight(rngs, c, (E, D, F), EXPERTS, fan_in=F, gain=residual_gain(c))
-        if c.moe.bias_update_rate:
-            self.bias_E = constant(c, 0.0, (E,), P(None))  # the training step moves it: see `updated_bias`
+        if c.moe.bias:
+            self.up_bias_EF = constant(c, 0.0, (E, F), P('expert', 'tensor'))
+            self.down_bias_ED = constant(c, 0.0, (E, D), P('expert', None))
+            if c.gated:
+                self.gate_bias_EF = constant(c, 0.0, (E, F), P('expert', 'tensor'))
+        if c.moe.router_bias:
+            self.router_bias_E = constant(c, 0.0, (E,), P(None))
+        if c.moe.has_choice_bias:  # at least float32, as published; the training step moves it: see `updated_bias`
+            self.bias_E = nnx.Param(
+                jnp.zeros((E,), jnp.promote_types(c.parameter_dtype, jnp.float32), out_sharding=P(None))
+            )
         if c.moe.shared_experts:
             self.shared = Mlp(c, F * c.moe.shared_experts, rngs)
 
@@ -41,8 +50,9 @@ class MoE(nnx.Module):
         """
         c = self.config
         router_DE = lax.all_gather(self.router_DE[...], FSDP, tiled=True)
-        bias_E = self.bias_E[...] if c.moe.bias_update_rate else None
-        gate_BTK, expert_BTK, figures = route(x_BTD, router_DE, bias_E, view, c)
+        router_bias_E = self.router_bias_E[...] if c.moe.router_bias else None
+        bias_E = self.bias_E[...] if c.moe.has_choice_bias else None
+        gate_BTK, expert_BTK, figures = route(x_BTD, router_DE, bias_E, view, c, router_bias_E)
         expert_BTK = jnp.where(view.live_BT[..., None], expert_BTK, c.moe.experts)
         flat = lambda a: a.reshape(-1, a.shape[-1])
         send = dispatch(default_dispatch(platform()) if c.moe.dispatch == 'auto' else c.moe.dispatch)
@@ -62,14 +72,21 @@ class MoE(nnx.Module):
         c = self.config
         gather = lambda w_EDF: lax.all_gather(w_EDF[...].astype(dtype), ('data', 'context'), axis=1, tiled=True)
         gate_EDF = gather(self.gate_EDF) if c.gated else None
-        return Experts(gate_EDF, gather(self.up_EDF), gather(self.down_EDF), ACTIVATIONS[c.activation], backend)
+        up_EDF, down_EFD = gather(self.up_EDF), gather(self.down_EDF).swapaxes(1, 2)
+        if c.moe.bias:
+            more = lambda w, bias: jnp.concatenate([w, bias.astype(dtype)[:, None]], 1)
+            # What the devices of `tensor` make of a row is added up, and so one of them adds the last bias.
+            last_ED = jnp.where(lax.axis_index('tensor') == 0, self.down_bias_ED[...], 0)
+            up_EDF, down_EFD = more(up_EDF, self.up_bias_EF[...]), more(down_EFD, last_ED)
+            gate_EDF = more(gate_EDF, self.gate_bias_EF[...]) if c.gated else None
+        return Experts(gate_EDF, up_EDF, down_EFD, activation(c), backend, c.moe.bias)
 
 
-def route(x_BTD, router_DE, bias_E, view: View, c: ModelConfig):
+def route(x_BTD, router_DE, bias_E, view: View, c: ModelConfig, router_bias_E=None):
     """Each token's experts and their weights, in at least float32, and this device's share of the router's figures.
 
     bias_E, or None, is added to the scores to choose by them; weights and figures are made of the scores without it
-    (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
+    (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). Of several groups of experts the best are chosen first (`choices`).
 
     Returns gate_BTK, expert_BTK (int32) and a dict of sums over this device's real tokens, all of which become whole when
     added up over every mesh axis:
@@ -81,11 +98,14 @@ def route(x_BTD, router_DE, bias_E, view: View, c: ModelConfig):
     """
     m = c.moe
     logit_BTE = jnp.einsum('BTD,DE->BTE', wide(x_BTD), wide(router_DE), precision='highest')
+    if router_bias_E is not None:
+        logit_BTE = logit_BTE + wide(router_bias_E)[None, None]
     score_BTE = jax.nn.softmax(logit_BTE, axis=-1) if m.router == 'softmax' else jax.nn.sigmoid(logit_BTE)
-    if bias_E is None:
+    choice_BTE = score_BTE if bias_E is None else score_BTE + bias_E.astype(score_BTE.dtype)[None, None]
+    if bias_E is None and m.groups == 1:
         gate_BTK, expert_BTK = lax.top_k(score_BTE, m.top_k)
     else:
-        _, expert_BTK = lax.top_k(lax.stop_gradient(score_BTE + bias_E.astype(score_BTE.dtype)[None, None]), m.top_k)
+        expert_BTK = choices(lax.stop_gradient(choice_BTE), m)
         gate_BTK = jnp.take_along_axis(score_BTE, expert_BTK, axis=-1)
     if m.renormalize:
         gate_BTK = gate_BTK / gate_BTK.sum(-1, keepdims=True)
@@ -106,6 +126,17 @@ def route(x_BTD, router_DE, bias_E, view: View, c: ModelConfig):
     if not view.sequence_split:  # every device of `tensor` has the same tokens
         figures |= {name: figures[name] / lax.axis_size('tensor') for name in ('z', 'entropy', 'load_E')}
     return gate_BTK * m.routed_scale, expert_BTK, figures
+
+
+def choices(choice_BTE, m: MoEConfig):
+    """int32 [B, T, K]: the best experts of the best groups (DeepSeek-V2, section 2.1.3; the group's score as in V3's code)."""
+    if m.groups > 1:
+        groups_BTgE = choice_BTE.reshape(*choice_BTE.shape[:-1], m.groups, -1)
+        best = lax.top_k(groups_BTgE, 2 if m.group_score == 'top2' else 1)[0].sum(-1)
+        _, chosen_BTG = lax.top_k(best, m.top_groups)
+        open_BTg = (chosen_BTG[..., None] == jnp.arange(m.groups)[None, None, None]).any(2)
+        choice_BTE = jnp.where(open_BTg[..., None], groups_BTgE, -jnp.inf).reshape(choice_BTE.shape)
+    return lax.top_k(choice_BTE, m.top_k)[1]
 
 
 def updated_bias(bias_LE, load_LE, rate: float):

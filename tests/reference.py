@@ -15,11 +15,15 @@ def weights(model) -> dict:
     flat = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
         flat[jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value')] = np.asarray(leaf)
-    layers = []
-    for group in range(len(model.groups)):
-        prefix = f'groups.{group}.'
-        mine = {name.removeprefix(prefix): leaf for name, leaf in flat.items() if name.startswith(prefix)}
-        layers += [{name: leaf[i] for name, leaf in mine.items()} for i in range(len(next(iter(mine.values()))))]
+    layers, group = [], 0
+    for run in model.config.runs:
+        units = []
+        for _ in run.kinds:
+            prefix = f'groups.{group}.'
+            mine = {name.removeprefix(prefix): leaf for name, leaf in flat.items() if name.startswith(prefix)}
+            units.append([{name: leaf[i] for name, leaf in mine.items()} for i in range(run.repeats)])
+            group += 1
+        layers += [layer for unit in zip(*units, strict=True) for layer in unit]
     return {'layers': layers, **{name: leaf for name, leaf in flat.items() if not name.startswith('groups.')}}
 
 
@@ -69,7 +73,7 @@ def activate(c: ModelConfig, gate, up):
 def mlp(w, prefix, x_BTD, c: ModelConfig):
     get = lambda name: w.get(prefix + name)
     up = x_BTD @ get('up_DF') + (get('up_bias_F') if c.bias else 0)
-    gate = x_BTD @ get('gate_DF') if c.gated else None
+    gate = x_BTD @ get('gate_DF') + (get('gate_bias_F') if c.bias else 0) if c.gated else None
     return activate(c, gate, up) @ get('down_DF').T + (get('down_bias_D') if c.bias else 0)
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import P, lax
 
+from model.config import ModelConfig
 from model.decoder import Decoder, backends, to_vocabulary
 from model.forward import TOKENS, columns, one_device
 from model.layers import View, specs
@@ -119,7 +120,7 @@ def device_shares(model: Decoder, batch: dict, first, key, microbatches: int) ->
     )
     x_BTD, _, figures = model.hidden(tokens_BT, view)
     target_BT, live_BT = my_slice(dealt(target_BT, microbatches)), view.dealt().live_BT
-    nats = cross_entropy(model.head(), x_BTD, target_BT, live_BT, model.config.vocabulary)
+    nats = cross_entropy(model.head(), x_BTD, target_BT, live_BT, model.config)
     return {'nats': nats, 'router': figures}
 
 
@@ -151,7 +152,7 @@ def parts(sums: dict, model: Decoder) -> dict:
     return found
 
 
-def cross_entropy(head_DV, x_BTD, target_BT, live_BT, vocabulary: int):
+def cross_entropy(head_DV, x_BTD, target_BT, live_BT, c: ModelConfig):
     """Σ −log p(target) over the real tokens of all devices of `tensor`, as this device's share of that sum.
 
     The vocabulary is split over `tensor`; logits exist for CHUNK tokens at a time, in the backward pass too.
@@ -162,7 +163,7 @@ def cross_entropy(head_DV, x_BTD, target_BT, live_BT, vocabulary: int):
     @jax.checkpoint
     def chunk(x_1ND, target_1N, live_1N):
         x_ND, target_N, live_N = (join(a)[0] for a in (x_1ND, target_1N, live_1N))
-        logit_NV = jnp.where((columns_V < vocabulary)[None], to_vocabulary(x_ND, head_DV), -jnp.inf)
+        logit_NV = jnp.where((columns_V < c.vocabulary)[None], to_vocabulary(x_ND, head_DV, c), -jnp.inf)
         top_N = lax.pmax(lax.stop_gradient(logit_NV.max(-1)), 'tensor')
         sum_N = lax.psum(jnp.exp(logit_NV - top_N[:, None]).sum(-1), 'tensor')
         hit_N = lax.psum(jnp.where(columns_V[None] == target_N[:, None], logit_NV, 0).sum(-1), 'tensor')

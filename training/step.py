@@ -73,8 +73,11 @@ def balance_choices(model: Decoder, figures: dict) -> None:
     moe = model.config.moe
     # Shares of all choices back to whole numbers, so that every mesh compares the same.
     load_LE = jnp.round(figures['router']['load'] * (figures['tokens'] * moe.top_k))
+    first = 0
     for blocks in model.groups:
         if isinstance(blocks.mlp, MoE):
             bias_LE = blocks.mlp.bias_E
+            mine_LE = load_LE[first : first + len(bias_LE[...])]
             spec = jax.typeof(bias_LE[...]).sharding.spec
-            bias_LE[...] = updated_bias(bias_LE[...], jax.reshard(load_LE, spec), moe.bias_update_rate)
+            bias_LE[...] = updated_bias(bias_LE[...], jax.reshard(mine_LE, spec), moe.bias_update_rate)
+            first += len(mine_LE)

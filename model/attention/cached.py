@@ -12,7 +12,13 @@ from model.attention.mask import FLOOR, HIDDEN, sees
 
 
 def cached_attention(
-    q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, position_BT: jax.Array, window: int | None
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    position_BT: jax.Array,
+    *,
+    window: int | None,
+    scale: float,
 ) -> jax.Array:
     """softmax(q k' / √H) v over the slots of all devices of `context`, [B, T, K, G, H] in q's dtype; no gradient.
 
@@ -23,7 +29,7 @@ def cached_attention(
     slot_BS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32) * n + lax.axis_index('context'), k_BSKH.shape[:2])
     see_BTS = sees((position_BT, jnp.ones_like(position_BT)), (slot_BS, jnp.ones_like(slot_BS)), window)
     wide = jnp.promote_types(q_BTKGH.dtype, jnp.float32)
-    s_BKGTS = q_BTKGH.shape[-1] ** -0.5 * jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=wide)
+    s_BKGTS = scale * jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=wide)
     s_BKGTS = jnp.where(see_BTS[:, None, None], s_BKGTS, HIDDEN)
     max_BKGT1 = lax.pmax(jnp.maximum(s_BKGTS.max(-1, keepdims=True), FLOOR), 'context')
     p_BKGTS = jnp.exp(s_BKGTS - max_BKGT1)

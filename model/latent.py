@@ -1,0 +1,97 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1), from one device's view.
+
+Keys and values are made of one small vector a token, and that vector and one rotary key are all that a cache keeps: R + r
+numbers a token and layer, whatever the number of heads. While decoding no key or value is made: queries go to the latent
+space instead, and outputs come back from it ("absorbed" weights), so that all heads share one key of width R + r.
+
+Letters: B rows, T sequence, S slots of a cache, D model, Q the queries' latent vector, R the keys' and values', r a rotary
+key, N query heads times their width, n query heads of this device, H width of a head's query, U of its value.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import P
+
+from model.attention import attention
+from model.attention.cached import cached_attention
+from model.config import Kind, ModelConfig
+from model.layers import (
+    Cache,
+    View,
+    constant,
+    how_to_attend,
+    keep,
+    linear,
+    linear_back,
+    residual_gain,
+    rms_norm,
+    weight,
+)
+from model.rope import rope
+from sharding.collectives import whole
+from sharding.mesh import FSDP
+
+LATENT_EPSILON = 1e-6  # of the latent vectors' norms, in all published models, whatever the others' is
+
+
+class LatentAttention(nnx.Module):
+    """Causal self-attention from latent vectors, heads split over `tensor`; the latent vectors are whole on each device."""
+
+    def __init__(self, c: ModelConfig, kind: Kind, rngs: nnx.Rngs):
+        self.config, self.windowed, a = c, kind.windowed, c.latent
+        D, N, R = c.model_dim, c.heads * c.query_dim, a.kv_rank
+        if a.q_rank:
+            self.q_down_DQ = weight(rngs, c, (D, a.q_rank), P(FSDP, None), fan_in=D)
+            self.q_scale_Q = constant(c, 1.0, (a.q_rank,), P(None))
+            self.q_up_QN = weight(rngs, c, (a.q_rank, N), P(FSDP, 'tensor'), fan_in=a.q_rank)
+        else:
+            self.q_DN = weight(rngs, c, (D, N), P(FSDP, 'tensor'), fan_in=D)
+        self.kv_down_DR = weight(rngs, c, (D, R + a.rotary_dim), P(FSDP, None), fan_in=D)
+        self.kv_scale_R = constant(c, 1.0, (R,), P(None))
+        # Of each head first the key's columns, then the value's.
+        self.kv_up_RN = weight(rngs, c, (R, c.heads * (a.plain_dim + a.value_dim)), P(FSDP, 'tensor'), fan_in=R)
+        U = c.heads * a.value_dim
+        self.o_DU = weight(rngs, c, (D, U), P(FSDP, 'tensor'), fan_in=U, gain=residual_gain(c))
+        if c.bias or c.o_bias:
+            self.o_bias_D = constant(c, 0.0, (D,), P(None))
+
+    def __call__(self, x_BTD, view: View, cache: Cache | None, layer):
+        """The block's output in the layout between blocks, and the cache with these tokens' latent vectors at [layer]."""
+        c, a, dtype = self.config, self.config.latent, x_BTD.dtype
+        down_BTR = linear(x_BTD, whole(self.kv_down_DR[...], dtype))
+        latent_BTR = rms_norm(down_BTR[..., : a.kv_rank], self.kv_scale_R[...], LATENT_EPSILON)
+        # What travels between the devices of `tensor` is the latent vectors, which are smaller than x.
+        both_BTR = view.join(jnp.concatenate([latent_BTR, down_BTR[..., a.kv_rank :]], -1))
+        latent_BTR, key_BTr = both_BTR[..., : a.kv_rank], both_BTR[..., a.kv_rank :]
+        if a.q_rank:
+            q_BTQ = rms_norm(linear(x_BTD, whole(self.q_down_DQ[...], dtype)), self.q_scale_Q[...], LATENT_EPSILON)
+            q = linear(view.join(q_BTQ), whole(self.q_up_QN[...], dtype))
+        else:
+            q = linear(view.join(x_BTD), whole(self.q_DN[...], dtype))
+        q_BTnH = q.reshape(*q.shape[:2], -1, c.query_dim)
+        plain_BTnH, turning_BTnr = q_BTnH[..., : a.plain_dim], q_BTnH[..., a.plain_dim :]
+        turned_BTnr = rope(turning_BTnr, view.position_BT, c)
+        key_BTr = rope(key_BTr, view.position_BT, c)
+        if cache is not None:
+            new_BT1R = jnp.concatenate([latent_BTR, key_BTr], -1)[:, :, None]
+            cache = Cache(keep(cache.k_LBSK, new_BT1R, layer, view.position_BT), None)
+        up_RnH = whole(self.kv_up_RN[...], dtype).reshape(a.kv_rank, -1, a.plain_dim + a.value_dim)
+        up_RnP, up_RnU = up_RnH[..., : a.plain_dim], up_RnH[..., a.plain_dim :]
+        how = how_to_attend(c, self.windowed)
+        if view.decoding:
+            kept_BS1R = cache.k_LBSK[layer].astype(dtype)
+            q_BTnR = jnp.concatenate([jnp.einsum('BTnP,RnP->BTnR', plain_BTnH, up_RnP), turned_BTnr], -1)
+            out_BT1nR = cached_attention(
+                q_BTnR[:, :, None], kept_BS1R, kept_BS1R[..., : a.kv_rank], view.position_BT, **how
+            )
+            out_BTnU = jnp.einsum('BTnR,RnU->BTnU', out_BT1nR[:, :, 0], up_RnU)
+        else:
+            k_BTnP = jnp.einsum('BTR,RnP->BTnP', latent_BTR, up_RnP)
+            v_BTnU = jnp.einsum('BTR,RnU->BTnU', latent_BTR, up_RnU)
+            shared = jnp.broadcast_to(key_BTr[:, :, None], (*k_BTnP.shape[:3], a.rotary_dim))
+            k_BTnH = jnp.concatenate([k_BTnP, shared], -1)
+            q_BTn1H = jnp.concatenate([plain_BTnH, turned_BTnr], -1)[:, :, :, None]
+            here = (view.position_BT, view.segment_BT)
+            out_BTnU = attention(q_BTn1H, k_BTnH, v_BTnU, here, here, **how, backend=view.backend, ring=True)
+        y_BTD = view.split(linear_back(out_BTnU.reshape(*q.shape[:2], -1), whole(self.o_DU[...], dtype)))
+        return (y_BTD + self.o_bias_D.astype(dtype)[None, None] if c.bias or c.o_bias else y_BTD), cache
