@@ -1,0 +1,288 @@
+"""Published model families: each file maps a published config and its tensors' names onto the one stack.
+
+A family is a `Family`: two functions between config.json and `ModelConfig`, and a table from its tensors' names to ours. To
+add one, write such a file, list it in `FAMILIES`, and add goldens (tests/families/README.md). The table says where every
+number of a published tensor goes, so that it is read in both directions and can be checked: each tensor is used once, and
+each of our arrays is filled once (`tensors`).
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from model.config import ModelConfig
+from model.decoder import Decoder
+from sharding.errors import UserError, nearest
+
+# fmt: off
+HARMLESS = frozenset([  # fields of config.json that change no logit
+    'architectures', 'auto_map', 'bos_token_id', 'chunk_size_feed_forward', 'classifier_dropout', 'dtype',
+    'eos_token_id', 'finetuning_task', 'id2label', 'initializer_factor', 'initializer_range', 'is_decoder', 'label2id',
+    'model_type', 'name_or_path', '_name_or_path', 'output_attentions', 'output_hidden_states', 'output_router_logits',
+    'pad_token_id', 'pretraining_tp', 'problem_type', 'return_dict', 'router_aux_loss_coef', 'aux_loss_alpha',
+    'router_jitter_noise', 'seq_aux', 'sep_token_id', 'task_specific_params', 'torch_dtype', 'transformers_version',
+    'unk_token_id', 'use_cache', '_attn_implementation', 'attn_implementation', 'cache_implementation',
+    'attention_dropout', 'attention_probs_dropout_prob', 'hidden_dropout', 'hidden_dropout_prob',
+    'hidden_dropout_rate', 'resid_pdrop', 'embd_pdrop', 'attn_pdrop', 'dropout', 'dropout_rate', 'layerdrop',
+    'embedding_dropout', 'summary_type', 'summary_use_proj', 'summary_activation', 'summary_proj_to_labels',
+    'summary_first_dropout', 'quantization_config', 'unsloth_version', 'ep_size',
+])
+# fmt: on
+IN_FIRST = re.compile(r'(^|\.)(q|k|v|gate|up|head|router|q_down|q_up|kv_down|kv_up)_[A-Za-z]{2,}$')  # ours: in × out
+
+
+class Fields:
+    """The fields of a config.json; each is read by name, and one that nothing has read is an error, not ignored."""
+
+    def __init__(self, values: Mapping[str, Any], source: str = 'config.json'):
+        self.values, self.source = dict(values), source
+        self.seen: set[str] = set()
+
+    def __call__(self, name: str, default: Any = ...) -> Any:
+        """A field's value; where there is none, or it is null, the default."""
+        self.seen.add(name)
+        value = self.values.get(name)
+        if value is None:
+            if default is ...:
+                raise UserError(f'{self.source}: {name} is missing: this family has no default for it')
+            return default
+        return value
+
+    def only(self, name: str, *works: Any, default: Any = ...) -> Any:
+        """A field of which only some values are supported; absent means the first of them, or `default`."""
+        value = self(name, works[0] if default is ... else default)
+        if value not in works:
+            raise UserError(f'{self.source}: {name} is {value!r}, which is not supported; supported: {_list(works)}')
+        return value
+
+    def skip(self, *names: str) -> None:
+        """Fields that this family can leave unread: what they say follows from others, or changes no logit."""
+        self.seen.update(names)
+
+    def part(self, name: str) -> 'Fields | None':
+        """A field that holds fields."""
+        value = self(name, None)
+        return None if value is None else Fields(value, f'{self.source}: {name}')
+
+    def finish(self) -> None:
+        """Raises UserError for the first field that nothing has read."""
+        for name, value in self.values.items():
+            if name not in self.seen and name not in HARMLESS and value is not None:
+                raise UserError(
+                    f'{self.source}: {name} is {value!r}: this family does not know the field, and it may change the '
+                    f'result{nearest(name, self.seen)}'
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Where a part of a published tensor goes."""
+
+    leaf: str  # our array's name, such as groups.0.attention.q_DN
+    at: tuple[int, ...] = ()  # index into its first dims: of the layer in the group, of the expert
+    take: tuple[slice, ...] = ()  # of the published tensor, by dim; () takes all
+    axes: tuple[int, ...] | None = None  # ours, by the tensor's; None: as they are
+
+    def __call__(self, array):
+        """The part of a published tensor, in our layout."""
+        array = array[self.take] if self.take else array
+        return array if self.axes is None else array.transpose(self.axes)
+
+    def back(self, array):
+        """The inverse of the transposition: our layout to the published one."""
+        return array if self.axes is None else array.transpose([self.axes.index(i) for i in range(array.ndim)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A published tensor: its name, its shape, and where its parts go, which together are all of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+# What a table may say beside the name of one of our arrays -------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """A tensor that holds several of our arrays one after another along a dim."""
+
+    leaves: tuple[str, ...]
+    dim: int = 0
+    flip: bool = False  # see Flipped
+
+
+@dataclasses.dataclass(frozen=True)
+class Woven:
+    """A tensor that holds several of our arrays in turns along its last dim, as gpt-oss has gate and up."""
+
+    leaves: tuple[str, ...]
+    flip: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Flipped:
+    """A matrix that is transposed against torch's Linear, which has out × in (GPT-2's Conv1D has in × out)."""
+
+    leaf: str
+
+
+Entry = str | Joined | Woven | Flipped
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How a family is read and written.
+
+    Attributes:
+        name: of its file.
+        architectures: as in config.json; the first is the one that is written.
+        read: the model of a config.json's fields; raises UserError for what it cannot represent.
+        write: the fields of config.json for a model; what `read` gives of them is that model, or it is not of this family.
+        names: published tensor names to ours. {i} stands for the layer, {e} for the expert; a layer's arrays are named
+            without their group (attention.q_DN). Entries whose arrays the model does not have are left out.
+        buffers: patterns of published tensors that hold no parameters.
+        prefix: of the published names, where a publisher's files may leave it out; part of `names`.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    read: Callable[[Fields], ModelConfig]
+    write: Callable[[ModelConfig], dict[str, Any]]
+    names: Mapping[str, Entry]
+    buffers: tuple[str, ...] = ()
+    prefix: str = ''
+
+
+def families() -> tuple[Family, ...]:
+    """All of them."""
+    from model.families import llama
+
+    return (llama.FAMILY,)
+
+
+def family_of(fields: Fields) -> Family:
+    """The family of a config.json. Raises UserError naming those that exist."""
+    known = {name: family for family in families() for name in family.architectures}
+    names = fields('architectures', None) or ['missing']
+    if names[0] not in known:
+        raise UserError(f'{fields.source}: architectures is {names}: not supported{nearest(str(names[0]), known)}')
+    return known[names[0]]
+
+
+def leaves(c: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Our arrays by name, as shapes with shardings on the current mesh."""
+    model = jax.eval_shape(lambda key: Decoder(c, nnx.Rngs(key)), jax.random.key(0))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value'): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(model)
+    }
+
+
+def tensors(family: Family, c: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> list[Tensor]:
+    """The published tensors of a model, `shapes` being `leaves(c)`; together they fill each of our arrays exactly once.
+
+    Raises UserError where the family has no name for one of our arrays.
+    """
+    found: list[Tensor] = []
+    places = list(layers(c))
+    used: set[str] = set()
+
+    def fits(entry: Entry, prefix: str) -> bool:
+        return all(prefix + leaf in shapes for leaf in named_by(entry))
+
+    for name, entry in family.names.items():
+        if '{i}' not in name:
+            if fits(entry, ''):
+                found.append(tensor(name, entry, '', (), c, shapes))
+            continue
+        for i, (prefix, repeat) in enumerate(places):
+            if not fits(entry, prefix):
+                continue
+            of_layer = name.replace('{i}', str(i))
+            if '{e}' not in name:
+                found.append(tensor(of_layer, entry, prefix, (repeat,), c, shapes))
+                continue
+            for e in range(c.moe.experts):
+                found.append(tensor(of_layer.replace('{e}', str(e)), entry, prefix, (repeat, e), c, shapes))
+    used = {part.leaf for one in found for part in one.parts}
+    for leaf in shapes:
+        if leaf not in used:
+            raise UserError(f'family {family.name} has no tensor for {leaf}: this model is not one of its own')
+    check_filled(found, c, shapes)
+    return found
+
+
+def layers(c: ModelConfig) -> Iterator[tuple[str, int]]:
+    """Of each layer, first to last: the prefix of its arrays' names, and its index in them."""
+    group = 0
+    for run in c.runs:
+        for repeat in range(run.repeats):
+            for place in range(len(run.kinds)):
+                yield f'groups.{group + place}.', repeat
+        group += len(run.kinds)
+
+
+def named_by(entry: Entry) -> tuple[str, ...]:
+    """The arrays that an entry speaks of."""
+    if isinstance(entry, str):
+        return (entry,)
+    return (entry.leaf,) if isinstance(entry, Flipped) else entry.leaves
+
+
+def tensor(name: str, entry: Entry, prefix: str, at: tuple[int, ...], c: ModelConfig, shapes: Mapping) -> Tensor:
+    """One published tensor of an entry of a table."""
+    flip = isinstance(entry, Flipped) or (isinstance(entry, Joined | Woven) and entry.flip)
+    parts, published = [], []
+    for leaf in named_by(entry):
+        shape = unpadded(leaf, shapes[prefix + leaf].shape, c)[len(at) :]
+        turned = len(shape) > 1 and bool(IN_FIRST.search(leaf)) != flip
+        axes = (*range(len(shape) - 2), len(shape) - 1, len(shape) - 2) if turned else None
+        parts.append(Part(prefix + leaf, at, axes=axes))
+        published.append(tuple(shape[i] for i in axes) if axes else tuple(shape))
+    if len(parts) == 1:
+        return Tensor(name, published[0], tuple(parts))
+    assert isinstance(entry, Joined | Woven)
+    dim = entry.dim if isinstance(entry, Joined) else len(published[0]) - 1
+    total = sum(shape[dim] for shape in published)
+    begin, placed = 0, []
+    for number, (part, shape) in enumerate(zip(parts, published, strict=True)):
+        side_by_side = isinstance(entry, Joined)
+        cut = slice(begin, begin + shape[dim]) if side_by_side else slice(number, None, len(parts))
+        placed.append(dataclasses.replace(part, take=(*[slice(None)] * dim, cut)))
+        begin += shape[dim]
+    whole = (*published[0][:dim], total, *published[0][dim + 1 :])
+    return Tensor(name, whole, tuple(placed))
+
+
+def unpadded(leaf: str, shape: tuple[int, ...], c: ModelConfig) -> tuple[int, ...]:
+    """An array's shape without the rows that fill up the vocabulary."""
+    if leaf == 'embed_VD':
+        return (c.vocabulary, *shape[1:])
+    return (*shape[:-1], c.vocabulary) if leaf == 'head_DV' else shape
+
+
+def check_filled(found: list[Tensor], c: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """That names differ, that no two parts fill one place, and that together they fill every place."""
+    names = [one.name for one in found]
+    assert len(set(names)) == len(names), 'two tensors of one name'
+    places = [(part.leaf, part.at) for one in found for part in one.parts]
+    assert len(set(places)) == len(places), 'two tensors fill one place'
+    count = dict.fromkeys(shapes, 0)
+    for leaf, at in places:
+        count[leaf] += math.prod(unpadded(leaf, shapes[leaf].shape, c)[len(at) :])
+    for leaf, shape in shapes.items():
+        assert count[leaf] == math.prod(unpadded(leaf, shape.shape, c)), (
+            f'{leaf}: {count[leaf]} numbers of {shape.shape}'
+        )
+
+
+def _list(values: tuple[Any, ...]) -> str:
+    return ', '.join(repr(value) for value in values)

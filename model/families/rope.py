@@ -1,0 +1,95 @@
+"""Rotary positions in published configs, in the old form (rope_theta, rope_scaling) and the new one (rope_parameters)."""
+
+import math
+from typing import Any
+
+from model.config import ModelConfig, RopeScaling
+from model.families import Fields
+from sharding.errors import UserError
+
+
+def read_rope(f: Fields, default_theta: float = 10_000.0) -> dict[str, Any]:
+    """The fields of ModelConfig that say how positions turn, but for the part of a head that does."""
+    f.skip('max_position_embeddings')
+    p = f.part('rope_parameters') or f.part('rope_scaling')
+    theta = f('rope_theta', default_theta) if p is None else p('rope_theta', f('rope_theta', default_theta))
+    return {'rope_theta': float(theta), 'rope_scaling': None if p is None else read_scaling(f, p)}
+
+
+def read_scaling(f: Fields, p: Fields) -> RopeScaling | None:
+    """The scaling of a rope_scaling or rope_parameters mapping `p` in `f`."""
+    kind = p('rope_type', p('type', 'default'))
+    p.skip('type', 'rope_theta', 'partial_rotary_factor')
+    old = p('original_max_position_embeddings', f('original_max_position_embeddings', None))
+    scaling: dict[str, Any] = {'original_positions': old}
+    if kind == 'default':
+        p.finish()
+        return None
+    if kind == 'linear':
+        pass
+    elif kind == 'dynamic':
+        scaling['original_positions'] = f('max_position_embeddings')
+    elif kind == 'llama3':
+        scaling['low_frequency_factor'] = float(p('low_freq_factor'))
+        scaling['high_frequency_factor'] = float(p('high_freq_factor'))
+    elif kind == 'yarn':
+        scaling['original_positions'] = old or f('max_position_embeddings')
+        scaling['beta_fast'], scaling['beta_slow'] = float(p('beta_fast', 32.0)), float(p('beta_slow', 1.0))
+        scaling['truncate'] = p('truncate', True)
+        scaling['attention_factor'] = _yarn_gain(p)
+    elif kind in ('longrope', 'su'):
+        kind = 'longrope'
+        scaling['original_positions'] = old = old or f('max_position_embeddings')
+        scaling['short_factors'] = tuple(map(float, p('short_factor')))
+        scaling['long_factors'] = tuple(map(float, p('long_factor')))
+        scaling['attention_factor'] = p('attention_factor', None)
+    else:
+        known = 'default, linear, dynamic, yarn, llama3, longrope'
+        raise UserError(f'{p.source}: rope_type is {kind!r}, which is not supported; supported: {known}')
+    factor = p('factor', None)
+    if factor is None or kind == 'longrope':
+        factor = f('max_position_embeddings') / scaling['original_positions']
+    p.finish()
+    return RopeScaling(kind=kind, factor=float(factor), **scaling)
+
+
+def _yarn_gain(p: Fields) -> float | None:
+    """YaRN's factor on queries and keys where the config says another than the paper's."""
+    gain, part, whole = p('attention_factor', None), p('mscale', None), p('mscale_all_dim', None)
+    if gain is None and part and whole:
+        gain = yarn_gain(p('factor'), part) / yarn_gain(p('factor'), whole)
+    return None if gain is None else float(gain)
+
+
+def yarn_gain(factor: float, times: float = 1.0) -> float:
+    """0.1 · times · ln(factor) + 1 (Peng et al. 2023, arXiv:2309.00071, eq. 22), as DeepSeek-V2's code has it."""
+    return 0.1 * times * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def write_rope(c: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_rope`."""
+    return {'rope_theta': c.rope_theta, **({'rope_scaling': write_scaling(c.rope_scaling)} if c.rope_scaling else {})}
+
+
+def write_scaling(s: RopeScaling) -> dict[str, Any]:
+    """The inverse of `read_scaling`."""
+    fields: dict[str, Any] = {'rope_type': s.kind, 'factor': s.factor}
+    if s.original_positions is not None and s.kind != 'dynamic':
+        fields['original_max_position_embeddings'] = s.original_positions
+    if s.kind == 'llama3':
+        fields |= {'low_freq_factor': s.low_frequency_factor, 'high_freq_factor': s.high_frequency_factor}
+    elif s.kind == 'yarn':
+        fields |= {'beta_fast': s.beta_fast, 'beta_slow': s.beta_slow, 'truncate': s.truncate}
+    elif s.kind == 'longrope':
+        fields |= {'short_factor': list(s.short_factors or ()), 'long_factor': list(s.long_factors or ())}
+    if s.attention_factor is not None:
+        fields['attention_factor'] = s.attention_factor
+    return fields
+
+
+def positions(c: ModelConfig) -> int | None:
+    """What max_position_embeddings must be for the scaling to read back the same; None: it does not matter."""
+    s = c.rope_scaling
+    if s is None or s.original_positions is None:
+        return None
+    return {'dynamic': s.original_positions, 'longrope': round(s.factor * s.original_positions)}.get(s.kind)
