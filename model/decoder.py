@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import P, lax
 
+from model.attention import Asked
 from model.attention import default_backend as attention_backend
 from model.config import Kind, ModelConfig
 from model.grouped_matmul import default_backend as experts_backend
@@ -192,6 +193,15 @@ def remat(layer, c: ModelConfig, unrolled: bool):
     return jax.checkpoint(layer, policy=policy, prevent_cse=unrolled)  # a loop's border keeps it apart anyhow
 
 
+def asked(c: ModelConfig) -> Asked:
+    """What the model asks of attention that not every backend has."""
+    return Asked(
+        softcap=c.attention_softcap is not None,
+        sinks=c.attention_sinks,
+        value_width=c.value_dim != c.query_dim,
+    )
+
+
 class Backends(TypedDict):
     """View's arguments: how attention and the experts compute."""
 
@@ -203,6 +213,6 @@ def backends(c: ModelConfig) -> Backends:
     """The backends that the config names, or the fast ones of the current mesh's platform."""
     name, context = platform(), jax.sharding.get_abstract_mesh().shape['context']
     return {
-        'backend': attention_backend(name, context) if c.attention == 'auto' else c.attention,
+        'backend': attention_backend(name, context, asked(c)) if c.attention == 'auto' else c.attention,
         'experts': experts_backend(name) if c.experts == 'auto' else c.experts,
     }

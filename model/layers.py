@@ -233,13 +233,11 @@ class Attention(nnx.Module):
 
 def how_to_attend(c: ModelConfig, windowed: bool) -> dict[str, Any]:
     """The arguments of `attention` and `cached_attention` that the config decides."""
-    how: dict[str, Any] = {
+    return {
         'window': c.window if windowed else None,
         'scale': c.query_dim**-0.5 if c.query_scale is None else c.query_scale,
+        'softcap': c.attention_softcap,
     }
-    if c.attention_softcap is not None:
-        how['softcap'] = c.attention_softcap
-    return how
 
 
 def norm_of_all(x_BTN, scale_N, heads: int, c: ModelConfig):

@@ -3,6 +3,8 @@
 Letters: B batch rows, T queries, S keys; c query tiles, d key tiles.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -12,11 +14,28 @@ HIDDEN = -1e30  # the score of a key that must not be seen
 FLOOR = -1e29  # the least maximum of a row of scores: exp(HIDDEN - FLOOR) is 0, also in a row that sees nothing
 
 
-def sees(q_at: At, k_at: At, window: int | None) -> jax.Array:
-    """bool [..., T, S]: a query sees the keys of its own segment that stand 0 to `window` - 1 positions behind it."""
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Who sees whom, and how a score is made: what a kernel knows while it is traced."""
+
+    window: int | None
+    scale: float
+    softcap: float | None = None  # c: a score s becomes c tanh(s / c)
+    causal: bool = True
+
+
+def sees(q_at: At, k_at: At, window: int | None, causal: bool = True) -> jax.Array:
+    """bool [..., T, S]: a query sees the keys of its own segment that stand 0 to `window` - 1 positions behind it.
+
+    Not `causal`: those that stand as far before it too.
+    """
     (q_position, q_segment), (k_position, k_segment) = q_at, k_at
     ago = q_position[..., :, None] - k_position[..., None, :]
-    see = (q_segment[..., :, None] == k_segment[..., None, :]) & (ago >= 0)
+    see = q_segment[..., :, None] == k_segment[..., None, :]
+    if causal:
+        see &= ago >= 0
+    elif window is not None:
+        see &= ago > -window
     return see if window is None else see & (ago < window)
 
 
@@ -28,7 +47,7 @@ def tiles_of(at: At, tile: int, nobody: int) -> At:
     return position_BT.reshape(rows, -1, tile), segment_BT.reshape(rows, -1, tile)
 
 
-def tiles_see(at_c: At, at_d: At, window: int | None) -> tuple[jax.Array, jax.Array]:
+def tiles_see(at_c: At, at_d: At, window: int | None, causal: bool = True) -> tuple[jax.Array, jax.Array]:
     """bool [B, c, d] twice: may any query of tile c see a key of tile d, and does every query of c see every key of d.
 
     From the tiles' bounds alone, so the first may err on the side of True and the second on the side of False.
@@ -36,8 +55,12 @@ def tiles_see(at_c: At, at_d: At, window: int | None) -> tuple[jax.Array, jax.Ar
     (q_position, q_segment), (k_position, k_segment) = at_c, at_d
     q_first, q_last, q_low, q_high = (x[..., :, None] for x in bounds(q_position, q_segment))
     k_first, k_last, k_low, k_high = (x[..., None, :] for x in bounds(k_position, k_segment))
-    some = (q_last >= k_first) & (q_high >= k_low) & (q_low <= k_high)
-    every = (q_first >= k_last) & (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
+    some = (q_high >= k_low) & (q_low <= k_high)
+    every = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
+    if causal:
+        some, every = some & (q_last >= k_first), every & (q_first >= k_last)
+    elif window is not None:
+        some, every = some & (k_first - q_last < window), every & (k_last - q_first < window)
     if window is not None:
         some, every = some & (q_first - k_last < window), every & (q_last - k_first < window)
     return some, every

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from model.attention import blockwise, flash
-from model.attention.mask import FLOOR, At, tiles_of
+from model.attention.mask import FLOOR, At, Rule, tiles_of
 from model.attention.reference import reference_attention
 from sharding.collectives import onward
 from sharding.errors import UserError
@@ -38,6 +38,7 @@ def ring_attention(
     window: int | None,
     scale: float,
     backend: str,
+    **options: Any,
 ) -> jax.Array:
     """What `reference_attention` gives of this device's queries and the keys of all devices of `context`, [B, T, K, G, H].
 
@@ -49,25 +50,38 @@ def ring_attention(
             f'attention backend {backend} masks by slot and takes no keys from other devices: with mesh.context above 1 '
             f'use blockwise'
         )
-    return _RING[backend](q_BTKGH, k_BSKH, v_BSKH, q_at, k_at, window, scale)
+    return _RING[backend](q_BTKGH, k_BSKH, v_BSKH, q_at, k_at, window, scale, **options)
 
 
-def ring_reference(q_BTKGH, k_BSKH, v_BSKH, q_at: At, k_at: At, window: int | None, scale: float) -> jax.Array:
+def ring_reference(
+    q_BTKGH, k_BSKH, v_BSKH, q_at: At, k_at: At, window: int | None, scale: float, **options: Any
+) -> jax.Array:
     """Every device with all keys at once, gradients by autodiff."""
     k_BSKH, v_BSKH, k_at = lax.all_gather((k_BSKH, v_BSKH, k_at), AXIS, axis=1, tiled=True)
-    return reference_attention(q_BTKGH, k_BSKH, v_BSKH, q_at, k_at, window, scale)
+    return reference_attention(q_BTKGH, k_BSKH, v_BSKH, q_at, k_at, window, scale, **options)
 
 
 def ring_blockwise(
-    q_BTKGH, k_BSKH, v_BSKH, q_at: At, k_at: At, window: int | None, scale: float, tile: int | None = None
+    q_BTKGH,
+    k_BSKH,
+    v_BSKH,
+    q_at: At,
+    k_at: At,
+    window: int | None,
+    scale: float,
+    tile: int | None = None,
+    *,
+    softcap: float | None = None,
+    causal: bool = True,
+    sink_KG: jax.Array | None = None,
 ) -> jax.Array:
     """A tick is `blockwise`'s tiles. Arguments as `blockwise_attention`'s."""
     T, S = q_BTKGH.shape[1], k_BSKH.shape[1]
     q_tile, k_tile = blockwise.tile_sizes(q_BTKGH, S, tile)
     keys = (blockwise.cut(x_BSKH[:, :, :, None], k_tile) for x_BSKH in (k_BSKH, v_BSKH))
     at_c, at_d = tiles_of(q_at, q_tile, nobody=-1), tiles_of(k_at, k_tile, nobody=-2)
-    tick = Tick(blockwise_tick, blockwise_tick_back, (window, scale))
-    return ring(blockwise.fill(q_BTKGH, q_tile), *keys, at_c, at_d, tick)[:, :T]
+    tick = Tick(blockwise_tick, blockwise_tick_back, Rule(window, scale, softcap, causal), v_BSKH.shape[-1])
+    return ring(blockwise.fill(q_BTKGH, q_tile), *keys, at_c, at_d, sink_KG, tick)[:, :T]
 
 
 def ring_flash(
@@ -82,7 +96,8 @@ def ring_flash(
 ) -> jax.Array:
     """A tick is `flash`'s kernels. Arguments as `flash_attention`'s."""
     inputs, plan = flash.in_tiles(q_BTKGH, k_BSKH, v_BSKH, q_at, k_at, window, scale, tiling)
-    return ring(*inputs, Tick(flash_tick, flash_tick_back, plan))[:, : q_BTKGH.shape[1]]
+    tick = Tick(flash_tick, flash_tick_back, plan, v_BSKH.shape[-1])
+    return ring(*inputs, None, tick)[:, : q_BTKGH.shape[1]]
 
 
 _RING: dict[str, Callable[..., jax.Array]] = {
@@ -107,17 +122,18 @@ class Tick:
     forward: Callable[..., blockwise.State]
     backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
     plan: Any
+    value_width: int
 
 
 def blockwise_tick(state, q_BTKGH, at_c, keys, plan):
     k_BdKSH, v_BdKSH, at_d = keys
-    return blockwise.more_keys(state, q_BTKGH, k_BdKSH, v_BdKSH, at_c, at_d, *plan)
+    return blockwise.more_keys(state, q_BTKGH, k_BdKSH, v_BdKSH, at_c, at_d, plan)
 
 
 def blockwise_tick_back(dq_BTKGH, q_BTKGH, at_c, keys, dout_BTKGH, lse_BTKG, delta_BTKG, plan):
     k_BdKSH, v_BdKSH, at_d = keys
     inputs = dq_BTKGH, q_BTKGH, k_BdKSH, v_BdKSH, at_c, at_d
-    return blockwise.more_keys_back(*inputs, dout_BTKGH, lse_BTKG, delta_BTKG, *plan)
+    return blockwise.more_keys_back(*inputs, dout_BTKGH, lse_BTKG, delta_BTKG, plan)
 
 
 def flash_tick(state, q_BTKGH, at_BiT, keys, plan):
@@ -141,12 +157,12 @@ def flash_tick_back(dq_BTKGH, q_BTKGH, at_BiT, keys, dout_BTKGH, lse_BTKG, delta
 # All ticks ------------------------------------------------------------------------------------------------------------
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def ring(q_BTKGH, k, v, q_at, k_at, tick: Tick):
-    return ring_forward(q_BTKGH, k, v, q_at, k_at, tick)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def ring(q_BTKGH, k, v, q_at, k_at, sink_KG, tick: Tick):
+    return ring_forward(q_BTKGH, k, v, q_at, k_at, sink_KG, tick)[0]
 
 
-def ring_forward(q_BTKGH, k, v, q_at, k_at, tick: Tick):
+def ring_forward(q_BTKGH, k, v, q_at, k_at, sink_KG, tick: Tick):
     def meet(state, keys):
         return tick.forward(state, q_BTKGH, q_at, keys, tick.plan)
 
@@ -155,15 +171,19 @@ def ring_forward(q_BTKGH, k, v, q_at, k_at, tick: Tick):
         coming = onward(keys, AXIS)  # wants nothing of this tick's work, so that it is sent meanwhile
         return (meet(state, keys), coming), None
 
-    start = blockwise.nothing(q_BTKGH), (k, v, k_at)
+    start = blockwise.nothing(q_BTKGH, tick.value_width), (k, v, k_at)
     (state, keys), _ = lax.scan(one_tick, start, length=lax.axis_size(AXIS) - 1)
-    out_BTKGH, lse_BTKG = blockwise.finish(meet(state, keys))
+    state = meet(state, keys)
+    sink_BTKG = (
+        None if sink_KG is None else jnp.broadcast_to(sink_KG.astype(state[0].dtype)[None, None], state[0].shape)
+    )
+    out_BTKGH, lse_BTKG = blockwise.finish(state, sink_BTKG)
     out_BTKGH = out_BTKGH.astype(q_BTKGH.dtype)
-    return out_BTKGH, (q_BTKGH, k, v, q_at, k_at, out_BTKGH, lse_BTKG)
+    return out_BTKGH, (q_BTKGH, k, v, q_at, k_at, sink_KG, out_BTKGH, lse_BTKG)
 
 
 def ring_backward(tick: Tick, kept, dout_BTKGH):
-    q_BTKGH, k, v, q_at, k_at, out_BTKGH, lse_BTKG = kept
+    q_BTKGH, k, v, q_at, k_at, sink_KG, out_BTKGH, lse_BTKG = kept
     delta_BTKG = (dout_BTKGH.astype(lse_BTKG.dtype) * out_BTKGH).sum(-1)
 
     def meet(dq_BTKGH, keys):
@@ -184,7 +204,11 @@ def ring_backward(tick: Tick, kept, dout_BTKGH):
     dkv = onward(dkv, AXIS)
     dq_BTKGH, more = meet(dq_BTKGH, keys)
     dk, dv = onward(jax.tree.map(jnp.add, dkv, more), AXIS)  # home
-    return dq_BTKGH.astype(q_BTKGH.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
+    dsink_KG = None
+    if sink_KG is not None:
+        share_BTKG = jnp.exp(sink_KG.astype(lse_BTKG.dtype)[None, None] - lse_BTKG)
+        dsink_KG = -(share_BTKG * delta_BTKG).sum((0, 1)).astype(sink_KG.dtype)
+    return dq_BTKGH.astype(q_BTKGH.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, dsink_KG
 
 
 ring.defvjp(ring_forward, ring_backward)

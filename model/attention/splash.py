@@ -5,7 +5,8 @@ positions, which is how rows are packed. A step of decoding, where T < S, is `re
 platform: its scores are B * heads * S. The kernel's outputs do not say over which mesh axes they vary, so a shard_map
 around it needs check_vma=False.
 
-Letters: B batch rows, T tokens, K key/value heads, G query heads per key/value head, H head dim.
+Letters: B batch rows, T tokens, K key/value heads, G query heads per key/value head, H width of a query and
+a key, U of a value.
 """
 
 from functools import partial
@@ -25,9 +26,18 @@ TILES = (512, 256, 128)
 
 
 def splash_attention(
-    q_BTKGH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, q_at: At, k_at: At, window: int | None, scale: float
+    q_BTKGH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKU: jax.Array,
+    q_at: At,
+    k_at: At,
+    window: int | None,
+    scale: float,
+    *,
+    softcap: float | None = None,
+    causal: bool = True,
 ) -> jax.Array:
-    """What `reference_attention` gives, [B, T, K, G, H], for rows as above. On a CPU the kernel is interpreted.
+    """What `reference_attention` gives, [B, T, K, G, U], for rows as above. On a CPU the kernel is interpreted.
 
     Raises:
         UserError: keys that are not the queries' own tokens, or float64.
@@ -43,14 +53,14 @@ def splash_attention(
     fill = -T % LANES  # tokens of segment 0 at the end: they see themselves, so that no sum of a softmax is empty
     pad = partial(pad_time, fill=fill)
     q_BKGTH = pad(q_BTKGH * jnp.asarray(scale, q_BTKGH.dtype)).transpose(0, 2, 3, 1, 4)
-    k_BKTH, v_BKTH = pad(k_BTKH).swapaxes(1, 2), pad(v_BTKH).swapaxes(1, 2)
+    k_BKTH, v_BKTU = pad(k_BTKH).swapaxes(1, 2), pad(v_BTKU).swapaxes(1, 2)
     segments = kernels.SegmentIds(pad(q_segment_BT), pad(k_segment_BT))
 
     def run(interpret: bool, *inputs):
-        one_kv_head = make_kernel(T + fill, G, window, interpret)
+        one_kv_head = make_kernel(T + fill, G, window, interpret, softcap, causal)
         return jax.vmap(jax.vmap(one_kv_head, in_axes=(0, 0, 0, None)))(*inputs)
 
-    inputs = q_BKGTH, k_BKTH, v_BKTH, segments
+    inputs = q_BKGTH, k_BKTH, v_BKTU, segments
     out_BKGTH = lax.platform_dependent(*inputs, tpu=partial(run, False), cpu=partial(run, True))
     return out_BKGTH.transpose(0, 3, 1, 2, 4)[:, :T]
 
@@ -59,12 +69,20 @@ def pad_time(x_BT: jax.Array, fill: int) -> jax.Array:
     return jnp.pad(x_BT, [(0, 0), (0, fill)] + [(0, 0)] * (x_BT.ndim - 2))
 
 
-def make_kernel(T: int, G: int, window: int | None, interpret: bool) -> kernels.SplashAttentionKernel:
-    """(q [G, T, H], k [T, H], v [T, H], segments [T] twice) to [G, T, H]; T in whole LANES."""
-    see_TT = masks.CausalMask((T, T)) if window is None else masks.LocalMask((T, T), (window - 1, 0), offset=0)
+def make_kernel(
+    T: int, G: int, window: int | None, interpret: bool, softcap: float | None = None, causal: bool = True
+) -> kernels.SplashAttentionKernel:
+    """(q [G, T, H], k [T, H], v [T, U], segments [T] twice) to [G, T, U]; T in whole LANES."""
+    see_TT: masks.Mask
+    if window is not None:
+        see_TT = masks.LocalMask((T, T), (window - 1, 0 if causal else window - 1), offset=0)
+    else:
+        see_TT = masks.CausalMask((T, T)) if causal else masks.FullMask((T, T))
     tile = next(tile for tile in TILES if T % tile == 0)
     # dq and dk, dv by kernels of their own: the fused one keeps T / tile copies of dq
     ends = ('_q', '_kv', '_kv_compute', '_q_dkv', '_kv_dkv', '_kv_dkv_compute', '_q_dq', '_kv_dq')
     sizes: dict[str, Any] = {f'block{end}': tile for end in ends}
     see_GTT = masks.MultiHeadMask([see_TT] * G)
-    return kernels.make_splash_mqa_single_device(see_GTT, block_sizes=kernels.BlockSizes(**sizes), interpret=interpret)
+    return kernels.make_splash_mqa_single_device(
+        see_GTT, block_sizes=kernels.BlockSizes(**sizes), attn_logits_soft_cap=softcap, interpret=interpret
+    )
