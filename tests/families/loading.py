@@ -1,0 +1,83 @@
+"""A case as our model: its config read by its family, its weights generated and put where the family's table says."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from model.config import ModelConfig
+from model.decoder import Decoder
+from model.families import Family, Fields, family_of, leaves, tensors
+from tests.families import cases, weights
+
+GOLDENS = Path(__file__).parent / 'goldens'
+
+
+class Golden(NamedTuple):
+    """What an outside implementation made of a case."""
+
+    name: str
+    config: dict[str, Any]  # as published
+    seed: int
+    ids: np.ndarray  # int32 [rows, length]
+    at: np.ndarray  # int32 [kept, 2]: rows and positions
+    logits: np.ndarray  # float32 [kept, vocabulary]
+    greedy: np.ndarray  # int32: what follows the first row's first tokens
+    margins: np.ndarray  # of each choice, over the largest |logit|
+
+
+def golden(path: Path) -> Golden:
+    with np.load(path, allow_pickle=False) as file:
+        about = json.loads(bytes(file['about']))
+        arrays = [file[name] for name in ('ids', 'at', 'logits', 'greedy', 'margins')]
+    arrays = [a.astype(np.int32) if a.dtype == np.int16 else a for a in arrays]
+    return Golden(path.stem, about['config'], about['seed'], *arrays)
+
+
+def read(config: dict[str, Any]) -> tuple[Family, ModelConfig]:
+    """The family and the model of a published config."""
+    fields = Fields(config)
+    family = family_of(fields)
+    c = family.read(fields)
+    fields.finish()
+    return family, c
+
+
+def generated(name: str, family: Family, c: ModelConfig, seed: int) -> Decoder:
+    """The model with generated weights, on the current mesh."""
+    shapes = leaves(c)
+    filled = {leaf: np.zeros(shape.shape, shape.dtype) for leaf, shape in shapes.items()}
+    for one in tensors(family, c, shapes):
+        array = weights.tensor(seed, one.name, one.shape, cases.family(name) in cases.OFFSET_NORMS)
+        for part in one.parts:
+            piece = part(array)
+            filled[part.leaf][part.at][tuple(slice(n) for n in piece.shape)] = piece
+    return from_leaves(c, filled)
+
+
+def from_leaves(c: ModelConfig, filled: dict[str, np.ndarray]) -> Decoder:
+    """The model of host arrays by name, in its layout on the current mesh."""
+    model = jax.eval_shape(lambda key: Decoder(c, nnx.Rngs(key)), jax.random.key(0))
+    paths, structure = jax.tree_util.tree_flatten_with_path(model)
+    mesh = jax.sharding.get_mesh()
+    put = []
+    for path, leaf in paths:
+        name = jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value')
+        put.append(jax.device_put(filled[name], NamedSharding(mesh, leaf.sharding.spec)))
+    return jax.tree.unflatten(structure, put)
+
+
+def changed(c: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
+    """The config with other values of dotted fields."""
+    for key, value in changes.items():
+        section, _, field = key.rpartition('.')
+        if section:
+            c = dataclasses.replace(c, **{section: dataclasses.replace(getattr(c, section), **{field: value})})
+        else:
+            c = dataclasses.replace(c, **{field: value})
+    return c

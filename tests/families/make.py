@@ -1,0 +1,87 @@
+"""Goldens of the cases, by transformers: run by an interpreter that has torch and transformers (`make goldens`).
+
+python tests/families/make.py [--only PREFIX] [--seed N] [--out FOLDER] [--all-positions]
+
+Each case becomes NAME.npz: its config, ids, logits at some positions, and a greedy continuation with the margin of each choice.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.families import cases, weights
+
+
+def build(name: str, config: dict, seed: int):
+    """A model of a config with generated weights, none of its tensors left as it was born."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, 'config.json').write_text(json.dumps(config))
+        described = AutoConfig.from_pretrained(folder)
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(described, dtype=torch.float32).save_pretrained(folder)
+        Path(folder, 'config.json').write_text(json.dumps(config))
+        path = Path(folder, 'model.safetensors')
+        shapes = {tensor: array.shape for tensor, array in load_file(path).items()}
+        offset = cases.family(name) in cases.OFFSET_NORMS
+        save_file(dict(weights.all_of(seed, shapes, offset)), path, metadata={'format': 'pt'})
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation='eager', output_loading_info=True
+        )
+    assert not any(found[kind] for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), found
+    return model.eval()
+
+
+@torch.no_grad()
+def golden(name: str, config: dict, seed: int, everywhere: bool) -> dict[str, np.ndarray]:
+    """What is kept of a case."""
+    model = build(name, config, seed)
+    ids = weights.ids(seed, cases.ROWS, cases.LENGTH, config['vocab_size'])
+    logits = model(torch.tensor(ids, dtype=torch.long), use_cache=False).logits.float().numpy()
+    at = weights.places(seed, cases.KEPT, cases.ROWS, cases.LENGTH)
+    if everywhere:
+        at = np.stack(np.meshgrid(np.arange(cases.ROWS), np.arange(cases.LENGTH), indexing='ij'), -1).reshape(-1, 2)
+    new, cache, greedy, margins = torch.tensor(ids[:1, : cases.PROMPT], dtype=torch.long), None, [], []
+    for _ in range(cases.NEW):
+        out = model(new, past_key_values=cache, use_cache=True)
+        last, cache = out.logits[0, -1].float(), out.past_key_values
+        best = torch.topk(last, 2).values
+        margins.append(float((best[0] - best[1]) / last.abs().max()))
+        new = last.argmax()[None, None]
+        greedy.append(int(new))
+    about = {'config': config, 'seed': seed, 'transformers': transformers.__version__, 'torch': torch.__version__}
+    return {
+        'about': np.frombuffer(json.dumps(about).encode(), np.uint8),
+        'ids': ids.astype(np.int16),
+        'at': at.astype(np.int16),
+        'logits': logits[at[:, 0], at[:, 1]],
+        'greedy': np.array(greedy, np.int16),
+        'margins': np.array(margins, np.float32),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--only', default='', help='cases whose names begin so')
+    parser.add_argument('--seed', type=int, default=cases.SEED)
+    parser.add_argument('--out', type=Path, default=Path(__file__).parent / 'goldens')
+    parser.add_argument('--all-positions', action='store_true', help='logits of every position')
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, config in cases.CASES.items():
+        if not name.startswith(options.only) or cases.family(name) in cases.NOT_IN_TRANSFORMERS:
+            continue
+        np.savez_compressed(options.out / f'{name}.npz', **golden(name, config, options.seed, options.all_positions))
+        print(name, flush=True)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,130 @@
+"""Each family against transformers: logits, greedy continuations, decoding, and configs there and back."""
+
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from decoding.step import decode, empty_cache, prefill
+from model import decoder
+from model.families import Fields, families
+from model.forward import logits, place
+from sharding.mesh import MeshConfig, make_mesh
+from tests.families import cases
+from tests.families.loading import GOLDENS, generated, golden, read
+
+TOLERANCE, KL = 1e-5, 1e-8
+MARGIN = 1e-4  # of a greedy choice, over the largest |logit|: below it another choice is not wrong
+MESHES = [MeshConfig(), MeshConfig(data=2, expert=2, tensor=2)]
+PATHS = sorted(GOLDENS.glob('*.npz'))
+
+
+@pytest.fixture(autouse=True)
+def loops():
+    """Layers in loops, as on accelerators: they compile quickly."""
+    with mock.patch.object(decoder, 'CPU_UNROLL', 0):
+        yield
+
+
+def whole(model, ids_BT, live_BT=None):
+    """Logits of rows that are one document each."""
+    position_BT = np.broadcast_to(np.arange(ids_BT.shape[1], dtype=np.int32), ids_BT.shape)
+    segment_BT = np.ones_like(ids_BT) if live_BT is None else live_BT.astype(np.int32)
+    return np.asarray(_whole(model, *place((ids_BT, position_BT, segment_BT))))
+
+
+_whole = jax.jit(logits)
+
+
+@jax.jit
+def continued(model, prompt_BT, length_B):
+    """Greedy tokens [steps, B] after each row's prompt, by prefill and decoding, and the logits that chose them."""
+    cache = empty_cache(model, prompt_BT.shape[0], cases.PROMPT + cases.NEW)
+    logit_BV, cache = prefill(model, cache, prompt_BT, length_B)
+
+    def step(carry, _):
+        logit_BV, cache, position_B = carry
+        token_B = logit_BV.argmax(-1).astype(jnp.int32)
+        after_BV, cache = decode(model, cache, token_B, position_B)
+        return (after_BV, cache, position_B + 1), (token_B, logit_BV)
+
+    return lax.scan(step, (logit_BV, cache, length_B), length=cases.NEW)[1]
+
+
+def error(found, expected) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def divergence(found, expected) -> float:
+    """The largest Kullback–Leibler divergence of the next token, in nats."""
+    log = lambda x: x - np.logaddexp.reduce(x, -1, keepdims=True)
+    p, q = log(expected.astype(np.float64)), log(found.astype(np.float64))
+    return float((np.exp(p) * (p - q)).sum(-1).max())
+
+
+@pytest.mark.parametrize('mesh', MESHES, ids=str)
+@pytest.mark.parametrize('path', PATHS, ids=lambda path: path.stem)
+def test_logits_are_those_of_transformers(path, mesh):
+    known = golden(path)
+    family, c = read(known.config)
+    with jax.set_mesh(make_mesh(mesh)):
+        model = generated(known.name, family, c, known.seed)
+        found = whole(model, known.ids)[known.at[:, 0], known.at[:, 1]]
+    assert error(found, known.logits) <= TOLERANCE
+    assert divergence(found, known.logits) <= KL
+
+
+@pytest.mark.parametrize('path', PATHS, ids=lambda path: path.stem)
+def test_greedy_tokens_are_those_of_transformers_and_decoding_is_the_full_forward_pass(path):
+    known = golden(path)
+    family, c = read(known.config)
+    lengths = np.array([cases.PROMPT, 13, 9, cases.PROMPT], np.int32)
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        model = generated(known.name, family, c, known.seed)
+        tokens, chose = map(np.asarray, continued(model, *place((known.ids[:, : cases.PROMPT], lengths))))
+        rows, live = np.zeros_like(known.ids), np.zeros_like(known.ids, bool)
+        for b, length in enumerate(lengths):
+            rows[b, :length], rows[b, length : length + cases.NEW] = known.ids[b, :length], tokens[:, b]
+            live[b, : length + cases.NEW] = True
+        full = whole(model, rows, live)
+    same = tokens[:, 0] == known.greedy
+    ends = len(same) if same.all() else int(np.argmin(same))
+    assert same.all() or known.margins[ends] < MARGIN, f'token {ends}: margin {known.margins[ends]}'
+    if is_steady(c):
+        for b, length in enumerate(lengths):
+            assert error(chose[:, b], full[b, length - 1 : length - 1 + cases.NEW]) <= TOLERANCE
+
+
+def is_steady(c) -> bool:
+    """Whether a token's keys are the same however long the row becomes: not with dynamic scaling, beyond the old context."""
+    s = c.rope_scaling
+    return s is None or s.kind not in ('dynamic', 'longrope') or s.original_positions >= cases.PROMPT + cases.NEW
+
+
+@pytest.mark.parametrize('name', cases.CASES)
+def test_a_config_comes_back_from_what_is_written_of_it(name):
+    family, c = read(cases.CASES[name])
+    written = family.write(c)
+    positions = cases.CASES[name].get('max_position_embeddings')
+    fields = Fields({'max_position_embeddings': positions, **written, 'architectures': [family.architectures[0]]})
+    assert family.read(fields) == c
+    fields.finish()
+
+
+def test_every_family_has_three_cases_and_every_case_its_golden():
+    for family in families():
+        mine = [name for name in cases.CASES if cases.family(name) == family.name]
+        assert len(mine) >= 3, family.name
+    assert {path.stem for path in PATHS} == set(cases.CASES)
+    assert sum(path.stat().st_size for path in PATHS) < 4 * 2**20
+
+
+def test_a_field_that_nothing_reads_is_an_error():
+    from sharding.errors import UserError
+
+    config = cases.CASES['llama-grouped'] | {'rope_thetta': 3}
+    with pytest.raises(UserError, match='rope_thetta is 3.*did you mean .rope_theta'):
+        read(config)
