@@ -7,9 +7,11 @@ each of our arrays is filled once (`tensors`).
 """
 
 import dataclasses
+import functools
+import importlib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +21,7 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from sharding.errors import UserError, nearest
 
+FAMILIES = ('llama', 'mistral', 'mixtral', 'qwen2', 'qwen3', 'qwen3_moe', 'olmoe', 'phi3', 'glm4_moe')  # their files
 # fmt: off
 HARMLESS = frozenset([  # fields of config.json that change no logit
     'architectures', 'auto_map', 'bos_token_id', 'chunk_size_feed_forward', 'classifier_dropout', 'dtype',
@@ -161,11 +164,10 @@ class Family:
     prefix: str = ''
 
 
+@functools.cache
 def families() -> tuple[Family, ...]:
     """All of them."""
-    from model.families import llama
-
-    return (llama.FAMILY,)
+    return tuple(importlib.import_module(f'{__name__}.{name}').FAMILY for name in FAMILIES)
 
 
 def family_of(fields: Fields) -> Family:
@@ -282,6 +284,14 @@ def check_filled(found: list[Tensor], c: ModelConfig, shapes: Mapping[str, jax.S
         assert count[leaf] == math.prod(unpadded(leaf, shape.shape, c)), (
             f'{leaf}: {count[leaf]} numbers of {shape.shape}'
         )
+
+
+def pattern(layers: Iterable[bool]) -> tuple[bool, ...]:
+    """The shortest row of flags that, over and over, gives those of all layers."""
+    flags = tuple(layers)
+    return next(
+        flags[:n] for n in range(1, len(flags) + 1) if all(flag == flags[i % n] for i, flag in enumerate(flags))
+    )
 
 
 def _list(values: tuple[Any, ...]) -> str:

@@ -42,8 +42,8 @@ def read(f: Fields) -> ModelConfig:
     return ModelConfig(**common(f), **read_rope(f), **biases(f))
 
 
-def common(f: Fields) -> dict[str, Any]:
-    """The fields that Llama and its many descendants share."""
+def common(f: Fields, epsilon: float = 1e-6) -> dict[str, Any]:
+    """The fields that Llama and its many descendants share; `epsilon` where a config leaves it out."""
     f.only('hidden_act', 'silu')
     return {
         'vocabulary': f('vocab_size'),
@@ -53,7 +53,7 @@ def common(f: Fields) -> dict[str, Any]:
         'kv_heads': f('num_key_value_heads', f('num_attention_heads')),
         'head_dim': f('head_dim', f('hidden_size') // f('num_attention_heads')),
         'mlp_dim': f('intermediate_size'),
-        'norm_epsilon': f('rms_norm_eps', 1e-6),
+        'norm_epsilon': f('rms_norm_eps', epsilon),
         'tied_embedding': f('tie_word_embeddings', False),
     }
 

@@ -8,18 +8,21 @@ from model.families import Fields
 from sharding.errors import UserError
 
 
-def read_rope(f: Fields, default_theta: float = 10_000.0) -> dict[str, Any]:
-    """The fields of ModelConfig that say how positions turn, but for the part of a head that does."""
+def read_rope(f: Fields, default_theta: float = 10_000.0, fraction: float | None = None) -> dict[str, Any]:
+    """The fields of ModelConfig that say how positions turn; `fraction` is a family's part of a head that does, if any can."""
     f.skip('max_position_embeddings')
     p = f.part('rope_parameters') or f.part('rope_scaling')
-    theta = f('rope_theta', default_theta) if p is None else p('rope_theta', f('rope_theta', default_theta))
-    return {'rope_theta': float(theta), 'rope_scaling': None if p is None else read_scaling(f, p)}
+    said = lambda name, default: f(name, default) if p is None else p(name, f(name, default))
+    found: dict[str, Any] = {'rope_theta': float(said('rope_theta', default_theta))}
+    if fraction is not None:
+        found['rotary_fraction'] = float(said('partial_rotary_factor', fraction))
+    return found | {'rope_scaling': None if p is None else read_scaling(f, p)}
 
 
 def read_scaling(f: Fields, p: Fields) -> RopeScaling | None:
     """The scaling of a rope_scaling or rope_parameters mapping `p` in `f`."""
     kind = p('rope_type', p('type', 'default'))
-    p.skip('type', 'rope_theta', 'partial_rotary_factor')
+    p.skip('type', 'rope_theta')
     old = p('original_max_position_embeddings', f('original_max_position_embeddings', None))
     scaling: dict[str, Any] = {'original_positions': old}
     if kind == 'default':
@@ -66,9 +69,12 @@ def yarn_gain(factor: float, times: float = 1.0) -> float:
     return 0.1 * times * math.log(factor) + 1 if factor > 1 else 1.0
 
 
-def write_rope(c: ModelConfig) -> dict[str, Any]:
+def write_rope(c: ModelConfig, fraction: bool = False) -> dict[str, Any]:
     """The inverse of `read_rope`."""
-    return {'rope_theta': c.rope_theta, **({'rope_scaling': write_scaling(c.rope_scaling)} if c.rope_scaling else {})}
+    fields: dict[str, Any] = {'rope_theta': c.rope_theta}
+    if fraction:
+        fields['partial_rotary_factor'] = c.rotary_fraction
+    return fields | ({'rope_scaling': write_scaling(c.rope_scaling)} if c.rope_scaling else {})
 
 
 def write_scaling(s: RopeScaling) -> dict[str, Any]:

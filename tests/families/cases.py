@@ -73,3 +73,137 @@ llama(
         'truncate': False,
     },
 )
+
+
+for number, fields in enumerate(
+    ({'sliding_window': 24}, {'sliding_window': None, 'head_dim': 24}, {'sliding_window': 1000})
+):
+    case(f'mistral-{number}', 'MistralForCausalLM', 'mistral', **fields)
+
+MIXTRAL = BASE | {'num_local_experts': 8, 'num_experts_per_tok': 2, 'rope_theta': 1e6}
+case('mixtral-plain', 'MixtralForCausalLM', 'mixtral', MIXTRAL)
+case('mixtral-window-top-3', 'MixtralForCausalLM', 'mixtral', MIXTRAL, sliding_window=20, num_experts_per_tok=3)
+case('mixtral-top-1-tied', 'MixtralForCausalLM', 'mixtral', MIXTRAL, num_experts_per_tok=1, tie_word_embeddings=True)
+
+case('qwen2-plain', 'Qwen2ForCausalLM', 'qwen2', rope_theta=1e6, use_sliding_window=False, sliding_window=16)
+case(
+    'qwen2-late-windows',
+    'Qwen2ForCausalLM',
+    'qwen2',
+    num_hidden_layers=4,
+    use_sliding_window=True,
+    sliding_window=16,
+    max_window_layers=2,
+    tie_word_embeddings=True,
+)
+case(
+    'qwen2-yarn',
+    'Qwen2ForCausalLM',
+    'qwen2',
+    rope_scaling={'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 128},
+)
+
+case('qwen3-plain', 'Qwen3ForCausalLM', 'qwen3', head_dim=32)
+case('qwen3-biases-tied', 'Qwen3ForCausalLM', 'qwen3', head_dim=16, attention_bias=True, tie_word_embeddings=True)
+case(
+    'qwen3-windows-by-layer',
+    'Qwen3ForCausalLM',
+    'qwen3',
+    head_dim=16,
+    num_hidden_layers=4,
+    use_sliding_window=True,
+    sliding_window=12,
+    layer_types=['sliding_attention', 'full_attention'] * 2,
+)
+
+QWEN3_MOE = BASE | {
+    'head_dim': 16,
+    'num_experts': 16,
+    'num_experts_per_tok': 4,
+    'moe_intermediate_size': 32,
+    'norm_topk_prob': True,
+}
+case('qwen3_moe-plain', 'Qwen3MoeForCausalLM', 'qwen3_moe', QWEN3_MOE)
+case(
+    'qwen3_moe-every-second-layer',
+    'Qwen3MoeForCausalLM',
+    'qwen3_moe',
+    QWEN3_MOE,
+    num_hidden_layers=4,
+    decoder_sparse_step=2,
+    norm_topk_prob=False,
+)
+case(
+    'qwen3_moe-some-dense-window-biases',
+    'Qwen3MoeForCausalLM',
+    'qwen3_moe',
+    QWEN3_MOE,
+    num_hidden_layers=3,
+    mlp_only_layers=[1],
+    attention_bias=True,
+    use_sliding_window=True,
+    sliding_window=16,
+)
+
+OLMOE = BASE | {'num_experts': 8, 'num_experts_per_tok': 2, 'num_key_value_heads': 4, 'intermediate_size': 32}
+case('olmoe-plain', 'OlmoeForCausalLM', 'olmoe', OLMOE)
+case('olmoe-grouped-renormalised', 'OlmoeForCausalLM', 'olmoe', OLMOE, num_key_value_heads=2, norm_topk_prob=True)
+case('olmoe-one-kv-head-biases', 'OlmoeForCausalLM', 'olmoe', OLMOE, num_key_value_heads=1, attention_bias=True)
+
+LONGROPE = {
+    'type': 'longrope',
+    'short_factor': [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+    'long_factor': [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0],
+}
+PHI3 = BASE | {'original_max_position_embeddings': 512, 'pad_token_id': 0}
+case('phi3-plain-window', 'Phi3ForCausalLM', 'phi3', PHI3, sliding_window=30)
+case(
+    'phi3-longrope-long',
+    'Phi3ForCausalLM',
+    'phi3',
+    PHI3,
+    rope_scaling=LONGROPE,
+    original_max_position_embeddings=64,
+)
+case(
+    'phi3-longrope-short',
+    'Phi3ForCausalLM',
+    'phi3',
+    PHI3,
+    rope_scaling=LONGROPE,
+    original_max_position_embeddings=256,
+    num_key_value_heads=4,
+)
+case(
+    'phi3-partly-rotary-tied',
+    'Phi3ForCausalLM',
+    'phi3',
+    PHI3,
+    partial_rotary_factor=0.75,
+    num_attention_heads=2,
+    tie_word_embeddings=True,
+)
+
+GLM4_MOE = BASE | {
+    'head_dim': 16,
+    'n_routed_experts': 8,
+    'num_experts_per_tok': 2,
+    'moe_intermediate_size': 32,
+    'num_hidden_layers': 3,
+    'first_k_dense_replace': 1,
+    'num_nextn_predict_layers': 0,
+}
+case('glm4_moe-air', 'Glm4MoeForCausalLM', 'glm4_moe', GLM4_MOE, attention_bias=True, partial_rotary_factor=0.5)
+case('glm4_moe-qk-norm', 'Glm4MoeForCausalLM', 'glm4_moe', GLM4_MOE, use_qk_norm=True, routed_scaling_factor=2.5)
+case(
+    'glm4_moe-groups-two-dense',
+    'Glm4MoeForCausalLM',
+    'glm4_moe',
+    GLM4_MOE,
+    n_group=4,
+    topk_group=2,
+    n_shared_experts=2,
+    norm_topk_prob=False,
+    first_k_dense_replace=2,
+    rope_parameters={'rope_type': 'default', 'rope_theta': 1e5, 'partial_rotary_factor': 0.25},
+)

@@ -126,5 +126,5 @@ def test_a_field_that_nothing_reads_is_an_error():
     from sharding.errors import UserError
 
     config = cases.CASES['llama-grouped'] | {'rope_thetta': 3}
-    with pytest.raises(UserError, match='rope_thetta is 3.*did you mean .rope_theta'):
+    with pytest.raises(UserError, match=r'rope_thetta is 3.*did you mean .rope_theta'):
         read(config)

@@ -1,0 +1,19 @@
+"""Mistral (Jiang et al. 2023, arXiv:2310.06825): Llama with a sliding window in every layer."""
+
+from typing import Any
+
+from model.config import ModelConfig
+from model.families import Family, Fields
+from model.families.llama import ATTENTION, MLP, NORMS, OUTER, common, write_common
+from model.families.rope import read_rope, write_rope
+
+
+def read(f: Fields) -> ModelConfig:
+    return ModelConfig(**common(f), **read_rope(f), window=f('sliding_window', None))
+
+
+def write(c: ModelConfig) -> dict[str, Any]:
+    return write_common(c) | write_rope(c) | {'model_type': 'mistral', 'sliding_window': c.window}
+
+
+FAMILY = Family('mistral', ('MistralForCausalLM',), read, write, OUTER | NORMS | ATTENTION | MLP)

@@ -1,0 +1,52 @@
+"""Qwen2 and Qwen2.5 (arXiv:2407.10671, arXiv:2412.15115): Llama with biases of queries, keys and values."""
+
+from typing import Any
+
+from model.config import ModelConfig
+from model.families import Family, Fields, pattern
+from model.families.llama import ATTENTION, MLP, NORMS, OUTER, common, write_common
+from model.families.rope import read_rope, write_rope
+from sharding.errors import UserError
+
+
+def read(f: Fields) -> ModelConfig:
+    return ModelConfig(**common(f), **read_rope(f), **read_window(f), qkv_bias=True)
+
+
+def read_window(f: Fields) -> dict[str, Any]:
+    """The window, and which layers have it: those from max_window_layers on, or as layer_types says."""
+    on, window, first = f('use_sliding_window', False), f('sliding_window', None), f('max_window_layers', 28)
+    layers = f('num_hidden_layers')
+    types = f('layer_types', None)
+    if types is None:
+        types = ['sliding_attention' if i >= first else 'full_attention' for i in range(layers)]
+    windowed = read_types(f, types)
+    if not on or window is None or not any(windowed):
+        return {}
+    return {'window': window, 'window_pattern': pattern(windowed)}
+
+
+def read_types(f: Fields, types: list[str]) -> list[bool]:
+    """Which layers have the window, of layer_types."""
+    known = ('full_attention', 'sliding_attention')
+    wrong = [name for name in types if name not in known]
+    if wrong or len(types) != f('num_hidden_layers'):
+        raise UserError(f'{f.source}: layer_types is {types}: one of {" and ".join(known)} is needed for each layer')
+    return [name == 'sliding_attention' for name in types]
+
+
+def write(c: ModelConfig) -> dict[str, Any]:
+    return write_common(c) | write_rope(c) | write_window(c) | {'model_type': 'qwen2'}
+
+
+def write_window(c: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_window`."""
+    return {
+        'use_sliding_window': c.window is not None,
+        'sliding_window': c.window,
+        'max_window_layers': c.layers,
+        'layer_types': ['sliding_attention' if kind.windowed else 'full_attention' for kind in c.kinds],
+    }
+
+
+FAMILY = Family('qwen2', ('Qwen2ForCausalLM',), read, write, OUTER | NORMS | ATTENTION | MLP)
