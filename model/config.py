@@ -234,6 +234,13 @@ class ModelConfig:
             )
         if not 0 < self.rotary_fraction <= 1:
             raise UserError(f'model.rotary_fraction is {self.rotary_fraction}: it must be above 0 and at most 1')
+        for field in ('short_factors', 'long_factors'):
+            factors = getattr(self.rope_scaling, field, None)
+            if factors is not None and len(factors) != self.rotary_dim // 2:
+                raise UserError(
+                    f'model.rope_scaling.{field} has {len(factors)} numbers: one is needed for each of the '
+                    f'{self.rotary_dim // 2} pairs of dims that turn'
+                )
         if self.positions == 'learned' and (self.max_positions or 0) < 1:
             raise UserError(
                 f'model.max_positions is {self.max_positions}: learned positions need a table of that many rows'

@@ -56,6 +56,23 @@ class Fields:
             return default
         return value
 
+    def given(self, name: str, default: Any) -> Any:
+        """A field's value, which may be null; where there is no field, the default: where null says something of its own."""
+        self.seen.add(name)
+        return self.values.get(name, default)
+
+    def either(self, names: tuple[str, ...], default: Any = ...) -> Any:
+        """A field that has several names; where more than one is there they must agree."""
+        found = {name: self.values[name] for name in names if self.values.get(name) is not None}
+        self.skip(*names)
+        for name, value in found.items():
+            if value != next(iter(found.values())):
+                first = next(iter(found))
+                raise UserError(
+                    f'{self.source}: {first} is {found[first]!r} and {name} {value!r}: they mean the same, and must agree'
+                )
+        return next(iter(found.values())) if found else self(names[0], default)
+
     def only(self, name: str, *works: Any, default: Any = ...) -> Any:
         """A field of which only some values are supported; absent means the first of them, or `default`."""
         value = self(name, works[0] if default is ... else default)

@@ -20,7 +20,7 @@ SHARED = {
 def read(f: Fields) -> ModelConfig:
     rope = read_rope(f, fraction=0.5)
     norm = f('use_qk_norm', False)
-    fields = common(f, epsilon=1e-5)
+    fields = common(f, epsilon=1e-5, kv_heads=8)
     return ModelConfig(**fields, **rope, qk_norm=norm, qkv_bias=f('attention_bias', False), moe=read_experts(f))
 
 

@@ -42,15 +42,18 @@ def read(f: Fields) -> ModelConfig:
     return ModelConfig(**common(f), **read_rope(f), **biases(f))
 
 
-def common(f: Fields, epsilon: float = 1e-6) -> dict[str, Any]:
-    """The fields that Llama and its many descendants share; `epsilon` where a config leaves it out."""
+def common(f: Fields, epsilon: float = 1e-6, kv_heads: int | None = None) -> dict[str, Any]:
+    """The fields that Llama and its many descendants share; `epsilon` and `kv_heads` where a config leaves them out.
+
+    None, and null in a config: as many kv_heads as heads.
+    """
     f.only('hidden_act', 'silu')
     return {
         'vocabulary': f('vocab_size'),
         'layers': f('num_hidden_layers'),
         'model_dim': f('hidden_size'),
         'heads': f('num_attention_heads'),
-        'kv_heads': f('num_key_value_heads', f('num_attention_heads')),
+        'kv_heads': f.given('num_key_value_heads', kv_heads) or f('num_attention_heads'),
         'head_dim': f('head_dim', f('hidden_size') // f('num_attention_heads')),
         'mlp_dim': f('intermediate_size'),
         'norm_epsilon': f('rms_norm_eps', epsilon),

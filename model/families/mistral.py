@@ -9,7 +9,7 @@ from model.families.rope import read_rope, write_rope
 
 
 def read(f: Fields) -> ModelConfig:
-    return ModelConfig(**common(f), **read_rope(f), window=f('sliding_window', None))
+    return ModelConfig(**common(f, kv_heads=8), **read_rope(f), window=f.given('sliding_window', 4096))
 
 
 def write(c: ModelConfig) -> dict[str, Any]:

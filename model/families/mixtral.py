@@ -16,7 +16,7 @@ EXPERTS = {
 
 
 def read(f: Fields) -> ModelConfig:
-    fields = common(f, epsilon=1e-5)
+    fields = common(f, epsilon=1e-5, kv_heads=8)
     # A softmax over the chosen logits is a softmax over all of them, made to add up to 1 over the chosen.
     moe = MoEConfig(experts=f('num_local_experts', 8), top_k=f('num_experts_per_tok', 2), mlp_dim=fields['mlp_dim'])
     return ModelConfig(**fields, **read_rope(f, 1e6), window=f('sliding_window', None), moe=moe)

@@ -5,7 +5,8 @@ from typing import Any
 from model.config import ModelConfig
 from model.families import Entry, Family, Fields, Joined
 from model.families.llama import NORMS, OUTER, common, write_common
-from model.families.rope import positions, read_rope, write_rope
+from model.families.rope import read_rope, write_rope
+from sharding.errors import UserError
 
 FUSED: dict[str, Entry] = {
     'model.layers.{i}.self_attn.qkv_proj.weight': Joined(('attention.q_DN', 'attention.k_DM', 'attention.v_DM')),
@@ -16,17 +17,32 @@ FUSED: dict[str, Entry] = {
 
 
 def read(f: Fields) -> ModelConfig:
-    f.only('attention_bias', False)
+    for name in ('attention_bias', 'mlp_bias', 'lm_head_bias'):
+        f.only(name, False)
+    for name in ('full_attn_mod', 'interpolate_factor'):  # of Phi-4-mini's config
+        f.only(name, 1)
     f.skip('original_max_position_embeddings')
-    return ModelConfig(**common(f, epsilon=1e-5), **read_rope(f, fraction=1.0), window=f('sliding_window', None))
+    rope = read_rope(f, fraction=1.0, original=4096)
+    if rope['rope_scaling'] and rope['rope_scaling'].kind != 'longrope':
+        raise UserError(
+            f'{f.source}: rope_scaling is of type {rope["rope_scaling"].kind}, which this family does not have; '
+            'supported: default, longrope'
+        )
+    return ModelConfig(**common(f, epsilon=1e-5), **rope, window=f('sliding_window', None))
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    own: dict[str, Any] = {'model_type': 'phi3', 'sliding_window': c.window}
-    if c.rope_scaling and c.rope_scaling.kind == 'longrope':  # transformers looks for both here
-        own |= {'original_max_position_embeddings': c.rope_scaling.original_positions}
-        own |= {'max_position_embeddings': positions(c)}
-    return write_common(c) | write_rope(c, fraction=True) | own
+    fields = write_common(c) | write_rope(c, fraction=True) | {'model_type': 'phi3', 'sliding_window': c.window}
+    s = c.rope_scaling
+    if s and s.kind == 'longrope':
+        # As published: transformers before 5 wants type, short_factor and long_factor, and no other field.
+        fields['original_max_position_embeddings'] = s.original_positions
+        implied = {'rope_type', 'original_max_position_embeddings'}
+        if fields['max_position_embeddings'] / s.original_positions == s.factor:
+            implied.add('factor')
+        scaling = {name: value for name, value in fields['rope_scaling'].items() if name not in implied}
+        fields['rope_scaling'] = {'type': 'longrope', **scaling}
+    return fields
 
 
 FAMILY = Family('phi3', ('Phi3ForCausalLM',), read, write, FUSED | OUTER | NORMS)

@@ -10,20 +10,24 @@ from sharding.errors import UserError
 
 
 def read(f: Fields) -> ModelConfig:
-    return ModelConfig(**common(f), **read_rope(f), **read_window(f), qkv_bias=True)
+    f.only('use_mrope', False)
+    return ModelConfig(**common(f, kv_heads=32), **read_rope(f), **read_window(f), qkv_bias=True)
 
 
 def read_window(f: Fields) -> dict[str, Any]:
     """The window, and which layers have it: those from max_window_layers on, or as layer_types says."""
-    on, window, first = f('use_sliding_window', False), f('sliding_window', None), f('max_window_layers', 28)
-    layers = f('num_hidden_layers')
-    types = f('layer_types', None)
+    on, window, first = f('use_sliding_window', False), f.given('sliding_window', 4096), f('max_window_layers', 28)
+    window, types = window if on else None, f('layer_types', None)
     if types is None:
-        types = ['sliding_attention' if i >= first else 'full_attention' for i in range(layers)]
-    windowed = read_types(f, types)
-    if not on or window is None or not any(windowed):
-        return {}
-    return {'window': window, 'window_pattern': pattern(windowed)}
+        windowed = [window is not None and i >= first for i in range(f('num_hidden_layers'))]
+    else:
+        windowed = read_types(f, types)
+    if any(windowed) and window is None:
+        raise UserError(
+            f'{f.source}: layer_types has sliding_attention and use_sliding_window is {on}, sliding_window '
+            f'{f("sliding_window", None)}: such layers need true and a number of tokens'
+        )
+    return {'window': window, 'window_pattern': pattern(windowed)} if any(windowed) else {}
 
 
 def read_types(f: Fields, types: list[str]) -> list[bool]:

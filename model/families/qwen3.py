@@ -16,7 +16,7 @@ QK_NORMS = {
 
 
 def read(f: Fields) -> ModelConfig:
-    fields = common(f) | {'head_dim': f('head_dim', HEAD_DIM)}
+    fields = common(f, kv_heads=32) | {'head_dim': f('head_dim', HEAD_DIM)}
     bias = f('attention_bias', False)
     return ModelConfig(**fields, **read_rope(f), **read_window(f), qk_norm=True, qkv_bias=bias, o_bias=bias)
 

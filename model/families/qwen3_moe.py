@@ -20,15 +20,16 @@ def read(f: Fields) -> ModelConfig:
     bias, step, dense = f('attention_bias', False), f('decoder_sparse_step', 1), f('mlp_only_layers', [])
     sparse = [i not in dense and (i + 1) % step == 0 for i in range(f('num_hidden_layers'))]
     moe = MoEConfig(
-        experts=f('num_experts', 128),
+        experts=f.either(('num_experts', 'num_local_experts'), 128),  # published; as transformers 5 saves it
         top_k=f('num_experts_per_tok', 8),
         mlp_dim=f('moe_intermediate_size', 768),
         renormalize=f('norm_topk_prob', False),
         pattern=pattern(sparse),
     )
     f.skip('max_window_layers')  # the window is every layer's
-    window = f('sliding_window', None) if f('use_sliding_window', False) else None
-    fields = common(f) | read_rope(f)
+    window = f.given('sliding_window', 4096)
+    window = window if f('use_sliding_window', False) else None
+    fields = common(f, kv_heads=4) | read_rope(f)
     return ModelConfig(**fields, qk_norm=True, qkv_bias=bias, o_bias=bias, window=window, moe=moe)
 
 

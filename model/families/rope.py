@@ -8,22 +8,30 @@ from model.families import Fields
 from sharding.errors import UserError
 
 
-def read_rope(f: Fields, default_theta: float = 10_000.0, fraction: float | None = None) -> dict[str, Any]:
-    """The fields of ModelConfig that say how positions turn; `fraction` is a family's part of a head that does, if any can."""
+def read_rope(
+    f: Fields, default_theta: float = 10_000.0, fraction: float | None = None, original: int | None = None
+) -> dict[str, Any]:
+    """The fields of ModelConfig that say how positions turn, with a family's defaults.
+
+    `fraction` is the part of a head that turns, None in families that have no such field; `original` the old context.
+    """
     f.skip('max_position_embeddings')
     p = f.part('rope_parameters') or f.part('rope_scaling')
     said = lambda name, default: f(name, default) if p is None else p(name, f(name, default))
     found: dict[str, Any] = {'rope_theta': float(said('rope_theta', default_theta))}
     if fraction is not None:
         found['rotary_fraction'] = float(said('partial_rotary_factor', fraction))
-    return found | {'rope_scaling': None if p is None else read_scaling(f, p)}
+    return found | {'rope_scaling': None if p is None else read_scaling(f, p, original)}
 
 
-def read_scaling(f: Fields, p: Fields) -> RopeScaling | None:
-    """The scaling of a rope_scaling or rope_parameters mapping `p` in `f`."""
+def read_scaling(f: Fields, p: Fields, original: int | None = None) -> RopeScaling | None:
+    """The scaling of a rope_scaling or rope_parameters mapping `p` in `f`; `original` is the old context by default."""
     kind = p('rope_type', p('type', 'default'))
     p.skip('type', 'rope_theta')
-    old = p('original_max_position_embeddings', f('original_max_position_embeddings', None))
+    name = 'original_max_position_embeddings'
+    outer, old = f(name, original), p(name, f(name, original))
+    if outer not in (None, old):
+        raise UserError(f'{f.source}: {name} is {outer} and in {p.source} {old}: they mean the same, and must agree')
     scaling: dict[str, Any] = {'original_positions': old}
     if kind == 'default':
         p.finish()
@@ -42,15 +50,15 @@ def read_scaling(f: Fields, p: Fields) -> RopeScaling | None:
         scaling['attention_factor'] = _yarn_gain(p)
     elif kind in ('longrope', 'su'):
         kind = 'longrope'
-        scaling['original_positions'] = old = old or f('max_position_embeddings')
+        scaling['original_positions'] = old or f('max_position_embeddings')
         scaling['short_factors'] = tuple(map(float, p('short_factor')))
         scaling['long_factors'] = tuple(map(float, p('long_factor')))
         scaling['attention_factor'] = p('attention_factor', None)
     else:
         known = 'default, linear, dynamic, yarn, llama3, longrope'
         raise UserError(f'{p.source}: rope_type is {kind!r}, which is not supported; supported: {known}')
-    factor = p('factor', None)
-    if factor is None or kind == 'longrope':
+    factor = p('factor', None) if kind in ('yarn', 'longrope') else p('factor')
+    if factor is None:
         factor = f('max_position_embeddings') / scaling['original_positions']
     p.finish()
     return RopeScaling(kind=kind, factor=float(factor), **scaling)
@@ -74,7 +82,11 @@ def write_rope(c: ModelConfig, fraction: bool = False) -> dict[str, Any]:
     fields: dict[str, Any] = {'rope_theta': c.rope_theta}
     if fraction:
         fields['partial_rotary_factor'] = c.rotary_fraction
-    return fields | ({'rope_scaling': write_scaling(c.rope_scaling)} if c.rope_scaling else {})
+    if c.rope_scaling:
+        fields['rope_scaling'] = write_scaling(c.rope_scaling)
+        if (whole := positions(c)) is not None:
+            fields['max_position_embeddings'] = whole
+    return fields
 
 
 def write_scaling(s: RopeScaling) -> dict[str, Any]:

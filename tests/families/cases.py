@@ -26,10 +26,10 @@ CASES: dict[str, dict[str, Any]] = {}
 
 
 def case(name: str, architecture: str, model_type: str, base: dict[str, Any] = BASE, **fields: Any) -> None:
-    """One more config: `base` with other fields; None takes one away."""
+    """One more config: `base` with other fields; None is null in it."""
     config = {'architectures': [architecture], 'model_type': model_type, **base, **fields}
     assert name not in CASES, name
-    CASES[name] = {key: value for key, value in config.items() if value is not None}
+    CASES[name] = config
 
 
 def family(name: str) -> str:
@@ -67,18 +67,28 @@ llama(
         'rope_theta': 2e4,
         'factor': 8.0,
         'original_max_position_embeddings': 64,
-        'beta_fast': 16.0,
-        'beta_slow': 2.0,
+        'beta_fast': 4.0,
+        'beta_slow': 0.5,
         'attention_factor': 1.25,
         'truncate': False,
     },
 )
 
 
-for number, fields in enumerate(
-    ({'sliding_window': 24}, {'sliding_window': None, 'head_dim': 24}, {'sliding_window': 1000})
-):
-    case(f'mistral-{number}', 'MistralForCausalLM', 'mistral', **fields)
+case('mistral-window', 'MistralForCausalLM', 'mistral', sliding_window=24)
+case('mistral-no-window-wide-heads', 'MistralForCausalLM', 'mistral', sliding_window=None, head_dim=24)
+case(
+    'mistral-wide-window-yarn',
+    'MistralForCausalLM',
+    'mistral',
+    sliding_window=1000,
+    rope_parameters={
+        'rope_type': 'yarn',
+        'rope_theta': 1e6,
+        'factor': 4.0,
+        'original_max_position_embeddings': 128,
+    },
+)
 
 MIXTRAL = BASE | {'num_local_experts': 8, 'num_experts_per_tok': 2, 'rope_theta': 1e6}
 case('mixtral-plain', 'MixtralForCausalLM', 'mixtral', MIXTRAL)
@@ -182,6 +192,23 @@ case(
     partial_rotary_factor=0.75,
     num_attention_heads=2,
     tie_word_embeddings=True,
+)
+
+case(
+    'phi3-4-mini',
+    'Phi3ForCausalLM',
+    'phi3',
+    PHI3,
+    rope_scaling=LONGROPE | {'short_factor': [1.0] * 6, 'long_factor': [1.0, 1.25, 1.5, 2.5, 5.0, 8.0]},
+    original_max_position_embeddings=64,
+    partial_rotary_factor=0.75,
+    sliding_window=1000,
+    tie_word_embeddings=True,
+    attention_bias=False,
+    mlp_bias=False,
+    lm_head_bias=False,
+    full_attn_mod=1,
+    interpolate_factor=1,
 )
 
 GLM4_MOE = BASE | {

@@ -23,6 +23,7 @@ class Golden(NamedTuple):
 
     name: str
     config: dict[str, Any]  # as published
+    saved: dict[str, Any]  # the same as transformers saves it
     seed: int
     ids: np.ndarray  # int32 [rows, length]
     at: np.ndarray  # int32 [kept, 2]: rows and positions
@@ -36,7 +37,7 @@ def golden(path: Path) -> Golden:
         about = json.loads(bytes(file['about']))
         arrays = [file[name] for name in ('ids', 'at', 'logits', 'greedy', 'margins')]
     arrays = [a.astype(np.int32) if a.dtype == np.int16 else a for a in arrays]
-    return Golden(path.stem, about['config'], about['seed'], *arrays)
+    return Golden(path.stem, about['config'], about['saved'], about['seed'], *arrays)
 
 
 def read(config: dict[str, Any]) -> tuple[Family, ModelConfig]:

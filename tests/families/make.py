@@ -2,7 +2,8 @@
 
 python tests/families/make.py [--only PREFIX] [--seed N] [--out FOLDER] [--all-positions]
 
-Each case becomes NAME.npz: its config, ids, logits at some positions, and a greedy continuation with the margin of each choice.
+Each case becomes NAME.npz: its config, the same as transformers saves it, ids, logits at some positions, and a greedy
+continuation with the margin of each choice.
 """
 
 import argparse
@@ -22,12 +23,13 @@ from tests.families import cases, weights
 
 
 def build(name: str, config: dict, seed: int):
-    """A model of a config with generated weights, none of its tensors left as it was born."""
+    """A model of a config with generated weights, none of its tensors left as it was born; the config as it is saved."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, 'config.json').write_text(json.dumps(config))
         described = AutoConfig.from_pretrained(folder)
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(described, dtype=torch.float32).save_pretrained(folder)
+        saved = json.loads(Path(folder, 'config.json').read_text())
         Path(folder, 'config.json').write_text(json.dumps(config))
         path = Path(folder, 'model.safetensors')
         shapes = {tensor: array.shape for tensor, array in load_file(path).items()}
@@ -37,13 +39,13 @@ def build(name: str, config: dict, seed: int):
             folder, dtype=torch.float32, attn_implementation='eager', output_loading_info=True
         )
     assert not any(found[kind] for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), found
-    return model.eval()
+    return model.eval(), saved
 
 
 @torch.no_grad()
 def golden(name: str, config: dict, seed: int, everywhere: bool) -> dict[str, np.ndarray]:
     """What is kept of a case."""
-    model = build(name, config, seed)
+    model, saved = build(name, config, seed)
     ids = weights.ids(seed, cases.ROWS, cases.LENGTH, config['vocab_size'])
     logits = model(torch.tensor(ids, dtype=torch.long), use_cache=False).logits.float().numpy()
     at = weights.places(seed, cases.KEPT, cases.ROWS, cases.LENGTH)
@@ -57,7 +59,8 @@ def golden(name: str, config: dict, seed: int, everywhere: bool) -> dict[str, np
         margins.append(float((best[0] - best[1]) / last.abs().max()))
         new = last.argmax()[None, None]
         greedy.append(int(new))
-    about = {'config': config, 'seed': seed, 'transformers': transformers.__version__, 'torch': torch.__version__}
+    versions = {'transformers': transformers.__version__, 'torch': torch.__version__}
+    about = {'config': config, 'saved': saved, 'seed': seed, **versions}
     return {
         'about': np.frombuffer(json.dumps(about).encode(), np.uint8),
         'ids': ids.astype(np.int16),

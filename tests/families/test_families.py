@@ -1,7 +1,5 @@
 """Each family against transformers: logits, greedy continuations, decoding, and configs there and back."""
 
-from unittest import mock
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,6 @@ import pytest
 from jax import lax
 
 from decoding.step import decode, empty_cache, prefill
-from model import decoder
 from model.families import Fields, families
 from model.forward import logits, place
 from sharding.mesh import MeshConfig, make_mesh
@@ -20,13 +17,6 @@ TOLERANCE, KL = 1e-5, 1e-8
 MARGIN = 1e-4  # of a greedy choice, over the largest |logit|: below it another choice is not wrong
 MESHES = [MeshConfig(), MeshConfig(data=2, expert=2, tensor=2)]
 PATHS = sorted(GOLDENS.glob('*.npz'))
-
-
-@pytest.fixture(autouse=True)
-def loops():
-    """Layers in loops, as on accelerators: they compile quickly."""
-    with mock.patch.object(decoder, 'CPU_UNROLL', 0):
-        yield
 
 
 def whole(model, ids_BT, live_BT=None):
@@ -107,11 +97,15 @@ def is_steady(c) -> bool:
 @pytest.mark.parametrize('name', cases.CASES)
 def test_a_config_comes_back_from_what_is_written_of_it(name):
     family, c = read(cases.CASES[name])
-    written = family.write(c)
-    positions = cases.CASES[name].get('max_position_embeddings')
-    fields = Fields({'max_position_embeddings': positions, **written, 'architectures': [family.architectures[0]]})
+    fields = Fields({**family.write(c), 'architectures': [family.architectures[0]]})
     assert family.read(fields) == c
     fields.finish()
+
+
+@pytest.mark.parametrize('path', PATHS, ids=lambda path: path.stem)
+def test_a_config_means_the_same_as_transformers_saves_it(path):
+    known = golden(path)
+    assert read(known.saved) == read(known.config)
 
 
 def test_every_family_has_three_cases_and_every_case_its_golden():

@@ -1,0 +1,14 @@
+"""What holds in every test of families."""
+
+from unittest import mock
+
+import pytest
+
+from model import decoder
+
+
+@pytest.fixture(autouse=True)
+def loops():
+    """Layers in loops, as on accelerators: they compile quickly."""
+    with mock.patch.object(decoder, 'CPU_UNROLL', 0):
+        yield

@@ -1,0 +1,145 @@
+"""That the proof can fail: a model that is wrong in one way is not within the tolerance of transformers' logits.
+
+A mutant is one line: a case, and what is changed in its config (dotted fields of ModelConfig), in its family's table of
+names, or in the code.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import jax
+import pytest
+
+from model import layers
+from model.families import Joined
+from sharding.mesh import MeshConfig, make_mesh
+from tests.families.loading import GOLDENS, changed, generated, golden, read
+from tests.families.test_families import TOLERANCE, error, whole
+
+LAYER = 'model.layers.{i}.'
+CONFIGS: list[tuple[str, dict[str, Any]]] = [
+    ('llama-grouped', {'rotary_pairs': 'neighbours'}),
+    ('llama-grouped', {'rope_theta': 1e4}),
+    ('llama-multi-query-wide-heads', {'norm_epsilon': 1e-2}),
+    ('llama-multi-query-wide-heads', {'query_scale': 16**-0.5}),
+    ('llama-multi-head-tied-all-biases', {'qkv_bias': False}),
+    ('llama-multi-head-tied-all-biases', {'o_bias': False}),
+    ('llama-multi-head-tied-all-biases', {'mlp_bias': False}),
+    ('llama-llama3-scaling', {'rope_scaling': None}),
+    ('llama-llama3-scaling', {'rope_scaling.high_frequency_factor': 3.0}),
+    ('llama-linear-scaling', {'rope_scaling': None}),
+    ('llama-dynamic-scaling-long', {'rope_scaling': None}),
+    ('llama-dynamic-scaling-long', {'rope_scaling.original_positions': 128}),
+    ('llama-yarn', {'rope_scaling.factor': 2.0}),
+    ('llama-yarn', {'rope_scaling.truncate': False}),
+    ('llama-yarn-all-said', {'rope_scaling.attention_factor': None}),
+    ('llama-yarn-all-said', {'rope_scaling.beta_fast': 32.0}),
+    ('llama-yarn-all-said', {'rope_scaling.beta_slow': 1.0}),
+    ('llama-yarn-all-said', {'rope_scaling.truncate': True}),
+    ('mistral-window', {'window': 25}),
+    ('mistral-window', {'window': None}),
+    ('mistral-wide-window-yarn', {'rope_theta': 1e4}),
+    ('mixtral-plain', {'moe.renormalize': False}),
+    ('mixtral-plain', {'moe.router': 'sigmoid'}),
+    ('mixtral-window-top-3', {'moe.top_k': 2}),
+    ('mixtral-window-top-3', {'window': 19}),
+    ('qwen2-plain', {'qkv_bias': False}),
+    ('qwen2-late-windows', {'window': 17}),
+    ('qwen2-late-windows', {'window_pattern': (True,)}),
+    ('qwen2-late-windows', {'window_pattern': (False, True, True, False)}),
+    ('qwen3-plain', {'qk_norm': False}),
+    ('qwen3-plain', {'norm_epsilon': 1e-4}),
+    ('qwen3-biases-tied', {'o_bias': False}),
+    ('qwen3-windows-by-layer', {'window_pattern': (False, True)}),
+    ('qwen3_moe-plain', {'moe.renormalize': False}),
+    ('qwen3_moe-every-second-layer', {'moe.renormalize': True}),
+    ('qwen3_moe-every-second-layer', {'moe.pattern': (True, False)}),
+    ('qwen3_moe-some-dense-window-biases', {'window': 15}),
+    ('olmoe-plain', {'qk_norm': False}),
+    ('olmoe-plain', {'moe.renormalize': True}),
+    ('olmoe-grouped-renormalised', {'moe.renormalize': False}),
+    ('phi3-plain-window', {'window': 31}),
+    ('phi3-longrope-long', {'rope_scaling.attention_factor': 1.0}),
+    ('phi3-longrope-long', {'rope_scaling.original_positions': 160, 'rope_scaling.factor': 8.0}),
+    ('phi3-longrope-short', {'rope_scaling.original_positions': 159, 'rope_scaling.factor': 2.0}),
+    ('phi3-partly-rotary-tied', {'rotary_fraction': 1.0}),
+    ('phi3-4-mini', {'rope_scaling': None}),
+    ('glm4_moe-air', {'rotary_fraction': 1.0}),
+    ('glm4_moe-air', {'moe.choice_bias': False}),
+    ('glm4_moe-air', {'moe.router': 'softmax'}),
+    ('glm4_moe-air', {'moe.shared_experts': 0}),
+    ('glm4_moe-air', {'moe.first_dense_layers': 2}),
+    ('glm4_moe-qk-norm', {'qk_norm': False}),
+    ('glm4_moe-qk-norm', {'moe.routed_scale': 1.0}),
+    ('glm4_moe-groups-two-dense', {'moe.top_groups': 4}),
+    ('glm4_moe-groups-two-dense', {'moe.group_score': 'max'}),
+    ('glm4_moe-groups-two-dense', {'moe.renormalize': True}),
+]
+NAMES: list[tuple[str, dict[str, Any]]] = [
+    (
+        'phi3-longrope-short',
+        {'self_attn.qkv_proj.weight': Joined(('attention.q_DN', 'attention.v_DM', 'attention.k_DM'))},
+    ),
+    ('phi3-plain-window', {'mlp.gate_up_proj.weight': Joined(('mlp.up_DF', 'mlp.gate_DF'))}),
+    (
+        'mixtral-plain',
+        {
+            'block_sparse_moe.experts.{e}.w1.weight': 'mlp.up_EDF',
+            'block_sparse_moe.experts.{e}.w3.weight': 'mlp.gate_EDF',
+        },
+    ),
+    (
+        'llama-grouped',
+        {'input_layernorm.weight': 'mlp_norm.scale_D', 'post_attention_layernorm.weight': 'attention_norm.scale_D'},
+    ),
+]
+
+
+def by_head(x_BTN, scale_N, heads, c):
+    """In place of a norm over all heads: one of each head."""
+    x_BTKH = x_BTN.reshape(*x_BTN.shape[:2], -1, c.head_dim)
+    x_BTKH = layers.rms_norm(x_BTKH, jax.numpy.ones(c.head_dim), c.norm_epsilon)
+    return x_BTKH.reshape(x_BTN.shape) * scale_N[None, None]
+
+
+CODE: list[tuple[str, str, Callable]] = [
+    ('olmoe-plain', 'model.layers.norm_of_all', by_head),
+]
+
+
+def short(value: Any) -> str:
+    """A test's name."""
+    if isinstance(value, dict):
+        return ','.join(name if isinstance(of, str | Joined) else f'{name}={of}' for name, of in value.items())
+    return getattr(value, '__name__', value)
+
+
+def wrong_by(case: str, changes: dict[str, Any], names: dict[str, Any]) -> float:
+    """How far the mutant's logits are from those of transformers, at the positions that are kept."""
+    known = golden(GOLDENS / f'{case}.npz')
+    family, c = read(known.config)
+    assert {LAYER + name for name in names} <= set(family.names)
+    family = dataclasses.replace(family, names={**family.names, **{LAYER + name: leaf for name, leaf in names.items()}})
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        model = generated(case, family, changed(c, changes), known.seed)
+        return error(whole(model, known.ids)[known.at[:, 0], known.at[:, 1]], known.logits)
+
+
+@pytest.mark.parametrize(('case', 'changes'), CONFIGS, ids=short)
+def test_a_wrong_config_is_caught(case, changes):
+    assert wrong_by(case, changes, {}) > TOLERANCE
+
+
+@pytest.mark.parametrize(('case', 'names'), NAMES, ids=short)
+def test_a_wrong_place_of_a_tensor_is_caught(case, names):
+    assert wrong_by(case, {}, names) > TOLERANCE
+
+
+@pytest.mark.parametrize(('case', 'target', 'wrong'), CODE, ids=short)
+def test_wrong_code_is_caught(case, target, wrong):
+    jax.clear_caches()  # the right code may have been traced before
+    with mock.patch(target, wrong):
+        assert wrong_by(case, {}, {}) > TOLERANCE
+    jax.clear_caches()
