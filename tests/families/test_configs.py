@@ -1,0 +1,157 @@
+"""What configs mean: published ones, what stands for a field that is left out, and what is refused rather than ignored."""
+
+from typing import Any
+
+import pytest
+
+from sharding.errors import UserError
+from tests.families import cases
+from tests.families.loading import read
+
+QWEN_2_5: dict[str, Any] = {  # Qwen/Qwen2.5-0.5B, config.json
+    'architectures': ['Qwen2ForCausalLM'],
+    'attention_dropout': 0.0,
+    'bos_token_id': 151643,
+    'eos_token_id': 151643,
+    'hidden_act': 'silu',
+    'hidden_size': 896,
+    'initializer_range': 0.02,
+    'intermediate_size': 4864,
+    'max_position_embeddings': 32768,
+    'max_window_layers': 24,
+    'model_type': 'qwen2',
+    'num_attention_heads': 14,
+    'num_hidden_layers': 24,
+    'num_key_value_heads': 2,
+    'rms_norm_eps': 1e-06,
+    'rope_theta': 1000000.0,
+    'sliding_window': 32768,
+    'tie_word_embeddings': True,
+    'torch_dtype': 'bfloat16',
+    'transformers_version': '4.40.1',
+    'use_cache': True,
+    'use_mrope': False,
+    'use_sliding_window': False,
+    'vocab_size': 151936,
+}
+PHI_4_MINI: dict[str, Any] = {  # microsoft/Phi-4-mini-instruct, config.json; the factors are others
+    'architectures': ['Phi3ForCausalLM'],
+    'attention_bias': False,
+    'attention_dropout': 0.0,
+    'auto_map': {'AutoConfig': 'configuration_phi3.Phi3Config'},
+    'bos_token_id': 199999,
+    'embd_pdrop': 0.0,
+    'eos_token_id': 199999,
+    'full_attn_mod': 1,
+    'hidden_act': 'silu',
+    'hidden_size': 3072,
+    'initializer_range': 0.02,
+    'intermediate_size': 8192,
+    'interpolate_factor': 1,
+    'lm_head_bias': False,
+    'max_position_embeddings': 131072,
+    'mlp_bias': False,
+    'model_type': 'phi3',
+    'num_attention_heads': 24,
+    'num_hidden_layers': 32,
+    'num_key_value_heads': 8,
+    'original_max_position_embeddings': 4096,
+    'pad_token_id': 199999,
+    'partial_rotary_factor': 0.75,
+    'resid_pdrop': 0.0,
+    'rms_norm_eps': 1e-05,
+    'rope_scaling': {'long_factor': [1.5] * 48, 'short_factor': [1.0] * 48, 'type': 'longrope'},
+    'rope_theta': 10000.0,
+    'sliding_window': 262144,
+    'tie_word_embeddings': True,
+    'torch_dtype': 'bfloat16',
+    'use_cache': True,
+    'vocab_size': 200064,
+}
+NEW_FORM = {
+    'rope_theta': None,
+    'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e6},
+    'layer_types': ['full_attention'] * 24,
+    'sliding_window': None,
+    'torch_dtype': None,
+    'dtype': 'bfloat16',
+}
+
+
+def test_published_configs_are_read():
+    _, c = read(QWEN_2_5)
+    assert (c.window, c.qkv_bias, c.o_bias, c.kv_heads, c.head_dim, c.rope_theta) == (None, True, False, 2, 64, 1e6)
+    assert read(QWEN_2_5 | NEW_FORM)[1] == c
+    _, c = read(PHI_4_MINI)
+    assert (c.window, c.rotary_dim, c.rope_scaling.kind, c.rope_scaling.factor) == (262144, 96, 'longrope', 32)
+    assert c.rope_scaling.original_positions == 4096
+
+
+@pytest.mark.parametrize(
+    ('case', 'field', 'expected'),
+    [
+        ('mistral-window', 'sliding_window', {'window': 4096}),
+        ('mistral-window', 'num_key_value_heads', {'kv_heads': 8}),
+        ('mixtral-window-top-3', 'sliding_window', {'window': None}),
+        ('mixtral-plain', 'rope_theta', {'rope_theta': 1e6}),
+        ('mixtral-plain', 'rms_norm_eps', {'norm_epsilon': 1e-5}),
+        ('qwen2-late-windows', 'sliding_window', {'window': 4096}),
+        ('qwen2-late-windows', 'max_window_layers', {'window': None}),
+        ('qwen3-plain', 'head_dim', {'head_dim': 128}),
+        ('qwen3-plain', 'rms_norm_eps', {'norm_epsilon': 1e-6}),
+        ('qwen3_moe-plain', 'head_dim', {'head_dim': 16}),
+        ('qwen3_moe-some-dense-window-biases', 'sliding_window', {'window': 4096}),
+        ('olmoe-grouped-renormalised', 'num_key_value_heads', {'kv_heads': 4}),
+        ('phi3-plain-window', 'num_key_value_heads', {'kv_heads': 4}),
+        ('phi3-plain-window', 'sliding_window', {'window': None}),
+        ('glm4_moe-air', 'partial_rotary_factor', {'rotary_fraction': 0.5}),
+    ],
+)
+def test_a_field_that_is_left_out_means_what_transformers_takes_for_it(case, field, expected):
+    config = cases.CASES[case] | (
+        {'num_attention_heads': 8} if field == 'num_key_value_heads' and case[0] == 'm' else {}
+    )
+    _, c = read({name: value for name, value in config.items() if name != field})
+    assert {name: getattr(c, name) for name in expected} == expected
+
+
+YARN = {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 128}
+
+
+@pytest.mark.parametrize(
+    ('case', 'changes', 'message'),
+    [
+        ('mistral-window', {'hidden_act': 'gelu'}, "hidden_act is 'gelu', which is not supported; supported: 'silu'"),
+        ('mistral-window', {'layer_types': ['full_attention'] * 2}, 'layer_types is .*does not know the field'),
+        ('mixtral-plain', {'attention_bias': True}, 'attention_bias is True: this family does not know the field'),
+        ('qwen2-plain', {'use_mrope': True}, 'use_mrope is True, which is not supported; supported: False'),
+        ('qwen2-plain', {'layer_types': ['sliding_attention'] * 2}, 'use_sliding_window is False.*need true'),
+        ('qwen2-plain', {'layer_types': ['full_attention']}, 'needed for each layer'),
+        ('qwen2-plain', {'layer_types': ['full_attention', 'linear_attention']}, 'linear_attention.*needed'),
+        ('qwen2-plain', {'partial_rotary_factor': 0.5}, 'partial_rotary_factor is 0.5: .*does not know'),
+        ('qwen2-plain', {'rope_scaling': {'type': 'ntk', 'factor': 2.0}}, "rope_type is 'ntk', which is not supported"),
+        ('qwen2-plain', {'rope_scaling': {'type': 'linear'}}, 'factor is missing'),
+        ('qwen2-plain', {'rope_scaling': YARN | {'mrope_section': [1]}}, r'mrope_section is \[1\]: .*does not know'),
+        ('qwen2-yarn', {'original_max_position_embeddings': 64}, 'is 64 and in .*rope_scaling 128: .*must agree'),
+        ('qwen3_moe-plain', {'num_local_experts': 8}, 'num_experts is 16 and num_local_experts 8: .*must agree'),
+        ('qwen3_moe-plain', {'mlp_only_layers': [0, 1]}, 'model.moe.pattern is .*must have a true'),
+        ('olmoe-plain', {'clip_qkv': 8.0}, 'clip_qkv is 8.0, which is not supported'),
+        (
+            'phi3-plain-window',
+            {'rope_scaling': {'type': 'linear', 'factor': 2.0}},
+            'type linear.*supported: default, long',
+        ),
+        ('phi3-4-mini', {'full_attn_mod': 2}, 'full_attn_mod is 2, which is not supported'),
+        (
+            'phi3-4-mini',
+            {'partial_rotary_factor': 1.0},
+            'short_factors has 6 numbers: one is needed for each of the 8 pairs',
+        ),
+        ('glm4_moe-air', {'scoring_func': 'softmax'}, 'scoring_func is .*supported: .sigmoid'),
+        ('glm4_moe-air', {'n_group': 3}, 'model.moe.groups is 3'),
+    ],
+)
+def test_what_cannot_be_represented_is_refused(case, changes, message):
+    with pytest.raises(UserError, match=message) as found:
+        read(cases.CASES[case] | changes)
+    assert '\n' not in str(found.value)
