@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from model.config import ModelConfig, RopeScaling
@@ -43,7 +44,8 @@ def rope(x_BTnH: jax.Array, position_BT: jax.Array, c: ModelConfig, windowed: bo
 def frequencies(theta: float, dims: int, position_BT: jax.Array, scaling: RopeScaling | None, dtype):
     """Radians a position of each pair of dims, [1 or B, h], and a factor on queries and keys."""
     half = dims // 2
-    plain = lambda theta: jnp.asarray(theta, dtype) ** (-jnp.arange(half, dtype=dtype) / half)
+    # In float64: where half is no power of two, an exponent's rounding would be an angle's at far positions.
+    plain = lambda theta: jnp.asarray(theta ** (-np.arange(half) / half), dtype)
     if scaling is None:
         return plain(theta)[None], 1.0
     return {'linear': _linear, 'dynamic': _dynamic, 'yarn': _yarn, 'llama3': _llama3, 'longrope': _longrope}[

@@ -1,0 +1,27 @@
+"""Rotary frequencies."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model.config import ModelConfig, RopeScaling
+from model.rope import frequencies
+from sharding.errors import UserError
+
+
+@pytest.mark.parametrize('dims', [24, 96, 128])
+def test_frequencies_are_the_nearest_float32(dims):
+    turn_1h, gain = frequencies(1e4, dims, jnp.zeros((1, 1), jnp.int32), None, jnp.float32)
+    exact_h = 1e4 ** (-np.arange(dims // 2) / (dims // 2))
+    assert gain == 1
+    np.testing.assert_array_equal(turn_1h[0], exact_h.astype(np.float32))
+
+
+def test_longrope_has_a_factor_for_each_pair_that_turns():
+    model = {'layers': 1, 'model_dim': 64, 'heads': 2, 'mlp_dim': 64, 'rotary_fraction': 0.75}
+    scaling = RopeScaling(
+        kind='longrope', factor=2, original_positions=64, short_factors=(1,) * 12, long_factors=(2,) * 12
+    )
+    assert ModelConfig(**model, rope_scaling=scaling).rotary_dim == 24
+    with pytest.raises(UserError, match=r'short_factors has 12 numbers: one is needed for each of the 16 pairs'):
+        ModelConfig(**model | {'rotary_fraction': 1.0}, rope_scaling=scaling)
