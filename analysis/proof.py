@@ -38,7 +38,10 @@ ROOT = Path(__file__).parents[1]
 CODE = (  # what a result rests on
     'analysis/proof.py',
     'model/attention',
-    *(f'model/{name}.py' for name in ('config', 'decoder', 'dispatch', 'forward', 'grouped_matmul', 'layers', 'moe')),
+    *(
+        f'model/{name}.py'
+        for name in ('config', 'decoder', 'dispatch', 'forward', 'grouped_matmul', 'latent', 'layers', 'moe', 'rope')
+    ),
     *(f'sharding/{name}.py' for name in ('collectives', 'mesh', 'order', 'pipeline')),
     *(f'training/{name}.py' for name in ('loss', 'step')),
 )
