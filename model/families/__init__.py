@@ -21,7 +21,19 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from sharding.errors import UserError, nearest
 
-FAMILIES = ('llama', 'mistral', 'mixtral', 'qwen2', 'qwen3', 'qwen3_moe', 'olmoe', 'phi3', 'glm4_moe')  # their files
+FAMILIES = (
+    'llama',
+    'mistral',
+    'mixtral',
+    'qwen2',
+    'qwen3',
+    'qwen3_moe',
+    'olmoe',
+    'phi3',
+    'glm4_moe',
+    'deepseek_v2',
+    'deepseek_v3',
+)  # their files
 # fmt: off
 HARMLESS = frozenset([  # fields of config.json that change no logit
     'architectures', 'auto_map', 'bos_token_id', 'chunk_size_feed_forward', 'classifier_dropout', 'dtype',
