@@ -33,6 +33,7 @@ FAMILIES = (
     'glm4_moe',
     'deepseek_v2',
     'deepseek_v3',
+    'grok1',
 )  # their files
 # fmt: off
 HARMLESS = frozenset([  # fields of config.json that change no logit

@@ -323,3 +323,36 @@ case(
     topk_group=3,
     rope_scaling=MSCALE | {'mscale': 1.0},
 )
+
+GROK1 = BASE | {
+    'num_experts': 8,
+    'num_experts_per_tok': 2,
+    'attn_output_multiplier': 0.25,
+    'max_attn_value': 30.0,
+    'embedding_multiplier_scale': 8.0,
+    'output_multiplier_scale': 0.5773502691896257,
+    'tie_word_embeddings': True,
+}
+case('grok1-as-published', 'Grok1ModelForCausalLM', 'grok-1', GROK1)
+case(
+    'grok1-low-cap-one-kv-head-top-3',
+    'Grok1ModelForCausalLM',
+    'grok-1',
+    GROK1,
+    max_attn_value=2.0,
+    attn_output_multiplier=0.5,
+    num_key_value_heads=1,
+    num_experts_per_tok=3,
+)
+case(
+    'grok1-untied-four-experts',
+    'Grok1ModelForCausalLM',
+    'grok-1',
+    GROK1,
+    num_experts=4,
+    num_key_value_heads=4,
+    tie_word_embeddings=False,
+    rms_norm_eps=1e-3,
+    output_multiplier_scale=2.0,
+    embedding_multiplier_scale=1.5,
+)
