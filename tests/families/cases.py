@@ -356,3 +356,6 @@ case(
     output_multiplier_scale=2.0,
     embedding_multiplier_scale=1.5,
 )
+
+case('deepseek_v3-two-ahead', 'DeepseekV3ForCausalLM', 'deepseek_v3', DEEPSEEK_V3, num_nextn_predict_layers=2)
+case('glm4_moe-one-ahead', 'Glm4MoeForCausalLM', 'glm4_moe', GLM4_MOE, num_nextn_predict_layers=1, use_qk_norm=True)

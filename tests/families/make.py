@@ -18,13 +18,15 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import MtpModel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.families import cases, weights
 
 
 def build(name: str, config: dict, seed: int):
-    """A model of a config with generated weights, none of its tensors left as it was born; the config as it is saved."""
+    """A model of a config with generated weights, none of them left as it was born; its MTP layers; the config as saved."""
+    layers, ahead = config['num_hidden_layers'], config.get('num_nextn_predict_layers', 0)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, 'config.json').write_text(json.dumps(config))
         described = AutoConfig.from_pretrained(folder)
@@ -34,27 +36,55 @@ def build(name: str, config: dict, seed: int):
         Path(folder, 'config.json').write_text(json.dumps(config))
         path = Path(folder, 'model.safetensors')
         shapes = {tensor: array.shape for tensor, array in load_file(path).items()}
+        shapes |= shapes_ahead(shapes, layers, ahead)
         offset = cases.family(name) in cases.OFFSET_NORMS
         save_file(dict(weights.all_of(seed, shapes, offset)), path, metadata={'format': 'pt'})
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation='eager', output_loading_info=True
         )
+        mtp = None
+        if ahead:
+            # It knows the published models' layers alone.
+            model._keys_to_ignore_on_load_unexpected = [rf'model\.layers\.{layers + k}\.' for k in range(ahead)]
+            mtp = MtpModel.from_pretrained(model).eval()
+            found['unexpected_keys'] = {key for key in found['unexpected_keys'] if int(key.split('.')[2]) < layers}
     assert not any(found[kind] for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), found
-    return model.eval(), saved
+    return model.eval(), mtp, saved
+
+
+def shapes_ahead(shapes: dict, layers: int, ahead: int) -> dict:
+    """The tensors of layers that predict further ahead: those of the last layer, and their own."""
+    last, found = f'model.layers.{layers - 1}.', {}
+    D = shapes['model.norm.weight'][0]
+    for k in range(ahead):
+        mine = f'model.layers.{layers + k}.'
+        found |= {mine + name.removeprefix(last): shape for name, shape in shapes.items() if name.startswith(last)}
+        found |= {mine + name: (D,) for name in ('enorm.weight', 'hnorm.weight', 'shared_head.norm.weight')}
+        found[mine + 'eh_proj.weight'] = (D, 2 * D)
+    return found
 
 
 @torch.no_grad()
 def by_transformers(name: str, config: dict, seed: int, ids: np.ndarray):
-    """The config as saved, logits [rows, length, vocabulary], and those that chose each greedy token [steps, vocabulary]."""
-    model, saved = build(name, config, seed)
-    logits = model(torch.tensor(ids, dtype=torch.long), use_cache=False).logits.float().numpy()
+    """The config as saved; logits [rows, length, vocabulary]; those that chose each greedy token [steps, vocabulary];
+    those of the layers that predict further ahead [layers, rows, length, vocabulary], zeros where there are none.
+    """
+    model, mtp, saved = build(name, config, seed)
+    rows = torch.tensor(ids, dtype=torch.long)
+    logits = model(rows, use_cache=False).logits.float().numpy()
+    hidden = model.model(rows, use_cache=False).last_hidden_state
+    ahead = np.zeros((mtp.num_mtp_layers if mtp else 0, *logits.shape), np.float32)
+    for k in range(len(ahead)):
+        place = torch.arange(k + 1, rows.shape[1])[None]
+        hidden = mtp.forward_layer(k, hidden[:, :-1], place, None, input_ids=rows[:, k + 1 :])
+        ahead[k, :, : rows.shape[1] - k - 1] = model.lm_head(hidden).float().numpy()
     new, cache, steps = torch.tensor(ids[:1, : cases.PROMPT], dtype=torch.long), None, []
     for _ in range(cases.NEW):
         out = model(new, past_key_values=cache, use_cache=True)
         last, cache = out.logits[0, -1].float(), out.past_key_values
         new = last.argmax()[None, None]
         steps.append(last.numpy())
-    return saved, logits, np.stack(steps)
+    return saved, logits, np.stack(steps), ahead
 
 
 def by_reference(name: str, config: dict, seed: int, ids: np.ndarray):
@@ -66,14 +96,14 @@ def by_reference(name: str, config: dict, seed: int, ids: np.ndarray):
     for _ in range(cases.NEW):
         steps.append(reference.logits(tensors, config, row)[-1])
         row = np.append(row, steps[-1].argmax())
-    return config, logits, np.stack(steps)
+    return config, logits, np.stack(steps), np.zeros((0, *logits.shape))
 
 
 def golden(name: str, config: dict, seed: int, everywhere: bool) -> dict[str, np.ndarray]:
     """What is kept of a case."""
     ids = weights.ids(seed, cases.ROWS, cases.LENGTH, config['vocab_size'])
     make = by_reference if cases.family(name) in cases.NOT_IN_TRANSFORMERS else by_transformers
-    saved, logits, steps = make(name, config, seed, ids)
+    saved, logits, steps, ahead = make(name, config, seed, ids)
     at = weights.places(seed, cases.KEPT, cases.ROWS, cases.LENGTH)
     if everywhere:
         at = np.stack(np.meshgrid(np.arange(cases.ROWS), np.arange(cases.LENGTH), indexing='ij'), -1).reshape(-1, 2)
@@ -81,7 +111,7 @@ def golden(name: str, config: dict, seed: int, everywhere: bool) -> dict[str, np
     versions = {'transformers': transformers.__version__, 'torch': torch.__version__}
     made_by = versions if make is by_transformers else {'numpy': np.__version__}
     about = {'config': config, 'saved': saved, 'seed': seed, **made_by}
-    return {
+    kept = {
         'about': np.frombuffer(json.dumps(about).encode(), np.uint8),
         'ids': ids.astype(np.int16),
         'at': at.astype(np.int16),
@@ -89,6 +119,7 @@ def golden(name: str, config: dict, seed: int, everywhere: bool) -> dict[str, np
         'greedy': steps.argmax(-1).astype(np.int16),
         'margins': ((first - second) / np.abs(steps).max(-1)).astype(np.float32),
     }
+    return kept | ({'ahead': ahead[:, at[:, 0], at[:, 1]].astype(np.float32)} if len(ahead) else {})
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from model import layers
 from model.families import Joined
 from sharding.mesh import MeshConfig, make_mesh
 from tests.families.loading import GOLDENS, changed, generated, golden, read
-from tests.families.test_families import TOLERANCE, error, whole
+from tests.families.test_families import TOLERANCE, error, whole, whole_ahead
 
 LAYER = 'model.layers.{i}.'
 CONFIGS: list[tuple[str, dict[str, Any]]] = [
@@ -137,6 +137,12 @@ NAMES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+AHEAD: list[tuple[str, dict[str, Any]]] = [
+    ('deepseek_v3-two-ahead', {'enorm.weight': 'hidden_norm.scale_D', 'hnorm.weight': 'embedding_norm.scale_D'}),
+    ('glm4_moe-one-ahead', {'shared_head.norm.weight': 'hidden_norm.scale_D', 'hnorm.weight': 'norm.scale_D'}),
+]
+
+
 def by_head(x_BTN, scale_N, heads, c):
     """In place of a norm over all heads: one of each head."""
     x_BTKH = x_BTN.reshape(*x_BTN.shape[:2], -1, c.head_dim)
@@ -157,15 +163,23 @@ def short(value: Any) -> str:
     return getattr(value, '__name__', value)
 
 
-def wrong_by(case: str, changes: dict[str, Any], names: dict[str, Any]) -> float:
-    """How far the mutant's logits are from those of transformers, at the positions that are kept."""
+def wrong_by(case: str, changes: dict[str, Any], names: dict[str, Any], ahead: bool = False) -> float:
+    """How far the mutant's logits are from those of transformers, at the positions that are kept.
+
+    `ahead`: of the first layer that predicts further ahead instead.
+    """
     known = golden(GOLDENS / f'{case}.npz')
     family, c = read(known.config)
     assert {LAYER + name for name in names} <= set(family.names)
     family = dataclasses.replace(family, names={**family.names, **{LAYER + name: leaf for name, leaf in names.items()}})
     with jax.set_mesh(make_mesh(MeshConfig())):
         model = generated(case, family, changed(c, changes), known.seed)
-        return error(whole(model, known.ids)[known.at[:, 0], known.at[:, 1]], known.logits)
+        if not ahead:
+            return error(whole(model, known.ids)[known.at[:, 0], known.at[:, 1]], known.logits)
+        assert known.ahead is not None
+        sure = known.at[:, 1] < known.ids.shape[1] - 1
+        rows, places = known.at[sure].T
+        return error(whole(model, known.ids, run=whole_ahead)[0][rows, places], known.ahead[0][sure])
 
 
 @pytest.mark.parametrize(('case', 'changes'), CONFIGS, ids=short)
@@ -176,6 +190,12 @@ def test_a_wrong_config_is_caught(case, changes):
 @pytest.mark.parametrize(('case', 'names'), NAMES, ids=short)
 def test_a_wrong_place_of_a_tensor_is_caught(case, names):
     assert wrong_by(case, {}, names) > TOLERANCE
+
+
+@pytest.mark.parametrize(('case', 'names'), AHEAD, ids=short)
+def test_a_wrong_layer_that_predicts_further_ahead_is_caught(case, names):
+    assert wrong_by(case, {}, names) <= TOLERANCE, 'the model itself is right'
+    assert wrong_by(case, {}, names, ahead=True) > TOLERANCE
 
 
 @pytest.mark.parametrize(('case', 'target', 'wrong'), CODE, ids=short)
