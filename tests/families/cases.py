@@ -234,3 +234,30 @@ case(
     first_k_dense_replace=2,
     rope_parameters={'rope_type': 'default', 'rope_theta': 1e5, 'partial_rotary_factor': 0.25},
 )
+
+
+GPT2 = {'vocab_size': VOCABULARY, 'n_embd': 64, 'n_layer': 2, 'n_head': 4, 'n_positions': 160}
+case('gpt2-plain', 'GPT2LMHeadModel', 'gpt2', GPT2, n_ctx=160, n_inner=None)
+case(
+    'gpt2-untied-unscaled-exact-gelu',
+    'GPT2LMHeadModel',
+    'gpt2',
+    GPT2,
+    n_inner=96,
+    activation_function='gelu',
+    layer_norm_epsilon=1e-3,
+    scale_attn_weights=False,
+    tie_word_embeddings=False,
+)
+case(
+    'gpt2-relu-other-names',
+    'GPT2LMHeadModel',
+    'gpt2',
+    {'vocab_size': VOCABULARY},
+    hidden_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    max_position_embeddings=200,
+    activation_function='relu',
+    reorder_and_upcast_attn=True,
+)

@@ -13,12 +13,11 @@ import jax
 import pytest
 
 from model import layers
-from model.families import Joined
+from model.families import Entry, Joined
 from sharding.mesh import MeshConfig, make_mesh
 from tests.families.loading import GOLDENS, changed, generated, golden, read
 from tests.families.test_families import TOLERANCE, error, whole
 
-LAYER = 'model.layers.{i}.'
 CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ('llama-grouped', {'rotary_pairs': 'neighbours'}),
     ('llama-grouped', {'rope_theta': 1e4}),
@@ -76,8 +75,17 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ('glm4_moe-groups-two-dense', {'moe.top_groups': 4}),
     ('glm4_moe-groups-two-dense', {'moe.group_score': 'max'}),
     ('glm4_moe-groups-two-dense', {'moe.renormalize': True}),
+    ('gpt2-plain', {'norm': 'rmsnorm'}),
+    ('gpt2-plain', {'bias': False}),
+    ('gpt2-plain', {'qkv_bias': False}),
+    ('gpt2-plain', {'activation': 'gelu_exact'}),
+    ('gpt2-plain', {'positions': 'none'}),
+    ('gpt2-untied-unscaled-exact-gelu', {'query_scale': None}),
+    ('gpt2-untied-unscaled-exact-gelu', {'activation': 'gelu'}),
+    ('gpt2-untied-unscaled-exact-gelu', {'norm_epsilon': 1e-5}),
+    ('gpt2-untied-unscaled-exact-gelu', {'tied_embedding': True}),
 ]
-NAMES: list[tuple[str, dict[str, Any]]] = [
+NAMES: list[tuple[str, dict[str, Entry]]] = [  # by how the published names end
     (
         'phi3-longrope-short',
         {'self_attn.qkv_proj.weight': Joined(('attention.q_DN', 'attention.v_DM', 'attention.k_DM'))},
@@ -94,6 +102,11 @@ NAMES: list[tuple[str, dict[str, Any]]] = [
         'llama-grouped',
         {'input_layernorm.weight': 'mlp_norm.scale_D', 'post_attention_layernorm.weight': 'attention_norm.scale_D'},
     ),
+    (
+        'gpt2-plain',
+        {'c_attn.weight': Joined(('attention.k_DM', 'attention.q_DN', 'attention.v_DM'), dim=1, flip=True)},
+    ),
+    ('gpt2-plain', {'attn.c_proj.weight': 'attention.o_DN'}),
 ]
 
 
@@ -112,7 +125,7 @@ CODE: list[tuple[str, str, Callable]] = [
 def short(value: Any) -> str:
     """A test's name."""
     if isinstance(value, dict):
-        return ','.join(name if isinstance(of, str | Joined) else f'{name}={of}' for name, of in value.items())
+        return ','.join(name if isinstance(of, Entry) else f'{name}={of}' for name, of in value.items())
     return getattr(value, '__name__', value)
 
 
@@ -120,8 +133,11 @@ def wrong_by(case: str, changes: dict[str, Any], names: dict[str, Any]) -> float
     """How far the mutant's logits are from those of transformers, at the positions that are kept."""
     known = golden(GOLDENS / f'{case}.npz')
     family, c = read(known.config)
-    assert {LAYER + name for name in names} <= set(family.names)
-    family = dataclasses.replace(family, names={**family.names, **{LAYER + name: leaf for name, leaf in names.items()}})
+    table = dict(family.names)
+    for ending, entry in names.items():
+        (name,) = [name for name in table if name.endswith('.' + ending)]
+        table[name] = entry
+    family = dataclasses.replace(family, names=table)
     with jax.set_mesh(make_mesh(MeshConfig())):
         model = generated(case, family, changed(c, changes), known.seed)
         return error(whole(model, known.ids)[known.at[:, 0], known.at[:, 1]], known.logits)
