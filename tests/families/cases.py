@@ -261,3 +261,48 @@ case(
     activation_function='relu',
     reorder_and_upcast_attn=True,
 )
+
+GEMMA2 = {name: value for name, value in BASE.items() if name != 'tie_word_embeddings'} | {'head_dim': 16}
+case(
+    'gemma2-as-published',
+    'Gemma2ForCausalLM',
+    'gemma2',
+    GEMMA2,
+    hidden_size=48,
+    num_hidden_layers=4,
+    hidden_act='gelu_pytorch_tanh',
+    hidden_activation='gelu_pytorch_tanh',
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    sliding_window=12,
+    sliding_window_size=12,
+    query_pre_attn_scalar=12,
+    attn_logit_softcapping=3.0,
+    final_logit_softcapping=10.0,
+    cache_implementation='hybrid',
+)
+case(
+    'gemma2-no-caps-biases-untied',
+    'Gemma2ForCausalLM',
+    'gemma2',
+    GEMMA2,
+    head_dim=24,
+    num_key_value_heads=1,
+    layer_types=['full_attention'] * 2,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+    attention_bias=True,
+    tie_word_embeddings=False,
+)
+case(
+    'gemma2-defaults-layer-types-linear-silu',
+    'Gemma2ForCausalLM',
+    'gemma2',
+    GEMMA2,
+    num_hidden_layers=3,
+    hidden_activation='silu',
+    query_pre_attn_scalar=16,
+    sliding_window=20,
+    layer_types=['sliding_attention', 'sliding_attention', 'full_attention'],
+    rope_parameters={'rope_type': 'linear', 'rope_theta': 1e5, 'factor': 4.0},
+)

@@ -153,6 +153,16 @@ YARN = {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 128}
         ('gpt2-plain', {'n_ctx': 512}, 'n_positions is 160 and n_ctx 512: .*must agree'),
         ('gpt2-plain', {'scale_attn_by_inverse_layer_idx': True}, 'inverse_layer_idx is True, which is not supported'),
         ('gpt2-plain', {'add_cross_attention': True}, 'add_cross_attention is True, which is not supported'),
+        ('gemma2-as-published', {'hidden_act': 'gelu'}, "hidden_activation is 'gelu_.*hidden_act 'gelu': .*must agree"),
+        ('gemma2-as-published', {'use_bidirectional_attention': True}, 'attention is True, which is not supported'),
+        (
+            'gemma2-as-published',
+            {'sliding_window_size': 8},
+            'sliding_window is 12 and sliding_window_size 8: .*must agree',
+        ),
+        ('gemma2-as-published', {'sliding_window': None}, 'sliding_window is null: 2 layers have it'),
+        ('gemma2-as-published', {'layer_types': ['chunked_attention'] * 4}, 'layer_types is .*needed for each layer'),
+        ('gemma2-as-published', {'attn_logit_softcapping': 0.0}, 'attention_softcap is 0.0: it must be above 0'),
     ],
 )
 def test_what_cannot_be_represented_is_refused(case, changes, message):

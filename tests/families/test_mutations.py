@@ -84,6 +84,27 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ('gpt2-untied-unscaled-exact-gelu', {'activation': 'gelu'}),
     ('gpt2-untied-unscaled-exact-gelu', {'norm_epsilon': 1e-5}),
     ('gpt2-untied-unscaled-exact-gelu', {'tied_embedding': True}),
+    ('gemma2-as-published', {'window': 13}),
+    ('gemma2-as-published', {'window': 11}),
+    ('gemma2-as-published', {'window_pattern': (False, True)}),
+    ('gemma2-as-published', {'window_pattern': (True,)}),
+    ('gemma2-as-published', {'attention_softcap': None}),
+    ('gemma2-as-published', {'logit_softcap': None}),
+    ('gemma2-as-published', {'query_scale': None}),
+    ('gemma2-as-published', {'norm_offset': 0.0}),
+    ('gemma2-as-published', {'norm_epsilon': 1e-5}),
+    ('gemma2-as-published', {'embedding_scale': 1.0}),
+    ('gemma2-as-published', {'embedding_scale': 7.0}),
+    ('gemma2-as-published', {'activation': 'swiglu'}),
+    ('gemma2-defaults-layer-types-linear-silu', {'attention_softcap': None}),
+    ('gemma2-defaults-layer-types-linear-silu', {'attention_softcap': 30.0}),
+    ('gemma2-defaults-layer-types-linear-silu', {'logit_softcap': 50.0}),
+    ('gemma2-defaults-layer-types-linear-silu', {'rope_scaling': None}),
+    ('gemma2-no-caps-biases-untied', {'logit_softcap': 30.0}),
+    ('gemma2-no-caps-biases-untied', {'attention_softcap': 50.0}),
+    ('gemma2-no-caps-biases-untied', {'qkv_bias': False}),
+    ('gemma2-no-caps-biases-untied', {'o_bias': False}),
+    ('gemma2-no-caps-biases-untied', {'window': 100}),
 ]
 NAMES: list[tuple[str, dict[str, Entry]]] = [  # by how the published names end
     (
@@ -107,6 +128,20 @@ NAMES: list[tuple[str, dict[str, Entry]]] = [  # by how the published names end
         {'c_attn.weight': Joined(('attention.k_DM', 'attention.q_DN', 'attention.v_DM'), dim=1, flip=True)},
     ),
     ('gpt2-plain', {'attn.c_proj.weight': 'attention.o_DN'}),
+    (
+        'gemma2-as-published',  # as Llama has the second of these names
+        {
+            'post_attention_layernorm.weight': 'mlp_norm.scale_D',
+            'pre_feedforward_layernorm.weight': 'attention_out_norm.scale_D',
+        },
+    ),
+    (
+        'gemma2-as-published',
+        {
+            'pre_feedforward_layernorm.weight': 'mlp_out_norm.scale_D',
+            'post_feedforward_layernorm.weight': 'mlp_norm.scale_D',
+        },
+    ),
 ]
 
 
