@@ -20,7 +20,6 @@ NORMS = {
 
 
 def read(f: Fields) -> ModelConfig:
-    f.either(('hidden_activation', 'hidden_act'), None)  # published with both
     window = f.either(('sliding_window', 'sliding_window_size'), WINDOW)
     return ModelConfig(
         **common(f),
@@ -34,6 +33,7 @@ def read(f: Fields) -> ModelConfig:
 def common(f: Fields) -> dict[str, Any]:
     """The fields that Gemma 2 and 3 share."""
     f.only('use_bidirectional_attention', False)
+    f.either(('hidden_activation', 'hidden_act'), None)  # published with both
     fields = sizes(f, kv_heads=4, tied=True) | {'head_dim': f('head_dim', 256)}
     bias, scalar = f('attention_bias', False), f('query_pre_attn_scalar', 256)
     return fields | {

@@ -306,3 +306,66 @@ case(
     layer_types=['sliding_attention', 'sliding_attention', 'full_attention'],
     rope_parameters={'rope_type': 'linear', 'rope_theta': 1e5, 'factor': 4.0},
 )
+
+GEMMA3 = GEMMA2 | {'num_hidden_layers': 6, 'hidden_activation': 'gelu_pytorch_tanh'}
+case(
+    'gemma3-as-published',
+    'Gemma3ForCausalLM',
+    'gemma3_text',
+    GEMMA3,
+    num_hidden_layers=7,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+    query_pre_attn_scalar=20,
+    rope_local_base_freq=100,
+    rope_theta=1e6,
+    rope_scaling={'rope_type': 'linear', 'factor': 8.0},
+    sliding_window=20,
+    sliding_window_pattern=6,
+    rms_norm_eps=1e-6,
+)
+case(
+    'gemma3-two-ropes-yarn-capped-biases-untied',
+    'Gemma3ForCausalLM',
+    'gemma3_text',
+    GEMMA3,
+    hidden_size=48,
+    head_dim=24,
+    num_hidden_layers=3,
+    num_key_value_heads=1,
+    query_pre_attn_scalar=24,
+    attention_bias=True,
+    tie_word_embeddings=False,
+    final_logit_softcapping=6.0,
+    sliding_window=12,
+    layer_types=['full_attention', 'sliding_attention', 'sliding_attention'],
+    rope_parameters={
+        'full_attention': {
+            'rope_type': 'yarn',
+            'rope_theta': 1e4,
+            'factor': 4.0,
+            'original_max_position_embeddings': 64,
+        },
+        'sliding_attention': {'rope_type': 'default', 'rope_theta': 500.0},
+    },
+)
+case(
+    'gemma3-every-second-silu-defaults',
+    'Gemma3ForCausalLM',
+    'gemma3_text',
+    GEMMA3,
+    num_hidden_layers=4,
+    hidden_activation='silu',
+    rms_norm_eps=1e-3,
+    sliding_window=16,
+    sliding_window_pattern=2,
+)
+case(
+    'gemma3-no-windows',
+    'Gemma3ForCausalLM',
+    'gemma3_text',
+    GEMMA3,
+    num_hidden_layers=2,
+    layer_types=['full_attention'] * 2,
+    rope_local_base_freq=100,
+)

@@ -163,6 +163,38 @@ YARN = {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 128}
         ('gemma2-as-published', {'sliding_window': None}, 'sliding_window is null: 2 layers have it'),
         ('gemma2-as-published', {'layer_types': ['chunked_attention'] * 4}, 'layer_types is .*needed for each layer'),
         ('gemma2-as-published', {'attn_logit_softcapping': 0.0}, 'attention_softcap is 0.0: it must be above 0'),
+        (
+            'gemma3-as-published',
+            {'architectures': ['Gemma3ForConditionalGeneration'], 'vision_config': {'hidden_size': 1}},
+            'vision_config: this model reads images.*t = Gemma3ForCausalLM',
+        ),
+        (
+            'gemma3-as-published',
+            {'attn_logit_softcapping': 50.0},
+            'attn_logit_softcapping is 50.0, which is not supported',
+        ),
+        ('gemma3-as-published', {'use_bidirectional_attention': True}, 'attention is True, which is not supported'),
+        ('gemma3-as-published', {'sliding_window_pattern': 0}, 'sliding_window_pattern is 0: it must be at least 1'),
+        (
+            'gemma3-as-published',
+            {'rope_scaling': {'type': 'dynamic', 'factor': 2.0}},
+            'type dynamic.*supported: default, lin',
+        ),
+        (
+            'gemma3-as-published',
+            {'rope_scaling': None, 'rope_parameters': {'sliding_attention': {'rope_type': 'linear', 'factor': 2.0}}},
+            "sliding_attention: rope_type is 'linear', which is not supported",
+        ),
+        (
+            'gemma3-as-published',
+            {'rope_parameters': {'full_attention': {'rope_type': 'default'}}},
+            'rope_scaling is .*does not know the field',
+        ),
+        (
+            'gemma3-as-published',
+            {'rope_scaling': None, 'rope_parameters': {'rope_type': 'default'}},
+            "rope_type is 'default': .*does not know the field",
+        ),
     ],
 )
 def test_what_cannot_be_represented_is_refused(case, changes, message):

@@ -14,6 +14,7 @@ import pytest
 
 from model import layers
 from model.families import Entry, Joined
+from model.rope import rope
 from sharding.mesh import MeshConfig, make_mesh
 from tests.families.loading import GOLDENS, changed, generated, golden, read
 from tests.families.test_families import TOLERANCE, error, whole
@@ -105,6 +106,27 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ('gemma2-no-caps-biases-untied', {'qkv_bias': False}),
     ('gemma2-no-caps-biases-untied', {'o_bias': False}),
     ('gemma2-no-caps-biases-untied', {'window': 100}),
+    ('gemma3-as-published', {'window': 21}),
+    ('gemma3-as-published', {'window': 19}),
+    ('gemma3-as-published', {'window_pattern': (True,)}),
+    ('gemma3-as-published', {'window_pattern': (True,) * 4 + (False,)}),
+    ('gemma3-as-published', {'rope_theta': 100.0, 'local_rope_theta': 1e6}),
+    ('gemma3-as-published', {'local_rope_theta': None}),
+    ('gemma3-as-published', {'rope_scaling': None}),
+    ('gemma3-as-published', {'qk_norm': False}),
+    ('gemma3-as-published', {'norm_offset': 0.0}),
+    ('gemma3-as-published', {'query_scale': None}),
+    ('gemma3-as-published', {'embedding_scale': 1.0}),
+    ('gemma3-two-ropes-yarn-capped-biases-untied', {'logit_softcap': None}),
+    ('gemma3-two-ropes-yarn-capped-biases-untied', {'rope_theta': 500.0, 'local_rope_theta': 1e4}),
+    ('gemma3-two-ropes-yarn-capped-biases-untied', {'rope_scaling.attention_factor': 1.0}),
+    ('gemma3-two-ropes-yarn-capped-biases-untied', {'window_pattern': (True, False, False)}),
+    ('gemma3-two-ropes-yarn-capped-biases-untied', {'o_bias': False}),
+    ('gemma3-every-second-silu-defaults', {'window_pattern': (False, True)}),
+    ('gemma3-every-second-silu-defaults', {'rope_theta': 1e4}),
+    ('gemma3-every-second-silu-defaults', {'norm_epsilon': 1e-6}),
+    ('gemma3-every-second-silu-defaults', {'query_scale': None}),
+    ('gemma3-no-windows', {'rope_theta': 100.0}),
 ]
 NAMES: list[tuple[str, dict[str, Entry]]] = [  # by how the published names end
     (
@@ -152,7 +174,15 @@ def by_head(x_BTN, scale_N, heads, c):
     return x_BTKH.reshape(x_BTN.shape) * scale_N[None, None]
 
 
+def scaled_everywhere(x_BTnH, position_BT, c, windowed=False):
+    """In place of Gemma 3's two kinds of rotary positions: scaling in layers with a window too."""
+    if windowed and c.local_rope_theta is not None:
+        c = dataclasses.replace(c, rope_theta=c.local_rope_theta)
+    return rope(x_BTnH, position_BT, c)
+
+
 CODE: list[tuple[str, str, Callable]] = [
+    ('gemma3-as-published', 'model.layers.rope', scaled_everywhere),
     ('olmoe-plain', 'model.layers.norm_of_all', by_head),
 ]
 
