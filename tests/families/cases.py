@@ -369,3 +369,65 @@ case(
     layer_types=['full_attention'] * 2,
     rope_local_base_freq=100,
 )
+
+GPT_OSS = BASE | {'head_dim': 16, 'intermediate_size': 32, 'num_local_experts': 8}
+case(
+    'gpt_oss-as-published',
+    'GptOssForCausalLM',
+    'gpt_oss',
+    GPT_OSS,
+    num_hidden_layers=4,
+    attention_bias=True,
+    experts_per_token=4,
+    num_experts_per_tok=4,
+    hidden_act='silu',
+    initial_context_length=32,
+    layer_types=['sliding_attention', 'full_attention'] * 2,
+    rope_scaling={
+        'rope_type': 'yarn',
+        'factor': 4.0,
+        'beta_fast': 8.0,
+        'beta_slow': 1.0,
+        'original_max_position_embeddings': 32,
+        'truncate': False,
+    },
+    rope_theta=1000,
+    sliding_window=12,
+    swiglu_limit=1.0,
+)
+case(
+    'gpt_oss-defaults-no-biases-tied',
+    'GptOssForCausalLM',
+    'gpt_oss',
+    GPT_OSS,
+    num_key_value_heads=1,
+    num_experts_per_tok=1,
+    attention_bias=False,
+    tie_word_embeddings=True,
+    sliding_window=16,
+    rms_norm_eps=1e-3,
+)
+case(
+    'gpt_oss-unscaled-late-windows',
+    'GptOssForCausalLM',
+    'gpt_oss',
+    GPT_OSS,
+    hidden_size=48,
+    head_dim=24,
+    num_hidden_layers=3,
+    num_local_experts=6,
+    num_experts_per_tok=2,
+    layer_types=['full_attention', 'sliding_attention', 'sliding_attention'],
+    rope_parameters={'rope_type': 'default', 'rope_theta': 1e4},
+    sliding_window=20,
+    swiglu_limit=0.5,
+    swiglu_alpha=1.702,
+)
+case(
+    'gpt_oss-no-windows',
+    'GptOssForCausalLM',
+    'gpt_oss',
+    GPT_OSS,
+    layer_types=['full_attention'] * 2,
+    rope_scaling={'type': 'linear', 'factor': 4.0},
+)

@@ -105,6 +105,20 @@ def test_published_configs_are_read():
         ('phi3-plain-window', 'num_key_value_heads', {'kv_heads': 4}),
         ('phi3-plain-window', 'sliding_window', {'window': None}),
         ('glm4_moe-air', 'partial_rotary_factor', {'rotary_fraction': 0.5}),
+        ('gpt2-untied-unscaled-exact-gelu', 'activation_function', {'activation': 'gelu'}),
+        ('gpt2-untied-unscaled-exact-gelu', 'n_inner', {'mlp_dim': 256}),
+        ('gemma2-as-published', 'query_pre_attn_scalar', {'query_scale': 1 / 16}),
+        ('gemma2-as-published', 'head_dim', {'head_dim': 256}),
+        ('gemma2-as-published', 'attn_logit_softcapping', {'attention_softcap': 50}),
+        ('gemma2-as-published', 'final_logit_softcapping', {'logit_softcap': 30}),
+        ('gemma2-no-caps-biases-untied', 'tie_word_embeddings', {'tied_embedding': True}),
+        ('gemma2-no-caps-biases-untied', 'layer_types', {'window': 4096, 'window_pattern': (True, False)}),
+        ('gemma3-as-published', 'rope_local_base_freq', {'local_rope_theta': 1e4}),
+        ('gemma3-as-published', 'sliding_window_pattern', {'window_pattern': (True,) * 5 + (False,)}),
+        ('gpt_oss-as-published', 'rope_theta', {'rope_theta': 150_000}),
+        ('gpt_oss-as-published', 'swiglu_limit', {'activation_limit': 7}),
+        ('gpt_oss-as-published', 'attention_bias', {'qkv_bias': True, 'o_bias': True}),
+        ('gpt_oss-no-windows', 'layer_types', {'window': 128, 'window_pattern': (True, False)}),
     ],
 )
 def test_a_field_that_is_left_out_means_what_transformers_takes_for_it(case, field, expected):
@@ -195,6 +209,15 @@ YARN = {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 128}
             {'rope_scaling': None, 'rope_parameters': {'rope_type': 'default'}},
             "rope_type is 'default': .*does not know the field",
         ),
+        (
+            'gpt_oss-as-published',
+            {'swiglu_alpha': 1.0},
+            'swiglu_alpha is 1.0, which is not supported; supported: 1.702',
+        ),
+        ('gpt_oss-as-published', {'experts_per_token': 2}, 'tok is 4 and experts_per_token 2: .*must agree'),
+        ('gpt_oss-as-published', {'initial_context_length': 64}, 'length is 64 and original.* 32: .*must agree'),
+        ('gpt_oss-as-published', {'sliding_window': None}, 'sliding_window is null: 2 layers have it'),
+        ('gpt_oss-as-published', {'hidden_act': 'gelu'}, "hidden_act is 'gelu', which is not supported"),
     ],
 )
 def test_what_cannot_be_represented_is_refused(case, changes, message):

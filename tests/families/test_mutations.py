@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from model import layers
-from model.families import Entry, Joined
+from model.families import Entry, Joined, Woven
 from model.rope import rope
 from sharding.mesh import MeshConfig, make_mesh
 from tests.families.loading import GOLDENS, changed, generated, golden, read
@@ -127,6 +127,32 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ('gemma3-every-second-silu-defaults', {'norm_epsilon': 1e-6}),
     ('gemma3-every-second-silu-defaults', {'query_scale': None}),
     ('gemma3-no-windows', {'rope_theta': 100.0}),
+    ('gpt_oss-as-published', {'attention_sinks': False}),
+    ('gpt_oss-as-published', {'window': 13}),
+    ('gpt_oss-as-published', {'window': 11}),
+    ('gpt_oss-as-published', {'window_pattern': (False, True)}),
+    ('gpt_oss-as-published', {'rope_scaling.truncate': True}),
+    ('gpt_oss-as-published', {'rope_scaling.factor': 2.0}),
+    ('gpt_oss-as-published', {'rope_scaling.attention_factor': 1.0}),
+    ('gpt_oss-as-published', {'rope_scaling': None}),
+    ('gpt_oss-as-published', {'activation': 'swiglu'}),
+    ('gpt_oss-as-published', {'activation_limit': 7.0}),
+    ('gpt_oss-as-published', {'moe.renormalize': False}),
+    ('gpt_oss-as-published', {'moe.router': 'sigmoid'}),
+    ('gpt_oss-as-published', {'moe.router_bias': False}),
+    ('gpt_oss-as-published', {'moe.bias': False}),
+    ('gpt_oss-as-published', {'moe.top_k': 3}),
+    ('gpt_oss-as-published', {'qkv_bias': False}),
+    ('gpt_oss-as-published', {'o_bias': False}),
+    ('gpt_oss-defaults-no-biases-tied', {'attention_sinks': False}),
+    ('gpt_oss-defaults-no-biases-tied', {'rope_scaling': None}),
+    ('gpt_oss-defaults-no-biases-tied', {'rope_scaling.truncate': True}),
+    ('gpt_oss-defaults-no-biases-tied', {'rope_theta': 1e4}),
+    ('gpt_oss-defaults-no-biases-tied', {'norm_epsilon': 1e-5}),
+    ('gpt_oss-defaults-no-biases-tied', {'moe.renormalize': False}),
+    ('gpt_oss-unscaled-late-windows', {'window_pattern': (True, False)}),
+    ('gpt_oss-unscaled-late-windows', {'rotary_pairs': 'neighbours'}),
+    ('gpt_oss-no-windows', {'rope_scaling': None}),
 ]
 NAMES: list[tuple[str, dict[str, Entry]]] = [  # by how the published names end
     (
@@ -164,6 +190,10 @@ NAMES: list[tuple[str, dict[str, Entry]]] = [  # by how the published names end
             'post_feedforward_layernorm.weight': 'mlp_norm.scale_D',
         },
     ),
+    ('gpt_oss-as-published', {'experts.gate_up_proj': Woven(('mlp.up_EDF', 'mlp.gate_EDF'), flip=True)}),
+    ('gpt_oss-as-published', {'experts.gate_up_proj': Joined(('mlp.gate_EDF', 'mlp.up_EDF'), dim=2, flip=True)}),
+    ('gpt_oss-as-published', {'experts.gate_up_proj_bias': Woven(('mlp.up_bias_EF', 'mlp.gate_bias_EF'))}),
+    ('gpt_oss-as-published', {'experts.gate_up_proj_bias': Joined(('mlp.gate_bias_EF', 'mlp.up_bias_EF'), dim=1)}),
 ]
 
 
@@ -181,7 +211,20 @@ def scaled_everywhere(x_BTnH, position_BT, c, windowed=False):
     return rope(x_BTnH, position_BT, c)
 
 
+def unmoved(c):
+    """In place of gpt-oss's gated unit: one whose up is not moved by 1."""
+    return lambda gate, up: layers.clamped_swiglu(gate, up - 1, limit=c.activation_limit)
+
+
+def clamped_twice(c):
+    """In place of gpt-oss's gated unit: one whose gate is cut off on both sides."""
+    limit = c.activation_limit
+    return lambda gate, up: layers.clamped_swiglu(jax.numpy.maximum(gate, -limit), up, limit=limit)
+
+
 CODE: list[tuple[str, str, Callable]] = [
+    ('gpt_oss-defaults-no-biases-tied', 'model.moe.activation', unmoved),
+    ('gpt_oss-unscaled-late-windows', 'model.moe.activation', clamped_twice),
     ('gemma3-as-published', 'model.layers.rope', scaled_everywhere),
     ('olmoe-plain', 'model.layers.norm_of_all', by_head),
 ]
