@@ -1,4 +1,4 @@
-"""Goldens of the cases, by transformers: run by an interpreter that has torch and transformers (`make goldens`).
+"""Goldens of the cases, by transformers or a NumPy reference: run by an interpreter that has torch (`make goldens`).
 
 python tests/families/make.py [--only PREFIX] [--seed N] [--out FOLDER] [--all-positions]
 
@@ -7,6 +7,7 @@ continuation with the margin of each choice.
 """
 
 import argparse
+import importlib
 import json
 import sys
 import tempfile
@@ -43,31 +44,50 @@ def build(name: str, config: dict, seed: int):
 
 
 @torch.no_grad()
-def golden(name: str, config: dict, seed: int, everywhere: bool) -> dict[str, np.ndarray]:
-    """What is kept of a case."""
+def by_transformers(name: str, config: dict, seed: int, ids: np.ndarray):
+    """The config as saved, logits [rows, length, vocabulary], and those that chose each greedy token [steps, vocabulary]."""
     model, saved = build(name, config, seed)
-    ids = weights.ids(seed, cases.ROWS, cases.LENGTH, config['vocab_size'])
     logits = model(torch.tensor(ids, dtype=torch.long), use_cache=False).logits.float().numpy()
-    at = weights.places(seed, cases.KEPT, cases.ROWS, cases.LENGTH)
-    if everywhere:
-        at = np.stack(np.meshgrid(np.arange(cases.ROWS), np.arange(cases.LENGTH), indexing='ij'), -1).reshape(-1, 2)
-    new, cache, greedy, margins = torch.tensor(ids[:1, : cases.PROMPT], dtype=torch.long), None, [], []
+    new, cache, steps = torch.tensor(ids[:1, : cases.PROMPT], dtype=torch.long), None, []
     for _ in range(cases.NEW):
         out = model(new, past_key_values=cache, use_cache=True)
         last, cache = out.logits[0, -1].float(), out.past_key_values
-        best = torch.topk(last, 2).values
-        margins.append(float((best[0] - best[1]) / last.abs().max()))
         new = last.argmax()[None, None]
-        greedy.append(int(new))
+        steps.append(last.numpy())
+    return saved, logits, np.stack(steps)
+
+
+def by_reference(name: str, config: dict, seed: int, ids: np.ndarray):
+    """The same by the family's own reference in NumPy (tests/families/FAMILY_reference.py)."""
+    reference = importlib.import_module(f'tests.families.{cases.family(name)}_reference')
+    tensors = dict(weights.all_of(seed, reference.shapes(config), False))
+    logits = np.stack([reference.logits(tensors, config, row) for row in ids])
+    row, steps = ids[0, : cases.PROMPT], []
+    for _ in range(cases.NEW):
+        steps.append(reference.logits(tensors, config, row)[-1])
+        row = np.append(row, steps[-1].argmax())
+    return config, logits, np.stack(steps)
+
+
+def golden(name: str, config: dict, seed: int, everywhere: bool) -> dict[str, np.ndarray]:
+    """What is kept of a case."""
+    ids = weights.ids(seed, cases.ROWS, cases.LENGTH, config['vocab_size'])
+    make = by_reference if cases.family(name) in cases.NOT_IN_TRANSFORMERS else by_transformers
+    saved, logits, steps = make(name, config, seed, ids)
+    at = weights.places(seed, cases.KEPT, cases.ROWS, cases.LENGTH)
+    if everywhere:
+        at = np.stack(np.meshgrid(np.arange(cases.ROWS), np.arange(cases.LENGTH), indexing='ij'), -1).reshape(-1, 2)
+    second, first = np.sort(steps, -1)[:, -2:].T
     versions = {'transformers': transformers.__version__, 'torch': torch.__version__}
-    about = {'config': config, 'saved': saved, 'seed': seed, **versions}
+    made_by = versions if make is by_transformers else {'numpy': np.__version__}
+    about = {'config': config, 'saved': saved, 'seed': seed, **made_by}
     return {
         'about': np.frombuffer(json.dumps(about).encode(), np.uint8),
         'ids': ids.astype(np.int16),
         'at': at.astype(np.int16),
-        'logits': logits[at[:, 0], at[:, 1]],
-        'greedy': np.array(greedy, np.int16),
-        'margins': np.array(margins, np.float32),
+        'logits': logits[at[:, 0], at[:, 1]].astype(np.float32),
+        'greedy': steps.argmax(-1).astype(np.int16),
+        'margins': ((first - second) / np.abs(steps).max(-1)).astype(np.float32),
     }
 
 
@@ -80,7 +100,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for name, config in cases.CASES.items():
-        if not name.startswith(options.only) or cases.family(name) in cases.NOT_IN_TRANSFORMERS:
+        if not name.startswith(options.only):
             continue
         np.savez_compressed(options.out / f'{name}.npz', **golden(name, config, options.seed, options.all_positions))
         print(name, flush=True)
