@@ -21,21 +21,11 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from sharding.errors import UserError, nearest
 
-FAMILIES = (
-    'llama',
-    'mistral',
-    'mixtral',
-    'qwen2',
-    'qwen3',
-    'qwen3_moe',
-    'olmoe',
-    'phi3',
-    'glm4_moe',
-    'deepseek_v2',
-    'deepseek_v3',
-    'grok1',
-)  # their files
 # fmt: off
+FAMILIES = (  # their files
+    'llama', 'mistral', 'mixtral', 'qwen2', 'qwen3', 'qwen3_moe', 'olmoe', 'phi3', 'glm4_moe',
+    'gpt2', 'gemma2', 'gemma3', 'gpt_oss', 'deepseek_v2', 'deepseek_v3', 'grok1',
+)
 HARMLESS = frozenset([  # fields of config.json that change no logit
     'architectures', 'auto_map', 'bos_token_id', 'chunk_size_feed_forward', 'classifier_dropout', 'dtype',
     'eos_token_id', 'finetuning_task', 'id2label', 'initializer_factor', 'initializer_range', 'is_decoder', 'label2id',
