@@ -149,7 +149,8 @@ def publishers(name: str) -> dict[str, Any]:
     """The publisher's config, without the parts that the YAML leaves out: images, the module that predicts one more token."""
     config = json.loads((HERE / f'published/{name}.json').read_text())
     if 'text_config' in config:
-        config = {'architectures': ['Gemma3ForCausalLM'], **config['text_config']}
+        own = {'architectures': ['Gemma3ForCausalLM'], 'vocab_size': 262_208}  # what transformers takes for the second
+        config = own | config['text_config']
     return config | ({'num_nextn_predict_layers': 0} if 'num_nextn_predict_layers' in config else {})
 
 
