@@ -88,6 +88,6 @@ FAMILY = Family(
     read,
     write,
     NAMES,
-    (r'(transformer\.)?h\.\d+\.attn\.(masked_)?bias',),
-    'transformer.',
+    buffers=(r'(transformer\.)?h\.\d+\.attn\.(masked_)?bias',),
+    prefix='transformer.',
 )

@@ -31,7 +31,7 @@ class Published:
     """A published model's parameters.
 
     Attributes:
-        total: of the model in the YAML, without scales and buffers.
+        total: of the model in the YAML, as published, without scales and buffers.
         source: where the official figure is from, or 'by shapes' where the publisher gives none that is exact.
         official: that figure: numbers in the published files.
         beside: how many of them belong to no parameter of the model in the YAML, and what they are.
@@ -45,18 +45,17 @@ class Published:
     active: int | None = None
 
 
-def next_token_module(c: ModelConfig) -> int:
-    """One more mixture, a projection of two vectors to one, three norms, and copies of the embedding and the head."""
-    layer = count(dataclasses.replace(c, layers=c.layers + 1)) - count(c)
-    return layer + 2 * c.model_dim**2 + 3 * c.model_dim + 2 * c.vocabulary * c.model_dim
-
-
-def deepseek_v3_beside(c: ModelConfig) -> int:
-    """The module that predicts one more token, and a scale for each 128 × 128 of a quantised matrix, also of its own."""
+def scales(c: ModelConfig) -> int:
+    """DeepSeek-V3's: one for each 128 × 128 of a quantised matrix."""
     family = next(one for one in families() if one.name == 'deepseek_v3')
-    deeper = dataclasses.replace(c, layers=c.layers + 1)
-    quantised = [one.shape for one in tensors(family, deeper, leaves(deeper)) if 'proj' in one.name]
-    return next_token_module(c) + sum(math.prod(-(-n // 128) for n in shape) for shape in quantised)
+    found = tensors(family, c, leaves(c))
+    quantised = [one.shape for one in found if '_proj' in one.name and 'eh_proj' not in one.name]
+    return sum(math.prod(-(-n // 128) for n in shape) for shape in quantised)
+
+
+def copied(c: ModelConfig) -> int:
+    """The embedding and the head once more, which published files have in each layer that predicts further ahead."""
+    return 2 * c.mtp_layers * c.vocabulary * c.model_dim
 
 
 def siglip(c: ModelConfig, D=1152, F=4304, layers=27, patches=64 * 64) -> int:
@@ -98,10 +97,10 @@ PUBLISHED = {
         15_706_484_224, f'deepseek-ai/DeepSeek-V2-Lite, {INDEX}', 31_412_968_448 // 2, active=2_661_150_208
     ),
     'deepseek-v3': Published(
-        671_026_419_200,
-        f'deepseek-ai/DeepSeek-V3, {COUNT}: layer 61, which predicts one more token, and scales are among them',
+        684_489_845_504,
+        f'deepseek-ai/DeepSeek-V3, {COUNT}: scales are among them',
         684_531_386_000,
-        deepseek_v3_beside,
+        scales,
         active=37_552_297_472,
     ),
     'gemma-2-9b': Published(9_241_705_984, f'google/gemma-2-9b, {COUNT}', 9_241_705_984),
@@ -126,10 +125,9 @@ PUBLISHED = {
     ),
     'phi-3-mini': Published(3_821_079_552, f'microsoft/Phi-3-mini-4k-instruct, {INDEX}', 7_642_159_104 // 2),
     'glm-4.5-air': Published(
-        106_852_251_264,
-        f'zai-org/GLM-4.5-Air, {COUNT}: layer 46, which predicts one more token, is among them',
         110_468_824_832,
-        next_token_module,
+        f'zai-org/GLM-4.5-Air, {COUNT}',
+        110_468_824_832,
         active=13_424_129_664,
     ),
 }
@@ -146,12 +144,12 @@ def model(name: str) -> ModelConfig:
 
 
 def publishers(name: str) -> dict[str, Any]:
-    """The publisher's config, without the parts that the YAML leaves out: images, the module that predicts one more token."""
+    """The publisher's config, without the images."""
     config = json.loads((HERE / f'published/{name}.json').read_text())
     if 'text_config' in config:
         own = {'architectures': ['Gemma3ForCausalLM'], 'vocab_size': 262_208}  # what transformers takes for the second
         config = own | config['text_config']
-    return config | ({'num_nextn_predict_layers': 0} if 'num_nextn_predict_layers' in config else {})
+    return config
 
 
 def count(c: ModelConfig) -> int:
@@ -178,9 +176,9 @@ def test_every_published_config_has_its_count():
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_parameters_are_exactly_the_publishers(name):
     c, published = model(name), PUBLISHED[name]
-    assert count(c) == published.total
+    assert count(c) + copied(c) == published.total
     assert published.official in (None, published.total + published.beside(c)), published.source
-    assert sum(cost.parameters(c).values()) - padding(c) == published.total
+    assert sum(cost.parameters(c).values()) - padding(c) + copied(c) == published.total
     assert cost.active_parameters(c) - padding(c) == (published.active or published.total)
     assert bool(c.moe) == bool(published.active)
 
