@@ -1,6 +1,6 @@
 """Goldens of the cases, by transformers or a NumPy reference: run by an interpreter that has torch (`make goldens`).
 
-python tests/families/make.py [--only PREFIX] [--seed N] [--out FOLDER] [--all-positions]
+python tests/families/make.py [--only PREFIX] [--seed N] [--out FOLDER] [--all-positions] [--odd]
 
 Each case becomes NAME.npz: its config, the same as transformers saves it, ids, logits at some positions, and a greedy
 continuation with the margin of each choice.
@@ -22,11 +22,12 @@ from transformers.modeling_layers import MtpModel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.families import cases, weights
+from tests.families.odd import odd
 
 
 def build(name: str, config: dict, seed: int):
     """A model of a config with generated weights, none of them left as it was born; its MTP layers; the config as saved."""
-    layers, ahead = config['num_hidden_layers'], config.get('num_nextn_predict_layers', 0)
+    layers, ahead = config.get('num_hidden_layers', 0), config.get('num_nextn_predict_layers', 0)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, 'config.json').write_text(json.dumps(config))
         described = AutoConfig.from_pretrained(folder)
@@ -36,7 +37,8 @@ def build(name: str, config: dict, seed: int):
         Path(folder, 'config.json').write_text(json.dumps(config))
         path = Path(folder, 'model.safetensors')
         shapes = {tensor: array.shape for tensor, array in load_file(path).items()}
-        shapes |= shapes_ahead(shapes, layers, ahead)
+        if ahead:
+            shapes |= shapes_ahead(shapes, layers, ahead)
         offset = cases.family(name) in cases.OFFSET_NORMS
         save_file(dict(weights.all_of(seed, shapes, offset)), path, metadata={'format': 'pt'})
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -72,7 +74,7 @@ def by_transformers(name: str, config: dict, seed: int, ids: np.ndarray):
     model, mtp, saved = build(name, config, seed)
     rows = torch.tensor(ids, dtype=torch.long)
     logits = model(rows, use_cache=False).logits.float().numpy()
-    hidden = model.model(rows, use_cache=False).last_hidden_state
+    hidden = model.model(rows, use_cache=False).last_hidden_state if mtp else None
     ahead = np.zeros((mtp.num_mtp_layers if mtp else 0, *logits.shape), np.float32)
     for k in range(len(ahead)):
         place = torch.arange(k + 1, rows.shape[1])[None]
@@ -128,11 +130,14 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=cases.SEED)
     parser.add_argument('--out', type=Path, default=Path(__file__).parent / 'goldens')
     parser.add_argument('--all-positions', action='store_true', help='logits of every position')
+    parser.add_argument('--odd', action='store_true', help='other settings than the committed ones, by the seed')
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for name, config in cases.CASES.items():
         if not name.startswith(options.only):
             continue
+        if options.odd:
+            config = odd(name, config, options.seed)
         np.savez_compressed(options.out / f'{name}.npz', **golden(name, config, options.seed, options.all_positions))
         print(name, flush=True)
 
