@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import P, lax
 
 from model.decoder import Decoder, backends, to_vocabulary
-from model.forward import ROWS, TOKENS, columns, needs_no_stages, one_device, real_vocabulary
+from model.forward import ROWS, TOKENS, columns, needs_causal, needs_no_stages, one_device, real_vocabulary
 from model.layers import CACHE_SPEC, Cache, View
 from sharding.collectives import settled, vary
 from sharding.order import cyclic
@@ -21,6 +21,7 @@ def empty_cache(model: Decoder, rows: int, slots: int) -> Cache:
     head that it uses. Raises UserError on a mesh with stages.
     """
     needs_no_stages('decoding')
+    needs_causal(model, 'decoding')
     c, mesh = model.config, jax.sharding.get_abstract_mesh().shape
     heads, slots = max(c.cached_heads, mesh['tensor']), -(-slots // mesh['context']) * mesh['context']
     make = lambda width: jnp.zeros((c.layers, rows, slots, heads, width), c.dtype, out_sharding=CACHE_SPEC)

@@ -3,7 +3,8 @@
 Conventions. A multiplication and an addition are 2 FLOPs; only matmuls count (no norms, softmax, rotations or lookups). A
 backward pass is twice its forward pass; what rematerialisation repeats is not counted. Attention is the causal triangle:
 in a row of T tokens that are one document a token sees (T + 1) / 2 keys on average, fewer with a window. Of the experts,
-those that a token visits. The vocabulary is the real one, unpadded.
+those that a token visits. The vocabulary is the real one, unpadded. Of an encoder–decoder a token is one of the target
+together with one of the source.
 """
 
 from model.config import ModelConfig
@@ -13,14 +14,23 @@ def parameters(c: ModelConfig) -> dict[str, int]:
     """Parameters by part; the sum is what a checkpoint holds (with the embedding's padding rows)."""
     D, moe = c.model_dim, sum(kind.experts for kind in c.kinds)
     norm = D * (2 if c.norm == 'layernorm' and c.bias else 1)
-    norms = {'pre': 2 * c.layers + 1, 'post': 2 * c.layers, 'sandwich': 4 * c.layers + 1}[c.norm_order]
+    parts_of_layer = 3 if c.encoder else 2
+    per_layer, last = {'pre': (1, 1), 'post': (1, 0), 'sandwich': (2, 1)}[c.norm_order]
+    norms = per_layer * parts_of_layer * c.layers + last + c.embedding_norm
+    V = 0 if c.vocabulary is None else c.padded_vocabulary
+    table = c.max_positions if V and c.positions == 'learned' else 0
     parts = {
-        'embedding': c.padded_vocabulary * D + (c.max_positions * D if c.positions == 'learned' else 0),
-        'attention': c.layers * _attention(c),
+        'embedding': (V + table + c.segment_kinds) * D,
+        'attention': c.layers * _attention(c) + (c.relative_buckets * c.heads if c.positions == 'relative' else 0),
         'mlp': (c.layers - moe) * _mlp(c, c.mlp_dim),
         'norms': norms * norm,
-        'head': 0 if c.tied_embedding else c.padded_vocabulary * D,
+        'head': (0 if c.tied_embedding else V * D) + V * c.head_bias + c.head_mlp * (D * D + D + norm),
     }
+    if c.pooler:
+        parts['pooler'] = D * D + D + c.next_sentence * (2 * D + 2)
+    if c.encoder:
+        parts['cross_attention'] = c.layers * _attention(c)
+        parts['encoder'] = sum(parameters(c.of_encoder).values())
     if c.moe:
         m = c.moe
         expert = _matrices(c) * D * m.mlp_dim + m.bias * ((_matrices(c) - 1) * m.mlp_dim + D)
@@ -42,6 +52,8 @@ def keys_seen(c: ModelConfig, sequence_length: int) -> float:
 
     def seen(windowed: bool) -> float:
         window = min(c.window if windowed else sequence_length, sequence_length)
+        if not c.causal:  # as far ahead as behind
+            return ((2 * window - 1) * sequence_length - window * (window - 1)) / sequence_length
         return (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
 
     return sum(seen(kind.windowed) for kind in c.kinds) / c.layers
@@ -54,8 +66,11 @@ def forward_flops(c: ModelConfig, keys: float) -> dict[str, float]:
         'projections': c.layers * 2.0 * sum(a * b for a, b in _projections(c)),
         'attention': c.layers * 2.0 * c.heads * (c.query_dim + c.value_dim) * keys,
         'mlp': (c.layers - moe) * 2.0 * _matrices(c) * D * c.mlp_dim,
-        'head': 2.0 * D * c.vocabulary,
+        'head': 2.0 * D * (c.vocabulary or 0) + 2.0 * D * D * c.head_mlp,
     }
+    if c.encoder:
+        flops['cross_attention'] = flops['projections'] + flops['attention']
+        flops['encoder'] = sum(forward_flops(c.of_encoder, keys).values())
     if c.moe:
         visited = c.moe.top_k + c.moe.shared_experts
         flops['router'] = moe * 2.0 * D * c.moe.experts

@@ -11,7 +11,7 @@ import numpy as np
 from data.packing import Rows
 from data.tokenizer import Tokenizer
 from model.decoder import Decoder
-from model.forward import place_rows, row_ways
+from model.forward import needs_causal, place_rows, row_ways
 from training.loss import loss_sums
 
 _sums = jax.jit(loss_sums, static_argnames='microbatches')
@@ -40,6 +40,7 @@ def evaluate(
     model: Decoder, tokenizer: Tokenizer, rows: Rows, numbers: Sequence[int] | np.ndarray, batch: int
 ) -> Evaluation:
     """Reads the rows of those numbers, about `batch` at a time, without dropout. Use it under `jax.set_mesh`."""
+    needs_causal(model, 'evaluating')
     bytes_V = np.array([len(piece) for piece in tokenizer.pieces], np.int32)
     stages = jax.sharding.get_mesh().shape['stage']  # a pipeline takes as many microbatches at least
     ways = row_ways() * stages

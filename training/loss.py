@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import P, lax
 
 from model.config import ModelConfig
-from model.decoder import Decoder, backends, to_vocabulary
+from model.decoder import Decoder, Head, backends, to_vocabulary
 from model.forward import TOKENS, columns, one_device
 from model.layers import View, specs
 from sharding.collectives import join, my_slice, sum_copies, vary
@@ -152,18 +152,18 @@ def parts(sums: dict, model: Decoder) -> dict:
     return found
 
 
-def cross_entropy(head_DV, x_BTD, target_BT, live_BT, c: ModelConfig):
+def cross_entropy(head: Head, x_BTD, target_BT, live_BT, c: ModelConfig):
     """Σ −log p(target) over the real tokens of all devices of `tensor`, as this device's share of that sum.
 
     The vocabulary is split over `tensor`; logits exist for CHUNK tokens at a time, in the backward pass too.
     """
-    n, shard = lax.axis_size('tensor'), head_DV.shape[1]
+    n, shard = lax.axis_size('tensor'), head.w_DV.shape[1]
     columns_V = lax.axis_index('tensor') * shard + jnp.arange(shard)
 
     @jax.checkpoint
     def chunk(x_1ND, target_1N, live_1N):
         x_ND, target_N, live_N = (join(a)[0] for a in (x_1ND, target_1N, live_1N))
-        logit_NV = jnp.where((columns_V < c.vocabulary)[None], to_vocabulary(x_ND, head_DV, c), -jnp.inf)
+        logit_NV = jnp.where((columns_V < c.vocabulary)[None], to_vocabulary(x_ND, head, c), -jnp.inf)
         top_N = lax.pmax(lax.stop_gradient(logit_NV.max(-1)), 'tensor')
         sum_N = lax.psum(jnp.exp(logit_NV - top_N[:, None]).sum(-1), 'tensor')
         hit_N = lax.psum(jnp.where(columns_V[None] == target_N[:, None], logit_NV, 0).sum(-1), 'tensor')

@@ -9,6 +9,9 @@ ROWS, LENGTH, KEPT = 4, 160, 32  # tokens of a case; positions whose logits are 
 PROMPT, NEW = 16, 64  # tokens that are read, and continued greedily
 VOCABULARY = 200
 SEED = 7
+LENGTHS = [LENGTH, LENGTH, 150, 60]  # of the rows that encoders read: what follows is padding
+MASK = 3  # the token that BERT is to replace
+ENCODERS, BOTH = ('bert',), ('t5', 'marian')  # families that read a row at once; that do, and then write another
 NOT_IN_TRANSFORMERS = ('grok1',)
 OFFSET_NORMS = ('gemma2', 'gemma3')  # families whose norm weights are differences from 1
 BASE: dict[str, Any] = {
@@ -234,3 +237,18 @@ case(
     first_k_dense_replace=2,
     rope_parameters={'rope_type': 'default', 'rope_theta': 1e5, 'partial_rotary_factor': 0.25},
 )
+
+BERT = {
+    'vocab_size': VOCABULARY,
+    'hidden_size': 64,
+    'num_hidden_layers': 3,
+    'num_attention_heads': 4,
+    'intermediate_size': 96,
+    'max_position_embeddings': 192,
+    'pad_token_id': 0,
+}
+case('bert-plain', 'BertForMaskedLM', 'bert', BERT)
+case('bert-tanh-gelu-many-kinds', 'BertForMaskedLM', 'bert', BERT, hidden_act='gelu_new', type_vocab_size=5)
+case('bert-relu-wide-epsilon', 'BertForMaskedLM', 'bert', BERT, hidden_act='relu', layer_norm_eps=1e-2)
+case('bert-silu', 'BertForMaskedLM', 'bert', BERT, hidden_act='silu', num_attention_heads=8)
+case('bert-pretraining', 'BertForPreTraining', 'bert', BERT, num_attention_heads=2)

@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import jax
 import pytest
 
+from model.families import leaves, tensors
 from sharding.errors import UserError
+from sharding.mesh import MeshConfig, make_mesh
 from tests.families import cases
 from tests.families.loading import read
 
@@ -115,6 +118,46 @@ def test_a_field_that_is_left_out_means_what_transformers_takes_for_it(case, fie
     assert {name: getattr(c, name) for name in expected} == expected
 
 
+BERT_BASE: dict[str, Any] = {  # google-bert/bert-base-uncased, config.json
+    'architectures': ['BertForMaskedLM'],
+    'attention_probs_dropout_prob': 0.1,
+    'gradient_checkpointing': False,
+    'hidden_act': 'gelu',
+    'hidden_dropout_prob': 0.1,
+    'hidden_size': 768,
+    'initializer_range': 0.02,
+    'intermediate_size': 3072,
+    'layer_norm_eps': 1e-12,
+    'max_position_embeddings': 512,
+    'model_type': 'bert',
+    'num_attention_heads': 12,
+    'num_hidden_layers': 12,
+    'pad_token_id': 0,
+    'position_embedding_type': 'absolute',
+    'transformers_version': '4.6.0.dev0',
+    'type_vocab_size': 2,
+    'use_cache': True,
+    'vocab_size': 30522,
+}
+
+
+def test_the_published_bert_has_tensors_that_its_config_does_not_tell_of():
+    family, c = read(BERT_BASE)
+    assert family.known_as('bert.embeddings.LayerNorm.gamma') == 'bert.embeddings.LayerNorm.weight'
+    there = [
+        'bert.pooler.dense.weight',
+        'bert.pooler.dense.bias',
+        'cls.seq_relationship.weight',
+        'cls.predictions.bias',
+    ]
+    whole = family.model_of(c, there)
+    assert (c.pooler, whole.pooler, whole.next_sentence) == (False, True, True)
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        found = {one.name for one in tensors(family, whole, leaves(whole))}
+    assert set(there) < found
+    assert len(found) == 5 + 12 * 16 + 5 + 4
+
+
 YARN = {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 128}
 
 
@@ -149,6 +192,9 @@ YARN = {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 128}
         ),
         ('glm4_moe-air', {'scoring_func': 'softmax'}, 'scoring_func is .*supported: .sigmoid'),
         ('glm4_moe-air', {'n_group': 3}, 'model.moe.groups is 3'),
+        ('bert-plain', {'is_decoder': True}, 'is_decoder is True, which is not supported; supported: False'),
+        ('bert-plain', {'position_embedding_type': 'relative_key'}, "position_embedding_type is 'relative_key'"),
+        ('bert-plain', {'tie_word_embeddings': False}, 'tie_word_embeddings is False, which is not supported'),
     ],
 )
 def test_what_cannot_be_represented_is_refused(case, changes, message):

@@ -16,7 +16,7 @@ from model import layers
 from model.families import Joined
 from sharding.mesh import MeshConfig, make_mesh
 from tests.families.loading import GOLDENS, changed, generated, golden, read
-from tests.families.test_families import TOLERANCE, error, whole
+from tests.families.test_families import TOLERANCE, error, of_golden
 
 LAYER = 'model.layers.{i}.'
 CONFIGS: list[tuple[str, dict[str, Any]]] = [
@@ -76,6 +76,16 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ('glm4_moe-groups-two-dense', {'moe.top_groups': 4}),
     ('glm4_moe-groups-two-dense', {'moe.group_score': 'max'}),
     ('glm4_moe-groups-two-dense', {'moe.renormalize': True}),
+    ('bert-plain', {'causal': True}),
+    ('bert-plain', {'activation': 'gelu'}),
+    ('bert-plain', {'norm_epsilon': 1e-3}),
+    ('bert-plain', {'embedding_norm': False}),
+    ('bert-plain', {'head_mlp': False}),
+    ('bert-plain', {'head_bias': False}),
+    ('bert-plain', {'qkv_bias': False}),
+    ('bert-plain', {'segment_kinds': 0}),
+    ('bert-tanh-gelu-many-kinds', {'activation': 'gelu_exact'}),
+    ('bert-relu-wide-epsilon', {'norm_epsilon': 1e-5}),
 ]
 NAMES: list[tuple[str, dict[str, Any]]] = [
     (
@@ -124,7 +134,7 @@ def wrong_by(case: str, changes: dict[str, Any], names: dict[str, Any]) -> float
     family = dataclasses.replace(family, names={**family.names, **{LAYER + name: leaf for name, leaf in names.items()}})
     with jax.set_mesh(make_mesh(MeshConfig())):
         model = generated(case, family, changed(c, changes), known.seed)
-        return error(whole(model, known.ids)[known.at[:, 0], known.at[:, 1]], known.logits)
+        return error(of_golden(model, known)[known.at[:, 0], known.at[:, 1]], known.logits)
 
 
 @pytest.mark.parametrize(('case', 'changes'), CONFIGS, ids=short)

@@ -36,9 +36,9 @@ def tensor(seed: int, name: str, shape: tuple[int, ...], offset_norms: bool = Fa
     return unit * np.float32(2.0 ** np.round(np.log2(np.sqrt(3 / shape[-1]))))
 
 
-def ids(seed: int, rows: int, length: int, vocabulary: int) -> np.ndarray:
+def ids(seed: int, rows: int, length: int, vocabulary: int, name: str = 'ids') -> np.ndarray:
     """int32 [rows, length]."""
-    return (integers(key_of(seed, 'ids'), rows * length) % np.uint64(vocabulary)).astype(np.int32).reshape(rows, length)
+    return (integers(key_of(seed, name), rows * length) % np.uint64(vocabulary)).astype(np.int32).reshape(rows, length)
 
 
 def places(seed: int, count: int, rows: int, length: int) -> np.ndarray:
