@@ -27,6 +27,7 @@ class RopeScaling:
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn: the ramp begins and ends at whole dims
     attention_factor: float | None = None  # yarn, longrope: on queries and keys alike; None: the paper's, of `factor`
+    mscale_all_dim: float = 0.0  # yarn: scores grow by (0.1 · this · ln factor + 1)², as in DeepSeek-V2's code
     short_factors: tuple[float, ...] | None = (
         None  # longrope: by pair of dims, for rows of at most `original_positions`
     )
@@ -220,7 +221,7 @@ class ModelConfig:
     attention_softcap: float | None = None  # c: scores become c tanh(score / c)
     attention_sinks: bool = False  # each head has one more score in the softmax, that stands for no token
     qk_norm: bool | Literal['full'] = False  # RMSNorm of each head's query and key; full: of all heads' together
-    qkv_bias: bool = False
+    qkv_bias: bool = False  # of the projections to queries, keys and values; with `latent` of those to latent vectors
     o_bias: bool = False  # of attention's output projection
     mlp_bias: bool = False
     bias: bool = False  # of the output and MLP projections and of LayerNorm
@@ -251,6 +252,13 @@ class ModelConfig:
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise UserError(f'model.{field} is {getattr(self, field)}: it must be at least 1')
         set_default('kv_heads', self.heads)
+        if self.latent:
+            set_default('head_dim', self.query_dim)
+            if self.head_dim != self.query_dim:
+                raise UserError(
+                    f'model.head_dim is {self.head_dim}: with model.latent a head is plain_dim + rotary_dim = {self.query_dim} '
+                    'wide; leave head_dim out'
+                )
         if self.head_dim is None and self.model_dim % self.heads:
             raise UserError(
                 f'model.heads is {self.heads} and model.model_dim {self.model_dim}: heads must divide it, unless '
@@ -304,10 +312,9 @@ class ModelConfig:
             raise UserError('model.next_sentence is true: its logits are made of the pooler; set model.pooler=true')
         if not self.window_pattern:
             raise UserError('model.window_pattern is empty: [true] gives every layer the window')
-        if self.latent and (self.kv_heads != self.heads or self.qk_norm or self.qkv_bias or self.attention_sinks):
+        if self.latent and (self.kv_heads != self.heads or self.qk_norm or self.attention_sinks):
             raise UserError(
-                'model.latent: attention from latent vectors has as many kv_heads as heads, and no qk_norm, qkv_bias or '
-                'attention_sinks'
+                'model.latent: attention from latent vectors has as many kv_heads as heads, and no qk_norm or attention_sinks'
             )
         for field in ('attention_softcap', 'logit_softcap', 'activation_limit', 'query_scale', 'local_rope_theta'):
             if getattr(self, field) is not None and not getattr(self, field) > 0:

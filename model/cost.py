@@ -116,12 +116,13 @@ def _projections(c: ModelConfig) -> list[tuple[int, int]]:
 
 def _attention(c: ModelConfig) -> int:
     """Parameters of a layer's attention."""
-    N, M = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    vectors = (N + 2 * M) * c.qkv_bias + c.model_dim * (c.bias or c.o_bias) + c.heads * c.attention_sinks
+    N, M, a = c.heads * c.head_dim, c.kv_heads * c.head_dim, c.latent
+    first = N + 2 * M if a is None else (a.q_rank or 0) + a.kv_rank + a.rotary_dim
+    vectors = first * c.qkv_bias + c.model_dim * (c.bias or c.o_bias) + c.heads * c.attention_sinks
     if c.qk_norm:
         vectors += N + M if c.qk_norm == 'full' else 2 * c.head_dim
-    if c.latent:
-        vectors += c.latent.kv_rank + (c.latent.q_rank or 0)
+    if a:
+        vectors += a.kv_rank + (a.q_rank or 0)
     return sum(a * b for a, b in _projections(c)) + vectors
 
 

@@ -47,6 +47,10 @@ class LatentAttention(nnx.Module):
         else:
             self.q_DN = weight(rngs, c, (D, N), P(FSDP, 'tensor'), fan_in=D)
         self.kv_down_DR = weight(rngs, c, (D, R + a.rotary_dim), P(FSDP, None), fan_in=D)
+        if c.qkv_bias:
+            self.kv_down_bias_R = constant(c, 0.0, (R + a.rotary_dim,), P(None))
+            if a.q_rank:
+                self.q_down_bias_Q = constant(c, 0.0, (a.q_rank,), P(None))
         self.kv_scale_R = constant(c, 1.0, (R,), P(None))
         # Of each head first the key's columns, then the value's.
         self.kv_up_RN = weight(rngs, c, (R, c.heads * (a.plain_dim + a.value_dim)), P(FSDP, 'tensor'), fan_in=R)
@@ -59,12 +63,17 @@ class LatentAttention(nnx.Module):
         """The block's output in the layout between blocks, and the cache with these tokens' latent vectors at [layer]."""
         c, a, dtype = self.config, self.config.latent, x_BTD.dtype
         down_BTR = linear(x_BTD, whole(self.kv_down_DR[...], dtype))
+        if c.qkv_bias:
+            down_BTR = down_BTR + self.kv_down_bias_R.astype(dtype)[None, None]
         latent_BTR = rms_norm(down_BTR[..., : a.kv_rank], self.kv_scale_R[...], LATENT_EPSILON)
         # What travels between the devices of `tensor` is the latent vectors, which are smaller than x.
         both_BTR = view.join(jnp.concatenate([latent_BTR, down_BTR[..., a.kv_rank :]], -1))
         latent_BTR, key_BTr = both_BTR[..., : a.kv_rank], both_BTR[..., a.kv_rank :]
         if a.q_rank:
-            q_BTQ = rms_norm(linear(x_BTD, whole(self.q_down_DQ[...], dtype)), self.q_scale_Q[...], LATENT_EPSILON)
+            q_BTQ = linear(x_BTD, whole(self.q_down_DQ[...], dtype))
+            if c.qkv_bias:
+                q_BTQ = q_BTQ + self.q_down_bias_Q.astype(dtype)[None, None]
+            q_BTQ = rms_norm(q_BTQ, self.q_scale_Q[...], LATENT_EPSILON)
             q = linear(view.join(q_BTQ), whole(self.q_up_QN[...], dtype))
         else:
             q = linear(view.join(x_BTD), whole(self.q_DN[...], dtype))

@@ -22,7 +22,7 @@ from jax import P, lax
 from model.attention import Relative, attention
 from model.attention.cached import cached_attention
 from model.config import Kind, ModelConfig
-from model.rope import rope
+from model.rope import rope, yarn_gain
 from sharding.collectives import join, my_slice, split, whole, wide
 from sharding.mesh import BATCH, FSDP
 from sharding.pipeline import dealt, microbatch
@@ -258,9 +258,12 @@ class Attention(nnx.Module):
 
 def how_to_attend(c: ModelConfig, windowed: bool) -> dict[str, Any]:
     """The arguments of `attention` and `cached_attention` that the config decides."""
+    scale = c.query_dim**-0.5 if c.query_scale is None else c.query_scale
+    if c.rope_scaling and c.rope_scaling.mscale_all_dim:
+        scale *= yarn_gain(c.rope_scaling.factor, c.rope_scaling.mscale_all_dim) ** 2
     return {
         'window': c.window if windowed else None,
-        'scale': c.query_dim**-0.5 if c.query_scale is None else c.query_scale,
+        'scale': scale,
         'softcap': c.attention_softcap,
     }
 

@@ -85,9 +85,13 @@ def _yarn(plain, theta, half, position_BT, s: RopeScaling):
     low, high = max(low, 0), min(high, 2 * half - 1)
     turn = plain(theta)
     ramp = jnp.clip((jnp.arange(half, dtype=turn.dtype) - low) / max(high - low, 0.001), 0, 1)
-    gain = 0.1 * math.log(s.factor) + 1 if s.factor > 1 else 1.0
     turn = turn / s.factor * ramp + turn * (1 - ramp)
-    return turn[None], gain if s.attention_factor is None else s.attention_factor
+    return turn[None], yarn_gain(s.factor) if s.attention_factor is None else s.attention_factor
+
+
+def yarn_gain(factor: float, times: float = 1.0) -> float:
+    """0.1 · times · ln(factor) + 1 (Peng et al. 2023, arXiv:2309.00071, eq. 22), as DeepSeek-V2's code has it."""
+    return 0.1 * times * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def _llama3(plain, theta, half, position_BT, s: RopeScaling):

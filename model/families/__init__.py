@@ -31,6 +31,9 @@ FAMILIES = (
     'olmoe',
     'phi3',
     'glm4_moe',
+    'deepseek_v2',
+    'deepseek_v3',
+    'grok1',
     'bert',
 )  # their files
 # fmt: off

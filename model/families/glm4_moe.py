@@ -14,6 +14,9 @@ SHARED = {
     'model.layers.{i}.mlp.shared_experts.gate_proj.weight': 'mlp.shared.gate_DF',
     'model.layers.{i}.mlp.shared_experts.up_proj.weight': 'mlp.shared.up_DF',
     'model.layers.{i}.mlp.shared_experts.down_proj.weight': 'mlp.shared.down_DF',
+    'model.layers.{i}.mlp.shared_experts.gate_proj.bias': 'mlp.shared.gate_bias_F',
+    'model.layers.{i}.mlp.shared_experts.up_proj.bias': 'mlp.shared.up_bias_F',
+    'model.layers.{i}.mlp.shared_experts.down_proj.bias': 'mlp.shared.down_bias_D',
 }
 
 
@@ -24,8 +27,8 @@ def read(f: Fields) -> ModelConfig:
     return ModelConfig(**fields, **rope, qk_norm=norm, qkv_bias=f('attention_bias', False), moe=read_experts(f))
 
 
-def read_experts(f: Fields) -> MoEConfig:
-    """Of GLM-4.5 and DeepSeek-V3: sigmoid scores, a bias for the choice, groups by their two best."""
+def read_experts(f: Fields, dense: int = 1, scale: float = 1.0, groups: int = 1, top_groups: int = 1) -> MoEConfig:
+    """Of GLM-4.5 and DeepSeek-V3, with a family's defaults: sigmoid scores, a bias for the choice, groups by their two best."""
     f.only('scoring_func', 'sigmoid')
     f.only('topk_method', 'noaux_tc')
     f.only('moe_layer_freq', 1)
@@ -35,12 +38,12 @@ def read_experts(f: Fields) -> MoEConfig:
         top_k=f('num_experts_per_tok'),
         mlp_dim=f('moe_intermediate_size'),
         shared_experts=f('n_shared_experts', 1),
-        first_dense_layers=f('first_k_dense_replace', 1),
+        first_dense_layers=f('first_k_dense_replace', dense),
         router='sigmoid',
         renormalize=f('norm_topk_prob', True),
-        routed_scale=float(f('routed_scaling_factor', 1.0)),
-        groups=f('n_group', 1),
-        top_groups=f('topk_group', 1),
+        routed_scale=float(f('routed_scaling_factor', scale)),
+        groups=f('n_group', groups),
+        top_groups=f('topk_group', top_groups),
         choice_bias=True,
     )
 

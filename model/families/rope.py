@@ -1,19 +1,24 @@
 """Rotary positions in published configs, in the old form (rope_theta, rope_scaling) and the new one (rope_parameters)."""
 
-import math
 from typing import Any
 
 from model.config import ModelConfig, RopeScaling
 from model.families import Fields
+from model.rope import yarn_gain
 from sharding.errors import UserError
 
 
 def read_rope(
-    f: Fields, default_theta: float = 10_000.0, fraction: float | None = None, original: int | None = None
+    f: Fields,
+    default_theta: float = 10_000.0,
+    fraction: float | None = None,
+    original: int | None = None,
+    scores: bool = False,
 ) -> dict[str, Any]:
     """The fields of ModelConfig that say how positions turn, with a family's defaults.
 
-    `fraction` is the part of a head that turns, None in families that have no such field; `original` the old context.
+    `fraction` is the part of a head that turns, None in families that have no such field; `original` the old context;
+    `scores` whether mscale_all_dim makes them grow, as in DeepSeek's models, and not only queries and keys.
     """
     f.skip('max_position_embeddings')
     p = f.part('rope_parameters') or f.part('rope_scaling')
@@ -21,10 +26,10 @@ def read_rope(
     found: dict[str, Any] = {'rope_theta': float(said('rope_theta', default_theta))}
     if fraction is not None:
         found['rotary_fraction'] = float(said('partial_rotary_factor', fraction))
-    return found | {'rope_scaling': None if p is None else read_scaling(f, p, original)}
+    return found | {'rope_scaling': None if p is None else read_scaling(f, p, original, scores)}
 
 
-def read_scaling(f: Fields, p: Fields, original: int | None = None) -> RopeScaling | None:
+def read_scaling(f: Fields, p: Fields, original: int | None = None, scores: bool = False) -> RopeScaling | None:
     """The scaling of a rope_scaling or rope_parameters mapping `p` in `f`; `original` is the old context by default."""
     kind = p('rope_type', p('type', 'default'))
     p.skip('type', 'rope_theta')
@@ -48,6 +53,8 @@ def read_scaling(f: Fields, p: Fields, original: int | None = None) -> RopeScali
         scaling['beta_fast'], scaling['beta_slow'] = float(p('beta_fast', 32.0)), float(p('beta_slow', 1.0))
         scaling['truncate'] = p('truncate', True)
         scaling['attention_factor'] = _yarn_gain(p)
+        if scores:
+            scaling['mscale_all_dim'] = float(p('mscale_all_dim', 0.0))
     elif kind in ('longrope', 'su'):
         kind = 'longrope'
         scaling['original_positions'] = old or f('max_position_embeddings')
@@ -70,11 +77,6 @@ def _yarn_gain(p: Fields) -> float | None:
     if gain is None and part and whole:
         gain = yarn_gain(p('factor'), part) / yarn_gain(p('factor'), whole)
     return None if gain is None else float(gain)
-
-
-def yarn_gain(factor: float, times: float = 1.0) -> float:
-    """0.1 · times · ln(factor) + 1 (Peng et al. 2023, arXiv:2309.00071, eq. 22), as DeepSeek-V2's code has it."""
-    return 0.1 * times * math.log(factor) + 1 if factor > 1 else 1.0
 
 
 def write_rope(c: ModelConfig, fraction: bool = False) -> dict[str, Any]:
@@ -100,7 +102,11 @@ def write_scaling(s: RopeScaling) -> dict[str, Any]:
         fields |= {'beta_fast': s.beta_fast, 'beta_slow': s.beta_slow, 'truncate': s.truncate}
     elif s.kind == 'longrope':
         fields |= {'short_factor': list(s.short_factors or ()), 'long_factor': list(s.long_factors or ())}
-    if s.attention_factor is not None:
+    if s.mscale_all_dim:
+        fields['mscale_all_dim'] = s.mscale_all_dim
+    if s.mscale_all_dim and s.attention_factor == 1:
+        fields['mscale'] = s.mscale_all_dim
+    elif s.attention_factor is not None:
         fields['attention_factor'] = s.attention_factor
     return fields
 

@@ -9,9 +9,6 @@ ROWS, LENGTH, KEPT = 4, 160, 32  # tokens of a case; positions whose logits are 
 PROMPT, NEW = 16, 64  # tokens that are read, and continued greedily
 VOCABULARY = 200
 SEED = 7
-LENGTHS = [LENGTH, LENGTH, 150, 60]  # of the rows that encoders read: what follows is padding
-MASK = 3  # the token that BERT is to replace
-ENCODERS, BOTH = ('bert',), ('t5', 'marian')  # families that read a row at once; that do, and then write another
 NOT_IN_TRANSFORMERS = ('grok1',)
 OFFSET_NORMS = ('gemma2', 'gemma3')  # families whose norm weights are differences from 1
 BASE: dict[str, Any] = {
@@ -238,17 +235,126 @@ case(
     rope_parameters={'rope_type': 'default', 'rope_theta': 1e5, 'partial_rotary_factor': 0.25},
 )
 
-BERT = {
-    'vocab_size': VOCABULARY,
-    'hidden_size': 64,
+DEEPSEEK = BASE | {
+    'num_key_value_heads': 4,
+    'q_lora_rank': 24,
+    'kv_lora_rank': 16,
+    'qk_nope_head_dim': 16,
+    'qk_rope_head_dim': 8,
+    'v_head_dim': 12,
+    'n_routed_experts': 8,
+    'num_experts_per_tok': 2,
+    'moe_intermediate_size': 32,
     'num_hidden_layers': 3,
-    'num_attention_heads': 4,
-    'intermediate_size': 96,
-    'max_position_embeddings': 192,
-    'pad_token_id': 0,
+    'first_k_dense_replace': 1,
 }
-case('bert-plain', 'BertForMaskedLM', 'bert', BERT)
-case('bert-tanh-gelu-many-kinds', 'BertForMaskedLM', 'bert', BERT, hidden_act='gelu_new', type_vocab_size=5)
-case('bert-relu-wide-epsilon', 'BertForMaskedLM', 'bert', BERT, hidden_act='relu', layer_norm_eps=1e-2)
-case('bert-silu', 'BertForMaskedLM', 'bert', BERT, hidden_act='silu', num_attention_heads=8)
-case('bert-pretraining', 'BertForPreTraining', 'bert', BERT, num_attention_heads=2)
+MSCALE = {
+    'type': 'yarn',
+    'factor': 40,
+    'original_max_position_embeddings': 32,
+    'beta_fast': 32,
+    'beta_slow': 1,
+    'mscale': 0.707,
+    'mscale_all_dim': 0.707,
+}
+DEEPSEEK_V2 = DEEPSEEK | {'topk_method': 'greedy', 'norm_topk_prob': False, 'scoring_func': 'softmax'}
+case('deepseek_v2-lite', 'DeepseekV2ForCausalLM', 'deepseek_v2', DEEPSEEK_V2, q_lora_rank=None, rope_scaling=MSCALE)
+case(
+    'deepseek_v2-groups',
+    'DeepseekV2ForCausalLM',
+    'deepseek_v2',
+    DEEPSEEK_V2,
+    topk_method='group_limited_greedy',
+    n_group=4,
+    topk_group=2,
+    routed_scaling_factor=16.0,
+    n_shared_experts=1,
+    num_experts_per_tok=3,
+)
+case(
+    'deepseek_v2-biases-no-dense-layer',
+    'DeepseekV2ForCausalLM',
+    'deepseek_v2',
+    DEEPSEEK_V2,
+    attention_bias=True,
+    mlp_bias=True,
+    first_k_dense_replace=0,
+    num_hidden_layers=2,
+    rope_parameters={'rope_type': 'default', 'rope_theta': 5e4},
+    tie_word_embeddings=True,
+)
+DEEPSEEK_V3 = DEEPSEEK | {
+    'n_group': 4,
+    'topk_group': 2,
+    'topk_method': 'noaux_tc',
+    'scoring_func': 'sigmoid',
+    'norm_topk_prob': True,
+    'routed_scaling_factor': 2.5,
+    'n_shared_experts': 1,
+    'num_nextn_predict_layers': 0,
+}
+case(
+    'deepseek_v3-as-published',
+    'DeepseekV3ForCausalLM',
+    'deepseek_v3',
+    DEEPSEEK_V3,
+    rope_scaling=MSCALE | {'mscale': 1.0, 'mscale_all_dim': 1.0},
+)
+case(
+    'deepseek_v3-halves-plain-queries-two-dense',
+    'DeepseekV3ForCausalLM',
+    'deepseek_v3',
+    DEEPSEEK_V3,
+    rope_interleave=False,
+    q_lora_rank=None,
+    norm_topk_prob=False,
+    first_k_dense_replace=2,
+    n_group=1,
+    topk_group=1,
+    tie_word_embeddings=True,
+)
+case(
+    'deepseek_v3-biases-two-mscales',
+    'DeepseekV3ForCausalLM',
+    'deepseek_v3',
+    DEEPSEEK_V3,
+    attention_bias=True,
+    n_shared_experts=2,
+    topk_group=3,
+    rope_scaling=MSCALE | {'mscale': 1.0},
+)
+
+GROK1 = BASE | {
+    'num_experts': 8,
+    'num_experts_per_tok': 2,
+    'attn_output_multiplier': 0.25,
+    'max_attn_value': 30.0,
+    'embedding_multiplier_scale': 8.0,
+    'output_multiplier_scale': 0.5773502691896257,
+    'tie_word_embeddings': True,
+}
+case('grok1-as-published', 'Grok1ModelForCausalLM', 'grok-1', GROK1)
+case(
+    'grok1-low-cap-one-kv-head-top-3',
+    'Grok1ModelForCausalLM',
+    'grok-1',
+    GROK1,
+    max_attn_value=2.0,
+    attn_output_multiplier=0.5,
+    num_key_value_heads=1,
+    num_experts_per_tok=3,
+)
+case(
+    'grok1-untied-four-experts',
+    'Grok1ModelForCausalLM',
+    'grok-1',
+    GROK1,
+    num_experts=4,
+    num_key_value_heads=4,
+    tie_word_embeddings=False,
+    rms_norm_eps=1e-3,
+    output_multiplier_scale=2.0,
+    embedding_multiplier_scale=1.5,
+)
+
+from tests.families import encoder_cases  # noqa: E402, F401  (adds its cases to these)

@@ -1,4 +1,4 @@
-"""Goldens of the cases, by transformers: run by an interpreter that has torch and transformers (`make goldens`).
+"""Goldens of the cases, by transformers or a NumPy reference: run by an interpreter that has torch (`make goldens`).
 
 python tests/families/make.py [--only PREFIX] [--seed N] [--out FOLDER] [--all-positions]
 
@@ -8,6 +8,7 @@ encoder–decoder also the rows that the encoder reads.
 """
 
 import argparse
+import importlib
 import json
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.families import cases, weights
+from tests.families import cases, encoder_cases, weights
 
 
 def build(name: str, config: dict, seed: int):
@@ -45,78 +46,59 @@ def build(name: str, config: dict, seed: int):
 
 
 @torch.no_grad()
+def by_transformers(name: str, config: dict, seed: int, rows: dict[str, np.ndarray]):
+    """The config as saved, logits [rows, length, vocabulary], and those that chose each greedy token [steps, vocabulary]."""
+    model, saved = build(name, config, seed)
+    given = {key: torch.tensor(array, dtype=torch.long) for key, array in encoder_cases.arguments(rows).items()}
+    out = model(**given)
+    logits = (out.logits if 'logits' in out else out.prediction_logits).float().numpy()
+    if 'kinds' in rows:
+        return saved, logits, logits[encoder_cases.masked(rows['ids'])]
+    grows = 'decoder_input_ids' if 'source' in rows else 'input_ids'
+    given = {key: array[:1] for key, array in given.items()}
+    new, cache, steps = given.pop(grows)[:, : cases.PROMPT], None, []
+    for _ in range(cases.NEW):
+        out = model(**given, **{grows: new}, past_key_values=cache, use_cache=True)
+        last, cache = out.logits[0, -1].float(), out.past_key_values
+        new = last.argmax()[None, None]
+        steps.append(last.numpy())
+    return saved, logits, np.stack(steps)
+
+
+def by_reference(name: str, config: dict, seed: int, rows: dict[str, np.ndarray]):
+    """The same by the family's own reference in NumPy (tests/families/FAMILY_reference.py)."""
+    reference = importlib.import_module(f'tests.families.{cases.family(name)}_reference')
+    tensors = dict(weights.all_of(seed, reference.shapes(config), False))
+    logits = np.stack([reference.logits(tensors, config, row) for row in rows['ids']])
+    row, steps = rows['ids'][0, : cases.PROMPT], []
+    for _ in range(cases.NEW):
+        steps.append(reference.logits(tensors, config, row)[-1])
+        row = np.append(row, steps[-1].argmax())
+    return config, logits, np.stack(steps)
+
+
 def golden(name: str, config: dict, seed: int, everywhere: bool) -> dict[str, np.ndarray]:
     """What is kept of a case."""
-    model, saved = build(name, config, seed)
-    ids = weights.ids(seed, cases.ROWS, cases.LENGTH, config['vocab_size'])
+    rows = encoder_cases.rows(name, config, seed)
+    make = by_reference if cases.family(name) in cases.NOT_IN_TRANSFORMERS else by_transformers
+    saved, logits, steps = make(name, config, seed, rows)
     at = weights.places(seed, cases.KEPT, cases.ROWS, cases.LENGTH)
     if everywhere:
         at = np.stack(np.meshgrid(np.arange(cases.ROWS), np.arange(cases.LENGTH), indexing='ij'), -1).reshape(-1, 2)
-    alone = cases.family(name) in cases.ENCODERS
-    more = of_encoder(config, seed, ids) if alone else of_both(config, seed) if cases.family(name) in cases.BOTH else {}
-    if alone:
-        ids, at = more.pop('masked'), at[at[:, 1] < np.array(cases.LENGTHS)[at[:, 0]]]
-        out = model(
-            torch.tensor(ids, dtype=torch.long),
-            attention_mask=live(),
-            token_type_ids=torch.tensor(more['kinds'], dtype=torch.long),
-        )
-        logits = (out.logits if 'logits' in out else out.prediction_logits).float().numpy()
-        asked = logits[(ids == cases.MASK) & live().bool().numpy()]
-        greedy, margins = list(asked.argmax(-1)), [margin(torch.tensor(one)) for one in asked]
-    else:
-        rows = {'decoder_input_ids' if more else 'input_ids': torch.tensor(ids, dtype=torch.long)}
-        whole = {'input_ids': torch.tensor(more['source'], dtype=torch.long), 'attention_mask': live()} if more else {}
-        logits = model(**rows, **whole, use_cache=False).logits.float().numpy()
-        greedy, margins = continuation(model, ids[:1, : cases.PROMPT], {key: value[:1] for key, value in whole.items()})
+    if 'kinds' in rows:
+        at = at[encoder_cases.live()[at[:, 0], at[:, 1]]]
+    second, first = np.sort(steps, -1)[:, -2:].T
     versions = {'transformers': transformers.__version__, 'torch': torch.__version__}
-    about = {'config': config, 'saved': saved, 'seed': seed, **versions}
+    made_by = versions if make is by_transformers else {'numpy': np.__version__}
+    about = {'config': config, 'saved': saved, 'seed': seed, **made_by}
     return {
         'about': np.frombuffer(json.dumps(about).encode(), np.uint8),
-        'ids': ids.astype(np.int16),
+        **{key: array.astype(np.int16) for key, array in rows.items()},
         'at': at.astype(np.int16),
-        'logits': logits[at[:, 0], at[:, 1]],
-        'greedy': np.array(greedy, np.int16),
-        'margins': np.array(margins, np.float32),
-        **{key: array.astype(np.int16) for key, array in more.items()},
+        'logits': logits[at[:, 0], at[:, 1]].astype(np.float32),
+        'greedy': steps.argmax(-1).astype(np.int16),
+        'margins': ((first - second) / np.abs(steps).max(-1)).astype(np.float32),
     }
-
-
-def live() -> torch.Tensor:
-    """Which tokens of an encoder's rows are no padding."""
-    return torch.tensor(np.arange(cases.LENGTH)[None] < np.array(cases.LENGTHS)[:, None], dtype=torch.long)
-
-
-def of_encoder(config: dict, seed: int, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """The rows with some tokens masked, and of what kind of text each token is."""
-    draw = lambda below, name: weights.ids(seed, cases.ROWS, cases.LENGTH, below, name)
-    return {
-        'masked': np.where(draw(8, 'masks') == 0, cases.MASK, ids),
-        'kinds': draw(config.get('type_vocab_size', 2), 'kinds'),
-    }
-
-
-def of_both(config: dict, seed: int) -> dict[str, np.ndarray]:
-    """The rows that the encoder reads."""
-    return {'source': weights.ids(seed, cases.ROWS, cases.LENGTH, config['vocab_size'], 'source')}
-
-
-def margin(logits: torch.Tensor) -> float:
-    best = torch.topk(logits, 2).values
-    return float((best[0] - best[1]) / logits.abs().max())
-
-
-def continuation(model, prompt: np.ndarray, source: dict[str, torch.Tensor]) -> tuple[list[int], list[float]]:
-    """Greedy tokens after a prompt, and the margin of each choice."""
-    new, cache, greedy, margins = torch.tensor(prompt, dtype=torch.long), None, [], []
-    for _ in range(cases.NEW):
-        rows = {'decoder_input_ids' if source else 'input_ids': new}
-        out = model(**rows, **source, past_key_values=cache, use_cache=True)
-        last, cache = out.logits[0, -1].float(), out.past_key_values
-        margins.append(margin(last))
-        new = last.argmax()[None, None]
-        greedy.append(int(new))
-    return greedy, margins
 
 
 def main() -> None:
@@ -128,7 +110,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for name, config in cases.CASES.items():
-        if not name.startswith(options.only) or cases.family(name) in cases.NOT_IN_TRANSFORMERS:
+        if not name.startswith(options.only):
             continue
         np.savez_compressed(options.out / f'{name}.npz', **golden(name, config, options.seed, options.all_positions))
         print(name, flush=True)

@@ -12,13 +12,14 @@ from model.families import Fields, families, leaves
 from model.forward import Source, logits, place
 from sharding.mesh import MeshConfig, make_mesh
 from tests.families import cases
+from tests.families.encoder_cases import ENCODERS, live, masked
 from tests.families.loading import GOLDENS, generated, golden, read
 
 TOLERANCE, KL = 1e-5, 1e-8
 MARGIN = 1e-4  # of a greedy choice, over the largest |logit|: below it another choice is not wrong
 MESHES = [MeshConfig(), MeshConfig(data=2, expert=2, tensor=2)]
 PATHS = sorted(GOLDENS.glob('*.npz'))
-MASKED = [path for path in PATHS if cases.family(path.stem) in cases.ENCODERS]
+MASKED = [path for path in PATHS if cases.family(path.stem) in ENCODERS]
 DECODERS = [path for path in PATHS if path not in MASKED]
 
 
@@ -26,18 +27,13 @@ def whole(model, ids_BT, live_BT=None, kind_BT=None, source_BS=None):
     """Logits of rows that are one document each."""
     position_BT = np.broadcast_to(np.arange(ids_BT.shape[1], dtype=np.int32), ids_BT.shape)
     segment_BT = np.ones_like(ids_BT) if live_BT is None else live_BT.astype(np.int32)
-    source = None if source_BS is None else Source(source_BS, position_BT, read_rows(source_BS).astype(np.int32))
+    source = None if source_BS is None else Source(source_BS, position_BT, live().astype(np.int32))
     return np.asarray(_whole(model, *place((ids_BT, position_BT, segment_BT, kind_BT, source))))
-
-
-def read_rows(ids_BS):
-    """bool [B, S]: which tokens of an encoder's rows are no padding."""
-    return np.arange(ids_BS.shape[1])[None] < np.array(cases.LENGTHS)[:, None]
 
 
 def of_golden(model, known):
     """Logits of a golden's rows."""
-    live_BT = None if known.kinds is None else read_rows(known.ids)
+    live_BT = None if known.kinds is None else live()
     return whole(model, known.ids, live_BT, known.kinds, known.source)
 
 
@@ -88,7 +84,7 @@ def test_masked_tokens_are_those_of_transformers(path):
     family, c = read(known.config)
     with jax.set_mesh(make_mesh(MeshConfig())):
         logit_BTV = of_golden(generated(known.name, family, c, known.seed), known)
-    asked = (known.ids == cases.MASK) & read_rows(known.ids)
+    asked = masked(known.ids)
     same = logit_BTV[asked].argmax(-1) == known.greedy
     assert len(same) > 50
     assert (same | (known.margins < MARGIN)).all()

@@ -5,6 +5,7 @@ names, or in the code.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -76,6 +77,34 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ('glm4_moe-groups-two-dense', {'moe.top_groups': 4}),
     ('glm4_moe-groups-two-dense', {'moe.group_score': 'max'}),
     ('glm4_moe-groups-two-dense', {'moe.renormalize': True}),
+    ('deepseek_v2-lite', {'rotary_pairs': 'halves'}),
+    ('deepseek_v2-lite', {'rope_scaling.mscale_all_dim': 0.0}),
+    ('deepseek_v2-lite', {'rope_scaling.attention_factor': None}),
+    ('deepseek_v2-lite', {'moe.renormalize': True}),
+    ('deepseek_v2-groups', {'moe.group_score': 'top2'}),
+    ('deepseek_v2-groups', {'moe.top_groups': 4}),
+    ('deepseek_v2-groups', {'moe.routed_scale': 1.0}),
+    ('deepseek_v2-biases-no-dense-layer', {'qkv_bias': False}),
+    ('deepseek_v2-biases-no-dense-layer', {'o_bias': False}),
+    ('deepseek_v2-biases-no-dense-layer', {'mlp_bias': False}),
+    ('deepseek_v3-as-published', {'rope_scaling.mscale_all_dim': 0.0}),
+    ('deepseek_v3-as-published', {'rope_scaling.factor': 20.0}),
+    ('deepseek_v3-as-published', {'moe.choice_bias': False}),
+    ('deepseek_v3-as-published', {'moe.group_score': 'max'}),
+    ('deepseek_v3-as-published', {'moe.top_groups': 3}),
+    ('deepseek_v3-as-published', {'moe.renormalize': False}),
+    ('deepseek_v3-halves-plain-queries-two-dense', {'rotary_pairs': 'neighbours'}),
+    ('deepseek_v3-halves-plain-queries-two-dense', {'moe.first_dense_layers': 1}),
+    ('deepseek_v3-biases-two-mscales', {'rope_scaling.attention_factor': 1.0}),
+    ('deepseek_v3-biases-two-mscales', {'moe.shared_experts': 1}),
+    ('grok1-as-published', {'query_scale': 0.125}),
+    ('grok1-as-published', {'embedding_scale': 1.0}),
+    ('grok1-as-published', {'logit_scale': 1.0}),
+    ('grok1-as-published', {'moe.router': 'sigmoid'}),
+    ('grok1-low-cap-one-kv-head-top-3', {'attention_softcap': None}),
+    ('grok1-low-cap-one-kv-head-top-3', {'moe.top_k': 2}),
+    ('grok1-untied-four-experts', {'activation': 'swiglu'}),
+    ('grok1-untied-four-experts', {'norm_epsilon': 1e-5}),
     ('bert-plain', {'causal': True}),
     ('bert-plain', {'activation': 'gelu'}),
     ('bert-plain', {'norm_epsilon': 1e-3}),
@@ -88,6 +117,17 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ('bert-relu-wide-epsilon', {'norm_epsilon': 1e-5}),
 ]
 NAMES: list[tuple[str, dict[str, Any]]] = [
+    (
+        'grok1-as-published',
+        {
+            'moe_block.experts.{e}.linear.weight': 'mlp.up_EDF',
+            'moe_block.experts.{e}.linear_v.weight': 'mlp.gate_EDF',
+        },
+    ),
+    (
+        'grok1-as-published',
+        {'pre_attn_norm.scale': 'attention_out_norm.scale_D', 'post_attn_norm.scale': 'attention_norm.scale_D'},
+    ),
     (
         'phi3-longrope-short',
         {'self_attn.qkv_proj.weight': Joined(('attention.q_DN', 'attention.v_DM', 'attention.k_DM'))},
@@ -116,6 +156,7 @@ def by_head(x_BTN, scale_N, heads, c):
 
 CODE: list[tuple[str, str, Callable]] = [
     ('olmoe-plain', 'model.layers.norm_of_all', by_head),
+    ('grok1-as-published', 'jax.nn.gelu', functools.partial(jax.nn.gelu, approximate=False)),
 ]
 
 

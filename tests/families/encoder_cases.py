@@ -1,0 +1,54 @@
+"""The cases of families with an encoder (tests/families/cases.py holds them all), and what such models read."""
+
+import numpy as np
+
+from tests.families import weights
+from tests.families.cases import LENGTH, ROWS, VOCABULARY, case, family
+
+LENGTHS = [LENGTH, LENGTH, 150, 60]  # of the rows that an encoder reads: what follows is padding
+MASK = 3  # the token that BERT is to replace
+ENCODERS, BOTH = ('bert',), ('t5', 'marian')  # families that read a row at once; that do, and then write another
+
+BERT = {
+    'vocab_size': VOCABULARY,
+    'hidden_size': 64,
+    'num_hidden_layers': 3,
+    'num_attention_heads': 4,
+    'intermediate_size': 96,
+    'max_position_embeddings': 192,
+    'pad_token_id': 0,
+}
+case('bert-plain', 'BertForMaskedLM', 'bert', BERT)
+case('bert-tanh-gelu-many-kinds', 'BertForMaskedLM', 'bert', BERT, hidden_act='gelu_new', type_vocab_size=5)
+case('bert-relu-wide-epsilon', 'BertForMaskedLM', 'bert', BERT, hidden_act='relu', layer_norm_eps=1e-2)
+case('bert-silu', 'BertForMaskedLM', 'bert', BERT, hidden_act='silu', num_attention_heads=8)
+case('bert-pretraining', 'BertForPreTraining', 'bert', BERT, num_attention_heads=2)
+
+
+def rows(name: str, config: dict, seed: int) -> dict[str, np.ndarray]:
+    """int32 [ROWS, LENGTH] each: 'ids', of an encoder some masked, and the 'kinds' of text; 'source' of an encoder–decoder."""
+    draw = lambda below, what: weights.ids(seed, ROWS, LENGTH, below, what)
+    ids = draw(config['vocab_size'], 'ids')
+    if family(name) in ENCODERS:
+        kinds = draw(config.get('type_vocab_size', 2), 'kinds')
+        return {'ids': np.where(draw(8, 'masks') == 0, np.int32(MASK), ids), 'kinds': kinds}
+    return {'ids': ids, 'source': draw(config['vocab_size'], 'source')} if family(name) in BOTH else {'ids': ids}
+
+
+def live() -> np.ndarray:
+    """bool [ROWS, LENGTH]: which tokens of an encoder's rows are no padding."""
+    return np.arange(LENGTH)[None] < np.array(LENGTHS)[:, None]
+
+
+def masked(ids: np.ndarray) -> np.ndarray:
+    """bool [ROWS, LENGTH]: which tokens are to be predicted."""
+    return (ids == MASK) & live()
+
+
+def arguments(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The rows by what transformers calls them."""
+    if 'kinds' in rows:
+        return {'input_ids': rows['ids'], 'token_type_ids': rows['kinds'], 'attention_mask': live()}
+    if 'source' in rows:
+        return {'input_ids': rows['source'], 'attention_mask': live(), 'decoder_input_ids': rows['ids']}
+    return {'input_ids': rows['ids']}
