@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from model.config import ModelConfig
@@ -35,6 +36,8 @@ FAMILIES = (
     'deepseek_v3',
     'grok1',
     'bert',
+    't5',
+    'marian',
 )  # their files
 # fmt: off
 HARMLESS = frozenset([  # fields of config.json that change no logit
@@ -176,7 +179,16 @@ class Row:
     leaf: str
 
 
-Entry = str | Joined | Woven | Flipped | Row
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """A tensor that has this name where the model has another array, `beside`, or has it not."""
+
+    leaf: str
+    beside: str
+    has: bool
+
+
+Entry = str | Joined | Woven | Flipped | Row | Where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +206,7 @@ class Family:
         buffers: patterns of published tensors that hold no parameters.
         prefix: of the published names, where a publisher's files may leave it out; part of `names`.
         old_names: patterns of names in older files, and what stands for each match in `names`.
+        fixed: published tensors that follow from the model: files need not have them, but if so with these numbers.
         copies: published names that files may hold beside those in `names`: equal copies of the tensor named.
         told: fields of the model that a file's having a tensor sets, where config.json does not say so; by its name.
     """
@@ -206,6 +219,7 @@ class Family:
     buffers: tuple[str, ...] = ()
     prefix: str = ''
     old_names: tuple[tuple[str, str], ...] = ()
+    fixed: Mapping[str, Callable[[ModelConfig], np.ndarray]] = dataclasses.field(default_factory=dict)
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     told: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
@@ -258,6 +272,8 @@ def tensors(family: Family, c: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeS
     used: set[str] = set()
 
     def fits(entry: Entry, prefix: str) -> bool:
+        if isinstance(entry, Where) and (array_name(prefix, entry.beside) in shapes) != entry.has:
+            return False
         return all(array_name(prefix, leaf) in shapes for leaf in named_by(entry))
 
     for name, entry in family.names.items():
@@ -302,7 +318,7 @@ def named_by(entry: Entry) -> tuple[str, ...]:
     """The arrays that an entry speaks of."""
     if isinstance(entry, str):
         return (entry,)
-    return (entry.leaf,) if isinstance(entry, Flipped | Row) else entry.leaves
+    return (entry.leaf,) if isinstance(entry, Flipped | Row | Where) else entry.leaves
 
 
 def tensor(name: str, entry: Entry, prefix: str, at: tuple[int, ...], c: ModelConfig, shapes: Mapping) -> Tensor:

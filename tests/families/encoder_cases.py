@@ -24,6 +24,64 @@ case('bert-relu-wide-epsilon', 'BertForMaskedLM', 'bert', BERT, hidden_act='relu
 case('bert-silu', 'BertForMaskedLM', 'bert', BERT, hidden_act='silu', num_attention_heads=8)
 case('bert-pretraining', 'BertForPreTraining', 'bert', BERT, num_attention_heads=2)
 
+T5 = {
+    'vocab_size': VOCABULARY,
+    'd_model': 64,
+    'd_kv': 16,
+    'd_ff': 96,
+    'num_layers': 2,
+    'num_heads': 4,
+    'decoder_start_token_id': 0,
+}
+V1_1 = T5 | {'feed_forward_proj': 'gated-gelu', 'tie_word_embeddings': False}
+case('t5-v1.1', 'T5ForConditionalGeneration', 't5', V1_1)
+case('t5-before-v1.1', 'T5ForConditionalGeneration', 't5', T5, num_decoder_layers=3, d_kv=8)
+case(
+    't5-few-near-buckets-silu',
+    'T5ForConditionalGeneration',
+    't5',
+    V1_1,
+    num_decoder_layers=1,
+    feed_forward_proj='gated-silu',
+    relative_attention_num_buckets=16,
+    relative_attention_max_distance=40,
+    layer_norm_epsilon=1e-3,
+    decoder_start_token_id=5,
+)
+case('t5-exact-gelu', 'T5ForConditionalGeneration', 't5', V1_1, feed_forward_proj='gelu', num_heads=2)
+
+MARIAN = {
+    'vocab_size': VOCABULARY,
+    'd_model': 64,
+    'encoder_layers': 2,
+    'decoder_layers': 2,
+    'encoder_attention_heads': 4,
+    'decoder_attention_heads': 4,
+    'encoder_ffn_dim': 96,
+    'decoder_ffn_dim': 96,
+    'max_position_embeddings': 192,
+    'pad_token_id': 199,
+    'decoder_start_token_id': 199,
+}
+case('marian-published', 'MarianMTModel', 'marian', MARIAN, activation_function='swish', scale_embedding=True)
+case('marian-as-in-2017', 'MarianMTModel', 'marian', MARIAN, activation_function='relu', scale_embedding=True)
+case(
+    'marian-sides-differ',
+    'MarianMTModel',
+    'marian',
+    MARIAN,
+    decoder_layers=3,
+    encoder_attention_heads=8,
+    decoder_attention_heads=2,
+    encoder_ffn_dim=64,
+)
+
+
+def not_saved(config: dict) -> dict[str, tuple[int, ...]]:
+    """Shapes of tensors that published files have and that transformers does not write of a new model."""
+    untied = config['model_type'] == 't5' and not config.get('tie_word_embeddings', True)
+    return {'lm_head.weight': (config['vocab_size'], config['d_model'])} if untied else {}
+
 
 def rows(name: str, config: dict, seed: int) -> dict[str, np.ndarray]:
     """int32 [ROWS, LENGTH] each: 'ids', of an encoder some masked, and the 'kinds' of text; 'source' of an encoder–decoder."""

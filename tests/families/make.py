@@ -36,6 +36,7 @@ def build(name: str, config: dict, seed: int):
         Path(folder, 'config.json').write_text(json.dumps(config))
         path = Path(folder, 'model.safetensors')
         shapes = {tensor: array.shape for tensor, array in load_file(path).items()}
+        shapes |= encoder_cases.not_saved(config)
         offset = cases.family(name) in cases.OFFSET_NORMS
         save_file(dict(weights.all_of(seed, shapes, offset)), path, metadata={'format': 'pt'})
         model, found = architecture.from_pretrained(

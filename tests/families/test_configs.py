@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from model.families import leaves, tensors
@@ -158,6 +159,47 @@ def test_the_published_bert_has_tensors_that_its_config_does_not_tell_of():
     assert len(found) == 5 + 12 * 16 + 5 + 4
 
 
+T5_V1_1_BASE: dict[str, Any] = {  # google/t5-v1_1-base, config.json
+    'architectures': ['T5ForConditionalGeneration'],
+    'd_ff': 2048,
+    'd_kv': 64,
+    'd_model': 768,
+    'decoder_start_token_id': 0,
+    'dropout_rate': 0.1,
+    'eos_token_id': 1,
+    'feed_forward_proj': 'gated-gelu',
+    'initializer_factor': 1.0,
+    'is_encoder_decoder': True,
+    'layer_norm_epsilon': 1e-06,
+    'model_type': 't5',
+    'num_decoder_layers': 12,
+    'num_heads': 12,
+    'num_layers': 12,
+    'output_past': True,
+    'pad_token_id': 0,
+    'relative_attention_num_buckets': 32,
+    'tie_word_embeddings': False,
+    'use_cache': True,
+    'vocab_size': 32128,
+}
+
+
+def test_t5_configs_tell_whether_the_head_is_tied():
+    _, c = read(T5_V1_1_BASE)
+    assert (c.tied_embedding, c.logit_scale, c.activation, c.encoder.layers) == (False, 1.0, 'geglu', 12)
+    as_saved = {'tie_word_embeddings': True, 'scale_decoder_outputs': False}
+    assert read(T5_V1_1_BASE | as_saved)[1] == c
+    _, c = read(cases.CASES['t5-before-v1.1'])
+    assert (c.tied_embedding, c.logit_scale, c.activation) == (True, 64**-0.5, 'relu')
+
+
+def test_marian_s_table_of_positions_follows_from_the_config():
+    family, c = read(cases.CASES['marian-published'])
+    table_PD = family.fixed['model.encoder.embed_positions.weight'](c)
+    assert table_PD.shape == (192, 64)
+    assert np.allclose(table_PD[5, [0, 1, 32]], [np.sin(5), np.sin(5 / 10000 ** (1 / 32)), np.cos(5)])
+
+
 YARN = {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 128}
 
 
@@ -192,6 +234,11 @@ YARN = {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 128}
         ),
         ('glm4_moe-air', {'scoring_func': 'softmax'}, 'scoring_func is .*supported: .sigmoid'),
         ('glm4_moe-air', {'n_group': 3}, 'model.moe.groups is 3'),
+        ('t5-v1.1', {'feed_forward_proj': 'gated-relu'}, "feed_forward_proj is 'gated-relu', which is not supported"),
+        ('t5-v1.1', {'is_encoder_decoder': False}, 'is_encoder_decoder is False'),
+        ('marian-published', {'share_encoder_decoder_embeddings': False}, 'share_encoder_decoder_embeddings is False'),
+        ('marian-published', {'decoder_vocab_size': 100}, 'decoder_vocab_size is 100.*supported: 200'),
+        ('marian-published', {'normalize_before': True}, 'normalize_before is True'),
         ('bert-plain', {'is_decoder': True}, 'is_decoder is True, which is not supported; supported: False'),
         ('bert-plain', {'position_embedding_type': 'relative_key'}, "position_embedding_type is 'relative_key'"),
         ('bert-plain', {'tie_word_embeddings': False}, 'tie_word_embeddings is False, which is not supported'),

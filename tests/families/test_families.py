@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from decoding.step import decode, empty_cache, prefill
+from decoding.step import decode, empty_cache, encode, prefill
 from model.cost import parameters
 from model.families import Fields, families, leaves
 from model.forward import Source, logits, place
@@ -41,9 +41,10 @@ _whole = jax.jit(logits)
 
 
 @jax.jit
-def continued(model, prompt_BT, length_B):
+def continued(model, prompt_BT, length_B, source=None):
     """Greedy tokens [steps, B] after each row's prompt, by prefill and decoding, and the logits that chose them."""
-    cache = empty_cache(model, prompt_BT.shape[0], cases.PROMPT + cases.NEW)
+    read = encode(model, *source) if source else None
+    cache = empty_cache(model, prompt_BT.shape[0], cases.PROMPT + cases.NEW, read)
     logit_BV, cache = prefill(model, cache, prompt_BT, length_B)
 
     def step(carry, _):
@@ -97,12 +98,13 @@ def test_greedy_tokens_are_those_of_transformers_and_decoding_is_the_full_forwar
     lengths = np.array([cases.PROMPT, 13, 9, cases.PROMPT], np.int32)
     with jax.set_mesh(make_mesh(MeshConfig())):
         model = generated(known.name, family, c, known.seed)
-        tokens, chose = map(np.asarray, continued(model, *place((known.ids[:, : cases.PROMPT], lengths))))
-        rows, live = np.zeros_like(known.ids), np.zeros_like(known.ids, bool)
+        source = None if known.source is None else (known.source, live().sum(1, dtype=np.int32))
+        tokens, chose = map(np.asarray, continued(model, *place((known.ids[:, : cases.PROMPT], lengths, source))))
+        rows, written = np.zeros_like(known.ids), np.zeros_like(known.ids, bool)
         for b, length in enumerate(lengths):
             rows[b, :length], rows[b, length : length + cases.NEW] = known.ids[b, :length], tokens[:, b]
-            live[b, : length + cases.NEW] = True
-        full = whole(model, rows, live)
+            written[b, : length + cases.NEW] = True
+        full = whole(model, rows, written, source_BS=known.source)
     same = tokens[:, 0] == known.greedy
     ends = len(same) if same.all() else int(np.argmin(same))
     assert same.all() or known.margins[ends] < MARGIN, f'token {ends}: margin {known.margins[ends]}'

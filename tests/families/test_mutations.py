@@ -14,6 +14,8 @@ import jax
 import pytest
 
 from model import layers
+from model.attention.reference import relative_bucket
+from model.encoder import sinusoids
 from model.families import Joined
 from sharding.mesh import MeshConfig, make_mesh
 from tests.families.loading import GOLDENS, changed, generated, golden, read
@@ -115,6 +117,19 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ('bert-plain', {'segment_kinds': 0}),
     ('bert-tanh-gelu-many-kinds', {'activation': 'gelu_exact'}),
     ('bert-relu-wide-epsilon', {'norm_epsilon': 1e-5}),
+    ('t5-v1.1', {'relative_most': 64}),
+    ('t5-v1.1', {'relative_buckets': 16}),
+    ('t5-v1.1', {'activation': 'swiglu'}),
+    ('t5-v1.1', {'query_scale': None}),
+    ('t5-v1.1', {'norm_epsilon': 1e-3}),
+    ('t5-v1.1', {'positions': 'none'}),
+    ('t5-before-v1.1', {'logit_scale': 1.0}),
+    ('t5-exact-gelu', {'activation': 'gelu'}),
+    ('marian-published', {'embedding_scale': 1.0}),
+    ('marian-published', {'activation': 'gelu'}),
+    ('marian-published', {'head_bias': False}),
+    ('marian-published', {'positions': 'none'}),
+    ('marian-published', {'norm_epsilon': 1e-3}),
 ]
 NAMES: list[tuple[str, dict[str, Any]]] = [
     (
@@ -144,6 +159,27 @@ NAMES: list[tuple[str, dict[str, Any]]] = [
         'llama-grouped',
         {'input_layernorm.weight': 'mlp_norm.scale_D', 'post_attention_layernorm.weight': 'attention_norm.scale_D'},
     ),
+    (
+        't5-v1.1',
+        {
+            'decoder.block.{i}.layer.1.EncDecAttention.k.weight': 'cross.v_DM',
+            'decoder.block.{i}.layer.1.EncDecAttention.v.weight': 'cross.k_DM',
+        },
+    ),
+    (
+        't5-v1.1',
+        {
+            'encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight': 'relative_RN',
+            'decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight': 'encoder.relative_RN',
+        },
+    ),
+    (
+        'marian-published',
+        {
+            'model.decoder.layers.{i}.encoder_attn_layer_norm.weight': 'attention_norm.scale_D',
+            'model.decoder.layers.{i}.self_attn_layer_norm.weight': 'cross_norm.scale_D',
+        },
+    ),
 ]
 
 
@@ -154,7 +190,20 @@ def by_head(x_BTN, scale_N, heads, c):
     return x_BTKH.reshape(x_BTN.shape) * scale_N[None, None]
 
 
+def one_way(ahead, buckets, both_ways, most):
+    """In place of buckets for both directions: those of one."""
+    return relative_bucket(ahead, buckets, False, most)
+
+
+def interleaved(c):
+    """In place of sines and then cosines: in turns, as in the paper."""
+    table_PD = sinusoids(c)
+    return table_PD.reshape(len(table_PD), 2, -1).swapaxes(1, 2).reshape(table_PD.shape)
+
+
 CODE: list[tuple[str, str, Callable]] = [
+    ('t5-v1.1', 'model.attention.reference.relative_bucket', one_way),
+    ('marian-published', 'model.decoder.sinusoids', interleaved),
     ('olmoe-plain', 'model.layers.norm_of_all', by_head),
     ('grok1-as-published', 'jax.nn.gelu', functools.partial(jax.nn.gelu, approximate=False)),
 ]
@@ -171,8 +220,9 @@ def wrong_by(case: str, changes: dict[str, Any], names: dict[str, Any]) -> float
     """How far the mutant's logits are from those of transformers, at the positions that are kept."""
     known = golden(GOLDENS / f'{case}.npz')
     family, c = read(known.config)
-    assert {LAYER + name for name in names} <= set(family.names)
-    family = dataclasses.replace(family, names={**family.names, **{LAYER + name: leaf for name, leaf in names.items()}})
+    names = {name if name in family.names else LAYER + name: leaf for name, leaf in names.items()}
+    assert set(names) <= set(family.names)
+    family = dataclasses.replace(family, names={**family.names, **names})
     with jax.set_mesh(make_mesh(MeshConfig())):
         model = generated(case, family, changed(c, changes), known.seed)
         return error(of_golden(model, known)[known.at[:, 0], known.at[:, 1]], known.logits)
