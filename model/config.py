@@ -339,6 +339,11 @@ class ModelConfig:
                 f'model.moe.pattern is {list(self.moe.pattern)} and model.layers {self.layers}: no layer would be a mixture; '
                 'model.moe=null says so'
             )
+        if self.encoder:
+            try:
+                self.of_encoder  # noqa: B018  (made for its checks)
+            except UserError as error:
+                raise UserError(str(error).replace('model.', 'model.encoder.')) from None
 
     @property
     def of_encoder(self) -> 'ModelConfig':
@@ -468,7 +473,7 @@ def sizes(c: ModelConfig) -> list[Divides]:
     if c.positions == 'learned' or c.segment_kinds or c.head_mlp or c.pooler:
         rules.append(Divides((*FSDP, 'tensor'), 'model.model_dim', c.model_dim))
     if c.encoder:
-        whole = 'an encoder–decoder (it is not split along this axis)'
+        whole = 'the number of parts that an encoder–decoder can be split into along it'
         rules += [
             *(Divides((axis,), whole, 1) for axis in ('stage', 'context')),
             *(

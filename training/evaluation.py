@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from data.packing import Rows
+from data.packing import Samples
 from data.tokenizer import Tokenizer
 from model.decoder import Decoder
 from model.forward import needs_causal, place_rows, row_ways
@@ -37,7 +37,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    model: Decoder, tokenizer: Tokenizer, rows: Rows, numbers: Sequence[int] | np.ndarray, batch: int
+    model: Decoder, tokenizer: Tokenizer, rows: Samples, numbers: Sequence[int] | np.ndarray, batch: int
 ) -> Evaluation:
     """Reads the rows of those numbers, about `batch` at a time, without dropout. Use it under `jax.set_mesh`."""
     needs_causal(model, 'evaluating')
@@ -55,7 +55,7 @@ def evaluate(
     return Evaluation(nats, tokens, bytes_)
 
 
-def _padded(rows: Rows, taken: np.ndarray, bytes_V: np.ndarray, begin: int, end: int) -> dict[str, np.ndarray]:
+def _padded(rows: Samples, taken: np.ndarray, bytes_V: np.ndarray, begin: int, end: int) -> dict[str, np.ndarray]:
     """Rows `begin` to `end` of those `taken`, with padding after the last, and the bytes of text of each."""
     mine = taken[begin:end]
     block = rows.take(np.pad(mine, (0, end - begin - len(mine))))

@@ -10,7 +10,7 @@ from jax import P, lax
 
 from model.config import ModelConfig
 from model.decoder import Decoder, Head, backends, to_vocabulary
-from model.forward import TOKENS, columns, one_device
+from model.forward import TOKENS, Source, columns, one_device, with_source
 from model.layers import View, specs
 from sharding.collectives import join, my_slice, sum_copies, vary
 from sharding.mesh import AXES, BATCH
@@ -25,7 +25,8 @@ def loss_sums(model: Decoder, batch: dict, dropout_key=None, microbatches: int =
 
     Args:
         model: the decoder, sharded as it was born.
-        batch: 'tokens', 'targets', 'positions', 'segments', each int32 [B, T], rows split over BATCH; segment 0 is padding.
+        batch: 'tokens', 'targets', 'positions', 'segments', each int32 [B, T], rows split over BATCH; segment 0 is padding. Of
+            an encoder–decoder also 'source_tokens', 'source_positions', 'source_segments' [B, S].
         dropout_key: one key for all devices; None turns dropout off.
         microbatches: into which the pipeline cuts each device's rows, where the mesh has stages: a multiple of them.
 
@@ -118,6 +119,9 @@ def device_shares(model: Decoder, batch: dict, first, key, microbatches: int) ->
         column_T=column_T,
         microbatches=microbatches,
     )
+    if model.config.encoder:
+        source = Source(*(batch[f'source_{name}'] for name in ('tokens', 'positions', 'segments')))
+        view = with_source(model, view, source)
     x_BTD, _, figures = model.hidden(tokens_BT, view)
     target_BT, live_BT = my_slice(dealt(target_BT, microbatches)), view.dealt().live_BT
     nats = cross_entropy(model.head(), x_BTD, target_BT, live_BT, model.config)
