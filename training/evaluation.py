@@ -8,10 +8,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from data.packing import Rows
+from data.packing import Samples
 from data.tokenizer import Tokenizer
 from model.decoder import Decoder
-from model.forward import place_rows, row_ways
+from model.forward import needs_causal, place_rows, row_ways
 from training.loss import loss_sums
 
 _sums = jax.jit(loss_sums, static_argnames='microbatches')
@@ -37,9 +37,10 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    model: Decoder, tokenizer: Tokenizer, rows: Rows, numbers: Sequence[int] | np.ndarray, batch: int
+    model: Decoder, tokenizer: Tokenizer, rows: Samples, numbers: Sequence[int] | np.ndarray, batch: int
 ) -> Evaluation:
     """Reads the rows of those numbers, about `batch` at a time, without dropout. Use it under `jax.set_mesh`."""
+    needs_causal(model, 'evaluating')
     bytes_V = np.array([len(piece) for piece in tokenizer.pieces], np.int32)
     stages = jax.sharding.get_mesh().shape['stage']  # a pipeline takes as many microbatches at least
     ways = row_ways() * stages
@@ -54,7 +55,7 @@ def evaluate(
     return Evaluation(nats, tokens, bytes_)
 
 
-def _padded(rows: Rows, taken: np.ndarray, bytes_V: np.ndarray, begin: int, end: int) -> dict[str, np.ndarray]:
+def _padded(rows: Samples, taken: np.ndarray, bytes_V: np.ndarray, begin: int, end: int) -> dict[str, np.ndarray]:
     """Rows `begin` to `end` of those `taken`, with padding after the last, and the bytes of text of each."""
     mine = taken[begin:end]
     block = rows.take(np.pad(mine, (0, end - begin - len(mine))))

@@ -112,7 +112,14 @@ def ready(config: RunConfig, mirror: Mirror, console: Console) -> tuple[RunConfi
         whole.check_sizes()
         return whole
 
-    dataset = prepare(config.data, mirror.local, config.training.sequence_length, say=console.print, check=complete)
+    dataset = prepare(
+        config.data,
+        mirror.local,
+        config.training.sequence_length,
+        say=console.print,
+        check=complete,
+        pairs=config.model.encoder is not None,
+    )
     if steps:
         meta = checkpoints.meta(steps[-1])
         if meta['corpus'] != dataset.facts['sha256']:
