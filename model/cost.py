@@ -7,42 +7,54 @@ those that a token visits. The vocabulary is the real one, unpadded. Of an encod
 together with one of the source.
 """
 
-from model.config import ModelConfig
+import dataclasses
+
+from model.config import Kind, ModelConfig
 
 
 def parameters(c: ModelConfig) -> dict[str, int]:
     """Parameters by part; the sum is what a checkpoint holds (with the embedding's padding rows)."""
-    D, moe = c.model_dim, sum(kind.experts for kind in c.kinds)
-    norm = D * (2 if c.norm == 'layernorm' and c.bias else 1)
-    parts_of_layer = 3 if c.encoder else 2
-    per_layer, last = {'pre': (1, 1), 'post': (1, 0), 'sandwich': (2, 1)}[c.norm_order]
-    norms = per_layer * parts_of_layer * c.layers + last + c.embedding_norm
+    D = c.model_dim
     V = 0 if c.vocabulary is None else c.padded_vocabulary
     table = c.max_positions if V and c.positions == 'learned' else 0
     parts = {
         'embedding': (V + table + c.segment_kinds) * D,
-        'attention': c.layers * _attention(c) + (c.relative_buckets * c.heads if c.positions == 'relative' else 0),
-        'mlp': (c.layers - moe) * _mlp(c, c.mlp_dim),
-        'norms': norms * norm,
-        'head': (0 if c.tied_embedding else V * D) + V * c.head_bias + c.head_mlp * (D * D + D + norm),
+        'head': (0 if c.tied_embedding else V * D) + V * c.head_bias + c.head_mlp * (D * D + D + _norm(c)),
+        'norms': ((c.norm_order != 'post') + c.embedding_norm) * _norm(c),
+        'attention': c.relative_buckets * c.heads if c.positions == 'relative' else 0,
     }
     if c.pooler:
         parts['pooler'] = D * D + D + c.next_sentence * (2 * D + 2)
+    for kind in c.kinds:
+        for part, count in _layer(c, kind).items():
+            parts[part] = parts.get(part, 0) + count
     if c.encoder:
         parts['cross_attention'] = c.layers * _attention(c)
         parts['encoder'] = sum(parameters(c.of_encoder).values())
-    if c.moe:
-        m = c.moe
-        expert = _matrices(c) * D * m.mlp_dim + m.bias * ((_matrices(c) - 1) * m.mlp_dim + D)
-        parts['router'] = moe * m.experts * (D + m.router_bias + m.has_choice_bias)
-        parts['experts'] = moe * m.experts * expert
-        parts['shared_experts'] = moe * (_mlp(c, m.shared_experts * m.mlp_dim) if m.shared_experts else 0)
+    if c.mtp_layers:
+        parts['mtp'] = c.mtp_layers * (sum(_layer(c, c.kinds[-1]).values()) + 2 * D * D + 3 * _norm(c))
     return parts
 
 
+def _layer(c: ModelConfig, kind: Kind) -> dict[str, int]:
+    """Parameters of one layer by part."""
+    D, m = c.model_dim, c.moe
+    norms = (3 if c.encoder else 2) * (2 if c.norm_order == 'sandwich' else 1)
+    parts = {'attention': _attention(c), 'norms': norms * _norm(c)}
+    if not kind.experts:
+        return parts | {'mlp': _mlp(c, c.mlp_dim)}
+    expert = _matrices(c) * D * m.mlp_dim + m.bias * ((_matrices(c) - 1) * m.mlp_dim + D)
+    return parts | {
+        'router': m.experts * (D + m.router_bias + m.has_choice_bias),
+        'experts': m.experts * expert,
+        'shared_experts': _mlp(c, m.shared_experts * m.mlp_dim) if m.shared_experts else 0,
+    }
+
+
 def active_parameters(c: ModelConfig) -> int:
-    """Parameters that one token meets: all but the experts that it does not visit."""
+    """Parameters that one token meets while decoding: all but `mtp` and the experts that it does not visit."""
     parts = parameters(c)
+    parts.pop('mtp', None)
     idle = parts['experts'] * (c.moe.experts - c.moe.top_k) // c.moe.experts if c.moe else 0
     return sum(parts.values()) - idle
 
@@ -79,8 +91,20 @@ def forward_flops(c: ModelConfig, keys: float) -> dict[str, float]:
 
 
 def training_flops(c: ModelConfig, sequence_length: int) -> float:
-    """Matmul FLOPs of one token's forward and backward pass."""
-    return 3 * sum(forward_flops(c, keys_seen(c, sequence_length)).values())
+    """Matmul FLOPs of one token's forward and backward pass, those of `mtp` among them."""
+    forward = sum(forward_flops(c, keys_seen(c, sequence_length)).values())
+    if c.mtp_layers:
+        last = c.kinds[-1]
+        one = dataclasses.replace(
+            c,
+            layers=1,
+            mtp_layers=0,
+            window_pattern=(last.windowed,),
+            moe=dataclasses.replace(c.moe, first_dense_layers=0, pattern=(True,)) if last.experts else None,
+        )
+        layer = sum(forward_flops(one, keys_seen(one, sequence_length)).values())  # with the head, which each has too
+        forward += c.mtp_layers * (layer + 2 * 2 * c.model_dim**2)
+    return 3 * forward
 
 
 def decode_bytes(c: ModelConfig, rows: int, keys: float, weight_bytes: int, cache_bytes: int) -> float:
@@ -90,6 +114,7 @@ def decode_bytes(c: ModelConfig, rows: int, keys: float, weight_bytes: int, cach
     is the head too. `weight_bytes` and `cache_bytes` are bytes a number.
     """
     parts: dict[str, float] = dict(parameters(c))
+    parts.pop('mtp', None)
     if not c.tied_embedding:
         parts.pop('embedding')
     if c.moe:
@@ -124,6 +149,10 @@ def _attention(c: ModelConfig) -> int:
     if a:
         vectors += a.kv_rank + (a.q_rank or 0)
     return sum(a * b for a, b in _projections(c)) + vectors
+
+
+def _norm(c: ModelConfig) -> int:
+    return c.model_dim * (2 if c.norm == 'layernorm' and c.bias else 1)
 
 
 def _matrices(c: ModelConfig) -> int:

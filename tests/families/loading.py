@@ -32,6 +32,10 @@ class Golden(NamedTuple):
     margins: np.ndarray  # of each choice, over the largest |logit|
     kinds: np.ndarray | None = None  # int32 [rows, length]: of what text each token is
     source: np.ndarray | None = None  # int32 [rows, length]: what the encoder reads
+    beams: np.ndarray | None = None  # int32 [rows, new]: what beam search gives, its end among them; -1 after it
+    beam_scores: np.ndarray | None = None  # float32 [rows]
+    eos: np.ndarray | None = None  # int32: the end of a continuation
+    ahead: np.ndarray | None = None  # float32 [layers, kept, vocabulary] of layers that predict further ahead
 
 
 def golden(path: Path) -> Golden:
@@ -56,7 +60,7 @@ def generated(name: str, family: Family, c: ModelConfig, seed: int) -> Decoder:
     shapes = leaves(c)
     filled = {leaf: np.zeros(shape.shape, shape.dtype) for leaf, shape in shapes.items()}
     for one in tensors(family, c, shapes):
-        array = weights.tensor(seed, one.name, one.shape, cases.family(name) in cases.OFFSET_NORMS)
+        array = weights.tensor(seed, one.copy_of or one.name, one.shape, cases.family(name) in cases.OFFSET_NORMS)
         for part in one.parts:
             piece = part(array)
             filled[part.leaf][part.at][tuple(slice(n) for n in piece.shape)] = piece

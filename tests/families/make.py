@@ -19,13 +19,15 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig
+from transformers.modeling_layers import MtpModel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.families import cases, encoder_cases, weights
 
 
 def build(name: str, config: dict, seed: int):
-    """A model of a config with generated weights, none of its tensors left as it was born; the config as it is saved."""
+    """A model of a config with generated weights, none of them left as it was born; its MTP layers; the config as saved."""
+    layers, ahead = config['num_hidden_layers'], config.get('num_nextn_predict_layers', 0)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, 'config.json').write_text(json.dumps(config))
         described = AutoConfig.from_pretrained(folder)
@@ -37,24 +39,46 @@ def build(name: str, config: dict, seed: int):
         path = Path(folder, 'model.safetensors')
         shapes = {tensor: array.shape for tensor, array in load_file(path).items()}
         shapes |= encoder_cases.not_saved(config)
+        shapes |= shapes_ahead(shapes, layers, ahead)
         offset = cases.family(name) in cases.OFFSET_NORMS
         save_file(dict(weights.all_of(seed, shapes, offset)), path, metadata={'format': 'pt'})
         model, found = architecture.from_pretrained(
             folder, dtype=torch.float32, attn_implementation='eager', output_loading_info=True
         )
+        mtp = None
+        if ahead:
+            # It knows the published models' layers alone.
+            model._keys_to_ignore_on_load_unexpected = [rf'model\.layers\.{layers + k}\.' for k in range(ahead)]
+            mtp = MtpModel.from_pretrained(model).eval()
+            found['unexpected_keys'] = {key for key in found['unexpected_keys'] if int(key.split('.')[2]) < layers}
     assert not any(found[kind] for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), found
-    return model.eval(), saved
+    return model.eval(), mtp, saved
+
+
+def shapes_ahead(shapes: dict, layers: int, ahead: int) -> dict:
+    """The tensors of layers that predict further ahead: those of the last layer, and their own."""
+    last, found = f'model.layers.{layers - 1}.', {}
+    D = shapes['model.norm.weight'][0]
+    for k in range(ahead):
+        mine = f'model.layers.{layers + k}.'
+        found |= {mine + name.removeprefix(last): shape for name, shape in shapes.items() if name.startswith(last)}
+        found |= {mine + name: (D,) for name in ('enorm.weight', 'hnorm.weight', 'shared_head.norm.weight')}
+        found[mine + 'eh_proj.weight'] = (D, 2 * D)
+    return found
 
 
 @torch.no_grad()
 def by_transformers(name: str, config: dict, seed: int, rows: dict[str, np.ndarray]):
-    """The config as saved, logits [rows, length, vocabulary], and those that chose each greedy token [steps, vocabulary]."""
-    model, saved = build(name, config, seed)
+    """The config as saved; logits [rows, length, vocabulary]; those that chose each greedy token [steps, vocabulary];
+    those of the layers that predict further ahead [layers, rows, length, vocabulary], zeros where there are none.
+    """
+    model, mtp, saved = build(name, config, seed)
     given = {key: torch.tensor(array, dtype=torch.long) for key, array in encoder_cases.arguments(rows).items()}
     out = model(**given)
     logits = (out.logits if 'logits' in out else out.prediction_logits).float().numpy()
+    ahead = logits_ahead(model, mtp, given['input_ids'], logits.shape)
     if 'kinds' in rows:
-        return saved, logits, logits[encoder_cases.masked(rows['ids'])]
+        return saved, logits, logits[encoder_cases.masked(rows['ids'])], ahead
     grows = 'decoder_input_ids' if 'source' in rows else 'input_ids'
     given = {key: array[:1] for key, array in given.items()}
     new, cache, steps = given.pop(grows)[:, : cases.PROMPT], None, []
@@ -63,7 +87,18 @@ def by_transformers(name: str, config: dict, seed: int, rows: dict[str, np.ndarr
         last, cache = out.logits[0, -1].float(), out.past_key_values
         new = last.argmax()[None, None]
         steps.append(last.numpy())
-    return saved, logits, np.stack(steps)
+    return saved, logits, np.stack(steps), ahead
+
+
+def logits_ahead(model, mtp, ids: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
+    """Logits of the layers that predict further ahead."""
+    ahead = np.zeros((mtp.num_mtp_layers if mtp else 0, *shape), np.float32)
+    hidden = model.model(ids, use_cache=False).last_hidden_state if mtp else None
+    for k in range(len(ahead)):
+        place = torch.arange(k + 1, ids.shape[1])[None]
+        hidden = mtp.forward_layer(k, hidden[:, :-1], place, None, input_ids=ids[:, k + 1 :])
+        ahead[k, :, : ids.shape[1] - k - 1] = model.lm_head(hidden).float().numpy()
+    return ahead
 
 
 def by_reference(name: str, config: dict, seed: int, rows: dict[str, np.ndarray]):
@@ -75,14 +110,14 @@ def by_reference(name: str, config: dict, seed: int, rows: dict[str, np.ndarray]
     for _ in range(cases.NEW):
         steps.append(reference.logits(tensors, config, row)[-1])
         row = np.append(row, steps[-1].argmax())
-    return config, logits, np.stack(steps)
+    return config, logits, np.stack(steps), np.zeros((0, *logits.shape))
 
 
 def golden(name: str, config: dict, seed: int, everywhere: bool) -> dict[str, np.ndarray]:
     """What is kept of a case."""
     rows = encoder_cases.rows(name, config, seed)
     make = by_reference if cases.family(name) in cases.NOT_IN_TRANSFORMERS else by_transformers
-    saved, logits, steps = make(name, config, seed, rows)
+    saved, logits, steps, ahead = make(name, config, seed, rows)
     at = weights.places(seed, cases.KEPT, cases.ROWS, cases.LENGTH)
     if everywhere:
         at = np.stack(np.meshgrid(np.arange(cases.ROWS), np.arange(cases.LENGTH), indexing='ij'), -1).reshape(-1, 2)
@@ -92,7 +127,7 @@ def golden(name: str, config: dict, seed: int, everywhere: bool) -> dict[str, np
     versions = {'transformers': transformers.__version__, 'torch': torch.__version__}
     made_by = versions if make is by_transformers else {'numpy': np.__version__}
     about = {'config': config, 'saved': saved, 'seed': seed, **made_by}
-    return {
+    kept = {
         'about': np.frombuffer(json.dumps(about).encode(), np.uint8),
         **{key: array.astype(np.int16) for key, array in rows.items()},
         'at': at.astype(np.int16),
@@ -100,6 +135,28 @@ def golden(name: str, config: dict, seed: int, everywhere: bool) -> dict[str, np
         'greedy': steps.argmax(-1).astype(np.int16),
         'margins': ((first - second) / np.abs(steps).max(-1)).astype(np.float32),
     }
+    if name in cases.BEAMS:
+        kept |= by_beams(name, config, seed, rows, eos=int(kept['greedy'][cases.BEAMS[name]]))
+    return kept | ({'ahead': ahead[:, at[:, 0], at[:, 1]].astype(np.float32)} if len(ahead) else {})
+
+
+@torch.no_grad()
+def by_beams(name: str, config: dict, seed: int, rows: dict[str, np.ndarray], eos: int) -> dict[str, np.ndarray]:
+    """What transformers' beam search gives of each row: tokens [rows, NEW], -1 after the last, and scores."""
+    model, _, _ = build(name, config, seed)
+    given = {key: torch.tensor(array, dtype=torch.long) for key, array in encoder_cases.arguments(rows).items()}
+    grows = 'decoder_input_ids' if 'source' in rows else 'input_ids'
+    given[grows] = given[grows][:, : cases.PROMPT]
+    if 'source' in rows:
+        given[grows][:, 0] = config['decoder_start_token_id']  # else it is put before
+    how = {'num_beams': 4, 'do_sample': False, 'length_penalty': 1.0, 'early_stopping': False, 'eos_token_id': eos}
+    how |= {'max_new_tokens': cases.NEW // 4, 'pad_token_id': 0, 'return_dict_in_generate': True, 'output_scores': True}
+    out = model.generate(**given, **how)
+    found = np.full((cases.ROWS, cases.NEW // 4), -1)
+    for row, tokens in zip(found, out.sequences[:, cases.PROMPT :].tolist(), strict=True):
+        tokens = tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
+        row[: len(tokens)] = tokens
+    return {'beams': found.astype(np.int16), 'beam_scores': out.sequences_scores.numpy(), 'eos': np.int16(eos)}
 
 
 def main() -> None:

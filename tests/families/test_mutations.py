@@ -14,14 +14,12 @@ import jax
 import pytest
 
 from model import layers
-from model.attention.reference import relative_bucket
-from model.encoder import sinusoids
-from model.families import Joined
+from model.families import Entry, Joined, Woven
+from model.rope import rope
 from sharding.mesh import MeshConfig, make_mesh
 from tests.families.loading import GOLDENS, changed, generated, golden, read
-from tests.families.test_families import TOLERANCE, error, of_golden
+from tests.families.test_families import TOLERANCE, error, of_golden, whole, whole_ahead
 
-LAYER = 'model.layers.{i}.'
 CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ('llama-grouped', {'rotary_pairs': 'neighbours'}),
     ('llama-grouped', {'rope_theta': 1e4}),
@@ -79,6 +77,83 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ('glm4_moe-groups-two-dense', {'moe.top_groups': 4}),
     ('glm4_moe-groups-two-dense', {'moe.group_score': 'max'}),
     ('glm4_moe-groups-two-dense', {'moe.renormalize': True}),
+    ('gpt2-plain', {'norm': 'rmsnorm'}),
+    ('gpt2-plain', {'bias': False}),
+    ('gpt2-plain', {'qkv_bias': False}),
+    ('gpt2-plain', {'activation': 'gelu_exact'}),
+    ('gpt2-plain', {'positions': 'none'}),
+    ('gpt2-untied-unscaled-exact-gelu', {'query_scale': None}),
+    ('gpt2-untied-unscaled-exact-gelu', {'activation': 'gelu'}),
+    ('gpt2-untied-unscaled-exact-gelu', {'norm_epsilon': 1e-5}),
+    ('gpt2-untied-unscaled-exact-gelu', {'tied_embedding': True}),
+    ('gemma2-as-published', {'window': 13}),
+    ('gemma2-as-published', {'window': 11}),
+    ('gemma2-as-published', {'window_pattern': (False, True)}),
+    ('gemma2-as-published', {'window_pattern': (True,)}),
+    ('gemma2-as-published', {'attention_softcap': None}),
+    ('gemma2-as-published', {'logit_softcap': None}),
+    ('gemma2-as-published', {'query_scale': None}),
+    ('gemma2-as-published', {'norm_offset': 0.0}),
+    ('gemma2-as-published', {'norm_epsilon': 1e-5}),
+    ('gemma2-as-published', {'embedding_scale': 1.0}),
+    ('gemma2-as-published', {'embedding_scale': 7.0}),
+    ('gemma2-as-published', {'activation': 'swiglu'}),
+    ('gemma2-defaults-layer-types-linear-silu', {'attention_softcap': None}),
+    ('gemma2-defaults-layer-types-linear-silu', {'attention_softcap': 30.0}),
+    ('gemma2-defaults-layer-types-linear-silu', {'logit_softcap': 50.0}),
+    ('gemma2-defaults-layer-types-linear-silu', {'rope_scaling': None}),
+    ('gemma2-no-caps-biases-untied', {'logit_softcap': 30.0}),
+    ('gemma2-no-caps-biases-untied', {'attention_softcap': 50.0}),
+    ('gemma2-no-caps-biases-untied', {'qkv_bias': False}),
+    ('gemma2-no-caps-biases-untied', {'o_bias': False}),
+    ('gemma2-no-caps-biases-untied', {'window': 100}),
+    ('gemma3-as-published', {'window': 21}),
+    ('gemma3-as-published', {'window': 19}),
+    ('gemma3-as-published', {'window_pattern': (True,)}),
+    ('gemma3-as-published', {'window_pattern': (True,) * 4 + (False,)}),
+    ('gemma3-as-published', {'rope_theta': 100.0, 'local_rope_theta': 1e6}),
+    ('gemma3-as-published', {'local_rope_theta': None}),
+    ('gemma3-as-published', {'rope_scaling': None}),
+    ('gemma3-as-published', {'qk_norm': False}),
+    ('gemma3-as-published', {'norm_offset': 0.0}),
+    ('gemma3-as-published', {'query_scale': None}),
+    ('gemma3-as-published', {'embedding_scale': 1.0}),
+    ('gemma3-two-ropes-yarn-capped-biases-untied', {'logit_softcap': None}),
+    ('gemma3-two-ropes-yarn-capped-biases-untied', {'rope_theta': 500.0, 'local_rope_theta': 1e4}),
+    ('gemma3-two-ropes-yarn-capped-biases-untied', {'rope_scaling.attention_factor': 1.0}),
+    ('gemma3-two-ropes-yarn-capped-biases-untied', {'window_pattern': (True, False, False)}),
+    ('gemma3-two-ropes-yarn-capped-biases-untied', {'o_bias': False}),
+    ('gemma3-every-second-silu-defaults', {'window_pattern': (False, True)}),
+    ('gemma3-every-second-silu-defaults', {'rope_theta': 1e4}),
+    ('gemma3-every-second-silu-defaults', {'norm_epsilon': 1e-6}),
+    ('gemma3-every-second-silu-defaults', {'query_scale': None}),
+    ('gemma3-no-windows', {'rope_theta': 100.0}),
+    ('gpt_oss-as-published', {'attention_sinks': False}),
+    ('gpt_oss-as-published', {'window': 13}),
+    ('gpt_oss-as-published', {'window': 11}),
+    ('gpt_oss-as-published', {'window_pattern': (False, True)}),
+    ('gpt_oss-as-published', {'rope_scaling.truncate': True}),
+    ('gpt_oss-as-published', {'rope_scaling.factor': 2.0}),
+    ('gpt_oss-as-published', {'rope_scaling.attention_factor': 1.0}),
+    ('gpt_oss-as-published', {'rope_scaling': None}),
+    ('gpt_oss-as-published', {'activation': 'swiglu'}),
+    ('gpt_oss-as-published', {'activation_limit': 7.0}),
+    ('gpt_oss-as-published', {'moe.renormalize': False}),
+    ('gpt_oss-as-published', {'moe.router': 'sigmoid'}),
+    ('gpt_oss-as-published', {'moe.router_bias': False}),
+    ('gpt_oss-as-published', {'moe.bias': False}),
+    ('gpt_oss-as-published', {'moe.top_k': 3}),
+    ('gpt_oss-as-published', {'qkv_bias': False}),
+    ('gpt_oss-as-published', {'o_bias': False}),
+    ('gpt_oss-defaults-no-biases-tied', {'attention_sinks': False}),
+    ('gpt_oss-defaults-no-biases-tied', {'rope_scaling': None}),
+    ('gpt_oss-defaults-no-biases-tied', {'rope_scaling.truncate': True}),
+    ('gpt_oss-defaults-no-biases-tied', {'rope_theta': 1e4}),
+    ('gpt_oss-defaults-no-biases-tied', {'norm_epsilon': 1e-5}),
+    ('gpt_oss-defaults-no-biases-tied', {'moe.renormalize': False}),
+    ('gpt_oss-unscaled-late-windows', {'window_pattern': (True, False)}),
+    ('gpt_oss-unscaled-late-windows', {'rotary_pairs': 'neighbours'}),
+    ('gpt_oss-no-windows', {'rope_scaling': None}),
     ('deepseek_v2-lite', {'rotary_pairs': 'halves'}),
     ('deepseek_v2-lite', {'rope_scaling.mscale_all_dim': 0.0}),
     ('deepseek_v2-lite', {'rope_scaling.attention_factor': None}),
@@ -107,31 +182,8 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ('grok1-low-cap-one-kv-head-top-3', {'moe.top_k': 2}),
     ('grok1-untied-four-experts', {'activation': 'swiglu'}),
     ('grok1-untied-four-experts', {'norm_epsilon': 1e-5}),
-    ('bert-plain', {'causal': True}),
-    ('bert-plain', {'activation': 'gelu'}),
-    ('bert-plain', {'norm_epsilon': 1e-3}),
-    ('bert-plain', {'embedding_norm': False}),
-    ('bert-plain', {'head_mlp': False}),
-    ('bert-plain', {'head_bias': False}),
-    ('bert-plain', {'qkv_bias': False}),
-    ('bert-plain', {'segment_kinds': 0}),
-    ('bert-tanh-gelu-many-kinds', {'activation': 'gelu_exact'}),
-    ('bert-relu-wide-epsilon', {'norm_epsilon': 1e-5}),
-    ('t5-v1.1', {'relative_most': 64}),
-    ('t5-v1.1', {'relative_buckets': 16}),
-    ('t5-v1.1', {'activation': 'swiglu'}),
-    ('t5-v1.1', {'query_scale': None}),
-    ('t5-v1.1', {'norm_epsilon': 1e-3}),
-    ('t5-v1.1', {'positions': 'none'}),
-    ('t5-before-v1.1', {'logit_scale': 1.0}),
-    ('t5-exact-gelu', {'activation': 'gelu'}),
-    ('marian-published', {'embedding_scale': 1.0}),
-    ('marian-published', {'activation': 'gelu'}),
-    ('marian-published', {'head_bias': False}),
-    ('marian-published', {'positions': 'none'}),
-    ('marian-published', {'norm_epsilon': 1e-3}),
 ]
-NAMES: list[tuple[str, dict[str, Any]]] = [
+NAMES: list[tuple[str, dict[str, Entry]]] = [  # by how the published names end
     (
         'grok1-as-published',
         {
@@ -160,26 +212,34 @@ NAMES: list[tuple[str, dict[str, Any]]] = [
         {'input_layernorm.weight': 'mlp_norm.scale_D', 'post_attention_layernorm.weight': 'attention_norm.scale_D'},
     ),
     (
-        't5-v1.1',
+        'gpt2-plain',
+        {'c_attn.weight': Joined(('attention.k_DM', 'attention.q_DN', 'attention.v_DM'), dim=1, flip=True)},
+    ),
+    ('gpt2-plain', {'attn.c_proj.weight': 'attention.o_DN'}),
+    (
+        'gemma2-as-published',  # as Llama has the second of these names
         {
-            'decoder.block.{i}.layer.1.EncDecAttention.k.weight': 'cross.v_DM',
-            'decoder.block.{i}.layer.1.EncDecAttention.v.weight': 'cross.k_DM',
+            'post_attention_layernorm.weight': 'mlp_norm.scale_D',
+            'pre_feedforward_layernorm.weight': 'attention_out_norm.scale_D',
         },
     ),
     (
-        't5-v1.1',
+        'gemma2-as-published',
         {
-            'encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight': 'relative_RN',
-            'decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight': 'encoder.relative_RN',
+            'pre_feedforward_layernorm.weight': 'mlp_out_norm.scale_D',
+            'post_feedforward_layernorm.weight': 'mlp_norm.scale_D',
         },
     ),
-    (
-        'marian-published',
-        {
-            'model.decoder.layers.{i}.encoder_attn_layer_norm.weight': 'attention_norm.scale_D',
-            'model.decoder.layers.{i}.self_attn_layer_norm.weight': 'cross_norm.scale_D',
-        },
-    ),
+    ('gpt_oss-as-published', {'experts.gate_up_proj': Woven(('mlp.up_EDF', 'mlp.gate_EDF'), flip=True)}),
+    ('gpt_oss-as-published', {'experts.gate_up_proj': Joined(('mlp.gate_EDF', 'mlp.up_EDF'), dim=2, flip=True)}),
+    ('gpt_oss-as-published', {'experts.gate_up_proj_bias': Woven(('mlp.up_bias_EF', 'mlp.gate_bias_EF'))}),
+    ('gpt_oss-as-published', {'experts.gate_up_proj_bias': Joined(('mlp.gate_bias_EF', 'mlp.up_bias_EF'), dim=1)}),
+]
+
+
+AHEAD: list[tuple[str, dict[str, Any]]] = [
+    ('deepseek_v3-two-ahead', {'enorm.weight': 'hidden_norm.scale_D', 'hnorm.weight': 'embedding_norm.scale_D'}),
+    ('glm4_moe-one-ahead', {'shared_head.norm.weight': 'hidden_norm.scale_D', 'hnorm.weight': 'norm.scale_D'}),
 ]
 
 
@@ -190,20 +250,28 @@ def by_head(x_BTN, scale_N, heads, c):
     return x_BTKH.reshape(x_BTN.shape) * scale_N[None, None]
 
 
-def one_way(ahead, buckets, both_ways, most):
-    """In place of buckets for both directions: those of one."""
-    return relative_bucket(ahead, buckets, False, most)
+def scaled_everywhere(x_BTnH, position_BT, c, windowed=False):
+    """In place of Gemma 3's two kinds of rotary positions: scaling in layers with a window too."""
+    if windowed and c.local_rope_theta is not None:
+        c = dataclasses.replace(c, rope_theta=c.local_rope_theta)
+    return rope(x_BTnH, position_BT, c)
 
 
-def interleaved(c):
-    """In place of sines and then cosines: in turns, as in the paper."""
-    table_PD = sinusoids(c)
-    return table_PD.reshape(len(table_PD), 2, -1).swapaxes(1, 2).reshape(table_PD.shape)
+def unmoved(c):
+    """In place of gpt-oss's gated unit: one whose up is not moved by 1."""
+    return lambda gate, up: layers.clamped_swiglu(gate, up - 1, limit=c.activation_limit)
+
+
+def clamped_twice(c):
+    """In place of gpt-oss's gated unit: one whose gate is cut off on both sides."""
+    limit = c.activation_limit
+    return lambda gate, up: layers.clamped_swiglu(jax.numpy.maximum(gate, -limit), up, limit=limit)
 
 
 CODE: list[tuple[str, str, Callable]] = [
-    ('t5-v1.1', 'model.attention.reference.relative_bucket', one_way),
-    ('marian-published', 'model.decoder.sinusoids', interleaved),
+    ('gpt_oss-defaults-no-biases-tied', 'model.moe.activation', unmoved),
+    ('gpt_oss-unscaled-late-windows', 'model.moe.activation', clamped_twice),
+    ('gemma3-as-published', 'model.layers.rope', scaled_everywhere),
     ('olmoe-plain', 'model.layers.norm_of_all', by_head),
     ('grok1-as-published', 'jax.nn.gelu', functools.partial(jax.nn.gelu, approximate=False)),
 ]
@@ -212,20 +280,30 @@ CODE: list[tuple[str, str, Callable]] = [
 def short(value: Any) -> str:
     """A test's name."""
     if isinstance(value, dict):
-        return ','.join(name if isinstance(of, str | Joined) else f'{name}={of}' for name, of in value.items())
+        return ','.join(name if isinstance(of, Entry) else f'{name}={of}' for name, of in value.items())
     return getattr(value, '__name__', value)
 
 
-def wrong_by(case: str, changes: dict[str, Any], names: dict[str, Any]) -> float:
-    """How far the mutant's logits are from those of transformers, at the positions that are kept."""
+def wrong_by(case: str, changes: dict[str, Any], names: dict[str, Any], ahead: bool = False) -> float:
+    """How far the mutant's logits are from those of transformers, at the positions that are kept.
+
+    `ahead`: of the first layer that predicts further ahead instead.
+    """
     known = golden(GOLDENS / f'{case}.npz')
     family, c = read(known.config)
-    names = {name if name in family.names else LAYER + name: leaf for name, leaf in names.items()}
-    assert set(names) <= set(family.names)
-    family = dataclasses.replace(family, names={**family.names, **names})
+    table = dict(family.names)
+    for ending, entry in names.items():
+        (name,) = [name for name in table if name == ending or name.endswith('.' + ending)]
+        table[name] = entry
+    family = dataclasses.replace(family, names=table)
     with jax.set_mesh(make_mesh(MeshConfig())):
         model = generated(case, family, changed(c, changes), known.seed)
-        return error(of_golden(model, known)[known.at[:, 0], known.at[:, 1]], known.logits)
+        if not ahead:
+            return error(of_golden(model, known)[known.at[:, 0], known.at[:, 1]], known.logits)
+        assert known.ahead is not None
+        sure = known.at[:, 1] < known.ids.shape[1] - 1
+        rows, places = known.at[sure].T
+        return error(whole(model, known.ids, run=whole_ahead)[0][rows, places], known.ahead[0][sure])
 
 
 @pytest.mark.parametrize(('case', 'changes'), CONFIGS, ids=short)
@@ -236,6 +314,12 @@ def test_a_wrong_config_is_caught(case, changes):
 @pytest.mark.parametrize(('case', 'names'), NAMES, ids=short)
 def test_a_wrong_place_of_a_tensor_is_caught(case, names):
     assert wrong_by(case, {}, names) > TOLERANCE
+
+
+@pytest.mark.parametrize(('case', 'names'), AHEAD, ids=short)
+def test_a_wrong_layer_that_predicts_further_ahead_is_caught(case, names):
+    assert wrong_by(case, {}, names) <= TOLERANCE, 'the model itself is right'
+    assert wrong_by(case, {}, names, ahead=True) > TOLERANCE
 
 
 @pytest.mark.parametrize(('case', 'target', 'wrong'), CODE, ids=short)
