@@ -27,7 +27,7 @@ from tests.families import cases, encoder_cases, weights
 
 def build(name: str, config: dict, seed: int):
     """A model of a config with generated weights, none of them left as it was born; its MTP layers; the config as saved."""
-    layers, ahead = config['num_hidden_layers'], config.get('num_nextn_predict_layers', 0)
+    layers, ahead = config.get('num_hidden_layers', 0), config.get('num_nextn_predict_layers', 0)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, 'config.json').write_text(json.dumps(config))
         described = AutoConfig.from_pretrained(folder)
@@ -58,7 +58,7 @@ def build(name: str, config: dict, seed: int):
 def shapes_ahead(shapes: dict, layers: int, ahead: int) -> dict:
     """The tensors of layers that predict further ahead: those of the last layer, and their own."""
     last, found = f'model.layers.{layers - 1}.', {}
-    D = shapes['model.norm.weight'][0]
+    D = shapes['model.norm.weight'][0] if ahead else 0
     for k in range(ahead):
         mine = f'model.layers.{layers + k}.'
         found |= {mine + name.removeprefix(last): shape for name, shape in shapes.items() if name.startswith(last)}
@@ -136,7 +136,7 @@ def golden(name: str, config: dict, seed: int, everywhere: bool) -> dict[str, np
         'margins': ((first - second) / np.abs(steps).max(-1)).astype(np.float32),
     }
     if name in cases.BEAMS:
-        kept |= by_beams(name, config, seed, rows, eos=int(kept['greedy'][cases.BEAMS[name]]))
+        kept |= by_beams(name, config, seed, rows, cases.BEAMS[name])
     return kept | ({'ahead': ahead[:, at[:, 0], at[:, 1]].astype(np.float32)} if len(ahead) else {})
 
 
