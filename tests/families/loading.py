@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from model.decoder import Decoder
 from model.families import Family, Fields, family_of, leaves, tensors
 from tests.families import cases, weights
 
-GOLDENS = Path(__file__).parent / 'goldens'
+GOLDENS = Path(os.environ.get('GOLDENS') or Path(__file__).parent / 'goldens')  # others: `make parity`
 
 
 class Golden(NamedTuple):

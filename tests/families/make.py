@@ -1,6 +1,6 @@
 """Goldens of the cases, by transformers or a NumPy reference: run by an interpreter that has torch (`make goldens`).
 
-python tests/families/make.py [--only PREFIX] [--seed N] [--out FOLDER] [--all-positions]
+python tests/families/make.py [--only PREFIX] [--seed N] [--out FOLDER] [--all-positions] [--odd]
 
 Each case becomes NAME.npz: its config, the same as transformers saves it, ids, logits at some positions, and a greedy
 continuation with the margin of each choice. Of an encoder instead of that what it predicts of masked tokens; of an
@@ -23,6 +23,7 @@ from transformers.modeling_layers import MtpModel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.families import cases, encoder_cases, weights
+from tests.families.odd import odd
 
 
 def build(name: str, config: dict, seed: int):
@@ -39,7 +40,8 @@ def build(name: str, config: dict, seed: int):
         path = Path(folder, 'model.safetensors')
         shapes = {tensor: array.shape for tensor, array in load_file(path).items()}
         shapes |= encoder_cases.not_saved(config)
-        shapes |= shapes_ahead(shapes, layers, ahead)
+        if ahead:
+            shapes |= shapes_ahead(shapes, layers, ahead)
         offset = cases.family(name) in cases.OFFSET_NORMS
         save_file(dict(weights.all_of(seed, shapes, offset)), path, metadata={'format': 'pt'})
         model, found = architecture.from_pretrained(
@@ -58,7 +60,7 @@ def build(name: str, config: dict, seed: int):
 def shapes_ahead(shapes: dict, layers: int, ahead: int) -> dict:
     """The tensors of layers that predict further ahead: those of the last layer, and their own."""
     last, found = f'model.layers.{layers - 1}.', {}
-    D = shapes['model.norm.weight'][0] if ahead else 0
+    D = shapes['model.norm.weight'][0]
     for k in range(ahead):
         mine = f'model.layers.{layers + k}.'
         found |= {mine + name.removeprefix(last): shape for name, shape in shapes.items() if name.startswith(last)}
@@ -165,11 +167,14 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=cases.SEED)
     parser.add_argument('--out', type=Path, default=Path(__file__).parent / 'goldens')
     parser.add_argument('--all-positions', action='store_true', help='logits of every position')
+    parser.add_argument('--odd', action='store_true', help='other settings than the committed ones, by the seed')
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for name, config in cases.CASES.items():
         if not name.startswith(options.only):
             continue
+        if options.odd:
+            config = odd(name, config, options.seed)
         np.savez_compressed(options.out / f'{name}.npz', **golden(name, config, options.seed, options.all_positions))
         print(name, flush=True)
 
