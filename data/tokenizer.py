@@ -10,7 +10,7 @@ import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -23,6 +23,7 @@ PARTS = re.compile(f'{SPACE}|[^{SPACE}]{{1,65536}}')
 # The trainer aborts on a word (between two spaces) of more than 65,535 characters, so it sees shorter samples.
 SAMPLE_CHARACTERS = 4096
 CONTROL_PIECES = 3
+MODEL = 'tokenizer.model'
 COVERAGE = 0.9995
 # sentencepiece's trainer keeps these for itself.
 RESERVED = '\0\u2581\u2585'
@@ -100,6 +101,10 @@ class Tokenizer:
     def stream(self) -> StreamDecoder:
         return StreamDecoder(self.pieces)
 
+    def files(self) -> dict[str, bytes]:
+        """What a run keeps of it, by name."""
+        return {MODEL: self.model}
+
     def save(self, path: Path) -> None:
         """Write the model so that `path` holds all of it or what it held before."""
         partial = path.with_name(path.name + '.partial')
@@ -176,3 +181,8 @@ def _frequent(count_of: Counter[str], most: int) -> str:
         if character not in RESERVED:
             frequent += character
     return frequent
+
+
+def find_tokenizer(files: Mapping[str, bytes], where: str) -> Tokenizer | None:
+    """The tokenizer among a published model's files; None if there is none."""
+    return Tokenizer(files[MODEL]) if MODEL in files else None

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from data.tokenizer import Tokenizer
+from data.tokenizer import Tokenizer, find_tokenizer
 from model.config import sizes
 from model.cost import parameters
 from model.decoder import Decoder
@@ -28,7 +28,7 @@ class TrainedRun:
     folder: Path | Bucket
     config: RunConfig
     mesh: jax.sharding.Mesh
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # an imported model may have none
     model: Decoder
     step: int
 
@@ -54,7 +54,7 @@ def open_run(folder: str | Path | Bucket, mesh: str | None = None) -> TrainedRun
     check_divides(wanted, [*sizes(config.model), NO_PIPELINE])
     start(wanted.size, config.model.dtype)
     devices = make_mesh(wanted)
-    tokenizer = Tokenizer(checkpoints.file(step, 'tokenizer.model'))
+    tokenizer = find_tokenizer(checkpoints.files(step), str(folder))
     tell = f'out of memory on a device: {sum(parameters(config.model).values()):,} parameters; split them over more with --mesh'
     with jax.set_mesh(devices), explaining(lambda: tell):
         model = restore_model(checkpoints, step, config)

@@ -31,7 +31,7 @@ from training.evaluation import evaluate, spread
 from training.metrics import Metrics, Unwritten
 from training.mirror import Mirror, set_aside
 from training.report import layout, memory_line
-from training.state import abstract_state, items, restore, saved_config
+from training.state import abstract_state, items, restore, restore_model, saved_config
 from training.step import init, train_step
 
 AHEAD = 2  # steps that an accelerator may be given before the host reads the figures of the first
@@ -137,12 +137,16 @@ class Run:
         """Restores or begins, trains, validates, saves. Returns the exit code."""
         config, console = self.config, self.console
         # Process 0 says where to begin: a shared folder may show the others something older.
-        first = peers.at_first('the first step', lambda: max(self.checkpoints.steps(), default=0))
-        self.tokens = 0
+        saved = peers.at_first('the first step', lambda: max(self.checkpoints.steps(), default=None))
+        first, self.tokens = saved or 0, 0
         if first:
             self.state = restore(self.checkpoints, first, config)
             self.tokens = peers.at_first('tokens so far', lambda: self.checkpoints.meta(first)['tokens'])
             console.print(f'continuing {self.folder} after step {first}')
+        elif saved == 0:
+            model = restore_model(self.checkpoints, 0, config)
+            self.state = jax.jit(functools.partial(init, config), donate_argnums=0)(model)
+            console.print(f'beginning from the weights imported into {self.folder}')
         else:
             self.state = jax.jit(functools.partial(init, config))()
         if peers.first():

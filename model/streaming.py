@@ -1,0 +1,113 @@
+"""Published tensors onto a mesh and back, a block at a time: no host ever holds an array, nor a device more than its shards.
+
+A box is the begin and end of a part along each dim of one of our arrays.
+"""
+
+import functools
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, SingleDeviceSharding
+
+from model.families import Part, Tensor
+from sharding.boxes import NO_MESH, Box, blocks, cut, sizes
+
+BLOCK = 2**26  # bytes that a host holds of an array at a time
+Read = Callable[[str, tuple[slice, ...]], np.ndarray]  # a part of a published tensor, by its name
+Places = Mapping[tuple[int, ...], tuple[Tensor, Part]]  # of one array, by its first dims
+
+
+def arrays(
+    table: Iterable[Tensor], shapes: Mapping[str, jax.ShapeDtypeStruct], read: Read, mesh: jax.sharding.Mesh
+) -> Iterator[tuple[str, jax.Array]]:
+    """Our arrays by name, one after another, in their layout on the mesh.
+
+    `shapes` are `model.families.leaves` and `table` is `model.families.tensors` of them. What no tensor fills (rows that
+    pad the vocabulary) is 0.
+    """
+    places: dict[str, dict] = defaultdict(dict)
+    for one in table:
+        for part in one.parts:
+            places[part.leaf][part.at] = (one, part)
+    for leaf, shape in shapes.items():
+        layout = NamedSharding(mesh, shape.sharding.spec)
+        yield leaf, array(jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=layout), places[leaf], read)
+
+
+def array(kind: jax.ShapeDtypeStruct, places: Places, read: Read) -> jax.Array:
+    """One of our arrays; copies of a shard are copied from device to device."""
+    shards: dict[Box, jax.Array] = {}
+    copies = []
+    for device, index in kind.sharding.addressable_devices_indices_map(kind.shape).items():
+        box = tuple(part.indices(size)[:2] for part, size in zip(index, kind.shape, strict=True))
+        if box not in shards:
+            shards[box] = _shard(box, np.dtype(kind.dtype), places, read, device)
+        copies.append(jax.device_put(shards[box], device))
+    return jax.make_array_from_single_device_arrays(kind.shape, kind.sharding, copies)
+
+
+def _shard(box: Box, dtype: np.dtype, places: Places, read: Read, device: jax.Device) -> jax.Array:
+    """One device's part of an array, filled there block after block."""
+    parts = list(blocks(box, dtype.itemsize, BLOCK))
+    if len(parts) == 1:
+        return jax.device_put(_block(box, dtype, places, read), device)
+    bits = np.dtype(f'u{dtype.itemsize}')  # a CPU takes bfloat16 through float32, where a NaN loses some of its own
+    with jax.set_mesh(NO_MESH):
+        shard = jax.jit(lambda: jnp.zeros(sizes(box), bits), out_shardings=SingleDeviceSharding(device))()
+        for part in parts:
+            begin = np.array([b - a for (b, _), (a, _) in zip(part, box, strict=True)], np.int32)
+            block = jax.device_put(_block(part, dtype, places, read).view(bits), device)
+            shard = _put(shard, block, begin).block_until_ready()  # waiting keeps one block, not a queue of them
+        return _as(shard, dtype)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(shard, block, begin):
+    return lax.dynamic_update_slice(shard, block, tuple(begin[i] for i in range(shard.ndim)))
+
+
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
+def _as(shard, dtype):
+    return lax.bitcast_convert_type(shard, dtype)
+
+
+def _block(box: Box, dtype: np.dtype, places: Places, read: Read) -> np.ndarray:
+    """A part of an array on the host."""
+    out = np.zeros(sizes(box), dtype)
+    first = len(next(iter(places)))  # dims that say which layer, which expert
+    for at in itertools.product(*(range(*span) for span in box[:first])):
+        one, part = places[at]
+        axes = part.axes or tuple(range(len(one.shape)))
+        cuts = [*part.take, *[slice(None)] * (len(one.shape) - len(part.take))]
+        spans = [
+            range(size)[chosen] for size, chosen in zip(one.shape, cuts, strict=True)
+        ]  # of the tensor, by its dims
+        take: list[slice] = [slice(None)] * len(spans)
+        inside = [slice(i - begin, i - begin + 1) for i, (begin, _) in zip(at, box, strict=False)]
+        for axis, (begin, end) in zip(axes, box[first:], strict=True):
+            span = spans[axis][begin:end]
+            take[axis] = slice(span.start, span.stop, span.step)
+            inside.append(slice(0, len(span)))
+        out[tuple(inside)] = read(one.name, tuple(take)).transpose(axes)
+    return out
+
+
+def published(one: Tensor, found: Mapping[str, jax.Array]) -> np.ndarray:
+    """A published tensor on the host, out of our arrays by name."""
+    out = np.empty(one.shape, found[one.parts[0].leaf].dtype)
+    for part in one.parts:
+        x, mine, first = found[part.leaf], out[part.take], len(part.at)
+        mine = mine if part.axes is None else mine.transpose(part.axes)
+        whole = [(i, i + 1) for i in part.at] + [(0, size) for size in mine.shape]
+        for shard in x.addressable_shards:
+            box = tuple(span.indices(size)[:2] for span, size in zip(shard.index, x.shape, strict=True))
+            both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, whole, strict=True))
+            if shard.replica_id == 0 and all(begin < end for begin, end in both):
+                numbers = cut(shard.data, box, both)
+                mine[tuple(slice(*span) for span in both[first:])] = numbers.reshape(numbers.shape[first:])
+    return out
