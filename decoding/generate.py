@@ -97,7 +97,7 @@ def generate(
     """
     if max_new_tokens < 1:
         raise UserError(f'max-new-tokens is {max_new_tokens}: it must be at least 1')
-    encoded = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
+    encoded = [[*tokenizer.prefix, *tokenizer.encode(prompt)] or [tokenizer.bos] for prompt in prompts]
     for number, ids in enumerate(encoded):
         if len(ids) >= context:
             raise UserError(
@@ -137,7 +137,7 @@ def generate(
             completion, stream = completions[number], streams[number]
             if completion.finish_reason:
                 continue
-            if token == tokenizer.eos:
+            if token in tokenizer.ends:
                 completion.finish_reason = 'stop'
                 piece = stream.add(None)
             else:

@@ -33,6 +33,7 @@ FOREIGN = ('.gguf', '.msgpack', '.h5', '.onnx', '.npz')
 SIDE = re.compile(
     r'[\w.-]+\.(json|jinja|txt|model|spm)|LICENSE[\w.-]*|NOTICE[\w.-]*'
 )  # files that are kept beside the weights
+BUFFERS = (r'.*rotary_emb\.inv_freq',)  # of every family in old files: they follow from the config
 LARGEST_SIDE = 2**27  # bytes
 FILE_BYTES = 5 * 10**9  # of tensors in one file that is written
 NOT_EXPORTED = ('quantization_config', 'auto_map', 'transformers_version')
@@ -105,6 +106,12 @@ def read(folder: Path, dtype: str | None = None, without_remote_code: bool = Fal
         raise UserError(
             f'{folder / CONFIG}: auto_map names code that comes with the model, which is never run; where Weft’s own code for '
             f'{(config.get("architectures") or ["?"])[0]} is what you want, say --without-remote-code'
+        )
+    if 'quantization_config' in config:
+        method = config['quantization_config'].get('quant_method')
+        raise UserError(
+            f'{folder / CONFIG}: quantization_config has quant_method {method!r}, which is '
+            'not supported; supported: fp8 in blocks as of DeepSeek-V3, mxfp4'
         )
     fields = Fields(config, str(folder / CONFIG))
     family = family_of(fields)
@@ -221,7 +228,9 @@ def _match(
         if (short := name.removeprefix(prefix)) in left and of in sources:
             copies[short] = of
             _check_copy(left.pop(short), short, sources[of], of)
-    left = {name: one for name, one in left.items() if not any(re.fullmatch(p, name) for p in family.buffers)}
+    left = {
+        name: one for name, one in left.items() if not any(re.fullmatch(p, name) for p in (*BUFFERS, *family.buffers))
+    }
     tail = lambda names: f' (and {len(names) - 1} more)' if len(names) > 1 else ''
     if missing:
         near = nearest(missing[0], left) if left else ''

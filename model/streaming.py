@@ -5,8 +5,12 @@ A box is the begin and end of a part along each dim of one of our arrays.
 
 import functools
 import itertools
+import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +19,10 @@ from jax import lax
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from model.families import Part, Tensor
-from sharding.boxes import NO_MESH, Box, blocks, cut, sizes
+from sharding.boxes import NO_MESH, Box, blocks, cut, is_host, sizes
 
 BLOCK = 2**26  # bytes that a host holds of an array at a time
+TILE = 256  # rows and columns
 Read = Callable[[str, tuple[slice, ...]], np.ndarray]  # a part of a published tensor, by its name
 Places = Mapping[tuple[int, ...], tuple[Tensor, Part]]  # of one array, by its first dims
 
@@ -36,11 +41,15 @@ def arrays(
             places[part.leaf][part.at] = (one, part)
     for leaf, shape in shapes.items():
         layout = NamedSharding(mesh, shape.sharding.spec)
+        # No name here: the last array is gone, unless its taker keeps it, before the next is made.
         yield leaf, array(jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=layout), places[leaf], read)
 
 
 def array(kind: jax.ShapeDtypeStruct, places: Places, read: Read) -> jax.Array:
     """One of our arrays; copies of a shard are copied from device to device."""
+    jax.device_put(
+        np.int8(0)
+    )  # JAX lets go of host memory at its next call: of the last array's before this one is made
     shards: dict[Box, jax.Array] = {}
     copies = []
     for device, index in kind.sharding.addressable_devices_indices_map(kind.shape).items():
@@ -53,17 +62,15 @@ def array(kind: jax.ShapeDtypeStruct, places: Places, read: Read) -> jax.Array:
 
 def _shard(box: Box, dtype: np.dtype, places: Places, read: Read, device: jax.Device) -> jax.Array:
     """One device's part of an array, filled there block after block."""
-    parts = list(blocks(box, dtype.itemsize, BLOCK))
-    if len(parts) == 1:
+    if is_host(device):  # what the block is made in is the shard
         return jax.device_put(_block(box, dtype, places, read), device)
-    bits = np.dtype(f'u{dtype.itemsize}')  # a CPU takes bfloat16 through float32, where a NaN loses some of its own
     with jax.set_mesh(NO_MESH):
-        shard = jax.jit(lambda: jnp.zeros(sizes(box), bits), out_shardings=SingleDeviceSharding(device))()
-        for part in parts:
+        shard = jax.jit(lambda: jnp.zeros(sizes(box), dtype), out_shardings=SingleDeviceSharding(device))()
+        for part in blocks(box, dtype.itemsize, BLOCK):
             begin = np.array([b - a for (b, _), (a, _) in zip(part, box, strict=True)], np.int32)
-            block = jax.device_put(_block(part, dtype, places, read).view(bits), device)
+            block = jax.device_put(_block(part, dtype, places, read), device)
             shard = _put(shard, block, begin).block_until_ready()  # waiting keeps one block, not a queue of them
-        return _as(shard, dtype)
+    return shard
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -71,14 +78,9 @@ def _put(shard, block, begin):
     return lax.dynamic_update_slice(shard, block, tuple(begin[i] for i in range(shard.ndim)))
 
 
-@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
-def _as(shard, dtype):
-    return lax.bitcast_convert_type(shard, dtype)
-
-
 def _block(box: Box, dtype: np.dtype, places: Places, read: Read) -> np.ndarray:
     """A part of an array on the host."""
-    out = np.zeros(sizes(box), dtype)
+    out = _zeros(sizes(box), dtype)
     first = len(next(iter(places)))  # dims that say which layer, which expert
     for at in itertools.product(*(range(*span) for span in box[:first])):
         one, part = places[at]
@@ -88,13 +90,43 @@ def _block(box: Box, dtype: np.dtype, places: Places, read: Read) -> np.ndarray:
             range(size)[chosen] for size, chosen in zip(one.shape, cuts, strict=True)
         ]  # of the tensor, by its dims
         take: list[slice] = [slice(None)] * len(spans)
-        inside = [slice(i - begin, i - begin + 1) for i, (begin, _) in zip(at, box, strict=False)]
+        inside: list[Any] = [i - begin for i, (begin, _) in zip(at, box, strict=False)]
         for axis, (begin, end) in zip(axes, box[first:], strict=True):
             span = spans[axis][begin:end]
             take[axis] = slice(span.start, span.stop, span.step)
             inside.append(slice(0, len(span)))
-        out[tuple(inside)] = read(one.name, tuple(take)).transpose(axes)
+        _copy(out[(*inside, ...)], read(one.name, tuple(take)).transpose(axes))
     return out
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros where a CPU device can use them as they are: it wants them to begin at a multiple of 64."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    begin = -raw.ctypes.data % 64
+    return raw[begin : begin + size].view(dtype).reshape(shape)
+
+
+def _copy(out: np.ndarray, source: np.ndarray) -> None:
+    """out[...] = source, on all cores, and a matrix that is transposed in tiles that fit a cache."""
+    if out.nbytes < 2**20 or out.ndim < 2:
+        out[...] = source
+        return
+    rows, columns = range(0, out.shape[-2], TILE), range(0, out.shape[-1], TILE)
+    lead = list(np.ndindex(out.shape[:-2]))
+
+    def stripe(at: tuple[tuple[int, ...], int]) -> None:
+        first, r = at
+        for c in columns:
+            part = (*first, slice(r, r + TILE), slice(c, c + TILE))
+            out[part] = source[part]
+
+    list(_threads().map(stripe, itertools.product(lead, rows)))
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count() or 1, 'copy')
 
 
 def published(one: Tensor, found: Mapping[str, jax.Array]) -> np.ndarray:

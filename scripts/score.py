@@ -43,7 +43,7 @@ def main() -> None:
     target = Path(options.logits)
     if not target.parent.is_dir():
         raise UserError(f'--logits {target}: there is no folder {target.parent}')
-    opened = open_run(options.run, options.mesh)
+    opened = open_run(options.run, options.mesh, needs_text=False)
     vocabulary = opened.config.model.vocabulary
     if tokens_BT.min() < 0 or tokens_BT.max() >= vocabulary:
         bad = tokens_BT[(tokens_BT < 0) | (tokens_BT >= vocabulary)][0]

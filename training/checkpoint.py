@@ -109,6 +109,7 @@ class Checkpoints:
             for shard, content in shards.written(f'{item}/{name}', x):
                 (path / shard).parent.mkdir(parents=True, exist_ok=True)
                 (path / shard).write_bytes(content)
+            del x, content  # before the next is made
         self._complete(step, {item: kinds}, contents({item: None}, meta, files), SHARDS)
 
     def wait(self) -> None:

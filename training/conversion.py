@@ -12,14 +12,14 @@ One array after another goes from the files over the mesh into the checkpoint: n
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from data.tokenizer import find_tokenizer
+from data.published_tokenizer import published_tokenizer
 from model import hub
 from model.config import sizes
 from model.streaming import published
@@ -29,10 +29,10 @@ from sharding.mesh import BATCH, SEQUENCE, MeshConfig, check_divides, make_mesh,
 from training import config as configs
 from training.bucket_checkpoint import checkpoints_of
 from training.checkpoint import Checkpoints, named
-from training.config import RunConfig, TrainingConfig
+from training.config import RECORD, RunConfig, TrainingConfig
 from training.state import abstract_state, restore_model, saved_config
 
-SOURCE, RECORD = 'source', 'source.json'
+SOURCE = 'source'
 CONTEXT = 2048  # tokens, where a config says nothing of it
 POSITIONS = ('max_position_embeddings', 'n_positions', 'n_ctx')
 
@@ -51,7 +51,7 @@ def import_run(
     check_divides(mesh, sizes(found.model))
     files = hub.side_files(source)
     config = run_config(run.name, found, mesh)
-    tokenizer = find_tokenizer(files, str(source))
+    tokenizer = published_tokenizer(files, str(source))
     if tokenizer:
         config.with_vocabulary(tokenizer.vocabulary)  # a smaller model than the tokenizer needs is refused
     config.check_sizes()
@@ -61,7 +61,7 @@ def import_run(
     with hub.staged(run) as place:
         with jax.set_mesh(devices):
             names = dict(zip(found.shapes, named(abstract_state(config).model), strict=True))
-        arrays = ((names[leaf], x) for leaf, x in told(found.arrays(devices), found.bytes, say))
+        arrays = told(found.arrays(devices), names, found.bytes, say)
         facts = {'step': 0, 'tokens': 0, 'corpus': None, 'seed': config.seed, 'next_sample': 0}
         Checkpoints(place).save_weights(0, 'model', arrays, facts, kept)
         for name, content in kept.items():
@@ -81,13 +81,14 @@ def parameters(found: hub.Published) -> int:
 
 
 def told(
-    arrays: Iterable[tuple[str, jax.Array]], total: int, say: Callable[[str], None]
+    arrays: Iterable[tuple[str, jax.Array]], names: Mapping[str, str], total: int, say: Callable[[str], None]
 ) -> Iterator[tuple[str, jax.Array]]:
-    """The same, and every few seconds how far they are."""
+    """The same by the names of a checkpoint, and every few seconds how far they are."""
     done, last = 0, time.monotonic()
-    for name, x in arrays:
-        yield name, x
+    for leaf, x in arrays:
         done += x.nbytes
+        yield names[leaf], x
+        del x  # before the next is made
         if time.monotonic() - last > 5:
             last = time.monotonic()
             say(f'{done / 1e9:.1f} of about {total / 1e9:.1f} GB')

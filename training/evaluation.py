@@ -44,6 +44,8 @@ def evaluate(
     stages = jax.sharding.get_mesh().shape['stage']  # a pipeline takes as many microbatches at least
     ways = row_ways() * stages
     batch = -(-min(batch, len(numbers)) // ways) * ways
+    # What an imported tokenizer decodes may be longer or shorter than the text.
+    scale = 1.0 if tokenizer.lossless else rows.bytes / max(int(bytes_V[rows.stream_S].sum(dtype=np.int64)), 1)
     nats, tokens, bytes_ = 0.0, 0, 0
     for start in range(0, len(numbers), batch):
         taken = np.asarray(numbers[start : start + batch])
@@ -51,7 +53,7 @@ def evaluate(
         bytes_B = block.pop('bytes')
         found = jax.device_get({**_sums(model, block, microbatches=stages), 'bytes': _total(bytes_B)})
         nats, tokens, bytes_ = nats + float(found['nats']), tokens + int(found['tokens']), bytes_ + int(found['bytes'])
-    return Evaluation(nats, tokens, bytes_)
+    return Evaluation(nats, tokens, round(bytes_ * scale))
 
 
 def _padded(rows: Rows, taken: np.ndarray, bytes_V: np.ndarray, begin: int, end: int) -> dict[str, np.ndarray]:

@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.prepare import Dataset, load, prepare
+from data.published_tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer
 from model.forward import place_rows
 from sharding import peers
 from sharding.buckets import Bucket
@@ -26,7 +28,7 @@ from sharding.mesh import make_mesh, platform
 from sharding.processes import Agreement
 from training import config as configs
 from training.bucket_checkpoint import checkpoints_of
-from training.config import RunConfig
+from training.config import RECORD, RunConfig
 from training.evaluation import evaluate, spread
 from training.metrics import Metrics, Unwritten
 from training.mirror import Mirror, set_aside
@@ -98,7 +100,7 @@ def ready(config: RunConfig, mirror: Mirror, console: Console) -> tuple[RunConfi
     checkpoints = checkpoints_of(mirror.folder)
     steps = checkpoints.steps()
     if steps:
-        configs.check_continues(saved_config(checkpoints, steps[-1]), config)
+        configs.check_continues(saved_config(checkpoints, steps[-1]), config, begun=steps[-1] > 0)
         if steps[-1] > config.training.steps:
             raise UserError(
                 f'training.steps is {config.training.steps} and run {config.name!r} has taken {steps[-1]} steps already; '
@@ -106,14 +108,16 @@ def ready(config: RunConfig, mirror: Mirror, console: Console) -> tuple[RunConfi
             )
 
     mirror.fetch()
+    tokenizer = imported_tokenizer(mirror.local)
 
     def complete(dataset: Dataset) -> RunConfig:
         whole = config.with_vocabulary(dataset.tokenizer.vocabulary)
         whole.check_sizes()
         return whole
 
-    dataset = prepare(config.data, mirror.local, config.training.sequence_length, say=console.print, check=complete)
-    if steps:
+    length = config.training.sequence_length
+    dataset = prepare(config.data, mirror.local, length, console.print, complete, tokenizer)
+    if steps and steps[-1] > 0:
         meta = checkpoints.meta(steps[-1])
         if meta['corpus'] != dataset.facts['sha256']:
             raise UserError(
@@ -121,6 +125,18 @@ def ready(config: RunConfig, mirror: Mirror, console: Console) -> tuple[RunConfi
                 f'{meta["corpus"][:12]}: the prepared data was replaced; restore it, or begin anew with --fresh'
             )
     return complete(dataset), dataset
+
+
+def imported_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of an imported model, which training keeps; None for a run that learns its own."""
+    if not (folder / RECORD).is_file():
+        return None
+    found = load_tokenizer(folder)
+    if found is None:
+        raise UserError(
+            f'{folder} was imported without a tokenizer, and text cannot become its tokens; import it with one to train it'
+        )
+    return found
 
 
 class Run:
@@ -277,8 +293,9 @@ class Run:
         facts = {'step': step, 'tokens': self.tokens, 'corpus': self.dataset.facts['sha256'], 'seed': self.config.seed}
         # Step N's rows follow from (seed, N): the next sample is the data's whole position.
         facts |= {'next_sample': step * self.config.training.batch}
-        names = ('config.yaml', 'tokenizer.model') if peers.first() else ()
-        files = {name: (self.mirror.local / name).read_bytes() for name in names}
+        files = {}
+        if peers.first():
+            files = {'config.yaml': (self.mirror.local / 'config.yaml').read_bytes(), **self.dataset.tokenizer.files()}
         self.checkpoints.save(step, items(self.state), facts, files)
         self.clock += time.perf_counter() - began
 

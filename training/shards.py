@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, Sharding
 
 from sharding.boxes import Box, blocks, cut, sizes
 
-BLOCK = 2**28  # bytes of one object at most
+BLOCK = 2**26  # bytes of one object at most
 
 
 def written(name: str, x: jax.Array) -> Iterator[tuple[str, bytes]]:
