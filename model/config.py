@@ -207,6 +207,10 @@ class ModelConfig:
     logit_softcap: float | None = None  # c: logits become c tanh(logit / c)
     dropout: float = 0.0  # of the embedding and of each block's output, in training
     moe: MoEConfig | None = None
+    mtp_layers: int = (
+        0  # more layers, each of which predicts one token further ahead (DeepSeek-V3, arXiv:2412.19437, section 2.2)
+    )
+    mtp_loss: float = 0.3  # weight of the mean of their losses
     dtype: Literal['float32', 'bfloat16', 'float16', 'float64'] = 'float32'  # of compute
     # Of stored parameters, gradients and optimizer state; None: at least float32. Imported models keep their source's.
     weight_dtype: Literal['float32', 'bfloat16', 'float16', 'float64'] | None = None
@@ -222,6 +226,9 @@ class ModelConfig:
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise UserError(f'model.{field} is {getattr(self, field)}: it must be at least 1')
         set_default('kv_heads', self.heads)
+        for field in ('mtp_layers', 'mtp_loss'):
+            if not getattr(self, field) >= 0:
+                raise UserError(f'model.{field} is {getattr(self, field)}: it cannot be negative; nearest: 0')
         if self.latent:
             set_default('head_dim', self.query_dim)
             if self.head_dim != self.query_dim:

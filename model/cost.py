@@ -6,33 +6,45 @@ in a row of T tokens that are one document a token sees (T + 1) / 2 keys on aver
 those that a token visits. The vocabulary is the real one, unpadded.
 """
 
-from model.config import ModelConfig
+import dataclasses
+
+from model.config import Kind, ModelConfig
 
 
 def parameters(c: ModelConfig) -> dict[str, int]:
     """Parameters by part; the sum is what a checkpoint holds (with the embedding's padding rows)."""
-    D, moe = c.model_dim, sum(kind.experts for kind in c.kinds)
-    norm = D * (2 if c.norm == 'layernorm' and c.bias else 1)
-    norms = {'pre': 2 * c.layers + 1, 'post': 2 * c.layers, 'sandwich': 4 * c.layers + 1}[c.norm_order]
+    D = c.model_dim
     parts = {
         'embedding': c.padded_vocabulary * D + (c.max_positions * D if c.positions == 'learned' else 0),
-        'attention': c.layers * _attention(c),
-        'mlp': (c.layers - moe) * _mlp(c, c.mlp_dim),
-        'norms': norms * norm,
         'head': 0 if c.tied_embedding else c.padded_vocabulary * D,
+        'norms': 0 if c.norm_order == 'post' else _norm(c),
     }
-    if c.moe:
-        m = c.moe
-        expert = _matrices(c) * D * m.mlp_dim + m.bias * ((_matrices(c) - 1) * m.mlp_dim + D)
-        parts['router'] = moe * m.experts * (D + m.router_bias + m.has_choice_bias)
-        parts['experts'] = moe * m.experts * expert
-        parts['shared_experts'] = moe * (_mlp(c, m.shared_experts * m.mlp_dim) if m.shared_experts else 0)
+    for kind in c.kinds:
+        for part, count in _layer(c, kind).items():
+            parts[part] = parts.get(part, 0) + count
+    if c.mtp_layers:
+        parts['mtp'] = c.mtp_layers * (sum(_layer(c, c.kinds[-1]).values()) + 2 * D * D + 3 * _norm(c))
     return parts
 
 
+def _layer(c: ModelConfig, kind: Kind) -> dict[str, int]:
+    """Parameters of one layer by part."""
+    D, m = c.model_dim, c.moe
+    parts = {'attention': _attention(c), 'norms': _norm(c) * (4 if c.norm_order == 'sandwich' else 2)}
+    if not kind.experts:
+        return parts | {'mlp': _mlp(c, c.mlp_dim)}
+    expert = _matrices(c) * D * m.mlp_dim + m.bias * ((_matrices(c) - 1) * m.mlp_dim + D)
+    return parts | {
+        'router': m.experts * (D + m.router_bias + m.has_choice_bias),
+        'experts': m.experts * expert,
+        'shared_experts': _mlp(c, m.shared_experts * m.mlp_dim) if m.shared_experts else 0,
+    }
+
+
 def active_parameters(c: ModelConfig) -> int:
-    """Parameters that one token meets: all but the experts that it does not visit."""
+    """Parameters that one token meets while decoding: all but `mtp` and the experts that it does not visit."""
     parts = parameters(c)
+    parts.pop('mtp', None)
     idle = parts['experts'] * (c.moe.experts - c.moe.top_k) // c.moe.experts if c.moe else 0
     return sum(parts.values()) - idle
 
@@ -64,8 +76,20 @@ def forward_flops(c: ModelConfig, keys: float) -> dict[str, float]:
 
 
 def training_flops(c: ModelConfig, sequence_length: int) -> float:
-    """Matmul FLOPs of one token's forward and backward pass."""
-    return 3 * sum(forward_flops(c, keys_seen(c, sequence_length)).values())
+    """Matmul FLOPs of one token's forward and backward pass, those of `mtp` among them."""
+    forward = sum(forward_flops(c, keys_seen(c, sequence_length)).values())
+    if c.mtp_layers:
+        last = c.kinds[-1]
+        one = dataclasses.replace(
+            c,
+            layers=1,
+            mtp_layers=0,
+            window_pattern=(last.windowed,),
+            moe=dataclasses.replace(c.moe, first_dense_layers=0, pattern=(True,)) if last.experts else None,
+        )
+        layer = sum(forward_flops(one, keys_seen(one, sequence_length)).values())  # with the head, which each has too
+        forward += c.mtp_layers * (layer + 2 * 2 * c.model_dim**2)
+    return 3 * forward
 
 
 def decode_bytes(c: ModelConfig, rows: int, keys: float, weight_bytes: int, cache_bytes: int) -> float:
@@ -75,6 +99,7 @@ def decode_bytes(c: ModelConfig, rows: int, keys: float, weight_bytes: int, cach
     is the head too. `weight_bytes` and `cache_bytes` are bytes a number.
     """
     parts: dict[str, float] = dict(parameters(c))
+    parts.pop('mtp', None)
     if not c.tied_embedding:
         parts.pop('embedding')
     if c.moe:
@@ -109,6 +134,10 @@ def _attention(c: ModelConfig) -> int:
     if a:
         vectors += a.kv_rank + (a.q_rank or 0)
     return sum(a * b for a, b in _projections(c)) + vectors
+
+
+def _norm(c: ModelConfig) -> int:
+    return c.model_dim * (2 if c.norm == 'layernorm' and c.bias else 1)
 
 
 def _matrices(c: ModelConfig) -> int:

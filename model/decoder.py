@@ -19,7 +19,7 @@ from model.attention import default_backend as attention_backend
 from model.config import Kind, ModelConfig
 from model.grouped_matmul import default_backend as experts_backend
 from model.latent import LatentAttention
-from model.layers import Attention, Cache, Mlp, Norm, View, weight
+from model.layers import Attention, Cache, Mlp, Norm, View, linear_back, weight
 from model.moe import MoE
 from sharding.collectives import vary, whole
 from sharding.mesh import FSDP, platform
@@ -59,6 +59,27 @@ class Block(nnx.Module):
         return getattr(self, f'{part}_norm')(x_BTD) if self.config.norm_order == 'post' else x_BTD
 
 
+class Ahead(Block):
+    """A layer that predicts one token further than what it reads, with the model's embedding and head.
+
+    Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2): the activations that stand for a token are joined
+    with the embedding of the next one. As in published weights both the model's own activations and this layer's are normed
+    before the head reads them, and it is those that the next layer is given.
+    """
+
+    def __init__(self, c: ModelConfig, kind: Kind, rngs: nnx.Rngs):
+        super().__init__(c, kind, rngs)
+        D = c.model_dim
+        self.embedding_norm, self.hidden_norm, self.norm = Norm(c), Norm(c), Norm(c)
+        self.join_DE = weight(rngs, c, (D, 2 * D), P(FSDP, None), fan_in=2 * D)  # E: embedding, then activations
+
+    def ahead(self, x_BTD, next_BTD, view: View, layer):
+        """The activations that stand for the tokens of `next_BTD`, in the layout between blocks; the router's figures."""
+        x_BTE = jnp.concatenate([self.embedding_norm(next_BTD), self.hidden_norm(x_BTD)], -1)
+        x_BTD, _, figures = self(linear_back(x_BTE, whole(self.join_DE[...], x_BTE.dtype)), view, None, layer)
+        return self.norm(x_BTD), figures
+
+
 class Decoder(nnx.Module):
     """Embedding, runs of layers, final norm, LM head.
 
@@ -85,6 +106,8 @@ class Decoder(nnx.Module):
             self.norm = Norm(c)
         if not c.tied_embedding:
             self.head_DV = weight(rngs, c, (D, V), P(FSDP, 'tensor'), fan_in=D)
+        if c.mtp_layers:
+            self.mtp = stacked(c, c.kinds[-1], c.mtp_layers, None, rngs, Ahead)
 
     def hidden(self, tokens_BT, view: View, cache: Cache | None = None):
         """Normed activations before the LM head, in the layout between blocks; the cache; the figures of each router.
@@ -105,6 +128,21 @@ class Decoder(nnx.Module):
                 x_BTD, cache, found = in_order(blocks, x_BTD, ends, cache, first)
             first, group, figures = first + run.layers, group + len(run.kinds), [*figures, *found]
         return (x_BTD if c.norm_order == 'post' else self.norm(x_BTD)), cache, by_layer(figures)
+
+    def ahead(self, x_BTD, next_kBT, view: View):
+        """Of each layer of `mtp` its normed activations before the LM head, and the figures of their routers by layer.
+
+        x_BTD is what `hidden` gives. next_kBT: of layer k the tokens k + 1 places after those that the model read.
+        """
+        c, ends = self.config, view.dealt()
+        found, figures = [], []
+        for k, next_BT in enumerate(next_kBT):
+            layer = jax.tree.map(lambda a, k=k: a[k], self.mtp)
+            run = remat(lambda layer, x, after, k=k: layer.ahead(x, after, ends, c.layers + k), c, True)
+            x_BTD, of_layer = run(layer, x_BTD, self.embed(dealt(next_BT, view.microbatches), ends))
+            found.append(x_BTD)
+            figures.append(jax.tree.map(lambda a: vary(a)[None], of_layer))
+        return found, by_layer(figures)
 
     def embed(self, tokens_BT, view: View):
         """Each device of `tensor` looks up its part of D for all tokens; what is sent then makes that all of D."""
@@ -130,10 +168,12 @@ class Decoder(nnx.Module):
         return lax.all_to_all(embed_VD, 'tensor', split_axis=0, concat_axis=1, tiled=True).T
 
 
-def stacked(c: ModelConfig, kind: Kind, repeats: int, axis: str | None, rngs: nnx.Rngs) -> Block:
+def stacked(
+    c: ModelConfig, kind: Kind, repeats: int, axis: str | None, rngs: nnx.Rngs, layer: type[Block] = Block
+) -> Block:
     """Layers of a kind as one module with a leading dim, which is split over `axis`."""
     keys = jax.tree.map(lambda key: jax.reshard(key, P(axis)), rngs.split(repeats))
-    return jax.vmap(lambda rngs: Block(c, kind, rngs))(keys)
+    return jax.vmap(lambda rngs: layer(c, kind, rngs))(keys)
 
 
 def in_order(blocks: tuple[Block, ...], x_BTD, view: View, cache: Cache | None, first):

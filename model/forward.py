@@ -112,6 +112,28 @@ def logits(model: Decoder, tokens_BT, position_BT, segment_BT):
     return real_vocabulary(run(model, tokens_BT, position_BT, segment_BT), model)
 
 
+def logits_ahead(model: Decoder, tokens_BT, position_BT, segment_BT):
+    """Logits [k, B, T, vocabulary] of the layers that predict further ahead (`mtp_layers`), as those of `logits`.
+
+    At column t of layer k (from 0) stand those of the token k + 2 columns later, given all tokens up to k + 1 columns later,
+    which is why the last k + 1 columns mean nothing.
+    """
+    needs_no_stages('scoring')
+    depth = model.config.mtp_layers
+
+    def body(model, *batch):
+        column_T = columns(batch[0].shape[1], contiguous)
+        cut = lambda a_BT: a_BT[:, column_T]
+        view = View(cut(batch[1]), cut(batch[2]), **backends(model.config))
+        x_BTD, _, _ = model.hidden(cut(batch[0]), view)
+        found, _ = model.ahead(x_BTD, [cut(jnp.roll(batch[0], -1 - k, axis=1)) for k in range(depth)], view)
+        return jnp.stack([to_vocabulary(join(x_BTD), model.head(), model.config) for x_BTD in found])
+
+    run = one_device(body, model, (TOKENS, TOKENS, TOKENS), P(None, ROWS, 'context', 'tensor'))
+    logit_kBTV = run(model, tokens_BT, position_BT, segment_BT)
+    return jax.reshard(logit_kBTV, P(None, BATCH, 'context', None))[..., : model.config.vocabulary]
+
+
 def real_vocabulary(logit_V, model: Decoder):
     """Logits split over `tensor` and padded, to all of the real vocabulary on each of its devices."""
     spec = P(BATCH, *jax.typeof(logit_V).sharding.spec[1:-1], None)

@@ -249,6 +249,8 @@ class Run:
                 f'step {step} has loss {row["loss"]} and gradient norm {row["grad_norm"]}: lower training.learning_rate (now '
                 f'{self.config.training.learning_rate}) or raise training.warmup_steps; the last checkpoint is from before'
             )
+        if 'mtp_loss' in figures:
+            row['mtp_loss'] = float(figures['mtp_loss'])
         if 'router' in figures:
             router = figures['router']
             names = ('entropy', 'max_share', 'balance_loss', 'z_loss', 'dropped_share')

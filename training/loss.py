@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import P, lax
 
 from model.config import ModelConfig
-from model.decoder import Decoder, backends, to_vocabulary
+from model.decoder import Decoder, backends, by_layer, to_vocabulary
 from model.forward import TOKENS, columns, one_device
 from model.layers import View, specs
 from sharding.collectives import join, my_slice, sum_copies, vary
@@ -30,8 +30,8 @@ def loss_sums(model: Decoder, batch: dict, dropout_key=None, microbatches: int =
         microbatches: into which the pipeline cuts each device's rows, where the mesh has stages: a multiple of them.
 
     Returns:
-        'nats' Σ cross-entropy, 'tokens' how many, 'rows' with a real token, and with experts 'router': each figure of
-        `model.moe.route` by layer.
+        'nats' Σ cross-entropy, 'tokens' how many, 'rows' with a real token; with experts 'router': each figure of
+        `model.moe.route` by layer; with `mtp_layers` 'ahead': of each Σ cross-entropy.
     """
 
     def body(model, batch, key):
@@ -46,7 +46,8 @@ def loss_fn(model: Decoder, batch: dict, dropout_key=None, microbatches: int = 1
     """The loss to minimise, and the parts it is made of; arguments as in `loss_sums`.
 
     loss = mean cross-entropy over real tokens + balance_loss · mean over rows and layers of the balance loss
-    + z_loss · mean over tokens and layers of the router z-loss; in nats.
+    + z_loss · mean over tokens and layers of the router z-loss + mtp_loss · mean over `mtp_layers` of their Σ cross-entropy
+    over real tokens (DeepSeek-V3, arXiv:2412.19437, eq. 24–25); in nats.
     """
     sums = loss_sums(model, batch, dropout_key, microbatches)
     return total_loss(sums, sums, model), parts(sums, model)
@@ -120,14 +121,45 @@ def device_shares(model: Decoder, batch: dict, first, key, microbatches: int) ->
     )
     x_BTD, _, figures = model.hidden(tokens_BT, view)
     target_BT, live_BT = my_slice(dealt(target_BT, microbatches)), view.dealt().live_BT
-    nats = cross_entropy(model.head(), x_BTD, target_BT, live_BT, model.config)
-    return {'nats': nats, 'router': figures}
+    head_DV = model.head()
+    shares = {'nats': cross_entropy(head_DV, x_BTD, target_BT, live_BT, model.config), 'router': figures}
+    if model.config.mtp_layers:
+        next_kBT, target_kBT, live_kBT = (
+            [a_BT[:, column_T] for a_BT in a_kBT] for a_kBT in shifted(batch, model.config.mtp_layers)
+        )
+        x_kBTD, found = model.ahead(x_BTD, next_kBT, view)
+        mine = lambda a_BT: my_slice(dealt(a_BT, microbatches))
+        ahead = zip(x_kBTD, target_kBT, live_kBT, strict=True)
+        shares['ahead'] = jnp.stack(
+            [cross_entropy(head_DV, x, mine(target), mine(live), model.config) for x, target, live in ahead]
+        )
+        shares['router'] = by_layer([figures, found])
+    return shares
+
+
+def shifted(batch: dict, depth: int) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+    """Of each layer that predicts further ahead: the tokens it is given, those it must predict, and where both are real.
+
+    All [B, T]. Layer k (from 0) is given the token k + 1 places on, and predicts the next; it has none where its document ends.
+    """
+    left = lambda a_BT: jnp.pad(a_BT[:, 1:], ((0, 0), (0, 1)))
+    next_BT, segment_BT, live_BT = batch['targets'], batch['segments'], batch['segments'] > 0
+    found = []
+    for _ in range(depth):
+        segment_BT = left(segment_BT)
+        live_BT = live_BT & (segment_BT == batch['segments'])
+        found.append((next_BT, left(next_BT), live_BT))
+        next_BT = left(next_BT)
+    next_kBT, target_kBT, live_kBT = map(list, zip(*found, strict=True))
+    return next_kBT, target_kBT, live_kBT
 
 
 def total_loss(sums: dict, known: dict, model: Decoder):
     """The loss of whole sums, or a device's share of it: of its own sums and the counts of the whole batch."""
     tokens, moe = jnp.maximum(known['tokens'], 1), model.config.moe
     total = sums['nats'] / tokens
+    if model.config.mtp_layers:
+        total = total + model.config.mtp_loss * sums['ahead'].mean() / tokens
     if moe:
         router, rows = sums['router'], jnp.maximum(known['rows'], 1)
         total = total + moe.balance_loss * router['balance'].mean() / rows + moe.z_loss * router['z'].mean() / tokens
@@ -138,6 +170,8 @@ def parts(sums: dict, model: Decoder) -> dict:
     """What is reported of whole sums."""
     tokens, moe = jnp.maximum(sums['tokens'], 1), model.config.moe
     found = {'loss': sums['nats'] / tokens, 'tokens': sums['tokens']}
+    if model.config.mtp_layers:
+        found['mtp_loss'] = sums['ahead'].mean() / tokens
     if moe:
         router = sums['router']
         load_LE = router['load_E'] / (tokens * moe.top_k)

@@ -57,8 +57,8 @@ def init(config: RunConfig, model: Decoder | None = None) -> State:
 def train_step(config: RunConfig, state: State, batch: dict) -> tuple[State, dict]:
     """One optimizer step on a global batch. Returns the new state and the step's figures, on the device.
 
-    Figures: loss (mean cross-entropy in nats), tokens (real ones), grad_norm (before clipping), learning_rate, and with
-    experts router (see `training.loss.loss_fn`).
+    Figures: loss (mean cross-entropy in nats), tokens (real ones), grad_norm (before clipping), learning_rate, with
+    experts router and with `mtp_layers` mtp_loss (see `training.loss.loss_fn`).
     """
     key = jax.random.fold_in(state.key, state.step) if config.model.dropout else None
     (_, figures), gradient = loss_and_gradient(
@@ -78,7 +78,7 @@ def balance_choices(model: Decoder, figures: dict) -> None:
     # Shares of all choices back to whole numbers, so that every mesh compares the same.
     load_LE = jnp.round(figures['router']['load'] * (figures['tokens'] * moe.top_k))
     first = 0
-    for blocks in model.groups:
+    for blocks in [*model.groups, model.mtp] if model.config.mtp_layers else model.groups:
         if isinstance(blocks.mlp, MoE):
             bias_LE = blocks.mlp.bias_E
             mine_LE = load_LE[first : first + len(bias_LE[...])]

@@ -21,20 +21,11 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from sharding.errors import UserError, nearest
 
-FAMILIES = (
-    'llama',
-    'mistral',
-    'mixtral',
-    'qwen2',
-    'qwen3',
-    'qwen3_moe',
-    'olmoe',
-    'phi3',
-    'glm4_moe',
-    'deepseek_v2',
-    'deepseek_v3',
-)  # their files
 # fmt: off
+FAMILIES = (  # their files
+    'llama', 'mistral', 'mixtral', 'qwen2', 'qwen3', 'qwen3_moe', 'olmoe', 'phi3', 'glm4_moe',
+    'gpt2', 'gemma2', 'gemma3', 'gpt_oss', 'deepseek_v2', 'deepseek_v3', 'grok1',
+)
 HARMLESS = frozenset([  # fields of config.json that change no logit
     'architectures', 'auto_map', 'bos_token_id', 'chunk_size_feed_forward', 'classifier_dropout', 'dtype',
     'eos_token_id', 'finetuning_task', 'id2label', 'initializer_factor', 'initializer_range', 'is_decoder', 'label2id',
@@ -137,6 +128,7 @@ class Tensor:
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    copy_of: str | None = None  # the tensor that it repeats; then its parts are those of that one
 
 
 # What a table may say beside the name of one of our arrays -------------------------------------------------------------
@@ -181,6 +173,7 @@ class Family:
         names: published tensor names to ours. {i} stands for the layer, {e} for the expert; a layer's arrays are named
             without their group (attention.q_DN). Entries whose arrays the model does not have are left out.
         buffers: patterns of published tensors that hold no parameters.
+        copies: tensors of the layers of `mtp` that repeat another, by name.
         prefix: of the published names, where a publisher's files may leave it out; part of `names`.
     """
 
@@ -190,6 +183,7 @@ class Family:
     write: Callable[[ModelConfig], dict[str, Any]]
     names: Mapping[str, Entry]
     buffers: tuple[str, ...] = ()
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     prefix: str = ''
 
 
@@ -248,17 +242,29 @@ def tensors(family: Family, c: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeS
         if leaf not in used:
             raise UserError(f'family {family.name} has no tensor for {leaf}: this model is not one of its own')
     check_filled(found, c, shapes)
-    return found
+    by_name = {one.name: one for one in found}
+    return [*found, *copies(family, c, by_name)]
+
+
+def copies(family: Family, c: ModelConfig, by_name: Mapping[str, Tensor]) -> list[Tensor]:
+    """The published tensors that repeat one of `by_name`."""
+    return [
+        dataclasses.replace(by_name[source], name=name.replace('{i}', str(c.layers + k)), copy_of=source)
+        for k in range(c.mtp_layers)
+        for name, source in family.copies.items()
+        if source in by_name
+    ]
 
 
 def layers(c: ModelConfig) -> Iterator[tuple[str, int]]:
-    """Of each layer, first to last: the prefix of its arrays' names, and its index in them."""
+    """Of each layer, first to last, then those of `mtp`: the prefix of its arrays' names, and its index in them."""
     group = 0
     for run in c.runs:
         for repeat in range(run.repeats):
             for place in range(len(run.kinds)):
                 yield f'groups.{group + place}.', repeat
         group += len(run.kinds)
+    yield from (('mtp.', k) for k in range(c.mtp_layers))
 
 
 def named_by(entry: Entry) -> tuple[str, ...]:

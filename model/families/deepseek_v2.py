@@ -4,8 +4,7 @@ from typing import Any
 
 from model.config import ModelConfig, MoEConfig
 from model.families import Family, Fields
-from model.families.deepseek_v3 import LATENT, read_latent, write_latent
-from model.families.glm4_moe import SHARED
+from model.families.deepseek_v3 import LATENT, SHARED, read_latent, write_latent
 from model.families.llama import MLP, NORMS, OUTER
 from model.families.qwen3_moe import EXPERTS
 

@@ -43,11 +43,16 @@ def read(f: Fields) -> ModelConfig:
 
 
 def common(f: Fields, epsilon: float = 1e-6, kv_heads: int | None = None) -> dict[str, Any]:
-    """The fields that Llama and its many descendants share; `epsilon` and `kv_heads` where a config leaves them out.
+    """The fields that Llama and its many descendants share; see `sizes`."""
+    f.only('hidden_act', 'silu')
+    return sizes(f, epsilon, kv_heads)
+
+
+def sizes(f: Fields, epsilon: float = 1e-6, kv_heads: int | None = None, tied: bool = False) -> dict[str, Any]:
+    """Those of them that say nothing of the activation; `epsilon`, `kv_heads`, `tied` where a config leaves them out.
 
     None, and null in a config: as many kv_heads as heads.
     """
-    f.only('hidden_act', 'silu')
     return {
         'vocabulary': f('vocab_size'),
         'layers': f('num_hidden_layers'),
@@ -57,7 +62,7 @@ def common(f: Fields, epsilon: float = 1e-6, kv_heads: int | None = None) -> dic
         'head_dim': f('head_dim', f('hidden_size') // f('num_attention_heads')),
         'mlp_dim': f('intermediate_size'),
         'norm_epsilon': f('rms_norm_eps', epsilon),
-        'tied_embedding': f('tie_word_embeddings', False),
+        'tied_embedding': f('tie_word_embeddings', tied),
     }
 
 

@@ -235,6 +235,203 @@ case(
     rope_parameters={'rope_type': 'default', 'rope_theta': 1e5, 'partial_rotary_factor': 0.25},
 )
 
+
+GPT2 = {'vocab_size': VOCABULARY, 'n_embd': 64, 'n_layer': 2, 'n_head': 4, 'n_positions': 160}
+case('gpt2-plain', 'GPT2LMHeadModel', 'gpt2', GPT2, n_ctx=160, n_inner=None)
+case(
+    'gpt2-untied-unscaled-exact-gelu',
+    'GPT2LMHeadModel',
+    'gpt2',
+    GPT2,
+    n_inner=96,
+    activation_function='gelu',
+    layer_norm_epsilon=1e-3,
+    scale_attn_weights=False,
+    tie_word_embeddings=False,
+)
+case(
+    'gpt2-relu-other-names',
+    'GPT2LMHeadModel',
+    'gpt2',
+    {'vocab_size': VOCABULARY},
+    hidden_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    max_position_embeddings=200,
+    activation_function='relu',
+    reorder_and_upcast_attn=True,
+)
+
+GEMMA2 = {name: value for name, value in BASE.items() if name != 'tie_word_embeddings'} | {'head_dim': 16}
+case(
+    'gemma2-as-published',
+    'Gemma2ForCausalLM',
+    'gemma2',
+    GEMMA2,
+    hidden_size=48,
+    num_hidden_layers=4,
+    hidden_act='gelu_pytorch_tanh',
+    hidden_activation='gelu_pytorch_tanh',
+    rms_norm_eps=1e-6,
+    rope_theta=1e4,
+    sliding_window=12,
+    sliding_window_size=12,
+    query_pre_attn_scalar=12,
+    attn_logit_softcapping=3.0,
+    final_logit_softcapping=10.0,
+    cache_implementation='hybrid',
+)
+case(
+    'gemma2-no-caps-biases-untied',
+    'Gemma2ForCausalLM',
+    'gemma2',
+    GEMMA2,
+    head_dim=24,
+    num_key_value_heads=1,
+    layer_types=['full_attention'] * 2,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+    attention_bias=True,
+    tie_word_embeddings=False,
+)
+case(
+    'gemma2-defaults-layer-types-linear-silu',
+    'Gemma2ForCausalLM',
+    'gemma2',
+    GEMMA2,
+    num_hidden_layers=3,
+    hidden_activation='silu',
+    query_pre_attn_scalar=16,
+    sliding_window=20,
+    layer_types=['sliding_attention', 'sliding_attention', 'full_attention'],
+    rope_parameters={'rope_type': 'linear', 'rope_theta': 1e5, 'factor': 4.0},
+)
+
+GEMMA3 = GEMMA2 | {'num_hidden_layers': 6, 'hidden_activation': 'gelu_pytorch_tanh'}
+case(
+    'gemma3-as-published',
+    'Gemma3ForCausalLM',
+    'gemma3_text',
+    GEMMA3,
+    num_hidden_layers=7,
+    attn_logit_softcapping=None,
+    final_logit_softcapping=None,
+    query_pre_attn_scalar=20,
+    rope_local_base_freq=100,
+    rope_theta=1e6,
+    rope_scaling={'rope_type': 'linear', 'factor': 8.0},
+    sliding_window=20,
+    sliding_window_pattern=6,
+    rms_norm_eps=1e-6,
+)
+case(
+    'gemma3-two-ropes-yarn-capped-biases-untied',
+    'Gemma3ForCausalLM',
+    'gemma3_text',
+    GEMMA3,
+    hidden_size=48,
+    head_dim=24,
+    num_hidden_layers=3,
+    num_key_value_heads=1,
+    query_pre_attn_scalar=24,
+    attention_bias=True,
+    tie_word_embeddings=False,
+    final_logit_softcapping=6.0,
+    sliding_window=12,
+    layer_types=['full_attention', 'sliding_attention', 'sliding_attention'],
+    rope_parameters={
+        'full_attention': {
+            'rope_type': 'yarn',
+            'rope_theta': 1e4,
+            'factor': 4.0,
+            'original_max_position_embeddings': 64,
+        },
+        'sliding_attention': {'rope_type': 'default', 'rope_theta': 500.0},
+    },
+)
+case(
+    'gemma3-every-second-silu-defaults',
+    'Gemma3ForCausalLM',
+    'gemma3_text',
+    GEMMA3,
+    num_hidden_layers=4,
+    hidden_activation='silu',
+    rms_norm_eps=1e-3,
+    sliding_window=16,
+    sliding_window_pattern=2,
+)
+case(
+    'gemma3-no-windows',
+    'Gemma3ForCausalLM',
+    'gemma3_text',
+    GEMMA3,
+    num_hidden_layers=2,
+    layer_types=['full_attention'] * 2,
+    rope_local_base_freq=100,
+)
+
+GPT_OSS = BASE | {'head_dim': 16, 'intermediate_size': 32, 'num_local_experts': 8}
+case(
+    'gpt_oss-as-published',
+    'GptOssForCausalLM',
+    'gpt_oss',
+    GPT_OSS,
+    num_hidden_layers=4,
+    attention_bias=True,
+    experts_per_token=4,
+    num_experts_per_tok=4,
+    hidden_act='silu',
+    initial_context_length=32,
+    layer_types=['sliding_attention', 'full_attention'] * 2,
+    rope_scaling={
+        'rope_type': 'yarn',
+        'factor': 4.0,
+        'beta_fast': 8.0,
+        'beta_slow': 1.0,
+        'original_max_position_embeddings': 32,
+        'truncate': False,
+    },
+    rope_theta=1000,
+    sliding_window=12,
+    swiglu_limit=1.0,
+)
+case(
+    'gpt_oss-defaults-no-biases-tied',
+    'GptOssForCausalLM',
+    'gpt_oss',
+    GPT_OSS,
+    num_key_value_heads=1,
+    num_experts_per_tok=1,
+    attention_bias=False,
+    tie_word_embeddings=True,
+    sliding_window=16,
+    rms_norm_eps=1e-3,
+)
+case(
+    'gpt_oss-unscaled-late-windows',
+    'GptOssForCausalLM',
+    'gpt_oss',
+    GPT_OSS,
+    hidden_size=48,
+    head_dim=24,
+    num_hidden_layers=3,
+    num_local_experts=6,
+    num_experts_per_tok=2,
+    layer_types=['full_attention', 'sliding_attention', 'sliding_attention'],
+    rope_parameters={'rope_type': 'default', 'rope_theta': 1e4},
+    sliding_window=20,
+    swiglu_limit=0.5,
+    swiglu_alpha=1.702,
+)
+case(
+    'gpt_oss-no-windows',
+    'GptOssForCausalLM',
+    'gpt_oss',
+    GPT_OSS,
+    layer_types=['full_attention'] * 2,
+    rope_scaling={'type': 'linear', 'factor': 4.0},
+)
+
 DEEPSEEK = BASE | {
     'num_key_value_heads': 4,
     'q_lora_rank': 24,
@@ -323,3 +520,39 @@ case(
     topk_group=3,
     rope_scaling=MSCALE | {'mscale': 1.0},
 )
+
+GROK1 = BASE | {
+    'num_experts': 8,
+    'num_experts_per_tok': 2,
+    'attn_output_multiplier': 0.25,
+    'max_attn_value': 30.0,
+    'embedding_multiplier_scale': 8.0,
+    'output_multiplier_scale': 0.5773502691896257,
+    'tie_word_embeddings': True,
+}
+case('grok1-as-published', 'Grok1ModelForCausalLM', 'grok-1', GROK1)
+case(
+    'grok1-low-cap-one-kv-head-top-3',
+    'Grok1ModelForCausalLM',
+    'grok-1',
+    GROK1,
+    max_attn_value=2.0,
+    attn_output_multiplier=0.5,
+    num_key_value_heads=1,
+    num_experts_per_tok=3,
+)
+case(
+    'grok1-untied-four-experts',
+    'Grok1ModelForCausalLM',
+    'grok-1',
+    GROK1,
+    num_experts=4,
+    num_key_value_heads=4,
+    tie_word_embeddings=False,
+    rms_norm_eps=1e-3,
+    output_multiplier_scale=2.0,
+    embedding_multiplier_scale=1.5,
+)
+
+case('deepseek_v3-two-ahead', 'DeepseekV3ForCausalLM', 'deepseek_v3', DEEPSEEK_V3, num_nextn_predict_layers=2)
+case('glm4_moe-one-ahead', 'Glm4MoeForCausalLM', 'glm4_moe', GLM4_MOE, num_nextn_predict_layers=1, use_qk_norm=True)

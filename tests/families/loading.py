@@ -30,14 +30,16 @@ class Golden(NamedTuple):
     logits: np.ndarray  # float32 [kept, vocabulary]
     greedy: np.ndarray  # int32: what follows the first row's first tokens
     margins: np.ndarray  # of each choice, over the largest |logit|
+    ahead: np.ndarray | None  # float32 [layers, kept, vocabulary] of layers that predict further ahead
 
 
 def golden(path: Path) -> Golden:
     with np.load(path, allow_pickle=False) as file:
         about = json.loads(bytes(file['about']))
         arrays = [file[name] for name in ('ids', 'at', 'logits', 'greedy', 'margins')]
+        ahead = file.get('ahead')
     arrays = [a.astype(np.int32) if a.dtype == np.int16 else a for a in arrays]
-    return Golden(path.stem, about['config'], about['saved'], about['seed'], *arrays)
+    return Golden(path.stem, about['config'], about['saved'], about['seed'], *arrays, ahead)
 
 
 def read(config: dict[str, Any]) -> tuple[Family, ModelConfig]:
@@ -54,7 +56,7 @@ def generated(name: str, family: Family, c: ModelConfig, seed: int) -> Decoder:
     shapes = leaves(c)
     filled = {leaf: np.zeros(shape.shape, shape.dtype) for leaf, shape in shapes.items()}
     for one in tensors(family, c, shapes):
-        array = weights.tensor(seed, one.name, one.shape, cases.family(name) in cases.OFFSET_NORMS)
+        array = weights.tensor(seed, one.copy_of or one.name, one.shape, cases.family(name) in cases.OFFSET_NORMS)
         for part in one.parts:
             piece = part(array)
             filled[part.leaf][part.at][tuple(slice(n) for n in piece.shape)] = piece

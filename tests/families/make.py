@@ -1,4 +1,4 @@
-"""Goldens of the cases, by transformers: run by an interpreter that has torch and transformers (`make goldens`).
+"""Goldens of the cases, by transformers or a NumPy reference: run by an interpreter that has torch (`make goldens`).
 
 python tests/families/make.py [--only PREFIX] [--seed N] [--out FOLDER] [--all-positions]
 
@@ -7,6 +7,7 @@ continuation with the margin of each choice.
 """
 
 import argparse
+import importlib
 import json
 import sys
 import tempfile
@@ -17,13 +18,15 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import MtpModel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.families import cases, weights
 
 
 def build(name: str, config: dict, seed: int):
-    """A model of a config with generated weights, none of its tensors left as it was born; the config as it is saved."""
+    """A model of a config with generated weights, none of them left as it was born; its MTP layers; the config as saved."""
+    layers, ahead = config['num_hidden_layers'], config.get('num_nextn_predict_layers', 0)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, 'config.json').write_text(json.dumps(config))
         described = AutoConfig.from_pretrained(folder)
@@ -33,42 +36,90 @@ def build(name: str, config: dict, seed: int):
         Path(folder, 'config.json').write_text(json.dumps(config))
         path = Path(folder, 'model.safetensors')
         shapes = {tensor: array.shape for tensor, array in load_file(path).items()}
+        shapes |= shapes_ahead(shapes, layers, ahead)
         offset = cases.family(name) in cases.OFFSET_NORMS
         save_file(dict(weights.all_of(seed, shapes, offset)), path, metadata={'format': 'pt'})
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation='eager', output_loading_info=True
         )
+        mtp = None
+        if ahead:
+            # It knows the published models' layers alone.
+            model._keys_to_ignore_on_load_unexpected = [rf'model\.layers\.{layers + k}\.' for k in range(ahead)]
+            mtp = MtpModel.from_pretrained(model).eval()
+            found['unexpected_keys'] = {key for key in found['unexpected_keys'] if int(key.split('.')[2]) < layers}
     assert not any(found[kind] for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), found
-    return model.eval(), saved
+    return model.eval(), mtp, saved
+
+
+def shapes_ahead(shapes: dict, layers: int, ahead: int) -> dict:
+    """The tensors of layers that predict further ahead: those of the last layer, and their own."""
+    last, found = f'model.layers.{layers - 1}.', {}
+    D = shapes['model.norm.weight'][0]
+    for k in range(ahead):
+        mine = f'model.layers.{layers + k}.'
+        found |= {mine + name.removeprefix(last): shape for name, shape in shapes.items() if name.startswith(last)}
+        found |= {mine + name: (D,) for name in ('enorm.weight', 'hnorm.weight', 'shared_head.norm.weight')}
+        found[mine + 'eh_proj.weight'] = (D, 2 * D)
+    return found
 
 
 @torch.no_grad()
-def golden(name: str, config: dict, seed: int, everywhere: bool) -> dict[str, np.ndarray]:
-    """What is kept of a case."""
-    model, saved = build(name, config, seed)
-    ids = weights.ids(seed, cases.ROWS, cases.LENGTH, config['vocab_size'])
-    logits = model(torch.tensor(ids, dtype=torch.long), use_cache=False).logits.float().numpy()
-    at = weights.places(seed, cases.KEPT, cases.ROWS, cases.LENGTH)
-    if everywhere:
-        at = np.stack(np.meshgrid(np.arange(cases.ROWS), np.arange(cases.LENGTH), indexing='ij'), -1).reshape(-1, 2)
-    new, cache, greedy, margins = torch.tensor(ids[:1, : cases.PROMPT], dtype=torch.long), None, [], []
+def by_transformers(name: str, config: dict, seed: int, ids: np.ndarray):
+    """The config as saved; logits [rows, length, vocabulary]; those that chose each greedy token [steps, vocabulary];
+    those of the layers that predict further ahead [layers, rows, length, vocabulary], zeros where there are none.
+    """
+    model, mtp, saved = build(name, config, seed)
+    rows = torch.tensor(ids, dtype=torch.long)
+    logits = model(rows, use_cache=False).logits.float().numpy()
+    hidden = model.model(rows, use_cache=False).last_hidden_state
+    ahead = np.zeros((mtp.num_mtp_layers if mtp else 0, *logits.shape), np.float32)
+    for k in range(len(ahead)):
+        place = torch.arange(k + 1, rows.shape[1])[None]
+        hidden = mtp.forward_layer(k, hidden[:, :-1], place, None, input_ids=rows[:, k + 1 :])
+        ahead[k, :, : rows.shape[1] - k - 1] = model.lm_head(hidden).float().numpy()
+    new, cache, steps = torch.tensor(ids[:1, : cases.PROMPT], dtype=torch.long), None, []
     for _ in range(cases.NEW):
         out = model(new, past_key_values=cache, use_cache=True)
         last, cache = out.logits[0, -1].float(), out.past_key_values
-        best = torch.topk(last, 2).values
-        margins.append(float((best[0] - best[1]) / last.abs().max()))
         new = last.argmax()[None, None]
-        greedy.append(int(new))
+        steps.append(last.numpy())
+    return saved, logits, np.stack(steps), ahead
+
+
+def by_reference(name: str, config: dict, seed: int, ids: np.ndarray):
+    """The same by the family's own reference in NumPy (tests/families/FAMILY_reference.py)."""
+    reference = importlib.import_module(f'tests.families.{cases.family(name)}_reference')
+    tensors = dict(weights.all_of(seed, reference.shapes(config), False))
+    logits = np.stack([reference.logits(tensors, config, row) for row in ids])
+    row, steps = ids[0, : cases.PROMPT], []
+    for _ in range(cases.NEW):
+        steps.append(reference.logits(tensors, config, row)[-1])
+        row = np.append(row, steps[-1].argmax())
+    return config, logits, np.stack(steps), np.zeros((0, *logits.shape))
+
+
+def golden(name: str, config: dict, seed: int, everywhere: bool) -> dict[str, np.ndarray]:
+    """What is kept of a case."""
+    ids = weights.ids(seed, cases.ROWS, cases.LENGTH, config['vocab_size'])
+    make = by_reference if cases.family(name) in cases.NOT_IN_TRANSFORMERS else by_transformers
+    saved, logits, steps, ahead = make(name, config, seed, ids)
+    at = weights.places(seed, cases.KEPT, cases.ROWS, cases.LENGTH)
+    if everywhere:
+        at = np.stack(np.meshgrid(np.arange(cases.ROWS), np.arange(cases.LENGTH), indexing='ij'), -1).reshape(-1, 2)
+    second, first = np.sort(steps, -1)[:, -2:].T
     versions = {'transformers': transformers.__version__, 'torch': torch.__version__}
-    about = {'config': config, 'saved': saved, 'seed': seed, **versions}
-    return {
+    made_by = versions if make is by_transformers else {'numpy': np.__version__}
+    about = {'config': config, 'saved': saved, 'seed': seed, **made_by}
+    kept = {
         'about': np.frombuffer(json.dumps(about).encode(), np.uint8),
         'ids': ids.astype(np.int16),
         'at': at.astype(np.int16),
-        'logits': logits[at[:, 0], at[:, 1]],
-        'greedy': np.array(greedy, np.int16),
-        'margins': np.array(margins, np.float32),
+        'logits': logits[at[:, 0], at[:, 1]].astype(np.float32),
+        'greedy': steps.argmax(-1).astype(np.int16),
+        'margins': ((first - second) / np.abs(steps).max(-1)).astype(np.float32),
     }
+    return kept | ({'ahead': ahead[:, at[:, 0], at[:, 1]].astype(np.float32)} if len(ahead) else {})
 
 
 def main() -> None:
@@ -80,7 +131,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for name, config in cases.CASES.items():
-        if not name.startswith(options.only) or cases.family(name) in cases.NOT_IN_TRANSFORMERS:
+        if not name.startswith(options.only):
             continue
         np.savez_compressed(options.out / f'{name}.npz', **golden(name, config, options.seed, options.all_positions))
         print(name, flush=True)

@@ -8,7 +8,7 @@ from jax import lax
 
 from decoding.step import decode, empty_cache, prefill
 from model.families import Fields, families
-from model.forward import logits, place
+from model.forward import logits, logits_ahead, place
 from sharding.mesh import MeshConfig, make_mesh
 from tests.families import cases
 from tests.families.loading import GOLDENS, generated, golden, read
@@ -19,14 +19,14 @@ MESHES = [MeshConfig(), MeshConfig(data=2, expert=2, tensor=2)]
 PATHS = sorted(GOLDENS.glob('*.npz'))
 
 
-def whole(model, ids_BT, live_BT=None):
+def whole(model, ids_BT, live_BT=None, run=None):
     """Logits of rows that are one document each."""
     position_BT = np.broadcast_to(np.arange(ids_BT.shape[1], dtype=np.int32), ids_BT.shape)
     segment_BT = np.ones_like(ids_BT) if live_BT is None else live_BT.astype(np.int32)
-    return np.asarray(_whole(model, *place((ids_BT, position_BT, segment_BT))))
+    return np.asarray((run or _whole)(model, *place((ids_BT, position_BT, segment_BT))))
 
 
-_whole = jax.jit(logits)
+_whole, whole_ahead = jax.jit(logits), jax.jit(logits_ahead)
 
 
 @jax.jit
@@ -65,6 +65,22 @@ def test_logits_are_those_of_transformers(path, mesh):
         found = whole(model, known.ids)[known.at[:, 0], known.at[:, 1]]
     assert error(found, known.logits) <= TOLERANCE
     assert divergence(found, known.logits) <= KL
+
+
+@pytest.mark.parametrize('mesh', [*MESHES, MeshConfig(context=4, tensor=2)], ids=str)
+@pytest.mark.parametrize('path', [path for path in PATHS if golden(path).ahead is not None], ids=lambda path: path.stem)
+def test_logits_further_ahead_are_those_of_transformers(path, mesh):
+    known = golden(path)
+    family, c = read(known.config)
+    with jax.set_mesh(make_mesh(mesh)):
+        model = generated(known.name, family, c, known.seed)
+        found = whole(model, known.ids, run=whole_ahead)
+    for k in range(c.mtp_layers):
+        rows, places = known.at[known.at[:, 1] < known.ids.shape[1] - 1 - k].T
+        expected = known.ahead[k][known.at[:, 1] < known.ids.shape[1] - 1 - k]
+        assert len(rows) > cases.KEPT / 2
+        assert error(found[k][rows, places], expected) <= TOLERANCE
+        assert divergence(found[k][rows, places], expected) <= KL
 
 
 @pytest.mark.parametrize('path', PATHS, ids=lambda path: path.stem)

@@ -27,7 +27,7 @@ def tensor(seed: int, name: str, shape: tuple[int, ...], offset_norms: bool = Fa
     unit = (integers(key_of(seed, name), count) % np.uint64(2 * STEPS)).astype(np.float32) / STEPS - 1
     unit = unit.reshape(shape)
     last = name.removesuffix('.weight').rpartition('.')[2].lower()
-    if len(shape) == 1 and name.endswith('weight'):
+    if len(shape) == 1 and name.endswith(('weight', 'scale')):
         return unit / 4 + (0 if offset_norms else 1)
     if len(shape) == 1 or 'bias' in last:
         return unit / 4

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from flax import nnx
 from jax import P
 
 from model import cost
-from model.config import ModelConfig, MoEConfig
+from model.config import LatentConfig, ModelConfig, MoEConfig
 from model.decoder import Decoder
 from sharding.mesh import BATCH, MeshConfig, make_mesh
 from training.loss import loss_and_gradient, loss_fn
@@ -26,9 +27,20 @@ CONFIGS = [
         moe=MoEConfig(experts=8, mlp_dim=16, top_k=2, shared_experts=1, first_dense_layers=1, bias_update_rate=0.001),
     ),
 ]
+LATENT = LatentConfig(q_rank=12, kv_rank=8, plain_dim=6, rotary_dim=4, value_dim=10)
+BIASED = MoEConfig(experts=4, mlp_dim=16, shared_experts=2, router_bias=True, bias=True, pattern=(False, True))
+OPTIONS: list[dict[str, Any]] = [
+    {'norm': 'layernorm', 'norm_order': 'post', 'bias': True, 'positions': 'learned', 'max_positions': 40},
+    {'norm': 'layernorm', 'mlp_bias': True, 'o_bias': True, 'tied_embedding': False},
+    {'norm_order': 'sandwich', 'qk_norm': 'full', 'head_dim': 10, 'attention_sinks': True},
+    {'kv_heads': 4, 'head_dim': None, 'latent': LATENT, 'qkv_bias': True, 'o_bias': True},
+    {'kv_heads': 4, 'head_dim': None, 'latent': dataclasses.replace(LATENT, q_rank=None)},
+    {'moe': BIASED, 'mlp_bias': True, 'activation': 'relu'},
+    {'moe': BIASED, 'bias': True, 'qkv_bias': True},
+]
 
 
-@pytest.mark.parametrize('c', CONFIGS)
+@pytest.mark.parametrize('c', CONFIGS + [dataclasses.replace(DENSE, **o) for o in OPTIONS])
 def test_parameters_are_those_of_the_built_model(c):
     with jax.set_mesh(make_mesh(MeshConfig())):
         model = jax.eval_shape(lambda: Decoder(c, nnx.Rngs(0)))
