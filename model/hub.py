@@ -22,6 +22,7 @@ from jax.sharding import AbstractMesh, AxisType
 from model import tensor_files
 from model.config import ModelConfig
 from model.families import Family, Fields, Tensor, families, family_of, leaves, tensors
+from model.quantised import unpacked
 from model.streaming import arrays
 from model.tensor_files import Stored
 from sharding.errors import UserError, nearest
@@ -52,6 +53,8 @@ Kept = Literal['float32', 'bfloat16', 'float16']  # what weights can be kept in
 class Source(Protocol):
     """Where a published tensor's numbers are: a file, or a file of narrower ones that stand for them."""
 
+    @property
+    def path(self) -> Path: ...
     @property
     def dtype(self) -> np.dtype: ...
     @property
@@ -107,18 +110,12 @@ def read(folder: Path, dtype: str | None = None, without_remote_code: bool = Fal
             f'{folder / CONFIG}: auto_map names code that comes with the model, which is never run; where Weft’s own code for '
             f'{(config.get("architectures") or ["?"])[0]} is what you want, say --without-remote-code'
         )
-    if 'quantization_config' in config:
-        method = config['quantization_config'].get('quant_method')
-        raise UserError(
-            f'{folder / CONFIG}: quantization_config has quant_method {method!r}, which is '
-            'not supported; supported: fp8 in blocks as of DeepSeek-V3, mxfp4'
-        )
     fields = Fields(config, str(folder / CONFIG))
     family = family_of(fields)
     c = family.read(fields)
     fields.finish()
     table = tensors(family, c, shapes_of(c))
-    stored = all_stored(folder)
+    stored = unpacked(all_stored(folder), config, folder / CONFIG)
     prefix = family.prefix
     if prefix and any(name.startswith(prefix) for name in stored):
         prefix = ''
@@ -207,7 +204,7 @@ def _no_weights(folder: Path) -> str:
 
 
 def _match(
-    folder: Path, family: Family, table: list[Tensor], stored: Mapping[str, Stored], prefix: str, c: ModelConfig
+    folder: Path, family: Family, table: list[Tensor], stored: Mapping[str, Source], prefix: str, c: ModelConfig
 ) -> tuple[dict[str, Source], dict[str, str]]:
     """The source of each tensor of the table, and the copies. Each tensor in the files is one of these, or a buffer."""
     sources: dict[str, Source] = {}
@@ -254,10 +251,10 @@ def _copies(family: Family, table: list[Tensor], c: ModelConfig) -> dict[str, st
     return {name: embedding[0] for name, entry in family.names.items() if entry == 'head_DV'}
 
 
-def _check_copy(one: Stored, name: str, source: Source, of: str) -> None:
+def _check_copy(one: Source, name: str, source: Source, of: str) -> None:
     """That a tensor has the numbers of another, some rows at a time."""
     same = one.shape == source.shape and one.dtype == source.dtype
-    step = max(2**24 // max(one.bytes // max(one.shape[0], 1), 1), 1) if one.shape else 1
+    step = max(2**24 // max(int(np.prod(one.shape[1:])), 1), 1)
     for begin in range(0, one.shape[0] if same else 0, step):
         rows = (slice(begin, begin + step),)
         same = same and one.read(rows).tobytes() == source.read(rows).tobytes()

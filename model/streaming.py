@@ -86,16 +86,18 @@ def _block(box: Box, dtype: np.dtype, places: Places, read: Read) -> np.ndarray:
         one, part = places[at]
         axes = part.axes or tuple(range(len(one.shape)))
         cuts = [*part.take, *[slice(None)] * (len(one.shape) - len(part.take))]
-        spans = [
-            range(size)[chosen] for size, chosen in zip(one.shape, cuts, strict=True)
-        ]  # of the tensor, by its dims
-        take: list[slice] = [slice(None)] * len(spans)
-        inside: list[Any] = [i - begin for i, (begin, _) in zip(at, box, strict=False)]
-        for axis, (begin, end) in zip(axes, box[first:], strict=True):
-            span = spans[axis][begin:end]
-            take[axis] = slice(span.start, span.stop, span.step)
-            inside.append(slice(0, len(span)))
-        _copy(out[(*inside, ...)], read(one.name, tuple(take)).transpose(axes))
+        # Of the tensor, by its dims; what is here of the array, by ours.
+        spans = [range(size)[chosen] for size, chosen in zip(one.shape, cuts, strict=True)]
+        whole = tuple((begin, min(end, len(spans[axis]))) for axis, (begin, end) in zip(axes, box[first:], strict=True))
+        here = [i - begin for i, (begin, _) in zip(at, box, strict=False)]
+        for piece in blocks(whole, dtype.itemsize, BLOCK):  # what has to be unpacked is not unpacked all at once
+            take: list[slice] = [slice(None)] * len(spans)
+            inside: list[Any] = list(here)
+            for axis, (begin, end), (start, _) in zip(axes, piece, box[first:], strict=True):
+                span = spans[axis][begin:end]
+                take[axis] = slice(span.start, span.stop, span.step)
+                inside.append(slice(begin - start, begin - start + len(span)))
+            _copy(out[(*inside, ...)], read(one.name, tuple(take)).transpose(axes))
     return out
 
 
@@ -118,7 +120,7 @@ def _copy(out: np.ndarray, source: np.ndarray) -> None:
     def stripe(at: tuple[tuple[int, ...], int]) -> None:
         first, r = at
         for c in columns:
-            part = (*first, slice(r, r + TILE), slice(c, c + TILE))
+            part: tuple[Any, ...] = (*first, slice(r, r + TILE), slice(c, c + TILE))
             out[part] = source[part]
 
     list(_threads().map(stripe, itertools.product(lead, rows)))
