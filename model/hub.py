@@ -70,7 +70,7 @@ class Published:
     config: dict[str, Any]
     family: Family
     model: ModelConfig
-    table: list[Tensor]
+    table: list[Tensor]  # without copies
     sources: dict[str, Source]  # by the table's names
     prefix: str  # what the names in the files lack of the table's
     copies: dict[str, str]  # tensors in the files that repeat another of the table, which it is
@@ -119,7 +119,8 @@ def read(folder: Path, dtype: str | None = None, without_remote_code: bool = Fal
     prefix = family.prefix
     if prefix and any(name.startswith(prefix) for name in stored):
         prefix = ''
-    sources, copies = _match(folder, family, table, stored, prefix, c)
+    table, copied = [one for one in table if not one.copy_of], [one for one in table if one.copy_of]
+    sources, copies = _match(folder, family, table, copied, stored, prefix, c)
     c = _with_dtypes(folder, c, table, sources, dtype)
     return Published(folder, config, family, c, table, sources, prefix, copies)
 
@@ -204,7 +205,13 @@ def _no_weights(folder: Path) -> str:
 
 
 def _match(
-    folder: Path, family: Family, table: list[Tensor], stored: Mapping[str, Source], prefix: str, c: ModelConfig
+    folder: Path,
+    family: Family,
+    table: list[Tensor],
+    copied: list[Tensor],
+    stored: Mapping[str, Source],
+    prefix: str,
+    c: ModelConfig,
 ) -> tuple[dict[str, Source], dict[str, str]]:
     """The source of each tensor of the table, and the copies. Each tensor in the files is one of these, or a buffer."""
     sources: dict[str, Source] = {}
@@ -221,7 +228,7 @@ def _match(
                 f'{source.path}: tensor {name} is {list(source.shape)} and by {CONFIG} must be {list(one.shape)}'
             )
     copies = {}
-    for name, of in _copies(family, table, c).items():
+    for name, of in ({one.name: one.copy_of for one in copied} | _tied_head(family, table, c)).items():
         if (short := name.removeprefix(prefix)) in left and of in sources:
             copies[short] = of
             _check_copy(left.pop(short), short, sources[of], of)
@@ -243,8 +250,8 @@ def _match(
     return sources, copies
 
 
-def _copies(family: Family, table: list[Tensor], c: ModelConfig) -> dict[str, str]:
-    """Tensors that a publisher may repeat under another name, and which they repeat: the head that is the embedding."""
+def _tied_head(family: Family, table: list[Tensor], c: ModelConfig) -> dict[str, str]:
+    """The head that is the embedding, by the name under which a publisher may repeat that, and the embedding's."""
     embedding = [one.name for one in table if any(part.leaf == 'embed_VD' for part in one.parts)]
     if not c.tied_embedding or not embedding:
         return {}
@@ -260,8 +267,8 @@ def _check_copy(one: Source, name: str, source: Source, of: str) -> None:
         same = same and one.read(rows).tobytes() == source.read(rows).tobytes()
     if not same:
         raise UserError(
-            f'{one.path}: tensor {name} differs from {of}, and {CONFIG} says that they are one (tie_word_embeddings); where '
-            'they are two, say so in the config'
+            f'{one.path}: tensor {name} differs from {of}, of which it must be a copy by {CONFIG} (tie_word_embeddings for an '
+            'lm_head); where they are two, say so there'
         )
 
 

@@ -148,9 +148,11 @@ def export_run(
     table = {one.name: one for one in hub.tensors(chosen, c, shapes)}
     names, kinds = {}, {}
     for name, one in table.items():
-        least = [shapes[part.leaf].dtype for part in one.parts if part.leaf.endswith('.bias_E')]
-        own = known.dtypes.get(name) if known else None
-        kept = np.dtype(least[0] if least and not own else dtype or own or c.parameter_dtype)
+        if known and one.copy_of:
+            continue  # where the source had it, it is among the copies
+        own = known.dtypes.get(name) if known and not dtype else None
+        wide = all(part.leaf.endswith('.bias_E') for part in one.parts)  # kept in at least float32, whatever the others
+        kept = np.dtype(own or (shapes[one.parts[0].leaf].dtype if wide else dtype) or c.parameter_dtype)
         short = name.removeprefix(known.prefix) if known else name
         names[short], kinds[short] = name, (kept, one.shape)
     for copy, of in (known.copies if known else {}).items():

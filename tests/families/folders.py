@@ -1,6 +1,7 @@
 """Published folders of tiny models with generated weights, as a publisher would have them, without torch."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from tests.families import cases, weights
 from tests.families.loading import read
 
 
-def named(name: str, seed: int = 7, config: dict[str, Any] | None = None) -> dict[str, np.ndarray]:
-    """The tensors of a case by their published names, float32."""
-    family, c = read(config or cases.CASES[name])
+def named(name: str, make: Callable[[str, tuple[int, ...]], np.ndarray] | None = None) -> dict[str, np.ndarray]:
+    """The tensors of a case by their published names: as in the goldens, float32, or as `make` makes them."""
+    family, c = read(cases.CASES[name])
     offset = cases.family(name) in cases.OFFSET_NORMS
-    table = tensors(family, c, hub.shapes_of(c))
-    return {one.name: weights.tensor(seed, one.name, one.shape, offset) for one in table}
+    make = make or (lambda tensor, shape: weights.tensor(cases.SEED, tensor, shape, offset))
+    return {one.name: make(one.copy_of or one.name, one.shape) for one in tensors(family, c, hub.shapes_of(c))}
 
 
 def bits(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
