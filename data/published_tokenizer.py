@@ -104,10 +104,8 @@ def published_tokenizer(files: Mapping[str, bytes], where: str) -> Tokenizer | N
 
 
 def _library(model: bytes) -> Any:
-    try:
-        import tokenizers
-    except ImportError:
-        raise UserError('a tokenizer.json needs one more package: pip install tokenizers') from None
+    import tokenizers  # it takes a while, and most runs have no use for it
+
     try:
         found = tokenizers.Tokenizer.from_str(model.decode())
     except Exception as error:  # its own kind has no name
