@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 from typing import Any
 
 import pytest
@@ -9,10 +10,11 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from data.exported_tokenizer import exported_tokenizer
 from data.published_tokenizer import JsonTokenizer, load_tokenizer, published_tokenizer
 from data.tokenizer import Tokenizer
 from sharding.errors import UserError
-from tests.data.test_tokenizer import TEXT, TRICKY
+from tests.data.test_tokenizer import TEXT, TRICKY, random_text
 
 SPECIAL = ['<unk>', '<s>', '</s>']
 
@@ -185,3 +187,17 @@ def test_files_that_are_no_tokenizer_are_the_users_mistake():
     assert published_tokenizer({}, 'source') is None
     with pytest.raises(UserError, match='lone surrogate'):
         read(metaspace()).encode('\ud800')
+
+
+def test_a_tokenizer_that_was_learnt_here_is_exported_with_the_same_ids():
+    mine = Tokenizer.train([TEXT], 400)
+    other = published_tokenizer(exported_tokenizer(mine, 64), 'target')
+    assert (other.bos, other.eos, other.prefix, other.ends) == (mine.bos, mine.eos, mine.prefix, mine.ends)
+    assert other.vocabulary == mine.vocabulary
+    source = random.Random(0)
+    texts = [TEXT, *TRICKY, *(random_text(source) for _ in range(300))]
+    plain = [text.replace('\u2581', '') for text in texts]
+    for name in ('<s>', '</s>', '<unk>'):
+        plain = [text.replace(name, '') for text in plain]
+    assert other.encode_batch(plain) == mine.encode_batch(plain)
+    assert [other.decode(ids) for ids in other.encode_batch(plain)] == plain
