@@ -401,14 +401,13 @@ def published_config(
                 reader = Fields(fields)
                 found = family.read(reader)
                 reader.finish()
-                tensors(family, c, shapes_of(c))
+                differing = _differing(found, c)
+                if not differing:
+                    tensors(family, c, shapes_of(c))
+                    return family, dict(fields)
+                reasons.append((family.name, -len(differing), ', '.join(differing)))
             except UserError as error:
-                reasons.append((family.name, 0, str(error)))
-                continue
-            differing = _differing(found, c)
-            if not differing:
-                return family, dict(fields)
-            reasons.append((family.name, -len(differing), ', '.join(differing)))
+                reasons.append((family.name, -100, str(error)))
     reasons.sort(key=lambda reason: reason[1], reverse=True)
     told = '; '.join(f'{family}: {why}' for family, _, why in reasons[:3])
     raise UserError(f'no published family can say this model: {told}')

@@ -19,7 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from data.published_tokenizer import published_tokenizer
+from data.exported_tokenizer import exported_tokenizer
+from data.published_tokenizer import published_tokenizer, run_tokenizer
 from model import hub
 from model.config import sizes
 from model.streaming import published
@@ -142,8 +143,14 @@ def export_run(
     if known and family not in (None, known.family):
         raise UserError(f'--family {family}: {run} was imported as {known.family}, and is exported as that')
     chosen, fields = hub.published_config(c, known.family if known else family, known.config if known else None)
-    if not known:
-        fields.setdefault('max_position_embeddings', config.training.sequence_length)
+    if known:
+        files = known.files
+    else:
+        tokenizer = run_tokenizer(checkpoints.files(step), str(run))
+        assert tokenizer is not None, 'a run that was not imported has learnt one'
+        context = fields.setdefault('max_position_embeddings', config.training.sequence_length)
+        fields |= {'bos_token_id': tokenizer.bos, 'eos_token_id': tokenizer.eos}
+        files = exported_tokenizer(tokenizer, context)
     shapes = hub.shapes_of(c)
     table = {one.name: one for one in hub.tensors(chosen, c, shapes)}
     names, kinds = {}, {}
@@ -159,7 +166,6 @@ def export_run(
         short = of.removeprefix(known.prefix)
         names[copy], kinds[copy] = of, kinds[short]
     fields['torch_dtype' if 'torch_dtype' in fields else 'dtype'] = dtype or c.parameter_dtype.name
-    files = (known.files if known else {}) or {}
     wanted = mesh or config.mesh
     check_divides(wanted, sizes(c))
     start(wanted.size, c.dtype)
