@@ -1,6 +1,7 @@
 """Published folders to runs and back: every number arrives, once, bit for bit; every mistake is told in one line."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from decoding.run import open_run
 from decoding.score import score
 from model import hub, streaming, tensor_files
-from model.families import tensors
+from model.families import Fields, tensors
 from sharding import boxes
 from sharding.errors import UserError
 from sharding.mesh import MeshConfig, make_mesh
@@ -378,3 +379,22 @@ def test_many_files_with_an_index(tmp_path):
     same(folders.stored(tmp_path / 'target'), found)
     index = json.loads((tmp_path / 'target' / hub.INDEX).read_text())
     assert index['metadata']['total_size'] == sum(x.nbytes for x in found.values())
+
+
+@pytest.mark.parametrize('name', cases.CASES)
+def test_a_model_that_was_not_imported_finds_a_family(name):
+    _, c = read(cases.CASES[name])
+    c = dataclasses.replace(c, dtype='bfloat16', remat='block', dropout=0.1)
+    family, fields = hub.published_config(c)
+    found = family.read(Fields({**fields}))
+    assert dataclasses.replace(found, dtype='bfloat16', remat='block', dropout=0.1) == c
+
+
+def test_a_model_of_no_family_is_told_what_stands_in_the_way():
+    _, c = read(LLAMA)
+    with pytest.raises(
+        UserError, match=r"no published family .*llama: model.activation is 'relu' and would be 'swiglu'"
+    ):
+        hub.published_config(dataclasses.replace(c, activation='relu'))
+    with pytest.raises(UserError, match=r'qwen2: model.qkv_bias is False and would be True'):
+        hub.published_config(c, 'qwen2')
