@@ -1,7 +1,9 @@
-# The targets others call: install, demo, test, lint, bench. Needed beforehand: python3 (3.11 or newer), make, git.
+# The targets others call: install, demo, test, lint, bench, goldens, parity. Needed beforehand: python3 (3.11 or newer), make, git.
 #   PYTHON=python3.12 make test     another interpreter: an environment made with another version is made anew, and kept
 #   VENV=.venv312 make test         another place for the environment
 #   make test ARGS='-k causal'      arguments for pytest
+#   make goldens ONLY=gpt2          by transformers, in an environment of its own, of all cases or those that begin so
+#   make parity SEED=3 ONLY=gpt2    fresh weights and odd settings by a seed (today's by default), compared at all positions
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +12,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 STAMP := $(VENV)/installed-$(VERSION)
 ARGS ?=
 
-.PHONY: install demo test lint bench
+.PHONY: install demo test lint bench goldens parity
 
 install: $(STAMP)
 
@@ -38,3 +40,23 @@ lint: install
 
 bench: install
 	$(BIN)/python scripts/benchmark.py standard
+
+# What the families are compared with is not needed to run or test them, and large: it has its own environment.
+REFERENCE := .reference/bin/python
+FAMILIES := tests/families
+ONLY ?=
+SEED ?= $(shell date +%Y%m%d)
+
+.reference/installed: $(FAMILIES)/reference.txt
+	$(PYTHON) -m venv .reference
+	$(REFERENCE) -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+goldens: .reference/installed
+	$(REFERENCE) $(FAMILIES)/make.py --only '$(ONLY)'
+
+parity: install .reference/installed
+	rm -rf .cache/parity
+	@echo 'weft: seed $(SEED)'
+	$(REFERENCE) $(FAMILIES)/make.py --only '$(ONLY)' --seed $(SEED) --out .cache/parity --all-positions --odd
+	GOLDENS=.cache/parity $(BIN)/python -m pytest $(FAMILIES)/test_families.py -k transformers $(ARGS)

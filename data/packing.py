@@ -4,11 +4,13 @@ Legend: N rows of a batch, T inputs of a row, S tokens of a split's documents on
 (documents, or their parts where they are longer than a row), R rows of a split.
 """
 
+import abc
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
+from typing import ClassVar
 
 import numpy as np
 
@@ -16,13 +18,47 @@ from data.order import row_ids
 from data.tokenizer import Tokenizer
 
 
+class Samples(abc.ABC):
+    """Rows of one length, drawn in batches."""
+
+    ARRAYS: ClassVar[tuple[str, ...]]  # the names of its arrays
+    first_R: np.ndarray  # int64 [R + 1]: where each row begins
+    sequence_length: int
+    bytes: int  # UTF-8 bytes of what is predicted
+
+    def __len__(self) -> int:
+        return len(self.first_R) - 1
+
+    @property
+    @abc.abstractmethod
+    def tokens(self) -> int:
+        """Tokens that are predicted."""
+
+    @abc.abstractmethod
+    def predicted(self) -> list[int]:
+        """Those tokens and others without text, document after document."""
+
+    @abc.abstractmethod
+    def take(self, indices: Iterable[int]) -> dict[str, np.ndarray]:
+        """The rows `indices`, by what a batch calls their parts."""
+
+    def row_ids(self, seed: int, step: int, batch: int) -> np.ndarray:
+        """The rows of global batch `step`, int64 [batch]: a function of these numbers alone, in O(1) of `step`."""
+        return row_ids(len(self), seed, step, batch)
+
+    def batch(self, seed: int, step: int, batch: int, begin: int = 0, end: int | None = None) -> dict[str, np.ndarray]:
+        """Rows `begin:end` of the `batch` rows of global batch `step`: one host's part, as `take` gives it."""
+        return self.take(self.row_ids(seed, step, batch)[begin:end])
+
+
 @dataclass(frozen=True, eq=False)
-class Rows:
+class Rows(Samples):
     """The packed rows of one split.
 
     A document is bos, its text, eos: all its tokens but the last are inputs, all but the first are targets.
     """
 
+    ARRAYS: ClassVar = ('stream_S', 'start_P', 'length_P', 'first_R')
     stream_S: np.ndarray  # the tokens of all documents, uint16 or int32
     start_P: np.ndarray  # int64: where a piece begins in the stream; row by row
     length_P: np.ndarray  # int32: its inputs; its targets are as many, one token further on
@@ -35,8 +71,9 @@ class Rows:
         """Targets of the split: tokens of text, and one end for each document."""
         return int(self.length_P.sum(dtype=np.int64))
 
-    def __len__(self) -> int:
-        return len(self.first_R) - 1
+    def predicted(self) -> list[int]:
+        """All documents' tokens."""
+        return self.stream_S.tolist()
 
     def take(self, indices: Iterable[int]) -> dict[str, np.ndarray]:
         """The rows `indices` as int32 [N, T] each: tokens, targets, positions, segments.
@@ -61,14 +98,6 @@ class Rows:
                 segments_NT[place] = segment
                 begin += length
         return {'tokens': tokens_NT, 'targets': targets_NT, 'positions': positions_NT, 'segments': segments_NT}
-
-    def row_ids(self, seed: int, step: int, batch: int) -> np.ndarray:
-        """The rows of global batch `step`, int64 [batch]: a function of these numbers alone, in O(1) of `step`."""
-        return row_ids(len(self), seed, step, batch)
-
-    def batch(self, seed: int, step: int, batch: int, begin: int = 0, end: int | None = None) -> dict[str, np.ndarray]:
-        """Rows `begin:end` of the `batch` rows of global batch `step`: one host's part, as `take` gives it."""
-        return self.take(self.row_ids(seed, step, batch)[begin:end])
 
 
 def best_fit(length_P: np.ndarray, capacity: int) -> np.ndarray:

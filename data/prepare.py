@@ -20,7 +20,8 @@ import numpy as np
 import sentencepiece
 
 from data.config import DataConfig
-from data.packing import Rows, encode_documents, pack
+from data.packing import Rows, Samples, encode_documents, pack
+from data.pairs import Pair, PairRows, pack_pairs, read_pairs
 from data.published_tokenizer import load_tokenizer
 from data.sources import Document, documents
 from data.tokenizer import Tokenizer
@@ -28,7 +29,6 @@ from sharding.errors import UserError
 
 FORMAT = 1
 SPLITS = 'train', 'validation'
-ARRAYS = 'stream_S', 'start_P', 'length_P', 'first_R'
 # The tokenizer learns from about this many characters, spread over the training text: more takes long, changes little.
 TOKENIZER_CHARACTERS = 32_000_000
 
@@ -36,17 +36,17 @@ TOKENIZER_CHARACTERS = 32_000_000
 @dataclass(frozen=True, eq=False)
 class Dataset:
     tokenizer: Tokenizer
-    train: Rows
-    validation: Rows
+    train: Samples
+    validation: Samples
     facts: dict[str, Any]  # what was read, left out, split and packed: plain values that JSON holds
 
     def train_bytes(self) -> bytes:
-        """The UTF-8 text that training sees, document after document."""
-        return self.tokenizer.decode_bytes(self.train.stream_S.tolist())
+        """The UTF-8 text that training predicts, document after document."""
+        return self.tokenizer.decode_bytes(self.train.predicted())
 
     def validation_bytes(self) -> bytes:
         """The UTF-8 text that is held out."""
-        return self.tokenizer.decode_bytes(self.validation.stream_S.tolist())
+        return self.tokenizer.decode_bytes(self.validation.predicted())
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,20 @@ def prepare(
     sequence_length: int,
     say: Callable[[str], None] = print,
     check: Callable[[Dataset], object] | None = None,
+    pairs: bool = False,
     tokenizer: Tokenizer | None = None,
 ) -> Dataset:
     """The data of the run in `folder`: loaded if it is there, of the same config and length, else made and saved.
 
     Writes `folder/tokenizer.*` and `folder/data/`; the tokenizer is learnt from the text unless one is given. Rows have
-    `sequence_length` inputs. One process at a time may call this on a folder. `check` may refuse what was made before it
-    is written. UserError for a source that cannot be read or has too little text, and for damaged files in the folder.
+    `sequence_length` inputs. One process at a time may call this on a folder. With `pairs` the text is sources and targets
+    (data/pairs.py). `check` may refuse what was made before it is written. UserError for a source that cannot be read or
+    has too little text, and for damaged files in the folder.
     """
     if sequence_length < 1:
         raise UserError(f'training.sequence_length={sequence_length}: must be at least 1; try 256')
     key = {'format': FORMAT, 'sequence_length': sequence_length, **asdict(config), 'source': list(config.paths)}
+    key |= {'pairs': True} if pairs else {}
     folder = Path(folder)
     for leftover in folder / 'data.partial', folder / 'data.old':  # of a process that was killed
         if leftover.exists():
@@ -91,7 +94,7 @@ def prepare(
     if (saved := _load(folder)) and saved[0] == key:
         return saved[1]
     begin = time.perf_counter()
-    dataset = _build(config, sequence_length, say, tokenizer)
+    dataset = (_build_pairs if pairs else _build)(config, sequence_length, say, tokenizer)
     if check:
         check(dataset)  # raises while nothing is written
     _save(dataset, folder, key)
@@ -182,6 +185,51 @@ def _build(
     return Dataset(tokenizer, rows['train'], rows['validation'], facts)
 
 
+def _build_pairs(
+    config: DataConfig, sequence_length: int, say: Callable[[str], None], tokenizer: Tokenizer | None = None
+) -> Dataset:
+    """As `_build`, of pairs: those of one source stay on one side."""
+    sha256, size_of_source, count = hashlib.sha256(), Counter[str](), 0
+    digest = lambda text: hashlib.sha256(text.encode()).hexdigest()
+    for pair in read_pairs(config.paths, 'data.source'):
+        sha256.update('\t'.join(map(digest, pair)).encode())
+        size_of_source[digest(pair.source)] += len(''.join(pair).encode())
+        count += 1
+    if not count:
+        raise UserError(f'data.source={config.source!r}: holds no pairs; a line must be a source, a tab, and a target')
+    held_out = _held_out(size_of_source, config.validation_share)
+
+    def of(part: str) -> Iterator[Pair]:
+        for pair in read_pairs(config.paths, 'data.source'):
+            if (digest(pair.source) in held_out) == (part == 'validation'):
+                yield pair
+
+    size = size_of_source.total()
+    every = 1 + size // TOKENIZER_CHARACTERS
+    if tokenizer is None:
+        tokenizer = Tokenizer.train(_sample((side for pair in of('train') for side in pair), every), config.vocabulary)
+    rows, facts = {}, {'source': list(config.paths), 'sha256': sha256.hexdigest(), 'pairs': count, 'bytes': size}
+    for part in SPLITS:
+        rows[part], left_out = pack_pairs(tokenizer, of(part), sequence_length)
+        if len(rows[part]) == 0:
+            raise UserError(
+                f'data.source={config.source!r}: {count} pairs leave none for {part}, {left_out} of them for having more than '
+                f'training.sequence_length={sequence_length} tokens on a side; give more'
+            )
+        pairs = len(rows[part].start_P)
+        facts[part] = {
+            'pairs': pairs,
+            'too_long': left_out,
+            'bytes': rows[part].bytes,
+            'tokens': rows[part].tokens,
+            'rows': len(rows[part]),
+        }
+        long = f'; {left_out} left out, of more than {sequence_length} tokens on a side' if left_out else ''
+        say(f'data: {part}: {pairs} pairs, {rows[part].tokens} target tokens in {len(rows[part])} rows{long}')
+    facts['tokenizer'] = {'vocabulary': tokenizer.vocabulary}
+    return Dataset(tokenizer, rows['train'], rows['validation'], facts)
+
+
 def _split(config: DataConfig, size_of_group: Counter[str], size_of_text: dict[str, int]) -> Split:
     """By groups if whole ones come near the share that is wanted, else by documents, else the end of each document."""
     share = config.validation_share
@@ -218,7 +266,7 @@ def _save(dataset: Dataset, folder: Path, key: dict[str, Any]) -> None:
     new.mkdir(parents=True)
     sizes = {}
     for part, rows in zip(SPLITS, (dataset.train, dataset.validation), strict=True):
-        for name in ARRAYS:
+        for name in rows.ARRAYS:
             path = new / f'{part}.{name}.npy'
             np.save(path, getattr(rows, name), allow_pickle=False)
             sizes[path.name] = path.stat().st_size
@@ -259,8 +307,10 @@ def _load(folder: Path) -> tuple[dict[str, Any], Dataset] | None:
     if tokenizer.sha256 != sha256:
         raise UserError(f'{folder / tokenizer.name}: not the tokenizer that made {data}; {mend}')
 
-    def rows(part: str) -> Rows:
-        arrays = {name: np.load(data / f'{part}.{name}.npy', mmap_mode='r', allow_pickle=False) for name in ARRAYS}
-        return Rows(sequence_length=key['sequence_length'], bytes=facts[part]['bytes'], **arrays)
+    kind: Any = PairRows if key.get('pairs') else Rows
+
+    def rows(part: str) -> Samples:
+        arrays = {name: np.load(data / f'{part}.{name}.npy', mmap_mode='r', allow_pickle=False) for name in kind.ARRAYS}
+        return kind(sequence_length=key['sequence_length'], bytes=facts[part]['bytes'], **arrays)
 
     return key, Dataset(tokenizer, rows('train'), rows('validation'), facts)

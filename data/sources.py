@@ -75,7 +75,7 @@ def _read(paths: Sequence[str], field: str, option: str, skipped: list[str]) -> 
     seen: set[Path] = set()
     for given in paths:
         found = False
-        for path in _files(given, option):
+        for path in files_of(given, option):
             if path.resolve() in seen:
                 found = True
                 continue
@@ -92,7 +92,7 @@ def _read(paths: Sequence[str], field: str, option: str, skipped: list[str]) -> 
             )
 
 
-def _files(given: str, option: str) -> list[Path]:
+def files_of(given: str, option: str) -> list[Path]:
     """The files that a path, a folder (without hidden files) or a glob names, sorted. A name that exists is no glob."""
     path = os.path.expanduser(given)
     if os.path.isdir(path):
@@ -126,7 +126,7 @@ def _walk(root: Path, left_out: frozenset[str] = frozenset({'__pycache__'})) -> 
 
 
 def _documents_of(path: Path, field: str) -> Iterator[tuple[str, str]]:
-    text = _text(path)
+    text = text_of(path)
     if not path.name.endswith(('.jsonl', '.jsonl.gz', '.jsonl.zst')):
         if text:
             yield str(path), text
@@ -134,11 +134,12 @@ def _documents_of(path: Path, field: str) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(text.split('\n'), start=1):
         if line.strip():
             name = f'{path}:{number}'
-            if document := _field(line, field, name):
+            if document := field_of(line, field, name, f'data.field={field!r}'):
                 yield name, document
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
+    """All of a file, which may be compressed."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -169,17 +170,16 @@ def _unzstd(data: bytes) -> bytes:
     return b''.join(frames)
 
 
-def _field(line: str, field: str, name: str) -> str:
+def field_of(line: str, field: str, name: str, shown: str) -> str:
+    """The text in a field of a line of JSONL, which messages call `shown`."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(f'{name}: not JSON ({error}); every line must be one JSON object') from None
     if not isinstance(value, dict):
-        raise UserError(
-            f'{name}: JSON, but no object; every line must be an object with the text in data.field={field!r}'
-        )
+        raise UserError(f'{name}: JSON, but no object; every line must be an object with the text in {shown}')
     if field not in value:
-        raise UserError(f'{name}: no field data.field={field!r}{nearest(field, value)}')
+        raise UserError(f'{name}: no field {shown}{nearest(field, value)}')
     text = value[field]
     if not isinstance(text, str):
         raise UserError(f'{name}: field {field!r} is {text!r:.40}; it must be text')

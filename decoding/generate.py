@@ -10,13 +10,12 @@ import jax
 import numpy as np
 
 from data.tokenizer import Tokenizer
+from decoding.prompts import Prompts, read_prompts
 from decoding.sampling import Choice, Sampling, choose
-from decoding.step import decode, empty_cache, prefill
+from decoding.step import decode, empty_cache, encode, prefill
 from model.decoder import Decoder
-from model.forward import place, row_ways
+from model.forward import place
 from sharding.errors import UserError
-
-BUCKET = 32  # prompts and caches are padded to multiples of it, so that few sizes are compiled
 
 
 @dataclasses.dataclass
@@ -63,10 +62,17 @@ class TextStream:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def first_token(model: Decoder, slots: int, tokens_BT: jax.Array, length_B: jax.Array, choice: Choice):
+def first_token(model: Decoder, slots: int, prompts: Prompts, choice: Choice):
     """Each row's first new token, and the cache of its prompt."""
-    logit_BV, cache = prefill(model, empty_cache(model, tokens_BT.shape[0], slots), tokens_BT, length_B)
-    return choose(logit_BV, length_B - 1, choice), cache
+    logit_BV, cache = begin(model, slots, prompts)
+    return choose(logit_BV, prompts.length_B - 1, choice), cache
+
+
+def begin(model: Decoder, slots: int, prompts: Prompts):
+    """The logits [B, vocabulary] after each prompt, and the cache."""
+    source = encode(model, *prompts.source) if prompts.source else None
+    cache = empty_cache(model, prompts.tokens_BT.shape[0], slots, source)
+    return prefill(model, cache, prompts.tokens_BT, prompts.length_B)
 
 
 @functools.partial(jax.jit, donate_argnums=1)
@@ -89,29 +95,17 @@ def generate(
     """Decodes all prompts as one batch; use it under `jax.set_mesh`. Prompt i draws with seed `sampling.seed` + i.
 
     Args:
-        context: the most tokens that a prompt and what follows it may have together.
+        prompts: what is gone on with; of an encoder–decoder the sources.
+        context: the most tokens that a prompt and what follows it may have together; of an encoder–decoder each of both.
         stops: texts that end a completion; they are not part of it.
         emit: called with a prompt's number and each new piece of its text.
 
-    Raises UserError for a prompt that leaves no room in the context.
+    Raises UserError for a prompt that leaves no room in the context, or is no source that fits it.
     """
     if max_new_tokens < 1:
         raise UserError(f'max-new-tokens is {max_new_tokens}: it must be at least 1')
-    encoded = [[*tokenizer.prefix, *tokenizer.encode(prompt)] or [tokenizer.bos] for prompt in prompts]
-    for number, ids in enumerate(encoded):
-        if len(ids) >= context:
-            raise UserError(
-                f'prompt {number + 1} has {len(ids)} tokens, its start token included, and the context is {context}: '
-                f'at most {context - 1} leave room for an answer'
-            )
-    rows = -(-len(prompts) // row_ways()) * row_ways()
-    longest = max(map(len, encoded))
-    padded = -(-longest // BUCKET) * BUCKET
-    slots = -(-min(context, longest + max_new_tokens) // BUCKET) * BUCKET
-    tokens_BT = np.zeros((rows, padded), np.int32)
-    length_B = np.ones(rows, np.int32)  # rows that only fill up the mesh hold one token
-    for number, ids in enumerate(encoded):
-        tokens_BT[number, : len(ids)], length_B[number] = ids, len(ids)
+    read = read_prompts(model.config, tokenizer, prompts, context)
+    rows = len(read.length_B)
     every = lambda value, dtype: np.full(rows, value, dtype)
     choice = place(
         Choice(
@@ -124,8 +118,9 @@ def generate(
     )
     completions = [Completion(prompt) for prompt in prompts]
     streams = [TextStream(tokenizer, stops) for _ in prompts]
-    position_B = place(length_B)
-    token_B, cache = first_token(model, max(slots, padded), place(tokens_BT), position_B, choice)
+    slots, here = read.slots(max_new_tokens, context), read.placed()
+    position_B = here.length_B
+    token_B, cache = first_token(model, slots, here, choice)
     began = 0.0
     while any(completion.finish_reason is None for completion in completions):
         # The next step is under way while the host reads this one's tokens.
@@ -143,7 +138,8 @@ def generate(
             else:
                 completion.tokens.append(token)
                 full = (
-                    len(completion.tokens) == max_new_tokens or len(encoded[number]) + len(completion.tokens) == context
+                    len(completion.tokens) == max_new_tokens
+                    or read.length_B[number] + len(completion.tokens) == context
                 )
                 piece = stream.add(token)
                 if stream.stopped:

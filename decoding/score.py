@@ -7,14 +7,17 @@ import jax
 import numpy as np
 
 from model.decoder import Decoder
-from model.forward import logits, place, row_ways
+from model.forward import Source, logits, place, row_ways
 from sharding.mesh import SEQUENCE
 
 
-def score(model: Decoder, tokens_BT: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def score(
+    model: Decoder, tokens_BT: np.ndarray, source_BS: np.ndarray | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
     """The full forward pass of rows that are one document each; use it under `jax.set_mesh`.
 
-    Yields (first row, float32 [b, T, V]) block by block, so that not all logits exist at once.
+    `source_BS`: what the encoder of an encoder–decoder reads for each row; below 0 is padding. Yields (first row,
+    float32 [b, T, V]) block by block, so that not all logits exist at once.
     """
     rows, ways = row_ways(), math.prod(jax.sharding.get_mesh().shape[axis] for axis in SEQUENCE)
     count, T = tokens_BT.shape
@@ -26,4 +29,13 @@ def score(model: Decoder, tokens_BT: np.ndarray) -> Iterator[tuple[int, np.ndarr
         block = tokens_BT[begin : begin + rows]
         filled = np.zeros((rows, padded), np.int32)
         filled[: len(block), :T] = block
-        yield begin, np.asarray(run(model, place(filled), position, document), np.float32)[: len(block), :T]
+        source = None if source_BS is None else place(source_of(source_BS[begin : begin + rows], rows))
+        found = run(model, place(filled), position, document, source=source)
+        yield begin, np.asarray(found, np.float32)[: len(block), :T]
+
+
+def source_of(tokens_BS: np.ndarray, rows: int) -> Source:
+    """Sources as an encoder reads them, filled up to so many rows."""
+    tokens_BS = np.pad(tokens_BS.astype(np.int32), ((0, rows - len(tokens_BS)), (0, 0)), constant_values=-1)
+    position_BS = np.broadcast_to(np.arange(tokens_BS.shape[1], dtype=np.int32), tokens_BS.shape)
+    return Source(np.maximum(tokens_BS, 0), position_BS, (tokens_BS >= 0).astype(np.int32))

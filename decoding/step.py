@@ -1,31 +1,48 @@
 """Reading prompts and decoding one token a step, with a sharded cache of keys and values: pure functions of global arrays.
 
-Letters: B rows, T prompt tokens, S slots of the cache, V vocabulary, D model.
+Letters: B rows, T prompt tokens, S slots of the cache or tokens of a source, V vocabulary, D model.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import P, lax
 
 from model.decoder import Decoder, backends, to_vocabulary
-from model.forward import ROWS, TOKENS, columns, needs_no_stages, one_device, real_vocabulary
-from model.layers import CACHE_SPEC, Cache, View
+from model.forward import ROWS, TOKENS, columns, needs_causal, needs_no_stages, one_device, real_vocabulary
+from model.layers import CACHE_SPEC, Cache, Kept, View
 from sharding.collectives import settled, vary
 from sharding.order import cyclic
 
 
-def empty_cache(model: Decoder, rows: int, slots: int) -> Cache:
+def empty_cache(model: Decoder, rows: int, slots: int, source: Kept | None = None) -> Cache:
     """A cache for `rows` sequences of at most `slots` tokens, in the compute dtype, split over BATCH, `context`, `tensor`.
 
     `slots` is rounded up to what `context` divides. Where `tensor` has more devices than there are KV heads, each keeps the
-    head that it uses. Raises UserError on a mesh with stages.
+    head that it uses. `source` is what `encode` gives. Raises UserError on a mesh with stages.
     """
     needs_no_stages('decoding')
+    needs_causal(model, 'decoding')
     c, mesh = model.config, jax.sharding.get_abstract_mesh().shape
     heads, slots = max(c.cached_heads, mesh['tensor']), -(-slots // mesh['context']) * mesh['context']
     make = lambda width: jnp.zeros((c.layers, rows, slots, heads, width), c.dtype, out_sharding=CACHE_SPEC)
     widths = c.cached_widths
-    return Cache(make(widths[0]), make(widths[1]) if len(widths) > 1 else None)
+    return Cache(make(widths[0]), make(widths[1]) if len(widths) > 1 else None, source)
+
+
+def encode(model: Decoder, tokens_BS, length_B) -> Kept:
+    """What an encoder–decoder's cache keeps of sources, of which row b's tokens are tokens_BS[b, :length_B[b]]."""
+
+    def body(model, tokens_BS, length_B):
+        position_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
+        segment_BS = (position_BS < length_B[:, None]).astype(jnp.int32)
+        view = View(position_BS, segment_BS, **backends(model.config))
+        return model.kept(model.read(tokens_BS, position_BS, segment_BS, view))
+
+    layouts: tuple[Any, ...] = (CACHE_SPEC, CACHE_SPEC, TOKENS)
+    run = one_device(body, model, (TOKENS, TOKENS), Kept(*layouts))
+    return run(model, tokens_BS, length_B)
 
 
 def prefill(model: Decoder, cache: Cache, tokens_BT, length_B):
@@ -37,13 +54,13 @@ def prefill(model: Decoder, cache: Cache, tokens_BT, length_B):
     fill = -tokens_BT.shape[1] % jax.sharding.get_abstract_mesh().shape['context']
     tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, fill)))
 
-    def body(model, cache, tokens_BT, length_B):
+    def body(model, cache, source, tokens_BT, length_B):
         column_T = columns(tokens_BT.shape[1], cyclic)
         tokens_BT = tokens_BT[:, column_T]
         position_BT = jnp.broadcast_to(column_T, tokens_BT.shape)
         segment_BT = (position_BT < length_B[:, None]).astype(jnp.int32)
         split = tokens_BT.shape[1] % lax.axis_size('tensor') == 0
-        view = View(position_BT, segment_BT, **backends(model.config), sequence_split=split)
+        view = View(position_BT, segment_BT, **backends(model.config), sequence_split=split, source=source)
         x_BTD, cache, _ = model.hidden(tokens_BT, view, cache)
         last_BT1 = (position_BT == length_B[:, None] - 1)[..., None]  # one column, of one device of `context`
         last_BD = lax.psum(jnp.where(last_BT1, view.join(x_BTD), 0).sum(1), 'context')
@@ -58,9 +75,11 @@ def decode(model: Decoder, cache: Cache, token_B, position_B):
     Every device of `context` works on the same tokens; each attends to the slots that it keeps.
     """
 
-    def body(model, cache, token_B, position_B):
+    def body(model, cache, source, token_B, position_B):
         ones_B1 = jnp.ones_like(position_B)[:, None]
-        view = View(position_B[:, None], ones_B1, **backends(model.config), sequence_split=False, decoding=True)
+        view = View(
+            position_B[:, None], ones_B1, **backends(model.config), sequence_split=False, decoding=True, source=source
+        )
         x_BTD, cache, _ = model.hidden(token_B[:, None], view, cache)
         return to_vocabulary(x_BTD[:, 0], model.head(), model.config), cache
 
@@ -68,12 +87,14 @@ def decode(model: Decoder, cache: Cache, token_B, position_B):
 
 
 def _with_cache(body, model, cache, tokens, row_B):
-    layout = jax.tree.map(lambda _: CACHE_SPEC, cache)
+    source, cache = cache.source, cache._replace(source=None)
+    assert (source is None) == (model.config.encoder is None), 'an encoder–decoder reads a source first: see `encode`'
+    layout, of_source = (jax.tree.map(lambda a: CACHE_SPEC if a.ndim > 1 else TOKENS, tree) for tree in (cache, source))
 
     def known(model, cache, *rest):
         logit_BV, cache = body(model, vary(cache), *rest)
         return settled(logit_BV, 'context'), cache
 
-    run = one_device(known, model, (layout, TOKENS, TOKENS), (P(ROWS, 'tensor'), layout))
-    logit_BV, cache = run(model, cache, tokens, row_B)
-    return real_vocabulary(logit_BV, model), cache
+    run = one_device(known, model, (layout, of_source, TOKENS, TOKENS), (P(ROWS, 'tensor'), layout))
+    logit_BV, cache = run(model, cache, source, tokens, row_B)
+    return real_vocabulary(logit_BV, model), cache._replace(source=source)

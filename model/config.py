@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
@@ -165,6 +165,26 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """An encoder, whose output each layer of the decoder attends to; in what is not said here it is like the decoder.
+
+    It sees all of its row, and shares the decoder's embedding.
+    """
+
+    layers: int
+    heads: int | None = None  # None: as the decoder, here and below
+    kv_heads: int | None = None  # None: as the decoder, or with heads of its own as many as those
+    head_dim: int | None = None
+    mlp_dim: int | None = None
+    start_token: int | None = None  # what the decoder reads first; None: the tokenizer's start of a document
+
+    def __post_init__(self):
+        for field in ('layers', 'heads', 'kv_heads', 'head_dim', 'mlp_dim'):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise UserError(f'model.encoder.{field} is {getattr(self, field)}: it must be at least 1')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A stack of layers, and what stands before and after it. Sizes are counts of units."""
 
@@ -183,8 +203,12 @@ class ModelConfig:
         'pre'  # x + f(norm(x)); norm(x + f(x)), as in 2017; x + norm(f(norm(x)))
     )
     norm_offset: float = 0.0  # added to each RMSNorm's scale (Gemma keeps scales as differences from 1)
-    positions: Literal['rotary', 'learned', 'none'] = 'rotary'
-    max_positions: int | None = None  # rows of the table of learned positions
+    positions: Literal['rotary', 'learned', 'sinusoidal', 'relative', 'none'] = 'rotary'
+    max_positions: int | None = None  # rows of the table of learned or sinusoidal positions
+    relative_buckets: int = 32  # of distances between query and key, each with a bias for each head (T5)
+    relative_most: int = 128  # distance from which on all share a bucket
+    causal: bool = True  # a token sees those before it; false: all of its document, as in BERT
+    encoder: EncoderConfig | None = None  # what the layers attend to beside their own row
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     rotary_fraction: float = 1.0  # of each head's dims, from the first; the others do not turn
@@ -203,6 +227,12 @@ class ModelConfig:
     bias: bool = False  # of the output and MLP projections and of LayerNorm
     tied_embedding: bool = True  # the LM head is the embedding
     embedding_scale: float = 1.0  # on what the embedding gives
+    segment_kinds: int = 0  # rows of a table that is added to the embedding by what text a token is of (BERT's A and B)
+    embedding_norm: bool = False  # a norm between the embedding and the first layer
+    head_mlp: bool = False  # before the LM head a layer of model_dim units, with `activation` and a norm (BERT)
+    head_bias: bool = False  # of the LM head
+    pooler: bool = False  # BERT's layer for its first token, which no logit depends on
+    next_sentence: bool = False  # BERT's two logits from that, whether one text follows the other
     logit_scale: float = 1.0  # on the head's logits
     logit_softcap: float | None = None  # c: logits become c tanh(logit / c)
     dropout: float = 0.0  # of the embedding and of each block's output, in training
@@ -256,10 +286,37 @@ class ModelConfig:
                     f'model.rope_scaling.{field} has {len(factors)} numbers: one is needed for each of the '
                     f'{self.rotary_dim // 2} pairs of dims that turn'
                 )
-        if self.positions == 'learned' and (self.max_positions or 0) < 1:
+        if self.positions in ('learned', 'sinusoidal') and (self.max_positions or 0) < 1:
             raise UserError(
-                f'model.max_positions is {self.max_positions}: learned positions need a table of that many rows'
+                f'model.max_positions is {self.max_positions}: {self.positions} positions need a table of that many rows'
             )
+        if self.positions == 'sinusoidal' and self.model_dim % 2:
+            raise UserError(
+                f'model.model_dim is {self.model_dim}: half of sinusoidal positions are sines and half cosines, so it must be '
+                f'even; nearest: {self.model_dim + 1}'
+            )
+        if self.positions == 'relative' and (self.relative_buckets < 4 or self.relative_buckets % 4):
+            raise UserError(
+                f'model.relative_buckets is {self.relative_buckets}: it must be a multiple of 4, half of them for each '
+                f'direction and half of those for single distances; nearest: {max(4, round(self.relative_buckets / 4) * 4)}'
+            )
+        if self.positions == 'relative' and self.relative_most <= self.relative_buckets // 2:
+            raise UserError(
+                f'model.relative_most is {self.relative_most} and model.relative_buckets {self.relative_buckets}: distances '
+                f'below half the buckets have their own; at least {self.relative_buckets // 2 + 1}'
+            )
+        if self.encoder and not self.causal:
+            raise UserError('model.causal is false and model.encoder is given: a decoder with an encoder is causal')
+        if self.latent and (self.encoder or not self.causal or self.positions == 'relative'):
+            raise UserError('model.latent: attention from latent vectors is causal, without an encoder, and rotary')
+        if self.encoder:
+            for field in ('moe', 'qk_norm', 'attention_sinks'):
+                if getattr(self, field):
+                    raise UserError(
+                        f'model.{field} is given and model.encoder too: an encoder–decoder has none; leave it out'
+                    )
+        if self.next_sentence and not self.pooler:
+            raise UserError('model.next_sentence is true: its logits are made of the pooler; set model.pooler=true')
         if not self.window_pattern:
             raise UserError('model.window_pattern is empty: [true] gives every layer the window')
         if self.latent and (self.kv_heads != self.heads or self.qk_norm or self.attention_sinks):
@@ -289,6 +346,25 @@ class ModelConfig:
                 f'model.moe.pattern is {list(self.moe.pattern)} and model.layers {self.layers}: no layer would be a mixture; '
                 'model.moe=null says so'
             )
+        if self.encoder:
+            try:
+                self.of_encoder  # noqa: B018  (made for its checks)
+            except UserError as error:
+                raise UserError(str(error).replace('model.', 'model.encoder.')) from None
+
+    @property
+    def of_encoder(self) -> 'ModelConfig':
+        """The encoder as a stack of its own, which has no vocabulary: the decoder's embedding is its too."""
+        e = self.encoder
+        assert e is not None
+        sizes = {field: getattr(e, field) for field in ('heads', 'kv_heads', 'head_dim', 'mlp_dim')}
+        own: dict[str, Any] = {field: value for field, value in sizes.items() if value is not None}
+        if e.heads is not None:
+            own = {'kv_heads': None, **own}
+        own |= dict.fromkeys(('embedding_norm', 'head_mlp', 'head_bias', 'pooler', 'next_sentence'), False)
+        return dataclasses.replace(
+            self, encoder=None, vocabulary=None, causal=False, layers=e.layers, segment_kinds=0, **own
+        )
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -401,8 +477,18 @@ def sizes(c: ModelConfig) -> list[Divides]:
         rules.append(Divides(FSDP, 'model.latent.kv_rank', c.latent.kv_rank))
         if c.latent.q_rank:
             rules.append(Divides(FSDP, 'model.latent.q_rank', c.latent.q_rank))
-    if c.positions == 'learned':
+    if c.positions == 'learned' or c.segment_kinds or c.head_mlp or c.pooler:
         rules.append(Divides((*FSDP, 'tensor'), 'model.model_dim', c.model_dim))
+    if c.encoder:
+        whole = 'the number of parts that an encoder–decoder can be split into along it'
+        rules += [
+            *(Divides((axis,), whole, 1) for axis in ('stage', 'context')),
+            *(
+                dataclasses.replace(rule, field=rule.field.replace('model.', 'model.encoder.'))
+                for rule in sizes(c.of_encoder)
+                if rule.axes == ('tensor',)
+            ),
+        ]
     if c.moe:
         rules += [
             Divides(('expert',), 'model.moe.experts', c.moe.experts),

@@ -3,7 +3,8 @@
 Conventions. A multiplication and an addition are 2 FLOPs; only matmuls count (no norms, softmax, rotations or lookups). A
 backward pass is twice its forward pass; what rematerialisation repeats is not counted. Attention is the causal triangle:
 in a row of T tokens that are one document a token sees (T + 1) / 2 keys on average, fewer with a window. Of the experts,
-those that a token visits. The vocabulary is the real one, unpadded.
+those that a token visits. The vocabulary is the real one, unpadded. Of an encoder–decoder a token is one of the target
+together with one of the source.
 """
 
 import dataclasses
@@ -13,15 +14,21 @@ from model.config import Kind, ModelConfig
 
 def parameters(c: ModelConfig) -> dict[str, int]:
     """Parameters by part; the sum is what a checkpoint holds (with the embedding's padding rows)."""
-    D = c.model_dim
+    D, V = c.model_dim, 0 if c.vocabulary is None else c.padded_vocabulary
+    table = c.max_positions if V and c.positions == 'learned' else 0
     parts = {
-        'embedding': c.padded_vocabulary * D + (c.max_positions * D if c.positions == 'learned' else 0),
-        'head': 0 if c.tied_embedding else c.padded_vocabulary * D,
-        'norms': 0 if c.norm_order == 'post' else _norm(c),
+        'embedding': (V + table + c.segment_kinds) * D,
+        'head': (0 if c.tied_embedding else V * D) + V * c.head_bias + c.head_mlp * (D * D + D + _norm(c)),
+        'norms': _norm(c) * ((c.norm_order != 'post') + c.embedding_norm),
+        'attention': c.relative_buckets * c.heads if c.positions == 'relative' else 0,
     }
     for kind in c.kinds:
         for part, count in _layer(c, kind).items():
             parts[part] = parts.get(part, 0) + count
+    if c.pooler:
+        parts['pooler'] = D * D + D + c.next_sentence * (2 * D + 2)
+    if c.encoder:
+        parts['encoder'] = sum(parameters(c.of_encoder).values())
     if c.mtp_layers:
         parts['mtp'] = c.mtp_layers * (sum(_layer(c, c.kinds[-1]).values()) + 2 * D * D + 3 * _norm(c))
     return parts
@@ -30,7 +37,10 @@ def parameters(c: ModelConfig) -> dict[str, int]:
 def _layer(c: ModelConfig, kind: Kind) -> dict[str, int]:
     """Parameters of one layer by part."""
     D, m = c.model_dim, c.moe
-    parts = {'attention': _attention(c), 'norms': _norm(c) * (4 if c.norm_order == 'sandwich' else 2)}
+    norms = (3 if c.encoder else 2) * (2 if c.norm_order == 'sandwich' else 1)
+    parts = {'attention': _attention(c), 'norms': _norm(c) * norms}
+    if c.encoder:
+        parts['cross_attention'] = _attention(c)
     if not kind.experts:
         return parts | {'mlp': _mlp(c, c.mlp_dim)}
     expert = _matrices(c) * D * m.mlp_dim + m.bias * ((_matrices(c) - 1) * m.mlp_dim + D)
@@ -54,6 +64,8 @@ def keys_seen(c: ModelConfig, sequence_length: int) -> float:
 
     def seen(windowed: bool) -> float:
         window = min(c.window if windowed else sequence_length, sequence_length)
+        if not c.causal:  # as far ahead as behind
+            return ((2 * window - 1) * sequence_length - window * (window - 1)) / sequence_length
         return (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
 
     return sum(seen(kind.windowed) for kind in c.kinds) / c.layers
@@ -66,8 +78,11 @@ def forward_flops(c: ModelConfig, keys: float) -> dict[str, float]:
         'projections': c.layers * 2.0 * sum(a * b for a, b in _projections(c)),
         'attention': c.layers * 2.0 * c.heads * (c.query_dim + c.value_dim) * keys,
         'mlp': (c.layers - moe) * 2.0 * _matrices(c) * D * c.mlp_dim,
-        'head': 2.0 * D * c.vocabulary,
+        'head': 2.0 * D * (c.vocabulary or 0) + 2.0 * D * D * c.head_mlp,
     }
+    if c.encoder:
+        flops['cross_attention'] = flops['projections'] + flops['attention']
+        flops['encoder'] = sum(forward_flops(c.of_encoder, keys).values())
     if c.moe:
         visited = c.moe.top_k + c.moe.shared_experts
         flops['router'] = moe * 2.0 * D * c.moe.experts

@@ -3,11 +3,14 @@
     tokens_BT ─ embed ─▶ x_BTD ─ groups of like layers, each scanned ─▶ x_BTD ─ norm ─ LM head ─▶ logits over V/tensor
                                    norm ─ attention ─ +        norm ─ MLP or experts ─ +
 
-Between blocks x_BTD is split by rows over BATCH and by sequence over `context` and `tensor`. Letters: B rows, T sequence,
-D model, V padded vocabulary, L layers, N tokens of this device, M microbatches, m those of this stage.
+Between blocks x_BTD is split by rows over BATCH and by sequence over `context` and `tensor`. An encoder–decoder has a second
+stack, whose output each block attends to between the two (`Decoder.read`). Letters: B rows, T sequence, S tokens of a
+source, D model, V padded vocabulary, L layers, N tokens of this device, M microbatches, m those of this stage, P positions,
+Y kinds of segments, R buckets of distances.
 """
 
-from typing import TypedDict
+import dataclasses
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +20,12 @@ from jax import P, lax
 from model.attention import Asked
 from model.attention import default_backend as attention_backend
 from model.config import Kind, ModelConfig
+from model.encoder import CrossAttention, HeadMlp, Pooler, kept, sinusoids
 from model.grouped_matmul import default_backend as experts_backend
 from model.latent import LatentAttention
-from model.layers import Attention, Cache, Mlp, Norm, View, linear_back, weight
+from model.layers import Attention, Cache, Kept, Memory, Mlp, Norm, View, constant, linear_back, weight
 from model.moe import MoE
-from sharding.collectives import vary, whole
+from sharding.collectives import my_slice, vary, whole
 from sharding.mesh import FSDP, platform
 from sharding.pipeline import dealt, pipeline
 
@@ -36,16 +40,23 @@ class Block(nnx.Module):
         self.config = c
         self.attention_norm = Norm(c)
         self.attention = LatentAttention(c, kind, rngs) if c.latent else Attention(c, kind, rngs)
+        if c.encoder:
+            self.cross_norm, self.cross = Norm(c), CrossAttention(c, rngs)
         self.mlp_norm = Norm(c)
         self.mlp = MoE(c, rngs) if kind.experts else Mlp(c, c.mlp_dim, rngs)
         if c.norm_order == 'sandwich':
             self.attention_out_norm, self.mlp_out_norm = Norm(c), Norm(c)
+            if c.encoder:
+                self.cross_out_norm = Norm(c)
 
     def __call__(self, x_BTD, view: View, cache: Cache | None, layer):
         """x after the layer, the cache, and the router's figures (an empty dict without a router)."""
         rate, figures, before = self.config.dropout, {}, self.config.norm_order != 'post'
         y_BTD, cache = self.attention(self.attention_norm(x_BTD) if before else x_BTD, view, cache, layer)
         x_BTD = self.add(x_BTD, y_BTD, 'attention', view, rate, 1, layer)
+        if self.config.encoder:
+            y_BTD, cache = self.cross(self.cross_norm(x_BTD) if before else x_BTD, view, cache, layer)
+            x_BTD = self.add(x_BTD, y_BTD, 'cross', view, rate, 4, layer)
         y_BTD = self.mlp(self.mlp_norm(x_BTD) if before else x_BTD, view)
         if isinstance(self.mlp, MoE):
             y_BTD, figures = y_BTD
@@ -85,16 +96,26 @@ class Decoder(nnx.Module):
 
     Each of the kinds that a run repeats has its layers stacked, one group for each: of layers a b a b, groups a a and b b.
     The longest run is the pipeline's where the mesh has stages: its layers are split over them, in order. All other
-    weights every stage has; it uses them on the rows of its own microbatches.
+    weights every stage has; it uses them on the rows of its own microbatches. Without a vocabulary it is layers and final norm
+    alone: an encoder's.
     """
 
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         self.config = c
-        D, V = c.model_dim, c.padded_vocabulary
-        # As the tied head too it must be small, or each token begins by predicting itself.
-        self.embed_VD = weight(rngs, c, (V, D), P(FSDP, 'tensor'), fan_in=D if c.tied_embedding else 1)
-        if c.positions == 'learned':
-            self.position_PD = weight(rngs, c, (c.max_positions, D), P(None, ('tensor', *FSDP)), fan_in=D)
+        if c.vocabulary is not None:
+            D, V = c.model_dim, c.padded_vocabulary
+            # As the tied head too it must be small, or each token begins by predicting itself.
+            self.embed_VD = weight(rngs, c, (V, D), P(FSDP, 'tensor'), fan_in=D if c.tied_embedding else 1)
+            if c.positions == 'learned':
+                self.position_PD = weight(rngs, c, (c.max_positions, D), P(None, ('tensor', *FSDP)), fan_in=D)
+            if c.segment_kinds:
+                self.kind_YD = weight(rngs, c, (c.segment_kinds, D), P(None, ('tensor', *FSDP)), fan_in=D)
+            if c.embedding_norm:
+                self.embedding_norm = Norm(c)
+            if c.encoder:
+                self.encoder = Decoder(c.of_encoder, rngs)
+        if c.positions == 'relative':
+            self.relative_RN = weight(rngs, c, (c.relative_buckets, c.heads), P(None, 'tensor'), fan_in=c.model_dim)
         self.groups = nnx.List(
             [
                 stacked(c, kind, run.repeats, 'stage' if number == c.longest_run else None, rngs)
@@ -104,8 +125,15 @@ class Decoder(nnx.Module):
         )
         if c.norm_order != 'post':
             self.norm = Norm(c)
-        if not c.tied_embedding:
-            self.head_DV = weight(rngs, c, (D, V), P(FSDP, 'tensor'), fan_in=D)
+        if c.vocabulary is not None:
+            if c.head_mlp:
+                self.head_mlp = HeadMlp(c, rngs)
+            if not c.tied_embedding:
+                self.head_DV = weight(rngs, c, (D, V), P(FSDP, 'tensor'), fan_in=D)
+            if c.head_bias:
+                self.head_bias_V = constant(c, 0.0, (V,), P('tensor'))
+            if c.pooler:
+                self.pooler = Pooler(c, rngs)
         if c.mtp_layers:
             self.mtp = stacked(c, c.kinds[-1], c.mtp_layers, None, rngs, Ahead)
 
@@ -118,6 +146,37 @@ class Decoder(nnx.Module):
         c, ends, M = self.config, view.dealt(), view.microbatches
         tokens_BT = dealt(tokens_BT, M)
         x_BTD = vary(ends.dropout(self.embed(tokens_BT, ends), c.dropout, 0))
+        x_BTD, cache, figures = self.stack(x_BTD, view, cache)
+        return (self.head_mlp(x_BTD) if c.head_mlp else x_BTD), cache, figures
+
+    def read(self, tokens_BS, position_BS, segment_BS, view: View) -> Memory:
+        """What the encoder makes of rows of sources, `view` being that of the rows that will attend to it."""
+        e = self.encoder.config
+        view = dataclasses.replace(
+            view,
+            position_BT=position_BS,
+            segment_BT=segment_BS,
+            backend=backends(e)['backend'],
+            sequence_split=tokens_BS.shape[1] % lax.axis_size('tensor') == 0,
+            dropout_key=None if view.dropout_key is None else jax.random.fold_in(view.dropout_key, 3),
+            column_T=jnp.arange(tokens_BS.shape[1]),
+            decoding=False,
+            source=None,
+        )
+        x_BSD = vary(view.dropout(self.embed(tokens_BS, view), e.dropout, 0))
+        x_BSD, _, _ = self.encoder.stack(x_BSD, view)
+        return Memory(view.join(x_BSD), segment_BS)
+
+    def kept(self, memory: Memory) -> Kept:
+        """What decoding needs of an encoder's output."""
+        sizes = [len(run.kinds) for run in self.config.runs]
+        return kept(memory, [self.groups[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))])
+
+    def stack(self, x_BTD, view: View, cache: Cache | None = None):
+        """The layers and the final norm; as `hidden`."""
+        c, ends = self.config, view.dealt()
+        if c.positions == 'relative':
+            view, ends = (dataclasses.replace(one, relative_RN=self.relative_RN[...]) for one in (view, ends))
         first, group, figures = 0, 0, list[dict[str, jax.Array]]()
         for number, run in enumerate(c.runs):
             blocks = tuple(self.groups[group : group + len(run.kinds)])
@@ -150,22 +209,37 @@ class Decoder(nnx.Module):
         x = whole(self.embed_VD[...], c.dtype)[tokens_BT]
         if c.embedding_scale != 1:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
-        if c.positions == 'learned':
+        if c.segment_kinds:
+            kind_BT = jnp.zeros_like(tokens_BT) if view.kind_BT is None else view.kind_BT
+            x = x + whole(self.kind_YD[...], x.dtype, dim=1)[kind_BT]
+        if c.positions in ('learned', 'sinusoidal'):
             x = x + self.position_table(x.dtype)[view.position_BT]
         if view.sequence_split:
-            return lax.all_to_all(x, 'tensor', split_axis=1, concat_axis=2, tiled=True)
-        return lax.all_gather(x, 'tensor', axis=2, tiled=True)
+            x = lax.all_to_all(x, 'tensor', split_axis=1, concat_axis=2, tiled=True)
+        else:
+            x = lax.all_gather(x, 'tensor', axis=2, tiled=True)
+        return self.embedding_norm(x) if c.embedding_norm else x
 
     def position_table(self, dtype):
         """What is added to the tokens' embeddings by position, this device's part of D: [P, D / tensor]."""
-        return lax.all_gather(self.position_PD[...].astype(dtype), FSDP, axis=1, tiled=True)
+        if self.config.positions == 'sinusoidal':
+            return my_slice(jnp.asarray(sinusoids(self.config), dtype))
+        return whole(self.position_PD[...], dtype, dim=1)
 
-    def head(self):
-        """The LM head, D first, its part of the vocabulary on each device of `tensor`, in the compute dtype."""
+    def head(self) -> 'Head':
+        """The LM head, its part of the vocabulary on each device of `tensor`, in the compute dtype."""
+        bias_V = self.head_bias_V[...] if self.config.head_bias else None
         if not self.config.tied_embedding:
-            return whole(self.head_DV[...], self.config.dtype)
+            return Head(whole(self.head_DV[...], self.config.dtype), bias_V)
         embed_VD = whole(self.embed_VD[...], self.config.dtype)
-        return lax.all_to_all(embed_VD, 'tensor', split_axis=0, concat_axis=1, tiled=True).T
+        return Head(lax.all_to_all(embed_VD, 'tensor', split_axis=0, concat_axis=1, tiled=True).T, bias_V)
+
+
+class Head(NamedTuple):
+    """What makes logits of activations."""
+
+    w_DV: jax.Array
+    bias_V: jax.Array | None = None
 
 
 def stacked(
@@ -216,12 +290,14 @@ def by_layer(figures: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found) if found else {}
 
 
-def to_vocabulary(x_ND, head_DV, c: ModelConfig):
+def to_vocabulary(x_ND, head: Head, c: ModelConfig):
     """Logits, in at least float32 however narrow x and the head are."""
     wide = jnp.promote_types(x_ND.dtype, jnp.float32)
-    logit_NV = jnp.einsum('...D,DV->...V', x_ND, head_DV, preferred_element_type=wide)
+    logit_NV = jnp.einsum('...D,DV->...V', x_ND, head.w_DV, preferred_element_type=wide)
     if c.logit_scale != 1:
         logit_NV = logit_NV * c.logit_scale
+    if head.bias_V is not None:
+        logit_NV = logit_NV + head.bias_V.astype(wide).reshape((1,) * (logit_NV.ndim - 1) + (-1,))
     return logit_NV if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logit_NV / c.logit_softcap)
 
 
@@ -238,6 +314,8 @@ def asked(c: ModelConfig) -> Asked:
     return Asked(
         softcap=c.attention_softcap is not None,
         sinks=c.attention_sinks,
+        two_ways=not c.causal or c.encoder is not None,
+        relative=c.positions == 'relative',
         value_width=c.value_dim != c.query_dim,
     )
 

@@ -2,12 +2,13 @@
 
 What runs inside reads the weights' layouts off their types, and is one device's view: the loss (training/loss.py), the
 logits of whole sequences (here), prefill and decoding steps (decoding/step.py).
-Letters: B rows, T sequence, V vocabulary.
+Letters: B rows, T sequence, S tokens of a source, V vocabulary.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,22 +95,49 @@ def needs_no_stages(what: str) -> None:
         )
 
 
-def logits(model: Decoder, tokens_BT, position_BT, segment_BT):
+class Source(NamedTuple):
+    """Rows that an encoder reads, int32 [B, S] each; their segments are those of the rows that attend to them."""
+
+    tokens_BS: Any
+    position_BS: Any
+    segment_BS: Any
+
+
+def needs_causal(model: Decoder, what: str) -> None:
+    """Raises UserError for a model whose tokens see those after them."""
+    if not model.config.causal:
+        raise UserError(
+            f'model.causal is false: {what} needs a model that predicts the next token; scripts/score.py gives the logits of '
+            'this one, at masked tokens too'
+        )
+
+
+def logits(model: Decoder, tokens_BT, position_BT, segment_BT, kind_BT=None, source: Source | None = None):
     """Logits [B, T, vocabulary] of the full forward pass, float32 or wider, rows split over BATCH, T over `context`.
 
-    context × tensor must divide T. Raises UserError on a mesh with stages.
+    context × tensor must divide T. `kind_BT`: see View; `source`: an encoder–decoder needs it. Raises UserError on a mesh with
+    stages.
     """
     needs_no_stages('scoring')
 
-    def body(model, *batch):
-        column_T = columns(batch[0].shape[1], contiguous)
-        tokens_BT, position_BT, segment_BT = (a_BT[:, column_T] for a_BT in batch)
-        view = View(position_BT, segment_BT, **backends(model.config))
+    def body(model, rows, source):
+        column_T = columns(rows['tokens_BT'].shape[1], contiguous)
+        rows = {name: a_BT[:, column_T] for name, a_BT in rows.items()}
+        tokens_BT = rows.pop('tokens_BT')
+        view = with_source(model, View(**rows, **backends(model.config)), source)
         x_BTD, _, _ = model.hidden(tokens_BT, view)
         return to_vocabulary(join(x_BTD), model.head(), model.config)
 
-    run = one_device(body, model, (TOKENS, TOKENS, TOKENS), P(ROWS, 'context', 'tensor'))
-    return real_vocabulary(run(model, tokens_BT, position_BT, segment_BT), model)
+    rows = {'tokens_BT': tokens_BT, 'position_BT': position_BT, 'segment_BT': segment_BT}
+    rows |= {} if kind_BT is None else {'kind_BT': kind_BT}
+    run = one_device(body, model, (TOKENS, TOKENS), P(ROWS, 'context', 'tensor'))
+    return real_vocabulary(run(model, rows, source), model)
+
+
+def with_source(model: Decoder, view: View, source: Source | None) -> View:
+    """One device's view with what the encoder makes of this device's rows of a source."""
+    assert (source is None) == (model.config.encoder is None), 'an encoder reads a source'
+    return view if source is None else dataclasses.replace(view, source=model.read(*source, view))
 
 
 def logits_ahead(model: Decoder, tokens_BT, position_BT, segment_BT):

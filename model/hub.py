@@ -7,6 +7,7 @@ streams its tensors onto a mesh. `write` makes such a folder. Nothing in a folde
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
@@ -72,8 +74,9 @@ class Published:
     model: ModelConfig
     table: list[Tensor]  # without copies
     sources: dict[str, Source]  # by the table's names
-    prefix: str  # what the names in the files lack of the table's
+    files: dict[str, str]  # what tensors are called in the files, where the table calls them otherwise
     copies: dict[str, str]  # tensors in the files that repeat another of the table, which it is
+    fixed: dict[str, str]  # tensors in the files that follow from the model, and their dtype
 
     @property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -82,7 +85,7 @@ class Published:
     @property
     def bytes(self) -> int:
         """Of all tensors, in the dtypes that they are read in."""
-        return sum(source.dtype.itemsize * int(np.prod(source.shape)) for source in self.sources.values())
+        return sum(source.dtype.itemsize * math.prod(source.shape) for source in self.sources.values())
 
     def arrays(self, mesh: jax.sharding.Mesh) -> Iterator[tuple[str, jax.Array]]:
         """Our arrays by name, one after another, in their layout on the mesh."""
@@ -114,15 +117,32 @@ def read(folder: Path, dtype: str | None = None, without_remote_code: bool = Fal
     family = family_of(fields)
     c = family.read(fields)
     fields.finish()
+    stored, files = _as_named(unpacked(all_stored(folder), config, folder / CONFIG), family)
+    c = family.model_of(c, stored)
     table = tensors(family, c, shapes_of(c))
-    stored = unpacked(all_stored(folder), config, folder / CONFIG)
-    prefix = family.prefix
-    if prefix and any(name.startswith(prefix) for name in stored):
-        prefix = ''
-    table, copied = [one for one in table if not one.copy_of], [one for one in table if one.copy_of]
-    sources, copies = _match(folder, family, table, copied, stored, prefix, c)
+    sources, copies, fixed = _match(folder, family, table, stored, c)
+    table = [one for one in table if not one.copy_of]
     c = _with_dtypes(folder, c, table, sources, dtype)
-    return Published(folder, config, family, c, table, sources, prefix, copies)
+    files = {name: file for name, file in files.items() if name in (*sources, *copies, *fixed)}
+    return Published(folder, config, family, c, table, sources, files, copies, fixed)
+
+
+def _as_named(stored: Mapping[str, Source], family: Family) -> tuple[dict[str, Source], dict[str, str]]:
+    """Tensors by the names of the family's table, and what differs from these in the files."""
+    short = bool(family.prefix) and not any(name.startswith(family.prefix) for name in stored)
+    found: dict[str, Source] = {}
+    files: dict[str, str] = {}
+    for name, source in stored.items():
+        now = family.known_as(name)
+        now = family.prefix + now if short else now
+        if now in found:
+            raise UserError(
+                f'{source.path}: tensors {name} and {files.get(now, now)} are the same one of a {family.name} model'
+            )
+        found[now] = source
+        if now != name:
+            files[now] = name
+    return found, files
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -205,33 +225,33 @@ def _no_weights(folder: Path) -> str:
 
 
 def _match(
-    folder: Path,
-    family: Family,
-    table: list[Tensor],
-    copied: list[Tensor],
-    stored: Mapping[str, Source],
-    prefix: str,
-    c: ModelConfig,
-) -> tuple[dict[str, Source], dict[str, str]]:
-    """The source of each tensor of the table, and the copies. Each tensor in the files is one of these, or a buffer."""
+    folder: Path, family: Family, table: list[Tensor], stored: Mapping[str, Source], c: ModelConfig
+) -> tuple[dict[str, Source], dict[str, str], dict[str, str]]:
+    """The source of each tensor of the table; the copies; what is fixed. All in the files is one of these, or a buffer."""
     sources: dict[str, Source] = {}
     left = dict(stored)
     missing = []
     for one in table:
-        name = one.name.removeprefix(prefix)
-        if name not in left:
-            missing.append(name)
+        if one.copy_of:
             continue
-        sources[one.name] = source = left.pop(name)
+        if one.name not in left:
+            missing.append(one.name)
+            continue
+        sources[one.name] = source = left.pop(one.name)
         if tuple(source.shape) != one.shape:
             raise UserError(
-                f'{source.path}: tensor {name} is {list(source.shape)} and by {CONFIG} must be {list(one.shape)}'
+                f'{source.path}: tensor {one.name} is {list(source.shape)} and by {CONFIG} must be {list(one.shape)}'
             )
-    copies = {}
-    for name, of in ({one.name: one.copy_of for one in copied} | _tied_head(family, table, c)).items():
-        if (short := name.removeprefix(prefix)) in left and of in sources:
-            copies[short] = of
-            _check_copy(left.pop(short), short, sources[of], of)
+    copies = {
+        name: of
+        for name, of in _copies(family, table, c).items()
+        if name in left and of in sources and name not in sources
+    }
+    for name, of in copies.items():
+        _check_copy(left.pop(name), name, sources[of], of)
+    fixed = {name: left[name].dtype.name for name in family.fixed if name in left}
+    for name in fixed:
+        _check_fixed(left.pop(name), name, family.fixed[name](c))
     left = {
         name: one for name, one in left.items() if not any(re.fullmatch(p, name) for p in (*BUFFERS, *family.buffers))
     }
@@ -247,21 +267,33 @@ def _match(
             f'{extra.path}: tensor {name} {list(extra.shape)}{tail(left)} is none that a {family.architectures[0]} of this '
             f'{CONFIG} has; its numbers would be lost'
         )
-    return sources, copies
+    return sources, copies, fixed
 
 
-def _tied_head(family: Family, table: list[Tensor], c: ModelConfig) -> dict[str, str]:
-    """The head that is the embedding, by the name under which a publisher may repeat that, and the embedding's."""
-    embedding = [one.name for one in table if any(part.leaf == 'embed_VD' for part in one.parts)]
-    if not c.tied_embedding or not embedding:
-        return {}
-    return {name: embedding[0] for name, entry in family.names.items() if entry == 'head_DV'}
+def _copies(family: Family, table: list[Tensor], c: ModelConfig) -> dict[str, str]:
+    """Tensors that a publisher may repeat, and which they repeat; among them the head that is the embedding."""
+    found = {name: of for name, of in family.copies.items() if '{i}' not in name}
+    embedding = [one.name for one in table if any(part.leaf == 'embed_VD' for part in one.parts) and not one.copy_of]
+    if c.tied_embedding and embedding:
+        found |= {name: embedding[0] for name, entry in family.names.items() if entry == 'head_DV'}
+    return found | {one.name: one.copy_of for one in table if one.copy_of}
+
+
+def _check_fixed(one: Source, name: str, wanted: np.ndarray) -> None:
+    """That a tensor has the numbers that it must have, as far as its dtype can say them."""
+    if one.shape != wanted.shape or not np.allclose(
+        one.read().astype(np.float32), wanted, rtol=0, atol=4 * float(jnp.finfo(one.dtype).eps)
+    ):
+        raise UserError(
+            f'{one.path}: tensor {name} {list(one.shape)} has not the numbers that follow from {CONFIG}: a model with '
+            'others is not supported'
+        )
 
 
 def _check_copy(one: Source, name: str, source: Source, of: str) -> None:
     """That a tensor has the numbers of another, some rows at a time."""
     same = one.shape == source.shape and one.dtype == source.dtype
-    step = max(2**24 // max(int(np.prod(one.shape[1:])), 1), 1)
+    step = max(2**24 // max(math.prod(one.shape[1:]), 1), 1)
     for begin in range(0, one.shape[0] if same else 0, step):
         rows = (slice(begin, begin + step),)
         same = same and one.read(rows).tobytes() == source.read(rows).tobytes()
@@ -279,15 +311,15 @@ def _with_dtypes(
     found: Counter[np.dtype] = Counter()
     for one in table:
         source = sources[one.name]
-        if not jax.numpy.issubdtype(source.dtype, np.floating) or source.dtype.itemsize < 2:
+        if not jnp.issubdtype(source.dtype, np.floating) or source.dtype.itemsize < 2:
             raise UserError(
                 f'{folder}: tensor {one.name} has dtype {source.dtype}, which needs a quantization_config that says what its '
                 'numbers stand for; supported: DeepSeek’s block-scaled FP8, MXFP4'
             )
         # The bias of a router's choices is kept in at least float32 anyhow, without widening all others.
         if not all(part.leaf.endswith('.bias_E') for part in one.parts):
-            found[source.dtype] += int(np.prod(one.shape))
-    kept = dtype or np.dtype(functools.reduce(jax.numpy.promote_types, found)).name
+            found[source.dtype] += math.prod(one.shape)
+    kept = dtype or np.dtype(functools.reduce(jnp.promote_types, found)).name
     if kept not in get_args(Kept):
         raise UserError(
             f'{folder}: its tensors are {kept}: weights are kept in {", ".join(get_args(Kept))}; say which with --dtype'
@@ -324,7 +356,7 @@ def write(
     parts: list[dict[str, tuple[np.dtype, Sequence[int]]]] = [{}]
     room = file_bytes
     for name, (dtype, shape) in kinds.items():
-        size = int(np.prod(shape)) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         if size > room and parts[-1]:
             parts.append({})
             room = file_bytes
@@ -342,7 +374,7 @@ def write(
         else:
             for name, part in zip(names, parts, strict=True):
                 tensor_files.write(place / name, part, content)
-            total = sum(int(np.prod(shape)) * dtype.itemsize for dtype, shape in kinds.values())
+            total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds.values())
             where = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
             index = {'metadata': {'total_size': total}, 'weight_map': where}
             (place / INDEX).write_text(json.dumps(index, indent=2) + '\n', encoding='utf-8')
@@ -390,27 +422,32 @@ def published_config(
     known = {family.name: family for family in families()}
     if name is not None and name not in known:
         raise UserError(f'--family {name}: no such family{nearest(name, known)}')
-    reasons = []
+    reasons: list[tuple[str, int, str]] = []
     for family in [known[name]] if name else known.values():
-        written = {'architectures': [family.architectures[0]]}
-        candidates = [written | family.write(c)]
-        if original is not None:
-            candidates.insert(0, {field: value for field, value in original.items() if field not in NOT_EXPORTED})
-        for fields in candidates:
-            try:
-                reader = Fields(fields)
-                found = family.read(reader)
-                reader.finish()
-                differing = _differing(found, c)
-                if not differing:
-                    tensors(family, c, shapes_of(c))
-                    return family, dict(fields)
-                reasons.append((family.name, -len(differing), ', '.join(differing)))
-            except UserError as error:
-                reasons.append((family.name, -100, str(error)))
-    reasons.sort(key=lambda reason: reason[1], reverse=True)
-    told = '; '.join(f'{family}: {why}' for family, _, why in reasons[:3])
+        try:
+            if original is not None:
+                fields = {field: value for field, value in original.items() if field not in NOT_EXPORTED}
+                if not _says(family, fields, c):
+                    return family, fields
+            fields = {'architectures': [family.architectures[0]]} | family.write(c)
+            if not (differing := _says(family, fields, c)):
+                tensors(family, c, shapes_of(c))
+                return family, fields
+            reasons.append((family.name, len(differing), ', '.join(differing)))
+        except UserError as error:
+            reasons.append((family.name, 100, str(error)))
+    reasons.sort(key=lambda reason: reason[1])
+    told = '; '.join(f'{near}: {why}' for near, _, why in reasons[:3])
     raise UserError(f'no published family can say this model: {told}')
+
+
+def _says(family: Family, fields: Mapping[str, Any], c: ModelConfig) -> list[str]:
+    """Where a model differs from what its family reads in a config's fields."""
+    reader = Fields(fields)
+    found = family.read(reader)
+    reader.finish()
+    there = [name for name, said in family.told.items() if all(getattr(c, field) == said[field] for field in said)]
+    return _differing(family.model_of(found, there), c)
 
 
 def _differing(found: ModelConfig, c: ModelConfig) -> list[str]:

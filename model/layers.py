@@ -5,7 +5,8 @@ module holds this device's shards, and `__call__` says what is sent: weights are
 activations are joined and split over `tensor` around each block.
 
 Letters, as local sizes inside a call: B rows, T sequence, D model, N query heads times H, M kv heads times H, K kv heads,
-G query heads per kv head, H head dim, F hidden units of an MLP, L layers, S slots of a cache.
+G query heads per kv head, H head dim, F hidden units of an MLP, L layers, S slots of a cache or tokens of a source, R buckets
+of distances.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import P, lax
 
-from model.attention import attention
+from model.attention import Relative, attention
 from model.attention.cached import cached_attention
 from model.config import Kind, ModelConfig
 from model.rope import rope, yarn_gain
@@ -27,11 +28,27 @@ from sharding.mesh import BATCH, FSDP
 from sharding.pipeline import dealt, microbatch
 
 
+class Kept(NamedTuple):
+    """What decoding keeps of an encoder's output: each layer's keys and values of all of it."""
+
+    k_LBSK: jax.Array  # [L, B, S, K, H]
+    v_LBSK: jax.Array  # [L, B, S, K, H]
+    length_B: jax.Array  # tokens of each row, int32
+
+
 class Cache(NamedTuple):
     """Keys and values of the tokens so far: a row's token at position p is in slot p // n of device p mod n of `context`."""
 
     k_LBSK: jax.Array  # [L, B, S, K, H]
     v_LBSK: jax.Array | None  # [L, B, S, K, H]; None where one latent vector is both (model/latent.py)
+    source: Kept | None = None  # of an encoder–decoder
+
+
+class Memory(NamedTuple):
+    """An encoder's output while a decoder reads whole rows."""
+
+    x_BSD: jax.Array  # on each device of `tensor` all of it
+    segment_BS: jax.Array  # as a View's: the decoder's tokens attend to those of their own segment
 
 
 CACHE_SPEC = P(None, (*BATCH, 'stage'), 'context', 'tensor', None)  # `stage` is 1 where there is a cache
@@ -51,6 +68,9 @@ class View:
     column_T: jax.Array | None = None  # number of each column in the row, for dropout
     microbatches: int = 1  # of a pipeline, into which the rows are cut; 1 where `stage` is 1
     decoding: bool = False  # one token a row, that sees the cache
+    kind_BT: jax.Array | None = None  # what text a token is of, where the model has `segment_kinds`; None: all 0
+    source: Memory | Kept | None = None  # what an encoder made of the rows' sources
+    relative_RN: jax.Array | None = None  # relative positions' biases of this device's heads
 
     def dealt(self) -> 'View':
         """The rows that this stage works on outside of the pipeline."""
@@ -61,8 +81,8 @@ class View:
         return self._rows(lambda tree: microbatch(tree, number, self.microbatches))
 
     def _rows(self, choose) -> 'View':
-        position_BT, segment_BT, row_B = choose((self.position_BT, self.segment_BT, self.row_B))
-        return dataclasses.replace(self, position_BT=position_BT, segment_BT=segment_BT, row_B=row_B)
+        names = ('position_BT', 'segment_BT', 'row_B', 'kind_BT')
+        return dataclasses.replace(self, **choose({name: getattr(self, name) for name in names}))
 
     @property
     def live_BT(self) -> jax.Array:
@@ -166,7 +186,7 @@ def offset(scale_D, c: ModelConfig):
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with any grouping of query and KV heads, heads split over `tensor`.
+    """Self-attention with any grouping of query and KV heads, heads split over `tensor`.
 
     Where `tensor` is a multiple of the KV heads, each of its devices uses one of them.
     """
@@ -215,18 +235,23 @@ class Attention(nnx.Module):
         if c.positions == 'rotary':
             q_BTKGH, k_BTKH = (rope(a, view.position_BT, c, self.windowed) for a in (q_BTKGH, k_BTKH))
         if cache is not None:
-            cache = Cache(
-                *(keep(old, new, layer, view.position_BT) for old, new in zip(cache, (k_BTKH, v_BTKH), strict=True))
+            kept = (
+                keep(old, new, layer, view.position_BT) for old, new in zip(cache[:2], (k_BTKH, v_BTKH), strict=True)
             )
+            cache = Cache(*kept)
         here = (view.position_BT, view.segment_BT)
         how = how_to_attend(c, self.windowed)
         if c.attention_sinks:
             how['sink_KG'] = self.sink_N.reshape(q_BTKGH.shape[2:4])
+        if view.relative_RN is not None:
+            table_KGR = view.relative_RN.T.reshape(*q_BTKGH.shape[2:4], -1)
+            how['relative'] = Relative(table_KGR, not c.causal, c.relative_most)
         if view.decoding:
-            k_BSKH, v_BSKH = (kept[layer].astype(q.dtype) for kept in cache)
+            k_BSKH, v_BSKH = (kept[layer].astype(q.dtype) for kept in cache[:2])
             a_BTKGH = cached_attention(q_BTKGH, k_BSKH, v_BSKH, view.position_BT, **how)
         else:
-            a_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, here, here, **how, backend=view.backend, ring=True)
+            how |= {'causal': c.causal, 'backend': view.backend, 'ring': True}
+            a_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, here, here, **how)
         y_BTD = view.split(linear_back(a_BTKGH.reshape(*q.shape[:2], -1), whole(self.o_DN[...], q.dtype)))
         return (y_BTD + self.o_bias_D.astype(q.dtype)[None, None] if c.bias or c.o_bias else y_BTD), cache
 

@@ -23,7 +23,7 @@ from sharding.boxes import NO_MESH, Box, blocks, cut, is_host, sizes
 
 BLOCK = 2**26  # bytes that a host holds of an array at a time
 TILE = 256  # rows and columns
-Read = Callable[[str, tuple[slice, ...]], np.ndarray]  # a part of a published tensor, by its name
+Read = Callable[[str, tuple[Any, ...]], np.ndarray]  # a part of a published tensor, by its name
 Places = Mapping[tuple[int, ...], tuple[Tensor, Part]]  # of one array, by its first dims
 
 
@@ -84,20 +84,20 @@ def _block(box: Box, dtype: np.dtype, places: Places, read: Read) -> np.ndarray:
     first = len(next(iter(places)))  # dims that say which layer, which expert
     for at in itertools.product(*(range(*span) for span in box[:first])):
         one, part = places[at]
-        axes = part.axes or tuple(range(len(one.shape)))
-        cuts = [*part.take, *[slice(None)] * (len(one.shape) - len(part.take))]
-        # Of the tensor, by its dims; what is here of the array, by ours.
-        spans = [range(size)[chosen] for size, chosen in zip(one.shape, cuts, strict=True)]
-        whole = tuple((begin, min(end, len(spans[axis]))) for axis, (begin, end) in zip(axes, box[first:], strict=True))
+        cuts: list[Any] = [*part.take, *[slice(None)] * (len(one.shape) - len(part.take))]
+        dims = [dim for dim, chosen in enumerate(cuts) if isinstance(chosen, slice)]
+        dims = [dims[axis] for axis in part.axes or range(len(dims))]  # of the tensor, by ours
+        spans = [range(one.shape[dim])[cuts[dim]] for dim in dims]
+        whole = tuple((begin, min(end, len(span))) for span, (begin, end) in zip(spans, box[first:], strict=True))
         here = [i - begin for i, (begin, _) in zip(at, box, strict=False)]
         for piece in blocks(whole, dtype.itemsize, BLOCK):  # what has to be unpacked is not unpacked all at once
-            take: list[slice] = [slice(None)] * len(spans)
-            inside: list[Any] = list(here)
-            for axis, (begin, end), (start, _) in zip(axes, piece, box[first:], strict=True):
-                span = spans[axis][begin:end]
-                take[axis] = slice(span.start, span.stop, span.step)
-                inside.append(slice(begin - start, begin - start + len(span)))
-            _copy(out[(*inside, ...)], read(one.name, tuple(take)).transpose(axes))
+            take, inside = list(cuts), list[Any](here)
+            for dim, span, (begin, end), (start, _) in zip(dims, spans, piece, box[first:], strict=True):
+                mine = span[begin:end]
+                take[dim] = slice(mine.start, mine.stop, mine.step)
+                inside.append(slice(begin - start, begin - start + len(mine)))
+            found = read(one.name, tuple(take))
+            _copy(out[(*inside, ...)], found if part.axes is None else found.transpose(part.axes))
     return out
 
 

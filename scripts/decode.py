@@ -1,4 +1,4 @@
-"""Writes what a run's model makes of prompts, one token a step with a sharded cache.
+"""Writes what a run's model makes of prompts, one token a step with a sharded cache. An encoder–decoder's prompts are sources.
 
 python scripts/decode.py runs/demo --prompt 'def read(' --prompt 'import ' --temperature 0.8 --top-p 0.9
 """
@@ -58,7 +58,8 @@ def main() -> None:
     from decoding.generate import generate
     from sharding.memory import explaining, gib, shard_bytes
 
-    screen = Screen(prompts, quiet=options.json)
+    between = '' if opened.config.model.encoder is None else '\t'  # a source is not what its target goes on with
+    screen = Screen([prompt + between for prompt in prompts], quiet=options.json)
     tell = (
         f'out of memory on a device: weights {gib(shard_bytes(opened.model))}, the rest the cache of {len(prompts)} prompts; '
         'give fewer at a time, lower --max-new-tokens, or split them over more devices with --mesh'

@@ -46,7 +46,6 @@ def main() -> None:
     import numpy as np
 
     from data.baseline import xz_bits_per_byte
-    from data.packing import pack_documents
     from sharding.memory import explaining
     from training.evaluation import evaluate
 
@@ -54,8 +53,7 @@ def main() -> None:
     if found is None:
         rows, content = dataset.validation, dataset.validation_bytes()
     else:
-        rows = pack_documents(opened.tokenizer, [text for _, text in found], t.sequence_length)
-        content = b''.join(text.encode() for _, text in found)
+        rows, content = read_anew(opened, options.data, found)
     tell = f'out of memory on a device: activations of {t.batch} rows of {t.sequence_length} tokens; split them with --mesh'
     with jax.set_mesh(opened.mesh), explaining(lambda: tell):
         read = evaluate(opened.model, opened.tokenizer, rows, np.arange(len(rows)), t.batch)
@@ -77,6 +75,25 @@ def main() -> None:
     print(f'  xz -9, these bytes alone    {figures["xz_bits_per_byte"]:.4f} bits/byte')
     if dataset:
         print(f'  xz -9, given the training   {figures["xz_given_training_bits_per_byte"]:.4f} bits/byte')
+
+
+def read_anew(opened, paths: list[str], found: list[tuple[str, str]]):
+    """The rows and the bytes that the model is to predict of other files than the run's own."""
+    from data.packing import pack_documents
+    from data.pairs import pack_pairs, read_pairs
+    from sharding.errors import UserError
+
+    length = opened.config.training.sequence_length
+    if opened.config.model.encoder is None:
+        rows = pack_documents(opened.tokenizer, [text for _, text in found], length)
+        return rows, b''.join(text.encode() for _, text in found)
+    pairs = list(read_pairs(paths, '--data'))
+    packed, too_long = pack_pairs(opened.tokenizer, pairs, length)
+    if too_long:
+        raise UserError(
+            f'--data: {too_long} of {len(pairs)} pairs have more than {length} tokens on a side; leave them out'
+        )
+    return packed, b''.join(pair.target.encode() for pair in pairs)
 
 
 if __name__ == '__main__':

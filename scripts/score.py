@@ -20,49 +20,87 @@ def main() -> None:
         help='.npy, whole numbers [B, T]: each row is one document from its start',
     )
     parser.add_argument(
-        '--logits', required=True, metavar='FILE', help='.npy to write: [b, t] holds the logits of the token after t'
+        '--sources',
+        metavar='FILE',
+        help='.npy, whole numbers [B, S]: what the encoder of an encoder–decoder reads; -1 fills up',
+    )
+    parser.add_argument(
+        '--logits',
+        required=True,
+        metavar='FILE',
+        help='.npy to write: [b, t] holds the logits of the token after t; of an encoder alone, of t',
     )
     parser.add_argument('--mesh', metavar='AXES', help='such as expert=2,tensor=2; the run’s own otherwise')
     options = parser.parse_args()
 
-    import numpy as np
-
     from decoding.run import open_run
     from sharding.errors import UserError
 
-    try:
-        tokens_BT = np.load(options.tokens, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f'--tokens {options.tokens}: not a readable .npy file of numbers: {error}') from None
-    if not isinstance(tokens_BT, np.ndarray):
-        raise UserError(f'--tokens {options.tokens}: an archive of several arrays; save the one with np.save')
-    if tokens_BT.ndim != 2 or tokens_BT.dtype.kind not in 'iu' or not tokens_BT.size:
-        raise UserError(
-            f'--tokens {options.tokens}: {tokens_BT.dtype} {list(tokens_BT.shape)}: it must hold whole numbers [B, T], not none'
-        )
+    tokens_BT = read_ids('--tokens', options.tokens)
+    source_BS = read_ids('--sources', options.sources) if options.sources else None
     target = Path(options.logits)
     if not target.parent.is_dir():
         raise UserError(f'--logits {target}: there is no folder {target.parent}')
     opened = open_run(options.run, options.mesh, needs_text=False)
-    vocabulary = opened.config.model.vocabulary
-    if tokens_BT.min() < 0 or tokens_BT.max() >= vocabulary:
-        bad = tokens_BT[(tokens_BT < 0) | (tokens_BT >= vocabulary)][0]
-        raise UserError(f'--tokens {options.tokens}: token {bad}: ids of this run are 0 to {vocabulary - 1}')
+    c = opened.config.model
+    check_ids('--tokens', options.tokens, tokens_BT, 0, c.vocabulary)
+    if (source_BS is None) != (c.encoder is None):
+        raise UserError(
+            f'--sources {options.sources}: {options.run} has no encoder, which alone reads sources; leave it out'
+            if source_BS is not None
+            else f'{options.run} is an encoder–decoder: --tokens is what its decoder reads, and --sources FILE, whole numbers '
+            '[B, S], what its encoder reads'
+        )
+    if source_BS is not None:
+        check_ids('--sources', options.sources, source_BS, -1, c.vocabulary)
+        if len(source_BS) != len(tokens_BT):
+            raise UserError(
+                f'--sources {options.sources}: {len(source_BS)} rows; --tokens has {len(tokens_BT)}: one each'
+            )
 
     import jax
+    import numpy as np
 
     from decoding.score import score
     from sharding.memory import explaining
 
     partial = target.with_name(target.name + '.partial')
-    out = np.lib.format.open_memmap(partial, mode='w+', dtype=np.float32, shape=(*tokens_BT.shape, vocabulary))
+    out = np.lib.format.open_memmap(partial, mode='w+', dtype=np.float32, shape=(*tokens_BT.shape, c.vocabulary))
     tell = f'out of memory on a device: logits of {tokens_BT.shape[1]} tokens a row; give shorter rows, or use --mesh'
     with jax.set_mesh(opened.mesh), explaining(lambda: tell):
-        for begin, logit_BTV in score(opened.model, tokens_BT):
+        for begin, logit_BTV in score(opened.model, tokens_BT, source_BS):
             out[begin : begin + len(logit_BTV)] = logit_BTV
     out.flush()
     os.replace(partial, target)
     print(f'{target}: float32 {list(out.shape)} (step {opened.step})')
+
+
+def read_ids(option: str, path: str):
+    """The whole numbers of a .npy file, [B, T]."""
+    import numpy as np
+
+    from sharding.errors import UserError
+
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f'{option} {path}: not a readable .npy file of numbers: {error}') from None
+    if not isinstance(found, np.ndarray):
+        raise UserError(f'{option} {path}: an archive of several arrays; save the one with np.save')
+    if found.ndim != 2 or found.dtype.kind not in 'iu' or not found.size:
+        raise UserError(
+            f'{option} {path}: {found.dtype} {list(found.shape)}: it must hold whole numbers [B, T], not none'
+        )
+    return found
+
+
+def check_ids(option: str, path: str, ids, least: int, vocabulary: int) -> None:
+    """Raises UserError for an id that the run does not have."""
+    from sharding.errors import UserError
+
+    if ids.min() < least or ids.max() >= vocabulary:
+        bad = ids[(ids < least) | (ids >= vocabulary)][0]
+        raise UserError(f'{option} {path}: token {bad}: ids of this run are 0 to {vocabulary - 1}')
 
 
 if __name__ == '__main__':

@@ -119,7 +119,17 @@ class RunConfig:
 
     def check_sizes(self) -> None:
         """Raises UserError where the mesh cannot hold the model or the batch."""
-        t = self.training
+        t, c = self.training, self.model
+        if not c.causal:
+            raise UserError(
+                'model.causal is false: training learns to predict the next token, which such a model would see; train with '
+                'model.causal=true, and give what is to be read both ways to model.encoder'
+            )
+        if c.max_positions is not None and c.max_positions < t.sequence_length:
+            raise UserError(
+                f'model.max_positions is {c.max_positions} and training.sequence_length {t.sequence_length}: each token needs '
+                f'a row of the table of positions; nearest that works: model.max_positions={t.sequence_length}'
+            )
         microbatches = t.microbatches if self.mesh.stage > 1 else None
         batch = batch_sizes(t.batch, t.sequence_length, t.accumulation, microbatches)
         check_divides(self.mesh, [*sizes(self.model), *batch])

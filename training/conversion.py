@@ -10,9 +10,11 @@ One array after another goes from the files over the mesh into the checkpoint: n
 """
 
 import dataclasses
+import functools
 import json
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ import numpy as np
 from data.exported_tokenizer import exported_tokenizer
 from data.published_tokenizer import published_tokenizer, run_tokenizer
 from model import hub
-from model.config import sizes
+from model.config import ModelConfig, sizes
+from model.families import Tensor, tensors
 from model.streaming import published
 from sharding.buckets import Bucket
 from sharding.errors import UserError
@@ -55,7 +58,6 @@ def import_run(
     tokenizer = published_tokenizer(files, str(source))
     if tokenizer:
         config.with_vocabulary(tokenizer.vocabulary)  # a smaller model than the tokenizer needs is refused
-    config.check_sizes()
     start(mesh.size, config.model.dtype)
     devices = make_mesh(mesh)
     kept = {'config.yaml': configs.dump(config).encode()} | (tokenizer.files() if tokenizer else {})
@@ -78,7 +80,7 @@ def import_run(
 
 def parameters(found: hub.Published) -> int:
     """Numbers in all tensors."""
-    return sum(int(np.prod(one.shape)) for one in found.table)
+    return sum(math.prod(one.shape) for one in found.table)
 
 
 def told(
@@ -114,9 +116,10 @@ def record(found: hub.Published, dtype: str | None) -> dict[str, Any]:
     others = {name: source.dtype.name for name, source in found.sources.items() if source.dtype.name != kept}
     return {
         'family': found.family.name,
-        'prefix': found.prefix,
+        'files': found.files,
         'dtypes': {} if dtype else others,
         'copies': found.copies,
+        'fixed': {name: dtype or own for name, own in found.fixed.items()},
     }
 
 
@@ -144,37 +147,58 @@ def export_run(
         raise UserError(f'--family {family}: {run} was imported as {known.family}, and is exported as that')
     chosen, fields = hub.published_config(c, known.family if known else family, known.config if known else None)
     if known:
-        files = known.files
+        beside = known.beside
     else:
         tokenizer = run_tokenizer(checkpoints.files(step), str(run))
         assert tokenizer is not None, 'a run that was not imported has learnt one'
         context = fields.setdefault('max_position_embeddings', config.training.sequence_length)
         fields |= {'bos_token_id': tokenizer.bos, 'eos_token_id': tokenizer.eos}
-        files = exported_tokenizer(tokenizer, context)
-    shapes = hub.shapes_of(c)
-    table = {one.name: one for one in hub.tensors(chosen, c, shapes)}
-    names, kinds = {}, {}
-    for name, one in table.items():
-        if known and one.copy_of:
-            continue  # where the source had it, it is among the copies
-        own = known.dtypes.get(name) if known and not dtype else None
-        wide = all(part.leaf.endswith('.bias_E') for part in one.parts)  # kept in at least float32, whatever the others
-        kept = np.dtype(own or (shapes[one.parts[0].leaf].dtype if wide else dtype) or c.parameter_dtype)
-        short = name.removeprefix(known.prefix) if known else name
-        names[short], kinds[short] = name, (kept, one.shape)
-    for copy, of in (known.copies if known else {}).items():
-        short = of.removeprefix(known.prefix)
-        names[copy], kinds[copy] = of, kinds[short]
+        beside = exported_tokenizer(tokenizer, context)
     fields['torch_dtype' if 'torch_dtype' in fields else 'dtype'] = dtype or c.parameter_dtype.name
     wanted = mesh or config.mesh
     check_divides(wanted, sizes(c))
     start(wanted.size, c.dtype)
+    shapes = hub.shapes_of(c)
     with jax.set_mesh(make_mesh(wanted)):
         model = restore_model(checkpoints, step, config)
     found = dict(zip(shapes, jax.tree.leaves(model), strict=True))
-    hub.write(target, fields, files, kinds, lambda name: published(table[names[name]], found).astype(kinds[name][0]))
-    size = sum(int(np.prod(shape)) * kept.itemsize for kept, shape in kinds.values())
+    kinds: dict[str, tuple[np.dtype, Sequence[int]]] = {}
+    makers: dict[str, Callable[[], np.ndarray]] = {}
+
+    def add(name: str, kept: str, shape: Sequence[int], make: Callable[[], np.ndarray]) -> None:
+        file = known.files.get(name, name) if known else name
+        kinds[file], makers[file] = (np.dtype(kept), shape), make
+
+    table = {one.name: one for one in tensors(chosen, c, shapes)}
+    for one in table.values():
+        if not (known and one.copy_of):  # the copies are those that there were
+            kept = dtype_of(one, c, shapes, known, dtype)
+            add(one.name, kept, one.shape, functools.partial(published, one, found))
+    if known:
+        for name, of in known.copies.items():
+            kept = dtype_of(table[of], c, shapes, known, dtype)
+            add(name, kept, table[of].shape, functools.partial(published, table[of], found))
+        for name, own in known.fixed.items():
+            numbers = chosen.fixed[name](c)
+            add(name, dtype or own, numbers.shape, functools.partial(np.asarray, numbers))
+    hub.write(target, fields, beside, kinds, lambda name: makers[name]().astype(kinds[name][0]))
+    size = sum(math.prod(shape) * kept.itemsize for kept, shape in kinds.values())
     say(f'{target}: {fields["architectures"][0]}, {len(kinds)} tensors, {size / 1e9:.2f} GB (step {step})')
+
+
+def dtype_of(
+    one: Tensor,
+    c: ModelConfig,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    known: 'Imported | None',
+    dtype: str | None,
+) -> str:
+    """What a tensor is exported in: `dtype`, or as it was imported; a bias of a router's choices in at least float32."""
+    if known and not dtype and one.name in known.dtypes:
+        return known.dtypes[one.name]
+    if all(part.leaf.endswith('.bias_E') for part in one.parts):
+        return shapes[one.parts[0].leaf].dtype.name
+    return dtype or c.parameter_dtype.name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,11 +206,12 @@ class Imported:
     """What a run keeps of the folder that it was imported from."""
 
     family: str
-    prefix: str
-    dtypes: dict[str, str]
-    copies: dict[str, str]
+    files: dict[str, str]  # tensors' names in the folder's files, where the family's table has others
+    dtypes: dict[str, str]  # of tensors, where they are not the model's
+    copies: dict[str, str]  # tensors that repeat others
+    fixed: dict[str, str]  # tensors that follow from the model, and their dtypes
     config: dict[str, Any]
-    files: dict[str, bytes]  # beside config.json and the weights
+    beside: dict[str, bytes]  # files beside config.json and the weights
 
 
 def imported(run: Path | Bucket) -> Imported | None:
@@ -197,4 +222,4 @@ def imported(run: Path | Bucket) -> Imported | None:
     source = run / SOURCE
     names = source.files() if isinstance(source, Bucket) else [path.name for path in sorted(source.iterdir())]
     files = {name: (source / name).read_bytes() for name in names}
-    return Imported(config=json.loads(files.pop(hub.CONFIG)), files=files, **record)
+    return Imported(config=json.loads(files.pop(hub.CONFIG)), beside=files, **record)

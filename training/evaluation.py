@@ -8,10 +8,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from data.packing import Rows
+from data.packing import Samples
 from data.tokenizer import Tokenizer
 from model.decoder import Decoder
-from model.forward import place_rows, row_ways
+from model.forward import needs_causal, place_rows, row_ways
 from training.loss import loss_sums
 
 _sums = jax.jit(loss_sums, static_argnames='microbatches')
@@ -37,15 +37,14 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    model: Decoder, tokenizer: Tokenizer, rows: Rows, numbers: Sequence[int] | np.ndarray, batch: int
+    model: Decoder, tokenizer: Tokenizer, rows: Samples, numbers: Sequence[int] | np.ndarray, batch: int
 ) -> Evaluation:
     """Reads the rows of those numbers, about `batch` at a time, without dropout. Use it under `jax.set_mesh`."""
+    needs_causal(model, 'evaluating')
     bytes_V = np.array([len(piece) for piece in tokenizer.pieces], np.int32)
     stages = jax.sharding.get_mesh().shape['stage']  # a pipeline takes as many microbatches at least
     ways = row_ways() * stages
     batch = -(-min(batch, len(numbers)) // ways) * ways
-    # What an imported tokenizer decodes may be longer or shorter than the text.
-    scale = 1.0 if tokenizer.lossless else rows.bytes / max(int(bytes_V[rows.stream_S].sum(dtype=np.int64)), 1)
     nats, tokens, bytes_ = 0.0, 0, 0
     for start in range(0, len(numbers), batch):
         taken = np.asarray(numbers[start : start + batch])
@@ -53,10 +52,12 @@ def evaluate(
         bytes_B = block.pop('bytes')
         found = jax.device_get({**_sums(model, block, microbatches=stages), 'bytes': _total(bytes_B)})
         nats, tokens, bytes_ = nats + float(found['nats']), tokens + int(found['tokens']), bytes_ + int(found['bytes'])
-    return Evaluation(nats, tokens, round(bytes_ * scale))
+    if not tokenizer.lossless and len(numbers) == len(rows):
+        bytes_ = rows.bytes  # what an imported tokenizer decodes may be longer or shorter than the text
+    return Evaluation(nats, tokens, bytes_)
 
 
-def _padded(rows: Rows, taken: np.ndarray, bytes_V: np.ndarray, begin: int, end: int) -> dict[str, np.ndarray]:
+def _padded(rows: Samples, taken: np.ndarray, bytes_V: np.ndarray, begin: int, end: int) -> dict[str, np.ndarray]:
     """Rows `begin` to `end` of those `taken`, with padding after the last, and the bytes of text of each."""
     mine = taken[begin:end]
     block = rows.take(np.pad(mine, (0, end - begin - len(mine))))

@@ -115,8 +115,15 @@ def ready(config: RunConfig, mirror: Mirror, console: Console) -> tuple[RunConfi
         whole.check_sizes()
         return whole
 
-    length = config.training.sequence_length
-    dataset = prepare(config.data, mirror.local, length, console.print, complete, tokenizer)
+    dataset = prepare(
+        config.data,
+        mirror.local,
+        config.training.sequence_length,
+        say=console.print,
+        check=complete,
+        pairs=config.model.encoder is not None,
+        tokenizer=tokenizer,
+    )
     if steps and steps[-1] > 0:
         meta = checkpoints.meta(steps[-1])
         if meta['corpus'] != dataset.facts['sha256']:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import P, lax
 
 from model.config import ModelConfig
-from model.decoder import Decoder, backends, by_layer, to_vocabulary
-from model.forward import TOKENS, columns, one_device
+from model.decoder import Decoder, Head, backends, by_layer, to_vocabulary
+from model.forward import TOKENS, Source, columns, one_device, with_source
 from model.layers import View, specs
 from sharding.collectives import join, my_slice, sum_copies, vary
 from sharding.mesh import AXES, BATCH
@@ -25,7 +25,8 @@ def loss_sums(model: Decoder, batch: dict, dropout_key=None, microbatches: int =
 
     Args:
         model: the decoder, sharded as it was born.
-        batch: 'tokens', 'targets', 'positions', 'segments', each int32 [B, T], rows split over BATCH; segment 0 is padding.
+        batch: 'tokens', 'targets', 'positions', 'segments', each int32 [B, T], rows split over BATCH; segment 0 is padding. Of
+            an encoder–decoder also 'source_tokens', 'source_positions', 'source_segments' [B, S].
         dropout_key: one key for all devices; None turns dropout off.
         microbatches: into which the pipeline cuts each device's rows, where the mesh has stages: a multiple of them.
 
@@ -119,10 +120,13 @@ def device_shares(model: Decoder, batch: dict, first, key, microbatches: int) ->
         column_T=column_T,
         microbatches=microbatches,
     )
+    if model.config.encoder:
+        source = Source(*(batch[f'source_{name}'] for name in ('tokens', 'positions', 'segments')))
+        view = with_source(model, view, source)
     x_BTD, _, figures = model.hidden(tokens_BT, view)
     target_BT, live_BT = my_slice(dealt(target_BT, microbatches)), view.dealt().live_BT
-    head_DV = model.head()
-    shares = {'nats': cross_entropy(head_DV, x_BTD, target_BT, live_BT, model.config), 'router': figures}
+    head = model.head()
+    shares = {'nats': cross_entropy(head, x_BTD, target_BT, live_BT, model.config), 'router': figures}
     if model.config.mtp_layers:
         next_kBT, target_kBT, live_kBT = (
             [a_BT[:, column_T] for a_BT in a_kBT] for a_kBT in shifted(batch, model.config.mtp_layers)
@@ -131,7 +135,7 @@ def device_shares(model: Decoder, batch: dict, first, key, microbatches: int) ->
         mine = lambda a_BT: my_slice(dealt(a_BT, microbatches))
         ahead = zip(x_kBTD, target_kBT, live_kBT, strict=True)
         shares['ahead'] = jnp.stack(
-            [cross_entropy(head_DV, x, mine(target), mine(live), model.config) for x, target, live in ahead]
+            [cross_entropy(head, x, mine(target), mine(live), model.config) for x, target, live in ahead]
         )
         shares['router'] = by_layer([figures, found])
     return shares
@@ -186,18 +190,18 @@ def parts(sums: dict, model: Decoder) -> dict:
     return found
 
 
-def cross_entropy(head_DV, x_BTD, target_BT, live_BT, c: ModelConfig):
+def cross_entropy(head: Head, x_BTD, target_BT, live_BT, c: ModelConfig):
     """Σ −log p(target) over the real tokens of all devices of `tensor`, as this device's share of that sum.
 
     The vocabulary is split over `tensor`; logits exist for CHUNK tokens at a time, in the backward pass too.
     """
-    n, shard = lax.axis_size('tensor'), head_DV.shape[1]
+    n, shard = lax.axis_size('tensor'), head.w_DV.shape[1]
     columns_V = lax.axis_index('tensor') * shard + jnp.arange(shard)
 
     @jax.checkpoint
     def chunk(x_1ND, target_1N, live_1N):
         x_ND, target_N, live_N = (join(a)[0] for a in (x_1ND, target_1N, live_1N))
-        logit_NV = jnp.where((columns_V < c.vocabulary)[None], to_vocabulary(x_ND, head_DV, c), -jnp.inf)
+        logit_NV = jnp.where((columns_V < c.vocabulary)[None], to_vocabulary(x_ND, head, c), -jnp.inf)
         top_N = lax.pmax(lax.stop_gradient(logit_NV.max(-1)), 'tensor')
         sum_N = lax.psum(jnp.exp(logit_NV - top_N[:, None]).sum(-1), 'tensor')
         hit_N = lax.psum(jnp.where(columns_V[None] == target_N[:, None], logit_NV, 0).sum(-1), 'tensor')

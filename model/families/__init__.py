@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from model.config import ModelConfig
@@ -24,7 +25,7 @@ from sharding.errors import UserError, nearest
 # fmt: off
 FAMILIES = (  # their files
     'llama', 'mistral', 'mixtral', 'qwen2', 'qwen3', 'qwen3_moe', 'olmoe', 'phi3', 'glm4_moe',
-    'gpt2', 'gemma2', 'gemma3', 'gpt_oss', 'deepseek_v2', 'deepseek_v3', 'grok1',
+    'gpt2', 'gemma2', 'gemma3', 'gpt_oss', 'deepseek_v2', 'deepseek_v3', 'grok1', 'bert', 't5', 'marian',
 )
 HARMLESS = frozenset([  # fields of config.json that change no logit
     'architectures', 'auto_map', 'bos_token_id', 'chunk_size_feed_forward', 'classifier_dropout', 'dtype',
@@ -39,6 +40,7 @@ HARMLESS = frozenset([  # fields of config.json that change no logit
     'summary_first_dropout', 'quantization_config', 'unsloth_version', 'ep_size',
 ])
 # fmt: on
+ENCODER = 'encoder.layers.'  # how a table's names of an encoder's layers begin
 IN_FIRST = re.compile(r'(^|\.)(q|k|v|gate|up|head|router|q_down|q_up|kv_down|kv_up)_[A-Za-z]{2,}$')  # ours: in × out
 
 
@@ -108,7 +110,7 @@ class Part:
 
     leaf: str  # our array's name, such as groups.0.attention.q_DN
     at: tuple[int, ...] = ()  # index into its first dims: of the layer in the group, of the expert
-    take: tuple[slice, ...] = ()  # of the published tensor, by dim; () takes all
+    take: tuple[slice | int, ...] = ()  # of the published tensor, by dim; () takes all
     axes: tuple[int, ...] | None = None  # ours, by the tensor's; None: as they are
 
     def __call__(self, array):
@@ -158,7 +160,23 @@ class Flipped:
     leaf: str
 
 
-Entry = str | Joined | Woven | Flipped
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A tensor of one row that holds our vector."""
+
+    leaf: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """A tensor that has this name where the model has another array, `beside`, or has it not."""
+
+    leaf: str
+    beside: str
+    has: bool
+
+
+Entry = str | Joined | Woven | Flipped | Row | Where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,14 +185,19 @@ class Family:
 
     Attributes:
         name: of its file.
-        architectures: as in config.json; the first is the one that is written.
+        architectures: as in config.json; the first is the one that is written, unless `write` gives another.
         read: the model of a config.json's fields; raises UserError for what it cannot represent.
         write: the fields of config.json for a model; what `read` gives of them is that model, or it is not of this family.
         names: published tensor names to ours. {i} stands for the layer, {e} for the expert; a layer's arrays are named
-            without their group (attention.q_DN). Entries whose arrays the model does not have are left out.
+            without their group (attention.q_DN), those of an encoder's layers encoder.layers.attention.q_DN. Entries whose
+            arrays the model does not have are left out.
         buffers: patterns of published tensors that hold no parameters.
-        copies: tensors of the layers of `mtp` that repeat another, by name.
         prefix: of the published names, where a publisher's files may leave it out; part of `names`.
+        old_names: patterns of names in older files, and what stands for each match in `names`.
+        fixed: published tensors that follow from the model: files need not have them, but if so with these numbers.
+        copies: published names of tensors that repeat another, which is named: with {i} those of the layers of `mtp`, others
+            such as files may hold beside those in `names`.
+        told: fields of the model that a file's having a tensor sets, where config.json does not say so; by its name.
     """
 
     name: str
@@ -183,8 +206,25 @@ class Family:
     write: Callable[[ModelConfig], dict[str, Any]]
     names: Mapping[str, Entry]
     buffers: tuple[str, ...] = ()
-    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     prefix: str = ''
+    old_names: tuple[tuple[str, str], ...] = ()
+    fixed: Mapping[str, Callable[[ModelConfig], np.ndarray]] = dataclasses.field(default_factory=dict)
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    told: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def known_as(self, name: str) -> str:
+        """A tensor's name in a file, as `names` has it."""
+        for pattern, now in self.old_names:
+            name = re.sub(pattern, now, name)
+        return name
+
+    def model_of(self, c: ModelConfig, names: Iterable[str]) -> ModelConfig:
+        """The model of a config.json whose files hold tensors of those names (as `known_as` gives them)."""
+        there = set(names)
+        fields: dict[str, Any] = {}
+        for name, told in self.told.items():
+            fields |= told if name in there else {}
+        return dataclasses.replace(c, **fields) if fields else c
 
 
 @functools.cache
@@ -217,18 +257,21 @@ def tensors(family: Family, c: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeS
     Raises UserError where the family has no name for one of our arrays.
     """
     found: list[Tensor] = []
-    places = list(layers(c))
+    places = {'': list(layers(c)), ENCODER: list(layers(c.of_encoder, 'encoder.')) if c.encoder else []}
     used: set[str] = set()
 
     def fits(entry: Entry, prefix: str) -> bool:
-        return all(prefix + leaf in shapes for leaf in named_by(entry))
+        if isinstance(entry, Where) and (array_name(prefix, entry.beside) in shapes) != entry.has:
+            return False
+        return all(array_name(prefix, leaf) in shapes for leaf in named_by(entry))
 
     for name, entry in family.names.items():
         if '{i}' not in name:
             if fits(entry, ''):
                 found.append(tensor(name, entry, '', (), c, shapes))
             continue
-        for i, (prefix, repeat) in enumerate(places):
+        stack = ENCODER if named_by(entry)[0].startswith(ENCODER) else ''
+        for i, (prefix, repeat) in enumerate(places[stack]):
             if not fits(entry, prefix):
                 continue
             of_layer = name.replace('{i}', str(i))
@@ -247,31 +290,36 @@ def tensors(family: Family, c: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeS
 
 
 def copies(family: Family, c: ModelConfig, by_name: Mapping[str, Tensor]) -> list[Tensor]:
-    """The published tensors that repeat one of `by_name`."""
+    """The published tensors of the layers of `mtp` that repeat one of `by_name`."""
     return [
         dataclasses.replace(by_name[source], name=name.replace('{i}', str(c.layers + k)), copy_of=source)
         for k in range(c.mtp_layers)
         for name, source in family.copies.items()
-        if source in by_name
+        if '{i}' in name and source in by_name
     ]
 
 
-def layers(c: ModelConfig) -> Iterator[tuple[str, int]]:
-    """Of each layer, first to last, then those of `mtp`: the prefix of its arrays' names, and its index in them."""
+def layers(c: ModelConfig, stack: str = '') -> Iterator[tuple[str, int]]:
+    """Of each layer, then those of `mtp`: the prefix of its arrays' names, which begins with `stack`, and its index in them."""
     group = 0
     for run in c.runs:
         for repeat in range(run.repeats):
             for place in range(len(run.kinds)):
-                yield f'groups.{group + place}.', repeat
+                yield f'{stack}groups.{group + place}.', repeat
         group += len(run.kinds)
-    yield from (('mtp.', k) for k in range(c.mtp_layers))
+    yield from ((f'{stack}mtp.', k) for k in range(c.mtp_layers))
+
+
+def array_name(prefix: str, leaf: str) -> str:
+    """The whole name of an array that a table names."""
+    return prefix + leaf.removeprefix(ENCODER)
 
 
 def named_by(entry: Entry) -> tuple[str, ...]:
     """The arrays that an entry speaks of."""
     if isinstance(entry, str):
         return (entry,)
-    return (entry.leaf,) if isinstance(entry, Flipped) else entry.leaves
+    return (entry.leaf,) if isinstance(entry, Flipped | Row | Where) else entry.leaves
 
 
 def tensor(name: str, entry: Entry, prefix: str, at: tuple[int, ...], c: ModelConfig, shapes: Mapping) -> Tensor:
@@ -279,11 +327,13 @@ def tensor(name: str, entry: Entry, prefix: str, at: tuple[int, ...], c: ModelCo
     flip = isinstance(entry, Flipped) or (isinstance(entry, Joined | Woven) and entry.flip)
     parts, published = [], []
     for leaf in named_by(entry):
-        shape = unpadded(leaf, shapes[prefix + leaf].shape, c)[len(at) :]
+        shape = unpadded(leaf, shapes[array_name(prefix, leaf)].shape, c)[len(at) :]
         turned = len(shape) > 1 and bool(IN_FIRST.search(leaf)) != flip
         axes = (*range(len(shape) - 2), len(shape) - 1, len(shape) - 2) if turned else None
-        parts.append(Part(prefix + leaf, at, axes=axes))
+        parts.append(Part(array_name(prefix, leaf), at, axes=axes))
         published.append(tuple(shape[i] for i in axes) if axes else tuple(shape))
+    if isinstance(entry, Row):
+        return Tensor(name, (1, *published[0]), (dataclasses.replace(parts[0], take=(0,)),))
     if len(parts) == 1:
         return Tensor(name, published[0], tuple(parts))
     assert isinstance(entry, Joined | Woven)
@@ -303,7 +353,7 @@ def unpadded(leaf: str, shape: tuple[int, ...], c: ModelConfig) -> tuple[int, ..
     """An array's shape without the rows that fill up the vocabulary."""
     if leaf == 'embed_VD':
         return (c.vocabulary, *shape[1:])
-    return (*shape[:-1], c.vocabulary) if leaf == 'head_DV' else shape
+    return (*shape[:-1], c.vocabulary) if leaf in ('head_DV', 'head_bias_V') else shape
 
 
 def check_filled(found: list[Tensor], c: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:

@@ -556,3 +556,4 @@ case(
 
 case('deepseek_v3-two-ahead', 'DeepseekV3ForCausalLM', 'deepseek_v3', DEEPSEEK_V3, num_nextn_predict_layers=2)
 case('glm4_moe-one-ahead', 'Glm4MoeForCausalLM', 'glm4_moe', GLM4_MOE, num_nextn_predict_layers=1, use_qk_norm=True)
+from tests.families import encoder_cases  # noqa: E402, F401  (adds its cases to these)

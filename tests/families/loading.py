@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from model.decoder import Decoder
 from model.families import Family, Fields, family_of, leaves, tensors
 from tests.families import cases, weights
 
-GOLDENS = Path(__file__).parent / 'goldens'
+GOLDENS = Path(os.environ.get('GOLDENS') or Path(__file__).parent / 'goldens')  # others: `make parity`
 
 
 class Golden(NamedTuple):
@@ -28,18 +29,19 @@ class Golden(NamedTuple):
     ids: np.ndarray  # int32 [rows, length]
     at: np.ndarray  # int32 [kept, 2]: rows and positions
     logits: np.ndarray  # float32 [kept, vocabulary]
-    greedy: np.ndarray  # int32: what follows the first row's first tokens
+    greedy: np.ndarray  # int32: what follows the first row's first tokens; of an encoder, what stands at the masks
     margins: np.ndarray  # of each choice, over the largest |logit|
-    ahead: np.ndarray | None  # float32 [layers, kept, vocabulary] of layers that predict further ahead
+    ahead: np.ndarray | None = None  # float32 [layers, kept, vocabulary] of layers that predict further ahead
+    kinds: np.ndarray | None = None  # int32 [rows, length]: of what text each token is
+    source: np.ndarray | None = None  # int32 [rows, length]: what the encoder reads
 
 
 def golden(path: Path) -> Golden:
     with np.load(path, allow_pickle=False) as file:
         about = json.loads(bytes(file['about']))
-        arrays = [file[name] for name in ('ids', 'at', 'logits', 'greedy', 'margins')]
-        ahead = file.get('ahead')
-    arrays = [a.astype(np.int32) if a.dtype == np.int16 else a for a in arrays]
-    return Golden(path.stem, about['config'], about['saved'], about['seed'], *arrays, ahead)
+        arrays = {name: file[name] for name in file.files if name != 'about'}
+    arrays = {name: a.astype(np.int32) if a.dtype == np.int16 else a for name, a in arrays.items()}
+    return Golden(path.stem, about['config'], about['saved'], about['seed'], **arrays)
 
 
 def read(config: dict[str, Any]) -> tuple[Family, ModelConfig]:

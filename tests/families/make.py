@@ -1,9 +1,10 @@
 """Goldens of the cases, by transformers or a NumPy reference: run by an interpreter that has torch (`make goldens`).
 
-python tests/families/make.py [--only PREFIX] [--seed N] [--out FOLDER] [--all-positions]
+python tests/families/make.py [--only PREFIX] [--seed N] [--out FOLDER] [--all-positions] [--odd]
 
 Each case becomes NAME.npz: its config, the same as transformers saves it, ids, logits at some positions, and a greedy
-continuation with the margin of each choice.
+continuation with the margin of each choice. Of an encoder instead of that what it predicts of masked tokens; of an
+encoder–decoder also the rows that the encoder reads.
 """
 
 import argparse
@@ -17,29 +18,33 @@ import numpy as np
 import torch
 import transformers
 from safetensors.numpy import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.modeling_layers import MtpModel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.families import cases, weights
+from tests.families import cases, encoder_cases, weights
+from tests.families.odd import odd
 
 
 def build(name: str, config: dict, seed: int):
     """A model of a config with generated weights, none of them left as it was born; its MTP layers; the config as saved."""
-    layers, ahead = config['num_hidden_layers'], config.get('num_nextn_predict_layers', 0)
+    layers, ahead = config.get('num_hidden_layers', 0), config.get('num_nextn_predict_layers', 0)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, 'config.json').write_text(json.dumps(config))
         described = AutoConfig.from_pretrained(folder)
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(described, dtype=torch.float32).save_pretrained(folder)
+        architecture = getattr(transformers, config['architectures'][0])
+        architecture(described).save_pretrained(folder)
         saved = json.loads(Path(folder, 'config.json').read_text())
         Path(folder, 'config.json').write_text(json.dumps(config))
         path = Path(folder, 'model.safetensors')
         shapes = {tensor: array.shape for tensor, array in load_file(path).items()}
-        shapes |= shapes_ahead(shapes, layers, ahead)
+        shapes |= encoder_cases.not_saved(config)
+        if ahead:
+            shapes |= shapes_ahead(shapes, layers, ahead)
         offset = cases.family(name) in cases.OFFSET_NORMS
         save_file(dict(weights.all_of(seed, shapes, offset)), path, metadata={'format': 'pt'})
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = architecture.from_pretrained(
             folder, dtype=torch.float32, attn_implementation='eager', output_loading_info=True
         )
         mtp = None
@@ -65,34 +70,44 @@ def shapes_ahead(shapes: dict, layers: int, ahead: int) -> dict:
 
 
 @torch.no_grad()
-def by_transformers(name: str, config: dict, seed: int, ids: np.ndarray):
+def by_transformers(name: str, config: dict, seed: int, rows: dict[str, np.ndarray]):
     """The config as saved; logits [rows, length, vocabulary]; those that chose each greedy token [steps, vocabulary];
-    those of the layers that predict further ahead [layers, rows, length, vocabulary], zeros where there are none.
+    those of the layers that predict further ahead [layers, rows, length, vocabulary].
     """
     model, mtp, saved = build(name, config, seed)
-    rows = torch.tensor(ids, dtype=torch.long)
-    logits = model(rows, use_cache=False).logits.float().numpy()
-    hidden = model.model(rows, use_cache=False).last_hidden_state
-    ahead = np.zeros((mtp.num_mtp_layers if mtp else 0, *logits.shape), np.float32)
-    for k in range(len(ahead)):
-        place = torch.arange(k + 1, rows.shape[1])[None]
-        hidden = mtp.forward_layer(k, hidden[:, :-1], place, None, input_ids=rows[:, k + 1 :])
-        ahead[k, :, : rows.shape[1] - k - 1] = model.lm_head(hidden).float().numpy()
-    new, cache, steps = torch.tensor(ids[:1, : cases.PROMPT], dtype=torch.long), None, []
+    given = {key: torch.tensor(array, dtype=torch.long) for key, array in encoder_cases.arguments(rows).items()}
+    out = model(**given)
+    logits = (out.logits if 'logits' in out else out.prediction_logits).float().numpy()
+    further = ahead(model, mtp, given['input_ids']) if mtp else np.zeros((0, *logits.shape))
+    if 'kinds' in rows:
+        return saved, logits, logits[encoder_cases.masked(rows['ids'])], further
+    grows = 'decoder_input_ids' if 'source' in rows else 'input_ids'
+    given = {key: array[:1] for key, array in given.items()}
+    new, cache, steps = given.pop(grows)[:, : cases.PROMPT], None, []
     for _ in range(cases.NEW):
-        out = model(new, past_key_values=cache, use_cache=True)
+        out = model(**given, **{grows: new}, past_key_values=cache, use_cache=True)
         last, cache = out.logits[0, -1].float(), out.past_key_values
         new = last.argmax()[None, None]
         steps.append(last.numpy())
-    return saved, logits, np.stack(steps), ahead
+    return saved, logits, np.stack(steps), further
 
 
-def by_reference(name: str, config: dict, seed: int, ids: np.ndarray):
+def ahead(model, mtp, ids) -> np.ndarray:
+    """Logits [layers, rows, length, vocabulary] of the layers that predict further ahead, zeros where they have no token."""
+    hidden, found = model.model(ids, use_cache=False).last_hidden_state, []
+    for k in range(mtp.num_mtp_layers):
+        place = torch.arange(k + 1, ids.shape[1])[None]
+        hidden = mtp.forward_layer(k, hidden[:, :-1], place, None, input_ids=ids[:, k + 1 :])
+        found.append(np.pad(model.lm_head(hidden).float().numpy(), ((0, 0), (0, k + 1), (0, 0))))
+    return np.stack(found)
+
+
+def by_reference(name: str, config: dict, seed: int, rows: dict[str, np.ndarray]):
     """The same by the family's own reference in NumPy (tests/families/FAMILY_reference.py)."""
     reference = importlib.import_module(f'tests.families.{cases.family(name)}_reference')
     tensors = dict(weights.all_of(seed, reference.shapes(config), False))
-    logits = np.stack([reference.logits(tensors, config, row) for row in ids])
-    row, steps = ids[0, : cases.PROMPT], []
+    logits = np.stack([reference.logits(tensors, config, row) for row in rows['ids']])
+    row, steps = rows['ids'][0, : cases.PROMPT], []
     for _ in range(cases.NEW):
         steps.append(reference.logits(tensors, config, row)[-1])
         row = np.append(row, steps[-1].argmax())
@@ -101,25 +116,27 @@ def by_reference(name: str, config: dict, seed: int, ids: np.ndarray):
 
 def golden(name: str, config: dict, seed: int, everywhere: bool) -> dict[str, np.ndarray]:
     """What is kept of a case."""
-    ids = weights.ids(seed, cases.ROWS, cases.LENGTH, config['vocab_size'])
+    rows = encoder_cases.rows(name, config, seed)
     make = by_reference if cases.family(name) in cases.NOT_IN_TRANSFORMERS else by_transformers
-    saved, logits, steps, ahead = make(name, config, seed, ids)
+    saved, logits, steps, further = make(name, config, seed, rows)
     at = weights.places(seed, cases.KEPT, cases.ROWS, cases.LENGTH)
     if everywhere:
         at = np.stack(np.meshgrid(np.arange(cases.ROWS), np.arange(cases.LENGTH), indexing='ij'), -1).reshape(-1, 2)
+    if 'kinds' in rows:
+        at = at[encoder_cases.live()[at[:, 0], at[:, 1]]]
     second, first = np.sort(steps, -1)[:, -2:].T
     versions = {'transformers': transformers.__version__, 'torch': torch.__version__}
     made_by = versions if make is by_transformers else {'numpy': np.__version__}
     about = {'config': config, 'saved': saved, 'seed': seed, **made_by}
     kept = {
         'about': np.frombuffer(json.dumps(about).encode(), np.uint8),
-        'ids': ids.astype(np.int16),
+        **{key: array.astype(np.int16) for key, array in rows.items()},
         'at': at.astype(np.int16),
         'logits': logits[at[:, 0], at[:, 1]].astype(np.float32),
         'greedy': steps.argmax(-1).astype(np.int16),
         'margins': ((first - second) / np.abs(steps).max(-1)).astype(np.float32),
     }
-    return kept | ({'ahead': ahead[:, at[:, 0], at[:, 1]].astype(np.float32)} if len(ahead) else {})
+    return kept | ({'ahead': further[:, at[:, 0], at[:, 1]].astype(np.float32)} if len(further) else {})
 
 
 def main() -> None:
@@ -128,11 +145,14 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=cases.SEED)
     parser.add_argument('--out', type=Path, default=Path(__file__).parent / 'goldens')
     parser.add_argument('--all-positions', action='store_true', help='logits of every position')
+    parser.add_argument('--odd', action='store_true', help='other settings than the committed ones, by the seed')
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for name, config in cases.CASES.items():
         if not name.startswith(options.only):
             continue
+        if options.odd:
+            config = odd(name, config, options.seed)
         np.savez_compressed(options.out / f'{name}.npz', **golden(name, config, options.seed, options.all_positions))
         print(name, flush=True)
 

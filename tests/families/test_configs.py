@@ -2,9 +2,13 @@
 
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
+from model.families import leaves, tensors
 from sharding.errors import UserError
+from sharding.mesh import MeshConfig, make_mesh
 from tests.families import cases
 from tests.families.loading import read
 
@@ -129,6 +133,87 @@ def test_a_field_that_is_left_out_means_what_transformers_takes_for_it(case, fie
     assert {name: getattr(c, name) for name in expected} == expected
 
 
+BERT_BASE: dict[str, Any] = {  # google-bert/bert-base-uncased, config.json
+    'architectures': ['BertForMaskedLM'],
+    'attention_probs_dropout_prob': 0.1,
+    'gradient_checkpointing': False,
+    'hidden_act': 'gelu',
+    'hidden_dropout_prob': 0.1,
+    'hidden_size': 768,
+    'initializer_range': 0.02,
+    'intermediate_size': 3072,
+    'layer_norm_eps': 1e-12,
+    'max_position_embeddings': 512,
+    'model_type': 'bert',
+    'num_attention_heads': 12,
+    'num_hidden_layers': 12,
+    'pad_token_id': 0,
+    'position_embedding_type': 'absolute',
+    'transformers_version': '4.6.0.dev0',
+    'type_vocab_size': 2,
+    'use_cache': True,
+    'vocab_size': 30522,
+}
+
+
+def test_the_published_bert_has_tensors_that_its_config_does_not_tell_of():
+    family, c = read(BERT_BASE)
+    assert family.known_as('bert.embeddings.LayerNorm.gamma') == 'bert.embeddings.LayerNorm.weight'
+    there = [
+        'bert.pooler.dense.weight',
+        'bert.pooler.dense.bias',
+        'cls.seq_relationship.weight',
+        'cls.predictions.bias',
+    ]
+    whole = family.model_of(c, there)
+    assert (c.pooler, whole.pooler, whole.next_sentence) == (False, True, True)
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        found = {one.name for one in tensors(family, whole, leaves(whole))}
+    assert set(there) < found
+    assert len(found) == 5 + 12 * 16 + 5 + 4
+
+
+T5_V1_1_BASE: dict[str, Any] = {  # google/t5-v1_1-base, config.json
+    'architectures': ['T5ForConditionalGeneration'],
+    'd_ff': 2048,
+    'd_kv': 64,
+    'd_model': 768,
+    'decoder_start_token_id': 0,
+    'dropout_rate': 0.1,
+    'eos_token_id': 1,
+    'feed_forward_proj': 'gated-gelu',
+    'initializer_factor': 1.0,
+    'is_encoder_decoder': True,
+    'layer_norm_epsilon': 1e-06,
+    'model_type': 't5',
+    'num_decoder_layers': 12,
+    'num_heads': 12,
+    'num_layers': 12,
+    'output_past': True,
+    'pad_token_id': 0,
+    'relative_attention_num_buckets': 32,
+    'tie_word_embeddings': False,
+    'use_cache': True,
+    'vocab_size': 32128,
+}
+
+
+def test_t5_configs_tell_whether_the_head_is_tied():
+    _, c = read(T5_V1_1_BASE)
+    assert (c.tied_embedding, c.logit_scale, c.activation, c.encoder.layers) == (False, 1.0, 'geglu', 12)
+    as_saved = {'tie_word_embeddings': True, 'scale_decoder_outputs': False}
+    assert read(T5_V1_1_BASE | as_saved)[1] == c
+    _, c = read(cases.CASES['t5-before-v1.1'])
+    assert (c.tied_embedding, c.logit_scale, c.activation) == (True, 64**-0.5, 'relu')
+
+
+def test_marian_s_table_of_positions_follows_from_the_config():
+    family, c = read(cases.CASES['marian-published'])
+    table_PD = family.fixed['model.encoder.embed_positions.weight'](c)
+    assert table_PD.shape == (192, 64)
+    assert np.allclose(table_PD[5, [0, 1, 32]], [np.sin(5), np.sin(5 / 10000 ** (1 / 32)), np.cos(5)])
+
+
 YARN = {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 128}
 
 
@@ -218,6 +303,14 @@ YARN = {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 128}
         ('gpt_oss-as-published', {'initial_context_length': 64}, 'length is 64 and original.* 32: .*must agree'),
         ('gpt_oss-as-published', {'sliding_window': None}, 'sliding_window is null: 2 layers have it'),
         ('gpt_oss-as-published', {'hidden_act': 'gelu'}, "hidden_act is 'gelu', which is not supported"),
+        ('t5-v1.1', {'feed_forward_proj': 'gated-relu'}, "feed_forward_proj is 'gated-relu', which is not supported"),
+        ('t5-v1.1', {'is_encoder_decoder': False}, 'is_encoder_decoder is False'),
+        ('marian-published', {'share_encoder_decoder_embeddings': False}, 'share_encoder_decoder_embeddings is False'),
+        ('marian-published', {'decoder_vocab_size': 100}, 'decoder_vocab_size is 100.*supported: 200'),
+        ('marian-published', {'normalize_before': True}, 'normalize_before is True'),
+        ('bert-plain', {'is_decoder': True}, 'is_decoder is True, which is not supported; supported: False'),
+        ('bert-plain', {'position_embedding_type': 'relative_key'}, "position_embedding_type is 'relative_key'"),
+        ('bert-plain', {'tie_word_embeddings': False}, 'tie_word_embeddings is False, which is not supported'),
     ],
 )
 def test_what_cannot_be_represented_is_refused(case, changes, message):

@@ -33,12 +33,15 @@ def tensor(seed: int, name: str, shape: tuple[int, ...], offset_norms: bool = Fa
         return unit / 4
     if 'embed' in name or last in ('wte', 'wpe', 'shared', 'relative_attention_bias'):
         return unit
-    return unit * np.float32(2.0 ** np.round(np.log2(np.sqrt(3 / shape[-1]))))
+    size = np.sqrt(3 / shape[-1]) / (
+        4 if last == 'q' else 1
+    )  # T5's scores are not scaled: its queries are small instead
+    return unit * np.float32(2.0 ** np.round(np.log2(size)))
 
 
-def ids(seed: int, rows: int, length: int, vocabulary: int) -> np.ndarray:
+def ids(seed: int, rows: int, length: int, vocabulary: int, name: str = 'ids') -> np.ndarray:
     """int32 [rows, length]."""
-    return (integers(key_of(seed, 'ids'), rows * length) % np.uint64(vocabulary)).astype(np.int32).reshape(rows, length)
+    return (integers(key_of(seed, name), rows * length) % np.uint64(vocabulary)).astype(np.int32).reshape(rows, length)
 
 
 def places(seed: int, count: int, rows: int, length: int) -> np.ndarray:

@@ -381,6 +381,20 @@ def test_many_files_with_an_index(tmp_path):
     assert index['metadata']['total_size'] == sum(x.nbytes for x in found.values())
 
 
+def test_older_names_and_files_without_the_prefix_are_given_back(tmp_path):
+    names = {
+        'gpt2-plain': lambda name: name.removeprefix('transformer.'),
+        'bert-plain': lambda name: name.replace('LayerNorm.weight', 'LayerNorm.gamma'),
+    }
+    for case, rename in names.items():
+        found = {rename(name): x for name, x in folders.named(case).items()}
+        assert found.keys() != folders.named(case).keys()
+        folder = folders.write(tmp_path / case, cases.CASES[case], found)
+        import_run(folder, tmp_path / f'{case}-run', MESHES['all'], say=str)
+        export_run(tmp_path / f'{case}-run', tmp_path / f'{case}-target', say=str)
+        same(folders.stored(tmp_path / f'{case}-target'), found)
+
+
 @pytest.mark.parametrize('name', cases.CASES)
 def test_a_model_that_was_not_imported_finds_a_family(name):
     _, c = read(cases.CASES[name])

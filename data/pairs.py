@@ -1,0 +1,137 @@
+"""Pairs of a source and a target, for encoder–decoders: read from files, and packed side by side into rows of one length.
+
+Legend: N rows of a batch, T tokens of a row, on each side; S tokens of all pairs one after another, P pairs, R rows.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from data.packing import Samples, best_fit
+from data.sources import field_of, files_of, text_of
+from data.tokenizer import Tokenizer
+from sharding.errors import UserError
+
+KINDS = '.tsv', '.jsonl'
+
+
+class Pair(NamedTuple):
+    source: str
+    target: str
+
+
+def read_pairs(paths: Sequence[str], option: str) -> Iterator[Pair]:
+    """The pairs of files, folders and globs: lines `source<TAB>target` of .tsv, objects {"source": …, "target": …} of .jsonl.
+
+    Both may be compressed (.gz, .zst). UserError for a line that is no pair, naming file and line, and for other files.
+    """
+    for given in paths:
+        if given == 'stdlib':
+            raise UserError(f'{option}=stdlib holds no pairs: an encoder–decoder learns from .tsv or .jsonl files')
+        for path in files_of(given, option):
+            kind = next((kind for kind in KINDS if path.name.endswith((kind, f'{kind}.gz', f'{kind}.zst'))), None)
+            if kind is None:
+                raise UserError(f'{path}: an encoder–decoder learns from pairs, in {" or ".join(KINDS)} files')
+            for number, line in enumerate(text_of(path).split('\n'), start=1):
+                if line.strip():
+                    yield pair(line, kind, f'{path}:{number}')
+
+
+def pair(line: str, kind: str, name: str) -> Pair:
+    """The pair of a line."""
+    if kind == '.jsonl':
+        return Pair(*(field_of(line, field, name, repr(field)) for field in Pair._fields))
+    sides = line.rstrip('\r').split('\t')
+    if len(sides) != 2:
+        raise UserError(f'{name}: {len(sides) - 1} tabs; a line must be a source, one tab, and a target')
+    return Pair(*sides)
+
+
+@dataclass(frozen=True, eq=False)
+class PairRows(Samples):
+    """The packed pairs of one split: a row's first source belongs to its first target, and so on.
+
+    A source is its text and eos; a target is read as bos and its text, and predicted as its text and eos.
+    """
+
+    ARRAYS: ClassVar = ('stream_S', 'start_P', 'source_P', 'target_P', 'first_R')
+    stream_S: np.ndarray  # source, eos, bos, target, eos of each pair, uint16 or int32
+    start_P: np.ndarray  # int64: where a pair begins in the stream; row by row
+    source_P: np.ndarray  # int32: tokens of its source, eos among them
+    target_P: np.ndarray  # int32: tokens of its target that are read; as many are predicted, one token further on
+    first_R: np.ndarray  # int64 [R + 1]: the first pair of each row
+    sequence_length: int
+    bytes: int  # UTF-8 bytes of the targets
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are predicted."""
+        return int(self.target_P.sum(dtype=np.int64))
+
+    def predicted(self) -> list[int]:
+        """All targets' tokens, row after row."""
+        begins = self.start_P + self.source_P
+        return [
+            token
+            for begin, length in zip(begins, self.target_P, strict=True)
+            for token in self.stream_S[begin + 1 : begin + 1 + length].tolist()
+        ]
+
+    def take(self, indices: Iterable[int]) -> dict[str, np.ndarray]:
+        """The rows `indices` as int32 [N, T] each: as `Rows.take`, and source_tokens, source_positions, source_segments.
+
+        A target attends to the source of its own segment.
+        """
+        row_N = np.fromiter(indices, np.int64)
+        assert ((row_N >= 0) & (row_N < len(self))).all(), f'rows {row_N} of {len(self)}'
+        targets = 'tokens', 'targets', 'positions', 'segments'
+        sources = 'source_tokens', 'source_positions', 'source_segments'
+        found = {name: np.zeros((len(row_N), self.sequence_length), np.int32) for name in targets + sources}
+        count_T = np.arange(self.sequence_length, dtype=np.int32)
+        for n, row in enumerate(row_N):
+            begins = [0, 0]
+            for segment, p in enumerate(range(self.first_R[row], self.first_R[row + 1]), start=1):
+                start, lengths = self.start_P[p], (self.source_P[p], self.target_P[p])
+                from_, to = ((n, slice(a, a + length)) for a, length in zip(begins, lengths, strict=True))
+                target = start + lengths[0]
+                found['source_tokens'][from_] = self.stream_S[start:target]
+                found['tokens'][to] = self.stream_S[target : target + lengths[1]]
+                found['targets'][to] = self.stream_S[target + 1 : target + 1 + lengths[1]]
+                for place, length, prefix in ((from_, lengths[0], 'source_'), (to, lengths[1], '')):
+                    found[f'{prefix}positions'][place] = count_T[:length]
+                    found[f'{prefix}segments'][place] = segment
+                begins = [a + length for a, length in zip(begins, lengths, strict=True)]
+        return found
+
+
+def pack_pairs(tokenizer: Tokenizer, pairs: Iterable[Pair], sequence_length: int) -> tuple[PairRows, int]:
+    """The rows, and how many pairs are left out because one side has more tokens than a row."""
+    token = np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.int32)
+    parts, lengths, size, left_out = [np.empty(0, token)], list[tuple[int, int]](), 0, 0
+    pairs = iter(pairs)
+    while some := list(islice(pairs, 256)):
+        encoded = iter(tokenizer.encode_batch([side for one in some for side in one]))
+        for one, source, target in zip(some, encoded, encoded, strict=True):
+            if max(len(source), len(target)) + 1 > sequence_length:
+                left_out += 1
+                continue
+            parts.append(np.array([*source, tokenizer.eos, tokenizer.bos, *target, tokenizer.eos], token))
+            lengths.append((len(source) + 1, len(target) + 1))
+            size += len(one.target.encode())
+    length_P2 = np.array(lengths, np.int32).reshape(-1, 2)
+    whole_P = length_P2.sum(1, dtype=np.int64) + 1
+    start_P = np.cumsum(whole_P) - whole_P
+    row_P = best_fit(length_P2.max(1, initial=0), sequence_length)  # the longer side, so that both fit
+    order_P = np.argsort(row_P, kind='stable')
+    first_R = np.searchsorted(row_P[order_P], np.arange(row_P.max(initial=-1) + 2))
+    source_P, target_P = length_P2[order_P].T
+    rows = PairRows(np.concatenate(parts), start_P[order_P], source_P, target_P, first_R, sequence_length, size)
+    return rows, left_out
+
+
+def prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """What an encoder reads of sources that stand alone."""
+    return [[*ids, tokenizer.eos] for ids in tokenizer.encode_batch(texts)]

@@ -1,0 +1,118 @@
+"""What encoders add to the stack, from one device's view: attention to what an encoder read, BERT's head, fixed positions.
+
+Letters: B rows, T sequence, S tokens of a source, D model, K kv heads, H head dim, N query heads times H, L layers, J
+wavelengths, P positions, C classes.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import P, lax
+
+from model.attention import attention
+from model.attention.cached import cached_attention
+from model.config import Kind, ModelConfig
+from model.layers import (
+    Attention,
+    Cache,
+    Kept,
+    Memory,
+    Norm,
+    View,
+    activation,
+    constant,
+    how_to_attend,
+    linear,
+    linear_back,
+    my_kv_heads,
+    weight,
+)
+from sharding.collectives import whole
+from sharding.mesh import FSDP
+
+EVERY = (*FSDP, 'tensor')  # axes that split a weight of tokens that are not joined
+
+
+class CrossAttention(Attention):
+    """A decoder's queries on an encoder's output (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.3): no positions."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        super().__init__(c, Kind(), rngs)
+
+    def __call__(self, x_BTD, view: View, cache: Cache | None, layer):
+        """The output in the layout between blocks, and the cache, which holds nothing of this."""
+        c, source = self.config, view.source
+        x_BTD = view.join(x_BTD)
+        q = linear(x_BTD, whole(self.q_DN[...], x_BTD.dtype))
+        if c.qkv_bias:
+            q = q + self.q_bias_N.astype(q.dtype)[None, None]
+        how = how_to_attend(c, windowed=False)
+        if isinstance(source, Kept):
+            k_BSKH, v_BSKH = (kept[layer].astype(q.dtype) for kept in (source.k_LBSK, source.v_LBSK))
+            q_BTKGH = q.reshape(*q.shape[:2], k_BSKH.shape[2], -1, c.head_dim)
+            a_BTKGH = cached_attention(q_BTKGH, k_BSKH, v_BSKH, view.position_BT, **how, length_B=source.length_B)
+        else:
+            k_BSKH, v_BSKH = self.keys(source.x_BSD)
+            q_BTKGH = q.reshape(*q.shape[:2], k_BSKH.shape[2], -1, c.head_dim)
+            here, there = (view.position_BT, view.segment_BT), (jnp.zeros_like(source.segment_BS), source.segment_BS)
+            a_BTKGH = attention(q_BTKGH, k_BSKH, v_BSKH, here, there, **how, causal=False, backend=view.backend)
+        y_BTD = view.split(linear_back(a_BTKGH.reshape(*q.shape[:2], -1), whole(self.o_DN[...], q.dtype)))
+        return (y_BTD + self.o_bias_D.astype(q.dtype)[None, None] if c.bias or c.o_bias else y_BTD), cache
+
+    def keys(self, x_BSD):
+        """Keys and values of an encoder's output, [B, S, K, H] each."""
+        c = self.config
+        k = linear(x_BSD, my_kv_heads(whole(self.k_DM[...], x_BSD.dtype), c))
+        v = linear(x_BSD, my_kv_heads(whole(self.v_DM[...], x_BSD.dtype), c))
+        if c.qkv_bias:
+            k = k + my_kv_heads(self.k_bias_M[...], c).astype(k.dtype)[None, None]
+            v = v + my_kv_heads(self.v_bias_M[...], c).astype(v.dtype)[None, None]
+        return tuple(a.reshape(*a.shape[:2], -1, c.head_dim) for a in (k, v))
+
+
+def kept(memory: Memory, runs) -> Kept:
+    """The keys and values of all layers, `runs` being each run's blocks by kind, stacked."""
+    length_B = (memory.segment_BS > 0).sum(1, dtype=jnp.int32)
+    of_runs = []
+    for blocks in runs:
+        by_kind = [lax.map(lambda block: block.cross.keys(memory.x_BSD), group) for group in blocks]
+        of_runs.append(jax.tree.map(lambda *a: jnp.stack(a, 1).reshape(-1, *a[0].shape[1:]), *by_kind))
+    k_LBSK, v_LBSK = jax.tree.map(lambda *a: jnp.concatenate(a), *of_runs)
+    return Kept(k_LBSK, v_LBSK, length_B)
+
+
+class HeadMlp(nnx.Module):
+    """What BERT (arXiv:1810.04805; its published code) has between its layers and the LM head: dense, activation, norm."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        self.config = c
+        D = c.model_dim
+        self.up_DD = weight(rngs, c, (D, D), P(EVERY, None), fan_in=D)
+        self.up_bias_D = constant(c, 0.0, (D,), P(None))
+        self.norm = Norm(c)
+
+    def __call__(self, x_BTD):
+        """Of tokens in any layout."""
+        dtype = x_BTD.dtype
+        h_BTD = linear(x_BTD, whole(self.up_DD[...], dtype, EVERY)) + self.up_bias_D.astype(dtype)[None, None]
+        return self.norm(activation(self.config)(h_BTD))
+
+
+class Pooler(nnx.Module):
+    """BERT's weights for whole rows, which no logit depends on: they are kept, so that what was read can be written again."""
+
+    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+        D = c.model_dim
+        self.up_DD = weight(rngs, c, (D, D), P(EVERY, None), fan_in=D)
+        self.up_bias_D = constant(c, 0.0, (D,), P(None))
+        if c.next_sentence:
+            self.next_CD = weight(rngs, c, (2, D), P(None, None), fan_in=D)
+            self.next_bias_C = constant(c, 0.0, (2,), P(None))
+
+
+def sinusoids(c: ModelConfig) -> np.ndarray:
+    """float64 [P, D]: sines of D / 2 wavelengths, then their cosines (arXiv:1706.03762, section 3.5, in Marian's order)."""
+    P_, D = c.max_positions, c.model_dim
+    angle_PJ = np.arange(P_)[:, None] / np.power(10000, 2 * np.arange(D // 2) / D)[None]
+    return np.concatenate([np.sin(angle_PJ), np.cos(angle_PJ)], 1)

@@ -1,0 +1,110 @@
+"""An encoder–decoder learns a mapping from pairs, and goes on where it stopped; every mesh gives the same."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax import P
+
+from data.examples import reversed_digits
+from data.pairs import Pair, pack_pairs
+from data.tokenizer import Tokenizer
+from decoding.generate import generate
+from decoding.run import open_run
+from decoding.sampling import Sampling
+from sharding.errors import UserError
+from sharding.mesh import BATCH, MeshConfig, make_mesh
+from tests.scripts.runs import rows, run
+from training.config import load
+from training.loss import loss_and_gradient
+from training.step import init
+
+CONFIG = Path(__file__).parents[2] / 'configs' / 'reverse.yaml'
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp('pairs')
+    (folder / 'reverse.tsv').write_text(''.join(f'{a}\t{b}\n' for a, b in reversed_digits(4000)))
+    return folder
+
+
+def test_a_small_model_learns_to_reverse_strings_that_it_has_never_seen(place):
+    jax.devices()  # those of the tests, before `open_run` asks for fewer
+    run(place, 'train', str(CONFIG), 'training.steps=240')
+    run(place, 'train', str(CONFIG), 'training.steps=260', 'mesh.data=2')
+    figures = rows(place, 'reverse')
+    assert figures[-1]['validation_loss'] < 0.1
+    opened = open_run(place / 'runs' / 'reverse')
+    known = {source for source, _ in reversed_digits(4000)}
+    fresh = [pair for pair in reversed_digits(400, seed=1) if pair[0] not in known]
+    assert len(fresh) > 100
+    with jax.set_mesh(opened.mesh):
+        found = generate(opened.model, opened.tokenizer, [source for source, _ in fresh], Sampling(), 20, context=32)
+    right = [one.text == target for one, (_, target) in zip(found, fresh, strict=True)]
+    assert np.mean(right) >= 0.95, np.mean(right)
+    assert all(one.finish_reason == 'stop' for one in found[:10])
+
+
+VARIANTS = {
+    'relative': {},
+    'as in 2017': {
+        'positions': 'sinusoidal',
+        'max_positions': 32,
+        'norm': 'layernorm',
+        'norm_order': 'post',
+        'activation': 'relu',
+        'bias': True,
+        'qkv_bias': True,
+        'head_bias': True,
+    },
+    'rotary, sandwich, grouped': {'positions': 'rotary', 'norm_order': 'sandwich', 'kv_heads': 2, 'remat': 'block'},
+}
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_every_mesh_gives_the_same_loss_and_gradient(variant):
+    config = load(CONFIG)
+    fields = {
+        'vocabulary': 300,
+        'layers': 1,
+        'model_dim': 32,
+        'head_dim': 8,
+        'mlp_dim': 48,
+        'dropout': 0.2,
+        **VARIANTS[variant],
+    }
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+    pairs = [Pair(*pair) for pair in reversed_digits(400)]
+    packed, _ = pack_pairs(Tokenizer.train((side for pair in pairs for side in pair), 300), pairs, 32)
+    batch, found = packed.take(range(8)), []
+    for mesh in (MeshConfig(), MeshConfig(data=2, expert=2, tensor=2)):
+        with jax.set_mesh(make_mesh(mesh)):
+            model = jax.jit(functools.partial(init, config))().model
+            on = jax.tree.map(lambda array: jax.device_put(array, P(BATCH)), batch)
+            (loss, _), gradient = jax.jit(loss_and_gradient)(model, on, jax.random.key(3))
+            found.append((float(loss), jax.tree.map(np.asarray, gradient)))
+    (loss, gradient), (other, same) = found
+    assert abs(loss - other) < 1e-5 * loss
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-6), same, gradient)
+
+
+@pytest.mark.parametrize(
+    ('override', 'message'),
+    [
+        ('mesh.context=2', 'mesh.context is 2 and the number of parts that an encoder–decoder can be split into'),
+        ('mesh.stage=2', 'mesh.stage is 2 and the number of parts'),
+        ('mesh.tensor=8', r'mesh.tensor is 8 and model.heads is 4'),
+        ('model.positions=sinusoidal', 'model.max_positions is None: sinusoidal positions need a table'),
+        ('model.causal=false', 'model.causal is false and model.encoder is given'),
+        ('model.moe={experts: 4, mlp_dim: 8}', 'model.moe is given and model.encoder too'),
+        ('model.encoder.kv_heads=3', 'model.encoder.kv_heads is 3 and model.encoder.heads 4'),
+    ],
+)
+def test_what_an_encoder_decoder_cannot_be_is_refused_before_anything_is_compiled(override, message):
+    with pytest.raises(UserError, match=message) as found:
+        load(CONFIG, [override]).check_sizes()
+    assert '\n' not in str(found.value)
