@@ -22,6 +22,7 @@ import sentencepiece
 from data.config import DataConfig
 from data.packing import Rows, Samples, encode_documents, pack
 from data.pairs import Pair, PairRows, pack_pairs, read_pairs
+from data.published_tokenizer import load_tokenizer
 from data.sources import Document, documents
 from data.tokenizer import Tokenizer
 from sharding.errors import UserError
@@ -73,13 +74,14 @@ def prepare(
     say: Callable[[str], None] = print,
     check: Callable[[Dataset], object] | None = None,
     pairs: bool = False,
+    tokenizer: Tokenizer | None = None,
 ) -> Dataset:
     """The data of the run in `folder`: loaded if it is there, of the same config and length, else made and saved.
 
-    Writes `folder/tokenizer.model` and `folder/data/`. Rows have `sequence_length` inputs. One process at a time
-    may call this on a folder. With `pairs` the text is sources and targets (data/pairs.py). `check` may refuse what
-    was made before it is written. UserError for a source that cannot be read or has too little text, and for
-    damaged files in the folder.
+    Writes `folder/tokenizer.*` and `folder/data/`; the tokenizer is learnt from the text unless one is given. Rows have
+    `sequence_length` inputs. One process at a time may call this on a folder. With `pairs` the text is sources and targets
+    (data/pairs.py). `check` may refuse what was made before it is written. UserError for a source that cannot be read or
+    has too little text, and for damaged files in the folder.
     """
     if sequence_length < 1:
         raise UserError(f'training.sequence_length={sequence_length}: must be at least 1; try 256')
@@ -92,7 +94,7 @@ def prepare(
     if (saved := _load(folder)) and saved[0] == key:
         return saved[1]
     begin = time.perf_counter()
-    dataset = (_build_pairs if pairs else _build)(config, sequence_length, say)
+    dataset = (_build_pairs if pairs else _build)(config, sequence_length, say, tokenizer)
     if check:
         check(dataset)  # raises while nothing is written
     _save(dataset, folder, key)
@@ -108,7 +110,9 @@ def load(folder: Path) -> Dataset:
     return saved[1]
 
 
-def _build(config: DataConfig, sequence_length: int, say: Callable[[str], None]) -> Dataset:
+def _build(
+    config: DataConfig, sequence_length: int, say: Callable[[str], None], tokenizer: Tokenizer | None = None
+) -> Dataset:
     skipped: list[str] = []
     sha256 = hashlib.sha256()
     group_of: dict[bytes, str] = {}  # by the text's hash, so that copies of a text fall on the same side
@@ -141,7 +145,11 @@ def _build(config: DataConfig, sequence_length: int, say: Callable[[str], None])
             )
 
     every = 1 + characters // TOKENIZER_CHARACTERS
-    tokenizer = Tokenizer.train(_sample(texts('train'), every), config.vocabulary)
+    learnt = f'one in {every} blocks of the training text' if every > 1 else 'the whole training text'
+    if tokenizer is None:
+        tokenizer = Tokenizer.train(_sample(texts('train'), every), config.vocabulary)
+    else:
+        learnt = 'elsewhere: it was imported'
     streams = {part: encode_documents(tokenizer, texts(part)) for part in SPLITS}
     rows = {
         part: pack(stream_S, length_D, sequence_length, size) for part, (stream_S, length_D, size) in streams.items()
@@ -161,7 +169,7 @@ def _build(config: DataConfig, sequence_length: int, say: Callable[[str], None])
         'tokenizer': {
             'vocabulary': tokenizer.vocabulary,
             'bytes_per_token': rows['validation'].bytes / rows['validation'].tokens,
-            'trained_on': f'one in {every} blocks of the training text' if every > 1 else 'the whole training text',
+            'trained_on': learnt,
         },
         'versions': {'python': platform.python_version(), 'sentencepiece': sentencepiece.__version__},
     }
@@ -177,7 +185,9 @@ def _build(config: DataConfig, sequence_length: int, say: Callable[[str], None])
     return Dataset(tokenizer, rows['train'], rows['validation'], facts)
 
 
-def _build_pairs(config: DataConfig, sequence_length: int, say: Callable[[str], None]) -> Dataset:
+def _build_pairs(
+    config: DataConfig, sequence_length: int, say: Callable[[str], None], tokenizer: Tokenizer | None = None
+) -> Dataset:
     """As `_build`, of pairs: those of one source stay on one side."""
     sha256, size_of_source, count = hashlib.sha256(), Counter[str](), 0
     digest = lambda text: hashlib.sha256(text.encode()).hexdigest()
@@ -196,7 +206,8 @@ def _build_pairs(config: DataConfig, sequence_length: int, say: Callable[[str], 
 
     size = size_of_source.total()
     every = 1 + size // TOKENIZER_CHARACTERS
-    tokenizer = Tokenizer.train(_sample((side for pair in of('train') for side in pair), every), config.vocabulary)
+    if tokenizer is None:
+        tokenizer = Tokenizer.train(_sample((side for pair in of('train') for side in pair), every), config.vocabulary)
     rows, facts = {}, {'source': list(config.paths), 'sha256': sha256.hexdigest(), 'pairs': count, 'bytes': size}
     for part in SPLITS:
         rows[part], left_out = pack_pairs(tokenizer, of(part), sequence_length)
@@ -263,12 +274,12 @@ def _save(dataset: Dataset, folder: Path, key: dict[str, Any]) -> None:
         'key': key,
         'facts': dataset.facts,
         'sizes': sizes,
-        'tokenizer_sha256': hashlib.sha256(dataset.tokenizer.model).hexdigest(),
+        'tokenizer_sha256': dataset.tokenizer.sha256,
     }
     (new / 'data.json').write_text(json.dumps(description, indent=1) + '\n', encoding='utf-8')
     if data.exists():  # of another config; out of the way first, because its tokenizer is about to go
         os.replace(data, old)
-    dataset.tokenizer.save(folder / 'tokenizer.model')
+    dataset.tokenizer.save(folder)
     os.replace(new, data)
     if old.exists():
         shutil.rmtree(old)
@@ -290,9 +301,11 @@ def _load(folder: Path) -> tuple[dict[str, Any], Dataset] | None:
         found = path.stat().st_size if path.exists() else 'no'
         if found != size:
             raise UserError(f'{path}: {found} bytes where {size} were written; {mend}')
-    tokenizer = Tokenizer.load(folder / 'tokenizer.model')
-    if hashlib.sha256(tokenizer.model).hexdigest() != sha256:
-        raise UserError(f'{folder / "tokenizer.model"}: not the tokenizer that made {data}; {mend}')
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise UserError(f'{folder / Tokenizer.name}: missing beside {data}; {mend}')
+    if tokenizer.sha256 != sha256:
+        raise UserError(f'{folder / tokenizer.name}: not the tokenizer that made {data}; {mend}')
 
     kind: Any = PairRows if key.get('pairs') else Rows
 

@@ -6,6 +6,7 @@ space as U+2581, so a literal U+2581 would come back as a space; it is cut out o
 """
 
 import codecs
+import hashlib
 import io
 import os
 import re
@@ -36,8 +37,8 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder('utf-8')('replace')
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that `ids` complete, '' if none."""
-        return self._utf8.decode(b''.join(self._pieces[i] for i in ids))
+        """The text that `ids` complete, '' if none; ids that no text has stand for none."""
+        return self._utf8.decode(b''.join(self._pieces[i] for i in ids if i < len(self._pieces)))
 
     def finish(self) -> str:
         """What is left at the end: U+FFFD if a character stayed incomplete, else ''."""
@@ -45,7 +46,14 @@ class StreamDecoder:
 
 
 class Tokenizer:
-    """`vocabulary` ids from 0; `bos` opens a document, `eos` ends it; `model` is what sentencepiece's file holds."""
+    """`vocabulary` ids from 0; `bos` opens a document, `eos` ends it; `model` is what sentencepiece's file holds.
+
+    `prefix` stands before a prompt, and any of `ends` ends an answer. data/published_tokenizer.py has those of published
+    models, which are not `lossless`: what they decode may differ from what they encoded.
+    """
+
+    name = 'tokenizer.model'
+    lossless = True
 
     def __init__(self, model: bytes) -> None:
         self.model = model
@@ -53,6 +61,8 @@ class Tokenizer:
         self.vocabulary: int = self._processor.vocab_size()
         self.bos: int = self._processor.bos_id()
         self.eos: int = self._processor.eos_id()
+        self.prefix: tuple[int, ...] = (self.bos,)
+        self.ends = frozenset([self.eos])
         self._space = [self._processor.piece_to_id(f'<0x{byte:02X}>') for byte in SPACE.encode()]
         # The bytes that each id stands for; control pieces stand for none.
         self.pieces: list[bytes] = [self._bytes_of(i) for i in range(self.vocabulary)]
@@ -65,18 +75,18 @@ class Tokenizer:
             return b''
         return piece.replace(SPACE, ' ').encode()
 
+    def id_of(self, piece: str) -> int | None:
+        """The id of a piece; None if there is none."""
+        found = self._processor.piece_to_id(piece)
+        return found if self._processor.id_to_piece(found) == piece else None
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without bos and eos."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, on all cores. UserError for half of a surrogate pair, which UTF-8 cannot write."""
-        for text in texts:
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                rule = 'a lone surrogate is not Unicode text; leave it out'
-                raise UserError(f'text: character {error.start} is {text[error.start]!r}: {rule}') from None
+        check_unicode(texts)
         parts_of = [PARTS.findall(text) for text in texts]
         encoded = iter(
             self._processor.encode([part for parts in parts_of for part in parts], num_threads=os.cpu_count() or 1)
@@ -100,25 +110,24 @@ class Tokenizer:
     def stream(self) -> StreamDecoder:
         return StreamDecoder(self.pieces)
 
-    def save(self, path: Path) -> None:
-        """Write the model so that `path` holds all of it or what it held before."""
-        partial = path.with_name(path.name + '.partial')
-        partial.write_bytes(self.model)
-        os.replace(partial, path)
+    def files(self) -> dict[str, bytes]:
+        """What a run keeps of it, by name."""
+        return {self.name: self.model}
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(b''.join(self.files().values())).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write each of its files so that the folder holds all of it or what it held before."""
+        for name, content in self.files().items():
+            partial = folder / f'{name}.partial'
+            partial.write_bytes(content)
+            os.replace(partial, folder / name)
 
     @classmethod
-    def load(cls, path: Path) -> 'Tokenizer':
-        try:
-            return cls(Path(path).read_bytes())
-        except (OSError, RuntimeError) as error:  # sentencepiece says RuntimeError to a file that is none of its own
-            message = ' '.join(str(error).split())
-            raise UserError(
-                f'{path}: not a readable sentencepiece model ({message}); a run writes one when it prepares its data'
-            ) from None
-
-    @classmethod
-    def train(cls, texts: Iterable[str], vocabulary: int, path: Path | None = None) -> 'Tokenizer':
-        """Learn at most `vocabulary` pieces from `texts`, the same ones each time, and save them to `path` if given.
+    def train(cls, texts: Iterable[str], vocabulary: int) -> 'Tokenizer':
+        """Learn at most `vocabulary` pieces from `texts`, the same ones each time.
 
         Small texts give fewer pieces. UserError where there is next to nothing to learn from.
         """
@@ -156,10 +165,17 @@ class Tokenizer:
             max_sentence_length=SAMPLE_CHARACTERS * 4,
             minloglevel=2,
         )
-        tokenizer = cls(model.getvalue())
-        if path is not None:
-            tokenizer.save(path)
-        return tokenizer
+        return cls(model.getvalue())
+
+
+def check_unicode(texts: Iterable[str]) -> None:
+    """Raises UserError for half of a surrogate pair, which UTF-8 cannot write."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            rule = 'a lone surrogate is not Unicode text; leave it out'
+            raise UserError(f'text: character {error.start} is {text[error.start]!r}: {rule}') from None
 
 
 def _frequent(count_of: Counter[str], most: int) -> str:

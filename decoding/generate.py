@@ -133,7 +133,7 @@ def generate(
             completion, stream = completions[number], streams[number]
             if completion.finish_reason:
                 continue
-            if token == tokenizer.eos:
+            if token in tokenizer.ends:
                 completion.finish_reason = 'stop'
                 piece = stream.add(None)
             else:

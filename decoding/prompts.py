@@ -37,7 +37,8 @@ def read_prompts(c: ModelConfig, tokenizer: Tokenizer, texts: Sequence[str], con
     Raises UserError for a prompt that leaves no room in the context, or does not fit it as a source.
     """
     if c.encoder is None:
-        return Prompts(*batch([[tokenizer.bos, *ids] for ids in tokenizer.encode_batch(texts)], context - 1, context))
+        rows = [[*tokenizer.prefix, *ids] or [tokenizer.bos] for ids in tokenizer.encode_batch(texts)]
+        return Prompts(*batch(rows, context - 1, context))
     start = tokenizer.bos if c.encoder.start_token is None else c.encoder.start_token
     source = batch(sources_of(tokenizer, texts), context, context)
     return Prompts(*batch([[start]] * len(texts), context, context), source)

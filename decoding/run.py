@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from data.published_tokenizer import run_tokenizer
 from data.tokenizer import Tokenizer
 from model.config import sizes
 from model.cost import parameters
@@ -28,17 +29,19 @@ class TrainedRun:
     folder: Path | Bucket
     config: RunConfig
     mesh: jax.sharding.Mesh
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # an imported model may have none
     model: Decoder
     step: int
 
 
-def open_run(folder: str | Path | Bucket, mesh: str | None = None) -> TrainedRun:
+def open_run(folder: str | Path | Bucket, mesh: str | None = None, needs_text: bool = True) -> TrainedRun:
     """The newest checkpoint of a run, on the mesh that trained it or on another (`'expert=2,tensor=2'`).
 
     Rows are split over replica, data and expert, caches over context and tensor too; each replica has all weights. There is no
     pipeline: the stages of the run's own mesh become more of `data`, as far as that divides the model, and a mesh that is
     asked for has none.
+
+    An imported model may have no tokenizer: that is an error unless it `needs_text` no more than token ids.
 
     A machine with only a CPU simulates as many devices as the mesh has, unless JAX has started before.
     Raises UserError where the folder is not a run, has no whole checkpoint, or the mesh cannot hold the model.
@@ -54,7 +57,9 @@ def open_run(folder: str | Path | Bucket, mesh: str | None = None) -> TrainedRun
     check_divides(wanted, [*sizes(config.model), NO_PIPELINE])
     start(wanted.size, config.model.dtype)
     devices = make_mesh(wanted)
-    tokenizer = Tokenizer(checkpoints.file(step, 'tokenizer.model'))
+    tokenizer = run_tokenizer(checkpoints.files(step), str(folder))
+    if needs_text and tokenizer is None:
+        raise UserError(f'{folder} was imported without a tokenizer: it takes token ids alone (scripts/score.py)')
     tell = f'out of memory on a device: {sum(parameters(config.model).values()):,} parameters; split them over more with --mesh'
     with jax.set_mesh(devices), explaining(lambda: tell):
         model = restore_model(checkpoints, step, config)

@@ -57,7 +57,7 @@ def main() -> None:
     tell = f'out of memory on a device: activations of {t.batch} rows of {t.sequence_length} tokens; split them with --mesh'
     with jax.set_mesh(opened.mesh), explaining(lambda: tell):
         read = evaluate(opened.model, opened.tokenizer, rows, np.arange(len(rows)), t.batch)
-    assert read.bytes == len(content), 'every byte is predicted once'
+    assert read.bytes == rows.bytes, 'every byte is predicted once'
     figures = {
         'nats_per_token': read.nats_per_token,
         'bits_per_byte': read.bits_per_byte,

@@ -93,6 +93,25 @@ class Checkpoints:
         self._orbax.save(self._saving / str(step), ocp.args.Composite(**saves))
         self._last = self._thread.submit(self._publish, self._orbax, step, kinds(items), files)
 
+    def save_weights(
+        self, step: int, item: str, arrays: Iterable[tuple[str, jax.Array]], meta: dict, files: Mapping[str, bytes]
+    ) -> None:
+        """Saves an item alone, array by array in the form of training/shards.py: each is written before the next is asked for.
+
+        For one process and a local folder; published when it returns.
+        """
+        path = self._saving / str(step)
+        shutil.rmtree(self._saving, ignore_errors=True)
+        path.mkdir(parents=True)
+        kinds = {}
+        for name, x in arrays:
+            kinds[name] = _kind(x)
+            for shard, content in shards.written(f'{item}/{name}', x):
+                (path / shard).parent.mkdir(parents=True, exist_ok=True)
+                (path / shard).write_bytes(content)
+            del x, content  # before the next is made
+        self._complete(step, {item: kinds}, contents({item: None}, meta, files), SHARDS)
+
     def wait(self) -> None:
         """Returns when the last save is published; raises its error if it failed."""
         last, self._last = self._last, None
@@ -116,6 +135,11 @@ class Checkpoints:
     def file(self, step: int, name: str) -> bytes:
         """A file of a checkpoint."""
         return (self.folder / str(step) / name).read_bytes()
+
+    def files(self, step: int) -> dict[str, bytes]:
+        """The files of a checkpoint beside its arrays."""
+        names = [name for name in self._manifest(step)['files'] if '/' not in name]
+        return {name: self.file(step, name) for name in names}
 
     def restore(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
         """The named items of a checkpoint, bit for bit, in the layouts asked for: any mesh, whatever mesh saved them.
@@ -174,12 +198,16 @@ class Checkpoints:
             self._complete(step, arrays, files)
         peers.meet('published')
 
-    def _complete(self, step: int, arrays: dict, files: Mapping[str, bytes]) -> None:
+    def _complete(self, step: int, arrays: dict, files: Mapping[str, bytes], format: str | None = None) -> None:
         """Completes the folder, gives it its name, deletes the oldest."""
         path, target = self._saving / str(step), self.folder / str(step)
         for name, content in files.items():
             (path / name).write_bytes(content)
-        manifest = {'arrays': arrays, 'files': {name: _fingerprint(path / name) for name in _files(path)}}
+        manifest: dict[str, Any] = {
+            'arrays': arrays,
+            'files': {name: _fingerprint(path / name) for name in _files(path)},
+        }
+        manifest |= {'format': format} if format else {}
         (path / MANIFEST).write_text(sealed(manifest), encoding='utf-8')
         # The rename may reach the disk before what it names, unless all of that is there already.
         for inner in [path, *path.rglob('*')]:

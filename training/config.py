@@ -153,6 +153,7 @@ class RunConfig:
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocabulary=have or tokens))
 
 
+RECORD = 'source.json'  # in the folder of a run that was imported: see training/conversion.py
 MAY_CHANGE = (
     'mesh',
     'checkpoint',
@@ -161,6 +162,21 @@ MAY_CHANGE = (
     'training.accumulation',
     'training.microbatches',
 )  # between a run and its continuation; a folder may be renamed too
+MAY_BEGIN_WITH = (
+    'seed',
+    'data',
+    'training',
+    'model.dtype',
+    'model.dropout',
+    'model.remat',
+    'model.attention',
+    'model.experts',
+    'model.moe.balance_loss',
+    'model.moe.z_loss',
+    'model.moe.bias_update_rate',
+    'model.moe.dispatch',
+    'model.moe.capacity_factor',
+)  # too, where the run is an imported model that has not been trained on
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -215,17 +231,21 @@ def dump(config: RunConfig) -> str:
     return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False, allow_unicode=True)
 
 
-def check_continues(saved: RunConfig, wanted: RunConfig) -> None:
-    """Raises UserError naming the first key that differs between a run and its continuation and may not."""
+def check_continues(saved: RunConfig, wanted: RunConfig, begun: bool = True) -> None:
+    """Raises UserError naming the first key that differs between a run and its continuation and may not.
+
+    `begun`: the run has taken steps; else it holds imported weights.
+    """
+    may_change = MAY_CHANGE if begun else (*MAY_CHANGE, *MAY_BEGIN_WITH)
     if wanted.model.vocabulary is None and saved.model.vocabulary is not None:
         wanted = wanted.with_vocabulary(saved.model.vocabulary)
     old, new = (dict(_leaves(dataclasses.asdict(config))) for config in (saved, wanted))
     for key in sorted(old.keys() | new.keys()):
-        free = any(key == name or key.startswith(f'{name}.') for name in ('name', *MAY_CHANGE))
+        free = any(key == name or key.startswith(f'{name}.') for name in ('name', *may_change))
         if not free and old.get(key) != new.get(key):
             raise UserError(
                 f'{key} is {new.get(key)!r} and was {old.get(key)!r} when run {saved.name!r} began; a continuation may change '
-                f'only {", ".join(MAY_CHANGE)}; set {key}={old.get(key)} again, choose another name, or begin anew with --fresh'
+                f'only {", ".join(may_change)}; set {key}={old.get(key)} again, choose another name, or begin anew with --fresh'
             )
 
 

@@ -52,6 +52,8 @@ def evaluate(
         bytes_B = block.pop('bytes')
         found = jax.device_get({**_sums(model, block, microbatches=stages), 'bytes': _total(bytes_B)})
         nats, tokens, bytes_ = nats + float(found['nats']), tokens + int(found['tokens']), bytes_ + int(found['bytes'])
+    if not tokenizer.lossless and len(numbers) == len(rows):
+        bytes_ = rows.bytes  # what an imported tokenizer decodes may be longer or shorter than the text
     return Evaluation(nats, tokens, bytes_)
 
 

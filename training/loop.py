@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.prepare import Dataset, load, prepare
+from data.published_tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer
 from model.forward import place_rows
 from sharding import peers
 from sharding.buckets import Bucket
@@ -26,12 +28,12 @@ from sharding.mesh import make_mesh, platform
 from sharding.processes import Agreement
 from training import config as configs
 from training.bucket_checkpoint import checkpoints_of
-from training.config import RunConfig
+from training.config import RECORD, RunConfig
 from training.evaluation import evaluate, spread
 from training.metrics import Metrics, Unwritten
 from training.mirror import Mirror, set_aside
 from training.report import layout, memory_line
-from training.state import abstract_state, items, restore, saved_config
+from training.state import abstract_state, items, restore, restore_model, saved_config
 from training.step import init, train_step
 
 AHEAD = 2  # steps that an accelerator may be given before the host reads the figures of the first
@@ -98,7 +100,7 @@ def ready(config: RunConfig, mirror: Mirror, console: Console) -> tuple[RunConfi
     checkpoints = checkpoints_of(mirror.folder)
     steps = checkpoints.steps()
     if steps:
-        configs.check_continues(saved_config(checkpoints, steps[-1]), config)
+        configs.check_continues(saved_config(checkpoints, steps[-1]), config, begun=steps[-1] > 0)
         if steps[-1] > config.training.steps:
             raise UserError(
                 f'training.steps is {config.training.steps} and run {config.name!r} has taken {steps[-1]} steps already; '
@@ -106,6 +108,7 @@ def ready(config: RunConfig, mirror: Mirror, console: Console) -> tuple[RunConfi
             )
 
     mirror.fetch()
+    tokenizer = imported_tokenizer(mirror.local)
 
     def complete(dataset: Dataset) -> RunConfig:
         whole = config.with_vocabulary(dataset.tokenizer.vocabulary)
@@ -119,8 +122,9 @@ def ready(config: RunConfig, mirror: Mirror, console: Console) -> tuple[RunConfi
         say=console.print,
         check=complete,
         pairs=config.model.encoder is not None,
+        tokenizer=tokenizer,
     )
-    if steps:
+    if steps and steps[-1] > 0:
         meta = checkpoints.meta(steps[-1])
         if meta['corpus'] != dataset.facts['sha256']:
             raise UserError(
@@ -128,6 +132,18 @@ def ready(config: RunConfig, mirror: Mirror, console: Console) -> tuple[RunConfi
                 f'{meta["corpus"][:12]}: the prepared data was replaced; restore it, or begin anew with --fresh'
             )
     return complete(dataset), dataset
+
+
+def imported_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of an imported model, which training keeps; None for a run that learns its own."""
+    if not (folder / RECORD).is_file():
+        return None
+    found = load_tokenizer(folder)
+    if found is None:
+        raise UserError(
+            f'{folder} was imported without a tokenizer, and text cannot become its tokens; import it with one to train it'
+        )
+    return found
 
 
 class Run:
@@ -144,12 +160,16 @@ class Run:
         """Restores or begins, trains, validates, saves. Returns the exit code."""
         config, console = self.config, self.console
         # Process 0 says where to begin: a shared folder may show the others something older.
-        first = peers.at_first('the first step', lambda: max(self.checkpoints.steps(), default=0))
-        self.tokens = 0
+        saved = peers.at_first('the first step', lambda: max(self.checkpoints.steps(), default=None))
+        first, self.tokens = saved or 0, 0
         if first:
             self.state = restore(self.checkpoints, first, config)
             self.tokens = peers.at_first('tokens so far', lambda: self.checkpoints.meta(first)['tokens'])
             console.print(f'continuing {self.folder} after step {first}')
+        elif saved == 0:
+            model = restore_model(self.checkpoints, 0, config)
+            self.state = jax.jit(functools.partial(init, config), donate_argnums=0)(model)
+            console.print(f'beginning from the weights imported into {self.folder}')
         else:
             self.state = jax.jit(functools.partial(init, config))()
         if peers.first():
@@ -282,8 +302,9 @@ class Run:
         facts = {'step': step, 'tokens': self.tokens, 'corpus': self.dataset.facts['sha256'], 'seed': self.config.seed}
         # Step N's rows follow from (seed, N): the next sample is the data's whole position.
         facts |= {'next_sample': step * self.config.training.batch}
-        names = ('config.yaml', 'tokenizer.model') if peers.first() else ()
-        files = {name: (self.mirror.local / name).read_bytes() for name in names}
+        files = {}
+        if peers.first():
+            files = {'config.yaml': (self.mirror.local / 'config.yaml').read_bytes(), **self.dataset.tokenizer.files()}
         self.checkpoints.save(step, items(self.state), facts, files)
         self.clock += time.perf_counter() - began
 

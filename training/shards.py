@@ -17,15 +17,22 @@ import numpy as np
 from jax import P
 from jax.sharding import NamedSharding, Sharding
 
-Box = tuple[tuple[int, int], ...]  # begin and end along each dim
+from sharding.boxes import Box, blocks, cut, sizes
+
+BLOCK = 2**26  # bytes of one object at most
 
 
 def written(name: str, x: jax.Array) -> Iterator[tuple[str, bytes]]:
-    """The shards of an array that this process writes, copied off the devices: path and content."""
+    """The shards of an array that this process writes, copied off the devices: path and content.
+
+    A large shard is several objects, none above BLOCK bytes, and no more than one of them is on the host at a time.
+    """
     x = _raw(x)
     for shard in x.addressable_shards:
         if shard.replica_id == 0:  # of equal copies only one is written
-            yield f'{name}/{_text(_box(shard.index, x.shape))}.bin', np.asarray(shard.data).tobytes()
+            box = _box(shard.index, x.shape)
+            for part in blocks(box, x.dtype.itemsize, BLOCK):
+                yield f'{name}/{_text(part)}.bin', cut(shard.data, box, part).tobytes()
 
 
 def gather(
@@ -34,17 +41,17 @@ def gather(
     """What the devices of this process hold of an array in the layout of `x`, out of the shards that it lies in."""
     shape, dtype, layout = _raw_kind(x)
     boxes = {_box(index, shape) for index in layout.addressable_devices_indices_map(shape).values()}
-    parts = {box: np.empty(_sizes(box), dtype) for box in boxes}
+    parts = {box: np.empty(sizes(box), dtype) for box in boxes}
     filled = dict.fromkeys(parts, 0)
     for path in paths:
         stored = _parse(path.removeprefix(f'{name}/').removesuffix('.bin'))
         shared = {box: both for box in parts if (both := _both(box, stored)) is not None}
         if not shared:
             continue
-        content = np.frombuffer(read(path), dtype).reshape(_sizes(stored))
+        content = np.frombuffer(read(path), dtype).reshape(sizes(stored))
         for box, both in shared.items():
             parts[box][_within(both, box)] = content[_within(both, stored)]
-            filled[box] += math.prod(_sizes(both))
+            filled[box] += math.prod(sizes(both))
     assert all(filled[box] == part.size for box, part in parts.items()), f'{name}: the shards do not cover it'
     return parts
 
@@ -82,10 +89,6 @@ def _raw_kind(x: jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], Any, Sharding]:
 
 def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-
-
-def _sizes(box: Box) -> tuple[int, ...]:
-    return tuple(end - begin for begin, end in box)
 
 
 def _both(a: Box, b: Box) -> Box | None:

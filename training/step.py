@@ -43,10 +43,14 @@ def decays(tree):
     return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), tree)
 
 
-def init(config: RunConfig) -> State:
-    """The state before the first step: the same on every mesh, born in its layout. Run it under `jax.jit` and a mesh."""
+def init(config: RunConfig, model: Decoder | None = None) -> State:
+    """The state before the first step: the same on every mesh, born in its layout. Run it under `jax.jit` and a mesh.
+
+    The weights are those of `model` where they are not to be random.
+    """
     weights, rest = jax.random.split(jax.random.key(config.seed))
-    model = Decoder(config.model, nnx.Rngs(weights))
+    if model is None:
+        model = Decoder(config.model, nnx.Rngs(weights))
     return State(model, optimizer(config.training).init(model), jnp.int32(0), rest)
 
 

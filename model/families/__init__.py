@@ -246,7 +246,7 @@ def family_of(fields: Fields) -> Family:
 
 def leaves(c: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Our arrays by name, as shapes with shardings on the current mesh."""
-    model = jax.eval_shape(lambda key: Decoder(c, nnx.Rngs(key)), jax.random.key(0))
+    model = jax.eval_shape(lambda: Decoder(c, nnx.Rngs(jax.random.key(0))))
     return {
         jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value'): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(model)

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from data.published_tokenizer import load_tokenizer
 from data.tokenizer import Tokenizer
 from sharding.errors import UserError
 
@@ -83,9 +84,10 @@ def test_learns_whitespace_runs_and_line_ends() -> None:
 
 
 def test_training_is_deterministic_and_a_saved_model_loads_equal(tokenizer: Tokenizer, tmp_path) -> None:
-    again = Tokenizer.train(iter([TEXT]), 400, tmp_path / 'tokenizer.model')
+    again = Tokenizer.train(iter([TEXT]), 400)
     assert again.model == tokenizer.model
-    loaded = Tokenizer.load(tmp_path / 'tokenizer.model')
+    again.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
     assert loaded.pieces == tokenizer.pieces
     assert loaded.encode(TEXT) == tokenizer.encode(TEXT)
 
@@ -108,9 +110,7 @@ def test_too_little_text_is_the_users_mistake(texts: list[str]) -> None:
 def test_surrogates_and_files_that_are_no_model_are_the_users_mistake(tokenizer: Tokenizer, tmp_path) -> None:
     with pytest.raises(UserError, match=r"character 2 is '\\ud800'"):
         tokenizer.encode('ab\ud800')
-    path = tmp_path / 'tokenizer.model'
+    assert load_tokenizer(tmp_path) is None
+    (tmp_path / 'tokenizer.model').write_bytes(tokenizer.model[:-100])
     with pytest.raises(UserError, match=r'tokenizer\.model: not a readable sentencepiece model'):
-        Tokenizer.load(path)
-    path.write_bytes(tokenizer.model[:-100])
-    with pytest.raises(UserError, match=r'tokenizer\.model: not a readable sentencepiece model'):
-        Tokenizer.load(path)
+        load_tokenizer(tmp_path)

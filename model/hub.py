@@ -1,0 +1,469 @@
+"""Folders of published models, as the Hugging Face hub has them: config.json, safetensors, and files beside them.
+
+`read` checks a folder by its headers alone, so that every mistake is told before a number is read; `Published.arrays` then
+streams its tensors onto a mesh. `write` makes such a folder. Nothing in a folder is ever run or unpickled.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType
+
+from model import tensor_files
+from model.config import ModelConfig
+from model.families import Family, Fields, Tensor, families, family_of, leaves, tensors
+from model.quantised import unpacked
+from model.streaming import arrays
+from model.tensor_files import Stored
+from sharding.errors import UserError, nearest
+from sharding.mesh import AXES
+
+CONFIG, SINGLE, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
+PICKLED = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
+FOREIGN = ('.gguf', '.msgpack', '.h5', '.onnx', '.npz')
+SIDE = re.compile(
+    r'[\w.-]+\.(json|jinja|txt|model|spm)|LICENSE[\w.-]*|NOTICE[\w.-]*'
+)  # files that are kept beside the weights
+BUFFERS = (r'.*rotary_emb\.inv_freq',)  # of every family in old files: they follow from the config
+LARGEST_SIDE = 2**27  # bytes
+FILE_BYTES = 5 * 10**9  # of tensors in one file that is written
+NOT_EXPORTED = ('quantization_config', 'auto_map', 'transformers_version')
+NO_LOGIT = (
+    'dtype',
+    'weight_dtype',
+    'remat',
+    'attention',
+    'experts',
+    'dropout',
+)  # what a model's config says of running it
+NO_LOGIT_MOE = ('balance_loss', 'z_loss', 'bias_update_rate', 'dispatch', 'capacity_factor')
+Kept = Literal['float32', 'bfloat16', 'float16']  # what weights can be kept in
+
+
+class Source(Protocol):
+    """Where a published tensor's numbers are: a file, or a file of narrower ones that stand for them."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def read(self, take: tuple[slice, ...] = ()) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A folder that was read: all that its config and headers say has been checked."""
+
+    folder: Path
+    config: dict[str, Any]
+    family: Family
+    model: ModelConfig
+    table: list[Tensor]  # without copies
+    sources: dict[str, Source]  # by the table's names
+    files: dict[str, str]  # what tensors are called in the files, where the table calls them otherwise
+    copies: dict[str, str]  # tensors in the files that repeat another of the table, which it is
+    fixed: dict[str, str]  # tensors in the files that follow from the model, and their dtype
+
+    @property
+    def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        return shapes_of(self.model)
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors, in the dtypes that they are read in."""
+        return sum(source.dtype.itemsize * math.prod(source.shape) for source in self.sources.values())
+
+    def arrays(self, mesh: jax.sharding.Mesh) -> Iterator[tuple[str, jax.Array]]:
+        """Our arrays by name, one after another, in their layout on the mesh."""
+        return arrays(self.table, self.shapes, lambda name, take: self.sources[name].read(take), mesh)
+
+
+def shapes_of(c: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """`leaves`, also where no mesh is set and no device may be touched yet."""
+    if not jax.sharding.get_abstract_mesh().empty:
+        return leaves(c)
+    mesh = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+    with jax.sharding.use_abstract_mesh(mesh):
+        return leaves(c)
+
+
+def read(folder: Path, dtype: str | None = None, without_remote_code: bool = False) -> Published:
+    """A published folder, its weights to be kept in `dtype` or in the source's own.
+
+    Where the source has several, the narrowest that holds all of them exactly. Compute is in bfloat16 where weights are.
+    Raises UserError for whatever is missing, damaged or not supported.
+    """
+    config = _config(folder)
+    if 'auto_map' in config and not without_remote_code:
+        raise UserError(
+            f'{folder / CONFIG}: auto_map names code that comes with the model, which is never run; where Weft’s own code for '
+            f'{(config.get("architectures") or ["?"])[0]} is what you want, say --without-remote-code'
+        )
+    fields = Fields(config, str(folder / CONFIG))
+    family = family_of(fields)
+    c = family.read(fields)
+    fields.finish()
+    stored, files = _as_named(unpacked(all_stored(folder), config, folder / CONFIG), family)
+    c = family.model_of(c, stored)
+    table = tensors(family, c, shapes_of(c))
+    sources, copies, fixed = _match(folder, family, table, stored, c)
+    table = [one for one in table if not one.copy_of]
+    c = _with_dtypes(folder, c, table, sources, dtype)
+    files = {name: file for name, file in files.items() if name in (*sources, *copies, *fixed)}
+    return Published(folder, config, family, c, table, sources, files, copies, fixed)
+
+
+def _as_named(stored: Mapping[str, Source], family: Family) -> tuple[dict[str, Source], dict[str, str]]:
+    """Tensors by the names of the family's table, and what differs from these in the files."""
+    short = bool(family.prefix) and not any(name.startswith(family.prefix) for name in stored)
+    found: dict[str, Source] = {}
+    files: dict[str, str] = {}
+    for name, source in stored.items():
+        now = family.known_as(name)
+        now = family.prefix + now if short else now
+        if now in found:
+            raise UserError(
+                f'{source.path}: tensors {name} and {files.get(now, now)} are the same one of a {family.name} model'
+            )
+        found[now] = source
+        if now != name:
+            files[now] = name
+    return found, files
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The fields of config.json."""
+    if not folder.is_dir():
+        raise UserError(
+            f'{folder}: there is no such folder; a published model is a folder with {CONFIG} and *.safetensors'
+        )
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f'{folder}: has no {CONFIG}: not a published model')
+    config = _json(folder, CONFIG)
+    if not isinstance(config, dict):
+        raise UserError(f'{path}: must be a JSON object, not {type(config).__name__}')
+    return config
+
+
+def _json(folder: Path, name: str) -> Any:
+    try:
+        return json.loads(inside(folder, name).read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{folder / name}: not readable as JSON: {error}') from None
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A file of a folder. Raises UserError where the name leads out of it, or nowhere.
+
+    Links may lead within the folder, and from a snapshot of the hub's cache to the cache's own files.
+    """
+    path = folder / name
+    if name in ('', '.', '..') or Path(name).name != name or '\\' in name:
+        raise UserError(f'{folder}: {name!r} is not the name of a file in this folder')
+    if not path.is_file():
+        raise UserError(f'{path}: is missing')
+    rooms = [folder.resolve()]
+    if folder.resolve().parent.name == 'snapshots':
+        rooms.append(folder.resolve().parents[1] / 'blobs')
+    if not any(path.resolve().is_relative_to(room) for room in rooms):
+        raise UserError(f'{path}: is a link that leaves the folder, to {path.resolve()}; put the file itself there')
+    return path
+
+
+def all_stored(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a folder's weights."""
+    if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
+        return tensor_files.header(inside(folder, SINGLE))
+    if not (folder / INDEX).exists():
+        raise UserError(_no_weights(folder))
+    where = _json(folder, INDEX)
+    where = where.get('weight_map') if isinstance(where, dict) else None
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()) or not where:
+        raise UserError(f'{folder / INDEX}: must have a weight_map, of tensors to files')
+    files = {name: tensor_files.header(inside(folder, name)) for name in sorted(set(where.values()))}
+    found: dict[str, Stored] = {}
+    for file, entries in files.items():
+        for name, stored in entries.items():
+            if name in found:
+                raise UserError(f'{folder}: tensor {name} is in both {found[name].path.name} and {file}')
+            if name not in where:
+                raise UserError(f'{folder / file}: has tensor {name}, which {INDEX} does not list')
+            found[name] = stored
+    for name, file in where.items():
+        if name not in found or found[name].path.name != file:
+            raise UserError(f'{folder / INDEX}: says that tensor {name} is in {file}, which does not have it')
+    return found
+
+
+def _no_weights(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    for name in names:
+        if name.endswith(PICKLED):
+            return (
+                f'{folder / name}: pickled weights can run any code, and are not read; take the revision that has '
+                '*.safetensors, or load them in transformers where you trust them, and model.save_pretrained(FOLDER)'
+            )
+        if name.endswith(FOREIGN):
+            return f'{folder / name}: weights in this format are not read; take the revision that has *.safetensors'
+    others = [name for name in names if name.endswith('.safetensors')]
+    return f'{folder}: has neither {SINGLE} nor {INDEX}' + (f'; it has {", ".join(others[:3])}' if others else '')
+
+
+def _match(
+    folder: Path, family: Family, table: list[Tensor], stored: Mapping[str, Source], c: ModelConfig
+) -> tuple[dict[str, Source], dict[str, str], dict[str, str]]:
+    """The source of each tensor of the table; the copies; what is fixed. All in the files is one of these, or a buffer."""
+    sources: dict[str, Source] = {}
+    left = dict(stored)
+    missing = []
+    for one in table:
+        if one.copy_of:
+            continue
+        if one.name not in left:
+            missing.append(one.name)
+            continue
+        sources[one.name] = source = left.pop(one.name)
+        if tuple(source.shape) != one.shape:
+            raise UserError(
+                f'{source.path}: tensor {one.name} is {list(source.shape)} and by {CONFIG} must be {list(one.shape)}'
+            )
+    copies = {
+        name: of
+        for name, of in _copies(family, table, c).items()
+        if name in left and of in sources and name not in sources
+    }
+    for name, of in copies.items():
+        _check_copy(left.pop(name), name, sources[of], of)
+    fixed = {name: left[name].dtype.name for name in family.fixed if name in left}
+    for name in fixed:
+        _check_fixed(left.pop(name), name, family.fixed[name](c))
+    left = {
+        name: one for name, one in left.items() if not any(re.fullmatch(p, name) for p in (*BUFFERS, *family.buffers))
+    }
+    tail = lambda names: f' (and {len(names) - 1} more)' if len(names) > 1 else ''
+    if missing:
+        near = nearest(missing[0], left) if left else ''
+        raise UserError(
+            f'{folder}: tensor {missing[0]} is missing{tail(missing)}: by {CONFIG} a {family.architectures[0]} has it{near}'
+        )
+    if left:
+        name, extra = next(iter(left.items()))
+        raise UserError(
+            f'{extra.path}: tensor {name} {list(extra.shape)}{tail(left)} is none that a {family.architectures[0]} of this '
+            f'{CONFIG} has; its numbers would be lost'
+        )
+    return sources, copies, fixed
+
+
+def _copies(family: Family, table: list[Tensor], c: ModelConfig) -> dict[str, str]:
+    """Tensors that a publisher may repeat, and which they repeat; among them the head that is the embedding."""
+    found = {name: of for name, of in family.copies.items() if '{i}' not in name}
+    embedding = [one.name for one in table if any(part.leaf == 'embed_VD' for part in one.parts) and not one.copy_of]
+    if c.tied_embedding and embedding:
+        found |= {name: embedding[0] for name, entry in family.names.items() if entry == 'head_DV'}
+    return found | {one.name: one.copy_of for one in table if one.copy_of}
+
+
+def _check_fixed(one: Source, name: str, wanted: np.ndarray) -> None:
+    """That a tensor has the numbers that it must have, as far as its dtype can say them."""
+    if one.shape != wanted.shape or not np.allclose(
+        one.read().astype(np.float32), wanted, rtol=0, atol=4 * float(jnp.finfo(one.dtype).eps)
+    ):
+        raise UserError(
+            f'{one.path}: tensor {name} {list(one.shape)} has not the numbers that follow from {CONFIG}: a model with '
+            'others is not supported'
+        )
+
+
+def _check_copy(one: Source, name: str, source: Source, of: str) -> None:
+    """That a tensor has the numbers of another, some rows at a time."""
+    same = one.shape == source.shape and one.dtype == source.dtype
+    step = max(2**24 // max(math.prod(one.shape[1:]), 1), 1)
+    for begin in range(0, one.shape[0] if same else 0, step):
+        rows = (slice(begin, begin + step),)
+        same = same and one.read(rows).tobytes() == source.read(rows).tobytes()
+    if not same:
+        raise UserError(
+            f'{one.path}: tensor {name} differs from {of}, of which it must be a copy by {CONFIG} (tie_word_embeddings for an '
+            'lm_head); where they are two, say so there'
+        )
+
+
+def _with_dtypes(
+    folder: Path, c: ModelConfig, table: list[Tensor], sources: Mapping[str, Source], dtype: str | None
+) -> ModelConfig:
+    """The config with the dtypes of storage and compute."""
+    found: Counter[np.dtype] = Counter()
+    for one in table:
+        source = sources[one.name]
+        if not jnp.issubdtype(source.dtype, np.floating) or source.dtype.itemsize < 2:
+            raise UserError(
+                f'{folder}: tensor {one.name} has dtype {source.dtype}, which needs a quantization_config that says what its '
+                'numbers stand for; supported: DeepSeek’s block-scaled FP8, MXFP4'
+            )
+        # The bias of a router's choices is kept in at least float32 anyhow, without widening all others.
+        if not all(part.leaf.endswith('.bias_E') for part in one.parts):
+            found[source.dtype] += math.prod(one.shape)
+    kept = dtype or np.dtype(functools.reduce(jnp.promote_types, found)).name
+    if kept not in get_args(Kept):
+        raise UserError(
+            f'{folder}: its tensors are {kept}: weights are kept in {", ".join(get_args(Kept))}; say which with --dtype'
+        )
+    most = dtype or found.most_common(1)[0][0].name
+    return dataclasses.replace(c, weight_dtype=cast(Kept, kept), dtype='bfloat16' if most == 'bfloat16' else 'float32')
+
+
+def side_files(folder: Path) -> dict[str, bytes]:
+    """What stands beside the weights and is kept: configs, tokenizers, chat templates, licences. No code, no pickles."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and SIDE.fullmatch(path.name) and not path.name.endswith('.index.json'):
+            if (size := path.stat().st_size) > LARGEST_SIDE:
+                raise UserError(
+                    f'{path}: has {size} bytes; at most {LARGEST_SIDE} are kept of a file beside the weights'
+                )
+            found[path.name] = inside(folder, path.name).read_bytes()
+    return found
+
+
+def write(
+    folder: Path,
+    config: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    kinds: Mapping[str, tuple[np.dtype, Sequence[int]]],
+    content: Callable[[str], np.ndarray],
+    file_bytes: int = FILE_BYTES,
+) -> None:
+    """Makes a folder of a config, files beside it, and tensors, of which `content` is asked for one at a time.
+
+    It has its name only when all of it is there. Raises UserError where it exists.
+    """
+    parts: list[dict[str, tuple[np.dtype, Sequence[int]]]] = [{}]
+    room = file_bytes
+    for name, (dtype, shape) in kinds.items():
+        size = math.prod(shape) * dtype.itemsize
+        if size > room and parts[-1]:
+            parts.append({})
+            room = file_bytes
+        parts[-1][name] = (dtype, shape)
+        room -= size
+    names = [f'model-{i + 1:05}-of-{len(parts):05}.safetensors' for i in range(len(parts))]
+    with staged(folder) as place:
+        for name, contents in {
+            **files,
+            CONFIG: json.dumps(config, indent=2, ensure_ascii=False).encode() + b'\n',
+        }.items():
+            (place / name).write_bytes(contents)
+        if len(parts) == 1:
+            tensor_files.write(place / SINGLE, parts[0], content)
+        else:
+            for name, part in zip(names, parts, strict=True):
+                tensor_files.write(place / name, part, content)
+            total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds.values())
+            where = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
+            index = {'metadata': {'total_size': total}, 'weight_map': where}
+            (place / INDEX).write_text(json.dumps(index, indent=2) + '\n', encoding='utf-8')
+
+
+class staged:
+    """A new folder that gets its name when the block ends well, and is gone when it does not."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.place = folder.with_name(f'.{folder.name}.partial')
+
+    def __enter__(self) -> Path:
+        refuse_existing(self.folder)
+        shutil.rmtree(self.place, ignore_errors=True)  # of a process that was killed
+        self.place.mkdir(parents=True)
+        return self.place
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            refuse_existing(self.folder)
+            for path in [*self.place.rglob('*'), self.place]:
+                descriptor = os.open(path, os.O_RDONLY)
+                os.fsync(descriptor)
+                os.close(descriptor)
+            self.place.rename(self.folder)
+        else:
+            shutil.rmtree(self.place, ignore_errors=True)
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raises UserError where there is something of that name."""
+    if folder.exists() or folder.is_symlink():
+        raise UserError(f'{folder}: exists already, and nothing is overwritten; choose another name, or move it away')
+
+
+def published_config(
+    c: ModelConfig, name: str | None = None, original: Mapping[str, Any] | None = None
+) -> tuple[Family, dict[str, Any]]:
+    """The family of a model, and the fields of its config.json: of the named family, or of the first that can say this model.
+
+    `original` is what the model was read from; it is given back where it still says the same. Raises UserError where no family
+    fits, with what stands in the way.
+    """
+    known = {family.name: family for family in families()}
+    if name is not None and name not in known:
+        raise UserError(f'--family {name}: no such family{nearest(name, known)}')
+    reasons: list[tuple[str, int, str]] = []
+    for family in [known[name]] if name else known.values():
+        try:
+            if original is not None:
+                fields = {field: value for field, value in original.items() if field not in NOT_EXPORTED}
+                if not _says(family, fields, c):
+                    return family, fields
+            fields = {'architectures': [family.architectures[0]]} | family.write(c)
+            if not (differing := _says(family, fields, c)):
+                tensors(family, c, shapes_of(c))
+                return family, fields
+            reasons.append((family.name, len(differing), ', '.join(differing)))
+        except UserError as error:
+            reasons.append((family.name, 100, str(error)))
+    reasons.sort(key=lambda reason: reason[1])
+    told = '; '.join(f'{near}: {why}' for near, _, why in reasons[:3])
+    raise UserError(f'no published family can say this model: {told}')
+
+
+def _says(family: Family, fields: Mapping[str, Any], c: ModelConfig) -> list[str]:
+    """Where a model differs from what its family reads in a config's fields."""
+    reader = Fields(fields)
+    found = family.read(reader)
+    reader.finish()
+    there = [name for name, said in family.told.items() if all(getattr(c, field) == said[field] for field in said)]
+    return _differing(family.model_of(found, there), c)
+
+
+def _differing(found: ModelConfig, c: ModelConfig) -> list[str]:
+    """Where two models differ: names of fields with both values, without those that change no logit."""
+
+    def said(config: ModelConfig) -> dict[str, Any]:
+        fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in NO_LOGIT}
+        if config.moe:
+            fields['moe'] = {name: value for name, value in fields['moe'].items() if name not in NO_LOGIT_MOE}
+            fields['moe']['choice_bias'] = config.moe.has_choice_bias
+        return fields
+
+    mine, other = said(c), said(found)
+    pairs = [(f'model.{name}', mine[name], other[name]) for name in mine]
+    for name, a, b in pairs[:]:
+        if isinstance(a, dict) and isinstance(b, dict):
+            pairs.remove((name, a, b))
+            pairs += [(f'{name}.{inner}', a[inner], b[inner]) for inner in a]
+    return [f'{name} is {a!r} and would be {b!r}' for name, a, b in pairs if a != b]

@@ -1,0 +1,50 @@
+"""Published models to runs and back.
+
+python scripts/convert.py import ~/models/Llama-3.2-1B runs/llama      a run, as if it had been trained here
+python scripts/convert.py export runs/llama ~/models/mine              a folder that transformers loads
+"""
+
+import argparse
+from pathlib import Path
+
+from scripts.entry import run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ways = parser.add_subparsers(dest='way', required=True)
+    dtypes = ('float32', 'bfloat16', 'float16')
+
+    into = ways.add_parser('import', help='a published folder (config.json, *.safetensors, tokenizer) to a run')
+    into.add_argument('source', metavar='HF_DIR')
+    into.add_argument('run', metavar='RUN', help='the run to make, such as runs/llama')
+    into.add_argument('--mesh', metavar='AXES', default='', help='the run’s own, such as expert=2,tensor=2')
+    into.add_argument('--dtype', choices=dtypes, help='of the weights; the source’s own otherwise')
+    into.add_argument(
+        '--without-remote-code',
+        action='store_true',
+        help='take a model that names code of its own, and do without that code',
+    )
+
+    out = ways.add_parser('export', help='a run to a published folder')
+    out.add_argument('run', metavar='RUN', help='a folder such as runs/llama')
+    out.add_argument('target', metavar='HF_DIR', help='the folder to make')
+    out.add_argument('--mesh', metavar='AXES', help='to hold the weights meanwhile; the run’s own otherwise')
+    out.add_argument('--dtype', choices=dtypes, help='of the tensors; those of the source or of the run otherwise')
+    out.add_argument('--family', metavar='NAME', help='for a run that was not imported; the first that fits otherwise')
+    options = parser.parse_args()
+
+    from sharding.buckets import at
+    from sharding.mesh import parse_mesh
+    from training.conversion import export_run, import_run
+
+    if options.way == 'import':
+        mesh = parse_mesh(options.mesh)
+        import_run(Path(options.source), Path(options.run), mesh, options.dtype, options.without_remote_code)
+    else:
+        mesh = None if options.mesh is None else parse_mesh(options.mesh)
+        export_run(at(options.run), Path(options.target), options.dtype, options.family, mesh)
+
+
+if __name__ == '__main__':
+    run(main)

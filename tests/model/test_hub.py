@@ -1,0 +1,414 @@
+"""Published folders to runs and back: every number arrives, once, bit for bit; every mistake is told in one line."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from decoding.run import open_run
+from decoding.score import score
+from model import hub, streaming, tensor_files
+from model.families import Fields, tensors
+from sharding import boxes
+from sharding.errors import UserError
+from sharding.mesh import MeshConfig, make_mesh
+from tests.families import cases, folders
+from tests.families.loading import GOLDENS, golden, read
+from tests.memory import Peak
+from training import shards
+from training.conversion import export_run, import_run
+
+MESHES = {'one': MeshConfig(), 'all': MeshConfig(data=2, expert=2, tensor=2), 'stages': MeshConfig(stage=2, tensor=2)}
+LLAMA = cases.CASES['llama-grouped']
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    assert a.keys() == b.keys()
+    for name, x in a.items():
+        assert (x.dtype, x.shape) == (b[name].dtype, b[name].shape), name
+        assert x.tobytes() == b[name].tobytes(), name
+
+
+@pytest.mark.parametrize('name', cases.CASES)
+def test_every_tensor_of_every_family_comes_back_bit_for_bit(name, tmp_path):
+    found = folders.named(name, lambda tensor, shape: folders.bits(tensor, shape, jnp.bfloat16))
+    published = hub.read(folders.write(tmp_path / 'source', cases.CASES[name], found))
+    arrays = dict(published.arrays(make_mesh(MESHES['all'])))
+    back = {one.name: streaming.published(one, arrays).astype(jnp.bfloat16) for one in published.table}
+    same(back | {copy: back[of] for copy, of in published.copies.items()}, found)
+
+
+@contextlib.contextmanager
+def apart(block: int):
+    """Devices whose memory is not the host's, filled and read in blocks of so many bytes."""
+    with (
+        mock.patch.object(streaming, 'BLOCK', block),
+        mock.patch.object(shards, 'BLOCK', block),
+        mock.patch.object(streaming, 'is_host', return_value=False),
+        mock.patch.object(boxes, 'is_host', return_value=False),
+    ):
+        yield
+
+
+@pytest.mark.parametrize('mesh', MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize('dtype', [np.float32, jnp.bfloat16], ids=['float32', 'bfloat16'])
+def test_blocks_of_a_shard_are_put_together(dtype, mesh, tmp_path):
+    found = {name: x.astype(dtype) for name, x in folders.named('phi3-plain-window').items()}
+    published = hub.read(folders.write(tmp_path / 'source', cases.CASES['phi3-plain-window'], found))
+    whole = dict(published.arrays(make_mesh(mesh)))
+    with apart(10_000):
+        parts = dict(published.arrays(make_mesh(mesh)))
+        same({one.name: streaming.published(one, parts) for one in published.table}, found)
+    for leaf, x in whole.items():
+        assert x.sharding == parts[leaf].sharding
+        assert np.asarray(x).tobytes() == np.asarray(parts[leaf]).tobytes(), leaf
+
+
+MB = 2**20
+WIDE = LLAMA | {'hidden_size': 1024, 'intermediate_size': 4096, 'num_hidden_layers': 6, 'vocab_size': 16_000}
+WIDE |= {'num_attention_heads': 16, 'num_key_value_heads': 4}
+
+
+@pytest.fixture(scope='module')
+def wide(tmp_path_factory) -> Path:
+    """A model of some 250 MB."""
+    family, c = read(WIDE)
+    table = tensors(family, c, hub.shapes_of(c))
+    noise = folders.bits('noise', (2**16,), np.uint16) & 0x3FFF
+    fill = lambda shape: np.resize(noise, shape).view(jnp.bfloat16)
+    folder = tmp_path_factory.mktemp('wide') / 'source'
+    return folders.write(folder, WIDE, {one.name: fill(one.shape) for one in table}, files=2)
+
+
+@pytest.mark.parametrize('mesh', ['one', 'all'])
+@pytest.mark.parametrize('way', ['host', 'apart'])
+def test_memory_beyond_the_sharded_weights_is_the_largest_tensor_and_a_little(wide, mesh, way):
+    """A little: a 16th of 1 GiB, for weights a 16th of some 4 GB."""
+    devices = make_mesh(MESHES[mesh])
+    published = hub.read(wide)
+    largest = max(source.read().nbytes for source in published.sources.values())
+    with contextlib.nullcontext() if way == 'host' else apart(8 * MB), Peak() as peak:
+        arrays = dict(published.arrays(devices))
+    weights = sum(shard.data.nbytes for x in arrays.values() for shard in x.addressable_shards)
+    assert weights > 230 * MB
+    assert peak.bytes < weights + largest + 64 * MB, (peak.bytes, weights, largest)
+
+
+@pytest.mark.parametrize('mesh', ['one', 'all'])
+def test_an_import_holds_one_array_at_a_time(wide, mesh, tmp_path):
+    published = hub.read(wide)
+    arrays = [int(np.prod(shape.shape)) * shape.dtype.itemsize for shape in published.shapes.values()]
+    with mock.patch.object(shards, 'BLOCK', 8 * MB), Peak() as peak:
+        import_run(wide, tmp_path / 'run', MESHES[mesh], say=str)
+    assert peak.bytes < max(arrays) + 64 * MB, (peak.bytes, max(arrays))
+    assert max(arrays) + 64 * MB < sum(arrays) / 2
+
+
+@pytest.mark.parametrize('mesh', ['one', 'all'])
+@pytest.mark.parametrize('kind', ['float32', 'bfloat16', 'mixed'])
+def test_a_run_gives_back_what_it_was_imported_from(kind, mesh, tmp_path):
+    found = folders.named('glm4_moe-air')
+    narrow = folders.in_bfloat16(found)
+    found = {
+        'float32': found,
+        'bfloat16': narrow | {name: x for name, x in found.items() if name.endswith('correction_bias')},
+        'mixed': narrow | {name: x for name, x in found.items() if 'norm' in name},
+    }[kind]
+    config = cases.CASES['glm4_moe-air'] | {'torch_dtype': 'bfloat16'}
+    source = folders.write(tmp_path / 'source', config, found, files=3)
+    (source / 'chat_template.jinja').write_text('{{ messages }}')
+    (source / 'generation_config.json').write_text('{"eos_token_id": [1, 2]}')
+    (source / 'modeling_glm4.py').write_text('raise SystemExit')
+    import_run(source, tmp_path / 'runs' / 'run', MESHES[mesh], say=str)
+    opened = open_run(tmp_path / 'runs' / 'run', needs_text=False)
+    assert opened.config.model.weight_dtype == ('bfloat16' if kind == 'bfloat16' else 'float32')
+    export_run(tmp_path / 'runs' / 'run', tmp_path / 'target', say=str)
+    same(folders.stored(tmp_path / 'target'), found)
+    written = json.loads((tmp_path / 'target' / 'config.json').read_text())
+    assert written == config | {'torch_dtype': opened.config.model.weight_dtype}
+    for name in ('chat_template.jinja', 'generation_config.json'):
+        assert (tmp_path / 'target' / name).read_bytes() == (source / name).read_bytes()
+    assert not (tmp_path / 'target' / 'modeling_glm4.py').exists()
+
+
+def test_an_imported_run_has_the_logits_of_transformers(tmp_path):
+    known = golden(GOLDENS / 'llama-grouped.npz')
+    source = folders.write(tmp_path / 'source', known.config, folders.named('llama-grouped'), files=2)
+    import_run(source, tmp_path / 'run', MESHES['all'], say=str)
+    opened = open_run(tmp_path / 'run', needs_text=False)
+    with pytest.raises(UserError, match='imported without a tokenizer'):
+        open_run(tmp_path / 'run')
+    with jax.set_mesh(opened.mesh):
+        found = np.concatenate([logits for _, logits in score(opened.model, known.ids)])
+    found = found[known.at[:, 0], known.at[:, 1], : known.logits.shape[1]]
+    assert np.abs(found - known.logits).max() <= 1e-5 * np.abs(known.logits).max()
+
+
+# Mistakes --------------------------------------------------------------------------------------------------------------
+
+Q = 'model.layers.1.self_attn.q_proj.weight'
+
+
+def edit(folder: Path, **fields) -> None:
+    """Changes config.json; None takes a field out."""
+    path = folder / 'config.json'
+    config = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+
+def again(folder: Path, change) -> None:
+    """Writes the weights again, with some of them changed."""
+    found = folders.stored(folder)
+    change(found)
+    for path in folder.glob('*.safetensors*'):
+        path.unlink()
+    kinds = {name: (x.dtype, x.shape) for name, x in found.items()}
+    tensor_files.write(folder / hub.SINGLE, kinds, lambda name: found[name])
+
+
+def rehead(folder: Path, change) -> None:
+    """Changes the header of the weights, which is text."""
+    path = folder / hub.SINGLE
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], 'little')
+    text = change(raw[8 : 8 + length].decode()).encode()
+    path.write_bytes(len(text).to_bytes(8, 'little') + text + raw[8 + length :])
+
+
+def reindex(folder: Path, **files: str) -> None:
+    path = folder / hub.INDEX
+    index = json.loads(path.read_text())
+    index['weight_map'] |= {Q: files['q']} if files else {}
+    path.write_text(json.dumps(index))
+
+
+def two(folder: Path, change=lambda folder: None) -> None:
+    """As two files with an index."""
+    found = folders.stored(folder)
+    config = json.loads((folder / 'config.json').read_text())
+    shutil.rmtree(folder)
+    folders.write(folder, config, found, files=2)
+    change(folder)
+
+
+def pickled(folder: Path) -> None:
+    (folder / hub.SINGLE).rename(folder / 'pytorch_model.bin')
+
+
+def outside(folder: Path) -> None:
+    (folder / hub.SINGLE).rename(folder.parent / 'elsewhere')
+    (folder / hub.SINGLE).symlink_to(folder.parent / 'elsewhere')
+
+
+def duplicate(folder: Path) -> None:
+    second = folder / 'model-00002-of-00002.safetensors'
+    shutil.copy(folder / 'model-00001-of-00002.safetensors', second)
+
+
+def swapped(found: dict) -> None:
+    found['lm_head.weight'] = found['model.embed_tokens.weight'] + 1
+
+
+def cut(folder: Path, size: int) -> None:
+    path = folder / hub.SINGLE
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def grow(folder: Path) -> None:
+    with (folder / hub.SINGLE).open('ab') as file:
+        file.write(b'more')
+
+
+def swap_offsets(text: str) -> str:
+    """The last two tensors in each other's place."""
+    header = json.loads(text)
+    a, b = list(header)[-2:]
+    header[a]['data_offsets'] = header[b]['data_offsets']
+    return json.dumps(header)
+
+
+MISTAKES = {
+    'no folder': (shutil.rmtree, ['no such folder']),
+    'no config': (lambda f: (f / 'config.json').unlink(), ['config.json', 'not a published model']),
+    'config is no JSON': (lambda f: (f / 'config.json').write_text('{'), ['config.json', 'not readable as JSON']),
+    'config is a list': (lambda f: (f / 'config.json').write_text('[]'), ['JSON object, not list']),
+    'unknown architecture': (
+        lambda f: edit(f, architectures=['LlamaForCausalLLM']),
+        ['LlamaForCausalLLM', "did you mean 'LlamaForCausalLM'"],
+    ),
+    'unknown field': (lambda f: edit(f, rope_thetta=1), ['rope_thetta is 1', "did you mean 'rope_theta'"]),
+    'unsupported value': (lambda f: edit(f, hidden_act='relu'), ['hidden_act', "'relu'", "'silu'"]),
+    'remote code': (lambda f: edit(f, auto_map={'AutoModel': 'x.Y'}), ['auto_map', '--without-remote-code']),
+    'quantised': (
+        lambda f: edit(f, quantization_config={'quant_method': 'awq'}),
+        ['quantization_config', "'awq'", 'fp8', 'mxfp4'],
+    ),
+    'pickled weights': (pickled, ['pytorch_model.bin', 'safetensors', 'save_pretrained']),
+    'other weights': (lambda f: (f / hub.SINGLE).rename(f / 'model.gguf'), ['model.gguf', 'safetensors']),
+    'no weights': (lambda f: (f / hub.SINGLE).unlink(), ['neither', hub.SINGLE, hub.INDEX]),
+    'link that leaves': (outside, [hub.SINGLE, 'leaves the folder']),
+    'missing tensor': (lambda f: again(f, lambda found: found.pop(Q)), [f'tensor {Q} is missing']),
+    'missing tensors': (
+        lambda f: edit(f, num_hidden_layers=3),
+        ['tensor model.layers.2.input_layernorm.weight is missing (and 8 more)'],
+    ),
+    'extra tensor': (
+        lambda f: again(f, lambda found: found.update(more=np.zeros(3, np.float32))),
+        ['tensor more [3]', 'lost'],
+    ),
+    'extra layers': (lambda f: edit(f, num_hidden_layers=1), ['model.layers.1.', '(and 8 more)']),
+    'misshapen tensor': (
+        lambda f: again(f, lambda found: found.update({Q: np.zeros((64, 32), np.float32)})),
+        [Q, '[64, 32]', '[64, 64]'],
+    ),
+    'untied head': (
+        lambda f: (again(f, swapped), edit(f, tie_word_embeddings=True)),
+        ['lm_head.weight', 'tie_word_embeddings', 'model.embed_tokens.weight'],
+    ),
+    'whole numbers': (
+        lambda f: again(f, lambda found: found.update({Q: found[Q].astype(np.int8)})),
+        [Q, 'int8', 'quantization_config'],
+    ),
+    'float64': (
+        lambda f: again(f, lambda found: found.update({Q: found[Q].astype(np.float64)})),
+        ['float64', '--dtype'],
+    ),
+    'index that leaves': (lambda f: two(f, lambda f: reindex(f, q='../other.safetensors')), ["'../other.safetensors'"]),
+    'absolute index': (lambda f: two(f, lambda f: reindex(f, q='/etc/passwd')), ["'/etc/passwd'"]),
+    'index of no file': (lambda f: two(f, lambda f: reindex(f, q='none.safetensors')), ['none.safetensors', 'missing']),
+    'index of another file': (
+        lambda f: two(f, lambda f: reindex(f, q='model-00002-of-00002.safetensors')),
+        [Q, 'model-00002-of-00002', 'does not have it'],
+    ),
+    'index is no JSON': (lambda f: two(f, lambda f: (f / hub.INDEX).write_text('x')), [hub.INDEX, 'JSON']),
+    'index without a map': (lambda f: two(f, lambda f: (f / hub.INDEX).write_text('{}')), [hub.INDEX, 'weight_map']),
+    'tensor in two files': (lambda f: two(f, duplicate), ['is in both', 'model-00001', 'model-00002']),
+    'empty file': (lambda f: cut(f, 0), [hub.SINGLE, '0 bytes']),
+    'cut in the header': (lambda f: cut(f, 100), [hub.SINGLE, 'cut off']),
+    'cut in the numbers': (lambda f: cut(f, 30000), [hub.SINGLE, 'cut off']),
+    'more at the end': (grow, [hub.SINGLE, 'belongs to no tensor']),
+    'huge header': (
+        lambda f: (f / hub.SINGLE).write_bytes(b'\xff' * 7 + b'\0' + b'{}'),
+        [str(2**56 - 1), '100000000'],
+    ),
+    'header is no JSON': (lambda f: rehead(f, lambda text: 'x' + text[1:]), ['header is not JSON']),
+    'header is a list': (lambda f: rehead(f, lambda text: '[]'), ['not a JSON object']),
+    'a name twice': (lambda f: rehead(f, lambda text: text.replace('layers.0', 'layers.1')), ['twice', 'layers.1']),
+    'unknown dtype': (lambda f: rehead(f, lambda text: text.replace('"F32"', '"F31"', 1)), ["'F31'", 'F32']),
+    'negative size': (lambda f: rehead(f, lambda text: text.replace('[64,', '[-64,', 1)), ['-64', 'whole numbers']),
+    'size and bytes differ': (lambda f: rehead(f, lambda text: text.replace('[64,', '[63,', 1)), ['needs', 'bytes']),
+    'overlap': (lambda f: rehead(f, swap_offsets), ['the header is wrong']),
+    'entry without a shape': (lambda f: rehead(f, lambda text: text.replace('"shape"', '"form"', 1)), ['shape']),
+}
+
+
+@pytest.mark.parametrize('name', MISTAKES)
+def test_a_mistake_is_told_in_one_line_before_anything_is_written(name, tmp_path):
+    change, words = MISTAKES[name]
+    folder = folders.write(tmp_path / 'source', LLAMA, folders.named('llama-grouped'))
+    change(folder)
+    with pytest.raises(UserError) as error:
+        import_run(folder, tmp_path / 'runs' / 'run', MeshConfig(), say=str)
+    line = str(error.value)
+    assert '\n' not in line
+    assert all(word in line for word in words), line
+    assert not (tmp_path / 'runs').exists()
+
+
+def test_what_exists_is_not_overwritten(tmp_path):
+    folder = folders.write(tmp_path / 'source', LLAMA, folders.named('llama-grouped'))
+    (tmp_path / 'run').mkdir()
+    with pytest.raises(UserError, match='run: exists already'):
+        import_run(folder, tmp_path / 'run', MeshConfig(), say=str)
+    import_run(folder, tmp_path / 'other', MeshConfig(), say=str)
+    with pytest.raises(UserError, match='source: exists already'):
+        export_run(tmp_path / 'other', folder, say=str)
+    with pytest.raises(UserError, match=r'mesh.tensor is 3'):
+        import_run(folder, tmp_path / 'third', MeshConfig(tensor=3), say=str)
+
+
+def test_an_import_that_fails_leaves_nothing(tmp_path):
+    folder = folders.write(tmp_path / 'source', LLAMA, folders.named('llama-grouped'))
+    with (
+        mock.patch.object(tensor_files.Stored, 'read', side_effect=OSError('gone')),
+        pytest.raises(OSError, match='gone'),
+    ):
+        import_run(folder, tmp_path / 'runs' / 'run', MeshConfig(), say=str)
+    assert not list((tmp_path / 'runs').iterdir())
+
+
+def test_a_head_that_repeats_the_embedding_is_kept_and_given_back(tmp_path):
+    found = folders.named('mixtral-top-1-tied')
+    found['lm_head.weight'] = found['model.embed_tokens.weight']
+    found['model.layers.0.self_attn.rotary_emb.inv_freq'] = np.ones(8, np.float32)
+    config = cases.CASES['mixtral-top-1-tied']
+    folder = folders.write(tmp_path / 'source', config, found)
+    import_run(folder, tmp_path / 'run', MeshConfig(), say=str)
+    export_run(tmp_path / 'run', tmp_path / 'target', say=str)
+    same(folders.stored(tmp_path / 'target'), {name: x for name, x in found.items() if 'inv_freq' not in name})
+
+
+def test_weights_in_another_dtype(tmp_path):
+    found = folders.named('llama-grouped')
+    folder = folders.write(tmp_path / 'source', LLAMA | {'auto_map': {}}, found)
+    import_run(folder, tmp_path / 'run', MeshConfig(), 'bfloat16', without_remote_code=True, say=str)
+    export_run(tmp_path / 'run', tmp_path / 'target', say=str)
+    same(folders.stored(tmp_path / 'target'), folders.in_bfloat16(found))
+    assert json.loads((tmp_path / 'target' / 'config.json').read_text()) == LLAMA | {'dtype': 'bfloat16'}
+    export_run(tmp_path / 'run', tmp_path / 'wide', 'float32', say=str)
+    same(
+        folders.stored(tmp_path / 'wide'),
+        {name: x.astype(np.float32) for name, x in folders.in_bfloat16(found).items()},
+    )
+
+
+def test_many_files_with_an_index(tmp_path):
+    found = folders.named('llama-grouped')
+    kinds = {name: (x.dtype, x.shape) for name, x in found.items()}
+    hub.write(tmp_path / 'target', LLAMA, {}, kinds, lambda name: found[name], file_bytes=60_000)
+    files = sorted(path.name for path in (tmp_path / 'target').glob('*.safetensors'))
+    assert len(files) > 3
+    assert files[0] == f'model-00001-of-{len(files):05}.safetensors'
+    same(folders.stored(tmp_path / 'target'), found)
+    index = json.loads((tmp_path / 'target' / hub.INDEX).read_text())
+    assert index['metadata']['total_size'] == sum(x.nbytes for x in found.values())
+
+
+def test_older_names_and_files_without_the_prefix_are_given_back(tmp_path):
+    names = {
+        'gpt2-plain': lambda name: name.removeprefix('transformer.'),
+        'bert-plain': lambda name: name.replace('LayerNorm.weight', 'LayerNorm.gamma'),
+    }
+    for case, rename in names.items():
+        found = {rename(name): x for name, x in folders.named(case).items()}
+        assert found.keys() != folders.named(case).keys()
+        folder = folders.write(tmp_path / case, cases.CASES[case], found)
+        import_run(folder, tmp_path / f'{case}-run', MESHES['all'], say=str)
+        export_run(tmp_path / f'{case}-run', tmp_path / f'{case}-target', say=str)
+        same(folders.stored(tmp_path / f'{case}-target'), found)
+
+
+@pytest.mark.parametrize('name', cases.CASES)
+def test_a_model_that_was_not_imported_finds_a_family(name):
+    _, c = read(cases.CASES[name])
+    c = dataclasses.replace(c, dtype='bfloat16', remat='block', dropout=0.1)
+    family, fields = hub.published_config(c)
+    found = family.read(Fields({**fields}))
+    assert dataclasses.replace(found, dtype='bfloat16', remat='block', dropout=0.1) == c
+
+
+def test_a_model_of_no_family_is_told_what_stands_in_the_way():
+    _, c = read(LLAMA)
+    with pytest.raises(
+        UserError, match=r"no published family .*llama: model.activation is 'relu' and would be 'swiglu'"
+    ):
+        hub.published_config(dataclasses.replace(c, activation='relu'))
+    with pytest.raises(UserError, match=r'qwen2: model.qkv_bias is False and would be True'):
+        hub.published_config(c, 'qwen2')

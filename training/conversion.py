@@ -1,0 +1,225 @@
+"""Published models to runs and back: a run is made of a published folder, and a published folder of a run.
+
+    runs/NAME/
+      config.yaml, tokenizer.*   as of every run
+      checkpoints/0/             the weights alone
+      source/                    the published files beside the weights, as they were
+      source.json                what an export needs to give back the same tensors
+
+One array after another goes from the files over the mesh into the checkpoint: no more than one is ever in memory.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from data.exported_tokenizer import exported_tokenizer
+from data.published_tokenizer import published_tokenizer, run_tokenizer
+from model import hub
+from model.config import ModelConfig, sizes
+from model.families import Tensor, tensors
+from model.streaming import published
+from sharding.buckets import Bucket
+from sharding.errors import UserError
+from sharding.mesh import BATCH, SEQUENCE, MeshConfig, check_divides, make_mesh, start
+from training import config as configs
+from training.bucket_checkpoint import checkpoints_of
+from training.checkpoint import Checkpoints, named
+from training.config import RECORD, RunConfig, TrainingConfig
+from training.state import abstract_state, restore_model, saved_config
+
+SOURCE = 'source'
+CONTEXT = 2048  # tokens, where a config says nothing of it
+POSITIONS = ('max_position_embeddings', 'n_positions', 'n_ctx')
+
+
+def import_run(
+    source: Path,
+    run: Path,
+    mesh: MeshConfig,
+    dtype: str | None = None,
+    without_remote_code: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Makes the run of a published folder. Raises UserError, before anything is written, where it cannot be one."""
+    hub.refuse_existing(run)
+    found = hub.read(source, dtype, without_remote_code)
+    check_divides(mesh, sizes(found.model))
+    files = hub.side_files(source)
+    config = run_config(run.name, found, mesh)
+    tokenizer = published_tokenizer(files, str(source))
+    if tokenizer:
+        config.with_vocabulary(tokenizer.vocabulary)  # a smaller model than the tokenizer needs is refused
+    start(mesh.size, config.model.dtype)
+    devices = make_mesh(mesh)
+    kept = {'config.yaml': configs.dump(config).encode()} | (tokenizer.files() if tokenizer else {})
+    with hub.staged(run) as place:
+        with jax.set_mesh(devices):
+            names = dict(zip(found.shapes, named(abstract_state(config).model), strict=True))
+        arrays = told(found.arrays(devices), names, found.bytes, say)
+        facts = {'step': 0, 'tokens': 0, 'corpus': None, 'seed': config.seed, 'next_sample': 0}
+        Checkpoints(place).save_weights(0, 'model', arrays, facts, kept)
+        for name, content in kept.items():
+            (place / name).write_bytes(content)
+        (place / SOURCE).mkdir()
+        for name, content in files.items():
+            (place / SOURCE / name).write_bytes(content)
+        (place / RECORD).write_text(json.dumps(record(found, dtype), indent=1) + '\n', encoding='utf-8')
+    say(f'{run}: {found.family.name}, {parameters(found):,} parameters, weights in {found.model.weight_dtype}')
+    if not tokenizer:
+        say(f'{source} has no tokenizer: the run can be scored with token ids, but neither decode nor evaluate text')
+
+
+def parameters(found: hub.Published) -> int:
+    """Numbers in all tensors."""
+    return sum(math.prod(one.shape) for one in found.table)
+
+
+def told(
+    arrays: Iterable[tuple[str, jax.Array]], names: Mapping[str, str], total: int, say: Callable[[str], None]
+) -> Iterator[tuple[str, jax.Array]]:
+    """The same by the names of a checkpoint, and every few seconds how far they are."""
+    done, last = 0, time.monotonic()
+    for leaf, x in arrays:
+        done += x.nbytes
+        yield names[leaf], x
+        del x  # before the next is made
+        if time.monotonic() - last > 5:
+            last = time.monotonic()
+            say(f'{done / 1e9:.1f} of about {total / 1e9:.1f} GB')
+
+
+def run_config(name: str, found: hub.Published, mesh: MeshConfig) -> RunConfig:
+    """The config of an imported run: the context that was published, and gentle values for training on."""
+    positions = next((found.config[field] for field in POSITIONS if isinstance(found.config.get(field), int)), CONTEXT)
+    ways = mesh.span(SEQUENCE) * (2 if mesh.context > 1 else 1)
+    training = TrainingConfig(
+        steps=1000,
+        batch=mesh.span((*BATCH, 'stage')),
+        sequence_length=max(positions // ways, 1) * ways,
+        learning_rate=1e-5,
+    )
+    return RunConfig(name=name, mesh=mesh, model=found.model, training=training)
+
+
+def record(found: hub.Published, dtype: str | None) -> dict[str, Any]:
+    """What an export needs beside the weights: the family, and of each tensor what the model does not say."""
+    kept = found.model.weight_dtype
+    others = {name: source.dtype.name for name, source in found.sources.items() if source.dtype.name != kept}
+    return {
+        'family': found.family.name,
+        'files': found.files,
+        'dtypes': {} if dtype else others,
+        'copies': found.copies,
+        'fixed': {name: dtype or own for name, own in found.fixed.items()},
+    }
+
+
+def export_run(
+    run: Path | Bucket,
+    target: Path,
+    dtype: str | None = None,
+    family: str | None = None,
+    mesh: MeshConfig | None = None,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Makes a published folder of a run's newest checkpoint, each tensor in the dtype that it was imported in, or in `dtype`.
+
+    `family` is for a run that was not imported; the first that can say this model otherwise. Raises UserError where none can.
+    """
+    hub.refuse_existing(target)
+    if not (run / 'config.yaml').is_file():
+        raise UserError(f'{run}: not a run, for it has no config.yaml')
+    checkpoints = checkpoints_of(run)
+    step = checkpoints.newest()
+    config = saved_config(checkpoints, step)
+    c = config.model
+    known = imported(run)
+    if known and family not in (None, known.family):
+        raise UserError(f'--family {family}: {run} was imported as {known.family}, and is exported as that')
+    chosen, fields = hub.published_config(c, known.family if known else family, known.config if known else None)
+    if known:
+        beside = known.beside
+    else:
+        tokenizer = run_tokenizer(checkpoints.files(step), str(run))
+        assert tokenizer is not None, 'a run that was not imported has learnt one'
+        context = fields.setdefault('max_position_embeddings', config.training.sequence_length)
+        fields |= {'bos_token_id': tokenizer.bos, 'eos_token_id': tokenizer.eos}
+        beside = exported_tokenizer(tokenizer, context)
+    fields['torch_dtype' if 'torch_dtype' in fields else 'dtype'] = dtype or c.parameter_dtype.name
+    wanted = mesh or config.mesh
+    check_divides(wanted, sizes(c))
+    start(wanted.size, c.dtype)
+    shapes = hub.shapes_of(c)
+    with jax.set_mesh(make_mesh(wanted)):
+        model = restore_model(checkpoints, step, config)
+    found = dict(zip(shapes, jax.tree.leaves(model), strict=True))
+    kinds: dict[str, tuple[np.dtype, Sequence[int]]] = {}
+    makers: dict[str, Callable[[], np.ndarray]] = {}
+
+    def add(name: str, kept: str, shape: Sequence[int], make: Callable[[], np.ndarray]) -> None:
+        file = known.files.get(name, name) if known else name
+        kinds[file], makers[file] = (np.dtype(kept), shape), make
+
+    table = {one.name: one for one in tensors(chosen, c, shapes)}
+    for one in table.values():
+        if not (known and one.copy_of):  # the copies are those that there were
+            kept = dtype_of(one, c, shapes, known, dtype)
+            add(one.name, kept, one.shape, functools.partial(published, one, found))
+    if known:
+        for name, of in known.copies.items():
+            kept = dtype_of(table[of], c, shapes, known, dtype)
+            add(name, kept, table[of].shape, functools.partial(published, table[of], found))
+        for name, own in known.fixed.items():
+            numbers = chosen.fixed[name](c)
+            add(name, dtype or own, numbers.shape, functools.partial(np.asarray, numbers))
+    hub.write(target, fields, beside, kinds, lambda name: makers[name]().astype(kinds[name][0]))
+    size = sum(math.prod(shape) * kept.itemsize for kept, shape in kinds.values())
+    say(f'{target}: {fields["architectures"][0]}, {len(kinds)} tensors, {size / 1e9:.2f} GB (step {step})')
+
+
+def dtype_of(
+    one: Tensor,
+    c: ModelConfig,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    known: 'Imported | None',
+    dtype: str | None,
+) -> str:
+    """What a tensor is exported in: `dtype`, or as it was imported; a bias of a router's choices in at least float32."""
+    if known and not dtype and one.name in known.dtypes:
+        return known.dtypes[one.name]
+    if all(part.leaf.endswith('.bias_E') for part in one.parts):
+        return shapes[one.parts[0].leaf].dtype.name
+    return dtype or c.parameter_dtype.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """What a run keeps of the folder that it was imported from."""
+
+    family: str
+    files: dict[str, str]  # tensors' names in the folder's files, where the family's table has others
+    dtypes: dict[str, str]  # of tensors, where they are not the model's
+    copies: dict[str, str]  # tensors that repeat others
+    fixed: dict[str, str]  # tensors that follow from the model, and their dtypes
+    config: dict[str, Any]
+    beside: dict[str, bytes]  # files beside config.json and the weights
+
+
+def imported(run: Path | Bucket) -> Imported | None:
+    """Of a run; None where it was not imported."""
+    if not (run / RECORD).is_file():
+        return None
+    record = json.loads((run / RECORD).read_text(encoding='utf-8'))
+    source = run / SOURCE
+    names = source.files() if isinstance(source, Bucket) else [path.name for path in sorted(source.iterdir())]
+    files = {name: (source / name).read_bytes() for name in names}
+    return Imported(config=json.loads(files.pop(hub.CONFIG)), beside=files, **record)
