@@ -56,7 +56,9 @@ goldens: .reference/installed
 	$(REFERENCE) $(FAMILIES)/make.py --only '$(ONLY)'
 
 parity: install .reference/installed
-	rm -rf .cache/parity
+	rm -rf .cache/parity .cache/written
 	@echo 'weft: seed $(SEED)'
 	$(REFERENCE) $(FAMILIES)/make.py --only '$(ONLY)' --seed $(SEED) --out .cache/parity --all-positions --odd
 	GOLDENS=.cache/parity $(BIN)/python -m pytest $(FAMILIES)/test_families.py -k transformers $(ARGS)
+	$(BIN)/python -m tests.families.written .cache/written --only '$(ONLY)'
+	$(REFERENCE) $(FAMILIES)/make.py --written .cache/written

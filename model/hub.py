@@ -412,12 +412,12 @@ def refuse_existing(folder: Path) -> None:
 
 
 def published_config(
-    c: ModelConfig, name: str | None = None, original: Mapping[str, Any] | None = None
+    c: ModelConfig, context: int, name: str | None = None, original: Mapping[str, Any] | None = None
 ) -> tuple[Family, dict[str, Any]]:
     """The family of a model, and the fields of its config.json: of the named family, or of the first that can say this model.
 
-    `original` is what the model was read from; it is given back where it still says the same. Raises UserError where no family
-    fits, with what stands in the way.
+    `original` is what the model was read from; it is given back where it still says the same. `context` is how many tokens a
+    row may have, where the model does not say. Raises UserError where no family fits, with what stands in the way.
     """
     known = {family.name: family for family in families()}
     if name is not None and name not in known:
@@ -429,7 +429,10 @@ def published_config(
                 fields = {field: value for field, value in original.items() if field not in NOT_EXPORTED}
                 if not _says(family, fields, c):
                     return family, fields
-            fields = {'architectures': [family.architectures[0]]} | family.write(c)
+            # Some families' default in transformers is a padding token that a small vocabulary does not have.
+            fields = {'architectures': [family.architectures[0]], 'pad_token_id': None} | family.write(c)
+            if c.positions == 'rotary':  # others have a table, whose rows the family has told
+                fields.setdefault('max_position_embeddings', context)
             if not (differing := _says(family, fields, c)):
                 tensors(family, c, shapes_of(c))
                 return family, fields

@@ -145,15 +145,18 @@ def export_run(
     known = imported(run)
     if known and family not in (None, known.family):
         raise UserError(f'--family {family}: {run} was imported as {known.family}, and is exported as that')
-    chosen, fields = hub.published_config(c, known.family if known else family, known.config if known else None)
+    context = config.training.sequence_length
+    if known:
+        chosen, fields = hub.published_config(c, context, known.family, known.config)
+    else:
+        chosen, fields = hub.published_config(c, context, family)
     if known:
         beside = known.beside
     else:
         tokenizer = run_tokenizer(checkpoints.files(step), str(run))
         assert tokenizer is not None, 'a run that was not imported has learnt one'
-        context = fields.setdefault('max_position_embeddings', config.training.sequence_length)
         fields |= {'bos_token_id': tokenizer.bos, 'eos_token_id': tokenizer.eos}
-        beside = exported_tokenizer(tokenizer, context)
+        beside = exported_tokenizer(tokenizer, fields.get('max_position_embeddings', context))
     fields['torch_dtype' if 'torch_dtype' in fields else 'dtype'] = dtype or c.parameter_dtype.name
     wanted = mesh or config.mesh
     check_divides(wanted, sizes(c))

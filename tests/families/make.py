@@ -1,6 +1,7 @@
 """Goldens of the cases, by transformers or a NumPy reference: run by an interpreter that has torch (`make goldens`).
 
 python tests/families/make.py [--only PREFIX] [--seed N] [--out FOLDER] [--all-positions] [--odd]
+python tests/families/make.py --written FOLDER
 
 Each case becomes NAME.npz: its config, the same as transformers saves it, ids, logits at some positions, and a greedy
 continuation with the margin of each choice. Of an encoder instead of that what it predicts of masked tokens; of an
@@ -10,6 +11,8 @@ encoder–decoder also the rows that the encoder reads.
 import argparse
 import importlib
 import json
+import math
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -161,6 +164,36 @@ def by_beams(name: str, config: dict, seed: int, rows: dict[str, np.ndarray], eo
     return {'beams': found.astype(np.int16), 'beam_scores': out.sequences_scores.numpy(), 'eos': np.int16(eos)}
 
 
+@torch.no_grad()
+def wrong_by(folder: Path) -> float:
+    """How far transformers' logits of a folder are from the committed ones of that case; infinity where a tensor is lost."""
+    config = json.loads((folder / 'config.json').read_text())
+    model, found = getattr(transformers, config['architectures'][0]).from_pretrained(
+        folder, dtype=torch.float32, attn_implementation='eager', output_loading_info=True
+    )
+    layers, of_layer = config.get('num_hidden_layers'), re.compile(r'model\.layers\.(\d+)\.')
+    beyond = lambda name: (at := of_layer.match(name)) is not None and int(at[1]) >= layers  # those of MTP
+    extra = [name for name in found['unexpected_keys'] if not beyond(name)]
+    if found['missing_keys'] or found['mismatched_keys'] or extra:
+        return math.inf
+    with np.load(Path(__file__).parent / 'goldens' / f'{folder.name}.npz', allow_pickle=False) as file:
+        known = {key: file[key] for key in ('ids', 'kinds', 'source', 'at', 'logits') if key in file}
+    given = encoder_cases.arguments({key: known[key] for key in ('ids', 'kinds', 'source') if key in known})
+    out = model.eval()(**{key: torch.tensor(array, dtype=torch.long) for key, array in given.items()})
+    logits = (out.logits if 'logits' in out else out.prediction_logits).float().numpy()
+    rows, places = known['at'].T
+    return float(np.abs(logits[rows, places] - known['logits']).max() / np.abs(known['logits']).max())
+
+
+def check_written(folder: Path) -> None:
+    """Tells what transformers makes of each folder that tests/families/written.py has made; ends the process if it is wrong."""
+    errors = {path.name: wrong_by(path) for path in sorted(folder.iterdir())}
+    for name, error in errors.items():
+        print(f'{name}: {error:.1e}')
+    if max(errors.values()) > 1e-5:
+        sys.exit(f'wrong: {", ".join(name for name, error in errors.items() if error > 1e-5)}')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', default='', help='cases whose names begin so')
@@ -168,7 +201,11 @@ def main() -> None:
     parser.add_argument('--out', type=Path, default=Path(__file__).parent / 'goldens')
     parser.add_argument('--all-positions', action='store_true', help='logits of every position')
     parser.add_argument('--odd', action='store_true', help='other settings than the committed ones, by the seed')
+    parser.add_argument('--written', type=Path, metavar='FOLDER', help='of folders that were exported: compare them')
     options = parser.parse_args()
+    if options.written:
+        check_written(options.written)
+        return
     options.out.mkdir(parents=True, exist_ok=True)
     for name, config in cases.CASES.items():
         if not name.startswith(options.only):

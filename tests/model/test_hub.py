@@ -399,7 +399,7 @@ def test_older_names_and_files_without_the_prefix_are_given_back(tmp_path):
 def test_a_model_that_was_not_imported_finds_a_family(name):
     _, c = read(cases.CASES[name])
     c = dataclasses.replace(c, dtype='bfloat16', remat='block', dropout=0.1)
-    family, fields = hub.published_config(c)
+    family, fields = hub.published_config(c, 512)
     found = family.read(Fields({**fields}))
     assert dataclasses.replace(found, dtype='bfloat16', remat='block', dropout=0.1) == c
 
@@ -409,6 +409,6 @@ def test_a_model_of_no_family_is_told_what_stands_in_the_way():
     with pytest.raises(
         UserError, match=r"no published family .*llama: model.activation is 'relu' and would be 'swiglu'"
     ):
-        hub.published_config(dataclasses.replace(c, activation='relu'))
+        hub.published_config(dataclasses.replace(c, activation='relu'), 512)
     with pytest.raises(UserError, match=r'qwen2: model.qkv_bias is False and would be True'):
-        hub.published_config(c, 'qwen2')
+        hub.published_config(c, 512, 'qwen2')
