@@ -80,7 +80,8 @@ def training(config: ModelConfig, mesh: MeshConfig, batch: int, sequence_length:
     if mesh.stage > 1:
         raise ValueError('the traffic of a pipeline is not counted by hand: mesh.stage must be 1')
     plain = ModelConfig(layers=1, model_dim=2, heads=1, mlp_dim=1)
-    for field in ('latent', 'norm_order', 'positions', 'attention_sinks', 'o_bias', 'mlp_bias'):
+    fields = ('latent', 'norm_order', 'positions', 'attention_sinks', 'o_bias', 'mlp_bias', 'causal', 'encoder')
+    for field in (*fields, 'segment_kinds', 'embedding_norm', 'head_mlp', 'head_bias', 'pooler'):
         if getattr(config, field) != getattr(plain, field):
             raise ValueError(f'the traffic of model.{field} {getattr(config, field)} is not counted by hand')
     if config.qk_norm == 'full':

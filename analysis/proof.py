@@ -40,7 +40,18 @@ CODE = (  # what a result rests on
     'model/attention',
     *(
         f'model/{name}.py'
-        for name in ('config', 'decoder', 'dispatch', 'forward', 'grouped_matmul', 'latent', 'layers', 'moe', 'rope')
+        for name in (
+            'config',
+            'decoder',
+            'dispatch',
+            'encoder',
+            'forward',
+            'grouped_matmul',
+            'latent',
+            'layers',
+            'moe',
+            'rope',
+        )
     ),
     *(f'sharding/{name}.py' for name in ('collectives', 'mesh', 'order', 'pipeline')),
     *(f'training/{name}.py' for name in ('loss', 'step')),

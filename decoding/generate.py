@@ -29,6 +29,7 @@ class Completion:
         None  # 'stop': an end token or a stop text; 'length': max_new_tokens or the context is used up
     )
     seconds: float = 0.0  # from its second token to its last
+    score: float | None = None  # of beam search: see decoding/beams.py
 
     @property
     def tokens_per_second(self) -> float:

@@ -45,6 +45,11 @@ def encode(model: Decoder, tokens_BS, length_B) -> Kept:
     return run(model, tokens_BS, length_B)
 
 
+def cache_specs(tree):
+    """The layout of a cache, or of what one keeps of a source."""
+    return jax.tree.map(lambda a: CACHE_SPEC if a.ndim > 1 else TOKENS, tree)
+
+
 def prefill(model: Decoder, cache: Cache, tokens_BT, length_B):
     """Reads the prompts: row b's are tokens_BT[b, :length_B[b]], what follows is padding.
 
@@ -89,7 +94,7 @@ def decode(model: Decoder, cache: Cache, token_B, position_B):
 def _with_cache(body, model, cache, tokens, row_B):
     source, cache = cache.source, cache._replace(source=None)
     assert (source is None) == (model.config.encoder is None), 'an encoder–decoder reads a source first: see `encode`'
-    layout, of_source = (jax.tree.map(lambda a: CACHE_SPEC if a.ndim > 1 else TOKENS, tree) for tree in (cache, source))
+    layout, of_source = cache_specs(cache), cache_specs(source)
 
     def known(model, cache, *rest):
         logit_BV, cache = body(model, vary(cache), *rest)

@@ -237,9 +237,8 @@ class ModelConfig:
     logit_softcap: float | None = None  # c: logits become c tanh(logit / c)
     dropout: float = 0.0  # of the embedding and of each block's output, in training
     moe: MoEConfig | None = None
-    mtp_layers: int = (
-        0  # more layers, each of which predicts one token further ahead (DeepSeek-V3, arXiv:2412.19437, section 2.2)
-    )
+    # More layers, each of which predicts one token further ahead (DeepSeek-V3, arXiv:2412.19437, section 2.2).
+    mtp_layers: int = 0
     mtp_loss: float = 0.3  # weight of the mean of their losses
     dtype: Literal['float32', 'bfloat16', 'float16', 'float64'] = 'float32'  # of compute
     # Of stored parameters, gradients and optimizer state; None: at least float32. Imported models keep their source's.
@@ -307,10 +306,14 @@ class ModelConfig:
             )
         if self.encoder and not self.causal:
             raise UserError('model.causal is false and model.encoder is given: a decoder with an encoder is causal')
+        if self.mtp_layers and not self.causal:
+            raise UserError(
+                f'model.mtp_layers is {self.mtp_layers} and model.causal false: there is no next token; set it to 0'
+            )
         if self.latent and (self.encoder or not self.causal or self.positions == 'relative'):
             raise UserError('model.latent: attention from latent vectors is causal, without an encoder, and rotary')
         if self.encoder:
-            for field in ('moe', 'qk_norm', 'attention_sinks'):
+            for field in ('moe', 'qk_norm', 'attention_sinks', 'mtp_layers'):
                 if getattr(self, field):
                     raise UserError(
                         f'model.{field} is given and model.encoder too: an encoder–decoder has none; leave it out'

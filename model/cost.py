@@ -14,20 +14,22 @@ from model.config import Kind, ModelConfig
 
 def parameters(c: ModelConfig) -> dict[str, int]:
     """Parameters by part; the sum is what a checkpoint holds (with the embedding's padding rows)."""
-    D, V = c.model_dim, 0 if c.vocabulary is None else c.padded_vocabulary
+    D = c.model_dim
+    V = 0 if c.vocabulary is None else c.padded_vocabulary
     table = c.max_positions if V and c.positions == 'learned' else 0
     parts = {
         'embedding': (V + table + c.segment_kinds) * D,
         'head': (0 if c.tied_embedding else V * D) + V * c.head_bias + c.head_mlp * (D * D + D + _norm(c)),
-        'norms': _norm(c) * ((c.norm_order != 'post') + c.embedding_norm),
+        'norms': ((c.norm_order != 'post') + c.embedding_norm) * _norm(c),
         'attention': c.relative_buckets * c.heads if c.positions == 'relative' else 0,
     }
+    if c.pooler:
+        parts['pooler'] = D * D + D + c.next_sentence * (2 * D + 2)
     for kind in c.kinds:
         for part, count in _layer(c, kind).items():
             parts[part] = parts.get(part, 0) + count
-    if c.pooler:
-        parts['pooler'] = D * D + D + c.next_sentence * (2 * D + 2)
     if c.encoder:
+        parts['cross_attention'] = c.layers * _attention(c)
         parts['encoder'] = sum(parameters(c.of_encoder).values())
     if c.mtp_layers:
         parts['mtp'] = c.mtp_layers * (sum(_layer(c, c.kinds[-1]).values()) + 2 * D * D + 3 * _norm(c))
@@ -38,9 +40,7 @@ def _layer(c: ModelConfig, kind: Kind) -> dict[str, int]:
     """Parameters of one layer by part."""
     D, m = c.model_dim, c.moe
     norms = (3 if c.encoder else 2) * (2 if c.norm_order == 'sandwich' else 1)
-    parts = {'attention': _attention(c), 'norms': _norm(c) * norms}
-    if c.encoder:
-        parts['cross_attention'] = _attention(c)
+    parts = {'attention': _attention(c), 'norms': norms * _norm(c)}
     if not kind.experts:
         return parts | {'mlp': _mlp(c, c.mlp_dim)}
     expert = _matrices(c) * D * m.mlp_dim + m.bias * ((_matrices(c) - 1) * m.mlp_dim + D)

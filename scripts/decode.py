@@ -32,6 +32,16 @@ def main() -> None:
     parser.add_argument(
         '--stop', action='append', default=[], metavar='TEXT', help='ends a completion; may be given several times'
     )
+    parser.add_argument(
+        '--beams', type=int, default=0, metavar='N', help='the likeliest continuation of N that are followed at once'
+    )
+    parser.add_argument(
+        '--length-penalty',
+        type=float,
+        default=1.0,
+        metavar='P',
+        help='of --beams: a continuation’s log-probability is divided by its length to the power of P',
+    )
     parser.add_argument('--mesh', metavar='AXES', help='such as expert=2,tensor=2; the run’s own otherwise')
     parser.add_argument('--json', action='store_true', help='one JSON object a prompt')
     options = parser.parse_args()
@@ -45,6 +55,10 @@ def main() -> None:
         min_p=options.min_p,
         seed=options.seed,
     )
+    if options.beams:
+        for name, plain in (('temperature', 0), ('top_k', 0), ('top_p', 1), ('min_p', 0), ('stop', [])):
+            if getattr(options, name) != plain:
+                raise UserError(f'--beams {options.beams}: it chooses by itself; leave out --{name.replace("_", "-")}')
     prompts = options.prompt + (read_prompts(options.prompts_file) if options.prompts_file else [])
     if not prompts:
         raise UserError('no prompt: give --prompt TEXT or --prompts-file FILE')
@@ -55,6 +69,7 @@ def main() -> None:
 
     import jax
 
+    from decoding.beams import generate_by_beams
     from decoding.generate import generate
     from sharding.memory import explaining, gib, shard_bytes
 
@@ -65,20 +80,40 @@ def main() -> None:
         'give fewer at a time, lower --max-new-tokens, or split them over more devices with --mesh'
     )
     with jax.set_mesh(opened.mesh), explaining(lambda: tell):
-        completions = generate(
-            opened.model,
-            opened.tokenizer,
-            prompts,
-            sampling,
-            options.max_new_tokens,
-            context=opened.config.training.sequence_length,
-            stops=options.stop,
-            emit=screen.emit,
-        )
+        if options.beams:
+            completions = generate_by_beams(
+                opened.model,
+                opened.tokenizer,
+                prompts,
+                options.beams,
+                options.max_new_tokens,
+                context=opened.config.training.sequence_length,
+                length_penalty=options.length_penalty,
+            )
+            for number, completion in enumerate(completions):
+                screen.emit(number, completion.text)
+        else:
+            completions = generate(
+                opened.model,
+                opened.tokenizer,
+                prompts,
+                sampling,
+                options.max_new_tokens,
+                context=opened.config.training.sequence_length,
+                stops=options.stop,
+                emit=screen.emit,
+            )
     screen.finish()
     if options.json:
         for completion in completions:
-            fields = ('prompt', 'text', 'tokens', 'finish_reason', 'tokens_per_second')
+            fields = (
+                'prompt',
+                'text',
+                'tokens',
+                'finish_reason',
+                'tokens_per_second',
+                *(('score',) if options.beams else ()),
+            )
             print(json.dumps({field: getattr(completion, field) for field in fields}))
     else:
         speed = sum(completion.tokens_per_second for completion in completions)

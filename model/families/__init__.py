@@ -25,7 +25,8 @@ from sharding.errors import UserError, nearest
 # fmt: off
 FAMILIES = (  # their files
     'llama', 'mistral', 'mixtral', 'qwen2', 'qwen3', 'qwen3_moe', 'olmoe', 'phi3', 'glm4_moe',
-    'gpt2', 'gemma2', 'gemma3', 'gpt_oss', 'deepseek_v2', 'deepseek_v3', 'grok1', 'bert', 't5', 'marian',
+    'gpt2', 'gemma2', 'gemma3', 'gpt_oss', 'deepseek_v2', 'deepseek_v3', 'grok1',
+    'bert', 't5', 'marian',
 )
 HARMLESS = frozenset([  # fields of config.json that change no logit
     'architectures', 'auto_map', 'bos_token_id', 'chunk_size_feed_forward', 'classifier_dropout', 'dtype',
@@ -192,11 +193,11 @@ class Family:
             without their group (attention.q_DN), those of an encoder's layers encoder.layers.attention.q_DN. Entries whose
             arrays the model does not have are left out.
         buffers: patterns of published tensors that hold no parameters.
+        copies: tensors of the layers of `mtp` that repeat another, by name.
         prefix: of the published names, where a publisher's files may leave it out; part of `names`.
         old_names: patterns of names in older files, and what stands for each match in `names`.
         fixed: published tensors that follow from the model: files need not have them, but if so with these numbers.
-        copies: published names of tensors that repeat another, which is named: with {i} those of the layers of `mtp`, others
-            such as files may hold beside those in `names`.
+        tied: published names that files may hold beside those in `names`: equal copies of the tensor named.
         told: fields of the model that a file's having a tensor sets, where config.json does not say so; by its name.
     """
 
@@ -206,10 +207,11 @@ class Family:
     write: Callable[[ModelConfig], dict[str, Any]]
     names: Mapping[str, Entry]
     buffers: tuple[str, ...] = ()
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
     prefix: str = ''
     old_names: tuple[tuple[str, str], ...] = ()
     fixed: Mapping[str, Callable[[ModelConfig], np.ndarray]] = dataclasses.field(default_factory=dict)
-    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     told: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def known_as(self, name: str) -> str:
@@ -290,24 +292,27 @@ def tensors(family: Family, c: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeS
 
 
 def copies(family: Family, c: ModelConfig, by_name: Mapping[str, Tensor]) -> list[Tensor]:
-    """The published tensors of the layers of `mtp` that repeat one of `by_name`."""
+    """The published tensors that repeat one of `by_name`."""
     return [
         dataclasses.replace(by_name[source], name=name.replace('{i}', str(c.layers + k)), copy_of=source)
         for k in range(c.mtp_layers)
         for name, source in family.copies.items()
-        if '{i}' in name and source in by_name
+        if source in by_name
     ]
 
 
 def layers(c: ModelConfig, stack: str = '') -> Iterator[tuple[str, int]]:
-    """Of each layer, then those of `mtp`: the prefix of its arrays' names, which begins with `stack`, and its index in them."""
+    """Of each layer, first to last, then those of `mtp`: the prefix of its arrays' names, and its index in them.
+
+    The names begin with `stack`.
+    """
     group = 0
     for run in c.runs:
         for repeat in range(run.repeats):
             for place in range(len(run.kinds)):
                 yield f'{stack}groups.{group + place}.', repeat
         group += len(run.kinds)
-    yield from ((f'{stack}mtp.', k) for k in range(c.mtp_layers))
+    yield from (('mtp.', k) for k in range(c.mtp_layers))
 
 
 def array_name(prefix: str, leaf: str) -> str:

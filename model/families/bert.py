@@ -113,7 +113,7 @@ FAMILY = Family(
     (r'bert\.embeddings\.(position_ids|token_type_ids)',),
     prefix='bert.',
     old_names=((r'LayerNorm\.gamma$', 'LayerNorm.weight'), (r'LayerNorm\.beta$', 'LayerNorm.bias')),
-    copies={
+    tied={
         'cls.predictions.decoder.weight': 'bert.embeddings.word_embeddings.weight',
         'cls.predictions.decoder.bias': 'cls.predictions.bias',
     },

@@ -129,7 +129,7 @@ FAMILY = Family(
     write,
     NAMES,
     fixed={'model.encoder.embed_positions.weight': positions, 'model.decoder.embed_positions.weight': positions},
-    copies={
+    tied={
         'model.encoder.embed_tokens.weight': 'model.shared.weight',
         'model.decoder.embed_tokens.weight': 'model.shared.weight',
         'lm_head.weight': 'model.shared.weight',

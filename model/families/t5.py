@@ -127,7 +127,7 @@ FAMILY = Family(
     write,
     OUTER | ENCODER | DECODER,
     (r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',),  # no code reads it
-    copies={
+    tied={
         'encoder.embed_tokens.weight': 'shared.weight',
         'decoder.embed_tokens.weight': 'shared.weight',
         'lm_head.weight': 'shared.weight',

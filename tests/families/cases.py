@@ -9,6 +9,7 @@ ROWS, LENGTH, KEPT = 4, 160, 32  # tokens of a case; positions whose logits are 
 PROMPT, NEW = 16, 64  # tokens that are read, and continued greedily
 VOCABULARY = 200
 SEED = 7
+BEAMS = {'llama-grouped': 117, 't5-v1.1': 44}  # cases with a beam search, and the token that ends a continuation
 NOT_IN_TRANSFORMERS = ('grok1',)
 OFFSET_NORMS = ('gemma2', 'gemma3')  # families whose norm weights are differences from 1
 BASE: dict[str, Any] = {
@@ -556,4 +557,5 @@ case(
 
 case('deepseek_v3-two-ahead', 'DeepseekV3ForCausalLM', 'deepseek_v3', DEEPSEEK_V3, num_nextn_predict_layers=2)
 case('glm4_moe-one-ahead', 'Glm4MoeForCausalLM', 'glm4_moe', GLM4_MOE, num_nextn_predict_layers=1, use_qk_norm=True)
+
 from tests.families import encoder_cases  # noqa: E402, F401  (adds its cases to these)

@@ -31,9 +31,12 @@ class Golden(NamedTuple):
     logits: np.ndarray  # float32 [kept, vocabulary]
     greedy: np.ndarray  # int32: what follows the first row's first tokens; of an encoder, what stands at the masks
     margins: np.ndarray  # of each choice, over the largest |logit|
-    ahead: np.ndarray | None = None  # float32 [layers, kept, vocabulary] of layers that predict further ahead
     kinds: np.ndarray | None = None  # int32 [rows, length]: of what text each token is
     source: np.ndarray | None = None  # int32 [rows, length]: what the encoder reads
+    beams: np.ndarray | None = None  # int32 [rows, new]: what beam search gives, its end among them; -1 after it
+    beam_scores: np.ndarray | None = None  # float32 [rows]
+    eos: np.ndarray | None = None  # int32: the end of a continuation
+    ahead: np.ndarray | None = None  # float32 [layers, kept, vocabulary] of layers that predict further ahead
 
 
 def golden(path: Path) -> Golden:

@@ -72,15 +72,15 @@ def shapes_ahead(shapes: dict, layers: int, ahead: int) -> dict:
 @torch.no_grad()
 def by_transformers(name: str, config: dict, seed: int, rows: dict[str, np.ndarray]):
     """The config as saved; logits [rows, length, vocabulary]; those that chose each greedy token [steps, vocabulary];
-    those of the layers that predict further ahead [layers, rows, length, vocabulary].
+    those of the layers that predict further ahead [layers, rows, length, vocabulary], zeros where there are none.
     """
     model, mtp, saved = build(name, config, seed)
     given = {key: torch.tensor(array, dtype=torch.long) for key, array in encoder_cases.arguments(rows).items()}
     out = model(**given)
     logits = (out.logits if 'logits' in out else out.prediction_logits).float().numpy()
-    further = ahead(model, mtp, given['input_ids']) if mtp else np.zeros((0, *logits.shape))
+    ahead = logits_ahead(model, mtp, given['input_ids'], logits.shape)
     if 'kinds' in rows:
-        return saved, logits, logits[encoder_cases.masked(rows['ids'])], further
+        return saved, logits, logits[encoder_cases.masked(rows['ids'])], ahead
     grows = 'decoder_input_ids' if 'source' in rows else 'input_ids'
     given = {key: array[:1] for key, array in given.items()}
     new, cache, steps = given.pop(grows)[:, : cases.PROMPT], None, []
@@ -89,17 +89,18 @@ def by_transformers(name: str, config: dict, seed: int, rows: dict[str, np.ndarr
         last, cache = out.logits[0, -1].float(), out.past_key_values
         new = last.argmax()[None, None]
         steps.append(last.numpy())
-    return saved, logits, np.stack(steps), further
+    return saved, logits, np.stack(steps), ahead
 
 
-def ahead(model, mtp, ids) -> np.ndarray:
-    """Logits [layers, rows, length, vocabulary] of the layers that predict further ahead, zeros where they have no token."""
-    hidden, found = model.model(ids, use_cache=False).last_hidden_state, []
-    for k in range(mtp.num_mtp_layers):
+def logits_ahead(model, mtp, ids: torch.Tensor, shape: tuple[int, ...]) -> np.ndarray:
+    """Logits of the layers that predict further ahead."""
+    ahead = np.zeros((mtp.num_mtp_layers if mtp else 0, *shape), np.float32)
+    hidden = model.model(ids, use_cache=False).last_hidden_state if mtp else None
+    for k in range(len(ahead)):
         place = torch.arange(k + 1, ids.shape[1])[None]
         hidden = mtp.forward_layer(k, hidden[:, :-1], place, None, input_ids=ids[:, k + 1 :])
-        found.append(np.pad(model.lm_head(hidden).float().numpy(), ((0, 0), (0, k + 1), (0, 0))))
-    return np.stack(found)
+        ahead[k, :, : ids.shape[1] - k - 1] = model.lm_head(hidden).float().numpy()
+    return ahead
 
 
 def by_reference(name: str, config: dict, seed: int, rows: dict[str, np.ndarray]):
@@ -118,7 +119,7 @@ def golden(name: str, config: dict, seed: int, everywhere: bool) -> dict[str, np
     """What is kept of a case."""
     rows = encoder_cases.rows(name, config, seed)
     make = by_reference if cases.family(name) in cases.NOT_IN_TRANSFORMERS else by_transformers
-    saved, logits, steps, further = make(name, config, seed, rows)
+    saved, logits, steps, ahead = make(name, config, seed, rows)
     at = weights.places(seed, cases.KEPT, cases.ROWS, cases.LENGTH)
     if everywhere:
         at = np.stack(np.meshgrid(np.arange(cases.ROWS), np.arange(cases.LENGTH), indexing='ij'), -1).reshape(-1, 2)
@@ -136,7 +137,28 @@ def golden(name: str, config: dict, seed: int, everywhere: bool) -> dict[str, np
         'greedy': steps.argmax(-1).astype(np.int16),
         'margins': ((first - second) / np.abs(steps).max(-1)).astype(np.float32),
     }
-    return kept | ({'ahead': further[:, at[:, 0], at[:, 1]].astype(np.float32)} if len(further) else {})
+    if name in cases.BEAMS:
+        kept |= by_beams(name, config, seed, rows, cases.BEAMS[name])
+    return kept | ({'ahead': ahead[:, at[:, 0], at[:, 1]].astype(np.float32)} if len(ahead) else {})
+
+
+@torch.no_grad()
+def by_beams(name: str, config: dict, seed: int, rows: dict[str, np.ndarray], eos: int) -> dict[str, np.ndarray]:
+    """What transformers' beam search gives of each row: tokens [rows, NEW], -1 after the last, and scores."""
+    model, _, _ = build(name, config, seed)
+    given = {key: torch.tensor(array, dtype=torch.long) for key, array in encoder_cases.arguments(rows).items()}
+    grows = 'decoder_input_ids' if 'source' in rows else 'input_ids'
+    given[grows] = given[grows][:, : cases.PROMPT]
+    if 'source' in rows:
+        given[grows][:, 0] = config['decoder_start_token_id']  # else it is put before
+    how = {'num_beams': 4, 'do_sample': False, 'length_penalty': 1.0, 'early_stopping': False, 'eos_token_id': eos}
+    how |= {'max_new_tokens': cases.NEW // 4, 'pad_token_id': 0, 'return_dict_in_generate': True, 'output_scores': True}
+    out = model.generate(**given, **how)
+    found = np.full((cases.ROWS, cases.NEW // 4), -1)
+    for row, tokens in zip(found, out.sequences[:, cases.PROMPT :].tolist(), strict=True):
+        tokens = tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
+        row[: len(tokens)] = tokens
+    return {'beams': found.astype(np.int16), 'beam_scores': out.sequences_scores.numpy(), 'eos': np.int16(eos)}
 
 
 def main() -> None:

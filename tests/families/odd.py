@@ -19,6 +19,12 @@ VALUES: dict[str, tuple[Any, ...]] = {  # of fields that a case has; each is dra
     'query_pre_attn_scalar': (8, 31), 'attn_logit_softcapping': (1.0, 50.0), 'final_logit_softcapping': (2.0, 30.0),
     'attn_output_multiplier': (0.05, 0.4), 'max_attn_value': (1.0, 30.0), 'embedding_multiplier_scale': (1.0, 20.0),
     'output_multiplier_scale': (0.1, 3.0), 'swiglu_limit': (0.3, 7.0), 'scale_attn_weights': (False, True),
+    'num_layers': (1, 3), 'num_decoder_layers': (1, 2, 4), 'num_heads': (2, 4, 8), 'd_kv': (8, 24),
+    'relative_attention_num_buckets': (8, 12, 32), 'relative_attention_max_distance': (17, 64, 200),
+    'feed_forward_proj': ('gated-gelu', 'gated-silu', 'relu', 'gelu', 'gelu_new', 'silu'),
+    'encoder_layers': (1, 3), 'decoder_layers': (1, 2, 4), 'encoder_ffn_dim': (24, 72), 'decoder_ffn_dim': (24, 40),
+    'encoder_attention_heads': (2, 4, 8), 'decoder_attention_heads': (2, 4, 8), 'scale_embedding': (False, True),
+    'type_vocab_size': (1, 2, 4), 'layer_norm_eps': (1e-12, 1e-4),
     'activation_function': ('gelu_new', 'relu', 'gelu'),
     'num_experts': (4, 6, 16), 'num_local_experts': (4, 6, 16), 'n_routed_experts': (8, 16),
     'num_experts_per_tok': (1, 2, 3), 'norm_topk_prob': (False, True), 'routed_scaling_factor': (0.5, 4.0),
@@ -44,6 +50,9 @@ def odd(name: str, config: dict[str, Any], seed: int) -> dict[str, Any]:
     width = next((found[field] for field in ('hidden_size', 'n_embd') if field in found), 0)
     if heads and width % heads and 'num_attention_heads' in found:
         found['num_attention_heads'] = config['num_attention_heads']
+    for field in ('pad_token_id', 'decoder_start_token_id'):
+        if field in found:
+            found[field] = min(found[field], found['vocab_size'] - 1)
     if 'layer_types' in found:
         kinds = sorted(set(config['layer_types']))
         found['layer_types'] = [draw.choice(kinds) for _ in range(found['num_hidden_layers'])]

@@ -23,12 +23,13 @@ MASKED = [path for path in PATHS if cases.family(path.stem) in ENCODERS]
 DECODERS = [path for path in PATHS if path not in MASKED]
 
 
-def whole(model, ids_BT, live_BT=None, kind_BT=None, source_BS=None):
+def whole(model, ids_BT, live_BT=None, kind_BT=None, source_BS=None, run=None):
     """Logits of rows that are one document each."""
     position_BT = np.broadcast_to(np.arange(ids_BT.shape[1], dtype=np.int32), ids_BT.shape)
     segment_BT = np.ones_like(ids_BT) if live_BT is None else live_BT.astype(np.int32)
     source = None if source_BS is None else Source(source_BS, position_BT, live().astype(np.int32))
-    return np.asarray(_whole(model, *place((ids_BT, position_BT, segment_BT, kind_BT, source))))
+    more = () if kind_BT is None and source is None else (kind_BT, source)
+    return np.asarray((run or _whole)(model, *place((ids_BT, position_BT, segment_BT, *more))))
 
 
 def of_golden(model, known):
@@ -37,13 +38,7 @@ def of_golden(model, known):
     return whole(model, known.ids, live_BT, known.kinds, known.source)
 
 
-def ahead_of_golden(model, known):
-    """Logits of the layers that predict further ahead."""
-    position_BT = np.broadcast_to(np.arange(known.ids.shape[1], dtype=np.int32), known.ids.shape)
-    return np.asarray(_ahead(model, *place((known.ids, position_BT, np.ones_like(known.ids)))))
-
-
-_whole, _ahead = jax.jit(logits), jax.jit(logits_ahead)
+_whole, whole_ahead = jax.jit(logits), jax.jit(logits_ahead)
 
 
 @jax.jit
@@ -85,22 +80,6 @@ def test_logits_are_those_of_transformers(path, mesh):
     assert divergence(found, known.logits) <= KL
 
 
-@pytest.mark.parametrize('mesh', [*MESHES, MeshConfig(context=4, tensor=2)], ids=str)
-@pytest.mark.parametrize('path', [path for path in PATHS if golden(path).ahead is not None], ids=lambda path: path.stem)
-def test_logits_further_ahead_are_those_of_transformers(path, mesh):
-    known = golden(path)
-    family, c = read(known.config)
-    with jax.set_mesh(make_mesh(mesh)):
-        model = generated(known.name, family, c, known.seed)
-        found = ahead_of_golden(model, known)
-    for k in range(c.mtp_layers):
-        rows, places = known.at[known.at[:, 1] < known.ids.shape[1] - 1 - k].T
-        expected = known.ahead[k][known.at[:, 1] < known.ids.shape[1] - 1 - k]
-        assert len(rows) > cases.KEPT / 2
-        assert error(found[k][rows, places], expected) <= TOLERANCE
-        assert divergence(found[k][rows, places], expected) <= KL
-
-
 @pytest.mark.parametrize('path', MASKED, ids=lambda path: path.stem)
 def test_masked_tokens_are_those_of_transformers(path):
     known = golden(path)
@@ -111,6 +90,22 @@ def test_masked_tokens_are_those_of_transformers(path):
     same = logit_BTV[asked].argmax(-1) == known.greedy
     assert len(same) > 50
     assert (same | (known.margins < MARGIN)).all()
+
+
+@pytest.mark.parametrize('mesh', [*MESHES, MeshConfig(context=4, tensor=2)], ids=str)
+@pytest.mark.parametrize('path', [path for path in PATHS if golden(path).ahead is not None], ids=lambda path: path.stem)
+def test_logits_further_ahead_are_those_of_transformers(path, mesh):
+    known = golden(path)
+    family, c = read(known.config)
+    with jax.set_mesh(make_mesh(mesh)):
+        model = generated(known.name, family, c, known.seed)
+        found = whole(model, known.ids, run=whole_ahead)
+    for k in range(c.mtp_layers):
+        rows, places = known.at[known.at[:, 1] < known.ids.shape[1] - 1 - k].T
+        expected = known.ahead[k][known.at[:, 1] < known.ids.shape[1] - 1 - k]
+        assert len(rows) > cases.KEPT / 2
+        assert error(found[k][rows, places], expected) <= TOLERANCE
+        assert divergence(found[k][rows, places], expected) <= KL
 
 
 @pytest.mark.parametrize('path', DECODERS, ids=lambda path: path.stem)

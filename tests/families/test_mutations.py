@@ -14,13 +14,11 @@ import jax
 import pytest
 
 from model import layers
-from model.attention.reference import relative_bucket
-from model.encoder import sinusoids
 from model.families import Entry, Joined, Woven
 from model.rope import rope
 from sharding.mesh import MeshConfig, make_mesh
 from tests.families.loading import GOLDENS, changed, generated, golden, read
-from tests.families.test_families import TOLERANCE, ahead_of_golden, error, of_golden
+from tests.families.test_families import TOLERANCE, error, of_golden, whole, whole_ahead
 
 CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ('llama-grouped', {'rotary_pairs': 'neighbours'}),
@@ -184,29 +182,6 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ('grok1-low-cap-one-kv-head-top-3', {'moe.top_k': 2}),
     ('grok1-untied-four-experts', {'activation': 'swiglu'}),
     ('grok1-untied-four-experts', {'norm_epsilon': 1e-5}),
-    ('bert-plain', {'causal': True}),
-    ('bert-plain', {'activation': 'gelu'}),
-    ('bert-plain', {'norm_epsilon': 1e-3}),
-    ('bert-plain', {'embedding_norm': False}),
-    ('bert-plain', {'head_mlp': False}),
-    ('bert-plain', {'head_bias': False}),
-    ('bert-plain', {'qkv_bias': False}),
-    ('bert-plain', {'segment_kinds': 0}),
-    ('bert-tanh-gelu-many-kinds', {'activation': 'gelu_exact'}),
-    ('bert-relu-wide-epsilon', {'norm_epsilon': 1e-5}),
-    ('t5-v1.1', {'relative_most': 64}),
-    ('t5-v1.1', {'relative_buckets': 16}),
-    ('t5-v1.1', {'activation': 'swiglu'}),
-    ('t5-v1.1', {'query_scale': None}),
-    ('t5-v1.1', {'norm_epsilon': 1e-3}),
-    ('t5-v1.1', {'positions': 'none'}),
-    ('t5-before-v1.1', {'logit_scale': 1.0}),
-    ('t5-exact-gelu', {'activation': 'gelu'}),
-    ('marian-published', {'embedding_scale': 1.0}),
-    ('marian-published', {'activation': 'gelu'}),
-    ('marian-published', {'head_bias': False}),
-    ('marian-published', {'positions': 'none'}),
-    ('marian-published', {'norm_epsilon': 1e-3}),
 ]
 NAMES: list[tuple[str, dict[str, Entry]]] = [  # by how the published names end
     (
@@ -259,27 +234,6 @@ NAMES: list[tuple[str, dict[str, Entry]]] = [  # by how the published names end
     ('gpt_oss-as-published', {'experts.gate_up_proj': Joined(('mlp.gate_EDF', 'mlp.up_EDF'), dim=2, flip=True)}),
     ('gpt_oss-as-published', {'experts.gate_up_proj_bias': Woven(('mlp.up_bias_EF', 'mlp.gate_bias_EF'))}),
     ('gpt_oss-as-published', {'experts.gate_up_proj_bias': Joined(('mlp.gate_bias_EF', 'mlp.up_bias_EF'), dim=1)}),
-    (
-        't5-v1.1',
-        {
-            'decoder.block.{i}.layer.1.EncDecAttention.k.weight': 'cross.v_DM',
-            'decoder.block.{i}.layer.1.EncDecAttention.v.weight': 'cross.k_DM',
-        },
-    ),
-    (
-        't5-v1.1',
-        {
-            'encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight': 'relative_RN',
-            'decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight': 'encoder.relative_RN',
-        },
-    ),
-    (
-        'marian-published',
-        {
-            'model.decoder.layers.{i}.encoder_attn_layer_norm.weight': 'attention_norm.scale_D',
-            'model.decoder.layers.{i}.self_attn_layer_norm.weight': 'cross_norm.scale_D',
-        },
-    ),
 ]
 
 
@@ -314,23 +268,10 @@ def clamped_twice(c):
     return lambda gate, up: layers.clamped_swiglu(jax.numpy.maximum(gate, -limit), up, limit=limit)
 
 
-def one_way(ahead, buckets, both_ways, most):
-    """In place of buckets for both directions: those of one."""
-    return relative_bucket(ahead, buckets, False, most)
-
-
-def interleaved(c):
-    """In place of sines and then cosines: in turns, as in the paper."""
-    table_PD = sinusoids(c)
-    return table_PD.reshape(len(table_PD), 2, -1).swapaxes(1, 2).reshape(table_PD.shape)
-
-
 CODE: list[tuple[str, str, Callable]] = [
     ('gpt_oss-defaults-no-biases-tied', 'model.moe.activation', unmoved),
     ('gpt_oss-unscaled-late-windows', 'model.moe.activation', clamped_twice),
     ('gemma3-as-published', 'model.layers.rope', scaled_everywhere),
-    ('t5-v1.1', 'model.attention.reference.relative_bucket', one_way),
-    ('marian-published', 'model.decoder.sinusoids', interleaved),
     ('olmoe-plain', 'model.layers.norm_of_all', by_head),
     ('grok1-as-published', 'jax.nn.gelu', functools.partial(jax.nn.gelu, approximate=False)),
 ]
@@ -362,7 +303,7 @@ def wrong_by(case: str, changes: dict[str, Any], names: dict[str, Any], ahead: b
         assert known.ahead is not None
         sure = known.at[:, 1] < known.ids.shape[1] - 1
         rows, places = known.at[sure].T
-        return error(ahead_of_golden(model, known)[0][rows, places], known.ahead[0][sure])
+        return error(whole(model, known.ids, run=whole_ahead)[0][rows, places], known.ahead[0][sure])
 
 
 @pytest.mark.parametrize(('case', 'changes'), CONFIGS, ids=short)

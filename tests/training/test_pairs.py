@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 
 import jax
@@ -32,13 +33,18 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_small_model_learns_to_reverse_strings_that_it_has_never_seen(place):
+@pytest.fixture(scope='module')
+def trained(place) -> Path:
     jax.devices()  # those of the tests, before `open_run` asks for fewer
-    run(place, 'train', str(CONFIG), 'training.steps=240')
-    run(place, 'train', str(CONFIG), 'training.steps=260', 'mesh.data=2')
-    figures = rows(place, 'reverse')
+    run(place, 'train', str(CONFIG), 'training.steps=200')
+    run(place, 'train', str(CONFIG), 'training.steps=210', 'mesh.data=2')
+    return place
+
+
+def test_a_small_model_learns_to_reverse_strings_that_it_has_never_seen(trained):
+    figures = rows(trained, 'reverse')
     assert figures[-1]['validation_loss'] < 0.1
-    opened = open_run(place / 'runs' / 'reverse')
+    opened = open_run(trained / 'runs' / 'reverse')
     known = {source for source, _ in reversed_digits(4000)}
     fresh = [pair for pair in reversed_digits(400, seed=1) if pair[0] not in known]
     assert len(fresh) > 100
@@ -47,6 +53,33 @@ def test_a_small_model_learns_to_reverse_strings_that_it_has_never_seen(place):
     right = [one.text == target for one, (_, target) in zip(found, fresh, strict=True)]
     assert np.mean(right) >= 0.95, np.mean(right)
     assert all(one.finish_reason == 'stop' for one in found[:10])
+
+
+def test_the_scripts_read_sources(trained):
+    (trained / 'more.tsv').write_text('1 2 3\t3 2 1\n4 5\t5 4\n')
+    done = run(trained, 'decode', 'runs/reverse', '--prompt', '1 2 3 4', '--prompt', '9 8', '--beams', '3', '--json')
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one['text'] for one in found] == ['4 3 2 1', '8 9']
+    assert all(-0.5 < one['score'] < 0 for one in found)
+    assert run(trained, 'decode', 'runs/reverse', '--prompt', '7 0 7').stdout == '7 0 7\t7 0 7\n'
+    figures = json.loads(run(trained, 'evaluate', 'runs/reverse', '--data', 'more.tsv', '--json').stdout)
+    assert figures['bytes'] == len('3 2 1' + '5 4')
+    assert figures['nats_per_token'] < 0.5
+    opened = open_run(trained / 'runs' / 'reverse')
+    source, target = (opened.tokenizer.encode_batch([text])[0] for text in ('1 2 3', '3 2 1'))
+    np.save(trained / 'tokens.npy', np.array([[opened.tokenizer.bos, *target]] * 2))
+    np.save(
+        trained / 'sources.npy', np.array([[*source, opened.tokenizer.eos, -1], [*source, opened.tokenizer.eos, -1]])
+    )
+    asked = ('runs/reverse', '--tokens', 'tokens.npy', '--logits', 'logits.npy')
+    run(trained, 'score', *asked, '--sources', 'sources.npy')
+    best = np.load(trained / 'logits.npy').argmax(-1)
+    assert best.tolist() == [[*target, opened.tokenizer.eos]] * 2
+    assert '--sources FILE' in run(trained, 'score', *asked, code=2).stderr
+    mistake = run(trained, 'decode', 'runs/reverse', '--prompt', '1', '--beams', '2', '--temperature', '1', code=2)
+    assert '--beams 2: it chooses by itself; leave out --temperature' in mistake.stderr
+    mistake = run(trained, 'decode', 'runs/reverse', '--prompt', '1 ' * 40, code=2)
+    assert 'and the context is 32: at most 32 work' in mistake.stderr
 
 
 VARIANTS = {

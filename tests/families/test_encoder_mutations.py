@@ -1,0 +1,97 @@
+"""That the proof of models with an encoder can fail: see tests/families/test_mutations.py."""
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import jax
+import pytest
+
+from model.attention.reference import relative_bucket
+from model.encoder import sinusoids
+from tests.families.test_families import TOLERANCE
+from tests.families.test_mutations import short, wrong_by
+
+CONFIGS: list[tuple[str, dict[str, Any]]] = [
+    ('bert-plain', {'causal': True}),
+    ('bert-plain', {'activation': 'gelu'}),
+    ('bert-plain', {'norm_epsilon': 1e-3}),
+    ('bert-plain', {'embedding_norm': False}),
+    ('bert-plain', {'head_mlp': False}),
+    ('bert-plain', {'head_bias': False}),
+    ('bert-plain', {'qkv_bias': False}),
+    ('bert-plain', {'segment_kinds': 0}),
+    ('bert-tanh-gelu-many-kinds', {'activation': 'gelu_exact'}),
+    ('bert-relu-wide-epsilon', {'norm_epsilon': 1e-5}),
+    ('t5-v1.1', {'relative_most': 64}),
+    ('t5-v1.1', {'relative_buckets': 16}),
+    ('t5-v1.1', {'activation': 'swiglu'}),
+    ('t5-v1.1', {'query_scale': None}),
+    ('t5-v1.1', {'norm_epsilon': 1e-3}),
+    ('t5-v1.1', {'positions': 'none'}),
+    ('t5-before-v1.1', {'logit_scale': 1.0}),
+    ('t5-exact-gelu', {'activation': 'gelu'}),
+    ('marian-published', {'embedding_scale': 1.0}),
+    ('marian-published', {'activation': 'gelu'}),
+    ('marian-published', {'head_bias': False}),
+    ('marian-published', {'positions': 'none'}),
+    ('marian-published', {'norm_epsilon': 1e-3}),
+]
+NAMES: list[tuple[str, dict[str, Any]]] = [
+    (
+        't5-v1.1',
+        {
+            'decoder.block.{i}.layer.1.EncDecAttention.k.weight': 'cross.v_DM',
+            'decoder.block.{i}.layer.1.EncDecAttention.v.weight': 'cross.k_DM',
+        },
+    ),
+    (
+        't5-v1.1',
+        {
+            'encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight': 'relative_RN',
+            'decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight': 'encoder.relative_RN',
+        },
+    ),
+    (
+        'marian-published',
+        {
+            'model.decoder.layers.{i}.encoder_attn_layer_norm.weight': 'attention_norm.scale_D',
+            'model.decoder.layers.{i}.self_attn_layer_norm.weight': 'cross_norm.scale_D',
+        },
+    ),
+]
+
+
+def one_way(ahead, buckets, both_ways, most):
+    """In place of buckets for both directions: those of one."""
+    return relative_bucket(ahead, buckets, False, most)
+
+
+def interleaved(c):
+    """In place of sines and then cosines: in turns, as in the paper."""
+    table_PD = sinusoids(c)
+    return table_PD.reshape(len(table_PD), 2, -1).swapaxes(1, 2).reshape(table_PD.shape)
+
+
+CODE: list[tuple[str, str, Callable]] = [
+    ('t5-v1.1', 'model.attention.reference.relative_bucket', one_way),
+    ('marian-published', 'model.decoder.sinusoids', interleaved),
+]
+
+
+@pytest.mark.parametrize(('case', 'changes'), CONFIGS, ids=short)
+def test_a_wrong_config_is_caught(case, changes):
+    assert wrong_by(case, changes, {}) > TOLERANCE
+
+
+@pytest.mark.parametrize(('case', 'names'), NAMES, ids=short)
+def test_a_wrong_place_of_a_tensor_is_caught(case, names):
+    assert wrong_by(case, {}, names) > TOLERANCE
+
+
+@pytest.mark.parametrize(('case', 'target', 'wrong'), CODE, ids=short)
+def test_wrong_code_is_caught(case, target, wrong):
+    jax.clear_caches()  # the right code may have been traced before
+    with mock.patch(target, wrong):
+        assert wrong_by(case, {}, {}) > TOLERANCE
+    jax.clear_caches()

@@ -1,0 +1,81 @@
+"""An encoder alone: each token sees all of its document and nothing else; what needs the next token is refused."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from decoding.score import score
+from decoding.step import empty_cache
+from model.config import ModelConfig
+from model.decoder import Decoder
+from model.forward import logits, place
+from sharding.errors import UserError
+from sharding.mesh import MeshConfig, make_mesh
+from training.config import RunConfig, TrainingConfig
+
+BERT = ModelConfig(
+    vocabulary=40,
+    layers=2,
+    model_dim=16,
+    heads=4,
+    mlp_dim=16,
+    activation='gelu_exact',
+    norm='layernorm',
+    norm_order='post',
+    positions='learned',
+    max_positions=16,
+    causal=False,
+    segment_kinds=2,
+    embedding_norm=True,
+    head_mlp=True,
+    head_bias=True,
+    bias=True,
+)
+
+
+def test_a_token_sees_all_of_its_document_and_nothing_of_others():
+    r = np.random.default_rng(0)
+    ids = r.integers(0, 40, (1, 12)).astype(np.int32)
+    segment = np.array([[1] * 5 + [2] * 5 + [0] * 2], np.int32)
+    position = np.array([[*range(5), *range(5), 0, 0]], np.int32)
+    found = []
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        model = jax.jit(lambda key: Decoder(BERT, nnx.Rngs(key)))(jax.random.key(0))
+        for at in (None, 4, 7, 11):
+            changed = ids.copy()
+            if at is not None:
+                changed[0, at] = (changed[0, at] + 1) % 40
+            found.append(np.asarray(jax.jit(logits)(model, *place((changed, position, segment)))))
+    whole, fourth, seventh, padding = found
+    moved = lambda other: (np.abs(other - whole)[0].max(-1) > 0)[:10].tolist()
+    assert moved(fourth) == [True] * 5 + [False] * 5
+    assert moved(seventh) == [False] * 5 + [True] * 5
+    assert moved(padding) == [False] * 10
+
+
+@pytest.mark.parametrize('mesh', [MeshConfig(data=2, tensor=2), MeshConfig(context=2, expert=2)], ids=str)
+def test_every_mesh_scores_alike(mesh):
+    ids = np.random.default_rng(0).integers(0, 40, (3, 11))
+    found = []
+    for one in (MeshConfig(), mesh):
+        with jax.set_mesh(make_mesh(one)):
+            model = jax.jit(lambda key: Decoder(BERT, nnx.Rngs(key)))(jax.random.key(0))
+            found.append(np.concatenate([block for _, block in score(model, ids)]))
+    assert found[0].shape == (3, 11, 40)
+    np.testing.assert_allclose(*found, atol=1e-5)
+
+
+def test_what_needs_the_next_token_is_refused():
+    training = TrainingConfig(steps=1, batch=2, sequence_length=16)
+    with pytest.raises(UserError, match=r'model\.causal is false: training learns to predict the next token'):
+        RunConfig(name='x', model=BERT, training=training).check_sizes()
+    causal = dataclasses.replace(BERT, causal=True, max_positions=8)
+    with pytest.raises(UserError, match=r'max_positions is 8 and training\.sequence_length 16'):
+        RunConfig(name='x', model=causal, training=training).check_sizes()
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        model = jax.jit(lambda key: Decoder(BERT, nnx.Rngs(key)))(jax.random.key(0))
+        with pytest.raises(UserError, match=r'model\.causal is false: decoding needs'):
+            empty_cache(model, 2, 8)
