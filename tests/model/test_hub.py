@@ -29,6 +29,12 @@ MESHES = {'one': MeshConfig(), 'all': MeshConfig(data=2, expert=2, tensor=2), 's
 LLAMA = cases.CASES['llama-grouped']
 
 
+@pytest.fixture(autouse=True)
+def begun() -> None:
+    """JAX has its eight devices before an import would begin it with as many as its own mesh has."""
+    jax.devices()
+
+
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
     assert a.keys() == b.keys()
     for name, x in a.items():

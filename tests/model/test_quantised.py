@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,12 @@ from training.conversion import export_run, import_run
 GOLDEN = Path(__file__).with_name('quantised.npz')
 FP8 = {'quant_method': 'fp8', 'fmt': 'e4m3', 'activation_scheme': 'dynamic', 'weight_block_size': [16, 32]}
 MXFP4 = {'quant_method': 'mxfp4', 'modules_to_not_convert': ['lm_head']}
+
+
+@pytest.fixture(autouse=True)
+def begun() -> None:
+    """JAX has its eight devices before an import would begin it with as many as its own mesh has."""
+    jax.devices()
 
 
 def golden(kind: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
