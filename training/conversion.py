@@ -23,7 +23,7 @@ import numpy as np
 
 from data.exported_tokenizer import exported_tokenizer
 from data.published_tokenizer import published_tokenizer, run_tokenizer
-from model import hub
+from model import hub, publish
 from model.config import ModelConfig, sizes
 from model.families import Tensor, tensors
 from model.streaming import published
@@ -50,7 +50,7 @@ def import_run(
     say: Callable[[str], None] = print,
 ) -> None:
     """Makes the run of a published folder. Raises UserError, before anything is written, where it cannot be one."""
-    hub.refuse_existing(run)
+    publish.refuse_existing(run)
     found = hub.read(source, dtype, without_remote_code)
     check_divides(mesh, sizes(found.model))
     files = hub.side_files(source)
@@ -61,7 +61,7 @@ def import_run(
     start(mesh.size, config.model.dtype)
     devices = make_mesh(mesh)
     kept = {'config.yaml': configs.dump(config).encode()} | (tokenizer.files() if tokenizer else {})
-    with hub.staged(run) as place:
+    with publish.staged(run) as place:
         with jax.set_mesh(devices):
             names = dict(zip(found.shapes, named(abstract_state(config).model), strict=True))
         arrays = told(found.arrays(devices), names, found.bytes, say)
@@ -135,7 +135,7 @@ def export_run(
 
     `family` is for a run that was not imported; the first that can say this model otherwise. Raises UserError where none can.
     """
-    hub.refuse_existing(target)
+    publish.refuse_existing(target)
     if not (run / 'config.yaml').is_file():
         raise UserError(f'{run}: not a run, for it has no config.yaml')
     checkpoints = checkpoints_of(run)
@@ -147,9 +147,9 @@ def export_run(
         raise UserError(f'--family {family}: {run} was imported as {known.family}, and is exported as that')
     context = config.training.sequence_length
     if known:
-        chosen, fields = hub.published_config(c, context, known.family, known.config)
+        chosen, fields = publish.published_config(c, context, known.family, known.config)
     else:
-        chosen, fields = hub.published_config(c, context, family)
+        chosen, fields = publish.published_config(c, context, family)
     if known:
         beside = known.beside
     else:
@@ -184,7 +184,7 @@ def export_run(
         for name, own in known.fixed.items():
             numbers = chosen.fixed[name](c)
             add(name, dtype or own, numbers.shape, functools.partial(np.asarray, numbers))
-    hub.write(target, fields, beside, kinds, lambda name: makers[name]().astype(kinds[name][0]))
+    publish.write(target, fields, beside, kinds, lambda name: makers[name]().astype(kinds[name][0]))
     size = sum(math.prod(shape) * kept.itemsize for kept, shape in kinds.values())
     say(f'{target}: {fields["architectures"][0]}, {len(kinds)} tensors, {size / 1e9:.2f} GB (step {step})')
 

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 import tests.conftest  # noqa: F401  (devices and settings as in the tests)
-from model.hub import published_config
+from model.publish import published_config
 from tests.families import cases, folders
 from tests.families.loading import read
 

@@ -14,7 +14,7 @@ import pytest
 
 from decoding.run import open_run
 from decoding.score import score
-from model import hub, streaming, tensor_files
+from model import hub, publish, streaming, tensor_files
 from model.families import Fields, tensors
 from sharding import boxes
 from sharding.errors import UserError
@@ -378,7 +378,7 @@ def test_weights_in_another_dtype(tmp_path):
 def test_many_files_with_an_index(tmp_path):
     found = folders.named('llama-grouped')
     kinds = {name: (x.dtype, x.shape) for name, x in found.items()}
-    hub.write(tmp_path / 'target', LLAMA, {}, kinds, lambda name: found[name], file_bytes=60_000)
+    publish.write(tmp_path / 'target', LLAMA, {}, kinds, lambda name: found[name], file_bytes=60_000)
     files = sorted(path.name for path in (tmp_path / 'target').glob('*.safetensors'))
     assert len(files) > 3
     assert files[0] == f'model-00001-of-{len(files):05}.safetensors'
@@ -405,7 +405,7 @@ def test_older_names_and_files_without_the_prefix_are_given_back(tmp_path):
 def test_a_model_that_was_not_imported_finds_a_family(name):
     _, c = read(cases.CASES[name])
     c = dataclasses.replace(c, dtype='bfloat16', remat='block', dropout=0.1)
-    family, fields = hub.published_config(c, 512)
+    family, fields = publish.published_config(c, 512)
     found = family.read(Fields({**fields}))
     assert dataclasses.replace(found, dtype='bfloat16', remat='block', dropout=0.1) == c
 
@@ -415,6 +415,6 @@ def test_a_model_of_no_family_is_told_what_stands_in_the_way():
     with pytest.raises(
         UserError, match=r"no published family .*llama: model.activation is 'relu' and would be 'swiglu'"
     ):
-        hub.published_config(dataclasses.replace(c, activation='relu'), 512)
+        publish.published_config(dataclasses.replace(c, activation='relu'), 512)
     with pytest.raises(UserError, match=r'qwen2: model.qkv_bias is False and would be True'):
-        hub.published_config(c, 512, 'qwen2')
+        publish.published_config(c, 512, 'qwen2')
