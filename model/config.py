@@ -11,6 +11,7 @@ from sharding.errors import UserError, nearest
 from sharding.mesh import BATCH, FSDP, SEQUENCE, Divides
 
 Dispatch = Literal['auto', 'all_gather', 'all_to_all', 'ragged']
+MOST_LAYERS = 10_000  # a mistake rather than a model
 VOCABULARY_MULTIPLE = 128  # the embedding's rows are rounded up to it, on every mesh alike, so that they split evenly
 
 
@@ -255,6 +256,8 @@ class ModelConfig:
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise UserError(f'model.{field} is {getattr(self, field)}: it must be at least 1')
         set_default('kv_heads', self.heads)
+        if self.layers > MOST_LAYERS:
+            raise UserError(f'model.layers is {self.layers}: at most {MOST_LAYERS} work')
         for field in ('mtp_layers', 'mtp_loss'):
             if not getattr(self, field) >= 0:
                 raise UserError(f'model.{field} is {getattr(self, field)}: it cannot be negative; nearest: 0')

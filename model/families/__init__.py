@@ -20,6 +20,7 @@ from flax import nnx
 
 from model.config import ModelConfig
 from model.decoder import Decoder
+from model.families.fields import Fields
 from sharding.errors import UserError, nearest
 
 # fmt: off
@@ -28,81 +29,9 @@ FAMILIES = (  # their files
     'gpt2', 'gemma2', 'gemma3', 'gpt_oss', 'deepseek_v2', 'deepseek_v3', 'grok1',
     'bert', 't5', 'marian',
 )
-HARMLESS = frozenset([  # fields of config.json that change no logit
-    'architectures', 'auto_map', 'bos_token_id', 'chunk_size_feed_forward', 'classifier_dropout', 'dtype',
-    'eos_token_id', 'finetuning_task', 'id2label', 'initializer_factor', 'initializer_range', 'is_decoder', 'label2id',
-    'model_type', 'name_or_path', '_name_or_path', 'output_attentions', 'output_hidden_states', 'output_router_logits',
-    'pad_token_id', 'pretraining_tp', 'problem_type', 'return_dict', 'router_aux_loss_coef', 'aux_loss_alpha',
-    'router_jitter_noise', 'seq_aux', 'sep_token_id', 'task_specific_params', 'torch_dtype', 'transformers_version',
-    'unk_token_id', 'use_cache', '_attn_implementation', 'attn_implementation', 'cache_implementation',
-    'attention_dropout', 'attention_probs_dropout_prob', 'hidden_dropout', 'hidden_dropout_prob',
-    'hidden_dropout_rate', 'resid_pdrop', 'embd_pdrop', 'attn_pdrop', 'dropout', 'dropout_rate', 'layerdrop',
-    'embedding_dropout', 'summary_type', 'summary_use_proj', 'summary_activation', 'summary_proj_to_labels',
-    'summary_first_dropout', 'quantization_config', 'unsloth_version', 'ep_size',
-])
 # fmt: on
 ENCODER = 'encoder.layers.'  # how a table's names of an encoder's layers begin
 IN_FIRST = re.compile(r'(^|\.)(q|k|v|gate|up|head|router|q_down|q_up|kv_down|kv_up)_[A-Za-z]{2,}$')  # ours: in × out
-
-
-class Fields:
-    """The fields of a config.json; each is read by name, and one that nothing has read is an error, not ignored."""
-
-    def __init__(self, values: Mapping[str, Any], source: str = 'config.json'):
-        self.values, self.source = dict(values), source
-        self.seen: set[str] = set()
-
-    def __call__(self, name: str, default: Any = ...) -> Any:
-        """A field's value; where there is none, or it is null, the default."""
-        self.seen.add(name)
-        value = self.values.get(name)
-        if value is None:
-            if default is ...:
-                raise UserError(f'{self.source}: {name} is missing: this family has no default for it')
-            return default
-        return value
-
-    def given(self, name: str, default: Any) -> Any:
-        """A field's value, which may be null; where there is no field, the default: where null says something of its own."""
-        self.seen.add(name)
-        return self.values.get(name, default)
-
-    def either(self, names: tuple[str, ...], default: Any = ...) -> Any:
-        """A field that has several names; where more than one is there they must agree."""
-        found = {name: self.values[name] for name in names if self.values.get(name) is not None}
-        self.skip(*names)
-        for name, value in found.items():
-            if value != next(iter(found.values())):
-                first = next(iter(found))
-                raise UserError(
-                    f'{self.source}: {first} is {found[first]!r} and {name} {value!r}: they mean the same, and must agree'
-                )
-        return next(iter(found.values())) if found else self(names[0], default)
-
-    def only(self, name: str, *works: Any, default: Any = ...) -> Any:
-        """A field of which only some values are supported; absent means the first of them, or `default`."""
-        value = self(name, works[0] if default is ... else default)
-        if value not in works:
-            raise UserError(f'{self.source}: {name} is {value!r}, which is not supported; supported: {_list(works)}')
-        return value
-
-    def skip(self, *names: str) -> None:
-        """Fields that this family can leave unread: what they say follows from others, or changes no logit."""
-        self.seen.update(names)
-
-    def part(self, name: str) -> 'Fields | None':
-        """A field that holds fields."""
-        value = self(name, None)
-        return None if value is None else Fields(value, f'{self.source}: {name}')
-
-    def finish(self) -> None:
-        """Raises UserError for the first field that nothing has read."""
-        for name, value in self.values.items():
-            if name not in self.seen and name not in HARMLESS and value is not None:
-                raise UserError(
-                    f'{self.source}: {name} is {value!r}: this family does not know the field, and it may change the '
-                    f'result{nearest(name, self.seen)}'
-                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,10 +47,6 @@ class Part:
         """The part of a published tensor, in our layout."""
         array = array[self.take] if self.take else array
         return array if self.axes is None else array.transpose(self.axes)
-
-    def back(self, array):
-        """The inverse of the transposition: our layout to the published one."""
-        return array if self.axes is None else array.transpose([self.axes.index(i) for i in range(array.ndim)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,7 +307,3 @@ def pattern(layers: Iterable[bool]) -> tuple[bool, ...]:
     return next(
         flags[:n] for n in range(1, len(flags) + 1) if all(flag == flags[i % n] for i, flag in enumerate(flags))
     )
-
-
-def _list(values: tuple[Any, ...]) -> str:
-    return ', '.join(repr(value) for value in values)

@@ -94,6 +94,4 @@ def write_common(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(
-    'llama', ('LlamaForCausalLM',), read, write, OUTER | NORMS | ATTENTION | MLP, (r'.*rotary_emb\.inv_freq',)
-)
+FAMILY = Family('llama', ('LlamaForCausalLM',), read, write, OUTER | NORMS | ATTENTION | MLP)

@@ -1,5 +1,6 @@
 """What configs mean: published ones, what stands for a field that is left out, and what is refused rather than ignored."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from model.families import leaves, tensors
+from model.families.fields import HARMLESS, KIND_OF
 from sharding.errors import UserError
 from sharding.mesh import MeshConfig, make_mesh
 from tests.families import cases
@@ -317,3 +319,21 @@ def test_what_cannot_be_represented_is_refused(case, changes, message):
     with pytest.raises(UserError, match=message) as found:
         read(cases.CASES[case] | changes)
     assert '\n' not in str(found.value)
+
+
+WRONG: tuple[Any, ...] = ('x', [], ['x'], {}, {'x': 1}, -1, 0, 1.5, True, 10**30, 1e30, float('nan'))
+
+
+@pytest.mark.parametrize('name', cases.CASES)
+def test_a_value_of_another_kind_is_refused(name):
+    config = cases.CASES[name]
+    sections = {(): config} | {(key,): value for key, value in config.items() if isinstance(value, dict)}
+    taken = []
+    for path, section in sections.items():
+        for field in section:
+            for value in WRONG:
+                changed = section | {field: value}
+                with contextlib.suppress(UserError):
+                    read(config | {path[0]: changed} if path else changed)
+                    taken.append((field, value))
+    assert [(field, value) for field, value in taken if field not in HARMLESS and not KIND_OF[field].fits(value)] == []

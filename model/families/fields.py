@@ -1,0 +1,168 @@
+"""The fields of a config.json: read by name, held to their kind, and none of them ignored."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from model.config import MOST_LAYERS
+from sharding.errors import UserError, nearest
+
+# fmt: off
+HARMLESS = frozenset([  # fields of config.json that change no logit
+    'architectures', 'auto_map', 'bos_token_id', 'chunk_size_feed_forward', 'classifier_dropout', 'dtype',
+    'eos_token_id', 'finetuning_task', 'id2label', 'initializer_factor', 'initializer_range', 'is_decoder', 'label2id',
+    'model_type', 'name_or_path', '_name_or_path', 'output_attentions', 'output_hidden_states', 'output_router_logits',
+    'pad_token_id', 'pretraining_tp', 'problem_type', 'return_dict', 'router_aux_loss_coef', 'aux_loss_alpha',
+    'router_jitter_noise', 'seq_aux', 'sep_token_id', 'task_specific_params', 'torch_dtype', 'transformers_version',
+    'unk_token_id', 'use_cache', '_attn_implementation', 'attn_implementation', 'cache_implementation',
+    'attention_dropout', 'attention_probs_dropout_prob', 'hidden_dropout', 'hidden_dropout_prob',
+    'hidden_dropout_rate', 'resid_pdrop', 'embd_pdrop', 'attn_pdrop', 'dropout', 'dropout_rate', 'layerdrop',
+    'embedding_dropout', 'summary_type', 'summary_use_proj', 'summary_activation', 'summary_proj_to_labels',
+    'summary_first_dropout', 'quantization_config', 'unsloth_version', 'ep_size',
+])
+# fmt: on
+FALSE_IS_HARMLESS = frozenset(['is_encoder_decoder', 'add_cross_attention', 'tie_encoder_decoder'])
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a field may hold, beside null."""
+
+    told: str
+    fits: Callable[[Any], bool]
+
+
+LARGEST = 2**31 - 1
+_whole = lambda value: isinstance(value, int) and not isinstance(value, bool)
+_number = lambda value: (_whole(value) or isinstance(value, float)) and math.isfinite(value)
+COUNT = Kind(f'a whole number from 1 to {LARGEST}', lambda value: _whole(value) and 1 <= value <= LARGEST)
+LAYERS = Kind(f'a whole number from 1 to {MOST_LAYERS}', lambda value: _whole(value) and 1 <= value <= MOST_LAYERS)
+INDEX = Kind(f'a whole number from 0 to {LARGEST}', lambda value: _whole(value) and 0 <= value <= LARGEST)
+NUMBER = Kind('a number', _number)
+POSITIVE = Kind('a number above 0', lambda value: _number(value) and value > 0)
+FLAG = Kind('true or false', lambda value: isinstance(value, bool))
+TEXT = Kind('a text', lambda value: isinstance(value, str))
+TEXTS = Kind('a list of texts', lambda value: isinstance(value, list) and all(isinstance(one, str) for one in value))
+INDICES = Kind('a list of whole numbers', lambda value: isinstance(value, list) and all(map(INDEX.fits, value)))
+NUMBERS = Kind('a list of numbers', lambda value: isinstance(value, list) and all(map(POSITIVE.fits, value)))
+FIELDS = Kind('an object', lambda value: isinstance(value, dict))
+# fmt: off
+KIND_OF: dict[str, Kind] = {  # of fields by name, which mean the same in every family that has them
+    **dict.fromkeys([
+        'num_hidden_layers', 'n_layer', 'num_layers', 'num_decoder_layers', 'encoder_layers', 'decoder_layers',
+    ], LAYERS),
+    **dict.fromkeys([
+        'vocab_size', 'decoder_vocab_size', 'hidden_size', 'n_embd', 'd_model', 'num_attention_heads', 'n_head',
+        'num_heads', 'encoder_attention_heads', 'decoder_attention_heads', 'num_key_value_heads', 'head_dim', 'd_kv',
+        'intermediate_size', 'n_inner', 'd_ff', 'encoder_ffn_dim', 'decoder_ffn_dim', 'moe_intermediate_size',
+        'num_experts', 'num_local_experts', 'n_routed_experts', 'num_experts_per_tok', 'experts_per_token', 'n_group',
+        'topk_group', 'q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim',
+        'max_position_embeddings', 'original_max_position_embeddings', 'initial_context_length', 'n_positions', 'n_ctx',
+        'sliding_window', 'sliding_window_size', 'decoder_sparse_step', 'relative_attention_num_buckets',
+        'relative_attention_max_distance', 'moe_layer_freq', 'full_attn_mod', 'interpolate_factor',
+    ], COUNT),
+    **dict.fromkeys([
+        'first_k_dense_replace', 'max_window_layers', 'n_shared_experts', 'num_nextn_predict_layers', 'num_mtp_layers',
+        'decoder_start_token_id', 'type_vocab_size', 'sliding_window_pattern', '_sliding_window_pattern',
+    ], INDEX),
+    **dict.fromkeys([
+        'rms_norm_eps', 'layer_norm_eps', 'layer_norm_epsilon', 'rope_theta', 'rope_local_base_freq', 'factor',
+        'low_freq_factor', 'high_freq_factor', 'beta_fast', 'beta_slow', 'attention_factor', 'partial_rotary_factor',
+        'query_pre_attn_scalar', 'swiglu_limit', 'attn_output_multiplier', 'max_attn_value',
+    ], POSITIVE),
+    **dict.fromkeys([
+        'mscale', 'mscale_all_dim', 'routed_scaling_factor', 'attn_logit_softcapping', 'final_logit_softcapping',
+        'embedding_multiplier_scale', 'output_multiplier_scale', 'swiglu_alpha', 'clip_qkv',
+    ], NUMBER),
+    **dict.fromkeys([
+        'tie_word_embeddings', 'attention_bias', 'mlp_bias', 'lm_head_bias', 'norm_topk_prob', 'use_sliding_window',
+        'rope_interleave', 'use_qk_norm', 'scale_attn_weights', 'scale_attn_by_inverse_layer_idx',
+        'reorder_and_upcast_attn', 'scale_embedding', 'scale_decoder_outputs', 'truncate', 'is_gated_act', 'is_decoder',
+        'is_encoder_decoder', 'add_cross_attention', 'use_bidirectional_attention', 'use_mrope', 'normalize_before',
+        'share_encoder_decoder_embeddings', 'static_position_embeddings', 'add_bias_logits',
+    ], FLAG),
+    **dict.fromkeys([
+        'hidden_act', 'hidden_activation', 'activation_function', 'feed_forward_proj', 'scoring_func', 'topk_method',
+        'rope_type', 'type', 'position_embedding_type', 'model_type',
+    ], TEXT),
+    **dict.fromkeys(['architectures', 'layer_types'], TEXTS),
+    'mlp_only_layers': INDICES,
+    **dict.fromkeys(['short_factor', 'long_factor'], NUMBERS),
+    **dict.fromkeys([
+        'rope_parameters', 'rope_scaling', 'full_attention', 'sliding_attention', 'vision_config', 'text_config',
+        'quantization_config',
+    ], FIELDS),
+}
+# fmt: on
+
+
+class Fields:
+    """The fields of a config.json; each is read by name, and one that nothing has read is an error, not ignored."""
+
+    def __init__(self, values: Mapping[str, Any], source: str = 'config.json'):
+        self.values, self.source = dict(values), source
+        self.seen: set[str] = set()
+
+    def __call__(self, name: str, default: Any = ...) -> Any:
+        """A field's value; where there is none, or it is null, the default."""
+        value = self.value(name)
+        if value is None:
+            if default is ...:
+                raise UserError(f'{self.source}: {name} is missing: this family has no default for it')
+            return default
+        return value
+
+    def given(self, name: str, default: Any) -> Any:
+        """A field's value, which may be null; where there is no field, the default: where null says something of its own."""
+        value = self.value(name)
+        return value if name in self.values else default
+
+    def value(self, name: str) -> Any:
+        """A field's value, or None, after a look at what it is."""
+        self.seen.add(name)
+        value, kind = self.values.get(name), KIND_OF.get(name)
+        if value is not None and kind is not None and not kind.fits(value):
+            raise UserError(f'{self.source}: {name} is {value!r}: it must be {kind.told}')
+        return value
+
+    def either(self, names: tuple[str, ...], default: Any = ...) -> Any:
+        """A field that has several names; where more than one is there they must agree."""
+        found = {name: value for name in names if (value := self.value(name)) is not None}
+        for name, value in found.items():
+            if value != next(iter(found.values())):
+                first = next(iter(found))
+                raise UserError(
+                    f'{self.source}: {first} is {found[first]!r} and {name} {value!r}: they mean the same, and must agree'
+                )
+        return next(iter(found.values())) if found else self(names[0], default)
+
+    def only(self, name: str, *works: Any, default: Any = ...) -> Any:
+        """A field of which only some values are supported; absent means the first of them, or `default`."""
+        value = self(name, works[0] if default is ... else default)
+        if value not in works:
+            raise UserError(
+                f'{self.source}: {name} is {value!r}, which is not supported; supported: {", ".join(map(repr, works))}'
+            )
+        return value
+
+    def skip(self, *names: str) -> None:
+        """Fields that this family can leave unread: what they say follows from others, or changes no logit."""
+        for name in names:
+            self.value(name)
+
+    def part(self, name: str) -> 'Fields | None':
+        """A field that holds fields."""
+        value = self(name, None)
+        return None if value is None else Fields(value, f'{self.source}: {name}')
+
+    def finish(self) -> None:
+        """Raises UserError for the first field that nothing has read."""
+        for name, value in self.values.items():
+            if name in FALSE_IS_HARMLESS and value is False:
+                continue
+            if name not in self.seen and name not in HARMLESS and value is not None:
+                raise UserError(
+                    f'{self.source}: {name} is {value!r}: this family does not know the field, and it may change the '
+                    f'result{nearest(name, self.seen)}'
+                )
