@@ -54,11 +54,11 @@ def pair(line: str, kind: str, name: str) -> Pair:
 class PairRows(Samples):
     """The packed pairs of one split: a row's first source belongs to its first target, and so on.
 
-    A source is its text and eos; a target is read as bos and its text, and predicted as its text and eos.
+    A source is its text and eos; a target is read as a start token and its text, and predicted as its text and eos.
     """
 
     ARRAYS: ClassVar = ('stream_S', 'start_P', 'source_P', 'target_P', 'first_R')
-    stream_S: np.ndarray  # source, eos, bos, target, eos of each pair, uint16 or int32
+    stream_S: np.ndarray  # source, eos, start, target, eos of each pair, uint16 or int32
     start_P: np.ndarray  # int64: where a pair begins in the stream; row by row
     source_P: np.ndarray  # int32: tokens of its source, eos among them
     target_P: np.ndarray  # int32: tokens of its target that are read; as many are predicted, one token further on
@@ -107,8 +107,16 @@ class PairRows(Samples):
         return found
 
 
-def pack_pairs(tokenizer: Tokenizer, pairs: Iterable[Pair], sequence_length: int) -> tuple[PairRows, int]:
+def first_token(tokenizer: Tokenizer, start: int | None) -> int:
+    """What a decoder reads first: the model's own start token (`model.encoder.start_token`), or the tokenizer's."""
+    return tokenizer.bos if start is None else start
+
+
+def pack_pairs(
+    tokenizer: Tokenizer, pairs: Iterable[Pair], sequence_length: int, start: int | None = None
+) -> tuple[PairRows, int]:
     """The rows, and how many pairs are left out because one side has more tokens than a row."""
+    begin = first_token(tokenizer, start)
     token = np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.int32)
     parts, lengths, size, left_out = [np.empty(0, token)], list[tuple[int, int]](), 0, 0
     pairs = iter(pairs)
@@ -118,7 +126,7 @@ def pack_pairs(tokenizer: Tokenizer, pairs: Iterable[Pair], sequence_length: int
             if max(len(source), len(target)) + 1 > sequence_length:
                 left_out += 1
                 continue
-            parts.append(np.array([*source, tokenizer.eos, tokenizer.bos, *target, tokenizer.eos], token))
+            parts.append(np.array([*source, tokenizer.eos, begin, *target, tokenizer.eos], token))
             lengths.append((len(source) + 1, len(target) + 1))
             size += len(one.target.encode())
     length_P2 = np.array(lengths, np.int32).reshape(-1, 2)

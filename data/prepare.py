@@ -75,18 +75,19 @@ def prepare(
     check: Callable[[Dataset], object] | None = None,
     pairs: bool = False,
     tokenizer: Tokenizer | None = None,
+    start: int | None = None,
 ) -> Dataset:
     """The data of the run in `folder`: loaded if it is there, of the same config and length, else made and saved.
 
     Writes `folder/tokenizer.*` and `folder/data/`; the tokenizer is learnt from the text unless one is given. Rows have
     `sequence_length` inputs. One process at a time may call this on a folder. With `pairs` the text is sources and targets
-    (data/pairs.py). `check` may refuse what was made before it is written. UserError for a source that cannot be read or
-    has too little text, and for damaged files in the folder.
+    (data/pairs.py), the targets opened by the token `start` or the tokenizer's own. `check` may refuse what was made before it
+    is written. UserError for a source that cannot be read or has too little text, and for damaged files in the folder.
     """
     if sequence_length < 1:
         raise UserError(f'training.sequence_length={sequence_length}: must be at least 1; try 256')
     key = {'format': FORMAT, 'sequence_length': sequence_length, **asdict(config), 'source': list(config.paths)}
-    key |= {'pairs': True} if pairs else {}
+    key |= {'pairs': True, 'start': start} if pairs else {}
     folder = Path(folder)
     for leftover in folder / 'data.partial', folder / 'data.old':  # of a process that was killed
         if leftover.exists():
@@ -94,7 +95,10 @@ def prepare(
     if (saved := _load(folder)) and saved[0] == key:
         return saved[1]
     begin = time.perf_counter()
-    dataset = (_build_pairs if pairs else _build)(config, sequence_length, say, tokenizer)
+    if pairs:
+        dataset = _build_pairs(config, sequence_length, say, tokenizer, start)
+    else:
+        dataset = _build(config, sequence_length, say, tokenizer)
     if check:
         check(dataset)  # raises while nothing is written
     _save(dataset, folder, key)
@@ -186,7 +190,11 @@ def _build(
 
 
 def _build_pairs(
-    config: DataConfig, sequence_length: int, say: Callable[[str], None], tokenizer: Tokenizer | None = None
+    config: DataConfig,
+    sequence_length: int,
+    say: Callable[[str], None],
+    tokenizer: Tokenizer | None = None,
+    start: int | None = None,
 ) -> Dataset:
     """As `_build`, of pairs: those of one source stay on one side."""
     sha256, size_of_source, count = hashlib.sha256(), Counter[str](), 0
@@ -210,7 +218,7 @@ def _build_pairs(
         tokenizer = Tokenizer.train(_sample((side for pair in of('train') for side in pair), every), config.vocabulary)
     rows, facts = {}, {'source': list(config.paths), 'sha256': sha256.hexdigest(), 'pairs': count, 'bytes': size}
     for part in SPLITS:
-        rows[part], left_out = pack_pairs(tokenizer, of(part), sequence_length)
+        rows[part], left_out = pack_pairs(tokenizer, of(part), sequence_length, start)
         if len(rows[part]) == 0:
             raise UserError(
                 f'data.source={config.source!r}: {count} pairs leave none for {part}, {left_out} of them for having more than '

@@ -100,8 +100,8 @@ class Tokenizer:
         return ids_of
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The UTF-8 bytes that `ids` stand for; a model's ids may end in the middle of a character."""
-        return b''.join(map(self.pieces.__getitem__, ids))
+        """The UTF-8 bytes that `ids` stand for; a model's ids may end in the middle of a character, or stand for no text."""
+        return b''.join(self.pieces[i] for i in ids if i < len(self.pieces))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""

@@ -44,8 +44,8 @@ class Candidates(NamedTuple):
 class Search:
     """One prompt's beams and what has ended of them: plain numbers, on the host."""
 
-    def __init__(self, beams: int, eos: int, most: int, penalty: float):
-        self.beams, self.eos, self.most, self.penalty = beams, eos, most, penalty
+    def __init__(self, beams: int, ends: frozenset[int], most: int, penalty: float):
+        self.beams, self.ends, self.most, self.penalty = beams, ends, most, penalty
         self.running: list[tuple[float, list[int]]] = [(0.0, [])]
         self.finished: list[Found] = []
         self.open = True
@@ -58,9 +58,9 @@ class Search:
             if not np.isfinite(score):  # of a beam that is none
                 continue
             so_far = [*self.running[beam][1], token]
-            if token == self.eos or len(so_far) == self.most:
+            if token in self.ends or len(so_far) == self.most:
                 if rank < self.beams:  # those behind are there to go on with
-                    ended = token == self.eos
+                    ended = token in self.ends
                     self.finish(Found(score / len(so_far) ** self.penalty, so_far[:-1] if ended else so_far, ended))
             elif len(running) < self.beams:
                 running.append((score, so_far))
@@ -77,16 +77,16 @@ class Search:
         self.finished = sorted([*self.finished, found], key=lambda one: -one.score)[: self.beams]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def first_candidates(model: Decoder, slots: int, beams: int, prompts: Prompts):
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def first_candidates(model: Decoder, slots: int, beams: int, ways: int, prompts: Prompts):
     """Candidates after the prompts, and their cache with each row `beams` times."""
     logit_BV, cache = begin(model, slots, prompts)
-    found = candidates(logit_BV, jnp.zeros(logit_BV.shape[0], out_sharding=TOKENS), 2 * beams, 1)
+    found = candidates(logit_BV, jnp.zeros(logit_BV.shape[0], out_sharding=TOKENS), ways * beams, 1)
     return found, by_row(cache, lambda a, axis: jnp.repeat(a, beams, axis))
 
 
-@functools.partial(jax.jit, static_argnums=2, donate_argnums=1)
-def next_candidates(model: Decoder, cache: Cache, beams: int, parent_R, token_R, score_R, position_R):
+@functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=1)
+def next_candidates(model: Decoder, cache: Cache, beams: int, ways: int, parent_R, token_R, score_R, position_R):
     """Candidates after one more token in each of B × N rows, whose beams come from others of their prompt."""
 
     def chosen(a, axis, parent_R):
@@ -96,7 +96,7 @@ def next_candidates(model: Decoder, cache: Cache, beams: int, parent_R, token_R,
     own = cache._replace(source=None)  # the beams of a prompt have one source
     cache = by_row(own, chosen, parent_R)._replace(source=cache.source)
     logit_RV, cache = decode(model, cache, token_R, position_R)
-    return candidates(logit_RV, score_R, 2 * beams, beams), cache
+    return candidates(logit_RV, score_R, ways * beams, beams), cache
 
 
 def candidates(logit_RV, score_R, count: int, beams: int) -> Candidates:
@@ -119,14 +119,21 @@ def by_row(cache: Cache, change, *rows):
 
 
 def search(
-    model: Decoder, prompts: Prompts, beams: int, eos: int, most: Sequence[int], penalty: float, slots: int
+    model: Decoder,
+    prompts: Prompts,
+    beams: int,
+    ends: frozenset[int],
+    most: Sequence[int],
+    penalty: float,
+    slots: int,
 ) -> tuple[list[list[Found]], float]:
     """For each row the best continuations, best first, of at most as many tokens as `most` says of the row.
 
     Also seconds of all steps but the first two.
     """
-    found = [Search(beams, eos, of_row, penalty) for of_row in most]
-    best, cache = first_candidates(model, slots, beams, prompts.placed())
+    found = [Search(beams, ends, of_row, penalty) for of_row in most]
+    ways = 1 + len(ends)  # of each beam: if all ends are among its best, one more goes on
+    best, cache = first_candidates(model, slots, beams, ways, prompts.placed())
     position_R, began = np.repeat(prompts.length_B, beams).astype(np.int32), 0.0
     while True:
         shape = len(found), beams
@@ -140,7 +147,7 @@ def search(
         if not any(one.open for one in found):
             return [one.finished for one in found], time.perf_counter() - began if began else 0.0
         rows = place((parent.reshape(-1), token.reshape(-1), score.reshape(-1), position_R))
-        best, cache = next_candidates(model, cache, beams, *rows)
+        best, cache = next_candidates(model, cache, beams, ways, *rows)
         position_R = position_R + 1
         if not began:  # the first step compiles
             jax.block_until_ready(best)
@@ -167,7 +174,7 @@ def generate_by_beams(
     prompts = read_prompts(model.config, tokenizer, texts, context)
     most_B = np.minimum(max_new_tokens, context - prompts.length_B)
     slots = prompts.slots(max_new_tokens, context)
-    found, seconds = search(model, prompts, beams, tokenizer.eos, most_B.tolist(), length_penalty, slots)
+    found, seconds = search(model, prompts, beams, tokenizer.ends, most_B.tolist(), length_penalty, slots)
     completions = []
     for text, (best, *_) in zip(texts, found, strict=False):
         reason = 'stop' if best.ended else 'length'

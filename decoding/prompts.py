@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.pairs import first_token
 from data.pairs import prompts as sources_of
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
@@ -39,7 +40,7 @@ def read_prompts(c: ModelConfig, tokenizer: Tokenizer, texts: Sequence[str], con
     if c.encoder is None:
         rows = [[*tokenizer.prefix, *ids] or [tokenizer.bos] for ids in tokenizer.encode_batch(texts)]
         return Prompts(*batch(rows, context - 1, context))
-    start = tokenizer.bos if c.encoder.start_token is None else c.encoder.start_token
+    start = first_token(tokenizer, c.encoder.start_token)
     source = batch(sources_of(tokenizer, texts), context, context)
     return Prompts(*batch([[start]] * len(texts), context, context), source)
 

@@ -141,10 +141,16 @@ def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f'{folder}: has no {CONFIG}: not a published model')
+    _check_size(path)
     config = _json(folder, CONFIG)
     if not isinstance(config, dict):
         raise UserError(f'{path}: must be a JSON object, not {type(config).__name__}')
     return config
+
+
+def _check_size(path: Path) -> None:
+    if (size := path.stat().st_size) > LARGEST_SIDE:
+        raise UserError(f'{path}: has {size} bytes; at most {LARGEST_SIDE} are read of a file beside the weights')
 
 
 def _json(folder: Path, name: str) -> Any:
@@ -160,7 +166,7 @@ def inside(folder: Path, name: str) -> Path:
     Links may lead within the folder, and from a snapshot of the hub's cache to the cache's own files.
     """
     path = folder / name
-    if name in ('', '.', '..') or Path(name).name != name or '\\' in name:
+    if name in ('', '.', '..') or Path(name).name != name or '\\' in name or len(name.encode()) > 255:
         raise UserError(f'{folder}: {name!r} is not the name of a file in this folder')
     if not path.is_file():
         raise UserError(f'{path}: is missing')
@@ -178,6 +184,7 @@ def all_stored(folder: Path) -> dict[str, Stored]:
         return tensor_files.header(inside(folder, SINGLE))
     if not (folder / INDEX).exists():
         raise UserError(_no_weights(folder))
+    _check_size(folder / INDEX)
     where = _json(folder, INDEX)
     where = where.get('weight_map') if isinstance(where, dict) else None
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()) or not where:
@@ -259,7 +266,7 @@ def _match(
 
 def _copies(family: Family, table: list[Tensor], c: ModelConfig) -> dict[str, str]:
     """Tensors that a publisher may repeat, and which they repeat; among them the head that is the embedding."""
-    found = {name: of for name, of in family.copies.items() if '{i}' not in name}
+    found = dict(family.tied)
     embedding = [one.name for one in table if any(part.leaf == 'embed_VD' for part in one.parts) and not one.copy_of]
     if c.tied_embedding and embedding:
         found |= {name: embedding[0] for name, entry in family.names.items() if entry == 'head_DV'}
@@ -320,9 +327,6 @@ def side_files(folder: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and SIDE.fullmatch(path.name) and not path.name.endswith('.index.json'):
-            if (size := path.stat().st_size) > LARGEST_SIDE:
-                raise UserError(
-                    f'{path}: has {size} bytes; at most {LARGEST_SIDE} are kept of a file beside the weights'
-                )
+            _check_size(path)
             found[path.name] = inside(folder, path.name).read_bytes()
     return found

@@ -79,8 +79,8 @@ class LatentAttention(nnx.Module):
             q = linear(view.join(x_BTD), whole(self.q_DN[...], dtype))
         q_BTnH = q.reshape(*q.shape[:2], -1, c.query_dim)
         plain_BTnH, turning_BTnr = q_BTnH[..., : a.plain_dim], q_BTnH[..., a.plain_dim :]
-        turned_BTnr = rope(turning_BTnr, view.position_BT, c)
-        key_BTr = rope(key_BTr, view.position_BT, c)
+        turned_BTnr = rope(turning_BTnr, view.position_BT, view.segment_BT, c)
+        key_BTr = rope(key_BTr, view.position_BT, view.segment_BT, c)
         if cache is not None:
             new_BT1R = jnp.concatenate([latent_BTR, key_BTr], -1)[:, :, None]
             cache = Cache(keep(cache.k_LBSK, new_BT1R, layer, view.position_BT), None)

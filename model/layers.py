@@ -233,7 +233,8 @@ class Attention(nnx.Module):
             q_BTKGH = rms_norm(q_BTKGH, offset(self.q_scale_H[...], c), c.norm_epsilon)
             k_BTKH = rms_norm(k_BTKH, offset(self.k_scale_H[...], c), c.norm_epsilon)
         if c.positions == 'rotary':
-            q_BTKGH, k_BTKH = (rope(a, view.position_BT, c, self.windowed) for a in (q_BTKGH, k_BTKH))
+            place = (view.position_BT, view.segment_BT)
+            q_BTKGH, k_BTKH = (rope(a, *place, c, self.windowed) for a in (q_BTKGH, k_BTKH))
         if cache is not None:
             kept = (
                 keep(old, new, layer, view.position_BT) for old, new in zip(cache[:2], (k_BTKH, v_BTKH), strict=True)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,24 +69,38 @@ class staged:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.place = folder.with_name(f'.{folder.name}.partial')
 
     def __enter__(self) -> Path:
         refuse_existing(self.folder)
-        shutil.rmtree(self.place, ignore_errors=True)  # of a process that was killed
-        self.place.mkdir(parents=True)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        # Of this process alone, whoever else makes a folder of that name.
+        self.place = Path(tempfile.mkdtemp(prefix=f'.{self.folder.name}.', suffix='.partial', dir=self.folder.parent))
+        self.place.chmod(0o777 & ~umask())
         return self.place
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is None:
             refuse_existing(self.folder)
             for path in [*self.place.rglob('*'), self.place]:
-                descriptor = os.open(path, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
+                flush(path)
             self.place.rename(self.folder)
+            flush(self.folder.parent)
         else:
             shutil.rmtree(self.place, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def umask() -> int:
+    """Which rights this process does not give to what it makes."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def refuse_existing(folder: Path) -> None:

@@ -106,7 +106,7 @@ def unpacked(
         return found
     method = said.get('quant_method') if isinstance(said, dict) else said
     known = {'fp8': _fp8, 'mxfp4': _mxfp4}
-    if method not in known:
+    if not isinstance(method, str) or method not in known:
         raise UserError(
             f'{source}: quantization_config has quant_method {method!r}, which is not supported; supported: fp8 in blocks as '
             'of DeepSeek-V3, mxfp4 as of gpt-oss; otherwise take the revision that is not quantised'

@@ -14,7 +14,9 @@ from model.config import ModelConfig, RopeScaling
 from sharding.collectives import wide
 
 
-def rope(x_BTnH: jax.Array, position_BT: jax.Array, c: ModelConfig, windowed: bool = False) -> jax.Array:
+def rope(
+    x_BTnH: jax.Array, position_BT: jax.Array, segment_BT: jax.Array, c: ModelConfig, windowed: bool = False
+) -> jax.Array:
     """x with its first `c.rotary_dim` dims turned by each token's position, in x's dtype.
 
     Dims h and h + H/2 of those are a pair, as in Llama's published weights, or 2h and 2h + 1 (`c.rotary_pairs`).
@@ -22,7 +24,9 @@ def rope(x_BTnH: jax.Array, position_BT: jax.Array, c: ModelConfig, windowed: bo
     x, rest = wide(x_BTnH[..., : c.rotary_dim]), x_BTnH[..., c.rotary_dim :]
     local = windowed and c.local_rope_theta is not None
     scaling = None if local else c.rope_scaling
-    turn, gain = frequencies(c.local_rope_theta if local else c.rope_theta, x.shape[-1], position_BT, scaling, x.dtype)
+    theta = c.local_rope_theta if local else c.rope_theta
+    # Padding makes no row longer.
+    turn, gain = frequencies(theta, x.shape[-1], jnp.where(segment_BT > 0, position_BT, 0), scaling, x.dtype)
     ones = (1,) * (x.ndim - 3)
     angle = position_BT.astype(x.dtype).reshape(*position_BT.shape, *ones, 1) * turn.reshape(
         -1, 1, *ones, turn.shape[-1]

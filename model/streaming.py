@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from model.families import Part, Tensor
 from sharding.boxes import NO_MESH, Box, blocks, cut, is_host, sizes
+from sharding.errors import UserError
 
 BLOCK = 2**26  # bytes that a host holds of an array at a time
 TILE = 256  # rows and columns
@@ -97,8 +98,23 @@ def _block(box: Box, dtype: np.dtype, places: Places, read: Read) -> np.ndarray:
                 take[dim] = slice(mine.start, mine.stop, mine.step)
                 inside.append(slice(begin - start, begin - start + len(mine)))
             found = read(one.name, tuple(take))
+            found = narrowed(found, dtype, one.name)
             _copy(out[(*inside, ...)], found if part.axes is None else found.transpose(part.axes))
     return out
+
+
+def narrowed(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Numbers as they are, or in float16 if that is wanted. Raises UserError where one is too large for it."""
+    if dtype != np.float16 or x.dtype == np.float16:
+        return x
+    with np.errstate(over='ignore'):
+        narrow = x.astype(dtype)
+    if (np.isinf(narrow) & np.isfinite(x)).any():
+        largest = np.abs(x[np.isfinite(x)]).max()
+        raise UserError(
+            f'tensor {name} has numbers up to {largest:.3g}, and float16 ends at 65504: use bfloat16 or float32'
+        )
+    return narrow
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -133,7 +149,7 @@ def _threads() -> ThreadPoolExecutor:
 
 def published(one: Tensor, found: Mapping[str, jax.Array]) -> np.ndarray:
     """A published tensor on the host, out of our arrays by name."""
-    out = np.empty(one.shape, found[one.parts[0].leaf].dtype)
+    out, filled = np.empty(one.shape, found[one.parts[0].leaf].dtype), 0
     for part in one.parts:
         x, mine, first = found[part.leaf], out[part.take], len(part.at)
         mine = mine if part.axes is None else mine.transpose(part.axes)
@@ -144,4 +160,6 @@ def published(one: Tensor, found: Mapping[str, jax.Array]) -> np.ndarray:
             if shard.replica_id == 0 and all(begin < end for begin, end in both):
                 numbers = cut(shard.data, box, both)
                 mine[tuple(slice(*span) for span in both[first:])] = numbers.reshape(numbers.shape[first:])
+                filled += numbers.size
+    assert filled == out.size, f'{one.name}: {filled} of {out.size} numbers are on devices of this process'
     return out

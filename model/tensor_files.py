@@ -94,11 +94,12 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
     """The header's entries by tensor."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise UserError(f'{path}: its header names {twice!r} twice')
-        return dict(pairs)
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise UserError(f'{path}: its header names {name!r} twice')
+            found[name] = value
+        return found
 
     try:
         entries = json.loads(raw.decode(), object_pairs_hook=unique)
@@ -117,7 +118,7 @@ def _stored(name: str, entry: Any, path: Path, start: int) -> Stored:
     whole = lambda values: isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
     if not isinstance(entry, dict) or set(entry) != {'dtype', 'shape', 'data_offsets'}:
         raise UserError(f'{path}: tensor {name}: its entry must have dtype, shape and data_offsets, and nothing else')
-    if entry['dtype'] not in DTYPES:
+    if not isinstance(entry['dtype'], str) or entry['dtype'] not in DTYPES:
         raise UserError(f'{path}: tensor {name} has dtype {entry["dtype"]!r}; supported: {", ".join(DTYPES)}')
     offsets = entry['data_offsets']
     if not whole(entry['shape']) or not whole(offsets) or len(offsets) != 2:

@@ -88,7 +88,7 @@ def read_anew(opened, paths: list[str], found: list[tuple[str, str]]):
         rows = pack_documents(opened.tokenizer, [text for _, text in found], length)
         return rows, b''.join(text.encode() for _, text in found)
     pairs = list(read_pairs(paths, '--data'))
-    packed, too_long = pack_pairs(opened.tokenizer, pairs, length)
+    packed, too_long = pack_pairs(opened.tokenizer, pairs, length, opened.config.model.encoder.start_token)
     if too_long:
         raise UserError(
             f'--data: {too_long} of {len(pairs)} pairs have more than {length} tokens on a side; leave them out'

@@ -43,7 +43,7 @@ def main() -> None:
         raise UserError(f'--logits {target}: there is no folder {target.parent}')
     opened = open_run(options.run, options.mesh, needs_text=False)
     c = opened.config.model
-    check_ids('--tokens', options.tokens, tokens_BT, 0, c.vocabulary)
+    check_ids('--tokens', options.tokens, tokens_BT, 0, c)
     if (source_BS is None) != (c.encoder is None):
         raise UserError(
             f'--sources {options.sources}: {options.run} has no encoder, which alone reads sources; leave it out'
@@ -52,7 +52,7 @@ def main() -> None:
             '[B, S], what its encoder reads'
         )
     if source_BS is not None:
-        check_ids('--sources', options.sources, source_BS, -1, c.vocabulary)
+        check_ids('--sources', options.sources, source_BS, -1, c)
         if len(source_BS) != len(tokens_BT):
             raise UserError(
                 f'--sources {options.sources}: {len(source_BS)} rows; --tokens has {len(tokens_BT)}: one each'
@@ -94,13 +94,17 @@ def read_ids(option: str, path: str):
     return found
 
 
-def check_ids(option: str, path: str, ids, least: int, vocabulary: int) -> None:
-    """Raises UserError for an id that the run does not have."""
+def check_ids(option: str, path: str, ids, least: int, c) -> None:
+    """Raises UserError for an id that the run does not have, and for a row that is longer than its table of positions."""
     from sharding.errors import UserError
 
-    if ids.min() < least or ids.max() >= vocabulary:
-        bad = ids[(ids < least) | (ids >= vocabulary)][0]
-        raise UserError(f'{option} {path}: token {bad}: ids of this run are 0 to {vocabulary - 1}')
+    if ids.min() < least or ids.max() >= c.vocabulary:
+        bad = ids[(ids < least) | (ids >= c.vocabulary)][0]
+        raise UserError(f'{option} {path}: token {bad}: ids of this run are 0 to {c.vocabulary - 1}')
+    if c.max_positions is not None and ids.shape[1] > c.max_positions:
+        raise UserError(
+            f'{option} {path}: rows of {ids.shape[1]} tokens: this run has {c.max_positions} positions (model.max_positions)'
+        )
 
 
 if __name__ == '__main__':

@@ -26,7 +26,7 @@ from data.published_tokenizer import published_tokenizer, run_tokenizer
 from model import hub, publish
 from model.config import ModelConfig, sizes
 from model.families import Tensor, tensors
-from model.streaming import published
+from model.streaming import narrowed, published
 from sharding.buckets import Bucket
 from sharding.errors import UserError
 from sharding.mesh import BATCH, SEQUENCE, MeshConfig, check_divides, make_mesh, start
@@ -184,7 +184,8 @@ def export_run(
         for name, own in known.fixed.items():
             numbers = chosen.fixed[name](c)
             add(name, dtype or own, numbers.shape, functools.partial(np.asarray, numbers))
-    publish.write(target, fields, beside, kinds, lambda name: makers[name]().astype(kinds[name][0]))
+    content = lambda name: narrowed(makers[name](), kinds[name][0], name).astype(kinds[name][0])
+    publish.write(target, fields, beside, kinds, content)
     size = sum(math.prod(shape) * kept.itemsize for kept, shape in kinds.values())
     say(f'{target}: {fields["architectures"][0]}, {len(kinds)} tensors, {size / 1e9:.2f} GB (step {step})')
 

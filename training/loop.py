@@ -122,6 +122,7 @@ def ready(config: RunConfig, mirror: Mirror, console: Console) -> tuple[RunConfi
         say=console.print,
         check=complete,
         pairs=config.model.encoder is not None,
+        start=config.model.encoder.start_token if config.model.encoder else None,
         tokenizer=tokenizer,
     )
     if steps and steps[-1] > 0:

@@ -9,7 +9,7 @@ from typing import Any
 
 from model.config import ModelConfig, MoEConfig
 from model.families import Family, Fields
-from model.families.llama import common, write_common
+from model.families.llama import sizes, write_common
 
 NAMES = {
     'model.embed_tokens.weight': 'embed_VD',
@@ -32,13 +32,14 @@ NAMES = {
 
 def read(f: Fields) -> ModelConfig:
     f.skip('max_position_embeddings')
+    f.only('hidden_act', 'gelu')
     moe = MoEConfig(
         experts=f('num_experts', 8),
         top_k=f('num_experts_per_tok', 2),
         mlp_dim=f('intermediate_size'),
         renormalize=False,
     )
-    fields = common(f, epsilon=1e-5) | {'tied_embedding': f('tie_word_embeddings', True)}
+    fields = sizes(f, epsilon=1e-5) | {'tied_embedding': f('tie_word_embeddings', True)}
     return ModelConfig(
         **fields,
         activation='geglu',

@@ -117,7 +117,7 @@ def test_beams_are_those_of_transformers(name):
     most = known.beams.shape[1]
     with jax.set_mesh(make_mesh(MeshConfig())):
         model = generated(name, family, c, known.seed)
-        found, _ = search(model, ready, 4, int(known.eos), [most] * cases.ROWS, 1.0, cases.PROMPT + most)
+        found, _ = search(model, ready, 4, frozenset([int(known.eos)]), [most] * cases.ROWS, 1.0, cases.PROMPT + most)
     ends = []
     for of_row, tokens, score in zip(found, known.beams.tolist(), known.beam_scores, strict=True):
         best = of_row[0]

@@ -250,11 +250,11 @@ def by_head(x_BTN, scale_N, heads, c):
     return x_BTKH.reshape(x_BTN.shape) * scale_N[None, None]
 
 
-def scaled_everywhere(x_BTnH, position_BT, c, windowed=False):
+def scaled_everywhere(x_BTnH, position_BT, segment_BT, c, windowed=False):
     """In place of Gemma 3's two kinds of rotary positions: scaling in layers with a window too."""
     if windowed and c.local_rope_theta is not None:
         c = dataclasses.replace(c, rope_theta=c.local_rope_theta)
-    return rope(x_BTnH, position_BT, c)
+    return rope(x_BTnH, position_BT, segment_BT, c)
 
 
 def unmoved(c):
