@@ -56,3 +56,10 @@ def float64() -> Iterator[None]:
         yield
     finally:
         jax.config.update('jax_enable_x64', False)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def forgotten() -> Iterator[None]:
+    """Programs of a finished module are let go: a thousand tests would keep gigabytes of them."""
+    yield
+    jax.clear_caches()

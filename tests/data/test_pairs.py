@@ -4,6 +4,7 @@ import gzip
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,7 +13,10 @@ from data.examples import reversed_digits
 from data.pairs import Pair, pack_pairs, read_pairs
 from data.prepare import load, prepare
 from data.tokenizer import Tokenizer
+from decoding.prompts import read_prompts
+from model.config import EncoderConfig, ModelConfig
 from sharding.errors import UserError
+from sharding.mesh import MeshConfig, make_mesh
 
 PAIRS = [Pair(*pair) for pair in reversed_digits(600)]
 
@@ -69,6 +73,17 @@ def test_each_target_lies_in_the_segment_of_its_source_and_every_pair_once(tmp_p
     assert sorted(found) == sorted(PAIRS)
     assert rows.tokens == sum((rows.take([row])['segments'] > 0).sum() for row in range(len(rows)))
     assert tokenizer.decode(rows.predicted()) == ''.join(pair.target for pair in found)
+
+
+def test_a_target_begins_with_what_decoding_begins_with():
+    tokenizer = Tokenizer.train((side for pair in PAIRS for side in pair), 300)
+    for start in (None, 0, 7):
+        rows, _ = pack_pairs(tokenizer, PAIRS[:9], 24, start)
+        c = ModelConfig(layers=1, model_dim=8, heads=1, mlp_dim=8, encoder=EncoderConfig(layers=1, start_token=start))
+        with jax.set_mesh(make_mesh(MeshConfig())):
+            first = read_prompts(c, tokenizer, ['1 2'], 24).tokens_BT[0, 0]
+        batch = rows.take(range(len(rows)))
+        assert set(batch['tokens'][(batch['positions'] == 0) & (batch['segments'] > 0)].tolist()) == {int(first)}
 
 
 def test_prepared_pairs_come_back_and_no_source_is_on_both_sides(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from decoding.beams import search
+from decoding.beams import Search, search
 from decoding.prompts import Prompts
 from model.config import EncoderConfig, ModelConfig
 from model.decoder import Decoder
@@ -81,7 +81,7 @@ def test_a_beam_as_wide_as_all_prefixes_finds_what_an_exhaustive_search_finds(na
     width = sum(1 for _ in continuations())
     with jax.set_mesh(make_mesh(MeshConfig())):
         model = model_of(c)
-        found, _ = search(model, prompts(c), width, EOS, [MOST, MOST], penalty, 32)
+        found, _ = search(model, prompts(c), width, frozenset([EOS]), [MOST, MOST], penalty, 32)
         for row, of_row in enumerate(found):
             expected = scores_of_all(model, row, penalty)
             assert len(of_row) == len(expected)
@@ -97,7 +97,7 @@ def test_every_mesh_finds_the_same_and_one_beam_is_greedy(name):
     for mesh in (MeshConfig(), MeshConfig(data=2, tensor=2)):
         with jax.set_mesh(make_mesh(mesh)):
             model = model_of(c)
-            found.append([search(model, prompts(c), beams, EOS, [7, 5], 1.0, 32)[0] for beams in (1, 3)])
+            found.append([search(model, prompts(c), beams, frozenset([EOS]), [7, 5], 1.0, 32)[0] for beams in (1, 3)])
     for one, other in zip(itertools.chain(*found[0]), itertools.chain(*found[1]), strict=True):
         assert [f.tokens for f in one] == [f.tokens for f in other]
         assert np.allclose([f.score for f in one], [f.score for f in other], atol=1e-5)
@@ -126,3 +126,12 @@ def test_beams_are_those_of_transformers(name):
         assert abs(best.score - score) < 1e-4
         ends.append(best.ended)
     assert {True, False} == set(ends)
+
+
+def test_a_beam_ends_at_any_of_several_ends_and_others_go_on():
+    one = Search(2, frozenset([0, 1]), 5, 1.0)
+    assert one.step([-0.1, -0.2, -0.3, -0.9], [0] * 4, [0, 1, 2, 3]) == [0, 0]
+    assert [found.tokens for found in one.finished] == [[], []]
+    assert [found.score for found in one.finished] == [-0.1, -0.2]
+    assert [tokens for _, tokens in one.running] == [[2], [3]]
+    assert not one.open, 'what goes on is worse already'

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from decoding.score import score
 from decoding.step import decode, empty_cache, encode, prefill
 from model.cost import parameters
 from model.families import Fields, families, leaves
@@ -128,6 +129,26 @@ def test_greedy_tokens_are_those_of_transformers_and_decoding_is_the_full_forwar
     if is_steady(c):
         for b, length in enumerate(lengths):
             assert error(chose[:, b], full[b, length - 1 : length - 1 + cases.NEW]) <= TOLERANCE
+
+
+@pytest.mark.parametrize('name', ['llama-dynamic-scaling-long', 'phi3-longrope-long', 'llama-yarn'])
+def test_padding_makes_no_row_longer(name):
+    """Some scalings go by a row's length: padding of prompts and of rows that a mesh splits is no part of it."""
+    known = golden(GOLDENS / f'{name}.npz')
+    family, c = read(known.config)
+    lengths = np.array([100, 50, 129, 70], np.int32)
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        model = generated(known.name, family, c, known.seed)
+        cache = empty_cache(model, 4, cases.LENGTH)
+        found, _ = jax.jit(prefill)(model, cache, *place((known.ids, lengths)))
+        for b, length in enumerate(lengths):
+            alone = whole(model, known.ids[b : b + 1, :length])
+            assert error(np.asarray(found)[b], alone[0, -1]) <= TOLERANCE
+        scores = [next(score(model, known.ids[:, :97]))[1]]
+    with jax.set_mesh(make_mesh(MeshConfig(context=4, tensor=2))):
+        model = generated(known.name, family, c, known.seed)
+        scores.append(np.concatenate([logit_BTV for _, logit_BTV in score(model, known.ids[:1, :97])]))
+    assert error(scores[1], scores[0]) <= TOLERANCE
 
 
 def is_steady(c) -> bool:

@@ -418,3 +418,25 @@ def test_a_model_of_no_family_is_told_what_stands_in_the_way():
         publish.published_config(dataclasses.replace(c, activation='relu'), 512)
     with pytest.raises(UserError, match=r'qwen2: model.qkv_bias is False and would be True'):
         publish.published_config(c, 512, 'qwen2')
+
+
+@pytest.mark.parametrize('name', ['bert-plain', 't5-v1.1', 't5-before-v1.1', 'marian-published'])
+def test_copies_that_older_files_have_are_checked_and_given_back(name, tmp_path):
+    found = folders.named(name)
+    family, _ = read(cases.CASES[name])
+    copies = {copy: of for copy, of in family.tied.items() if copy not in found}
+    assert copies
+    more = found | {copy: found[of] for copy, of in copies.items()}
+    assert hub.read(folders.write(tmp_path / 'source', cases.CASES[name], more)).copies == copies
+    copy = next(iter(copies))
+    with pytest.raises(UserError, match=f'{copy} differs from {copies[copy]}'):
+        hub.read(folders.write(tmp_path / 'wrong', cases.CASES[name], more | {copy: more[copy] + 1}))
+
+
+def test_numbers_that_float16_does_not_have_are_refused(tmp_path):
+    found = folders.named('llama-grouped')
+    found['model.norm.weight'] = found['model.norm.weight'] * 1e6
+    source = folders.write(tmp_path / 'source', LLAMA, found)
+    with pytest.raises(UserError, match=r'model.norm.weight has numbers up to .*float16 ends at 65504'):
+        import_run(source, tmp_path / 'run', MeshConfig(), 'float16')
+    assert [path.name for path in tmp_path.iterdir()] == ['source']
