@@ -30,6 +30,33 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 jax.config.update('jax_disable_most_optimizations', True)
 
 
+# Files whose tests take longest begin first, so that no worker is left alone with one at the end.
+SLOW = (
+    'test_meshes',
+    'test_families',
+    'test_mutations',
+    'test_resume',
+    'test_mistakes',
+    'test_proof',
+    'test_decoder',
+    'test_hub',
+)
+SLOW += (
+    'test_pairs',
+    'test_processes',
+    'test_golden',
+    'test_convert',
+    'test_beams',
+    'test_mtp',
+    'test_encoder_mutations',
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(SLOW)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(SLOW)))
+
+
 @pytest.fixture
 def optimized() -> Iterator[None]:
     """The test compiles as users do."""

@@ -23,11 +23,11 @@ MESHES = [
     (1, 1, 1, 1, 8, 1),
     (1, 1, 1, 1, 1, 8),
     (1, 1, 2, 1, 2, 2),
-    (1, 1, 1, 1, 4, 2),
     (2, 1, 1, 2, 1, 2),
     (1, 1, 2, 4, 1, 1),
     (1, 2, 1, 1, 2, 2),
 ]
+COMBINED = [shape for shape in MESHES if max(shape) < 8 and shape != MESHES[0]]
 DECODING = [shape for shape in MESHES if shape[1] == 1]  # there is no pipeline in decoding
 STEPS = 20
 PROMPTS = [3, 9, 1, 5, 8, 2, 7, 4]  # tokens
@@ -146,6 +146,6 @@ def test_greedy_text_agrees(shape):
 
 
 @pytest.mark.usefixtures('float64')
-@pytest.mark.parametrize('shape', MESHES[1:])
+@pytest.mark.parametrize('shape', COMBINED)
 def test_float64_losses_agree(shape):
     np.testing.assert_allclose(run_on(shape, 'float64')['losses'], run_on(MESHES[0], 'float64')['losses'], rtol=1e-10)

@@ -30,8 +30,7 @@ MODEL = ModelConfig(
     dtype='float64',
 )
 MESHES = [
-    MeshConfig(expert=2, tensor=2),
-    MeshConfig(stage=2, context=2),
+    MeshConfig(stage=2, context=2, expert=2),
 ]
 
 
