@@ -1,5 +1,6 @@
 """Weights from integers: the same float32 numbers wherever they are made, by a tensor's name and shape alone."""
 
+import functools
 import zlib
 from collections.abc import Iterator
 
@@ -21,7 +22,15 @@ def key_of(seed: int, name: str) -> int:
     return seed << 32 | zlib.crc32(name.encode())
 
 
+@functools.cache
 def tensor(seed: int, name: str, shape: tuple[int, ...], offset_norms: bool = False) -> np.ndarray:
+    """float32, not to be written to: the same array each time."""
+    found = make(seed, name, shape, offset_norms)
+    found.flags.writeable = False
+    return found
+
+
+def make(seed: int, name: str, shape: tuple[int, ...], offset_norms: bool) -> np.ndarray:
     """float32: norms around 1 (or around 0, where they are kept as differences), vectors small, matrices by their width."""
     count = int(np.prod(shape))
     unit = (integers(key_of(seed, name), count) % np.uint64(2 * STEPS)).astype(np.float32) / STEPS - 1
