@@ -79,13 +79,14 @@ class staged:
         return self.place
 
     def __exit__(self, kind, error, trace) -> None:
-        if kind is None:
-            refuse_existing(self.folder)
-            for path in [*self.place.rglob('*'), self.place]:
-                flush(path)
-            self.place.rename(self.folder)
-            flush(self.folder.parent)
-        else:
+        try:
+            if kind is None:
+                refuse_existing(self.folder)
+                for path in [*self.place.rglob('*'), self.place]:
+                    flush(path)
+                self.place.rename(self.folder)
+                flush(self.folder.parent)
+        finally:
             shutil.rmtree(self.place, ignore_errors=True)
 
 

@@ -440,3 +440,15 @@ def test_numbers_that_float16_does_not_have_are_refused(tmp_path):
     with pytest.raises(UserError, match=r'model.norm.weight has numbers up to .*float16 ends at 65504'):
         import_run(source, tmp_path / 'run', MeshConfig(), 'float16')
     assert [path.name for path in tmp_path.iterdir()] == ['source']
+
+
+def test_two_that_make_one_folder_do_not_mix(tmp_path):
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(publish.staged(tmp_path / 'one'))
+        (first / 'a').write_text('first')
+        with publish.staged(tmp_path / 'one') as second:
+            (second / 'b').write_text('second')
+        with pytest.raises(UserError, match='exists already'):
+            stack.close()
+    assert [path.name for path in tmp_path.iterdir()] == ['one']
+    assert [path.name for path in (tmp_path / 'one').iterdir()] == ['b']

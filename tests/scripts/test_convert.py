@@ -5,6 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from model.config import ModelConfig
+from scripts.score import check_ids
+from sharding.errors import UserError
 from tests.scripts.runs import everything, rows, run, workplace
 
 DENSE = ('model.moe=null', 'mesh.expert=1', 'mesh.data=1', 'training.steps=2', 'training.learning_rate=1e-3')
@@ -60,3 +63,10 @@ def test_a_mistake_is_one_line_and_touches_nothing(place, name):
     assert everything(place).keys() == before.keys()
     (line,) = done.stderr.strip().splitlines()
     assert all(word in line for word in words), line
+
+
+def test_rows_longer_than_the_table_of_positions_are_not_scored():
+    c = ModelConfig(vocabulary=9, layers=1, model_dim=8, heads=1, mlp_dim=8, positions='learned', max_positions=16)
+    check_ids('--tokens', 'ids.npy', np.zeros((1, 16), np.int32), 0, c)
+    with pytest.raises(UserError, match='rows of 17 tokens: this run has 16 positions'):
+        check_ids('--tokens', 'ids.npy', np.zeros((1, 17), np.int32), 0, c)
