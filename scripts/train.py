@@ -6,6 +6,7 @@ Several processes train one run, each on its own devices: scripts/launch/ has re
 """
 
 import argparse
+from pathlib import Path
 
 from scripts.entry import run
 
@@ -32,6 +33,7 @@ def main() -> int:
 
     runs = at(options.runs)
     config = load(options.config, options.overrides)
+    check_imported(Path(options.config).parent, runs, config.name, options.fresh)
     launch = find(vars(options))
     processes = (launch and launch.processes) or 1
     check_devices(config.mesh.size, processes, config.mesh)
@@ -45,6 +47,21 @@ def main() -> int:
     from training.loop import train
 
     return train(config, runs, options.fresh)
+
+
+def check_imported(folder, runs, name: str, fresh: bool) -> None:
+    """Raises UserError where the config is that of an imported model, and the run would not begin from its weights."""
+    from sharding.errors import UserError
+    from training.config import RECORD
+
+    if not (folder / RECORD).is_file():
+        return
+    same = isinstance(runs, Path) and (runs / name).resolve() == folder.resolve()
+    if not same or fresh:
+        raise UserError(
+            f'{folder} is an imported model, and {runs / name}{" --fresh" if fresh else ""} would begin from random weights: '
+            f'leave its name, with --runs {folder.resolve().parent}; for another run of it, import it again under another name'
+        )
 
 
 if __name__ == '__main__':

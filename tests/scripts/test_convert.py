@@ -43,6 +43,14 @@ def test_training_begins_from_imported_weights(place):
     assert 'model.mlp_dim is 64 and was 32' in done.stderr
 
 
+@pytest.mark.parametrize('more', [['name=other'], ['--fresh'], ['--runs', 'elsewhere']], ids=' '.join)
+def test_an_imported_model_never_begins_from_random_weights_unsaid(place, more):
+    before = everything(place)
+    done = run(place, 'train', 'runs/again/config.yaml', *more, code=2)
+    assert 'is an imported model' in done.stderr
+    assert everything(place).keys() == before.keys()
+
+
 MISTAKES = {
     'no folder': (['import', 'nowhere', 'runs/new'], ['nowhere', 'no such folder']),
     'a run that is there': (['import', 'published', 'runs/tiny'], ['runs/tiny', 'exists already']),
