@@ -252,6 +252,9 @@ def _match(
     tail = lambda names: f' (and {len(names) - 1} more)' if len(names) > 1 else ''
     if missing:
         near = nearest(missing[0], left) if left else ''
+        of_layer = [re.match(r'model\.layers\.(\d+)\.', name) for name in missing]
+        if c.mtp_layers and all(at and int(at[1]) >= c.layers for at in of_layer):
+            near = '; it predicts further ahead: where the files have no such layer, set num_nextn_predict_layers to 0'
         raise UserError(
             f'{folder}: tensor {missing[0]} is missing{tail(missing)}: by {CONFIG} a {family.architectures[0]} has it{near}'
         )

@@ -452,3 +452,11 @@ def test_two_that_make_one_folder_do_not_mix(tmp_path):
             stack.close()
     assert [path.name for path in tmp_path.iterdir()] == ['one']
     assert [path.name for path in (tmp_path / 'one').iterdir()] == ['b']
+
+
+def test_files_without_the_layers_that_predict_further_ahead_are_told_the_way_out(tmp_path):
+    found = {name: x for name, x in folders.named('glm4_moe-one-ahead').items() if '.layers.3.' not in name}
+    config = cases.CASES['glm4_moe-one-ahead']
+    with pytest.raises(UserError, match='set num_nextn_predict_layers to 0'):
+        hub.read(folders.write(tmp_path / 'source', config, found))
+    hub.read(folders.write(tmp_path / 'without', config | {'num_nextn_predict_layers': 0}, found))
