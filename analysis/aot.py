@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis import topology
-from analysis.traffic import Traffic, difference, from_json
+from analysis.traffic import Traffic, difference, rows_of, table
 from decoding.run import NO_PIPELINE
 from model.config import sizes
 from sharding.chips import CHIPS
@@ -26,6 +26,7 @@ from training.config import RunConfig
 ROOT = Path(__file__).parents[1]
 WHAT = ('train', 'decode', 'prefill')
 PLUGINS = {'tpu': 'libtpu', 'cuda': 'jax_cuda13_plugin'}  # packages that hold a compiler
+NOTHING = rows_of(Traffic())
 STATUSES = ('compiled', 'does not fit', 'not finished', 'failed')
 
 
@@ -126,16 +127,13 @@ def _run(platform: str, request: dict[str, Any], timeout: float) -> dict[str, An
 
 
 def _read(answer: dict[str, Any], available: int) -> Compiled:
-    tables = []
-    for name in ('sent', 'asked'):
-        rows = answer.get(name, {'sent': {}, 'unknown': []})
-        tables.append(dataclasses.replace(from_json(rows['sent']), unknown=rows['unknown']))
     memory = answer.get('memory', {'total': answer['needed']} if 'needed' in answer else {})
     return Compiled(
-        answer['status'],
-        answer.get('seconds', {}),
-        memory,
-        answer.get('available', available),
-        *tables,
-        answer.get('message', ''),
+        status=answer['status'],
+        seconds=answer.get('seconds', {}),
+        memory=memory,
+        available=answer.get('available', available),
+        sent=table(answer.get('sent', NOTHING)),
+        asked=table(answer.get('asked', NOTHING)),
+        message=answer.get('message', ''),
     )

@@ -4,7 +4,6 @@ Runs in an environment that has the compiler, which is not the one that computes
 installed plain CPU runs start slower, and only one process may hold libtpu. The last line of stdout is the answer, as JSON.
 """
 
-import dataclasses
 import functools
 import json
 import re
@@ -47,7 +46,7 @@ def shaped(tree: Any) -> Any:
     return jax.tree.map(place, tree)
 
 
-def rows(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+def rows(*shape: int, dtype: Any = jnp.int32) -> Any:
     """Numbers, rows first, as they come to a step on the current mesh."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(jax.sharding.get_mesh(), P(BATCH)))
 
@@ -64,16 +63,16 @@ def training(config: RunConfig, batch: int, length: int):
 def serving(config: RunConfig, what: str, batch: int, length: int):
     """The step that reads prompts of `length` tokens, or that decodes one more token with a cache of as many slots."""
     model = shaped(jax.eval_shape(lambda: in_compute_dtype(init(config).model)))
-    of_row = {'temperature_B': np.float32, 'top_p_B': np.float32, 'min_p_B': np.float32, 'seed_B': np.uint32}
-    choice = Choice(**{name: rows(batch, dtype=of_row.get(name, np.int32)) for name in Choice._fields})
+    wide, whole = (rows(batch, dtype=dtype) for dtype in (np.float32, np.int32))
+    choice = Choice(wide, whole, wide, wide, rows(batch, dtype=np.uint32))
     source = (rows(batch, length), rows(batch)) if config.model.encoder else None
     prompts = Prompts(rows(batch, length), rows(batch), source)
     if what == 'prefill':
-        step = jax.jit(first_token.__wrapped__, static_argnums=1, keep_unused=True)
-        return step, (model, length, prompts, choice)
+        read = lambda model, prompts, choice: first_token(model, length, prompts, choice)
+        return jax.jit(read, keep_unused=True), (model, prompts, choice)
     cache = shaped(jax.eval_shape(lambda *known: first_token(known[0], length, *known[1:])[1], model, prompts, choice))
-    step = jax.jit(next_token.__wrapped__, donate_argnums=1, keep_unused=True)
-    return step, (model, cache, rows(batch), rows(batch), choice)
+    step = lambda *arguments: next_token(*arguments)
+    return jax.jit(step, donate_argnums=1, keep_unused=True), (model, cache, rows(batch), rows(batch), choice)
 
 
 def memory(compiled: Any) -> dict[str, int]:
@@ -90,19 +89,14 @@ def memory(compiled: Any) -> dict[str, int]:
     return found
 
 
-def table(found: traffic.Traffic) -> dict[str, Any]:
-    """A Traffic as JSON, with what it could not count."""
-    known = dataclasses.replace(found, unknown=[])
-    return {'sent': traffic.to_json(known), 'unknown': found.unknown}
-
-
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """What became of a request."""
     config = configs.parse(request['config'], 'the config')
     platform, batch, length = request['platform'], request['rows'], request['length']
     options = {'target_config': request['description'], 'topology': request['topology']} if platform == 'cuda' else {}
     topology = topologies.get_topology_desc('' if options else request['topology'], platform=platform, **options)
-    seconds, began = {}, time.perf_counter()
+    seconds: dict[str, float] = {}
+    began = time.perf_counter()
 
     def lap(name: str) -> None:
         nonlocal began
@@ -133,8 +127,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
             'status': 'compiled',
             'seconds': seconds,
             'memory': memory(compiled),
-            'sent': table(traffic.compiled(text, mesh)),
-            'asked': table(asked.lowered()),
+            'sent': traffic.rows_of(traffic.compiled(text, mesh)),
+            'asked': traffic.rows_of(asked.lowered()),
         }
 
 
