@@ -246,7 +246,7 @@ class ModelConfig:
     weight_dtype: Literal['float32', 'bfloat16', 'float16', 'float64'] | None = None
     remat: Literal['none', 'dots', 'block'] = 'none'  # kept for the backward pass: all; matmul results; a layer's input
     attention: Literal['auto', 'reference', 'blockwise', 'flash', 'splash'] = 'auto'
-    experts: Literal['auto', 'reference', 'blocked', 'ragged'] = 'auto'  # backend of the experts' grouped matmul
+    experts: Literal['auto', 'reference', 'blocked', 'ragged', 'gmm'] = 'auto'  # backend of the experts' grouped matmul
 
     def __post_init__(self):
         set_default = lambda field, value: (
