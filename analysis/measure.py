@@ -119,7 +119,7 @@ def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int) -> dic
     return {
         'step_seconds': seconds,
         'tokens_per_second': rows / seconds,
-        'flops_per_token': sum(cost.forward_flops(c, prompt + new / 2).values()),
+        'flops_per_token': sum(cost.flops_per_token(c, 'decode', prompt + new / 2).values()),
         'bytes_per_token': bytes_,
         'bandwidth_share': bytes_ * rows / seconds / bandwidth if bandwidth else None,
         'bandwidth_basis': basis,
