@@ -61,12 +61,18 @@ class Group:
     where: Where  # `pipeline`: the layers are split over `stage`; `stack`: every stage has all of them; the encoder's; `mtp`
     experts: bool  # whether they are mixtures of experts
     layers: int  # of all stages together
+    ends: int  # of them the last of what is computed once more for the backward pass in one go (`model.decoder.remat`)
+    written: int  # of them those that a program writes down: the units of kinds that its loops repeat
     config: ModelConfig  # the encoder's for its layers
     weights: tuple[Weight, ...]  # of one layer
 
     def held(self, mesh: MeshConfig) -> int:
         """Layers on one device."""
-        return self.layers // mesh.stage if self.where == 'pipeline' else self.layers
+        return self.layers // self.stages(mesh)
+
+    def stages(self, mesh: MeshConfig) -> int:
+        """Into how many parts its layers are split."""
+        return mesh.stage if self.where == 'pipeline' else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,17 +105,22 @@ def inventory(c: ModelConfig) -> Inventory:
             *_norm(c, 'norm'),
             Weight('join_DE', 'mtp', (D, 2 * D), FSDP, FSDP),
         )
-        groups.append(Group('ahead', last.experts, c.mtp_layers, c, (*_layer(c, last.experts), *more)))
+        groups.append(Group('ahead', last.experts, c.mtp_layers, 0, c.mtp_layers, c, (*_layer(c, last.experts), *more)))
     return Inventory(tuple(groups), tuple(outside))
 
 
 def _groups(c: ModelConfig) -> list[Group]:
     """The layers of one stack."""
-    count = Counter[tuple[Where, bool]]()
+    count, ends, written = (Counter[tuple[Where, bool]]() for _ in range(3))
     for number, run in enumerate(c.runs):
+        where: Where = 'pipeline' if number == c.longest_run else 'stack'
         for kind in run.kinds:
-            count['pipeline' if number == c.longest_run else 'stack', kind.experts] += run.repeats
-    return [Group(where, experts, layers, c, _layer(c, experts)) for (where, experts), layers in count.items()]
+            count[where, kind.experts] += run.repeats
+            written[where, kind.experts] += 1
+        ends[where, run.kinds[-1].experts] += run.repeats
+    return [
+        Group(key[0], key[1], layers, ends[key], written[key], c, _layer(c, key[1])) for key, layers in count.items()
+    ]
 
 
 def _outside(c: ModelConfig) -> tuple[Weight, ...]:
