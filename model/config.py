@@ -242,11 +242,12 @@ class ModelConfig:
     mtp_layers: int = 0
     mtp_loss: float = 0.3  # weight of the mean of their losses
     dtype: Literal['float32', 'bfloat16', 'float16', 'float64'] = 'float32'  # of compute
-    # Of stored parameters, gradients and optimizer state; None: at least float32. Imported models keep their source's.
+    # Of stored parameters, gradients and optimizer state; None: at least float32. An import keeps its source's, and
+    # training goes on from it in float32 unless told otherwise.
     weight_dtype: Literal['float32', 'bfloat16', 'float16', 'float64'] | None = None
     remat: Literal['none', 'dots', 'block'] = 'none'  # kept for the backward pass: all; matmul results; a layer's input
     attention: Literal['auto', 'reference', 'blockwise', 'flash', 'splash'] = 'auto'
-    experts: Literal['auto', 'reference', 'blocked', 'ragged'] = 'auto'  # backend of the experts' grouped matmul
+    experts: Literal['auto', 'reference', 'blocked', 'ragged', 'gmm'] = 'auto'  # backend of the experts' grouped matmul
 
     def __post_init__(self):
         set_default = lambda field, value: (

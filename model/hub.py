@@ -314,7 +314,7 @@ def _with_dtypes(
                 'numbers stand for; supported: DeepSeek’s block-scaled FP8, MXFP4'
             )
         # The bias of a router's choices is kept in at least float32 anyhow, without widening all others.
-        if not all(part.leaf.endswith('.bias_E') for part in one.parts):
+        if not all(part.leaf.endswith('.bias_E') for part in one.parts) or source.dtype.itemsize > 4:
             found[source.dtype] += math.prod(one.shape)
     kept = dtype or np.dtype(functools.reduce(jnp.promote_types, found)).name
     if kept not in get_args(Kept):

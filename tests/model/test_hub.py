@@ -144,6 +144,29 @@ def test_a_run_gives_back_what_it_was_imported_from(kind, mesh, tmp_path):
     assert not (tmp_path / 'target' / 'modeling_glm4.py').exists()
 
 
+ODD = {  # of the bias of a router's choices, of the norms, of all others; what weights are kept in
+    'narrow bias': ('bfloat16', 'bfloat16', 'bfloat16', 'bfloat16'),
+    'narrow bias of wide weights': ('bfloat16', 'float32', 'float32', 'float32'),
+    'half bias': ('float16', 'bfloat16', 'bfloat16', 'bfloat16'),
+    'half norms': ('float32', 'float16', 'bfloat16', 'float32'),
+}
+
+
+@pytest.mark.parametrize('name', ODD)
+def test_each_tensor_is_given_back_in_its_own_dtype(name, tmp_path):
+    bias, norm, other, kept = ODD[name]
+    kind = lambda tensor: bias if tensor.endswith('correction_bias') else norm if 'norm' in tensor else other
+    found = {
+        tensor: x.astype(jnp.dtype(kind(tensor))) for tensor, x in folders.named('deepseek_v3-as-published').items()
+    }
+    assert len({x.dtype for x in found.values()}) == len({bias, norm, other})
+    source = folders.write(tmp_path / 'source', cases.CASES['deepseek_v3-as-published'], found)
+    assert hub.read(source).model.weight_dtype == kept
+    import_run(source, tmp_path / 'run', MESHES['one'], say=str)
+    export_run(tmp_path / 'run', tmp_path / 'target', say=str)
+    same(folders.stored(tmp_path / 'target'), found)
+
+
 def test_an_imported_run_has_the_logits_of_transformers(tmp_path):
     known = golden(GOLDENS / 'llama-grouped.npz')
     source = folders.write(tmp_path / 'source', known.config, folders.named('llama-grouped'), files=2)
@@ -222,6 +245,12 @@ def swapped(found: dict) -> None:
     found['lm_head.weight'] = found['model.embed_tokens.weight'] + 1
 
 
+def wide_bias(folder: Path) -> None:
+    found = folders.named('glm4_moe-air')
+    wide = {name: x.astype(np.float64) if name.endswith('correction_bias') else x for name, x in found.items()}
+    folders.write(folder, cases.CASES['glm4_moe-air'], wide)
+
+
 def cut(folder: Path, size: int) -> None:
     path = folder / hub.SINGLE
     path.write_bytes(path.read_bytes()[:size])
@@ -284,6 +313,10 @@ MISTAKES = {
     ),
     'float64': (
         lambda f: again(f, lambda found: found.update({Q: found[Q].astype(np.float64)})),
+        ['float64', '--dtype'],
+    ),
+    'float64 where float32 is kept': (
+        lambda f: (shutil.rmtree(f), wide_bias(f)),
         ['float64', '--dtype'],
     ),
     'index that leaves': (lambda f: two(f, lambda f: reindex(f, q='../other.safetensors')), ["'../other.safetensors'"]),

@@ -1,14 +1,26 @@
 """A run that is exported and imported again is the same model, to be decoded, scored and trained on."""
 
+import io
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from model.config import ModelConfig
+from model.hub import SINGLE
 from scripts.score import check_ids
 from sharding.errors import UserError
+from sharding.mesh import MeshConfig, make_mesh
+from tests.families import folders
 from tests.scripts.runs import everything, rows, run, workplace
+from training.checkpoint import Checkpoints
+from training.config import load
+from training.conversion import export_run, import_run
+from training.loop import train
+from training.state import restore_imported, restore_model
 
 DENSE = ('model.moe=null', 'mesh.expert=1', 'mesh.data=1', 'training.steps=2', 'training.learning_rate=1e-3')
 
@@ -49,6 +61,34 @@ def test_an_imported_model_never_begins_from_random_weights_unsaid(place, more):
     done = run(place, 'train', 'runs/again/config.yaml', *more, code=2)
     assert 'is an imported model' in done.stderr
     assert everything(place).keys() == before.keys()
+
+
+def test_small_steps_are_not_lost_in_narrow_weights(place):
+    export_run(place / 'runs' / 'tiny', place / 'narrow', 'bfloat16', say=str)
+    import_run(place / 'narrow', place / 'runs' / 'narrow', MeshConfig(data=2), say=str)
+    export_run(place / 'runs' / 'narrow', place / 'untouched', say=str)
+    assert (place / 'untouched' / SINGLE).read_bytes() == (place / 'narrow' / SINGLE).read_bytes()
+    few = ['training.steps=3', 'training.batch=4', 'training.sequence_length=32', 'training.warmup_steps=0']
+    few.append(f'data.source={place / "text"}')
+    config = load(place / 'runs' / 'narrow' / 'config.yaml', few)
+    with pytest.raises(UserError, match=r'weight_dtype is float16 and the imported weights are bfloat16.*=float32'):
+        train(load(place / 'runs' / 'narrow' / 'config.yaml', [*few, 'model.weight_dtype=float16']), place / 'runs')
+    out = io.StringIO()
+    train(config, place / 'runs', console=Console(file=out, width=200))
+    assert 'narrow, in float32: small steps would be lost in bfloat16' in out.getvalue()
+    checkpoints = Checkpoints(place / 'runs' / 'narrow')
+    with jax.set_mesh(make_mesh(config.mesh)):
+        before = jax.tree.leaves(restore_imported(Checkpoints(place / 'runs' / 'narrow'), config))
+        after = jax.tree.leaves(restore_model(checkpoints, 3, config))
+    assert {x.dtype for x in after} == {np.dtype(np.float32)}
+    rounded = [x.astype(jnp.bfloat16) == y.astype(jnp.bfloat16) for x, y in zip(before, after, strict=True)]
+    assert np.concatenate([np.ravel(same) for same in rounded]).mean() > 0.9, 'bfloat16 would have rounded them away'
+    moved = [np.asarray(x != y) for x, y in zip(before, after, strict=True)]
+    assert np.concatenate([np.ravel(one) for one in moved[1:]]).mean() > 0.9  # the embedding has rows of no token
+    said = []
+    export_run(place / 'runs' / 'narrow', place / 'trained', say=said.append)
+    assert 'rounded from float32 to bfloat16' in said[-1]
+    assert {x.dtype for x in folders.stored(place / 'trained').values()} == {np.dtype(jnp.bfloat16)}
 
 
 MISTAKES = {

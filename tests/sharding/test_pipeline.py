@@ -99,7 +99,7 @@ def stacked_outputs(jaxpr, length: int) -> list:
 
 @pytest.mark.parametrize(('stages', 'microbatches'), [(2, 8), (4, 8)])
 def test_kept_activations_are_those_that_the_report_states(stages, microbatches, monkeypatch):
-    monkeypatch.setattr(decoder, 'CPU_UNROLL', 0)
+    monkeypatch.setattr(decoder, 'UNROLLED', {})
     t = TrainingConfig(steps=1, batch=B, sequence_length=T, microbatches=microbatches)
     config = RunConfig(name='kept', mesh=MeshConfig(stage=stages), model=MODEL, training=t)
     length = ticks(microbatches, stages)
