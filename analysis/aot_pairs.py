@@ -79,7 +79,12 @@ PAIRS = (
     Pair('qwen3-235b-a22b', 'v5p', 'decode', mesh('expert=16 tensor=2', 64, 4096)),
     Pair('qwen3-30b-a3b', 'h100', 'decode', mesh('expert=8', 64, 8192)),
     Pair('llama-3.1-405b', 'h100', 'train', mesh('data=128 tensor=8', 128, 8192)),
-    Pair('deepseek-v3', 'v5p', 'train', mesh('replica=4 data=8 expert=64', 2048, 4096)),
+    Pair(
+        'deepseek-v3',
+        'v5p',
+        'train',
+        mesh('data=16 expert=16 tensor=8', 4096, 4096, 'training.accumulation=16 model.moe.dispatch=all_to_all'),
+    ),
 )
 
 

@@ -87,11 +87,18 @@ def target(chip: str, count: int) -> Target:
 
 
 def slice_shape(chips: int, dims: int, most: int | None = None) -> tuple[int, ...] | None:
-    """The most compact slice: sides of 1, 2 or whole multiples of 4. None where there is none."""
+    """The most compact slice: of two dims 2^n wide and at most twice as long; of three whole cubes of 4x4x4, or part of one.
+
+    None where there is none.
+    """
     if most and chips > most:
         return None
-    sides = [n for n in range(1, chips + 1) if chips % n == 0 and (n < 3 or n % 4 == 0)]
+    sides = [n for n in range(1, chips + 1) if chips % n == 0]
     found = [shape for shape in itertools.combinations_with_replacement(sides, dims) if math.prod(shape) == chips]
+    if dims == 2:
+        found = [shape for shape in found if shape[0].bit_count() == 1 and shape[1] <= 2 * shape[0]]
+    else:
+        found = [shape for shape in found if all(n % 4 == 0 for n in shape) or set(shape) <= {1, 2, 4}]
     if not found:
         return None
     shape = min(found, key=sum)
