@@ -466,12 +466,9 @@ def sizes(c: ModelConfig) -> list[Divides]:
         Divides(('tensor',), 'model.kv_heads', c.kv_heads, or_repeats=True),
         Divides(FSDP, 'model.model_dim', c.model_dim),
         Divides(('tensor',), 'model.model_dim', c.model_dim),
-        Divides(
-            (*FSDP, 'tensor'),
-            'the padded vocabulary',
-            VOCABULARY_MULTIPLE if c.vocabulary is None else c.padded_vocabulary,
-        ),
     ]
+    vocabulary = VOCABULARY_MULTIPLE if c.vocabulary is None else c.padded_vocabulary
+    rules += [Divides(axes, 'the padded vocabulary', vocabulary) for axes in (FSDP, ('tensor',))]
     run = c.runs[c.longest_run]
     units = f'units of {len(run.kinds)} layers' if len(run.kinds) > 1 else f'{_name(run.kinds[0])} layers'
     name = 'model.layers' if run.repeats == c.layers else f'the number of {units} in a row'
