@@ -20,28 +20,30 @@ def parameters(c: ModelConfig) -> dict[str, int]:
     table = c.max_positions if V and c.positions == 'learned' else 0
     parts = {
         'embedding': (V + table + c.segment_kinds) * D,
-        'head': (0 if c.tied_embedding else V * D) + V * c.head_bias + c.head_mlp * (D * D + D + _norm(c)),
-        'norms': ((c.norm_order != 'post') + c.embedding_norm) * _norm(c),
+        'head': (0 if c.tied_embedding else V * D) + V * c.head_bias + c.head_mlp * (D * D + D + norm_parameters(c)),
+        'norms': ((c.norm_order != 'post') + c.embedding_norm) * norm_parameters(c),
         'attention': c.relative_buckets * c.heads if c.positions == 'relative' else 0,
     }
     if c.pooler:
         parts['pooler'] = D * D + D + c.next_sentence * (2 * D + 2)
     for kind in c.kinds:
-        for part, count in _layer(c, kind).items():
+        for part, count in layer_parameters(c, kind).items():
             parts[part] = parts.get(part, 0) + count
     if c.encoder:
-        parts['cross_attention'] = c.layers * _attention(c)
+        parts['cross_attention'] = c.layers * attention_parameters(c)
         parts['encoder'] = sum(parameters(c.of_encoder).values())
     if c.mtp_layers:
-        parts['mtp'] = c.mtp_layers * (sum(_layer(c, c.kinds[-1]).values()) + 2 * D * D + 3 * _norm(c))
+        parts['mtp'] = c.mtp_layers * (
+            sum(layer_parameters(c, c.kinds[-1]).values()) + 2 * D * D + 3 * norm_parameters(c)
+        )
     return parts
 
 
-def _layer(c: ModelConfig, kind: Kind) -> dict[str, int]:
+def layer_parameters(c: ModelConfig, kind: Kind) -> dict[str, int]:
     """Parameters of one layer by part."""
     D, m = c.model_dim, c.moe
     norms = (3 if c.encoder else 2) * (2 if c.norm_order == 'sandwich' else 1)
-    parts = {'attention': _attention(c), 'norms': norms * _norm(c)}
+    parts = {'attention': attention_parameters(c), 'norms': norms * norm_parameters(c)}
     if not kind.experts:
         return parts | {'mlp': _mlp(c, c.mlp_dim)}
     expert = _matrices(c) * D * m.mlp_dim + m.bias * ((_matrices(c) - 1) * m.mlp_dim + D)
@@ -81,7 +83,7 @@ def forward_flops(c: ModelConfig, keys: float, source_keys: float | None = None)
     source_keys = keys if source_keys is None else source_keys
     scores = c.layers * 2.0 * c.heads * (c.query_dim + c.value_dim)  # for each key
     flops = {
-        'projections': c.layers * 2.0 * sum(a * b for a, b in _projections(c)),
+        'projections': c.layers * 2.0 * sum(a * b for a, b in projections(c)),
         'attention': scores * keys,
         'mlp': (c.layers - moe) * 2.0 * _matrices(c) * D * c.mlp_dim,
         'head': 2.0 * D * (c.vocabulary or 0) + 2.0 * D * D * c.head_mlp,
@@ -164,7 +166,7 @@ def cache_bytes_per_token(c: ModelConfig, number_bytes: int) -> int:
     return c.layers * c.cached_heads * sum(c.cached_widths) * number_bytes
 
 
-def _projections(c: ModelConfig) -> list[tuple[int, int]]:
+def projections(c: ModelConfig) -> list[tuple[int, int]]:
     """Rows and columns of each of a layer's matrices of attention, as training and prefill use them."""
     D, a = c.model_dim, c.latent
     N, M = c.heads * c.query_dim, c.kv_heads * c.head_dim
@@ -175,7 +177,7 @@ def _projections(c: ModelConfig) -> list[tuple[int, int]]:
     return [*queries, *latent, (D, c.heads * a.value_dim)]
 
 
-def _attention(c: ModelConfig) -> int:
+def attention_parameters(c: ModelConfig) -> int:
     """Parameters of a layer's attention."""
     N, M, a = c.heads * c.head_dim, c.kv_heads * c.head_dim, c.latent
     first = N + 2 * M if a is None else (a.q_rank or 0) + a.kv_rank + a.rotary_dim
@@ -184,10 +186,11 @@ def _attention(c: ModelConfig) -> int:
         vectors += N + M if c.qk_norm == 'full' else 2 * c.head_dim
     if a:
         vectors += a.kv_rank + (a.q_rank or 0)
-    return sum(a * b for a, b in _projections(c)) + vectors
+    return sum(a * b for a, b in projections(c)) + vectors
 
 
-def _norm(c: ModelConfig) -> int:
+def norm_parameters(c: ModelConfig) -> int:
+    """Parameters of one norm."""
     return c.model_dim * (2 if c.norm == 'layernorm' and c.bias else 1)
 
 
