@@ -55,8 +55,9 @@ class Chip:
 GIB = 2**30
 NVIDIA = '; memory: nvidia-smi'
 CLOUD = 'docs.cloud.google.com/tpu/docs, page of the version; memory: as libtpu reports it when a program does not fit'
-# One efficiency for each chip that published runs tell of (benchmarks/plan.md); others have that of the chip most like them.
-GPU, TPU = 0.55, 0.7
+# Efficiencies: as `python -m analysis.published` fits them on published runs (benchmarks/plan_runs.md). Of GPUs that none was
+# found of, that of the H100.
+HOPPER = 0.471
 NCCL = 1e-5  # latency: a small all_reduce of nccl-tests within a host
 ICI = 1e-6  # latency: a hop (The JAX ML Scaling Book, part 2)
 
@@ -73,7 +74,7 @@ CHIPS = {
         network=25e9,  # DGX A100: 8 × 200 Gb/s
         latency=NCCL,
         watts=400,
-        efficiency=GPU,
+        efficiency=0.646,
         source='NVIDIA A100 data sheet, SXM4 40 GB; DGX A100 data sheet' + NVIDIA,
     ),
     'a100': Chip(
@@ -88,7 +89,7 @@ CHIPS = {
         network=25e9,
         latency=NCCL,
         watts=400,
-        efficiency=GPU,
+        efficiency=0.646,
         source='NVIDIA A100 data sheet, SXM4 80 GB; DGX A100 data sheet' + NVIDIA,
     ),
     'h100': Chip(
@@ -103,7 +104,7 @@ CHIPS = {
         network=50e9,  # DGX H100: 8 × 400 Gb/s
         latency=NCCL,
         watts=700,
-        efficiency=GPU,
+        efficiency=HOPPER,
         source='NVIDIA H100 data sheet, SXM5; DGX H100 data sheet' + NVIDIA,
     ),
     'h200': Chip(
@@ -118,7 +119,7 @@ CHIPS = {
         network=50e9,
         latency=NCCL,
         watts=700,
-        efficiency=GPU,
+        efficiency=HOPPER,
         source='NVIDIA H200 data sheet, SXM5; DGX H200 data sheet' + NVIDIA,
     ),
     'b200': Chip(
@@ -133,7 +134,7 @@ CHIPS = {
         network=50e9,  # DGX B200: 8 × 400 Gb/s
         latency=NCCL,
         watts=1000,
-        efficiency=GPU,
+        efficiency=HOPPER,
         source='NVIDIA DGX B200 data sheet, an eighth of it (1,440 GB, 64 TB/s); memory: as sold',
     ),
     'gb200': Chip(
@@ -149,7 +150,7 @@ CHIPS = {
         latency=NCCL,
         host=4,
         watts=1200,
-        efficiency=GPU,
+        efficiency=HOPPER,
         source='NVIDIA GB200 NVL72 data sheet, a 72nd of it, sparse figures halved (13.4 TB, 576 TB/s); memory: as sold',
     ),
     'mi300x': Chip(
@@ -164,7 +165,7 @@ CHIPS = {
         network=50e9,  # 8 × 400 Gb/s a host
         latency=NCCL,
         watts=750,
-        efficiency=GPU,
+        efficiency=HOPPER,
         source='AMD Instinct MI300X data sheet and platform data sheet; memory: rocm-smi',
     ),
     'v4': Chip(
@@ -182,7 +183,7 @@ CHIPS = {
         wraps=4,
         host=4,
         watts=192,  # the highest measured
-        efficiency=TPU,
+        efficiency=0.702,
         source=CLOUD + '; power: Jouppi et al. 2023, arXiv:2304.01433',
     ),
     'v5e': Chip(
@@ -198,7 +199,7 @@ CHIPS = {
         latency=ICI,
         torus=2,
         wraps=16,
-        efficiency=TPU,
+        efficiency=0.748,
         source=CLOUD,
     ),
     'v5p': Chip(
@@ -215,7 +216,7 @@ CHIPS = {
         torus=3,
         wraps=4,
         host=4,
-        efficiency=TPU,
+        efficiency=0.758,
         source=CLOUD,
     ),
     'v6e': Chip(
@@ -231,7 +232,7 @@ CHIPS = {
         latency=ICI,
         torus=2,
         wraps=16,
-        efficiency=TPU,
+        efficiency=0.529,
         source=CLOUD,
     ),
     # A chip has 2,307 TFLOP/s, 192 GiB at 7,380 GB/s, 1,200 GB/s both ways together; a device is half of it.
@@ -248,7 +249,7 @@ CHIPS = {
         latency=ICI,
         torus=3,
         wraps=4,
-        efficiency=TPU,
+        efficiency=0.463,
         source=CLOUD + ' (TPU7x; half a chip)',
     ),
 }
