@@ -373,12 +373,12 @@ class ModelConfig:
             self, encoder=None, vocabulary=None, causal=False, layers=e.layers, segment_kinds=0, **own
         )
 
-    @property
+    @functools.cached_property
     def runs(self) -> tuple[Run, ...]:
         """All layers, first to last, as few different ones as can be."""
         return _runs(self.kinds)
 
-    @property
+    @functools.cached_property
     def kinds(self) -> tuple[Kind, ...]:
         """Of each layer, first to last."""
 
