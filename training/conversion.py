@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data.exported_tokenizer import exported_tokenizer
+from data.pairs import first_token
 from data.published_tokenizer import published_tokenizer, run_tokenizer
 from model import hub, publish
 from model.config import ModelConfig, sizes
@@ -158,15 +159,19 @@ def export_run(
     if known and family not in (None, known.family):
         raise UserError(f'--family {family}: {run} was imported as {known.family}, and is exported as that')
     context = config.training.sequence_length
+    tokenizer = None
     if known:
         chosen, fields = publish.published_config(c, context, known.family, known.config)
     else:
-        chosen, fields = publish.published_config(c, context, family)
-    if known:
-        beside = known.beside
-    else:
         tokenizer = run_tokenizer(checkpoints.files(step), str(run))
         assert tokenizer is not None, 'a run that was not imported has learnt one'
+        if c.encoder:  # a published config names the token that a decoder reads first
+            start_token = first_token(tokenizer, c.encoder.start_token)
+            c = dataclasses.replace(c, encoder=dataclasses.replace(c.encoder, start_token=start_token))
+        chosen, fields = publish.published_config(c, context, family)
+    if tokenizer is None:
+        beside = known.beside
+    else:
         fields |= {'bos_token_id': tokenizer.bos, 'eos_token_id': tokenizer.eos}
         beside = exported_tokenizer(tokenizer, fields.get('max_position_embeddings', context))
     kept = dtype or (known.dtype if known else c.parameter_dtype.name)
