@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data.config import DataConfig
 from data.exported_tokenizer import exported_tokenizer
 from data.pairs import first_token
 from data.published_tokenizer import published_tokenizer, run_tokenizer
@@ -41,6 +42,8 @@ from training.state import abstract_state, restore_model, saved_config
 
 SOURCE = 'source'
 CONTEXT = 2048  # tokens, where a config says nothing of it
+MOST_TO_TRAIN = 4096  # tokens of a row, however long a context is: what fits in memory
+NO_DATA = DataConfig(source=None, vocabulary=None)  # what a model learnt from does not come with it
 POSITIONS = ('max_position_embeddings', 'n_positions', 'n_ctx')
 
 
@@ -55,12 +58,14 @@ def import_run(
     """Makes the run of a published folder. Raises UserError, before anything is written, where it cannot be one."""
     publish.refuse_existing(run)
     found = hub.read(source, dtype, without_remote_code)
-    check_divides(mesh, sizes(found.model))
+    with found.fields.told():
+        check_divides(mesh, sizes(found.model))
     files = hub.side_files(source)
     config = run_config(run.name, found, mesh)
     tokenizer = published_tokenizer(files, str(source))
     if tokenizer:
-        config.with_vocabulary(tokenizer.vocabulary)  # a smaller model than the tokenizer needs is refused
+        with found.fields.told():
+            config.with_vocabulary(tokenizer.vocabulary)  # a smaller model than the tokenizer needs is refused
     start(mesh.size, config.model.dtype)
     devices = make_mesh(mesh)
     kept = {'config.yaml': configs.dump(config).encode()} | (tokenizer.files() if tokenizer else {})
@@ -103,7 +108,7 @@ def told(
 
 def run_config(name: str, found: hub.Published, mesh: MeshConfig) -> RunConfig:
     """The config of an imported run: the context that was published, and gentle values for training on."""
-    positions = next((found.config[field] for field in POSITIONS if isinstance(found.config.get(field), int)), CONTEXT)
+    positions = min(context_of(found.fields.values) or CONTEXT, MOST_TO_TRAIN)
     ways = mesh.span(SEQUENCE) * (2 if mesh.context > 1 else 1)
     training = TrainingConfig(
         steps=1000,
@@ -111,7 +116,20 @@ def run_config(name: str, found: hub.Published, mesh: MeshConfig) -> RunConfig:
         sequence_length=max(positions // ways, 1) * ways,
         learning_rate=1e-5,
     )
-    return RunConfig(name=name, mesh=mesh, model=found.model, training=training)
+    return RunConfig(name=name, mesh=mesh, model=found.model, data=NO_DATA, training=training)
+
+
+def context(run: Path | Bucket, config: RunConfig) -> int:
+    """The most tokens of a row: as a run was trained with, or of an imported one as its publisher says, whichever is more."""
+    trained = config.training.sequence_length
+    if not (run / RECORD).is_file():
+        return trained
+    return max(trained, context_of(json.loads((run / SOURCE / hub.CONFIG).read_bytes())) or 0)
+
+
+def context_of(published: Mapping[str, Any]) -> int | None:
+    """Tokens that a published model's row may have, where its config.json says it."""
+    return next((published[field] for field in POSITIONS if isinstance(published.get(field), int)), None)
 
 
 def trained_on(config: RunConfig) -> RunConfig:

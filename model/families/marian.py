@@ -85,9 +85,7 @@ def read(f: Fields) -> ModelConfig:
         max_positions=f('max_position_embeddings', 1024),
         qkv_bias=True,
         bias=True,
-        encoder=EncoderConfig(
-            layers=f('encoder_layers', 12), start_token=f('decoder_start_token_id', vocabulary - 1), **own
-        ),
+        encoder=EncoderConfig(layers=f('encoder_layers', 12), start_token=f('decoder_start_token_id', 58100), **own),
         embedding_scale=math.sqrt(width) if f('scale_embedding', False) else 1.0,
         head_bias=True,
     )

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from data.exported_tokenizer import exported_tokenizer
+from data.tokenizer import Tokenizer
 from decoding.run import open_run
 from decoding.score import score
 from model import hub, publish, streaming, tensor_files
@@ -19,12 +21,14 @@ from model.families import Fields, tensors
 from sharding import boxes
 from sharding.errors import UserError
 from sharding.mesh import MeshConfig, make_mesh
+from tests.data.test_tokenizer import TEXT
 from tests.families import cases, folders
 from tests.families.loading import GOLDENS, golden, read
 from tests.memory import Peak
 from training import shards
 from training.config import load
 from training.conversion import export_run, import_run
+from training.report import weights_table
 
 MESHES = {'one': MeshConfig(), 'all': MeshConfig(data=2, expert=2, tensor=2), 'stages': MeshConfig(stage=2, tensor=2)}
 LLAMA = cases.CASES['llama-grouped']
@@ -279,6 +283,34 @@ MISTAKES = {
         lambda f: edit(f, architectures=['LlamaForCausalLLM']),
         ['LlamaForCausalLLM', "did you mean 'LlamaForCausalLM'"],
     ),
+    'unknown architecture, another than it looks like': (
+        lambda f: edit(f, architectures=['MambaForCausalLM']),
+        ['MambaForCausalLM', 'not supported; the families are llama, mistral, '],
+    ),
+    'no architecture': (lambda f: edit(f, architectures=None), ['config.json: architectures is missing', 'Llama']),
+    'null architecture': (
+        lambda f: (f / 'config.json').write_text(json.dumps(LLAMA | {'architectures': None})),
+        ['config.json: architectures is null: it must name the class'],
+    ),
+    'heads that do not divide': (
+        lambda f: edit(f, num_key_value_heads=3),
+        ['config.json: num_key_value_heads is 3 and num_attention_heads 4: ', 'nearest that works: '],
+    ),
+    'odd heads': (lambda f: edit(f, head_dim=15), ['config.json: head_dim is 15: ', 'even; nearest: 16']),
+    'more experts chosen than there are': (
+        lambda f: edit(f, architectures=['MixtralForCausalLM'], num_local_experts=2, num_experts_per_tok=3),
+        ['config.json: num_experts_per_tok is 3 and num_local_experts 2: '],
+    ),
+    'tokenizer larger than the model': (
+        lambda f: [
+            (f / name).write_bytes(x) for name, x in exported_tokenizer(Tokenizer.train([TEXT], 300), 64).items()
+        ],
+        ['config.json: vocab_size is 200 and the tokenizer has 300 pieces'],
+    ),
+    'start token beyond the vocabulary': (
+        lambda f: edit(f, **cases.CASES['t5-v1.1'] | {'decoder_start_token_id': 200}),
+        ['config.json: decoder_start_token_id is 200: ', 'less than vocab_size, which is 200'],
+    ),
     'unknown field': (lambda f: edit(f, rope_thetta=1), ['rope_thetta is 1', "did you mean 'rope_theta'"]),
     'unsupported value': (lambda f: edit(f, hidden_act='relu'), ['hidden_act', "'relu'", "'silu'"]),
     'remote code': (lambda f: edit(f, auto_map={'AutoModel': 'x.Y'}), ['auto_map', '--without-remote-code']),
@@ -405,6 +437,28 @@ def test_a_place_where_no_run_can_be_made_is_told_in_one_line(tmp_path):
         pytest.raises(UserError, match=r'run: cannot be made: Permission denied: /runs'),
     ):
         import_run(folder, tmp_path / 'runs' / 'run', MeshConfig(), say=str)
+
+
+@pytest.mark.parametrize(('said', 'length', 'most'), [(512, 512, 512), (131_072, 4096, 131_072), (None, 2048, 2048)])
+def test_the_config_of_an_import_is_true_and_fits(said, length, most, tmp_path):
+    config = {name: value for name, value in LLAMA.items() if name != 'max_position_embeddings'}
+    config |= {'max_position_embeddings': said} if said else {}
+    lines = []
+    folder = folders.write(tmp_path / 'source', config, folders.named('llama-grouped'))
+    import_run(folder, tmp_path / 'run', MeshConfig(), say=lines.append)
+    written = load(tmp_path / 'run' / 'config.yaml')
+    assert written.training.sequence_length == length
+    assert (written.data.source, written.data.vocabulary) == (None, None)
+    with pytest.raises(UserError, match=r'data.source is null: name what to learn from.*data.source=notes/'):
+        written.data.paths  # noqa: B018
+    opened = open_run(tmp_path / 'run', needs_text=False)
+    assert opened.context == most
+    # What training prints of the same weights is the same number, and how many fill up the vocabulary.
+    count = sum(x.size for x in folders.named('llama-grouped').values())
+    assert f'{count:,} parameters' in lines[0]
+    table = weights_table(opened.model)
+    padding = 2 * (256 - 200) * 64
+    assert list(table.columns[0].cells)[-1] == f'all {count:,} parameters, and {padding:,} that fill up the vocabulary'
 
 
 def test_an_import_that_fails_leaves_nothing(tmp_path):

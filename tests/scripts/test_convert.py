@@ -16,6 +16,7 @@ from model.config import ModelConfig
 from model.hub import SINGLE
 from scripts.score import check_ids
 from sharding.errors import UserError
+from sharding.memory import told_bytes
 from sharding.mesh import MeshConfig, make_mesh
 from tests.families import folders
 from tests.scripts.runs import ROOT, everything, rows, run, workplace
@@ -134,6 +135,19 @@ def test_a_mistake_is_one_line_and_touches_nothing(place, name):
     assert everything(place).keys() == before.keys()
     (line,) = done.stderr.strip().splitlines()
     assert all(word in line for word in words), line
+
+
+def test_an_import_has_no_validation_split(place):
+    import_run(place / 'published', place / 'runs' / 'bare', MeshConfig(), say=str)
+    done = run(place, 'evaluate', 'runs/bare', code=2)
+    assert 'runs/bare is an imported model' in done.stderr
+    assert '--data PATH' in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(('size', 'told'), [(7, '7 bytes'), (41_256, '41.26 kB'), (16_060_522_496, '16.06 GB')])
+def test_sizes_are_told_in_a_unit_that_suits_them(size, told):
+    assert told_bytes(size) == told
 
 
 def test_rows_longer_than_the_table_of_positions_are_not_scored():
