@@ -222,19 +222,24 @@ def cross_entropy(head: Head, x_BTD, target_BT, live_BT, c: ModelConfig):
         return lax.map(lambda a: chunk(head, *a), (x_c1ND, *known)).sum()
 
     def forward(head, x_c1ND):
-        def step(sums, a):
-            value, pull = jax.vjp(lambda head, x: chunk(head, x, *a[1:]), head, a[0])
-            d_head, dx = pull(vary(jnp.ones_like(value)))
-            return jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, (value, d_head)), dx
+        sink_DV = vary(jnp.zeros_like(head.w_DV, dtype=wide(head.w_DV).dtype))
 
-        nothing = jax.tree.map(lambda w: jnp.zeros(w.shape, wide(w).dtype), head)
-        (value, d_head), dx_c1ND = lax.scan(step, vary((jnp.zeros((), nothing.w_DV.dtype), nothing)), (x_c1ND, *known))
-        return value, (d_head, dx_c1ND)
+        def step(sums, a):
+            x, *rest = a
+            run = lambda sink_DV, bias_V, x: chunk(Head(head.w_DV, bias_V, sink_DV), x, *rest)
+            value, pull = jax.vjp(run, sink_DV, head.bias_V, x)
+            *made, dx = pull(vary(jnp.ones_like(value)))
+            return jax.tree.map(jnp.add, sums, (value, *made)), dx
+
+        nothing = vary(jax.tree.map(jnp.zeros_like, (sink_DV[0, 0], sink_DV, head.bias_V)))
+        (value, *made), dx_c1ND = lax.scan(step, nothing, (x_c1ND, *known))
+        return value, (*made, dx_c1ND)
 
     def backward(made, scale):
-        d_head, dx_c1ND = made
-        d_head = jax.tree.map(lambda d, w: (scale * d).astype(w.dtype), d_head, head)
-        return d_head, (scale * wide(dx_c1ND)).astype(x_BTD.dtype)
+        scaled = lambda d, like: (scale * wide(d)).astype(like.dtype)
+        dw_DV, d_bias_V, dx_c1ND = made
+        d_bias_V = None if d_bias_V is None else scaled(d_bias_V, head.bias_V)
+        return Head(scaled(dw_DV, head.w_DV), d_bias_V), scaled(dx_c1ND, x_BTD)
 
     total.defvjp(forward, backward)
     return total(head, cut(x_BTD))
