@@ -25,7 +25,8 @@ Written by `python -m analysis.aot_page` from the records in [compiled/](compile
 `python -m analysis.aot_pairs` make (jax 0.10.2, libtpu 0.0.42.1, jax-cuda13-plugin 0.10.2 with autotuning off). **Nothing here
 ran on a TPU or a GPU**: our own steps were compiled for machines of those chips, on two CPU cores without any.
 
-Each cell has the plan, made by shapes alone, and behind the stroke what the compiled program has. GB are 10^9 bytes of one chip.
+Each cell has the plan, made by shapes alone, and behind the stroke what the compiled program has. GB are 10^9 bytes of one
+chip.
 *Arguments*: weights, optimizer state, batch, cache. *Memory*: arguments, temporaries, and results that take no argument's
 place. *Sent*: bytes that a chip sends in a step, all kinds and axes together, loops multiplied out. Nothing is fitted.
 """
@@ -96,8 +97,9 @@ def rows() -> list[Row]:
 
 def table(found: list[Row]) -> Iterator[str]:
     """One line a pair."""
-    yield '| model | step | chips | mesh | rows × tokens | arguments GB | memory GB | ratio | sent GB | ratio | fits | compiled in |'
-    yield '|---|---|---|---|---:|---:|---:|---:|---:|---:|---|---:|'
+    names = 'model, step, chips, mesh, rows × tokens, arguments GB, memory GB, ratio, sent GB, ratio, fits, compiled in'
+    yield f'| {" | ".join(names.split(", "))} |'
+    yield f'|{"---|" * 4}{"---:|" * 6}---|---:|'
     for row in found:
         run, made, told = row.pair.config, row.compiled, row.planned
         t, ratios = run.training, row.ratios
