@@ -43,6 +43,9 @@ class Compiled:
     sent: Traffic  # by the compiled program, on each device, by kind and mesh axes
     asked: Traffic  # by the program that was compiled, in the same words
     message: str = ''  # where it is not compiled: the compiler's own, or what ended it
+    versions: dict[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # of jax and of the package that holds the compiler
 
     @property
     def fits(self) -> bool | None:
@@ -136,4 +139,5 @@ def _read(answer: dict[str, Any], available: int) -> Compiled:
         sent=table(answer.get('sent', NOTHING)),
         asked=table(answer.get('asked', NOTHING)),
         message=answer.get('message', ''),
+        versions=answer.get('versions', {}),
     )

@@ -19,6 +19,7 @@ from training import config as configs
 from training.config import RunConfig
 
 RECORDS = ROOT / 'benchmarks' / 'compiled'
+PLAIN = ('status', 'seconds', 'memory', 'available', 'message', 'versions')  # fields that a record has as they are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,13 +96,13 @@ PAIRS = (
 def read(path: Path) -> tuple[dict[str, Any], Compiled]:
     """A record: what was asked, and what came of it."""
     record = json.loads(path.read_text(encoding='utf-8'))
-    plain = {name: record[name] for name in ('status', 'seconds', 'memory', 'available', 'message')}
+    plain = {name: record[name] for name in PLAIN}
     return record['request'], Compiled(**plain, sent=table(record['sent']), asked=table(record['asked']))
 
 
 def write(path: Path, pair: Pair, found: Compiled) -> None:
     """The record of a pair."""
-    plain = {name: getattr(found, name) for name in ('status', 'seconds', 'memory', 'available', 'message')}
+    plain = {name: getattr(found, name) for name in PLAIN}
     record = {'request': pair.request(), **plain, 'fits': found.fits, 'unplanned': found.unplanned()}
     record |= {'sent': rows_of(found.sent), 'asked': rows_of(found.asked)}
     path.parent.mkdir(parents=True, exist_ok=True)

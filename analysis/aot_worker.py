@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from analysis import traffic
+from analysis.aot import PLUGINS
 from decoding.generate import first_token, next_token
 from decoding.prompts import Prompts
 from decoding.run import in_compute_dtype
@@ -141,5 +143,11 @@ def needed(message: str) -> dict[str, Any]:
     return {'needed': size(said[1], said[2]), 'available': size(said[3], said[4])}
 
 
+def versions(platform: str) -> dict[str, str]:
+    """Of jax and of the package that holds the compiler."""
+    return {name: metadata.version(name) for name in ('jax', PLUGINS[platform])}
+
+
 if __name__ == '__main__':
-    print('\n' + json.dumps(answer(json.load(sys.stdin))))
+    wanted = json.load(sys.stdin)
+    print('\n' + json.dumps(answer(wanted) | {'versions': versions(wanted['platform'])}))
