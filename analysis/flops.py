@@ -1,7 +1,7 @@
 """Matmul FLOPs that our programs execute, by formula: equal to those of every dot in the traced program (`analysis.dots`).
 
 `model.cost` counts what the model needs (the causal triangle, the real vocabulary, each matmul once). Here stands what is
-computed: masked scores where the backend computes them, what rematerialisation and the chunked loss compute again, the
+computed: masked scores where the backend computes them, what rematerialisation computes again, the
 padded vocabulary, an expert's ones column of biases, heads of keys that several devices of `tensor` share, a pipeline's
 bubble, and what every device of `context` or `tensor` does alike while decoding.
 
@@ -285,13 +285,13 @@ def _ends(p: Program) -> Iterator[tuple[str, float]]:
 
 
 def _loss(p: Program) -> float:
-    """The head on chunks of tokens, whose logits the backward pass computes once more."""
+    """The head on chunks of tokens."""
     c, n = p.config, p.mesh.tensor
     devices = p.mesh.span(BATCH) * p.mesh.stage * p.mesh.context
     here = p.tokens // (devices * n)
     chunks = -(-here * n // CHUNK)
     tokens = chunks * -(-here // chunks) * n * devices
-    return 2.0 * tokens * c.model_dim * c.padded_vocabulary * (4 if p.backward else 1)
+    return 2.0 * tokens * c.model_dim * c.padded_vocabulary * (3 if p.backward else 1)
 
 
 def _ahead(p: Program) -> Iterator[tuple[str, float]]:
