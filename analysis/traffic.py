@@ -290,6 +290,7 @@ def _manual(equation: Any, mesh: Mesh, found: Traffic) -> None:
     # In groups an operation joins only some of an axis's devices.
     groups = params.get('axis_index_groups')
     p = len(groups[0]) if groups else span(axes.split('+'), mesh)
+    axes += f' (groups of {p})' if groups else ''
     sizes_in, sizes_out = ([_bytes(v.aval) for v in vs] for vs in (equation.invars, equation.outvars))
     if kind == 'ppermute' and all(source == target for source, target in params['perm']):
         return
