@@ -129,6 +129,16 @@ def from_json(rows: Mapping[str, list[float]]) -> Traffic:
     return Traffic({split(text): Sent(*amounts) for text, amounts in rows.items()})
 
 
+def rows_of(table: Traffic) -> dict[str, Any]:
+    """The table as JSON with what could not be counted, unlike a budget: {'bytes': `to_json`'s, 'unknown': lines}."""
+    return {'bytes': to_json(dataclasses.replace(table, unknown=[])), 'unknown': table.unknown}
+
+
+def table(rows: Mapping[str, Any]) -> Traffic:
+    """The table that `rows_of` wrote."""
+    return dataclasses.replace(from_json(rows['bytes']), unknown=rows['unknown'])
+
+
 def dumps(budgets: Mapping[str, Mapping[str, list[float]]]) -> str:
     """JSON with one row a line, so that a change of a budget is a readable diff."""
     parts = []

@@ -5,7 +5,6 @@ REGOLD=1 pytest tests/analysis/test_budgets.py
 """
 
 import dataclasses
-import functools
 import json
 import os
 from pathlib import Path
@@ -15,7 +14,7 @@ import jax
 import pytest
 from jax import lax
 
-from analysis import communication, traffic
+from analysis import traffic
 from model import layers
 from model.config import ModelConfig, MoEConfig
 from sharding.mesh import MeshConfig, make_mesh
@@ -164,57 +163,3 @@ def told(name: str) -> list[str]:
     found = asked(name)['training']
     golden = json.loads((BUDGETS / f'{name}.json').read_text())['training']
     return traffic.difference(traffic.from_json(golden), found, exact=True)
-
-
-# By hand --------------------------------------------------------------------------------------------------------------
-
-# Real sizes: nothing is computed, and scalars, which are not counted by hand, are few beside them.
-LARGE = ModelConfig(
-    vocabulary=8192,
-    layers=4,
-    model_dim=1024,
-    heads=8,
-    mlp_dim=4096,
-    dtype='bfloat16',
-    remat='block',
-    attention='reference',
-)
-BY_HAND = [
-    (LARGE, MeshConfig(data=4, tensor=2)),
-    (dataclasses.replace(LARGE, remat='none', tied_embedding=False), MeshConfig(data=8)),
-    (dataclasses.replace(LARGE, remat='dots', kv_heads=4), MeshConfig(tensor=8)),
-    (
-        dataclasses.replace(
-            LARGE, remat='none', norm='layernorm', activation='gelu', bias=True, qkv_bias=True, qk_norm=True
-        ),
-        MeshConfig(data=2, expert=2, tensor=2),
-    ),
-    (dataclasses.replace(LARGE, tied_embedding=False), MeshConfig(replica=2, data=4)),
-    (dataclasses.replace(LARGE, attention='blockwise', kv_heads=4), MeshConfig(data=2, context=2, tensor=2)),
-    (dataclasses.replace(LARGE, attention='blockwise', remat='none'), MeshConfig(context=4, tensor=2)),
-]
-
-
-@pytest.mark.parametrize(('model', 'mesh'), BY_HAND, ids=lambda x: str(x) if isinstance(x, MeshConfig) else x.remat)
-def test_a_dense_step_asks_for_what_its_shapes_say(model, mesh):
-    """Weights and activations exactly, what is left within 1 %."""
-    with jax.set_mesh(make_mesh(mesh)):
-        step, args = training_step(run_config(model, mesh, 8, 2048))
-        found = traffic.asked(jax.make_jaxpr(step)(*args), mesh_shape())
-    want = communication.training(model, mesh, 8, 2048)
-    for kind in ('all_gather', 'reduce_scatter', 'all_to_all'):
-        of_kind = lambda table, kind=kind: {key: sent for key, sent in table.sent.items() if key[0] == kind}
-        assert of_kind(found) == of_kind(want)
-    by_axes = found.bytes_by_axes()
-    for axes, size in want.bytes_by_axes().items():
-        assert by_axes[axes] == pytest.approx(size, rel=0.01), axes
-    scalars = sum(by_axes[axes] for axes in by_axes.keys() - want.bytes_by_axes().keys())
-    assert scalars < 1000, found
-
-
-def test_what_is_not_counted_by_hand_says_so():
-    count = functools.partial(communication.training, batch=8, sequence_length=32)
-    with pytest.raises(ValueError, match=r'mesh\.stage must be 1'):
-        count(DENSE, MeshConfig(stage=2))
-    with pytest.raises(ValueError, match=r'model\.moe is set'):
-        count(EXPERTS, MeshConfig())
