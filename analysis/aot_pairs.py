@@ -30,6 +30,7 @@ class Pair:
     what: str  # 'train', 'decode' or 'prefill'
     overrides: str  # of the config: its mesh, its batch (rows) and its sequence length (slots of a cache)
     note: str = ''  # tells apart pairs that are alike but for the overrides
+    shown: bool = False  # with a page of its own in benchmarks/plan.md
     timeout: float = 3600  # seconds
 
     @property
@@ -58,16 +59,18 @@ def mesh(text: str, batch: int, length: int, more: str = '') -> str:
 PAIRS = (
     # What compiles soonest first.
     Pair('llama-3.1-8b', 'h100', 'train', mesh('data=8', 8, 8192)),
-    Pair('llama-3.1-70b', 'h100', 'train', mesh('data=32 tensor=8', 32, 8192)),
+    Pair('llama-3.1-70b', 'h100', 'train', mesh('data=32 tensor=8', 32, 8192), shown=True),
     Pair('mixtral-8x7b', 'h100', 'train', mesh('data=8 expert=8', 64, 4096)),
-    Pair('gpt-oss-120b', 'h100', 'decode', mesh('expert=8', 64, 8192)),
+    Pair('gpt-oss-120b', 'h100', 'decode', mesh('expert=8', 64, 8192), shown=True),
     Pair('llama-3.1-8b', 'h100', 'decode', mesh('tensor=8', 32, 8192)),
-    Pair('llama-3.1-405b', 'v5p', 'train', mesh('data=128 tensor=8', 2048, 8192, 'training.accumulation=16')),
+    Pair(
+        'llama-3.1-405b', 'v5p', 'train', mesh('data=128 tensor=8', 2048, 8192, 'training.accumulation=16'), shown=True
+    ),
     Pair('llama-3.1-8b', 'v5p', 'train', mesh('data=4 tensor=2', 8, 8192)),
     Pair('llama-3.1-70b', 'v5p', 'decode', mesh('tensor=8', 32, 8192)),
-    Pair('mixtral-8x7b', 'v6e', 'train', mesh('data=8 expert=8', 64, 4096)),
+    Pair('mixtral-8x7b', 'v6e', 'train', mesh('data=8 expert=8', 64, 4096), shown=True),
     Pair('olmoe-1b-7b', 'h100', 'train', mesh('expert=8', 16, 4096)),
-    Pair('deepseek-v3', 'v5p', 'decode', mesh('expert=16 tensor=4', 256, 4096)),
+    Pair('deepseek-v3', 'v5p', 'decode', mesh('expert=16 tensor=4', 256, 4096), shown=True),
     Pair('llama-3.1-70b', 'v5p', 'train', mesh('data=16 tensor=4', 32, 8192)),
     Pair('mixtral-8x7b', 'v5p', 'decode', mesh('tensor=8', 64, 8192)),
     Pair('qwen3-30b-a3b', 'v5p', 'train', mesh('data=8 expert=8', 64, 4096)),
@@ -77,6 +80,7 @@ PAIRS = (
         'v5p',
         'train',
         mesh('data=16 expert=16 tensor=8', 4096, 4096, 'training.accumulation=16 model.moe.dispatch=all_to_all'),
+        shown=True,
     ),
     Pair('llama-3.1-8b', 'v6e', 'decode', mesh('tensor=8', 32, 8192)),
     Pair('gemma-2-9b', 'v5p', 'train', mesh('data=8 tensor=2', 16, 8192)),

@@ -13,7 +13,7 @@ from model.decoder import Decoder, Head, backends, by_layer, to_vocabulary
 from model.forward import TOKENS, Source, columns, one_device, with_source
 from model.layers import View, specs
 from sharding.collectives import join, my_slice, sum_copies, vary, wide
-from sharding.mesh import AXES, BATCH
+from sharding.mesh import AXES, BATCH, platform
 from sharding.order import zigzag
 from sharding.pipeline import dealt
 
@@ -83,7 +83,9 @@ def loss_and_gradient(model: Decoder, batch: dict, dropout_key=None, microbatche
             cut = jax.tree.map(lambda a: a.reshape(accumulation, size, *a.shape[1:]), batch)
             found = jax.eval_shape(one_part, jax.tree.map(lambda a: a[0], cut), 0)
             nothing = vary(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), found))
-            add = lambda total, part: (jax.tree.map(jnp.add, total, one_part(*part)), None)
+            # XLA's TPU compiler fails where a reduce-scatter's result goes straight into a loop's sum.
+            apart = lax.optimization_barrier if platform() == 'tpu' else lambda found: found
+            add = lambda total, part: (jax.tree.map(jnp.add, total, apart(one_part(*part))), None)
             (gradient, shares), _ = lax.scan(add, nothing, (cut, jnp.arange(accumulation)))
         return sum_copies(gradient, layouts), known | lax.psum(vary(shares), AXES)
 
