@@ -1,19 +1,25 @@
 """Everything that a plan says, as one tree of plain numbers: what `scripts/plan.py` prints, writes as JSON and draws."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
+from analysis.bill import bill, cache_bill, rules_of_thumb
 from analysis.memory import Memory
 from analysis.roofline import Time, mfu
 from analysis.search import Choice, Found, why
 from analysis.serving import Serving
+from analysis.traffic import Traffic
 from model import cost
 from model.config import ModelConfig
 from sharding.chips import Chip, shape
 from sharding.mesh import AXES, BATCH, MeshConfig
 from training.config import RunConfig
 
-BYTES = {'float32': 4, 'bfloat16': 2, 'int8': 1, '4-bit': 0.5}  # of a number
+if TYPE_CHECKING:  # the compilers' side imports much that a plan does not need
+    from analysis.aot import Compiled
+
+PASSES: tuple[Literal['train', 'prefill', 'decode'], ...] = ('train', 'prefill', 'decode')
 CHINCHILLA = 20  # tokens a parameter (Hoffmann et al. 2022, arXiv:2203.15556, table 3), of those that a token meets
 SECONDS_A_DAY = 86_400
 
@@ -29,19 +35,21 @@ class Terms:
 
 def model_part(c: ModelConfig, length: int) -> dict[str, Any]:
     """The bill, FLOPs a token and cache of a model, at rows of `length` tokens."""
-    parts = {part: count for part, count in cost.parameters(c).items() if count}
-    total, active = sum(parts.values()), cost.active_parameters(c)
-    flops = {what: cost.flops_per_token(c, what, length) for what in ('train', 'prefill', 'decode')}
+    whole, cache = bill(c), cache_bill(c)
+    flops = {what: cost.flops_per_token(c, what, length) for what in PASSES}
     return {
         'parameters': {
-            'total': total,
-            'active': active,
-            'by_part': parts,
-            'bytes': {name: total * size for name, size in BYTES.items()},
+            'total': whole.total,
+            'active': whole.active,
+            'by_part': whole.parts(),
+            'bytes': whole.bytes,
+            'bill': whole.to_json(),
         },
         'context': length,
         'flops_per_token': {what: sum(parts.values()) for what, parts in flops.items()} | {'by_part': flops},
-        'cache_bytes_per_token': cost.cache_bytes_per_token(c, 2),
+        'rules_of_thumb': [rule.to_json() for rule in rules_of_thumb(c, length)],
+        'cache_bytes_per_token': cache.bytes_per_token(),
+        'cache': dataclasses.asdict(cache) | {'bytes': cache.bytes(length), 'least_bytes': cache.least_bytes(length)},
     }
 
 
@@ -149,6 +157,43 @@ def time_part(time: Time) -> dict[str, Any]:
         'predicted_seconds': time.predicted,
         'limit': time.limit,
         'efficiency': time.efficiency,
+    }
+
+
+def settled(run: RunConfig, chosen: Mapping[str, Any]) -> RunConfig:
+    """A run laid out as a plan chose."""
+    mesh = MeshConfig(**chosen['mesh'])
+    if chosen['what'] != 'train':
+        return dataclasses.replace(run, mesh=mesh)
+    training = dataclasses.replace(
+        run.training,
+        accumulation=chosen['accumulation'],
+        microbatches=chosen['microbatches'] if mesh.stage > 1 else None,
+    )
+    model = dataclasses.replace(run.model, remat=chosen['remat'])
+    return dataclasses.replace(run, mesh=mesh, model=model, training=training)
+
+
+def compiled_part(compiled: 'Compiled', chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """What a compiler made of a step, beside what the plan says of it."""
+    planned = Traffic()
+    for send in chosen['time']['collectives']:
+        planned.add(send['kind'], send['axes'], send['bytes'], send['calls'])
+    planned = planned.lowered()
+    rows = sorted(planned.sent.keys() | compiled.sent.sent.keys())
+    size = lambda table, key: table.sent[key].bytes if key in table.sent else 0.0
+    return {
+        'status': compiled.status,
+        'message': compiled.message,
+        'seconds': compiled.seconds,
+        'fits': compiled.fits,
+        'memory_per_chip_bytes': compiled.memory,
+        'planned_memory_bytes': chosen['memory_per_chip_bytes']['total'],
+        'collectives': [
+            {'kind': key[0], 'axes': key[1], 'planned_bytes': size(planned, key), 'bytes': size(compiled.sent, key)}
+            for key in rows
+        ],
+        'unplanned': compiled.unplanned() if compiled.status == 'compiled' else [],
     }
 
 

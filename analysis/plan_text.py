@@ -7,9 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from analysis.bill import BYTES
 from sharding.memory import gib
-
-PRECISIONS = ('float32', 'bfloat16', 'int8', '4-bit')
 
 
 def show(plan: dict[str, Any], console: Console) -> None:
@@ -34,28 +33,41 @@ def show(plan: dict[str, Any], console: Console) -> None:
 
 def tables(plan: dict[str, Any]) -> Iterator[Table]:
     """The tables of a plan, in order."""
-    yield bill(plan)
+    yield bill_table(plan)
     yield flops_table(plan)
+    yield rules_table(plan)
     if plan['search']:
         yield search_table(plan['search'])
     yield memory_table(plan)
     yield time_table(plan)
     yield links_table(plan)
+    if 'compiled' in plan:
+        yield compiled_table(plan)
 
 
-def bill(plan: dict[str, Any]) -> Table:
-    """Parameters by part, and what they take in each precision."""
-    table = _table('Parameters', 'part', 'parameters', 'share', *PRECISIONS)
+def bill_table(plan: dict[str, Any]) -> Table:
+    """Parameters by part, one layer's and all layers', and what they take in each precision."""
     p = plan['parameters']
-    size = {'float32': 4, 'bfloat16': 2, 'int8': 1, '4-bit': 0.5}
-    row = lambda name, n: table.add_row(
-        name, f'{n:,}', f'{n / p["total"]:.1%}', *(gb(n * size[precision]) for precision in PRECISIONS)
-    )
-    for name, count in p['by_part'].items():
-        row(name.replace('_', ' '), count)
+    table = _table('Parameters', 'part', 'of what', 'one', 'times', 'all', 'share', *BYTES)
+    sizes = lambda count: [gb(count * size) for size in BYTES.values()]
+
+    def row(name: str, line: dict[str, Any]) -> None:
+        shares = (f'{line["total"] / p["total"]:.1%}', *sizes(line['total']))
+        table.add_row(name, line['shapes'], f'{line["each"]:,}', f'{line["times"]:,}', f'{line["total"]:,}', *shares)
+
+    layers = {line['layer']: line for line in p['bill']['layers']}
+    last = ''
+    for line in [*p['bill']['rows'], {'layer': ''}]:
+        if last and line['layer'] != last:
+            row(f'= {last}', layers[last])
+        last = line['layer']
+        if 'part' in line:
+            row(f'{"  " if last else ""}{line["part"].replace("_", " ")}', line)
     table.add_section()
-    row('total', p['total'])
-    row('active for a token', p['active'])
+    table.add_row('total', '', '', '', f'{p["total"]:,}', '', *sizes(p['total']))
+    table.add_row(
+        'active for a token', '', '', '', f'{p["active"]:,}', f'{p["active"] / p["total"]:.1%}', *sizes(p['active'])
+    )
     return table
 
 
@@ -76,11 +88,27 @@ def flops_table(plan: dict[str, Any]) -> Table:
 
 def flops_line(plan: dict[str, Any]) -> str:
     """What training executes, and what the cache keeps."""
-    lines = [f'cache {plan["cache_bytes_per_token"]:,} bytes a token in bfloat16']
+    c = plan['cache']
+    lines = [f'{c["kind"]} cache: {plan["cache_bytes_per_token"]:,.0f} bytes a token in bfloat16']
+    if c['numbers'] != c['without_sharing']:
+        lines[0] += f' (a key and a value for each query head would be {2 * c["without_sharing"]:,})'
+    if c['windowed']:
+        lines.append(
+            f'{gb(c["bytes"])} for {plan["context"]:,}, of which layers with a window need {gb(c["least_bytes"])}'
+        )
     if 'executed_flops_per_token' in plan:
         executed = flops(plan['executed_flops_per_token'])
         lines.append(f'training executes {executed}, with what remat={plan["remat"]} and the loss compute again')
     return '; '.join(lines)
+
+
+def rules_table(plan: dict[str, Any]) -> Table:
+    """What rules of thumb say, and why it differs."""
+    table = _table('Rules of thumb', 'rule', 'is said to be', 'FLOPs', 'exact', 'times', 'why it differs')
+    for rule in plan['rules_of_thumb']:
+        figures = (flops(rule['rule']), flops(rule['exact']), f'{rule["times"]:.3g}')
+        table.add_row(rule['name'], rule['about'], *figures, rule['why'])
+    return table
 
 
 def search_table(search: dict[str, Any]) -> Table:
@@ -157,6 +185,38 @@ def links_table(plan: dict[str, Any]) -> Table:
     return table
 
 
+def compiled_table(plan: dict[str, Any]) -> Table:
+    """What a compiler made of the step, beside the plan."""
+    c = plan['compiled']
+    took = sum(c['seconds'].values())
+    title = (
+        f'Compiled: {c["status"]}'
+        + (f' in {took:.0f} s' if took else '')
+        + (f': {_gist(c["message"])}' if c['message'] else '')
+    )
+    table = _table(title, 'what', 'planned', 'compiled', 'ratio')
+    compare = lambda name, planned, found: table.add_row(
+        name, amount(planned) + 'B', amount(found) + 'B', f'{found / planned:.3f}' if planned else 'not planned'
+    )
+    if 'total' in c['memory_per_chip_bytes']:
+        compare('memory of a chip', c['planned_memory_bytes'], c['memory_per_chip_bytes']['total'])
+    for name, size in c['memory_per_chip_bytes'].items():
+        if name != 'total':
+            table.add_row(f'  {name}', '', amount(size) + 'B', '')
+    for row in c['collectives']:
+        if c['status'] == 'compiled':
+            compare(f'{row["kind"]} over {row["axes"]}', row['planned_bytes'], row['bytes'])
+    for line in c['unplanned']:
+        table.add_row(f'unplanned: {line}', '', '', '')
+    return table
+
+
+def _gist(message: str) -> str:
+    """The line of a long message that says what went wrong."""
+    lines = message.strip().splitlines()
+    return next((line for line in reversed(lines) if 'Error' in line or 'EXHAUSTED' in line), lines[-1])
+
+
 def verdict(plan: dict[str, Any]) -> str:
     """The figures that one came for."""
     t = plan['time']
@@ -220,6 +280,8 @@ def gb(x: float) -> str:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, pad_edge=False, box=None)
     for number, column in enumerate(columns):
-        words = column in ('why', 'kind', 'hides behind', 'remat')
-        table.add_column(column, justify='left' if number == 0 or words else 'right', no_wrap=column != 'why')
+        words = column in ('why', 'why it differs', 'of what', 'is said to be', 'kind', 'hides behind', 'remat')
+        table.add_column(
+            column, justify='left' if number == 0 or words else 'right', no_wrap=not column.startswith('why')
+        )
     return table

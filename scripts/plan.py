@@ -15,7 +15,7 @@ from typing import Any
 from scripts.entry import run as run_script
 from sharding.mesh import BATCH
 
-POSITIVE = ('chips', 'tokens', 'price', 'watts', 'rows', 'length', 'prompt', 'latency', 'throughput')
+POSITIVE = ('chips', 'tokens', 'price', 'watts', 'rows', 'length', 'prompt', 'latency', 'throughput', 'timeout')
 
 
 def main() -> None:
@@ -59,6 +59,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     target = serving.add_mutually_exclusive_group()
     target.add_argument('--latency', type=float, metavar='MS', help='between two tokens of a row at most')
     target.add_argument('--throughput', type=float, metavar='TOKENS/S', help='of all rows together at least')
+    compiling = parser.add_argument_group('compiling, by compilers that `make compilers` installs')
+    compiling.add_argument(
+        '--compile', action='store_true', help='compiles the real step for these chips, and compares'
+    )
+    compiling.add_argument(
+        '--timeout', type=float, default=1800, metavar='SECONDS', help='of the compiler (default: 1800)'
+    )
     parser.add_argument('--json', action='store_true', help='all figures as JSON')
     parser.add_argument('--html', type=Path, metavar='FILE', help='a page with pictures')
     return parser.parse_intermixed_args(arguments)
@@ -87,13 +94,26 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
         found, chosen = serve(options, config, chip, length, terms, searched)
     else:
         found, chosen = train(options, config, chip, terms, searched)
+    compiled = compiling(options, config, chosen) if options.compile else None
     return {
         'run': plan.run_part(config),
         'chip': plan.chip_part(options.chip.lower(), chip, options.chips),
         **plan.model_part(config.model, length),
         'search': plan.search_part(found) if found else None,
         **chosen,
+        **({'compiled': compiled} if compiled else {}),
     }
+
+
+def compiling(options, config, chosen: dict[str, Any]) -> dict[str, Any]:
+    """What the compiler makes of the step that was planned."""
+    from analysis.aot import compile_step
+    from analysis.plan import compiled_part, settled
+
+    what = {'train': 'train', 'serve': 'decode'}[chosen['what']]
+    sizes = {'rows': chosen['serving']['rows'], 'length': chosen['serving']['length']} if what == 'decode' else {}
+    run = settled(config, chosen)
+    return compiled_part(compile_step(run, options.chip.lower(), what, timeout=options.timeout, **sizes), chosen)
 
 
 def train(options, config, chip, terms, searched: bool):

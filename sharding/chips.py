@@ -57,7 +57,7 @@ NVIDIA = '; memory: nvidia-smi'
 CLOUD = 'docs.cloud.google.com/tpu/docs, page of the version; memory: as libtpu reports it when a program does not fit'
 # Efficiencies: as `python -m analysis.published` fits them on published runs (benchmarks/plan_runs.md). Of GPUs that none was
 # found of, that of the H100.
-HOPPER = 0.471
+HOPPER = 0.47
 NCCL = 1e-5  # latency: a small all_reduce of nccl-tests within a host
 ICI = 1e-6  # latency: a hop (The JAX ML Scaling Book, part 2)
 
@@ -74,7 +74,7 @@ CHIPS = {
         network=25e9,  # DGX A100: 8 × 200 Gb/s
         latency=NCCL,
         watts=400,
-        efficiency=0.646,
+        efficiency=0.64,
         source='NVIDIA A100 data sheet, SXM4 40 GB; DGX A100 data sheet' + NVIDIA,
     ),
     'a100': Chip(
@@ -89,7 +89,7 @@ CHIPS = {
         network=25e9,
         latency=NCCL,
         watts=400,
-        efficiency=0.646,
+        efficiency=0.64,
         source='NVIDIA A100 data sheet, SXM4 80 GB; DGX A100 data sheet' + NVIDIA,
     ),
     'h100': Chip(
@@ -183,7 +183,7 @@ CHIPS = {
         wraps=4,
         host=4,
         watts=192,  # the highest measured
-        efficiency=0.702,
+        efficiency=0.7,
         source=CLOUD + '; power: Jouppi et al. 2023, arXiv:2304.01433',
     ),
     'v5e': Chip(
@@ -199,7 +199,7 @@ CHIPS = {
         latency=ICI,
         torus=2,
         wraps=16,
-        efficiency=0.748,
+        efficiency=0.75,
         source=CLOUD,
     ),
     'v5p': Chip(
@@ -216,7 +216,7 @@ CHIPS = {
         torus=3,
         wraps=4,
         host=4,
-        efficiency=0.758,
+        efficiency=0.76,
         source=CLOUD,
     ),
     'v6e': Chip(
@@ -232,7 +232,7 @@ CHIPS = {
         latency=ICI,
         torus=2,
         wraps=16,
-        efficiency=0.529,
+        efficiency=0.53,
         source=CLOUD,
     ),
     # A chip has 2,307 TFLOP/s, 192 GiB at 7,380 GB/s, 1,200 GB/s both ways together; a device is half of it.
@@ -249,7 +249,7 @@ CHIPS = {
         latency=ICI,
         torus=3,
         wraps=4,
-        efficiency=0.463,
+        efficiency=0.46,
         source=CLOUD + ' (TPU7x; half a chip)',
     ),
 }
