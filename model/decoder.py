@@ -231,9 +231,25 @@ class Decoder(nnx.Module):
         """The LM head, its part of the vocabulary on each device of `tensor`, in the compute dtype."""
         bias_V = self.head_bias_V[...] if self.config.head_bias else None
         if not self.config.tied_embedding:
-            return Head(whole(self.head_DV[...], self.config.dtype), bias_V)
+            V = self.head_DV.shape[1]
+            w_DV = jnp.pad(self.head_DV[...], ((0, 0), (0, scattered_columns(V) - V)))
+            return Head(whole(w_DV, self.config.dtype)[:, :V], bias_V)
         embed_VD = whole(self.embed_VD[...], self.config.dtype)
         return Head(lax.all_to_all(embed_VD, 'tensor', split_axis=0, concat_axis=1, tiled=True).T, bias_V)
+
+
+def scattered_columns(columns: int) -> int:
+    """Columns to which a matrix is filled up so that its gradient is scattered as it was asked for.
+
+    XLA's TPU compiler cuts a reduce-scatter into equal runs of tiles of 128 columns. Of a vocabulary whose number of tiles has
+    a large prime factor (Llama 3's: 167) there are none of a fit size, and it sends an all-reduce, twice the bytes.
+    """
+    if platform() != 'tpu':
+        return columns
+    unit = 128
+    while columns > 64 * unit:
+        unit *= 2
+    return -(-columns // unit) * unit
 
 
 class Head(NamedTuple):
@@ -241,6 +257,7 @@ class Head(NamedTuple):
 
     w_DV: jax.Array
     bias_V: jax.Array | None = None
+    sink_DV: jax.Array | None = None  # takes w's gradient: see `wide_product`
 
 
 def stacked(
@@ -311,23 +328,27 @@ lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 @jax.custom_vjp
-def wide_product(x_ND, w_DV):
+def wide_product(x_ND, w_DV, sink_DV):
     """x @ w in at least float32, [..., V]. Backward the narrow numbers of x and w are multiplied by as narrow ones.
 
-    Else autodiff's products of float32 gradients would run in float32: on a GPU at half the rate or less.
+    Else autodiff's products of float32 gradients would run in float32: on a GPU at half the rate or less. The gradient of w, in
+    at least float32, is that of `sink_DV`, zeros that nothing is added to, so that parts of it are not rounded before
+    they are added up; without a sink it is w's own.
     """
     return jnp.einsum('...D,DV->...V', x_ND, w_DV, preferred_element_type=wide(x_ND).dtype)
 
 
-def _wide_product_forward(x_ND, w_DV):
-    return wide_product(x_ND, w_DV), (x_ND, w_DV)
+def _wide_product_forward(x_ND, w_DV, sink_DV):
+    return wide_product(x_ND, w_DV, sink_DV), (x_ND, w_DV, sink_DV is None)
 
 
 def _wide_product_backward(kept, dlogit_NV):
-    x_ND, w_DV = kept
+    x_ND, w_DV, own = kept
     dlogit_NV = dlogit_NV.astype(x_ND.dtype)
-    dw_DV = jnp.einsum('ND,NV->DV', *(a.reshape(-1, a.shape[-1]) for a in (x_ND, dlogit_NV)))
-    return jnp.einsum('...V,DV->...D', dlogit_NV, w_DV), dw_DV
+    parts = (a.reshape(-1, a.shape[-1]) for a in (x_ND, dlogit_NV))
+    dw_DV = jnp.einsum('ND,NV->DV', *parts, preferred_element_type=wide(x_ND).dtype)
+    dx_ND = jnp.einsum('...V,DV->...D', dlogit_NV, w_DV)
+    return (dx_ND, dw_DV.astype(w_DV.dtype), None) if own else (dx_ND, jnp.zeros_like(w_DV), dw_DV)
 
 
 wide_product.defvjp(_wide_product_forward, _wide_product_backward)
@@ -335,7 +356,7 @@ wide_product.defvjp(_wide_product_forward, _wide_product_backward)
 
 def to_vocabulary(x_ND, head: Head, c: ModelConfig):
     """Logits, in at least float32 however narrow x and the head are."""
-    logit_NV = wide_product(x_ND, head.w_DV)
+    logit_NV = wide_product(x_ND, head.w_DV, head.sink_DV)
     if c.logit_scale != 1:
         logit_NV = logit_NV * c.logit_scale
     if head.bias_V is not None:

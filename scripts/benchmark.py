@@ -32,7 +32,7 @@ OLMOE = ('configs/models/olmoe-1b-7b.yaml', 'mesh.expert=1')
 EIGHT = ('model.layers=8', 'training.batch=4', 'training.sequence_length=4096')
 ACCELERATOR = (  # one device with 80 GB or more
     ('train', 'configs/models/gpt2.yaml'),
-    ('train', *LLAMA, *EIGHT),
+    ('train', *LLAMA, *EIGHT, 'model.remat=none'),
     ('train', *OLMOE, *EIGHT, 'model.layers=4'),
     ('decode', *LLAMA, '--rows', '1', '--prompt', '1024', '--new', '64'),
     ('decode', *LLAMA, '--rows', '64', '--prompt', '1024', '--new', '64'),

@@ -32,12 +32,18 @@ class Chip:
     links: float  # bytes/s that it sends to others of its domain or torus
     domain: int  # devices that those links join at most
     network: float  # bytes/s that it sends beyond
+    latency: float  # seconds that a collective takes however little it sends; one whose sender waits for it
     torus: int = 0  # dims of the torus; 0: a switch
     wraps: int = 0  # a dim of the torus closes to a ring where its length is a multiple of this
     host: int = 8  # devices of one host
     watts: float | None = None  # at most, of the device alone; None: not published
     efficiency: float  # share of its time that a training step is predicted to use well; see benchmarks/plan.md
     source: str
+
+    @property
+    def platform(self) -> str:
+        """What JAX calls its kind of machine."""
+        return 'tpu' if self.torus else 'gpu'
 
     def flops(self, dtype: str) -> float:
         """FLOP/s of matmuls in a dtype by its name."""
@@ -49,8 +55,11 @@ class Chip:
 GIB = 2**30
 NVIDIA = '; memory: nvidia-smi'
 CLOUD = 'docs.cloud.google.com/tpu/docs, page of the version; memory: as libtpu reports it when a program does not fit'
-# One efficiency for each chip that published runs tell of (benchmarks/plan.md); others have that of the chip most like them.
-GPU, TPU = 0.55, 0.7
+# Efficiencies: as `python -m analysis.published` fits them on published runs (benchmarks/plan_runs.md). Of GPUs that none was
+# found of, that of the H100.
+HOPPER = 0.47
+NCCL = 1e-5  # latency: a small all_reduce of nccl-tests within a host
+ICI = 1e-6  # latency: a hop (The JAX ML Scaling Book, part 2)
 
 CHIPS = {
     'a100-40gb': Chip(
@@ -63,8 +72,9 @@ CHIPS = {
         links=300e9,  # NVLink 3: 600 GB/s both ways together
         domain=8,
         network=25e9,  # DGX A100: 8 × 200 Gb/s
+        latency=NCCL,
         watts=400,
-        efficiency=GPU,
+        efficiency=0.64,
         source='NVIDIA A100 data sheet, SXM4 40 GB; DGX A100 data sheet' + NVIDIA,
     ),
     'a100': Chip(
@@ -77,8 +87,9 @@ CHIPS = {
         links=300e9,
         domain=8,
         network=25e9,
+        latency=NCCL,
         watts=400,
-        efficiency=GPU,
+        efficiency=0.64,
         source='NVIDIA A100 data sheet, SXM4 80 GB; DGX A100 data sheet' + NVIDIA,
     ),
     'h100': Chip(
@@ -91,8 +102,9 @@ CHIPS = {
         links=450e9,  # NVLink 4: 900 GB/s both ways together
         domain=8,
         network=50e9,  # DGX H100: 8 × 400 Gb/s
+        latency=NCCL,
         watts=700,
-        efficiency=GPU,
+        efficiency=HOPPER,
         source='NVIDIA H100 data sheet, SXM5; DGX H100 data sheet' + NVIDIA,
     ),
     'h200': Chip(
@@ -105,8 +117,9 @@ CHIPS = {
         links=450e9,
         domain=8,
         network=50e9,
+        latency=NCCL,
         watts=700,
-        efficiency=GPU,
+        efficiency=HOPPER,
         source='NVIDIA H200 data sheet, SXM5; DGX H200 data sheet' + NVIDIA,
     ),
     'b200': Chip(
@@ -119,8 +132,9 @@ CHIPS = {
         links=900e9,  # NVLink 5: 1.8 TB/s both ways together
         domain=8,
         network=50e9,  # DGX B200: 8 × 400 Gb/s
+        latency=NCCL,
         watts=1000,
-        efficiency=GPU,
+        efficiency=HOPPER,
         source='NVIDIA DGX B200 data sheet, an eighth of it (1,440 GB, 64 TB/s); memory: as sold',
     ),
     'gb200': Chip(
@@ -133,9 +147,10 @@ CHIPS = {
         links=900e9,
         domain=72,
         network=50e9,
+        latency=NCCL,
         host=4,
         watts=1200,
-        efficiency=GPU,
+        efficiency=HOPPER,
         source='NVIDIA GB200 NVL72 data sheet, a 72nd of it, sparse figures halved (13.4 TB, 576 TB/s); memory: as sold',
     ),
     'mi300x': Chip(
@@ -148,8 +163,9 @@ CHIPS = {
         links=448e9,  # 7 × 64 GB/s, one link to each of the other seven
         domain=8,
         network=50e9,  # 8 × 400 Gb/s a host
+        latency=NCCL,
         watts=750,
-        efficiency=GPU,
+        efficiency=HOPPER,
         source='AMD Instinct MI300X data sheet and platform data sheet; memory: rocm-smi',
     ),
     'v4': Chip(
@@ -162,11 +178,12 @@ CHIPS = {
         links=300e9,  # 6 × 50 GB/s
         domain=4096,
         network=6.25e9,
+        latency=ICI,
         torus=3,
         wraps=4,
         host=4,
         watts=192,  # the highest measured
-        efficiency=TPU,
+        efficiency=0.7,
         source=CLOUD + '; power: Jouppi et al. 2023, arXiv:2304.01433',
     ),
     'v5e': Chip(
@@ -179,9 +196,10 @@ CHIPS = {
         links=200e9,  # 4 × 50 GB/s: 400 GB/s both ways together
         domain=256,
         network=3.125e9,  # 2 × 100 Gb/s for 8 chips
+        latency=ICI,
         torus=2,
         wraps=16,
-        efficiency=TPU,
+        efficiency=0.75,
         source=CLOUD,
     ),
     'v5p': Chip(
@@ -194,10 +212,11 @@ CHIPS = {
         links=600e9,  # 6 × 100 GB/s: 1,200 GB/s both ways together
         domain=6144,
         network=6.25e9,  # 50 Gb/s
+        latency=ICI,
         torus=3,
         wraps=4,
         host=4,
-        efficiency=TPU,
+        efficiency=0.76,
         source=CLOUD,
     ),
     'v6e': Chip(
@@ -210,9 +229,10 @@ CHIPS = {
         links=400e9,  # 4 × 100 GB/s: 800 GB/s both ways together
         domain=256,
         network=12.5e9,  # 100 Gb/s
+        latency=ICI,
         torus=2,
         wraps=16,
-        efficiency=TPU,
+        efficiency=0.53,
         source=CLOUD,
     ),
     # A chip has 2,307 TFLOP/s, 192 GiB at 7,380 GB/s, 1,200 GB/s both ways together; a device is half of it.
@@ -226,9 +246,10 @@ CHIPS = {
         links=300e9,
         domain=18432,
         network=6.25e9,
+        latency=ICI,
         torus=3,
         wraps=4,
-        efficiency=TPU,
+        efficiency=0.46,
         source=CLOUD + ' (TPU7x; half a chip)',
     ),
 }

@@ -22,7 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data.config import DataConfig
 from data.exported_tokenizer import exported_tokenizer
+from data.pairs import first_token
 from data.published_tokenizer import published_tokenizer, run_tokenizer
 from model import hub, publish
 from model.config import ModelConfig, sizes
@@ -40,6 +42,8 @@ from training.state import abstract_state, restore_model, saved_config
 
 SOURCE = 'source'
 CONTEXT = 2048  # tokens, where a config says nothing of it
+MOST_TO_TRAIN = 4096  # tokens of a row, however long a context is: what fits in memory
+NO_DATA = DataConfig(source=None, vocabulary=None)  # what a model learnt from does not come with it
 POSITIONS = ('max_position_embeddings', 'n_positions', 'n_ctx')
 
 
@@ -54,12 +58,14 @@ def import_run(
     """Makes the run of a published folder. Raises UserError, before anything is written, where it cannot be one."""
     publish.refuse_existing(run)
     found = hub.read(source, dtype, without_remote_code)
-    check_divides(mesh, sizes(found.model))
+    with found.fields.told():
+        check_divides(mesh, sizes(found.model))
     files = hub.side_files(source)
     config = run_config(run.name, found, mesh)
     tokenizer = published_tokenizer(files, str(source))
     if tokenizer:
-        config.with_vocabulary(tokenizer.vocabulary)  # a smaller model than the tokenizer needs is refused
+        with found.fields.told():
+            config.with_vocabulary(tokenizer.vocabulary)  # a smaller model than the tokenizer needs is refused
     start(mesh.size, config.model.dtype)
     devices = make_mesh(mesh)
     kept = {'config.yaml': configs.dump(config).encode()} | (tokenizer.files() if tokenizer else {})
@@ -102,7 +108,7 @@ def told(
 
 def run_config(name: str, found: hub.Published, mesh: MeshConfig) -> RunConfig:
     """The config of an imported run: the context that was published, and gentle values for training on."""
-    positions = next((found.config[field] for field in POSITIONS if isinstance(found.config.get(field), int)), CONTEXT)
+    positions = min(context_of(found.fields.values) or CONTEXT, MOST_TO_TRAIN)
     ways = mesh.span(SEQUENCE) * (2 if mesh.context > 1 else 1)
     training = TrainingConfig(
         steps=1000,
@@ -110,7 +116,20 @@ def run_config(name: str, found: hub.Published, mesh: MeshConfig) -> RunConfig:
         sequence_length=max(positions // ways, 1) * ways,
         learning_rate=1e-5,
     )
-    return RunConfig(name=name, mesh=mesh, model=found.model, training=training)
+    return RunConfig(name=name, mesh=mesh, model=found.model, data=NO_DATA, training=training)
+
+
+def context(run: Path | Bucket, config: RunConfig) -> int:
+    """The most tokens of a row: as a run was trained with, or of an imported one as its publisher says, whichever is more."""
+    trained = config.training.sequence_length
+    if not (run / RECORD).is_file():
+        return trained
+    return max(trained, context_of(json.loads((run / SOURCE / hub.CONFIG).read_bytes())) or 0)
+
+
+def context_of(published: Mapping[str, Any]) -> int | None:
+    """Tokens that a published model's row may have, where its config.json says it."""
+    return next((published[field] for field in POSITIONS if isinstance(published.get(field), int)), None)
 
 
 def trained_on(config: RunConfig) -> RunConfig:
@@ -158,15 +177,19 @@ def export_run(
     if known and family not in (None, known.family):
         raise UserError(f'--family {family}: {run} was imported as {known.family}, and is exported as that')
     context = config.training.sequence_length
+    tokenizer = None
     if known:
         chosen, fields = publish.published_config(c, context, known.family, known.config)
     else:
-        chosen, fields = publish.published_config(c, context, family)
-    if known:
-        beside = known.beside
-    else:
         tokenizer = run_tokenizer(checkpoints.files(step), str(run))
         assert tokenizer is not None, 'a run that was not imported has learnt one'
+        if c.encoder:  # a published config names the token that a decoder reads first
+            start_token = first_token(tokenizer, c.encoder.start_token)
+            c = dataclasses.replace(c, encoder=dataclasses.replace(c.encoder, start_token=start_token))
+        chosen, fields = publish.published_config(c, context, family)
+    if tokenizer is None:
+        beside = known.beside
+    else:
         fields |= {'bos_token_id': tokenizer.bos, 'eos_token_id': tokenizer.eos}
         beside = exported_tokenizer(tokenizer, fields.get('max_position_embeddings', context))
     kept = dtype or (known.dtype if known else c.parameter_dtype.name)

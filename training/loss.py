@@ -13,7 +13,7 @@ from model.decoder import Decoder, Head, backends, by_layer, to_vocabulary
 from model.forward import TOKENS, Source, columns, one_device, with_source
 from model.layers import View, specs
 from sharding.collectives import join, my_slice, sum_copies, vary, wide
-from sharding.mesh import AXES, BATCH
+from sharding.mesh import AXES, BATCH, platform
 from sharding.order import zigzag
 from sharding.pipeline import dealt
 
@@ -83,7 +83,9 @@ def loss_and_gradient(model: Decoder, batch: dict, dropout_key=None, microbatche
             cut = jax.tree.map(lambda a: a.reshape(accumulation, size, *a.shape[1:]), batch)
             found = jax.eval_shape(one_part, jax.tree.map(lambda a: a[0], cut), 0)
             nothing = vary(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), found))
-            add = lambda total, part: (jax.tree.map(jnp.add, total, one_part(*part)), None)
+            # XLA's TPU compiler fails where a reduce-scatter's result goes straight into a loop's sum.
+            apart = lax.optimization_barrier if platform() == 'tpu' else lambda found: found
+            add = lambda total, part: (jax.tree.map(jnp.add, total, apart(one_part(*part))), None)
             (gradient, shares), _ = lax.scan(add, nothing, (cut, jnp.arange(accumulation)))
         return sum_copies(gradient, layouts), known | lax.psum(vary(shares), AXES)
 
@@ -222,19 +224,24 @@ def cross_entropy(head: Head, x_BTD, target_BT, live_BT, c: ModelConfig):
         return lax.map(lambda a: chunk(head, *a), (x_c1ND, *known)).sum()
 
     def forward(head, x_c1ND):
-        def step(sums, a):
-            value, pull = jax.vjp(lambda head, x: chunk(head, x, *a[1:]), head, a[0])
-            d_head, dx = pull(vary(jnp.ones_like(value)))
-            return jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, (value, d_head)), dx
+        sink_DV = vary(jnp.zeros_like(head.w_DV, dtype=wide(head.w_DV).dtype))
 
-        nothing = jax.tree.map(lambda w: jnp.zeros(w.shape, wide(w).dtype), head)
-        (value, d_head), dx_c1ND = lax.scan(step, vary((jnp.zeros((), nothing.w_DV.dtype), nothing)), (x_c1ND, *known))
-        return value, (d_head, dx_c1ND)
+        def step(sums, a):
+            x, *rest = a
+            run = lambda sink_DV, bias_V, x: chunk(Head(head.w_DV, bias_V, sink_DV), x, *rest)
+            value, pull = jax.vjp(run, sink_DV, head.bias_V, x)
+            *made, dx = pull(vary(jnp.ones_like(value)))
+            return jax.tree.map(jnp.add, sums, (value, *made)), dx
+
+        nothing = vary(jax.tree.map(jnp.zeros_like, (sink_DV[0, 0], sink_DV, head.bias_V)))
+        (value, *made), dx_c1ND = lax.scan(step, nothing, (x_c1ND, *known))
+        return value, (*made, dx_c1ND)
 
     def backward(made, scale):
-        d_head, dx_c1ND = made
-        d_head = jax.tree.map(lambda d, w: (scale * d).astype(w.dtype), d_head, head)
-        return d_head, (scale * wide(dx_c1ND)).astype(x_BTD.dtype)
+        scaled = lambda d, like: (scale * wide(d)).astype(like.dtype)
+        dw_DV, d_bias_V, dx_c1ND = made
+        d_bias_V = None if d_bias_V is None else scaled(d_bias_V, head.bias_V)
+        return Head(scaled(dw_DV, head.w_DV), d_bias_V), scaled(dx_c1ND, x_BTD)
 
     total.defvjp(forward, backward)
     return total(head, cut(x_BTD))

@@ -53,13 +53,14 @@ class Plan:
 def tilings(H: int, dtype: jnp.dtype) -> tuple[Tiling, Tiling, Tiling]:
     """For forward, dq, dkv: by the bytes of one head's row, so that an A100 or H100 has the shared memory.
 
-    Compiled for sm_90a, all but the last run on wgmma, and none spills more than 12 bytes of registers.
+    The first two are the fastest, or nearly, of those tried on an H200 (benchmarks/h200.md); compiled for sm_90a all but the
+    last run on wgmma.
     """
     row = pl.next_power_of_2(H) * jnp.dtype(dtype).itemsize
     if row <= 128:
-        return Tiling(128, 128, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)
+        return Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 3)
     if row <= 256:
-        return Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)
+        return Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)
     if row <= 512:
         return Tiling(128, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(32, 64, 8, 2)
     return Tiling(32, 32, 8, 2), Tiling(32, 32, 8, 1), Tiling(16, 32, 8, 1)
