@@ -2,6 +2,7 @@
 #   PYTHON=python3.12 make test     another interpreter: an environment made with another version is made anew, and kept
 #   VENV=.venv312 make test         another place for the environment
 #   make test ARGS='-k causal'      arguments for pytest
+#   make compilers                  what compiles for TPUs and NVIDIA GPUs where there are none: scripts/plan.py --compile
 #   make goldens ONLY=gpt2          by transformers, in an environment of its own, of all cases or those that begin so
 #   make parity SEED=3 ONLY=gpt2    fresh weights and odd settings by a seed (today's by default), compared at all positions
 
@@ -12,7 +13,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 STAMP := $(VENV)/installed-$(VERSION)
 ARGS ?=
 
-.PHONY: install demo test lint bench goldens parity
+.PHONY: install demo test lint bench compilers goldens parity
 
 install: $(STAMP)
 
@@ -40,6 +41,21 @@ lint: install
 
 bench: install
 	$(BIN)/python scripts/benchmark.py standard
+
+# With a compiler for accelerators installed, what runs on a CPU starts slower: each has an environment of its own. Of NVIDIA's
+# packages the plugin is enough, for nothing runs.
+COMPILERS := .compilers/tpu .compilers/cuda
+INTO = -m pip install --quiet --disable-pip-version-check
+
+compilers: $(COMPILERS:%=%/installed)
+
+.compilers/%/installed: pyproject.toml constraints.txt
+	@echo 'weft: installing the compiler for $* into .compilers/$*'
+	@$(PYTHON) -m venv .compilers/$*
+	@.compilers/$*/bin/python $(INTO) --constraint constraints.txt --editable '.$(if $(filter tpu,$*),[tpu])'
+	@$(if $(filter cuda,$*),version=$$(.compilers/cuda/bin/python -c 'import jaxlib; print(jaxlib.__version__)') && \
+		.compilers/cuda/bin/python $(INTO) --no-deps jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version)
+	@touch $@
 
 # What the families are compared with is not needed to run or test them, and large: it has its own environment.
 REFERENCE := .reference/bin/python

@@ -3,6 +3,7 @@
 import functools
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from analysis.kernels import kernels, table
 from decoding.generate import next_token
 from decoding.run import in_compute_dtype
 from decoding.sampling import Choice
@@ -57,13 +59,16 @@ class Trainer:
         return figures['loss']
 
 
-def measure_training(config: RunConfig, steps: int) -> dict[str, Any]:
-    """The training figures of the command-line contract, and what they rest on."""
-    config = _ready(config)
+def measure_training(config: RunConfig, steps: int, profile: int = 0) -> dict[str, Any]:
+    """The training figures of the command-line contract, and what they rest on; `profile` kernels are listed on stderr."""
+    config = measurable(config)
     config.check_sizes()
     t = config.training
     with jax.set_mesh(make_mesh(config.mesh)):
-        seconds = statistics.median(seconds_each(Trainer(config).step, steps))
+        step = Trainer(config).step
+        seconds = statistics.median(seconds_each(step, steps))
+        if profile:
+            print(table(kernels(step), seconds, profile), file=sys.stderr)
     tokens = t.batch * t.sequence_length / seconds
     flops = cost.training_flops(config.model, t.sequence_length)
     peak, basis = peak_flops(config)
@@ -80,12 +85,12 @@ def measure_training(config: RunConfig, steps: int) -> dict[str, Any]:
     }
 
 
-def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int) -> dict[str, Any]:
+def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int, profile: int = 0) -> dict[str, Any]:
     """The decoding figures of the command-line contract, for `rows` sequences of `prompt` tokens and `new` more.
 
     `recompute_seconds` is a token's cost without a cache: the full forward pass over as many tokens as the median step sees.
     """
-    config = _ready(config)
+    config = measurable(config)
     c, mesh = config.model, make_mesh(config.mesh)
     check_divides(
         config.mesh, [*sizes(c), Divides(BATCH, '--rows', rows), Divides(SEQUENCE, '--prompt + --new', prompt + new)]
@@ -108,6 +113,8 @@ def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int) -> dic
             return state[0]
 
         seconds = statistics.median(seconds_each(step, new - 2))
+        if profile:
+            print(table(kernels(step), seconds, profile), file=sys.stderr)
         everything = jax.jit(lambda model, *at: jnp.argmax(logits(model, *at)[:, -1], -1))
         seen = -(-(prompt + new // 2) // config.mesh.span(SEQUENCE)) * config.mesh.span(SEQUENCE)
         places = np.broadcast_to(np.arange(seen, dtype=np.int32), (rows, seen))
@@ -119,7 +126,7 @@ def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int) -> dic
     return {
         'step_seconds': seconds,
         'tokens_per_second': rows / seconds,
-        'flops_per_token': sum(cost.forward_flops(c, prompt + new / 2).values()),
+        'flops_per_token': sum(cost.flops_per_token(c, 'decode', prompt + new / 2).values()),
         'bytes_per_token': bytes_,
         'bandwidth_share': bytes_ * rows / seconds / bandwidth if bandwidth else None,
         'bandwidth_basis': basis,
@@ -133,20 +140,22 @@ def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int) -> dic
     }
 
 
-def measure_experts(rows: int, experts: int, dim: int, hidden: int, rounds: int = 15) -> dict[str, Any]:
-    """The experts' gated MLP on sorted rows beside one plain matmul [rows, dim] @ [dim, hidden], in turns, float32, one device.
+def measure_experts(
+    rows: int, experts: int, dim: int, hidden: int, dtype: str = 'float32', backend: str = 'auto', rounds: int = 15
+) -> dict[str, Any]:
+    """The experts' gated MLP on sorted rows beside one plain matmul [rows, dim] @ [dim, hidden], in turns, one device.
 
     Rates count the MLP's three matmuls (with gradient: nine, what is computed again not counted). `forward_share` and
     `gradient_share` are of the plain matmul's forward rate, `gradient_share_of_gradient` of its rate with its own gradient.
     """
     keys = jax.random.split(jax.random.key(0), 5)
-    x_RD = jax.random.normal(keys[0], (rows, dim))
+    x_RD = jax.random.normal(keys[0], (rows, dim), dtype)
     gate_EDF, up_EDF, down_EFD = (
-        jax.random.normal(key, (experts, *shape)) * shape[0] ** -0.5
+        jax.random.normal(key, (experts, *shape), dtype) * shape[0] ** -0.5
         for key, shape in zip(keys[1:4], ((dim, hidden), (dim, hidden), (hidden, dim)), strict=True)
     )
     sizes_E = jnp.bincount(jax.random.randint(keys[4], (rows,), 0, experts), length=experts).astype(jnp.int32)
-    backend = default_backend(platform())
+    backend = default_backend(platform()) if backend == 'auto' else backend
     mlp = lambda x, gate, up, down: expert_mlp(x, gate, up, down, sizes_E, backend=backend)
     plain = lambda x, w: x @ w
     gradient = lambda f: jax.jit(lambda dy, *a: jax.vjp(f, *a)[1](dy))
@@ -155,7 +164,7 @@ def measure_experts(rows: int, experts: int, dim: int, hidden: int, rounds: int 
         'mlp': functools.partial(jax.jit(mlp), *weights),
         'plain': functools.partial(jax.jit(plain), *plain_weights),
         'mlp_gradient': functools.partial(gradient(mlp), x_RD, *weights),
-        'plain_gradient': functools.partial(gradient(plain), jnp.ones((rows, hidden)), *plain_weights),
+        'plain_gradient': functools.partial(gradient(plain), jnp.ones((rows, hidden), dtype), *plain_weights),
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 2):
@@ -176,6 +185,7 @@ def measure_experts(rows: int, experts: int, dim: int, hidden: int, rounds: int 
         'experts': experts,
         'dim': dim,
         'hidden': hidden,
+        'dtype': dtype,
         'backend': backend,
         'mlp_seconds': seconds['mlp'],
         'plain_seconds': seconds['plain'],
@@ -229,7 +239,8 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _ready(config: RunConfig) -> RunConfig:
+def measurable(config: RunConfig) -> RunConfig:
+    """The config with a vocabulary, where only its data would give one."""
     return config if config.model.vocabulary else config.with_vocabulary(config.data.vocabulary)
 
 

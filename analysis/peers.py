@@ -8,12 +8,28 @@ from typing import Any
 
 import jax
 
-from analysis.measure import Trainer, seconds_each
+from analysis.measure import Trainer, measurable, seconds_each
 from sharding.errors import UserError
 from sharding.mesh import make_mesh
 from training.config import RunConfig
 
 WORKER = Path(__file__).with_name('nanogpt_worker.py')
+
+
+def recipe(config: RunConfig) -> dict[str, Any]:
+    """What nanoGPT is told of a config. UserError where it has no such model: its MLP is four times as wide."""
+    m, t = config.model, config.training
+    fixed = {'mlp_dim': 4 * m.model_dim, 'kv_heads': m.heads, 'activation': 'gelu', 'norm': 'layernorm', 'moe': None}
+    for field, value in fixed.items():
+        if getattr(m, field) != value:
+            raise UserError(f'model.{field} is {getattr(m, field)}: nanoGPT has {value} alone; choose another config')
+    if t.accumulation > 1:
+        raise UserError(f'training.accumulation is {t.accumulation}: beside nanoGPT it must be 1')
+    return {
+        **{field: getattr(m, field) for field in ('layers', 'heads', 'model_dim', 'vocabulary', 'bias', 'dtype')},
+        'sequence_length': t.sequence_length,
+        'batch': t.batch,
+    }
 
 
 def beside_nanogpt(
@@ -27,10 +43,10 @@ def beside_nanogpt(
     """
     if not (repository / 'model.py').is_file():
         raise UserError(f'--repository {repository}: holds no model.py; give a checkout of nanoGPT')
+    config = measurable(config)
+    command = [python, str(WORKER), str(repository), json.dumps(recipe(config))]
     with (
-        subprocess.Popen(
-            [python, str(WORKER), str(repository)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        ) as peer,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as peer,
         jax.set_mesh(make_mesh(config.mesh)),
     ):
         assert peer.stdin

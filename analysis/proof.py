@@ -160,7 +160,7 @@ def precision(dtype: str) -> Iterator[None]:
     before = jax.config.read('jax_enable_x64')
     jax.config.update('jax_enable_x64', dtype == 'float64')
     try:
-        with mock.patch.object(decoder, 'CPU_UNROLL', 0):
+        with mock.patch.object(decoder, 'UNROLLED', {}):
             yield
     finally:
         jax.config.update('jax_enable_x64', before)

@@ -129,6 +129,16 @@ def from_json(rows: Mapping[str, list[float]]) -> Traffic:
     return Traffic({split(text): Sent(*amounts) for text, amounts in rows.items()})
 
 
+def rows_of(table: Traffic) -> dict[str, Any]:
+    """The table as JSON with what could not be counted, unlike a budget: {'bytes': `to_json`'s, 'unknown': lines}."""
+    return {'bytes': to_json(dataclasses.replace(table, unknown=[])), 'unknown': table.unknown}
+
+
+def table(rows: Mapping[str, Any]) -> Traffic:
+    """The table that `rows_of` wrote."""
+    return dataclasses.replace(from_json(rows['bytes']), unknown=rows['unknown'])
+
+
 def dumps(budgets: Mapping[str, Mapping[str, list[float]]]) -> str:
     """JSON with one row a line, so that a change of a budget is a readable diff."""
     parts = []
@@ -280,6 +290,7 @@ def _manual(equation: Any, mesh: Mesh, found: Traffic) -> None:
     # In groups an operation joins only some of an axis's devices.
     groups = params.get('axis_index_groups')
     p = len(groups[0]) if groups else span(axes.split('+'), mesh)
+    axes += f' (groups of {p})' if groups else ''
     sizes_in, sizes_out = ([_bytes(v.aval) for v in vs] for vs in (equation.invars, equation.outvars))
     if kind == 'ppermute' and all(source == target for source, target in params['perm']):
         return

@@ -16,19 +16,20 @@ class DataConfig:
     Text is plain text, Markdown, code, or JSON Lines (`.jsonl`), each also compressed (`.gz`, `.zst`).
     """
 
-    source: str | tuple[str, ...] = 'stdlib'
+    source: str | tuple[str, ...] | None = 'stdlib'  # None: nothing to learn from has been named
     field: str = 'text'  # of a JSONL object: the one that holds the text
-    vocabulary: int = 4096  # pieces at most, 256 byte pieces and 3 control pieces included
+    # Pieces at most of a tokenizer that is learnt, 256 byte pieces and 3 control pieces included; None: none is learnt.
+    vocabulary: int | None = 4096
     validation_share: float = (
         0.05  # of bytes: whole top-level packages (stdlib) or files, where they come in such sizes
     )
 
     def __post_init__(self) -> None:
-        if not self.source or not all(self.paths):
+        if self.source is not None and (not self.source or not all(self.paths)):
             raise UserError(f"data.source={self.source!r}: must be 'stdlib' or at least one path, none of them empty")
         if not self.field:
             raise UserError("data.field='': must name the field of a JSONL object that holds the text; 'text' is usual")
-        if not SMALLEST_VOCABULARY <= self.vocabulary <= LARGEST_VOCABULARY:
+        if self.vocabulary is not None and not SMALLEST_VOCABULARY <= self.vocabulary <= LARGEST_VOCABULARY:
             works = min(max(self.vocabulary, SMALLEST_VOCABULARY), LARGEST_VOCABULARY)
             rule = f'must be in [{SMALLEST_VOCABULARY}, {LARGEST_VOCABULARY}]'
             raise UserError(f'data.vocabulary={self.vocabulary}: {rule}; nearest: {works}')
@@ -38,4 +39,9 @@ class DataConfig:
 
     @property
     def paths(self) -> tuple[str, ...]:
+        if self.source is None:
+            raise UserError(
+                "data.source is null: name what to learn from, files, folders or globs of text, or 'stdlib', as in "
+                'data.source=notes/'
+            )
         return (self.source,) if isinstance(self.source, str) else self.source

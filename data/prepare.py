@@ -86,6 +86,10 @@ def prepare(
     """
     if sequence_length < 1:
         raise UserError(f'training.sequence_length={sequence_length}: must be at least 1; try 256')
+    if tokenizer is None and config.vocabulary is None:
+        raise UserError(
+            'data.vocabulary is null: say how many pieces the tokenizer that is learnt may have, such as 4096'
+        )
     key = {'format': FORMAT, 'sequence_length': sequence_length, **asdict(config), 'source': list(config.paths)}
     key |= {'pairs': True, 'start': start} if pairs else {}
     folder = Path(folder)

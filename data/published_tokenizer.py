@@ -14,6 +14,7 @@ from sharding.errors import UserError
 
 SPECIAL = 'tokenizer.special.json'
 JSON, MODELS = 'tokenizer.json', ('tokenizer.model', 'spiece.model')
+LARGEST_VOCABULARY = 2**22  # of the tokenizers that are read: a mistake rather than a model
 FILES = (JSON, 'tokenizer.model', SPECIAL)  # of a run
 
 
@@ -45,7 +46,7 @@ class JsonTokenizer(Tokenizer):
         self.model = model
         self._tokenizer = _library(model)
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocabulary = max(ids.values()) + 1
+        self.vocabulary = _vocabulary(ids)
         self.pieces = _pieces(model, ids, self.vocabulary)
         self.special = _set(self, special)
 
@@ -181,14 +182,36 @@ def _special(
         )
     eos = bos if eos is None else eos
     bos = eos if bos is None else bos
+    for field, found in (('bos_token_id', [bos]), ('eos_token_id', [eos, *say.get('ends', [])])):
+        for i in found:
+            if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < LARGEST_VOCABULARY:
+                raise UserError(
+                    f'{where}: {field} is {i!r}: it must be a whole number from 0 to {LARGEST_VOCABULARY - 1}'
+                )
     return {'bos': bos, 'eos': eos, 'prefix': prefix, 'ends': sorted({eos, *say.get('ends', [])})}
 
 
 def _set(tokenizer: Tokenizer, special: Mapping[str, Any]) -> bytes:
-    """Takes over the special ids; their file."""
+    """Takes over the special ids; their file. Raises UserError where the tokenizer has no such id."""
+    for name in ('bos', 'eos'):
+        if special[name] >= tokenizer.vocabulary:
+            raise UserError(
+                f'{name}_token_id is {special[name]} and the tokenizer has {tokenizer.vocabulary} pieces: the largest that '
+                f'works is {tokenizer.vocabulary - 1}'
+            )
     tokenizer.bos, tokenizer.eos = special['bos'], special['eos']
     tokenizer.prefix, tokenizer.ends = tuple(special['prefix']), frozenset(special['ends'])
     return json.dumps(special).encode() + b'\n'
+
+
+def _vocabulary(ids: Mapping[str, int]) -> int:
+    """One more than the largest id. Raises UserError where that is no size: a table of all ids is made."""
+    if not ids:
+        raise UserError(f'{JSON}: has no tokens')
+    token = max(ids, key=ids.__getitem__)
+    if ids[token] >= LARGEST_VOCABULARY:
+        raise UserError(f'{JSON}: token {token!r} has id {ids[token]}: at most {LARGEST_VOCABULARY - 1} works')
+    return ids[token] + 1
 
 
 def _pieces(model: bytes, ids: Mapping[str, int], vocabulary: int) -> list[bytes]:
@@ -201,6 +224,12 @@ def _pieces(model: bytes, ids: Mapping[str, int], vocabulary: int) -> list[bytes
     for token, i in ids.items():
         pieces[i] = to_bytes(token)
     for added in said.get('added_tokens', []):
+        # The library gives an added token that stands in its vocabulary the id that it has there.
+        if ids.get(added['content']) != added['id']:
+            raise UserError(
+                f'{JSON}: added token {added["content"]!r} has id {added["id"]} and is read as '
+                f'{ids.get(added["content"])}: ids of added tokens go on from the vocabulary, without a gap'
+            )
         pieces[added['id']] = b'' if added['special'] else added['content'].encode()
     return pieces
 

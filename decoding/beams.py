@@ -18,7 +18,7 @@ from jax import P
 from data.tokenizer import Tokenizer
 from decoding.generate import Completion, begin
 from decoding.prompts import Prompts, read_prompts
-from decoding.step import cache_specs, decode
+from decoding.step import cache_specs, decode, jit_step
 from model.decoder import Decoder
 from model.forward import TOKENS, place
 from model.layers import Cache
@@ -85,7 +85,7 @@ def first_candidates(model: Decoder, slots: int, beams: int, ways: int, prompts:
     return found, by_row(cache, lambda a, axis: jnp.repeat(a, beams, axis))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=1)
+@functools.partial(jit_step, static_argnums=(2, 3), donate_argnums=1)
 def next_candidates(model: Decoder, cache: Cache, beams: int, ways: int, parent_R, token_R, score_R, position_R):
     """Candidates after one more token in each of B × N rows, whose beams come from others of their prompt."""
 

@@ -12,7 +12,7 @@ import numpy as np
 from data.tokenizer import Tokenizer
 from decoding.prompts import Prompts, read_prompts
 from decoding.sampling import Choice, Sampling, choose
-from decoding.step import decode, empty_cache, encode, prefill
+from decoding.step import decode, empty_cache, encode, jit_step, prefill
 from model.decoder import Decoder
 from model.forward import place
 from sharding.errors import UserError
@@ -76,7 +76,7 @@ def begin(model: Decoder, slots: int, prompts: Prompts):
     return prefill(model, cache, prompts.tokens_BT, prompts.length_B)
 
 
-@functools.partial(jax.jit, donate_argnums=1)
+@functools.partial(jit_step, donate_argnums=1)
 def next_token(model: Decoder, cache: Any, token_B: jax.Array, position_B: jax.Array, choice: Choice):
     """Each row's next token, its position, and the cache with the given one."""
     logit_BV, cache = decode(model, cache, token_B, position_B)

@@ -19,6 +19,7 @@ from sharding.memory import explaining
 from sharding.mesh import Divides, MeshConfig, check_divides, make_mesh, nearest_meshes, parse_mesh, start
 from training.bucket_checkpoint import checkpoints_of
 from training.config import RunConfig
+from training.conversion import context
 from training.state import restore_model, saved_config
 
 
@@ -32,6 +33,7 @@ class TrainedRun:
     tokenizer: Tokenizer | None  # an imported model may have none
     model: Decoder
     step: int
+    context: int  # the most tokens of a row: as it was trained, or as published
 
 
 def open_run(folder: str | Path | Bucket, mesh: str | None = None, needs_text: bool = True) -> TrainedRun:
@@ -64,7 +66,7 @@ def open_run(folder: str | Path | Bucket, mesh: str | None = None, needs_text: b
     with jax.set_mesh(devices), explaining(lambda: tell):
         model = restore_model(checkpoints, step, config)
         model = jax.jit(in_compute_dtype, donate_argnums=0)(model)
-    return TrainedRun(folder, config, devices, tokenizer, model, step)
+    return TrainedRun(folder, config, devices, tokenizer, model, step, context(folder, config))
 
 
 def _runs(folder: Path | Bucket) -> list[str]:

@@ -3,6 +3,8 @@
 Letters: B rows, T prompt tokens, S slots of the cache or tokens of a source, V vocabulary, D model.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +15,21 @@ from model.decoder import Decoder, backends, to_vocabulary
 from model.forward import ROWS, TOKENS, columns, needs_causal, needs_no_stages, one_device, real_vocabulary
 from model.layers import CACHE_SPEC, Cache, Kept, View
 from sharding.collectives import settled, vary
+from sharding.mesh import platform
 from sharding.order import cyclic
+
+# Compiler options of a step by platform. Merging products of the same tokens joins their weights first: a copy each step.
+OPTIONS: dict[str, dict[str, Any]] = {'gpu': {'xla_gpu_dot_merger_threshold_mb': 0}}
+
+
+def jit_step(step: Callable, **how: Any) -> Callable:
+    """`jax.jit` of a decoding step, with the options of the platform that it is first called on."""
+
+    @functools.cache
+    def compiled(name: str) -> Callable:
+        return jax.jit(step, compiler_options=OPTIONS.get(name), **how)
+
+    return functools.wraps(step)(lambda *arguments: compiled(platform())(*arguments))
 
 
 def empty_cache(model: Decoder, rows: int, slots: int, source: Kept | None = None) -> Cache:

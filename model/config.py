@@ -242,11 +242,12 @@ class ModelConfig:
     mtp_layers: int = 0
     mtp_loss: float = 0.3  # weight of the mean of their losses
     dtype: Literal['float32', 'bfloat16', 'float16', 'float64'] = 'float32'  # of compute
-    # Of stored parameters, gradients and optimizer state; None: at least float32. Imported models keep their source's.
+    # Of stored parameters, gradients and optimizer state; None: at least float32. An import keeps its source's, and
+    # training goes on from it in float32 unless told otherwise.
     weight_dtype: Literal['float32', 'bfloat16', 'float16', 'float64'] | None = None
     remat: Literal['none', 'dots', 'block'] = 'none'  # kept for the backward pass: all; matmul results; a layer's input
     attention: Literal['auto', 'reference', 'blockwise', 'flash', 'splash'] = 'auto'
-    experts: Literal['auto', 'reference', 'blocked', 'ragged'] = 'auto'  # backend of the experts' grouped matmul
+    experts: Literal['auto', 'reference', 'blocked', 'ragged', 'gmm'] = 'auto'  # backend of the experts' grouped matmul
 
     def __post_init__(self):
         set_default = lambda field, value: (
@@ -321,6 +322,12 @@ class ModelConfig:
                     raise UserError(
                         f'model.{field} is given and model.encoder too: an encoder–decoder has none; leave it out'
                     )
+        start = self.encoder.start_token if self.encoder else None
+        if start is not None and self.vocabulary is not None and not 0 <= start < self.vocabulary:
+            raise UserError(
+                f'model.encoder.start_token is {start}: it must be at least 0 and less than model.vocabulary, which is '
+                f'{self.vocabulary}'
+            )
         if self.next_sentence and not self.pooler:
             raise UserError('model.next_sentence is true: its logits are made of the pooler; set model.pooler=true')
         if not self.window_pattern:
@@ -372,12 +379,12 @@ class ModelConfig:
             self, encoder=None, vocabulary=None, causal=False, layers=e.layers, segment_kinds=0, **own
         )
 
-    @property
+    @functools.cached_property
     def runs(self) -> tuple[Run, ...]:
         """All layers, first to last, as few different ones as can be."""
         return _runs(self.kinds)
 
-    @property
+    @functools.cached_property
     def kinds(self) -> tuple[Kind, ...]:
         """Of each layer, first to last."""
 
@@ -465,12 +472,9 @@ def sizes(c: ModelConfig) -> list[Divides]:
         Divides(('tensor',), 'model.kv_heads', c.kv_heads, or_repeats=True),
         Divides(FSDP, 'model.model_dim', c.model_dim),
         Divides(('tensor',), 'model.model_dim', c.model_dim),
-        Divides(
-            (*FSDP, 'tensor'),
-            'the padded vocabulary',
-            VOCABULARY_MULTIPLE if c.vocabulary is None else c.padded_vocabulary,
-        ),
     ]
+    vocabulary = VOCABULARY_MULTIPLE if c.vocabulary is None else c.padded_vocabulary
+    rules += [Divides(axes, 'the padded vocabulary', vocabulary) for axes in (FSDP, ('tensor',))]
     run = c.runs[c.longest_run]
     units = f'units of {len(run.kinds)} layers' if len(run.kinds) > 1 else f'{_name(run.kinds[0])} layers'
     name = 'model.layers' if run.repeats == c.layers else f'the number of {units} in a row'

@@ -8,6 +8,7 @@ together with one of the source.
 """
 
 import dataclasses
+from typing import Literal
 
 from model.config import Kind, ModelConfig
 
@@ -19,28 +20,30 @@ def parameters(c: ModelConfig) -> dict[str, int]:
     table = c.max_positions if V and c.positions == 'learned' else 0
     parts = {
         'embedding': (V + table + c.segment_kinds) * D,
-        'head': (0 if c.tied_embedding else V * D) + V * c.head_bias + c.head_mlp * (D * D + D + _norm(c)),
-        'norms': ((c.norm_order != 'post') + c.embedding_norm) * _norm(c),
+        'head': (0 if c.tied_embedding else V * D) + V * c.head_bias + c.head_mlp * (D * D + D + norm_parameters(c)),
+        'norms': ((c.norm_order != 'post') + c.embedding_norm) * norm_parameters(c),
         'attention': c.relative_buckets * c.heads if c.positions == 'relative' else 0,
     }
     if c.pooler:
         parts['pooler'] = D * D + D + c.next_sentence * (2 * D + 2)
     for kind in c.kinds:
-        for part, count in _layer(c, kind).items():
+        for part, count in layer_parameters(c, kind).items():
             parts[part] = parts.get(part, 0) + count
     if c.encoder:
-        parts['cross_attention'] = c.layers * _attention(c)
+        parts['cross_attention'] = c.layers * attention_parameters(c)
         parts['encoder'] = sum(parameters(c.of_encoder).values())
     if c.mtp_layers:
-        parts['mtp'] = c.mtp_layers * (sum(_layer(c, c.kinds[-1]).values()) + 2 * D * D + 3 * _norm(c))
+        parts['mtp'] = c.mtp_layers * (
+            sum(layer_parameters(c, c.kinds[-1]).values()) + 2 * D * D + 3 * norm_parameters(c)
+        )
     return parts
 
 
-def _layer(c: ModelConfig, kind: Kind) -> dict[str, int]:
+def layer_parameters(c: ModelConfig, kind: Kind) -> dict[str, int]:
     """Parameters of one layer by part."""
     D, m = c.model_dim, c.moe
     norms = (3 if c.encoder else 2) * (2 if c.norm_order == 'sandwich' else 1)
-    parts = {'attention': _attention(c), 'norms': norms * _norm(c)}
+    parts = {'attention': attention_parameters(c), 'norms': norms * norm_parameters(c)}
     if not kind.experts:
         return parts | {'mlp': _mlp(c, c.mlp_dim)}
     expert = _matrices(c) * D * m.mlp_dim + m.bias * ((_matrices(c) - 1) * m.mlp_dim + D)
@@ -71,18 +74,23 @@ def keys_seen(c: ModelConfig, sequence_length: int) -> float:
     return sum(seen(kind.windowed) for kind in c.kinds) / c.layers
 
 
-def forward_flops(c: ModelConfig, keys: float) -> dict[str, float]:
-    """Matmul FLOPs of one token's forward pass by part, where it sees `keys` keys in each layer on average."""
+def forward_flops(c: ModelConfig, keys: float, source_keys: float | None = None) -> dict[str, float]:
+    """Matmul FLOPs of one token's forward pass by part, where it sees `keys` keys in each layer on average.
+
+    With an encoder a token of its source sees `source_keys`, and so does the decoder's token; None: as many as `keys`.
+    """
     D, moe = c.model_dim, sum(kind.experts for kind in c.kinds)
+    source_keys = keys if source_keys is None else source_keys
+    scores = c.layers * 2.0 * c.heads * (c.query_dim + c.value_dim)  # for each key
     flops = {
-        'projections': c.layers * 2.0 * sum(a * b for a, b in _projections(c)),
-        'attention': c.layers * 2.0 * c.heads * (c.query_dim + c.value_dim) * keys,
+        'projections': c.layers * 2.0 * sum(a * b for a, b in projections(c)),
+        'attention': scores * keys,
         'mlp': (c.layers - moe) * 2.0 * _matrices(c) * D * c.mlp_dim,
         'head': 2.0 * D * (c.vocabulary or 0) + 2.0 * D * D * c.head_mlp,
     }
     if c.encoder:
-        flops['cross_attention'] = flops['projections'] + flops['attention']
-        flops['encoder'] = sum(forward_flops(c.of_encoder, keys).values())
+        flops['cross_attention'] = flops['projections'] + scores * source_keys
+        flops['encoder'] = sum(forward_flops(c.of_encoder, source_keys).values())
     if c.moe:
         visited = c.moe.top_k + c.moe.shared_experts
         flops['router'] = moe * 2.0 * D * c.moe.experts
@@ -92,7 +100,24 @@ def forward_flops(c: ModelConfig, keys: float) -> dict[str, float]:
 
 def training_flops(c: ModelConfig, sequence_length: int) -> float:
     """Matmul FLOPs of one token's forward and backward pass, those of `mtp` among them."""
-    forward = sum(forward_flops(c, keys_seen(c, sequence_length)).values())
+    return sum(flops_per_token(c, 'train', sequence_length).values())
+
+
+def flops_per_token(c: ModelConfig, what: Literal['train', 'prefill', 'decode'], context: float) -> dict[str, float]:
+    """Matmul FLOPs of one token by part.
+
+    Args:
+        c: a model with its vocabulary.
+        what: `train` forward and backward, the mean over a row of `context` tokens; `prefill` the mean over a prompt of
+            `context` tokens, of which the last alone has logits; `decode` one token that sees `context` keys, itself one of
+            them, whose keys and values the cache has (of an encoder's output too: as many).
+        context: tokens.
+    """
+    if what == 'decode':
+        return _decode_flops(c, context)
+    forward = forward_flops(c, keys_seen(c, int(context)), context)
+    if what == 'prefill':
+        return forward | {'head': forward['head'] / context}
     if c.mtp_layers:
         last = c.kinds[-1]
         one = dataclasses.replace(
@@ -102,9 +127,22 @@ def training_flops(c: ModelConfig, sequence_length: int) -> float:
             window_pattern=(last.windowed,),
             moe=dataclasses.replace(c.moe, first_dense_layers=0, pattern=(True,)) if last.experts else None,
         )
-        layer = sum(forward_flops(one, keys_seen(one, sequence_length)).values())  # with the head, which each has too
-        forward += c.mtp_layers * (layer + 2 * 2 * c.model_dim**2)
-    return 3 * forward
+        layer = sum(forward_flops(one, keys_seen(one, int(context))).values())  # with the head, which each has too
+        forward['mtp'] = c.mtp_layers * (layer + 2 * 2 * c.model_dim**2)
+    return {part: 3 * flops for part, flops in forward.items()}
+
+
+def _decode_flops(c: ModelConfig, context: float) -> dict[str, float]:
+    """One token whose keys are in a cache. Latent attention goes to the latent space instead (model/latent.py)."""
+    a = c.latent
+    seen = sum(min(context, c.window) if kind.windowed else context for kind in c.kinds) / c.layers
+    flops = forward_flops(c, seen, context)
+    flops.pop('encoder', None)
+    if a:
+        flops['attention'] = c.layers * 2.0 * c.heads * (2 * a.kv_rank + a.rotary_dim) * seen
+    if c.encoder:  # the source's keys and values are there
+        flops['cross_attention'] -= c.layers * 2.0 * 2 * c.model_dim * c.kv_heads * c.head_dim
+    return flops
 
 
 def decode_bytes(c: ModelConfig, rows: int, keys: float, weight_bytes: int, cache_bytes: int) -> float:
@@ -128,7 +166,7 @@ def cache_bytes_per_token(c: ModelConfig, number_bytes: int) -> int:
     return c.layers * c.cached_heads * sum(c.cached_widths) * number_bytes
 
 
-def _projections(c: ModelConfig) -> list[tuple[int, int]]:
+def projections(c: ModelConfig) -> list[tuple[int, int]]:
     """Rows and columns of each of a layer's matrices of attention, as training and prefill use them."""
     D, a = c.model_dim, c.latent
     N, M = c.heads * c.query_dim, c.kv_heads * c.head_dim
@@ -139,7 +177,7 @@ def _projections(c: ModelConfig) -> list[tuple[int, int]]:
     return [*queries, *latent, (D, c.heads * a.value_dim)]
 
 
-def _attention(c: ModelConfig) -> int:
+def attention_parameters(c: ModelConfig) -> int:
     """Parameters of a layer's attention."""
     N, M, a = c.heads * c.head_dim, c.kv_heads * c.head_dim, c.latent
     first = N + 2 * M if a is None else (a.q_rank or 0) + a.kv_rank + a.rotary_dim
@@ -148,10 +186,11 @@ def _attention(c: ModelConfig) -> int:
         vectors += N + M if c.qk_norm == 'full' else 2 * c.head_dim
     if a:
         vectors += a.kv_rank + (a.q_rank or 0)
-    return sum(a * b for a, b in _projections(c)) + vectors
+    return sum(a * b for a, b in projections(c)) + vectors
 
 
-def _norm(c: ModelConfig) -> int:
+def norm_parameters(c: ModelConfig) -> int:
+    """Parameters of one norm."""
     return c.model_dim * (2 if c.norm == 'layernorm' and c.bias else 1)
 
 

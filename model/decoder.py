@@ -25,12 +25,13 @@ from model.grouped_matmul import default_backend as experts_backend
 from model.latent import LatentAttention
 from model.layers import Attention, Cache, Kept, Memory, Mlp, Norm, View, constant, linear_back, weight
 from model.moe import MoE
-from sharding.collectives import my_slice, vary, whole
+from sharding.collectives import my_slice, vary, whole, wide
 from sharding.mesh import FSDP, platform
 from sharding.pipeline import dealt, pipeline
 
-# So many layers are written out on a CPU, where a loop's slices are copies; more keep the loop, to compile quickly.
-CPU_UNROLL = 8
+# Platform -> layers that are written out at most, of whole rows and of a decoding step: a loop's slices of weights, and of what
+# is kept, are copies, and with them a decoding step on a GPU takes twice as long. More keep the loop, to compile quickly.
+UNROLLED = {'cpu': (8, 8), 'gpu': (16, 256)}
 
 
 class Block(nnx.Module):
@@ -206,7 +207,7 @@ class Decoder(nnx.Module):
     def embed(self, tokens_BT, view: View):
         """Each device of `tensor` looks up its part of D for all tokens; what is sent then makes that all of D."""
         c = self.config
-        x = whole(self.embed_VD[...], c.dtype)[tokens_BT]
+        x = lookup(whole(self.embed_VD[...], c.dtype), tokens_BT)
         if c.embedding_scale != 1:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if c.segment_kinds:
@@ -230,9 +231,25 @@ class Decoder(nnx.Module):
         """The LM head, its part of the vocabulary on each device of `tensor`, in the compute dtype."""
         bias_V = self.head_bias_V[...] if self.config.head_bias else None
         if not self.config.tied_embedding:
-            return Head(whole(self.head_DV[...], self.config.dtype), bias_V)
+            V = self.head_DV.shape[1]
+            w_DV = jnp.pad(self.head_DV[...], ((0, 0), (0, scattered_columns(V) - V)))
+            return Head(whole(w_DV, self.config.dtype)[:, :V], bias_V)
         embed_VD = whole(self.embed_VD[...], self.config.dtype)
         return Head(lax.all_to_all(embed_VD, 'tensor', split_axis=0, concat_axis=1, tiled=True).T, bias_V)
+
+
+def scattered_columns(columns: int) -> int:
+    """Columns to which a matrix is filled up so that its gradient is scattered as it was asked for.
+
+    XLA's TPU compiler cuts a reduce-scatter into equal runs of tiles of 128 columns. Of a vocabulary whose number of tiles has
+    a large prime factor (Llama 3's: 167) there are none of a fit size, and it sends an all-reduce, twice the bytes.
+    """
+    if platform() != 'tpu':
+        return columns
+    unit = 128
+    while columns > 64 * unit:
+        unit *= 2
+    return -(-columns // unit) * unit
 
 
 class Head(NamedTuple):
@@ -240,6 +257,7 @@ class Head(NamedTuple):
 
     w_DV: jax.Array
     bias_V: jax.Array | None = None
+    sink_DV: jax.Array | None = None  # takes w's gradient: see `wide_product`
 
 
 def stacked(
@@ -262,7 +280,7 @@ def in_order(blocks: tuple[Block, ...], x_BTD, view: View, cache: Cache | None, 
         return (x_BTD, cache), vary(figures)
 
     repeats = jax.tree.leaves(blocks)[0].shape[0]
-    unroll = platform() == 'cpu' and repeats * len(blocks) <= CPU_UNROLL
+    unroll = repeats * len(blocks) <= UNROLLED.get(platform(), (0, 0))[view.decoding]
     run = remat(unit, blocks[0].config, unroll)
     numbers = first + jnp.arange(repeats) * len(blocks)
     (x_BTD, cache), figures = lax.scan(run, (x_BTD, cache), (blocks, numbers), unroll=unroll)
@@ -290,14 +308,59 @@ def by_layer(figures: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found) if found else {}
 
 
+@jax.custom_vjp
+def lookup(w_VD, tokens_BT):
+    """The tokens' rows of w. Backward they are added up in at least float32: a frequent token has thousands."""
+    return w_VD[tokens_BT]
+
+
+def _lookup_forward(w_VD, tokens_BT):
+    return lookup(w_VD, tokens_BT), (w_VD, tokens_BT)
+
+
+def _lookup_backward(kept, dx_BTD):
+    w_VD, tokens_BT = kept
+    nothing = jnp.zeros_like(w_VD, dtype=wide(w_VD).dtype)
+    return nothing.at[tokens_BT].add(wide(dx_BTD)).astype(w_VD.dtype), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+@jax.custom_vjp
+def wide_product(x_ND, w_DV, sink_DV):
+    """x @ w in at least float32, [..., V]. Backward the narrow numbers of x and w are multiplied by as narrow ones.
+
+    Else autodiff's products of float32 gradients would run in float32: on a GPU at half the rate or less. The gradient of w, in
+    at least float32, is that of `sink_DV`, zeros that nothing is added to, so that parts of it are not rounded before
+    they are added up; without a sink it is w's own.
+    """
+    return jnp.einsum('...D,DV->...V', x_ND, w_DV, preferred_element_type=wide(x_ND).dtype)
+
+
+def _wide_product_forward(x_ND, w_DV, sink_DV):
+    return wide_product(x_ND, w_DV, sink_DV), (x_ND, w_DV, sink_DV is None)
+
+
+def _wide_product_backward(kept, dlogit_NV):
+    x_ND, w_DV, own = kept
+    dlogit_NV = dlogit_NV.astype(x_ND.dtype)
+    parts = (a.reshape(-1, a.shape[-1]) for a in (x_ND, dlogit_NV))
+    dw_DV = jnp.einsum('ND,NV->DV', *parts, preferred_element_type=wide(x_ND).dtype)
+    dx_ND = jnp.einsum('...V,DV->...D', dlogit_NV, w_DV)
+    return (dx_ND, dw_DV.astype(w_DV.dtype), None) if own else (dx_ND, jnp.zeros_like(w_DV), dw_DV)
+
+
+wide_product.defvjp(_wide_product_forward, _wide_product_backward)
+
+
 def to_vocabulary(x_ND, head: Head, c: ModelConfig):
     """Logits, in at least float32 however narrow x and the head are."""
-    wide = jnp.promote_types(x_ND.dtype, jnp.float32)
-    logit_NV = jnp.einsum('...D,DV->...V', x_ND, head.w_DV, preferred_element_type=wide)
+    logit_NV = wide_product(x_ND, head.w_DV, head.sink_DV)
     if c.logit_scale != 1:
         logit_NV = logit_NV * c.logit_scale
     if head.bias_V is not None:
-        logit_NV = logit_NV + head.bias_V.astype(wide).reshape((1,) * (logit_NV.ndim - 1) + (-1,))
+        logit_NV = logit_NV + wide(head.bias_V).reshape((1,) * (logit_NV.ndim - 1) + (-1,))
     return logit_NV if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logit_NV / c.logit_softcap)
 
 
@@ -317,6 +380,7 @@ def asked(c: ModelConfig) -> Asked:
         two_ways=not c.causal or c.encoder is not None,
         relative=c.positions == 'relative',
         value_width=c.value_dim != c.query_dim,
+        float64=c.dtype == 'float64',
     )
 
 
@@ -332,5 +396,5 @@ def backends(c: ModelConfig) -> Backends:
     name, context = platform(), jax.sharding.get_abstract_mesh().shape['context']
     return {
         'backend': attention_backend(name, context, asked(c)) if c.attention == 'auto' else c.attention,
-        'experts': experts_backend(name) if c.experts == 'auto' else c.experts,
+        'experts': experts_backend(name, c.dtype) if c.experts == 'auto' else c.experts,
     }

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from model.grouped_matmul import combine, expert_mlp, permute, with_ones
-from sharding.collectives import vary_together
+from sharding.collectives import gathered, scattered, vary_together
 from sharding.mesh import platform
 
 
@@ -81,15 +81,15 @@ def all_gather(x_ND, gate_NK, expert_NK, experts: Experts, *, split: bool, capac
     """Every token to every device; rows of other devices' experts sort last and are not computed."""
     # One axis at a time: over two at once TPU makes the sums on all devices, twice the bytes (benchmarks/dispatch.md).
     for axis in ('tensor', 'expert') if split else ('expert',):
-        x_ND, gate_NK, expert_NK = (lax.all_gather(a, axis, tiled=True) for a in (x_ND, gate_NK, expert_NK))
+        x_ND, gate_NK, expert_NK = (gathered(a, axis) for a in (x_ND, gate_NK, expert_NK))
     E = experts.held
     mine_NK = expert_NK - E * lax.axis_index('expert')
     mine_NK = jnp.where((mine_NK >= 0) & (mine_NK < E), mine_NK, E)
     order_R, place_R, sizes_E = by_expert(mine_NK, E)
     y_RD = experts.grouped(permute(x_ND, order_R, place_R), sizes_E)
     y_ND = combine(y_RD, gate_NK.astype(x_ND.dtype), order_R, place_R)
-    y_ND = lax.psum_scatter(y_ND, 'expert', tiled=True)
-    y_ND = lax.psum_scatter(y_ND, 'tensor', tiled=True) if split else lax.psum(y_ND, 'tensor')
+    y_ND = scattered(y_ND, 'expert')
+    y_ND = scattered(y_ND, 'tensor') if split else lax.psum(y_ND, 'tensor')
     return y_ND, jnp.float32(0)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import P, lax
 from jax.sharding import NamedSharding
 
-from model.attention import needs_unchecked
+from model import attention, grouped_matmul
 from model.decoder import Decoder, backends, to_vocabulary
 from model.layers import View, specs
 from sharding.collectives import join, vary
@@ -76,7 +76,10 @@ def one_device(body, model: Decoder, in_specs, out_specs):
 
     check_vma finds a missing sum; attention kernels that cannot say what varies turn it off.
     """
-    checked = not needs_unchecked(backends(model.config)['backend'])
+    on = backends(model.config)
+    checked = not (
+        attention.needs_unchecked(on['backend']) or (model.config.moe and grouped_matmul.needs_unchecked(on['experts']))
+    )
     own = lambda model, *rest: body(vary(model), *rest)
     return jax.shard_map(own, in_specs=(specs(model), *in_specs), out_specs=out_specs, check_vma=checked)
 

@@ -5,8 +5,8 @@ K: choices a token   B: rows of one block   S: slots that rows go to (all R of t
 
 Everything is written from one device's view and works inside a fully manual `jax.shard_map` and outside of one.
 Backends: `reference` computes every expert for every row and keeps the right one (obviously right, E times the work);
-`ragged` is `lax.ragged_dot`, which accelerators have kernels for; `blocked` is for CPUs, where `lax.ragged_dot` costs E
-times the work too.
+`ragged` is `lax.ragged_dot`, which TPUs have kernels for; `gmm` is our kernels for GPUs, where `lax.ragged_dot` holds all rows
+once an expert; `blocked` is for CPUs, where `lax.ragged_dot` costs E times the work too.
 """
 
 import functools
@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from model.grouped_kernel import gmm
 from sharding.collectives import vary_together
 from sharding.errors import UserError, nearest
+from sharding.mesh import platform
 
-BACKENDS = ('reference', 'blocked', 'ragged')
+BACKENDS = ('reference', 'blocked', 'ragged', 'gmm')
 
 # Rows of a block, tried in this order in each group; the last one covers what remains. Large blocks run at a plain
 # matmul's speed, small ones waste little where a group ends.
@@ -30,9 +32,15 @@ BLOCKS = (512, 128, 32)
 Matmul = Callable[[jax.Array, Any], Any]  # (rows, weight) -> rows, (rows, (weight, ...)) -> (rows, ...)
 
 
-def default_backend(platform: str) -> str:
-    """The fast backend of a `jax.Device.platform`: 'cpu', 'gpu' or 'tpu'."""
-    return 'blocked' if platform == 'cpu' else 'ragged'
+def default_backend(name: str, dtype: str = 'float32') -> str:
+    """The fast backend of a `jax.Device.platform`, 'cpu', 'gpu' or 'tpu', that has this compute dtype."""
+    fast = {'cpu': 'blocked', 'gpu': 'gmm'}.get(name, 'ragged')
+    return 'ragged' if fast == 'gmm' and dtype == 'float64' else fast
+
+
+def needs_unchecked(backend: str) -> bool:
+    """Whether a shard_map that holds this backend must be made with check_vma=False: on a CPU, where Pallas interprets it."""
+    return backend == 'gmm' and platform() == 'cpu'
 
 
 def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, *, backend: str) -> jax.Array:
@@ -104,6 +112,8 @@ def grouped_apply(
     def matmul(x_RD: jax.Array, w_EDF: Any) -> Any:
         if isinstance(w_EDF, tuple):
             return tuple(matmul(x_RD, w) for w in w_EDF)
+        if backend == 'gmm':
+            return gmm(x_RD, w_EDF, sizes_E)
         wide = jnp.promote_types(x_RD.dtype, jnp.float32)
         if backend == 'ragged':
             y_RF = lax.ragged_dot(x_RD, w_EDF, sizes_E, preferred_element_type=wide)

@@ -56,7 +56,7 @@ class Published:
     """A folder that was read: all that its config and headers say has been checked."""
 
     folder: Path
-    config: dict[str, Any]
+    fields: Fields
     family: Family
     model: ModelConfig
     table: list[Tensor]  # without copies
@@ -102,7 +102,8 @@ def read(folder: Path, dtype: str | None = None, without_remote_code: bool = Fal
         )
     fields = Fields(config, str(folder / CONFIG))
     family = family_of(fields)
-    c = family.read(fields)
+    with fields.told():
+        c = family.read(fields)
     fields.finish()
     stored, files = _as_named(unpacked(all_stored(folder), config, folder / CONFIG), family)
     c = family.model_of(c, stored)
@@ -111,7 +112,7 @@ def read(folder: Path, dtype: str | None = None, without_remote_code: bool = Fal
     table = [one for one in table if not one.copy_of]
     c = _with_dtypes(folder, c, table, sources, dtype)
     files = {name: file for name, file in files.items() if name in (*sources, *copies, *fixed)}
-    return Published(folder, config, family, c, table, sources, files, copies, fixed)
+    return Published(folder, fields, family, c, table, sources, files, copies, fixed)
 
 
 def _as_named(stored: Mapping[str, Source], family: Family) -> tuple[dict[str, Source], dict[str, str]]:
@@ -314,7 +315,7 @@ def _with_dtypes(
                 'numbers stand for; supported: DeepSeek’s block-scaled FP8, MXFP4'
             )
         # The bias of a router's choices is kept in at least float32 anyhow, without widening all others.
-        if not all(part.leaf.endswith('.bias_E') for part in one.parts):
+        if not all(part.leaf.endswith('.bias_E') for part in one.parts) or source.dtype.itemsize > 4:
             found[source.dtype] += math.prod(one.shape)
     kept = dtype or np.dtype(functools.reduce(jnp.promote_types, found)).name
     if kept not in get_args(Kept):

@@ -12,7 +12,7 @@ from jax import P, lax
 from model.config import ModelConfig, MoEConfig
 from model.dispatch import Experts, default_dispatch, dispatch
 from model.layers import Mlp, View, activation, constant, residual_gain, weight
-from sharding.collectives import vary, wide
+from sharding.collectives import vary, whole, wide
 from sharding.mesh import FSDP, SEQUENCE, platform
 
 EXPERTS = P('expert', ('data', 'context'), 'tensor')  # D is split too, and gathered where the experts are used
@@ -49,7 +49,7 @@ class MoE(nnx.Module):
         Padding visits no routed expert. Figures also has `dropped`, the real tokens' choices that found no room.
         """
         c = self.config
-        router_DE = lax.all_gather(self.router_DE[...], FSDP, tiled=True)
+        router_DE = whole(self.router_DE[...], self.router_DE.dtype)
         router_bias_E = self.router_bias_E[...] if c.moe.router_bias else None
         bias_E = self.bias_E[...] if c.moe.has_choice_bias else None
         gate_BTK, expert_BTK, figures = route(x_BTD, router_DE, bias_E, view, c, router_bias_E)
@@ -70,7 +70,7 @@ class MoE(nnx.Module):
     def experts(self, dtype, backend: str) -> Experts:
         """The experts that this device holds, D whole."""
         c = self.config
-        gather = lambda w_EDF: lax.all_gather(w_EDF[...].astype(dtype), ('data', 'context'), axis=1, tiled=True)
+        gather = lambda w_EDF: whole(w_EDF[...], dtype, ('data', 'context'), 1)
         gate_EDF = gather(self.gate_EDF) if c.gated else None
         up_EDF, down_EFD = gather(self.up_EDF), gather(self.down_EDF).swapaxes(1, 2)
         if c.moe.bias:

@@ -1,9 +1,12 @@
 """Folders of published models, written: the counterpart of model/hub.py."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +26,12 @@ NOT_EXPORTED = ('quantization_config', 'auto_map', 'transformers_version')
 # What a model's config says of running and training it.
 NO_LOGIT = ('dtype', 'weight_dtype', 'remat', 'attention', 'experts', 'dropout', 'mtp_loss')
 NO_LOGIT_MOE = ('balance_loss', 'z_loss', 'bias_update_rate', 'dispatch', 'capacity_factor')
+OF_KINDS = (
+    'model.moe.first_dense_layers',
+    'model.moe.pattern',
+    'model.window_pattern',
+)  # what `ModelConfig.kinds` says
+FAR, MOST_TOLD = 1000, 4  # fields: of a family that does not read at all; of one that are told
 
 
 def write(
@@ -65,18 +74,51 @@ def write(
 
 
 class staged:
-    """A new folder that gets its name when the block ends well, and is gone when it does not."""
+    """A new folder that gets its name when the block ends well, and is gone when it does not.
+
+    What a process that was killed left of it is gone when the next begins.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.lock: int | None = None
 
     def __enter__(self) -> Path:
         refuse_existing(self.folder)
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        # Of this process alone, whoever else makes a folder of that name.
-        self.place = Path(tempfile.mkdtemp(prefix=f'.{self.folder.name}.', suffix='.partial', dir=self.folder.parent))
-        self.place.chmod(0o777 & ~umask())
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.clear()
+            self.make()
+        except OSError as error:
+            raise UserError(f'{self.folder}: cannot be made: {error.strerror}: {error.filename}') from None
         return self.place
+
+    def make(self) -> None:
+        """A folder of this process alone, whoever else makes one of that name; locked while the process lives."""
+        while True:
+            prefix, suffix = f'.{self.folder.name}.', '.partial'
+            self.place = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=self.folder.parent))
+            with contextlib.suppress(OSError):
+                self.lock = locked(self.place)
+            if self.place.exists():  # nobody took it for a leftover before it was locked
+                self.place.chmod(0o777 & ~umask())
+                return
+            self.unlock()
+
+    def clear(self) -> None:
+        """Removes what processes that were killed left of this name."""
+        ours = re.compile(rf'\.{re.escape(self.folder.name)}\.\w{{8}}\.partial')  # as tempfile names them
+        for path in self.folder.parent.iterdir():
+            if ours.fullmatch(path.name):
+                with contextlib.suppress(OSError):
+                    lock = locked(path)
+                    shutil.rmtree(path, ignore_errors=True)
+                    os.close(lock)
+
+    def unlock(self) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+        self.lock = None
 
     def __exit__(self, kind, error, trace) -> None:
         try:
@@ -88,6 +130,21 @@ class staged:
                 flush(self.folder.parent)
         finally:
             shutil.rmtree(self.place, ignore_errors=True)
+            self.unlock()
+
+
+def locked(folder: Path) -> int:
+    """A lock on a folder, which ends when it is closed or the process does.
+
+    Raises OSError where another process has it, the folder is gone, or its file system has no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def flush(path: Path) -> None:
@@ -106,7 +163,11 @@ def umask() -> int:
 
 def refuse_existing(folder: Path) -> None:
     """Raises UserError where there is something of that name."""
-    if folder.exists() or folder.is_symlink():
+    try:
+        there = folder.exists() or folder.is_symlink()
+    except OSError as error:
+        raise UserError(f'{folder}: cannot be made: {error.strerror}') from None
+    if there:
         raise UserError(f'{folder}: exists already, and nothing is overwritten; choose another name, or move it away')
 
 
@@ -121,7 +182,7 @@ def published_config(
     known = {family.name: family for family in families()}
     if name is not None and name not in known:
         raise UserError(f'--family {name}: no such family{nearest(name, known)}')
-    reasons: list[tuple[str, int, str]] = []
+    reasons: list[tuple[int, str]] = []
     for family in [known[name]] if name else known.values():
         try:
             if original is not None:
@@ -135,15 +196,36 @@ def published_config(
             if not (differing := _says(family, fields, c)):
                 tensors(family, c, shapes_of(c))
                 return family, fields
-            reasons.append((family.name, len(differing), ', '.join(differing)))
+            reasons.append((sum(one.size for one in differing), f'{family.name}, which would need {_told(differing)}'))
         except UserError as error:
-            reasons.append((family.name, 100, str(error)))
-    reasons.sort(key=lambda reason: reason[1])
-    told = '; '.join(f'{near}: {why}' for near, _, why in reasons[:3])
-    raise UserError(f'no published family can say this model: {told}')
+            reasons.append((FAR, f'{family.name}: {error}'))
+    if name:
+        raise UserError(f'this model cannot be said as {reasons[0][1]}')
+    _, nearest_one = min(reasons, key=lambda reason: reason[0])
+    raise UserError(f'no published family can say this model; the nearest is {nearest_one}')
 
 
-def _says(family: Family, fields: Mapping[str, Any], c: ModelConfig) -> list[str]:
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A field in which a family has something else."""
+
+    field: str
+    wanted: Any  # the family's
+    size: int = 1  # how many fields it stands for
+
+    def __str__(self) -> str:
+        # A whole section in words; one value as it would be given on the command line.
+        if isinstance(self.wanted, dict):
+            return self.field
+        return f'{self.field}={self.wanted if isinstance(self.wanted, str) else json.dumps(self.wanted)}'
+
+
+def _told(differing: list[Difference]) -> str:
+    more = f' and {len(differing) - MOST_TOLD} more' if len(differing) > MOST_TOLD else ''
+    return ', '.join(map(str, differing[:MOST_TOLD])) + more
+
+
+def _says(family: Family, fields: Mapping[str, Any], c: ModelConfig) -> list[Difference]:
     """Where a model differs from what its family reads in a config's fields."""
     reader = Fields(fields)
     found = family.read(reader)
@@ -152,20 +234,41 @@ def _says(family: Family, fields: Mapping[str, Any], c: ModelConfig) -> list[str
     return _differing(family.model_of(found, there), c)
 
 
-def _differing(found: ModelConfig, c: ModelConfig) -> list[str]:
-    """Where two models differ: names of fields with both values, without those that change no logit."""
-
-    def said(config: ModelConfig) -> dict[str, Any]:
-        fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in NO_LOGIT}
-        if config.moe:
-            fields['moe'] = {name: value for name, value in fields['moe'].items() if name not in NO_LOGIT_MOE}
-            fields['moe']['choice_bias'] = config.moe.has_choice_bias
-        return fields
-
-    mine, other = said(c), said(found)
-    pairs = [(f'model.{name}', mine[name], other[name]) for name in mine]
-    for name, a, b in pairs[:]:
+def _differing(found: ModelConfig, c: ModelConfig) -> list[Difference]:
+    """Where `c` differs from the model that a family reads, by what changes a logit."""
+    mine, other = _said(c), _said(found)
+    differing = []
+    for name in [name for name in mine if name in other]:
+        a, b = mine[name], other[name]
         if isinstance(a, dict) and isinstance(b, dict):
-            pairs.remove((name, a, b))
-            pairs += [(f'{name}.{inner}', a[inner], b[inner]) for inner in a]
-    return [f'{name} is {a!r} and would be {b!r}' for name, a, b in pairs if a != b]
+            differing += [
+                Difference(f'model.{name}.{inner}', b[inner]) for inner in a if a[inner] != b.get(inner, a[inner])
+            ]
+        elif a != b:
+            differing.append(Difference(f'model.{name}', b, max(len(x) if isinstance(x, dict) else 1 for x in (a, b))))
+    # Which layers are mixtures and which have the window can be said in several ways.
+    return differing if c.kinds != found.kinds else [one for one in differing if one.field not in OF_KINDS]
+
+
+def _said(c: ModelConfig) -> dict[str, Any]:
+    """The fields of a model that change its logits, as they are with this model's other fields."""
+    fields = {name: value for name, value in dataclasses.asdict(c).items() if name not in NO_LOGIT}
+    if c.encoder is None or c.of_encoder.query_dim == c.query_dim:
+        fields['query_scale'] = c.query_scale or c.query_dim**-0.5
+    if c.moe:
+        fields['moe'] = {name: value for name, value in fields['moe'].items() if name not in NO_LOGIT_MOE}
+        fields['moe']['choice_bias'] = c.moe.has_choice_bias
+        if c.moe.groups == 1:
+            del fields['moe']['group_score'], fields['moe']['top_groups']
+        if all(kind.experts for kind in c.kinds):
+            del fields['mlp_dim']  # of a plain MLP, which no layer has
+    if c.encoder:
+        fields['encoder'] = {
+            field: getattr(c.of_encoder, field) for field in fields['encoder'] if field != 'start_token'
+        }
+        fields['encoder']['start_token'] = c.encoder.start_token
+    idle = [] if c.positions == 'relative' else ['relative_buckets', 'relative_most']
+    idle += [] if c.positions == 'rotary' else [name for name in fields if name.startswith(('rope_', 'rotary_'))]
+    idle += [] if c.activation == 'clamped_swiglu' else ['activation_limit']
+    idle += [] if c.window else ['window_pattern', 'local_rope_theta']
+    return {name: value for name, value in fields.items() if name not in idle}

@@ -18,7 +18,7 @@ from scripts.entry import run
 from sharding.errors import UserError
 
 LEAST = {'steps': 1, 'rows': 1, 'prompt': 1, 'new': 8, 'experts': 1, 'dim': 1, 'hidden': 1}
-STANDARD = (
+CPU = (
     ('train', 'configs/demo.yaml', '--steps', '10'),
     ('train', 'configs/demo.yaml', 'mesh.expert=1', 'mesh.tensor=1', '--steps', '10'),
     ('train', 'configs/nanogpt-cpu.yaml', '--steps', '50'),
@@ -26,6 +26,19 @@ STANDARD = (
     ('decode', 'configs/demo.yaml', 'mesh.expert=1', 'mesh.tensor=1', '--rows', '1', '--prompt', '128', '--new', '64'),
     ('experts',),
     ('experts', '--rows', '4096', '--experts', '4', '--hidden', '256'),
+)
+LLAMA = ('configs/models/llama-3.1-8b.yaml', 'mesh.data=1')
+OLMOE = ('configs/models/olmoe-1b-7b.yaml', 'mesh.expert=1')
+EIGHT = ('model.layers=8', 'training.batch=4', 'training.sequence_length=4096')
+ACCELERATOR = (  # one device with 80 GB or more
+    ('train', 'configs/models/gpt2.yaml'),
+    ('train', *LLAMA, *EIGHT, 'model.remat=none'),
+    ('train', *OLMOE, *EIGHT, 'model.layers=4'),
+    ('decode', *LLAMA, '--rows', '1', '--prompt', '1024', '--new', '64'),
+    ('decode', *LLAMA, '--rows', '64', '--prompt', '1024', '--new', '64'),
+    ('decode', *OLMOE, '--rows', '8', '--prompt', '1024', '--new', '64'),
+    ('experts', '--rows', '65536', '--experts', '64', '--dim', '2048', '--hidden', '1024', '--dtype', 'bfloat16'),
+    ('experts', '--rows', '16384', '--experts', '8', '--dim', '4096', '--hidden', '14336', '--dtype', 'bfloat16'),
 )
 
 
@@ -40,8 +53,12 @@ def main() -> None:
     options['decode'].add_argument('--rows', type=int, default=1, help='sequences decoded together')
     options['decode'].add_argument('--prompt', type=int, default=128, help='tokens of each prompt')
     options['decode'].add_argument('--new', type=int, default=64, help='tokens decoded after it')
+    for name in ('train', 'decode'):
+        options[name].add_argument('--profile', type=int, default=0, metavar='N', help='list the N longest kernels too')
     for name, default in (('rows', 8192), ('experts', 8), ('dim', 256), ('hidden', 512)):
         options['experts'].add_argument(f'--{name}', type=int, default=default)
+    options['experts'].add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
+    options['experts'].add_argument('--backend', default='auto', help='of the grouped matmul, as model.experts')
     options['nanogpt'].add_argument('--repository', type=Path, required=True, help='a checkout of nanoGPT')
     options['nanogpt'].add_argument('--python', default=sys.executable, help='an interpreter that has torch')
     for option in options.values():
@@ -72,9 +89,9 @@ def configured(given: argparse.Namespace) -> dict[str, Any]:
     from analysis import measure, peers
 
     if given.what == 'train':
-        return measure.measure_training(config, given.steps)
+        return measure.measure_training(config, given.steps, given.profile)
     if given.what == 'decode':
-        return measure.measure_decoding(config, given.rows, given.prompt, given.new)
+        return measure.measure_decoding(config, given.rows, given.prompt, given.new, given.profile)
     return peers.beside_nanogpt(config, given.repository, given.python)
 
 
@@ -82,13 +99,19 @@ def experts(given: argparse.Namespace) -> dict[str, Any]:
     """The experts' matmul beside a plain one."""
     from analysis.measure import measure_experts
 
-    return measure_experts(given.rows, given.experts, given.dim, given.hidden)
+    return measure_experts(given.rows, given.experts, given.dim, given.hidden, given.dtype, given.backend)
 
 
 def standard(given: argparse.Namespace) -> None:
-    """Runs the standard set, each in a process of its own, and prints one Markdown table for each kind."""
+    """Runs the platform's standard set, each in a process of its own, and prints one Markdown table for each kind."""
+    asking = [
+        sys.executable,
+        '-c',
+        'import jax; print(jax.default_backend())',
+    ]  # this process must leave the device alone
+    platform = subprocess.run(asking, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     rows: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for arguments in STANDARD:
+    for arguments in CPU if platform == 'cpu' else ACCELERATOR:
         command = [sys.executable, __file__, *arguments, '--json']
         print(' '.join(arguments), file=sys.stderr)
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

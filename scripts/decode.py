@@ -87,7 +87,7 @@ def main() -> None:
                 prompts,
                 options.beams,
                 options.max_new_tokens,
-                context=opened.config.training.sequence_length,
+                context=opened.context,
                 length_penalty=options.length_penalty,
             )
             for number, completion in enumerate(completions):
@@ -99,7 +99,7 @@ def main() -> None:
                 prompts,
                 sampling,
                 options.max_new_tokens,
-                context=opened.config.training.sequence_length,
+                context=opened.context,
                 stops=options.stop,
                 emit=screen.emit,
             )
@@ -120,7 +120,7 @@ def main() -> None:
         tokens = sum(len(completion.tokens) for completion in completions)
         full = sum(one.finish_reason == 'length' and len(one.tokens) < options.max_new_tokens for one in completions)
         if full:
-            context = opened.config.training.sequence_length
+            context = opened.context
             print(f'{full} of them ended where the context of {context} tokens is full', file=sys.stderr)
         print(
             f'prompts: {len(completions)}, tokens: {tokens}, {speed:,.0f} tokens/s (step {opened.step})',

@@ -30,9 +30,15 @@ def main() -> None:
 
     from data.prepare import load
     from sharding.buckets import at
+    from sharding.errors import UserError
+    from training.config import RECORD
     from training.mirror import Mirror
 
     dataset, folder = None, at(options.run)
+    if found is None and (folder / RECORD).is_file() and not (folder / 'data').exists():
+        raise UserError(
+            f'{folder} is an imported model, which no validation split comes with: give text to predict with --data PATH'
+        )
     if (folder / 'data').exists() or found is None:
         with closing(Mirror(folder)) as mirror:
             mirror.fetch()

@@ -16,6 +16,7 @@ def main() -> int:
     parser.add_argument('config', help='a YAML file, such as configs/demo.yaml')
     parser.add_argument('overrides', nargs='*', metavar='key=value', help='such as training.steps=100')
     parser.add_argument('--fresh', action='store_true', help='move a run of that name aside and begin anew')
+    parser.add_argument('--force', action='store_true', help='go on though the plan says that a step does not fit')
     parser.add_argument(
         '--runs',
         metavar='PATH',
@@ -43,6 +44,19 @@ def main() -> int:
     start(config.mesh.size, config.model.dtype, processes)
     if launch:
         begin(launch, config.mesh.size)
+
+    config.check_sizes()
+
+    import jax
+
+    from analysis.fits import plan_first
+    from sharding.mesh import make_mesh
+    from sharding.peers import first
+
+    make_mesh(config.mesh)  # says what is wrong with it
+    line = plan_first(config, jax.local_devices()[0], processes, options.force)
+    if first():
+        print(line, flush=True)
 
     from training.loop import train
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import P, lax
 
-from sharding.mesh import AXES, FSDP
+from sharding.mesh import AXES, FSDP, platform
 
 
 def vary(tree):
@@ -71,9 +71,47 @@ def settled(x, axis: str):
     return lax.psum(jnp.where(lax.axis_index(axis) == 0, x, 0), axis)
 
 
+def hops(axis: str) -> list[list[list[int]] | None]:
+    """Groups along an axis that gather one after the other, the nearest first, to send no more; [None] for all at once.
+
+    On a TPU that is all of one axis it takes two: XLA makes an all-reduce of a reduce-scatter over all chips, and sends twice
+    the bytes (benchmarks/plan.md).
+    """
+    n = lax.axis_size(axis)
+    if platform() != 'tpu' or n < lax.axis_size(AXES) or n % 4:
+        return [None]
+    far = 4 if n > 8 else 2
+    near = n // far
+    return [
+        [[g * near + i for i in range(near)] for g in range(far)],
+        [[g * near + i for g in range(far)] for i in range(near)],
+    ]
+
+
+def gathered(x, axis: str, dim: int = 0):
+    """The parts of all devices of an axis, side by side. Backward: `scattered`."""
+    for groups in hops(axis):
+        x = lax.all_gather(x, axis, axis=dim, tiled=True, axis_index_groups=groups)
+    return x
+
+
+def scattered(x, axis: str):
+    """The sum over all devices of an axis, of which each keeps its part of the first dim. Backward: `gathered`."""
+    for groups in reversed(hops(axis)):
+        x = lax.psum_scatter(x, axis, tiled=True, axis_index_groups=groups)
+    return x
+
+
 def whole(w, dtype, axes=FSDP, dim: int = 0):
-    """A weight from its shards along `axes`, sent in the compute dtype. Backward: a reduce-scatter of its gradient."""
-    return lax.all_gather(w.astype(dtype), axes, axis=dim, tiled=True)
+    """A weight from its shards along `axes`, sent in the compute dtype. Backward: a reduce-scatter of its gradient.
+
+    One axis after the other, the innermost first, which sends no more: over several at once TPUs send twice the bytes where
+    they are the whole machine, as in `hops`.
+    """
+    w = w.astype(dtype)
+    for axis in reversed(axes):
+        w = gathered(w, axis, dim)
+    return w
 
 
 def join(x_BTD):
@@ -83,7 +121,7 @@ def join(x_BTD):
     all-reduce where a reduce-scatter was asked for, and sends twice the bytes.
     """
     B, T, *rest = x_BTD.shape
-    x_ND = lax.all_gather(x_BTD.reshape(B * T, *rest), 'tensor', tiled=True)
+    x_ND = gathered(x_BTD.reshape(B * T, *rest), 'tensor')
     return x_ND.reshape(-1, B, T, *rest).swapaxes(0, 1).reshape(B, -1, *rest)
 
 
@@ -92,7 +130,7 @@ def split(x_BTD):
     B, T, *rest = x_BTD.shape
     n = lax.axis_size('tensor')
     x_ND = x_BTD.reshape(B, n, T // n, *rest).swapaxes(0, 1).reshape(B * T, *rest)
-    return lax.psum_scatter(x_ND, 'tensor', tiled=True).reshape(B, T // n, *rest)
+    return scattered(x_ND, 'tensor').reshape(B, T // n, *rest)
 
 
 def my_slice(x_BT, dim: int = 1):

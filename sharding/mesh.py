@@ -104,7 +104,9 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.M
     # Hosts with GPUs say that they are slices too, but what joins them is fast enough for every axis.
     slices = len({getattr(device, 'slice_index', 0) for device in devices if device.platform == 'tpu'})
     if slices <= 1:
-        return jax.make_mesh(shape, AXES, axis_types=explicit, devices=devices)
+        # An axis may be part of one of a TPU's rings, where it is no product of whole ones.
+        laid_out = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(laid_out, AXES, axis_types=explicit)
     across = slow_shape(config, slices)
     within = tuple(n // m for n, m in zip(shape, across, strict=True))
     return jax.sharding.Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=explicit)

@@ -167,6 +167,7 @@ MAY_BEGIN_WITH = (
     'data',
     'training',
     'model.dtype',
+    'model.weight_dtype',
     'model.dropout',
     'model.remat',
     'model.attention',

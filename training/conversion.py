@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from data.config import DataConfig
 from data.exported_tokenizer import exported_tokenizer
+from data.pairs import first_token
 from data.published_tokenizer import published_tokenizer, run_tokenizer
 from model import hub, publish
 from model.config import ModelConfig, sizes
@@ -29,6 +32,7 @@ from model.families import Tensor, tensors
 from model.streaming import narrowed, published
 from sharding.buckets import Bucket
 from sharding.errors import UserError
+from sharding.memory import told_bytes
 from sharding.mesh import BATCH, SEQUENCE, MeshConfig, check_divides, make_mesh, start
 from training import config as configs
 from training.bucket_checkpoint import checkpoints_of
@@ -38,6 +42,8 @@ from training.state import abstract_state, restore_model, saved_config
 
 SOURCE = 'source'
 CONTEXT = 2048  # tokens, where a config says nothing of it
+MOST_TO_TRAIN = 4096  # tokens of a row, however long a context is: what fits in memory
+NO_DATA = DataConfig(source=None, vocabulary=None)  # what a model learnt from does not come with it
 POSITIONS = ('max_position_embeddings', 'n_positions', 'n_ctx')
 
 
@@ -52,22 +58,25 @@ def import_run(
     """Makes the run of a published folder. Raises UserError, before anything is written, where it cannot be one."""
     publish.refuse_existing(run)
     found = hub.read(source, dtype, without_remote_code)
-    check_divides(mesh, sizes(found.model))
+    with found.fields.told():
+        check_divides(mesh, sizes(found.model))
     files = hub.side_files(source)
     config = run_config(run.name, found, mesh)
     tokenizer = published_tokenizer(files, str(source))
     if tokenizer:
-        config.with_vocabulary(tokenizer.vocabulary)  # a smaller model than the tokenizer needs is refused
+        with found.fields.told():
+            config.with_vocabulary(tokenizer.vocabulary)  # a smaller model than the tokenizer needs is refused
     start(mesh.size, config.model.dtype)
     devices = make_mesh(mesh)
     kept = {'config.yaml': configs.dump(config).encode()} | (tokenizer.files() if tokenizer else {})
+    beside = kept | {'config.yaml': configs.dump(trained_on(config)).encode()}
     with publish.staged(run) as place:
         with jax.set_mesh(devices):
             names = dict(zip(found.shapes, named(abstract_state(config).model), strict=True))
         arrays = told(found.arrays(devices), names, found.bytes, say)
         facts = {'step': 0, 'tokens': 0, 'corpus': None, 'seed': config.seed, 'next_sample': 0}
         Checkpoints(place).save_weights(0, 'model', arrays, facts, kept)
-        for name, content in kept.items():
+        for name, content in beside.items():
             (place / name).write_bytes(content)
         (place / SOURCE).mkdir()
         for name, content in files.items():
@@ -94,12 +103,12 @@ def told(
         del x  # before the next is made
         if time.monotonic() - last > 5:
             last = time.monotonic()
-            say(f'{done / 1e9:.1f} of about {total / 1e9:.1f} GB')
+            say(f'{told_bytes(done)} of about {told_bytes(total)}')
 
 
 def run_config(name: str, found: hub.Published, mesh: MeshConfig) -> RunConfig:
     """The config of an imported run: the context that was published, and gentle values for training on."""
-    positions = next((found.config[field] for field in POSITIONS if isinstance(found.config.get(field), int)), CONTEXT)
+    positions = min(context_of(found.fields.values) or CONTEXT, MOST_TO_TRAIN)
     ways = mesh.span(SEQUENCE) * (2 if mesh.context > 1 else 1)
     training = TrainingConfig(
         steps=1000,
@@ -107,17 +116,39 @@ def run_config(name: str, found: hub.Published, mesh: MeshConfig) -> RunConfig:
         sequence_length=max(positions // ways, 1) * ways,
         learning_rate=1e-5,
     )
-    return RunConfig(name=name, mesh=mesh, model=found.model, training=training)
+    return RunConfig(name=name, mesh=mesh, model=found.model, data=NO_DATA, training=training)
+
+
+def context(run: Path | Bucket, config: RunConfig) -> int:
+    """The most tokens of a row: as a run was trained with, or of an imported one as its publisher says, whichever is more."""
+    trained = config.training.sequence_length
+    if not (run / RECORD).is_file():
+        return trained
+    return max(trained, context_of(json.loads((run / SOURCE / hub.CONFIG).read_bytes())) or 0)
+
+
+def context_of(published: Mapping[str, Any]) -> int | None:
+    """Tokens that a published model's row may have, where its config.json says it."""
+    return next((published[field] for field in POSITIONS if isinstance(published.get(field), int)), None)
+
+
+def trained_on(config: RunConfig) -> RunConfig:
+    """The config that training goes on with: narrow weights become float32, for a small step is lost in them."""
+    narrow = jnp.promote_types(config.model.parameter_dtype, jnp.float32) != config.model.parameter_dtype
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, weight_dtype=None)) if narrow else config
 
 
 def record(found: hub.Published, dtype: str | None) -> dict[str, Any]:
-    """What an export needs beside the weights: the family, and of each tensor what the model does not say."""
+    """What an export needs beside the weights: the family, and what each tensor was, whatever it becomes here."""
     kept = found.model.weight_dtype
-    others = {name: source.dtype.name for name, source in found.sources.items() if source.dtype.name != kept}
+    shapes = found.shapes
+    # Those of a source that is imported in another dtype become what our arrays are.
+    own = lambda one: shapes[one.parts[0].leaf].dtype if dtype else found.sources[one.name].dtype
     return {
         'family': found.family.name,
         'files': found.files,
-        'dtypes': {} if dtype else others,
+        'dtype': kept,
+        'dtypes': {one.name: own(one).name for one in found.table if own(one).name != kept},
         'copies': found.copies,
         'fixed': {name: dtype or own for name, own in found.fixed.items()},
     }
@@ -146,18 +177,23 @@ def export_run(
     if known and family not in (None, known.family):
         raise UserError(f'--family {family}: {run} was imported as {known.family}, and is exported as that')
     context = config.training.sequence_length
+    tokenizer = None
     if known:
         chosen, fields = publish.published_config(c, context, known.family, known.config)
     else:
-        chosen, fields = publish.published_config(c, context, family)
-    if known:
-        beside = known.beside
-    else:
         tokenizer = run_tokenizer(checkpoints.files(step), str(run))
         assert tokenizer is not None, 'a run that was not imported has learnt one'
+        if c.encoder:  # a published config names the token that a decoder reads first
+            start_token = first_token(tokenizer, c.encoder.start_token)
+            c = dataclasses.replace(c, encoder=dataclasses.replace(c.encoder, start_token=start_token))
+        chosen, fields = publish.published_config(c, context, family)
+    if tokenizer is None:
+        beside = known.beside
+    else:
         fields |= {'bos_token_id': tokenizer.bos, 'eos_token_id': tokenizer.eos}
         beside = exported_tokenizer(tokenizer, fields.get('max_position_embeddings', context))
-    fields['torch_dtype' if 'torch_dtype' in fields else 'dtype'] = dtype or c.parameter_dtype.name
+    kept = dtype or (known.dtype if known else c.parameter_dtype.name)
+    fields['torch_dtype' if 'torch_dtype' in fields else 'dtype'] = kept
     wanted = mesh or config.mesh
     check_divides(wanted, sizes(c))
     start(wanted.size, c.dtype)
@@ -187,7 +223,11 @@ def export_run(
     content = lambda name: narrowed(makers[name](), kinds[name][0], name).astype(kinds[name][0])
     publish.write(target, fields, beside, kinds, content)
     size = sum(math.prod(shape) * kept.itemsize for kept, shape in kinds.values())
-    say(f'{target}: {fields["architectures"][0]}, {len(kinds)} tensors, {size / 1e9:.2f} GB (step {step})')
+    say(f'{target}: {fields["architectures"][0]}, {len(kinds)} tensors in {kept}, {told_bytes(size)} (step {step})')
+    if not dtype and jnp.promote_types(kept, c.parameter_dtype) != kept:
+        say(
+            f'rounded from {c.parameter_dtype} to {kept}, as it was imported; --dtype {c.parameter_dtype} keeps all digits'
+        )
 
 
 def dtype_of(
@@ -197,9 +237,9 @@ def dtype_of(
     known: 'Imported | None',
     dtype: str | None,
 ) -> str:
-    """What a tensor is exported in: `dtype`, or as it was imported; a bias of a router's choices in at least float32."""
-    if known and not dtype and one.name in known.dtypes:
-        return known.dtypes[one.name]
+    """What a tensor is exported in: as it was imported; or `dtype`, and a bias of a router's choices in at least float32."""
+    if known and not dtype:
+        return known.dtypes.get(one.name, known.dtype)
     if all(part.leaf.endswith('.bias_E') for part in one.parts):
         return shapes[one.parts[0].leaf].dtype.name
     return dtype or c.parameter_dtype.name
@@ -211,7 +251,8 @@ class Imported:
 
     family: str
     files: dict[str, str]  # tensors' names in the folder's files, where the family's table has others
-    dtypes: dict[str, str]  # of tensors, where they are not the model's
+    dtype: str  # of its tensors
+    dtypes: dict[str, str]  # of tensors that have another
     copies: dict[str, str]  # tensors that repeat others
     fixed: dict[str, str]  # tensors that follow from the model, and their dtypes
     config: dict[str, Any]

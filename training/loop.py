@@ -28,12 +28,13 @@ from sharding.mesh import make_mesh, platform
 from sharding.processes import Agreement
 from training import config as configs
 from training.bucket_checkpoint import checkpoints_of
+from training.checkpoint import Checkpoints
 from training.config import RECORD, RunConfig
 from training.evaluation import evaluate, spread
 from training.metrics import Metrics, Unwritten
 from training.mirror import Mirror, set_aside
 from training.report import layout, memory_line
-from training.state import abstract_state, items, restore, restore_model, saved_config
+from training.state import abstract_state, items, restore, restore_imported, saved_config
 from training.step import init, train_step
 
 AHEAD = 2  # steps that an accelerator may be given before the host reads the figures of the first
@@ -168,9 +169,9 @@ class Run:
             self.tokens = peers.at_first('tokens so far', lambda: self.checkpoints.meta(first)['tokens'])
             console.print(f'continuing {self.folder} after step {first}')
         elif saved == 0:
-            model = restore_model(self.checkpoints, 0, config)
+            model = restore_imported(self.checkpoints, config)
             self.state = jax.jit(functools.partial(init, config), donate_argnums=0)(model)
-            console.print(f'beginning from the weights imported into {self.folder}')
+            console.print(f'beginning from the weights imported into {self.folder}{widened(self.checkpoints, config)}')
         else:
             self.state = jax.jit(functools.partial(init, config))()
         if peers.first():
@@ -308,6 +309,14 @@ class Run:
             files = {'config.yaml': (self.mirror.local / 'config.yaml').read_bytes(), **self.dataset.tokenizer.files()}
         self.checkpoints.save(step, items(self.state), facts, files)
         self.clock += time.perf_counter() - began
+
+
+def widened(checkpoints: Checkpoints, config: RunConfig) -> str:
+    """In what dtype an imported model is trained on, where that is not its own; the end of a sentence."""
+    stored, kept = saved_config(checkpoints, 0).model.parameter_dtype, config.model.parameter_dtype
+    if stored == kept:
+        return ''
+    return f', in {kept}: small steps would be lost in {stored} (model.weight_dtype={stored} keeps that)'
 
 
 def write_config(config: RunConfig, folder: Path) -> None:

@@ -12,8 +12,8 @@ from model.config import ModelConfig
 from model.decoder import Decoder, Head, backends, by_layer, to_vocabulary
 from model.forward import TOKENS, Source, columns, one_device, with_source
 from model.layers import View, specs
-from sharding.collectives import join, my_slice, sum_copies, vary
-from sharding.mesh import AXES, BATCH
+from sharding.collectives import join, my_slice, sum_copies, vary, wide
+from sharding.mesh import AXES, BATCH, platform
 from sharding.order import zigzag
 from sharding.pipeline import dealt
 
@@ -83,7 +83,9 @@ def loss_and_gradient(model: Decoder, batch: dict, dropout_key=None, microbatche
             cut = jax.tree.map(lambda a: a.reshape(accumulation, size, *a.shape[1:]), batch)
             found = jax.eval_shape(one_part, jax.tree.map(lambda a: a[0], cut), 0)
             nothing = vary(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), found))
-            add = lambda total, part: (jax.tree.map(jnp.add, total, one_part(*part)), None)
+            # XLA's TPU compiler fails where a reduce-scatter's result goes straight into a loop's sum.
+            apart = lax.optimization_barrier if platform() == 'tpu' else lambda found: found
+            add = lambda total, part: (jax.tree.map(jnp.add, total, apart(one_part(*part))), None)
             (gradient, shares), _ = lax.scan(add, nothing, (cut, jnp.arange(accumulation)))
         return sum_copies(gradient, layouts), known | lax.psum(vary(shares), AXES)
 
@@ -193,27 +195,53 @@ def parts(sums: dict, model: Decoder) -> dict:
 def cross_entropy(head: Head, x_BTD, target_BT, live_BT, c: ModelConfig):
     """Σ −log p(target) over the real tokens of all devices of `tensor`, as this device's share of that sum.
 
-    The vocabulary is split over `tensor`; logits exist for CHUNK tokens at a time, in the backward pass too.
+    The vocabulary is split over `tensor`; logits exist for CHUNK tokens at a time, and once: the gradient is made along with
+    the value, and scaled in the backward pass by what the sum counts in the loss, on all devices the same.
     """
     n, shard = lax.axis_size('tensor'), head.w_DV.shape[1]
     columns_V = lax.axis_index('tensor') * shard + jnp.arange(shard)
 
-    @jax.checkpoint
-    def chunk(x_1ND, target_1N, live_1N):
+    def chunk(head, x_1ND, target_1N, live_1N):
         x_ND, target_N, live_N = (join(a)[0] for a in (x_1ND, target_1N, live_1N))
-        logit_NV = jnp.where((columns_V < c.vocabulary)[None], to_vocabulary(x_ND, head, c), -jnp.inf)
+        logit_NV = to_vocabulary(x_ND, head, c)
+        if c.padded_vocabulary > c.vocabulary:
+            logit_NV = jnp.where((columns_V < c.vocabulary)[None], logit_NV, -jnp.inf)
         top_N = lax.pmax(lax.stop_gradient(logit_NV.max(-1)), 'tensor')
         sum_N = lax.psum(jnp.exp(logit_NV - top_N[:, None]).sum(-1), 'tensor')
         hit_N = lax.psum(jnp.where(columns_V[None] == target_N[:, None], logit_NV, 0).sum(-1), 'tensor')
         return jnp.where(live_N, top_N + jnp.log(sum_N) - hit_N, 0).sum() / n
 
     flat = lambda a: a.reshape(1, -1, *a.shape[2:])
-    x, target, live = flat(x_BTD), flat(target_BT), flat(live_BT)
-    N = x.shape[1]
+    N = x_BTD.shape[0] * x_BTD.shape[1]
     chunks = -(-N * n // CHUNK)
-    if chunks == 1:
-        return chunk(x, target, live)
     size = -(-N // chunks)
     fill = lambda a: jnp.pad(a, ((0, 0), (0, chunks * size - N), *[(0, 0)] * (a.ndim - 2)))  # live: False
-    cut = lambda a: fill(a).reshape(chunks, 1, size, *a.shape[2:])
-    return lax.map(lambda a: chunk(*a), (cut(x), cut(target), cut(live))).sum()
+    cut = lambda a: fill(flat(a)).reshape(chunks, 1, size, *a.shape[2:])
+    known = cut(target_BT), cut(live_BT)
+
+    @jax.custom_vjp
+    def total(head, x_c1ND):
+        return lax.map(lambda a: chunk(head, *a), (x_c1ND, *known)).sum()
+
+    def forward(head, x_c1ND):
+        sink_DV = vary(jnp.zeros_like(head.w_DV, dtype=wide(head.w_DV).dtype))
+
+        def step(sums, a):
+            x, *rest = a
+            run = lambda sink_DV, bias_V, x: chunk(Head(head.w_DV, bias_V, sink_DV), x, *rest)
+            value, pull = jax.vjp(run, sink_DV, head.bias_V, x)
+            *made, dx = pull(vary(jnp.ones_like(value)))
+            return jax.tree.map(jnp.add, sums, (value, *made)), dx
+
+        nothing = vary(jax.tree.map(jnp.zeros_like, (sink_DV[0, 0], sink_DV, head.bias_V)))
+        (value, *made), dx_c1ND = lax.scan(step, nothing, (x_c1ND, *known))
+        return value, (*made, dx_c1ND)
+
+    def backward(made, scale):
+        scaled = lambda d, like: (scale * wide(d)).astype(like.dtype)
+        dw_DV, d_bias_V, dx_c1ND = made
+        d_bias_V = None if d_bias_V is None else scaled(d_bias_V, head.bias_V)
+        return Head(scaled(dw_DV, head.w_DV), d_bias_V), scaled(dx_c1ND, x_BTD)
+
+    total.defvjp(forward, backward)
+    return total(head, cut(x_BTD))

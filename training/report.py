@@ -1,5 +1,6 @@
 """What a run tells its user about memory: the layout of every weight, and what filled a device that ran out."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from rich.console import Group
 from rich.table import Table
 
+from model.families import unpadded
 from sharding.memory import gib, shard_bytes
 from sharding.mesh import AXES, BATCH, SEQUENCE
 from sharding.pipeline import bubble, ticks
@@ -80,13 +82,15 @@ def weights_table(model: Any) -> Table:
     for column in ('weight', 'shape', 'layout'):
         table.add_column(column, no_wrap=True, overflow='ignore')
     table.add_column('bytes/device', justify='right', no_wrap=True)
-    count = bytes_ = 0
+    count = bytes_ = padding = 0
     for name, leaf in named(model):
         layout = ', '.join('·'.join(axes if isinstance(axes, tuple) else [axes or '–']) for axes in leaf.sharding.spec)
         table.add_row(name, ' × '.join(map(str, leaf.shape)), layout, f'{shard_bytes(leaf):,}')
         count, bytes_ = count + leaf.size, bytes_ + shard_bytes(leaf)
+        padding += leaf.size - math.prod(unpadded(name, leaf.shape, model.config))
     table.add_section()
-    table.add_row(f'all {count:,} parameters', '', '', f'{bytes_:,}')
+    more = f', and {padding:,} that fill up the vocabulary' if padding else ''
+    table.add_row(f'all {count - padding:,} parameters{more}', '', '', f'{bytes_:,}')
     return table
 
 

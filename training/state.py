@@ -1,12 +1,15 @@
 """A run's state off its checkpoints, on the current mesh, whatever mesh saved it."""
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import P
 from jax.sharding import NamedSharding
 
+from sharding.errors import UserError
 from training import config as configs
 from training.checkpoint import Checkpoints
 from training.config import RunConfig
@@ -45,3 +48,22 @@ def restore(checkpoints: Checkpoints, step: int, config: RunConfig) -> State:
 def restore_model(checkpoints: Checkpoints, step: int, config: RunConfig) -> Any:
     """Only the weights."""
     return checkpoints.restore(step, {'model': abstract_state(config).model})['model']
+
+
+def restore_imported(checkpoints: Checkpoints, config: RunConfig) -> Any:
+    """The weights of an imported model, one after another made as wide as `config` keeps them: the same numbers.
+
+    Raises UserError where they would have to be rounded.
+    """
+    stored, kept = saved_config(checkpoints, 0).model.parameter_dtype, config.model.parameter_dtype
+    if jnp.promote_types(stored, kept) != kept:
+        raise UserError(
+            f'model.weight_dtype is {kept} and the imported weights are {stored}, which it would round: nearest that works: '
+            f'model.weight_dtype={jnp.promote_types(stored, kept)}; or import the model again with --dtype {kept}'
+        )
+    narrow = dataclasses.replace(config, model=dataclasses.replace(config.model, weight_dtype=stored.name))
+    wanted, structure = jax.tree.flatten(abstract_state(config).model)
+    found = jax.tree.leaves(restore_model(checkpoints, 0, narrow))
+    for i, kind in enumerate(wanted):
+        found[i] = found[i].astype(kind.dtype)  # the narrow one is gone before the next is made
+    return jax.tree.unflatten(structure, found)

@@ -30,7 +30,7 @@ def head(view: View) -> None:
 
 
 def cross_entropy(view: View, times: int = 1) -> None:
-    """Chunks of tokens, joined with their targets; maxima and sums over the vocabulary; all of it twice."""
+    """Chunks of tokens, joined with their targets; maxima and sums over the vocabulary; their gradient at once."""
     c, n = view.config, view.mesh.tensor
     local = int(view.mine)
     chunks = -(-local * n // CHUNK)
@@ -38,11 +38,11 @@ def cross_entropy(view: View, times: int = 1) -> None:
     chunks *= times
     x = tokens * c.model_dim * view.number
     for size in (x, tokens * INT32, tokens * BOOL):
-        view.send('all_gather', ('tensor',), size, 2 * chunks)
+        view.send('all_gather', ('tensor',), size, chunks)
     view.send('reduce_scatter', ('tensor',), x, chunks)
-    view.send('pmax', ('tensor',), tokens * view.wide, 2 * chunks)
-    # The sum and the target's logit; the sum once more; and a token's gradient from every device of `tensor`.
-    view.send('psum', ('tensor',), tokens * view.wide, 4 * chunks)
+    view.send('pmax', ('tensor',), tokens * view.wide, chunks)
+    # The sum and the target's logit; and a token's gradient from every device of `tensor`.
+    view.send('psum', ('tensor',), tokens * view.wide, 3 * chunks)
 
 
 def pipeline(view: View, ticks: int) -> None:

@@ -69,7 +69,10 @@ class View:
     def send(self, kind: str, axes: tuple[str, ...], size: float, times: float = 1) -> None:
         """`times` operations on arrays of `size` bytes, which is the S of `analysis.traffic`."""
         mesh = {axis: getattr(self.mesh, axis) for axis in AXES}
-        if times:
+        if kind in ('all_gather', 'reduce_scatter') and len(axes) > 1:  # one after the other: see collectives.whole
+            for axis in reversed(axes):
+                self.send(kind, (axis,), size / span(axes[: axes.index(axis)], mesh), times)
+        elif times:
             self.found.add(kind, label(axes, mesh), cost(kind, size, span(axes, mesh)) * times, times)
 
     def gather(self, axes: tuple[str, ...], size: float, times: float = 1, again: int = 0, grad: bool = True) -> None:

@@ -96,6 +96,7 @@ def attention(
         two_ways=not causal,
         value_width=v_BSKU.shape[-1] != H,
         relative=relative is not None,
+        float64=q_BTKGH.dtype == 'float64',
     )
     lacks = [name for name in asked.names() if name not in _ABLE[backend]]
     if lacks:
@@ -125,6 +126,7 @@ class Asked:
     two_ways: bool = False  # not causal
     value_width: bool = False  # values of another width than keys
     relative: bool = False  # positions
+    float64: bool = False
 
     def names(self) -> list[str]:
         """Of what is asked."""
@@ -133,8 +135,8 @@ class Asked:
 
 # Beside plain causal attention.
 _ABLE: dict[str, set[str]] = {
-    'reference': {'softcap', 'sinks', 'two_ways', 'value_width', 'relative'},
-    'blockwise': {'softcap', 'sinks', 'two_ways', 'value_width'},
+    'reference': {'softcap', 'sinks', 'two_ways', 'value_width', 'relative', 'float64'},
+    'blockwise': {'softcap', 'sinks', 'two_ways', 'value_width', 'float64'},
     'flash': set(),
     'splash': {'softcap', 'two_ways', 'value_width'},
 }

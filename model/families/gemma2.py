@@ -66,7 +66,7 @@ def write(c: ModelConfig) -> dict[str, Any]:
 
 def write_own(c: ModelConfig) -> dict[str, Any]:
     """The inverse of `common`."""
-    name = next((name for name, ours in ACTIVATIONS.items() if ours == c.activation), c.activation)
+    name = next((name for name, ours in ACTIVATIONS.items() if ours == c.activation), 'gelu_pytorch_tanh')
     return write_common(c) | {
         'hidden_act': name,
         'hidden_activation': name,

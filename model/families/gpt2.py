@@ -75,7 +75,7 @@ def write(c: ModelConfig) -> dict[str, Any]:
         'n_head': c.heads,
         'n_inner': c.mlp_dim,
         'n_positions': c.max_positions,
-        'activation_function': next((name for name, ours in ACTIVATIONS.items() if ours == c.activation), c.activation),
+        'activation_function': next((name for name, ours in ACTIVATIONS.items() if ours == c.activation), 'gelu_new'),
         'layer_norm_epsilon': c.norm_epsilon,
         'scale_attn_weights': c.query_scale is None,
         'tie_word_embeddings': c.tied_embedding,

@@ -74,6 +74,7 @@ def write(c: ModelConfig) -> dict[str, Any]:
         own['rope_scaling'] = {'rope_type': 'default'}  # without it there would be YaRN
     if c.moe:
         own |= {'num_local_experts': c.moe.experts, 'num_experts_per_tok': c.moe.top_k}
+        own['intermediate_size'] = c.moe.mlp_dim
     return write_common(c) | write_rope(c) | write_windows(c) | own
 
 

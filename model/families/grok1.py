@@ -62,7 +62,8 @@ def write(c: ModelConfig) -> dict[str, Any]:
     }
     del fields['hidden_act'], fields['head_dim']
     if c.moe:
-        fields |= {'num_experts': c.moe.experts, 'num_experts_per_tok': c.moe.top_k}
+        experts = {'num_experts': c.moe.experts, 'num_experts_per_tok': c.moe.top_k}
+        fields |= experts | {'intermediate_size': c.moe.mlp_dim}
     return fields
 
 

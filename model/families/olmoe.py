@@ -32,6 +32,7 @@ def write(c: ModelConfig) -> dict[str, Any]:
         own |= {
             'num_experts': c.moe.experts,
             'num_experts_per_tok': c.moe.top_k,
+            'intermediate_size': c.moe.mlp_dim,
             'norm_topk_prob': c.moe.renormalize,
         }
     return write_common(c) | write_rope(c) | own

@@ -189,6 +189,51 @@ def test_files_that_are_no_tokenizer_are_the_users_mistake():
         read(metaspace()).encode('\ud800')
 
 
+def added(i: Any, content: str = 'new') -> dict:
+    flags = dict.fromkeys(('special', 'single_word', 'lstrip', 'rstrip', 'normalized'), False)
+    return {'id': i, 'content': content, **flags}
+
+
+IDS = {  # changes of a tokenizer.json of 304 tokens, and words of the refusal
+    'after a gap': (lambda said: said['added_tokens'].append(added(309)), ["'new' has id 309", 'read as 304']),
+    'taken': (lambda said: said['added_tokens'].append(added(7)), ["'new' has id 7", 'read as 304']),
+    'beyond memory': (lambda said: said['added_tokens'].append(added(4 * 10**9)), ["'new' has id 4000000000"]),
+    'beyond memory in the vocabulary': (
+        lambda said: said['model']['vocab'].update(huge=3 * 10**9),
+        ["'huge' has id 3000000000", f'at most {2**22 - 1} works'],
+    ),
+    'negative': (lambda said: said['added_tokens'].append(added(-1)), ['-1']),
+    'beyond any id': (lambda said: said['added_tokens'].append(added(2**40)), [str(2**40)]),
+}
+
+
+@pytest.mark.parametrize('name', IDS)
+def test_ids_that_are_none_of_the_vocabulary_are_the_users_mistake(name):
+    change, words = IDS[name]
+    said = json.loads(byte_level().to_str())
+    assert len(said['model']['vocab']) == 304
+    change(said)
+    files = {'tokenizer.json': json.dumps(said).encode(), 'tokenizer_config.json': b'{"eos_token": "</s>"}'}
+    with pytest.raises(UserError, match=r'tokenizer\.json: ') as error:
+        published_tokenizer(files, 'source')
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_tokens_may_be_added_after_the_vocabulary():
+    said = json.loads(byte_level().to_str())
+    said['added_tokens'].append(added(304))
+    files = {'tokenizer.json': json.dumps(said).encode(), 'tokenizer_config.json': b'{"eos_token": "</s>"}'}
+    mine = published_tokenizer(files, 'source')
+    assert (mine.vocabulary, mine.encode('new')) == (305, [304])
+    assert mine.decode([304]) == 'new'
+
+
+@pytest.mark.parametrize('eos', [304, -1, 'x', [2, 'x'], 2**22, True])
+def test_ids_that_end_a_text_are_ids(eos):
+    with pytest.raises(UserError, match=r'eos_token_id is (304|-1|True|.x.|4194304)'):
+        read(byte_level(), config={'eos_token_id': eos, 'bos_token_id': 1})
+
+
 def test_a_tokenizer_that_was_learnt_here_is_exported_with_the_same_ids():
     mine = Tokenizer.train([TEXT], 400)
     other = published_tokenizer(exported_tokenizer(mine, 64), 'target')

@@ -10,5 +10,5 @@ from model import decoder
 @pytest.fixture(autouse=True)
 def loops():
     """Layers in loops, as on accelerators: they compile quickly."""
-    with mock.patch.object(decoder, 'CPU_UNROLL', 0):
+    with mock.patch.object(decoder, 'UNROLLED', {}):
         yield

@@ -337,3 +337,12 @@ def test_a_value_of_another_kind_is_refused(name):
                     read(config | {path[0]: changed} if path else changed)
                     taken.append((field, value))
     assert [(field, value) for field, value in taken if field not in HARMLESS and not KIND_OF[field].fits(value)] == []
+
+
+def test_marian_begins_with_the_token_that_transformers_has_by_default():
+    config = {
+        name: value for name, value in cases.CASES['marian-published'].items() if name != 'decoder_start_token_id'
+    }
+    assert read(config | {'vocab_size': 58101, 'decoder_vocab_size': 58101})[1].encoder.start_token == 58100
+    with pytest.raises(UserError, match=r'start_token is 58100: it must be at least 0 and less than .* 200'):
+        read(config)

@@ -177,6 +177,7 @@ def test_buckets_of_distances_are_those_of_t5(both_ways):
         ('cpu', 1, Asked(softcap=True), 'blockwise'),
         ('gpu', 1, Asked(), 'flash'),
         ('gpu', 1, Asked(sinks=True), 'blockwise'),
+        ('gpu', 1, Asked(float64=True), 'blockwise'),
         ('tpu', 1, Asked(softcap=True, value_width=True), 'splash'),
         ('tpu', 1, Asked(sinks=True), 'blockwise'),
         ('tpu', 2, Asked(), 'blockwise'),

@@ -1,4 +1,4 @@
-"""Counts by formula equal counts by shapes: parameters of the built model, matmuls of the traced program."""
+"""Counts by formula equal counts by shapes: parameters of the built model. FLOPs: tests/analysis/test_flops.py."""
 
 import dataclasses
 import math
@@ -8,13 +8,11 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax import P
 
 from model import cost
 from model.config import LatentConfig, ModelConfig, MoEConfig
 from model.decoder import Decoder
-from sharding.mesh import BATCH, MeshConfig, make_mesh
-from training.loss import loss_and_gradient, loss_fn
+from sharding.mesh import MeshConfig, make_mesh
 
 DENSE = ModelConfig(vocabulary=256, layers=2, model_dim=32, heads=4, kv_heads=2, mlp_dim=48, attention='reference')
 CONFIGS = [
@@ -45,41 +43,6 @@ def test_parameters_are_those_of_the_built_model(c):
     with jax.set_mesh(make_mesh(MeshConfig())):
         model = jax.eval_shape(lambda: Decoder(c, nnx.Rngs(0)))
     assert sum(cost.parameters(c).values()) == sum(leaf.size for leaf in jax.tree.leaves(model))
-
-
-def dots(jaxpr, times=1.0) -> float:
-    """Matmul FLOPs of a traced program, loops multiplied out."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == 'dot_general':
-            (contracted, _), _ = equation.params['dimension_numbers']
-            lhs = equation.invars[0].aval.shape
-            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted) * times
-        inner = times * equation.params.get('length', 1) if equation.primitive.name == 'scan' else times
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda v: hasattr(v, 'eqns') or hasattr(v, 'jaxpr')
-        ):
-            value = getattr(value, 'jaxpr', value)
-            if hasattr(value, 'eqns'):
-                total += dots(value, inner)
-    return total
-
-
-@pytest.mark.parametrize('c', CONFIGS[:2])
-@pytest.mark.parametrize('window', [None, 5])
-def test_flops_are_those_of_the_traced_matmuls(c, window):
-    """A dense model, whose every dot is in the program. It computes T × T scores and masks them: T keys a token."""
-    c, B, T = dataclasses.replace(c, window=window), 2, 16
-    batch = {name: np.ones((B, T), np.int32) for name in ('tokens', 'targets', 'positions', 'segments')}
-    with jax.set_mesh(make_mesh(MeshConfig())):
-        model = jax.jit(lambda: Decoder(c, nnx.Rngs(0)))()
-        at = {name: jax.device_put(array, P(BATCH)) for name, array in batch.items()}
-        forward = dots(jax.make_jaxpr(loss_fn)(model, at).jaxpr)
-        both = dots(jax.make_jaxpr(loss_and_gradient)(model, at).jaxpr)
-    want = sum(cost.forward_flops(c, keys=T).values())
-    assert forward == want * B * T
-    head = cost.forward_flops(c, keys=T)['head']  # the loss keeps no logits: its backward pass computes them once more
-    assert both == (3 * want + head) * B * T
 
 
 def test_keys_seen_is_the_mean_of_the_mask():

@@ -24,7 +24,8 @@ from model.grouped_matmul import (
 )
 from sharding.errors import UserError
 
-FAST = [backend for backend in BACKENDS if backend != 'reference']
+WIDE = ['blocked', 'ragged']  # in float64 too
+FAST = [*WIDE, 'gmm']
 D, F = 6, 10
 # Sizes of the groups: with 20 rows smaller than any block, with 1,300 ends inside and outside of each kind of block;
 # empty groups, one that holds everything, one block exactly, rows left over, nothing at all. Few shapes, so that each
@@ -78,7 +79,7 @@ def test_reference_is_one_matmul_a_group(float64, R, sizes):
 
 @pytest.mark.parametrize('compute', [matmul_and_gradients, mlp_and_gradients])
 @pytest.mark.parametrize(('R', 'sizes'), CASES)
-@pytest.mark.parametrize('backend', FAST)
+@pytest.mark.parametrize('backend', WIDE)
 def test_values_and_gradients_float64(float64, backend, R, sizes, compute):
     arrays, sizes_E = inputs(R, sizes, jnp.float64)
     close(compute(backend, arrays, sizes_E), compute('reference', arrays, sizes_E), 1e-12)
@@ -135,7 +136,7 @@ def test_work_follows_the_rows_that_are_there():
         assert sum(sizes) <= rows(sizes) < sum(sizes) + BLOCKS[-1] * sum(n > 0 for n in sizes) + 1
 
 
-@pytest.mark.parametrize('backend', FAST)
+@pytest.mark.parametrize('backend', WIDE)
 def test_inside_shard_map_as_outside(backend, float64):
     """Rows over data and expert, weights over expert and the hidden width over tensor; the weights' gradients are
     summed by their types alone."""
@@ -212,7 +213,8 @@ def test_permute_and_combine_against_autodiff(float64):
 
 
 def test_backends_by_platform():
-    assert [default_backend(p) for p in ('cpu', 'gpu', 'tpu')] == ['blocked', 'ragged', 'ragged']
+    assert [default_backend(p) for p in ('cpu', 'gpu', 'tpu')] == ['blocked', 'gmm', 'ragged']
+    assert default_backend('gpu', 'float64') == 'ragged'
     arrays, sizes_E = inputs(5, (2, 0, 3), jnp.float32)
     with pytest.raises(UserError, match="backend 'blockd' does not exist; did you mean 'blocked'"):
         grouped_matmul(*arrays[:2], sizes_E, backend='blockd')

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from data.exported_tokenizer import exported_tokenizer
+from data.tokenizer import Tokenizer
 from decoding.run import open_run
 from decoding.score import score
 from model import hub, publish, streaming, tensor_files
@@ -19,11 +21,14 @@ from model.families import Fields, tensors
 from sharding import boxes
 from sharding.errors import UserError
 from sharding.mesh import MeshConfig, make_mesh
+from tests.data.test_tokenizer import TEXT
 from tests.families import cases, folders
 from tests.families.loading import GOLDENS, golden, read
 from tests.memory import Peak
 from training import shards
+from training.config import load
 from training.conversion import export_run, import_run
+from training.report import weights_table
 
 MESHES = {'one': MeshConfig(), 'all': MeshConfig(data=2, expert=2, tensor=2), 'stages': MeshConfig(stage=2, tensor=2)}
 LLAMA = cases.CASES['llama-grouped']
@@ -144,6 +149,29 @@ def test_a_run_gives_back_what_it_was_imported_from(kind, mesh, tmp_path):
     assert not (tmp_path / 'target' / 'modeling_glm4.py').exists()
 
 
+ODD = {  # of the bias of a router's choices, of the norms, of all others; what weights are kept in
+    'narrow bias': ('bfloat16', 'bfloat16', 'bfloat16', 'bfloat16'),
+    'narrow bias of wide weights': ('bfloat16', 'float32', 'float32', 'float32'),
+    'half bias': ('float16', 'bfloat16', 'bfloat16', 'bfloat16'),
+    'half norms': ('float32', 'float16', 'bfloat16', 'float32'),
+}
+
+
+@pytest.mark.parametrize('name', ODD)
+def test_each_tensor_is_given_back_in_its_own_dtype(name, tmp_path):
+    bias, norm, other, kept = ODD[name]
+    kind = lambda tensor: bias if tensor.endswith('correction_bias') else norm if 'norm' in tensor else other
+    found = {
+        tensor: x.astype(jnp.dtype(kind(tensor))) for tensor, x in folders.named('deepseek_v3-as-published').items()
+    }
+    assert len({x.dtype for x in found.values()}) == len({bias, norm, other})
+    source = folders.write(tmp_path / 'source', cases.CASES['deepseek_v3-as-published'], found)
+    assert hub.read(source).model.weight_dtype == kept
+    import_run(source, tmp_path / 'run', MESHES['one'], say=str)
+    export_run(tmp_path / 'run', tmp_path / 'target', say=str)
+    same(folders.stored(tmp_path / 'target'), found)
+
+
 def test_an_imported_run_has_the_logits_of_transformers(tmp_path):
     known = golden(GOLDENS / 'llama-grouped.npz')
     source = folders.write(tmp_path / 'source', known.config, folders.named('llama-grouped'), files=2)
@@ -222,6 +250,12 @@ def swapped(found: dict) -> None:
     found['lm_head.weight'] = found['model.embed_tokens.weight'] + 1
 
 
+def wide_bias(folder: Path) -> None:
+    found = folders.named('glm4_moe-air')
+    wide = {name: x.astype(np.float64) if name.endswith('correction_bias') else x for name, x in found.items()}
+    folders.write(folder, cases.CASES['glm4_moe-air'], wide)
+
+
 def cut(folder: Path, size: int) -> None:
     path = folder / hub.SINGLE
     path.write_bytes(path.read_bytes()[:size])
@@ -248,6 +282,34 @@ MISTAKES = {
     'unknown architecture': (
         lambda f: edit(f, architectures=['LlamaForCausalLLM']),
         ['LlamaForCausalLLM', "did you mean 'LlamaForCausalLM'"],
+    ),
+    'unknown architecture, another than it looks like': (
+        lambda f: edit(f, architectures=['MambaForCausalLM']),
+        ['MambaForCausalLM', 'not supported; the families are llama, mistral, '],
+    ),
+    'no architecture': (lambda f: edit(f, architectures=None), ['config.json: architectures is missing', 'Llama']),
+    'null architecture': (
+        lambda f: (f / 'config.json').write_text(json.dumps(LLAMA | {'architectures': None})),
+        ['config.json: architectures is null: it must name the class'],
+    ),
+    'heads that do not divide': (
+        lambda f: edit(f, num_key_value_heads=3),
+        ['config.json: num_key_value_heads is 3 and num_attention_heads 4: ', 'nearest that works: '],
+    ),
+    'odd heads': (lambda f: edit(f, head_dim=15), ['config.json: head_dim is 15: ', 'even; nearest: 16']),
+    'more experts chosen than there are': (
+        lambda f: edit(f, architectures=['MixtralForCausalLM'], num_local_experts=2, num_experts_per_tok=3),
+        ['config.json: num_experts_per_tok is 3 and num_local_experts 2: '],
+    ),
+    'tokenizer larger than the model': (
+        lambda f: [
+            (f / name).write_bytes(x) for name, x in exported_tokenizer(Tokenizer.train([TEXT], 300), 64).items()
+        ],
+        ['config.json: vocab_size is 200 and the tokenizer has 300 pieces'],
+    ),
+    'start token beyond the vocabulary': (
+        lambda f: edit(f, **cases.CASES['t5-v1.1'] | {'decoder_start_token_id': 200}),
+        ['config.json: decoder_start_token_id is 200: ', 'less than vocab_size, which is 200'],
     ),
     'unknown field': (lambda f: edit(f, rope_thetta=1), ['rope_thetta is 1', "did you mean 'rope_theta'"]),
     'unsupported value': (lambda f: edit(f, hidden_act='relu'), ['hidden_act', "'relu'", "'silu'"]),
@@ -284,6 +346,10 @@ MISTAKES = {
     ),
     'float64': (
         lambda f: again(f, lambda found: found.update({Q: found[Q].astype(np.float64)})),
+        ['float64', '--dtype'],
+    ),
+    'float64 where float32 is kept': (
+        lambda f: (shutil.rmtree(f), wide_bias(f)),
         ['float64', '--dtype'],
     ),
     'index that leaves': (lambda f: two(f, lambda f: reindex(f, q='../other.safetensors')), ["'../other.safetensors'"]),
@@ -338,6 +404,61 @@ def test_what_exists_is_not_overwritten(tmp_path):
         export_run(tmp_path / 'other', folder, say=str)
     with pytest.raises(UserError, match=r'mesh.tensor is 3'):
         import_run(folder, tmp_path / 'third', MeshConfig(tensor=3), say=str)
+
+
+def test_what_a_killed_import_left_is_gone_at_the_next_and_no_other_folder(tmp_path):
+    folder = folders.write(tmp_path / 'source', LLAMA, folders.named('llama-grouped'))
+    runs = tmp_path / 'runs'
+    for name in (
+        '.run.abcd_123.partial',
+        '.run.more.abcd_123.partial',
+        '.runs.abcd_123.partial',
+        'run.abcd_123.partial',
+    ):
+        (runs / name / 'checkpoints').mkdir(parents=True)
+    with publish.staged(runs / 'run') as living:  # another process at work on that name
+        import_run(folder, runs / 'other', MeshConfig(), say=str)
+        with publish.staged(runs / 'run') as second:
+            assert living.is_dir()
+            assert second.is_dir()
+        shutil.move(runs / 'run', tmp_path / 'first')
+    left = sorted(path.name for path in runs.iterdir())
+    assert left == ['.run.more.abcd_123.partial', '.runs.abcd_123.partial', 'other', 'run', 'run.abcd_123.partial']
+
+
+def test_a_place_where_no_run_can_be_made_is_told_in_one_line(tmp_path):
+    folder = folders.write(tmp_path / 'source', LLAMA, folders.named('llama-grouped'))
+    (tmp_path / 'file').write_text('in the way')
+    for place in (tmp_path / 'file' / 'run', tmp_path / 'file' / 'more' / 'run', tmp_path / ('long' * 100) / 'run'):
+        with pytest.raises(UserError, match=r'run: cannot be made: (Not a directory|File exists|File name too long)'):
+            import_run(folder, place, MeshConfig(), say=str)
+    with (
+        mock.patch.object(Path, 'mkdir', side_effect=PermissionError(13, 'Permission denied', '/runs')),
+        pytest.raises(UserError, match=r'run: cannot be made: Permission denied: /runs'),
+    ):
+        import_run(folder, tmp_path / 'runs' / 'run', MeshConfig(), say=str)
+
+
+@pytest.mark.parametrize(('said', 'length', 'most'), [(512, 512, 512), (131_072, 4096, 131_072), (None, 2048, 2048)])
+def test_the_config_of_an_import_is_true_and_fits(said, length, most, tmp_path):
+    config = {name: value for name, value in LLAMA.items() if name != 'max_position_embeddings'}
+    config |= {'max_position_embeddings': said} if said else {}
+    lines = []
+    folder = folders.write(tmp_path / 'source', config, folders.named('llama-grouped'))
+    import_run(folder, tmp_path / 'run', MeshConfig(), say=lines.append)
+    written = load(tmp_path / 'run' / 'config.yaml')
+    assert written.training.sequence_length == length
+    assert (written.data.source, written.data.vocabulary) == (None, None)
+    with pytest.raises(UserError, match=r'data.source is null: name what to learn from.*data.source=notes/'):
+        written.data.paths  # noqa: B018
+    opened = open_run(tmp_path / 'run', needs_text=False)
+    assert opened.context == most
+    # What training prints of the same weights is the same number, and how many fill up the vocabulary.
+    count = sum(x.size for x in folders.named('llama-grouped').values())
+    assert f'{count:,} parameters' in lines[0]
+    table = weights_table(opened.model)
+    padding = 2 * (256 - 200) * 64
+    assert list(table.columns[0].cells)[-1] == f'all {count:,} parameters, and {padding:,} that fill up the vocabulary'
 
 
 def test_an_import_that_fails_leaves_nothing(tmp_path):
@@ -410,53 +531,38 @@ def test_a_model_that_was_not_imported_finds_a_family(name):
     assert dataclasses.replace(found, dtype='bfloat16', remat='block', dropout=0.1) == c
 
 
-def test_a_model_of_no_family_is_told_what_stands_in_the_way():
+NOT_SAID = {  # a config with changes -> the family that it is, or the whole refusal
+    ('demo', ''): 'no published family can say this model; the nearest is mixtral, which would need '
+    'model.moe.first_dense_layers=0',
+    ('demo', 'model.moe.first_dense_layers=0'): 'mixtral',
+    ('demo', 'model.qk_norm=true'): 'qwen3_moe',
+    (
+        'demo',
+        'model.moe=null model.activation=relu',
+    ): 'no published family can say this model; the nearest is llama, which would need model.activation=swiglu',
+    (
+        'reverse',
+        '',
+    ): 'no published family can say this model; the nearest is t5, which would need model.query_scale=1.0, '
+    'model.tied_embedding=false',
+    ('reverse', 'model.query_scale=1.0 model.tied_embedding=false'): 't5',
+}
+
+
+@pytest.mark.parametrize('name', NOT_SAID, ids=' '.join)
+def test_a_model_of_no_family_is_told_what_the_nearest_would_need(name):
+    config, changes = name
+    c = load(f'configs/{config}.yaml', ['model.vocabulary=300', *changes.split()]).model
+    if c.encoder:
+        c = dataclasses.replace(c, encoder=dataclasses.replace(c.encoder, start_token=1))
+    try:
+        found = publish.published_config(c, 512)[0].name
+    except UserError as error:
+        found = str(error)
+    assert found == NOT_SAID[name]
+
+
+def test_a_model_that_is_not_of_the_family_asked_for_is_told_what_that_would_need():
     _, c = read(LLAMA)
-    with pytest.raises(
-        UserError, match=r"no published family .*llama: model.activation is 'relu' and would be 'swiglu'"
-    ):
-        publish.published_config(dataclasses.replace(c, activation='relu'), 512)
-    with pytest.raises(UserError, match=r'qwen2: model.qkv_bias is False and would be True'):
+    with pytest.raises(UserError, match=r'cannot be said as qwen2, which would need model.qkv_bias=true$'):
         publish.published_config(c, 512, 'qwen2')
-
-
-@pytest.mark.parametrize('name', ['bert-plain', 't5-v1.1', 't5-before-v1.1', 'marian-published'])
-def test_copies_that_older_files_have_are_checked_and_given_back(name, tmp_path):
-    found = folders.named(name)
-    family, _ = read(cases.CASES[name])
-    copies = {copy: of for copy, of in family.tied.items() if copy not in found}
-    assert copies
-    more = found | {copy: found[of] for copy, of in copies.items()}
-    assert hub.read(folders.write(tmp_path / 'source', cases.CASES[name], more)).copies == copies
-    copy = next(iter(copies))
-    with pytest.raises(UserError, match=f'{copy} differs from {copies[copy]}'):
-        hub.read(folders.write(tmp_path / 'wrong', cases.CASES[name], more | {copy: more[copy] + 1}))
-
-
-def test_numbers_that_float16_does_not_have_are_refused(tmp_path):
-    found = folders.named('llama-grouped')
-    found['model.norm.weight'] = found['model.norm.weight'] * 1e6
-    source = folders.write(tmp_path / 'source', LLAMA, found)
-    with pytest.raises(UserError, match=r'model.norm.weight has numbers up to .*float16 ends at 65504'):
-        import_run(source, tmp_path / 'run', MeshConfig(), 'float16')
-    assert [path.name for path in tmp_path.iterdir()] == ['source']
-
-
-def test_two_that_make_one_folder_do_not_mix(tmp_path):
-    with contextlib.ExitStack() as stack:
-        first = stack.enter_context(publish.staged(tmp_path / 'one'))
-        (first / 'a').write_text('first')
-        with publish.staged(tmp_path / 'one') as second:
-            (second / 'b').write_text('second')
-        with pytest.raises(UserError, match='exists already'):
-            stack.close()
-    assert [path.name for path in tmp_path.iterdir()] == ['one']
-    assert [path.name for path in (tmp_path / 'one').iterdir()] == ['b']
-
-
-def test_files_without_the_layers_that_predict_further_ahead_are_told_the_way_out(tmp_path):
-    found = {name: x for name, x in folders.named('glm4_moe-one-ahead').items() if '.layers.3.' not in name}
-    config = cases.CASES['glm4_moe-one-ahead']
-    with pytest.raises(UserError, match='set num_nextn_predict_layers to 0'):
-        hub.read(folders.write(tmp_path / 'source', config, found))
-    hub.read(folders.write(tmp_path / 'without', config | {'num_nextn_predict_layers': 0}, found))

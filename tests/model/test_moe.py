@@ -13,6 +13,7 @@ from jax import P
 from model import moe as moe_module
 from model.config import ModelConfig, MoEConfig
 from model.dispatch import capacity
+from model.grouped_matmul import needs_unchecked
 from model.layers import View, specs
 from model.moe import MoE, updated_bias
 from sharding.collectives import vary
@@ -65,7 +66,8 @@ def sparse(c: ModelConfig, backend: str, sequence_split: bool = True):
     def run(moe, x, ct, segment):
         segment_spec = P(BATCH, 'context') if sequence_split else P(BATCH)
         out_specs = (P(), x_spec, P())
-        body_ = jax.shard_map(body, in_specs=(specs(moe), x_spec, x_spec, segment_spec), out_specs=out_specs)
+        in_specs, checked = (specs(moe), x_spec, x_spec, segment_spec), not needs_unchecked(backend)
+        body_ = jax.shard_map(body, in_specs=in_specs, out_specs=out_specs, check_vma=checked)
         total, y, figures = body_(moe, x, ct, segment)
         return total, (y, figures)
 
@@ -156,6 +158,13 @@ def test_sparse_experts_equal_dense_ones(mesh, dtype, tolerance, backend, reques
         request.getfixturevalue('float64')
     for skewed in (False, True):
         check(config(dtype), mesh, backend, tolerance, skewed)
+
+
+@pytest.mark.parametrize(
+    'mesh', MESHES[:1] if jax.default_backend() != 'cpu' else MESHES[1:2]
+)  # interpreting takes long
+def test_the_kernels_equal_dense_experts(mesh):
+    check(config(), mesh, 'gmm', 1e-5, skewed=True)
 
 
 # With a bias: it chooses, and the gates are made of the scores without it. Sigmoid scores, as DeepSeek-V3 uses it with.

@@ -1,14 +1,30 @@
 """A run that is exported and imported again is the same model, to be decoded, scored and trained on."""
 
+import io
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
+from data.examples import reversed_digits
+from data.pairs import prompts as sources_of
+from decoding.run import open_run
 from model.config import ModelConfig
+from model.hub import SINGLE
 from scripts.score import check_ids
 from sharding.errors import UserError
-from tests.scripts.runs import everything, rows, run, workplace
+from sharding.memory import told_bytes
+from sharding.mesh import MeshConfig, make_mesh
+from tests.families import folders
+from tests.scripts.runs import ROOT, everything, rows, run, workplace
+from training.checkpoint import Checkpoints
+from training.config import load
+from training.conversion import export_run, import_run
+from training.loop import train
+from training.state import restore_imported, restore_model
 
 DENSE = ('model.moe=null', 'mesh.expert=1', 'mesh.data=1', 'training.steps=2', 'training.learning_rate=1e-3')
 
@@ -51,6 +67,50 @@ def test_an_imported_model_never_begins_from_random_weights_unsaid(place, more):
     assert everything(place).keys() == before.keys()
 
 
+def test_small_steps_are_not_lost_in_narrow_weights(place):
+    export_run(place / 'runs' / 'tiny', place / 'narrow', 'bfloat16', say=str)
+    import_run(place / 'narrow', place / 'runs' / 'narrow', MeshConfig(data=2), say=str)
+    export_run(place / 'runs' / 'narrow', place / 'untouched', say=str)
+    assert (place / 'untouched' / SINGLE).read_bytes() == (place / 'narrow' / SINGLE).read_bytes()
+    few = ['training.steps=3', 'training.batch=4', 'training.sequence_length=32', 'training.warmup_steps=0']
+    few.append(f'data.source={place / "text"}')
+    config = load(place / 'runs' / 'narrow' / 'config.yaml', few)
+    with pytest.raises(UserError, match=r'weight_dtype is float16 and the imported weights are bfloat16.*=float32'):
+        train(load(place / 'runs' / 'narrow' / 'config.yaml', [*few, 'model.weight_dtype=float16']), place / 'runs')
+    out = io.StringIO()
+    train(config, place / 'runs', console=Console(file=out, width=200))
+    assert 'narrow, in float32: small steps would be lost in bfloat16' in out.getvalue()
+    checkpoints = Checkpoints(place / 'runs' / 'narrow')
+    with jax.set_mesh(make_mesh(config.mesh)):
+        before = jax.tree.leaves(restore_imported(Checkpoints(place / 'runs' / 'narrow'), config))
+        after = jax.tree.leaves(restore_model(checkpoints, 3, config))
+    assert {x.dtype for x in after} == {np.dtype(np.float32)}
+    rounded = [x.astype(jnp.bfloat16) == y.astype(jnp.bfloat16) for x, y in zip(before, after, strict=True)]
+    assert np.concatenate([np.ravel(same) for same in rounded]).mean() > 0.9, 'bfloat16 would have rounded them away'
+    moved = [np.asarray(x != y) for x, y in zip(before, after, strict=True)]
+    assert np.concatenate([np.ravel(one) for one in moved[1:]]).mean() > 0.9  # the embedding has rows of no token
+    said = []
+    export_run(place / 'runs' / 'narrow', place / 'trained', say=said.append)
+    assert 'rounded from float32 to bfloat16' in said[-1]
+    assert {x.dtype for x in folders.stored(place / 'trained').values()} == {np.dtype(jnp.bfloat16)}
+
+
+def test_an_encoder_decoder_is_exported_as_a_t5(place):
+    pairs = ''.join(f'{source}\t{target}\n' for source, target in reversed_digits(200))
+    (place / 'pairs.tsv').write_text(pairs, encoding='utf-8')
+    changes = ['model.query_scale=1.0', 'model.tied_embedding=false', 'model.layers=1', 'model.encoder.layers=1']
+    changes += [f'data.source={place / "pairs.tsv"}', 'training.steps=1', 'training.batch=4']
+    train(load(str(ROOT / 'configs/reverse.yaml'), changes), place / 'runs', console=Console(file=io.StringIO()))
+    export_run(place / 'runs' / 'reverse', place / 't5', say=str)
+    import_run(place / 't5', place / 'runs' / 't5', MeshConfig(), say=str)
+    ours, again = (open_run(place / 'runs' / name) for name in ('reverse', 't5'))
+    export_run(place / 'runs' / 't5', place / 't5-again', say=str)
+    assert (place / 't5' / SINGLE).read_bytes() == (place / 't5-again' / SINGLE).read_bytes()
+    assert again.config.model.encoder.start_token == ours.tokenizer.bos
+    read = lambda opened: sources_of(opened.tokenizer, ['1 2 3', '40 5'])
+    assert read(ours) == read(again)
+
+
 MISTAKES = {
     'no folder': (['import', 'nowhere', 'runs/new'], ['nowhere', 'no such folder']),
     'a run that is there': (['import', 'published', 'runs/tiny'], ['runs/tiny', 'exists already']),
@@ -59,7 +119,10 @@ MISTAKES = {
     'a name that is none': (['import', 'published', 'runs/a b'], ["'a b'", "'a-b'"]),
     'a mesh that does not fit': (['import', 'published', 'runs/new', '--mesh', 'tensor=3'], ['mesh.tensor is 3']),
     'no such family': (['export', 'runs/tiny', 'new', '--family', 'lama'], ['lama', "did you mean 'llama'"]),
-    'another family': (['export', 'runs/tiny', 'new', '--family', 'gpt2'], ['gpt2: ', 'activation_function']),
+    'another family': (
+        ['export', 'runs/tiny', 'new', '--family', 'gpt2'],
+        ['gpt2, which would need model.', 'model.activation=gelu'],
+    ),
 }
 
 
@@ -71,6 +134,19 @@ def test_a_mistake_is_one_line_and_touches_nothing(place, name):
     assert everything(place).keys() == before.keys()
     (line,) = done.stderr.strip().splitlines()
     assert all(word in line for word in words), line
+
+
+def test_an_import_has_no_validation_split(place):
+    import_run(place / 'published', place / 'runs' / 'bare', MeshConfig(), say=str)
+    done = run(place, 'evaluate', 'runs/bare', code=2)
+    assert 'runs/bare is an imported model' in done.stderr
+    assert '--data PATH' in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(('size', 'told'), [(7, '7 bytes'), (41_256, '41.26 kB'), (16_060_522_496, '16.06 GB')])
+def test_sizes_are_told_in_a_unit_that_suits_them(size, told):
+    assert told_bytes(size) == told
 
 
 def test_rows_longer_than_the_table_of_positions_are_not_scored():

@@ -53,6 +53,10 @@ TRAIN = {
         ['mesh.expert is 8', 'model.moe.experts is 4', 'nearest meshes'],
     ),
     'batch': (['name=n', 'training.batch=6'], ['training.batch is 6', 'mesh.data × mesh.expert is 4']),
+    'too large for the machine': (
+        ['name=n', 'model.model_dim=65536'],
+        ['a step of this run needs', 'GiB of it activations', 'shared by 8 simulated devices', '--force'],
+    ),
     'no such data': (['name=n', 'data.source=nowhere'], ['nowhere']),
     'empty folder': (['name=n', 'data.source=empty'], ['empty']),
     'empty file': (['name=n', 'data.source=void.txt'], ['void.txt']),

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 from jax import P
 
+from analysis.dots import dots
 from model import decoder
 from model.config import ModelConfig
 from model.decoder import Decoder
@@ -18,7 +19,6 @@ from sharding.collectives import vary
 from sharding.mesh import AXES, MeshConfig, make_mesh
 from sharding.pipeline import bubble, dealt, microbatch, pipeline, ticks
 from tests import reference
-from tests.model.test_cost import dots
 from training.config import RunConfig, TrainingConfig
 from training.loss import loss_and_gradient
 from training.report import kept_inputs, pipeline_line
@@ -75,7 +75,7 @@ def traced(stages: int, microbatches: int, layers: int = 8):
 @pytest.mark.parametrize(('stages', 'microbatches'), [(2, 2), (2, 8), (4, 4), (4, 8), (8, 16)])
 def test_bubble_in_counted_work_is_the_formulas(stages, microbatches):
     """FLOPs of the layers alone: those of a model less those of one with fewer layers, on one device."""
-    work = lambda stages, microbatches, layers: dots(traced(stages, microbatches, layers))
+    work = lambda stages, microbatches, layers: dots(traced(stages, microbatches, layers)).flops
     one_device = work(1, 1, 16) - work(1, 1, 8)
     staged = work(stages, microbatches, 16) - work(stages, microbatches, 8)
     useful = one_device / stages  # a device's share
@@ -99,7 +99,7 @@ def stacked_outputs(jaxpr, length: int) -> list:
 
 @pytest.mark.parametrize(('stages', 'microbatches'), [(2, 8), (4, 8)])
 def test_kept_activations_are_those_that_the_report_states(stages, microbatches, monkeypatch):
-    monkeypatch.setattr(decoder, 'CPU_UNROLL', 0)
+    monkeypatch.setattr(decoder, 'UNROLLED', {})
     t = TrainingConfig(steps=1, batch=B, sequence_length=T, microbatches=microbatches)
     config = RunConfig(name='kept', mesh=MeshConfig(stage=stages), model=MODEL, training=t)
     length = ticks(microbatches, stages)

@@ -1,0 +1,287 @@
+"""A plan as text: tables for a terminal."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from analysis.bill import BYTES
+from sharding.memory import gib
+
+
+def show(plan: dict[str, Any], console: Console) -> None:
+    """Prints all of a plan."""
+    run, chip = plan['run'], plan['chip']
+    torus = ' × '.join(map(str, chip['torus_shape']))
+    console.print(
+        f'{run["name"]} on {chip["count"]} {chip["name"]}{f" ({torus} torus)" if torus else ""}, {run["dtype"]}: '
+        f'{flops(chip["bfloat16_flops"])}FLOP/s, {gib(chip["memory_bytes"])} at {amount(chip["bandwidth"])}B/s, links '
+        f'{amount(chip["links"])}B/s, beyond {chip["domain"]:,} chips {amount(chip["network"])}B/s a chip ({chip["source"]})\n',
+        markup=False,
+        highlight=False,
+    )
+    for table in tables(plan):
+        # A table's own title would be no wider than the table.
+        title, table.title = table.title, None
+        console.print(Text(str(title), style='bold'))
+        console.print(table)
+        console.print()
+    console.print(Text(f'{flops_line(plan)}\n\n{verdict(plan)}'))
+
+
+def tables(plan: dict[str, Any]) -> Iterator[Table]:
+    """The tables of a plan, in order."""
+    yield bill_table(plan)
+    yield flops_table(plan)
+    yield rules_table(plan)
+    if plan['search']:
+        yield search_table(plan['search'])
+    yield memory_table(plan)
+    yield time_table(plan)
+    yield links_table(plan)
+    if 'compiled' in plan:
+        yield compiled_table(plan)
+
+
+def bill_table(plan: dict[str, Any]) -> Table:
+    """Parameters by part, one layer's and all layers', and what they take in each precision."""
+    p = plan['parameters']
+    table = _table('Parameters', 'part', 'of what', 'one', 'times', 'all', 'share', *BYTES)
+    sizes = lambda count: [gb(count * size) for size in BYTES.values()]
+
+    def row(name: str, line: dict[str, Any]) -> None:
+        shares = (f'{line["total"] / p["total"]:.1%}', *sizes(line['total']))
+        table.add_row(name, line['shapes'], f'{line["each"]:,}', f'{line["times"]:,}', f'{line["total"]:,}', *shares)
+
+    layers = {line['layer']: line for line in p['bill']['layers']}
+    last = ''
+    for line in [*p['bill']['rows'], {'layer': ''}]:
+        if last and line['layer'] != last:
+            row(f'= {last}', layers[last])
+        last = line['layer']
+        if 'part' in line:
+            row(f'{"  " if last else ""}{line["part"].replace("_", " ")}', line)
+    table.add_section()
+    table.add_row('total', '', '', '', f'{p["total"]:,}', '', *sizes(p['total']))
+    table.add_row(
+        'active for a token', '', '', '', f'{p["active"]:,}', f'{p["active"] / p["total"]:.1%}', *sizes(p['active'])
+    )
+    return table
+
+
+def flops_table(plan: dict[str, Any]) -> Table:
+    """Matmul FLOPs a token."""
+    f, c = plan['flops_per_token'], plan['context']
+    kinds = ('train', 'prefill', 'decode')
+    table = _table(f'FLOPs a token, {c:,} tokens of context: what the model needs, matmuls, causal', 'part', *kinds)
+    for part in f['by_part']['train'] | f['by_part']['decode']:
+        table.add_row(
+            part.replace('_', ' '),
+            *(flops(f['by_part'][what][part]) if part in f['by_part'][what] else '' for what in kinds),
+        )
+    table.add_section()
+    table.add_row('all', *(flops(f[what]) for what in kinds))
+    return table
+
+
+def flops_line(plan: dict[str, Any]) -> str:
+    """What training executes, and what the cache keeps."""
+    c = plan['cache']
+    lines = [f'{c["kind"]} cache: {plan["cache_bytes_per_token"]:,.0f} bytes a token in bfloat16']
+    if c['numbers'] != c['without_sharing']:
+        lines[0] += f' (a key and a value for each query head would be {2 * c["without_sharing"]:,})'
+    if c['windowed']:
+        lines.append(
+            f'{gb(c["bytes"])} for {plan["context"]:,}, of which layers with a window need {gb(c["least_bytes"])}'
+        )
+    if 'executed_flops_per_token' in plan:
+        executed = flops(plan['executed_flops_per_token'])
+        lines.append(f'training executes {executed}, with what remat={plan["remat"]} and the loss compute again')
+    return '; '.join(lines)
+
+
+def rules_table(plan: dict[str, Any]) -> Table:
+    """What rules of thumb say, and why it differs."""
+    table = _table('Rules of thumb', 'rule', 'is said to be', 'FLOPs', 'exact', 'times', 'why it differs')
+    for rule in plan['rules_of_thumb']:
+        figures = (flops(rule['rule']), flops(rule['exact']), f'{rule["times"]:.3g}')
+        table.add_row(rule['name'], rule['about'], *figures, rule['why'])
+    return table
+
+
+def search_table(search: dict[str, Any]) -> Table:
+    """The best of each strategy, and why it is not the first."""
+    table = _table(
+        f'Search: {search["meshes"]:,} meshes divide model and batch; the best of each set of axes',
+        'mesh',
+        'remat',
+        'parts',
+        's/step',
+        'GiB',
+        'why',
+    )
+    serving = 'rows' in search['ranked'][0]['settings']
+    for choice in search['ranked'][:12]:
+        settings = choice['settings']
+        parts = str(settings['rows'] if serving else settings['training.accumulation'])
+        if 'training.microbatches' in settings:
+            parts += f' × {settings["training.microbatches"]}'
+        seconds = f'{choice["step_seconds"]:.3g}' if choice['fits'] else '–'
+        memory = f'{choice["memory_bytes"] / 2**30:.1f}'
+        table.add_row(choice['mesh'], settings.get('model.remat', ''), parts, seconds, memory, choice['why'])
+    return table
+
+
+def memory_table(plan: dict[str, Any]) -> Table:
+    """Bytes of one chip."""
+    m, room = plan['memory_per_chip_bytes'], plan['memory_available_bytes']
+    table = _table(f'Memory of a chip, mesh {mesh_text(plan["mesh"])}', 'part', 'GiB', 'share of the chip')
+    for part, size in m.items():
+        if part == 'total':
+            table.add_section()
+        if size:
+            table.add_row(part, f'{size / 2**30:.2f}', f'{size / room:.1%}')
+    table.add_row('fits' if plan['fits'] else 'DOES NOT FIT', f'{room / 2**30:.2f}', 'of the chip')
+    return table
+
+
+def time_table(plan: dict[str, Any]) -> Table:
+    """A step's parts: multiplying and moving."""
+    t = plan['time']
+    table = _table(
+        'Time of a step on a chip, at its peaks', 'part', 'FLOPs', 'seconds', 'bytes', 'seconds', 'FLOPs a byte'
+    )
+    for part in t['parts']:
+        intensity = part['flops'] / part['bytes'] if part['bytes'] else 0
+        table.add_row(
+            part['name'].replace('_', ' '),
+            flops(part['flops']),
+            f'{part["compute_seconds"]:.4g}',
+            amount(part['bytes']) + 'B',
+            f'{part["memory_seconds"]:.4g}',
+            f'{intensity:,.0f}',
+        )
+    table.add_section()
+    table.add_row('all', '', f'{t["compute_seconds"]:.4g}', '', f'{t["memory_seconds"]:.4g}', '')
+    return table
+
+
+def links_table(plan: dict[str, Any]) -> Table:
+    """What a chip sends in a step."""
+    rows = [send for send in plan['time']['collectives'] if send['seconds'] > 1e-3 * plan['time']['predicted_seconds']]
+    table = _table('Sent by a chip in a step', 'over', 'kind', 'calls', 'bytes', 'bytes/s', 'seconds', 'hides behind')
+    for send in rows:
+        table.add_row(
+            send['axes'],
+            send['kind'],
+            f'{send["calls"]:,.0f}',
+            amount(send['bytes']) + 'B',
+            amount(send['rate']),
+            f'{send["seconds"]:.4g}',
+            {'nowhere': 'nothing: waits', 'anywhere': 'all work', 'attention': 'attention'}[send['hides']],
+        )
+    return table
+
+
+def compiled_table(plan: dict[str, Any]) -> Table:
+    """What a compiler made of the step, beside the plan."""
+    c = plan['compiled']
+    took = sum(c['seconds'].values())
+    title = (
+        f'Compiled: {c["status"]}'
+        + (f' in {took:.0f} s' if took else '')
+        + (f': {_gist(c["message"])}' if c['message'] else '')
+    )
+    table = _table(title, 'what', 'planned', 'compiled', 'ratio')
+    compare = lambda name, planned, found: table.add_row(
+        name, amount(planned) + 'B', amount(found) + 'B', f'{found / planned:.3f}' if planned else 'not planned'
+    )
+    if 'total' in c['memory_per_chip_bytes']:
+        compare('memory of a chip', c['planned_memory_bytes'], c['memory_per_chip_bytes']['total'])
+    for name, size in c['memory_per_chip_bytes'].items():
+        if name != 'total':
+            table.add_row(f'  {name}', '', amount(size) + 'B', '')
+    for row in c['collectives']:
+        if c['status'] == 'compiled':
+            compare(f'{row["kind"]} over {row["axes"]}', row['planned_bytes'], row['bytes'])
+    for line in c['unplanned']:
+        table.add_row(f'unplanned: {line}', '', '', '')
+    return table
+
+
+def _gist(message: str) -> str:
+    """The line of a long message that says what went wrong."""
+    lines = message.strip().splitlines()
+    return next((line for line in reversed(lines) if 'Error' in line or 'EXHAUSTED' in line), lines[-1])
+
+
+def verdict(plan: dict[str, Any]) -> str:
+    """The figures that one came for."""
+    t = plan['time']
+    lines = [
+        f'Step: at least {t["bound_seconds"]:.4g} s (limit: {t["limit"]}), {t["apart_seconds"]:.4g} s if nothing overlaps; '
+        f'predicted {plan["step_seconds"]:.4g} s with an efficiency of {t["efficiency"]:.2f}.',
+    ]
+    if plan['what'] == 'train':
+        r = plan['training']
+        lines.append(
+            f'{plan["tokens_per_second"]:,.0f} tokens/s, {count(plan["tokens_per_day"])} a day, MFU {plan["mfu"]:.1%} '
+            f'(at most {plan["mfu_at_most"]:.1%}).'
+        )
+        money = [f'{count(r["tokens"])} tokens take {r["days"]:.3g} days, {r["chip_hours"]:,.0f} chip-hours']
+        money += [] if r['cost'] is None else [f'cost {r["cost"]:,.0f}']
+        money += (
+            [] if r['energy_kwh'] is None else [f'{r["energy_kwh"]:,.0f} kWh at {r["watts_per_chip"]:.0f} W a chip']
+        )
+        lines.append(', '.join(money) + f'. Chinchilla: {count(r["chinchilla_tokens"])} tokens.')
+    else:
+        s = plan['serving']
+        lines.append(
+            f'{s["rows"]} rows of {s["length"]:,} tokens: {plan["tokens_per_second"]:,.0f} tokens/s together, '
+            f'{s["tokens_per_second_per_row"]:.1f} each; {s["prefill_rows"]} prompts of {s["prompt"]:,} are read in '
+            f'{s["prefill_seconds"]:.3g} s (at least {s["prefill_bound_seconds"]:.3g}).'
+        )
+        if s['cost_per_million_tokens'] is not None:
+            lines.append(f'A million tokens cost {s["cost_per_million_tokens"]:.3g}.')
+    return '\n'.join(lines)
+
+
+def mesh_text(mesh: dict[str, int]) -> str:
+    """The axes that are on."""
+    return ' '.join(f'{axis}={n}' for axis, n in mesh.items() if n > 1) or 'data=1'
+
+
+def amount(x: float) -> str:
+    """A number with its prefix, as in `4.2 T`."""
+    for unit, size in (('P', 1e15), ('T', 1e12), ('G', 1e9), ('M', 1e6), ('k', 1e3)):
+        if abs(x) >= size:
+            return f'{x / size:.3g} {unit}'
+    return f'{x:.3g} '
+
+
+flops = amount
+
+
+def count(x: float) -> str:
+    """A number of parameters or tokens as people tell it, as in `405.9 B`."""
+    for unit, size in (('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3)):
+        if x >= size:
+            return f'{x / size:.4g} {unit}'
+    return f'{x:.0f}'
+
+
+def gb(x: float) -> str:
+    """Bytes as decimal gigabytes, as model sizes are told."""
+    return f'{x / 1e9:,.2f} GB'
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, pad_edge=False, box=None)
+    for number, column in enumerate(columns):
+        words = column in ('why', 'why it differs', 'of what', 'is said to be', 'kind', 'hides behind', 'remat')
+        table.add_column(
+            column, justify='left' if number == 0 or words else 'right', no_wrap=not column.startswith('why')
+        )
+    return table

@@ -1,0 +1,286 @@
+"""The mesh, remat policy and microbatches with which a model trains or serves fastest on so many chips, by the roofline.
+
+Every mesh that divides the model and the batch is looked at. For each, and for each remat policy, the fewest parts of a step
+(`training.accumulation`) that fit are taken: more of them use less memory and are never faster. A mesh is left as soon as its
+time with all memory in the world is above what is found already. Both leave the result that of trying everything.
+"""
+
+import bisect
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+from analysis.memory import Memory, training_memory
+from analysis.roofline import Time, train_time
+from model.config import ModelConfig, batch_sizes, sizes
+from sharding.chips import Chip
+from sharding.errors import UserError
+from sharding.memory import gib
+from sharding.mesh import AXES, BATCH, Divides, MeshConfig
+from training.config import RunConfig
+
+FAR = 2.0  # times as long as the fastest: not looked at any closer
+ALIKE = 1.01  # times as long that counts as equal: the simpler wins
+Remat = Literal['none', 'dots', 'block']
+REMAT: tuple[Remat, ...] = ('none', 'dots', 'block')
+MOST_MICROBATCHES = 16  # a stage: the bubble is below a seventeenth of the work by then
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One way to lay a run out, and what it costs."""
+
+    run: RunConfig
+    chip: Chip
+
+    @functools.cached_property
+    def memory(self) -> Memory:
+        """Of a chip."""
+        return training_memory(self.run, self.chip.platform)
+
+    @functools.cached_property
+    def time(self) -> Time:
+        """Of a step."""
+        return train_time(self.run, self.chip)
+
+    @property
+    def room(self) -> float:
+        """Bytes of a chip."""
+        return self.chip.memory_bytes
+
+    @functools.cached_property
+    def total(self) -> float:
+        """Bytes that a chip needs."""
+        return self.memory.total
+
+    @property
+    def fits(self) -> bool:
+        """Whether a chip holds it."""
+        return self.total <= self.room
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return self.time.predicted
+
+    @property
+    def knobs(self) -> dict[str, str | int]:
+        """What the search chose, as config keys."""
+        r = self.run
+        found: dict[str, str | int] = {f'mesh.{axis}': getattr(r.mesh, axis) for axis in AXES}
+        found |= {'model.remat': r.model.remat, 'training.accumulation': r.training.accumulation}
+        return found | ({'training.microbatches': r.microbatches} if r.mesh.stage > 1 else {})
+
+    @property
+    def mesh(self) -> MeshConfig:
+        """Of the run."""
+        return self.run.mesh
+
+    @property
+    def cost(self) -> float:
+        """What is to be small."""
+        return self.seconds
+
+
+def complexity(mesh: MeshConfig) -> float:
+    """Less is simpler: axes that are on, and how much of the mesh is not along `data`."""
+    return len(strategy(mesh)) + math.log2(mesh.size / mesh.data) / 64
+
+
+def strategy(mesh: MeshConfig) -> tuple[str, ...]:
+    """The axes that are on."""
+    return tuple(axis for axis in AXES if getattr(mesh, axis) > 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a search found."""
+
+    # `Choice` or `analysis.serving.Serving`; of each set of axes the best: what fits, the fastest first, then the smallest
+    ranked: tuple[Any, ...]
+    meshes: int  # that divide the model and the batch
+
+    @property
+    def best(self) -> Any:
+        """The first choice, where anything fits."""
+        return self.ranked[0] if self.ranked[0].fits else None
+
+
+def search(run: RunConfig, chip: Chip, chips: int) -> Found:
+    """The ways to train on so many chips, the best first, one for each set of mesh axes.
+
+    The batch, the sequence and the model stay as `run` has them. Raises UserError where no mesh divides them.
+    """
+    options = [*meshes(run, chips)]
+    if not options:
+        raise UserError(
+            f'--chips {chips}: no mesh of {chips} devices divides this model and a batch of {run.training.batch} rows of '
+            f'{run.training.sequence_length} tokens; nearest that works: {_nearest(run, chips)}'
+        )
+    # The time with all memory in the world, the shortest first; a mesh that cannot do a step in one part has none to compare.
+    least = {mesh: _fastest(run, mesh, chip) for mesh in options}
+    bound = {mesh: choice.seconds if choice else 0.0 for mesh, choice in least.items()}
+    tried: dict[tuple[str, ...], list[Choice]] = {}
+    fastest_of_all = math.inf
+    for mesh in sorted(options, key=lambda mesh: bound[mesh]):
+        mine = tried.setdefault(strategy(mesh), [])
+        if bound[mesh] > FAR * fastest_of_all:
+            mine += [] if mine else [least[mesh]]
+            continue
+        fastest = min((choice.seconds for choice in mine if choice.fits), default=math.inf)
+        if bound[mesh] <= ALIKE * fastest:
+            mine.append(best_of_mesh(run, mesh, chip))
+            fastest_of_all = min([fastest_of_all, *(choice.seconds for choice in mine if choice.fits)])
+    return rank(tried.values(), len(options))
+
+
+def rank(tried: Iterable[list[Any]], count: int) -> Found:
+    """The best of each list, the best of all first."""
+    ranked = sorted((_first(choices) for choices in tried), key=_key)
+    if ranked[0].fits:
+        first = _first(ranked)
+        ranked = [first, *(choice for choice in ranked if choice is not first)]
+    return Found(tuple(ranked), count)
+
+
+def _key(choice: Any) -> tuple[bool, float]:
+    """What fits before what does not; the cheapest of the first, the smallest of the second."""
+    return not choice.fits, choice.cost if choice.fits else choice.total
+
+
+def _first(choices: list[Any]) -> Any:
+    """The best; of what fits and costs as much within ALIKE, the simplest."""
+    best = min(choices, key=_key)
+    alike = [c for c in choices if c.fits == best.fits and (not c.fits or c.cost <= ALIKE * best.cost)]
+    return min(alike, key=lambda choice: (complexity(choice.mesh) if best.fits else 0, *_key(choice)))
+
+
+def why(choice: Any, best: Any) -> str:
+    """Why a choice is not the best, in a few words."""
+    if not choice.fits:
+        name, size = max(choice.memory.parts().items(), key=lambda part: part[1])
+        return f'does not fit: {gib(choice.total)} of {gib(choice.room)}, {gib(size)} of it {name}'
+    if best is None or choice is best:
+        return 'the best that fits'
+    theirs, mine = best.time, choice.time
+    more = {f'works {mine.work:.3g} s instead of {theirs.work:.3g}': mine.work - theirs.work}
+    unhidden = lambda time: max(0.0, time.sending('anywhere') - time.work)
+    more[f'its weights take {mine.sending("anywhere"):.3g} s to send'] = unhidden(mine) - unhidden(theirs)
+    axes = '+'.join(
+        dict.fromkeys(send.axes for send in mine.sends if send.hides != 'anywhere' and send.seconds > 0.1 * mine.waits)
+    )
+    more[f'waits {mine.waits:.3g} s for {axes} instead of {theirs.waits:.3g}'] = mine.waits - theirs.waits
+    text, most = max(more.items(), key=lambda one: one[1])
+    ratio = choice.cost / best.cost
+    if ratio <= ALIKE:
+        return 'as fast, with more axes' if most < 0.1 * theirs.ideal else f'as fast; {text}'
+    return f'{ratio:.2f} times as long: {text}'
+
+
+def _fastest(run: RunConfig, mesh: MeshConfig, chip: Chip) -> Choice | None:
+    """The fastest way on one mesh, whether it fits or not: without remat, in one part."""
+    counts = [count for count in _microbatches(run, mesh) if _works(run, mesh, 1, count)]
+    ways = [Choice(_with(run, mesh, REMAT[0], 1, count), chip) for count in counts]
+    return min(ways, key=lambda choice: choice.seconds, default=None)
+
+
+def best_of_mesh(run: RunConfig, mesh: MeshConfig, chip: Chip) -> Choice:
+    """The fastest way on one mesh that fits; where none does, the one that needs least memory."""
+    found = []
+    for microbatches in _microbatches(run, mesh):
+        parts = [n for n in divisors(run.training.batch) if _works(run, mesh, n, microbatches)]
+        options = lambda remat: [Choice(_with(run, mesh, remat, n, microbatches), chip) for n in parts]  # noqa: B023
+        smallest = _fewest_parts(options(REMAT[-1]))
+        found.append(smallest)
+        if smallest.fits:
+            found += [choice for choice in map(_fewest_parts, map(options, REMAT[:-1])) if choice.fits]
+    return min(found, key=_key)
+
+
+def _fewest_parts(options: list[Choice]) -> Choice:
+    """The first that fits, or the smallest. From the second on each is smaller than the one before; the first keeps no sums."""
+    if options[0].fits:
+        return options[0]
+    if not options[-1].fits:
+        return min(options[0], options[-1], key=lambda choice: choice.total)
+    return options[bisect.bisect_left(options, True, lo=1, key=lambda choice: choice.fits)]
+
+
+def everything(run: RunConfig, chip: Chip, among: Iterable[MeshConfig]) -> Iterator[Choice]:
+    """Every way to train on any of the meshes that works: the search without its shortcuts."""
+    t = run.training
+    rules = [*sizes(run.model), *batch_sizes(t.batch, t.sequence_length)]
+    for mesh in among:
+        for microbatches in _microbatches(run, mesh) if all(rule.holds(mesh) for rule in rules) else []:
+            for accumulation in divisors(t.batch):
+                if _works(run, mesh, accumulation, microbatches):
+                    for remat in REMAT:
+                        yield Choice(_with(run, mesh, remat, accumulation, microbatches), chip)
+
+
+def meshes(run: RunConfig, chips: int) -> Iterator[MeshConfig]:
+    """Meshes of so many devices that divide the model and the batch."""
+    return meshes_of(run.model, chips, batch_sizes(run.training.batch, run.training.sequence_length))
+
+
+def meshes_of(c: ModelConfig, chips: int, more: Iterable[Divides]) -> Iterator[MeshConfig]:
+    """Meshes that divide a model and keep more rules. A dense model's `expert` is `data` by another name."""
+    rules = [*sizes(c), *more]
+    if not c.moe:
+        rules.append(Divides(('expert',), 'the one expert', 1))
+    alone = {axis: [rule for rule in rules if rule.axes == (axis,)] for axis in AXES}
+    allowed = {
+        axis: [n for n in divisors(chips) if all(rule.holds(MeshConfig(**{axis: n})) for rule in alone[axis])]
+        for axis in AXES
+    }
+    for shape in _shapes(chips, [allowed[axis] for axis in AXES]):
+        mesh = MeshConfig(**dict(zip(AXES, shape, strict=True)))
+        if all(rule.holds(mesh) for rule in rules):
+            yield mesh
+
+
+def _shapes(chips: int, allowed: list[list[int]]) -> Iterator[tuple[int, ...]]:
+    if len(allowed) == 1:
+        if chips in allowed[0]:
+            yield (chips,)
+        return
+    for first in allowed[0]:
+        if chips % first == 0:
+            yield from ((first, *rest) for rest in _shapes(chips // first, allowed[1:]))
+
+
+def divisors(n: int) -> list[int]:
+    """Of n, ascending."""
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return low + [n // d for d in reversed(low) if d * d != n]
+
+
+def _microbatches(run: RunConfig, mesh: MeshConfig) -> Iterable[int | None]:
+    """How many parts the pipeline may cut a device's rows into."""
+    if mesh.stage == 1:
+        return [None]
+    rows = run.training.batch // mesh.span(BATCH)
+    return [n for n in range(mesh.stage, MOST_MICROBATCHES * mesh.stage + 1, mesh.stage) if rows % n == 0]
+
+
+def _works(run: RunConfig, mesh: MeshConfig, accumulation: int, microbatches: int | None) -> bool:
+    t = run.training
+    rules = batch_sizes(t.batch, t.sequence_length, accumulation, microbatches)
+    return t.batch % accumulation == 0 and all(rule.holds(mesh) for rule in rules)
+
+
+def _with(run: RunConfig, mesh: MeshConfig, remat: Remat, accumulation: int, microbatches: int | None) -> RunConfig:
+    model = run.model if run.model.remat == remat else dataclasses.replace(run.model, remat=remat)
+    training = dataclasses.replace(run.training, accumulation=accumulation, microbatches=microbatches)
+    return dataclasses.replace(run, mesh=mesh, model=model, training=training)
+
+
+def _nearest(run: RunConfig, chips: int) -> int:
+    """The number of chips nearest to `chips` that some mesh has."""
+    for distance in range(1, chips):
+        for n in (chips - distance, chips + distance):
+            if next(meshes(run, n), None):
+                return n
+    return 1

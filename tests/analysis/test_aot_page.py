@@ -1,0 +1,42 @@
+"""Plans by shapes alone are those of the compiled programs that benchmarks/compiled/ keeps."""
+
+import pytest
+
+from analysis import aot_page, aot_pairs
+from analysis.traffic import Sent, Traffic
+from sharding.chips import CHIPS
+
+ROWS = {row.pair.name: row for row in aot_page.rows()}
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_a_plan_is_what_was_compiled(name):
+    ratios = ROWS[name].ratios
+    assert ratios['arguments'] == pytest.approx(1, abs=0.01)
+    assert ratios['sent'] == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize('name', ROWS)
+def test_a_plan_says_what_fits(name):
+    row = ROWS[name]
+    assert (row.planned.memory.total <= CHIPS[row.pair.chip].memory_bytes) == row.compiled.fits
+
+
+def test_an_axis_that_is_cut_into_groups_is_still_that_axis():
+    sent = Traffic(
+        {('all_gather', 'data (groups of 4)'): Sent(1, 10), ('all_gather', 'data (groups of 2)'): Sent(1, 5)}
+    )
+    assert aot_page.by_axes(sent) == {'data': 15}
+
+
+def test_the_page_has_a_line_for_each_record_and_more_for_those_that_are_shown():
+    text = aot_page.page(list(ROWS.values()))
+    for row in ROWS.values():
+        mesh = row.pair.config.mesh
+        assert f'| {row.pair.model} | {row.pair.what} | {mesh.size:,} {row.pair.chip} | {mesh} |' in text
+        assert (f'### {row.pair.model}, {row.pair.what}, {mesh.size:,} {row.pair.chip}' in text) == row.pair.shown
+
+
+def test_a_pair_without_a_record_is_left_out(monkeypatch, tmp_path):
+    monkeypatch.setattr(aot_pairs, 'RECORDS', tmp_path)
+    assert aot_page.rows() == []
