@@ -68,13 +68,14 @@ def serving(config: RunConfig, what: str, batch: int, length: int):
     wide, whole = (rows(batch, dtype=dtype) for dtype in (np.float32, np.int32))
     choice = Choice(wide, whole, wide, wide, rows(batch, dtype=np.uint32))
     source = (rows(batch, length), rows(batch)) if config.model.encoder else None
+    # Not compiled yet: options of a compiler may be given to the outermost program alone.
+    first, after = first_token.__wrapped__, next_token.__wrapped__
     prompts = Prompts(rows(batch, length), rows(batch), source)
     if what == 'prefill':
-        read = lambda model, prompts, choice: first_token(model, length, prompts, choice)
+        read = lambda model, prompts, choice: first(model, length, prompts, choice)
         return jax.jit(read, keep_unused=True), (model, prompts, choice)
-    cache = shaped(jax.eval_shape(lambda *known: first_token(known[0], length, *known[1:])[1], model, prompts, choice))
-    step = lambda *arguments: next_token(*arguments)
-    return jax.jit(step, donate_argnums=1, keep_unused=True), (model, cache, rows(batch), rows(batch), choice)
+    cache = shaped(jax.eval_shape(lambda *known: first(known[0], length, *known[1:])[1], model, prompts, choice))
+    return jax.jit(after, donate_argnums=1, keep_unused=True), (model, cache, rows(batch), rows(batch), choice)
 
 
 def memory(compiled: Any) -> dict[str, int]:

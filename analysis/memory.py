@@ -1,11 +1,12 @@
 """Bytes that one device needs to train or to serve a model, by the shapes alone.
 
 What a compiled program holds is its arguments (weights, optimizer state, batch or cache) and, at its fullest moment, what it
-has made of them. Training has two such moments, of which the larger counts:
+has made of them. Training has three such moments, of which the largest counts:
 
     in the loss    what layers keep for the backward pass, the LM head whole and its gradient, the logits of one chunk
     in a layer     what the layers keep, the gradients of all weights, and a unit of layers at work: what its own backward
                    pass needs, whole weights among it, and the gradients that pass through it
+    at the end     the gradients of all weights, and that of the embedding as it is added up
 
 Nothing is fitted: each term is an array of the program, and its comment says which.
 
@@ -38,6 +39,9 @@ class Memory:
     gradients: float = 0
     activations: float = 0  # what layers keep for the backward pass, and what one layer makes while it is worked on
     logits: float = 0
+    compute_weights: float = (
+        0  # a copy of the layers' weights in the compute dtype, which compilers make before the loop
+    )
     communication: float = 0  # weights gathered to be used, their gradients before they are scattered
 
     @property
@@ -109,7 +113,7 @@ def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
         device = inside if group.where == 'pipeline' else outside
         times = ticks if group.where == 'pipeline' else 1
         kept += times * kept_by(group, device)
-    for group in units(held):
+    for group in held.groups:
         device = inside if group.where == 'pipeline' else outside
         made, sent = at_work(group, device)
         if made + sent > working + gathered:
@@ -117,16 +121,39 @@ def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
     if mesh.stage > 1:
         kept += 3 * outside.x  # what waits, moves and is done
     head, logits = in_loss(outside)
+    cast = casts(held, outside)
+    table = c.padded_vocabulary * c.model_dim / mesh.tensor
     moments = [
-        dataclasses.replace(fixed, gradients=sums, activations=kept, logits=logits, communication=head),
-        dataclasses.replace(fixed, gradients=sums + parameters, activations=kept + working, communication=gathered),
+        dataclasses.replace(
+            fixed, gradients=sums, activations=kept, logits=logits, communication=head, compute_weights=cast
+        ),
+        dataclasses.replace(
+            fixed,
+            gradients=sums + parameters,
+            activations=kept + working,
+            communication=gathered,
+            compute_weights=cast,
+        ),
+        # The embedding's gradient is added up in float32, whole, before it is scattered.
+        dataclasses.replace(fixed, gradients=sums + parameters, communication=table * (outside.wide + outside.number)),
     ]
     return max(moments, key=lambda moment: moment.total)
 
 
-def units(held: Inventory) -> list[Group]:
-    """Groups, each once."""
-    return list(held.groups)
+def casts(held: Inventory, device: Device) -> float:
+    """Bytes of the layers' matrices in the compute dtype, where they are stored in another.
+
+    A layer casts its own, but all of them are known before the loop over layers, and XLA casts them there, at once.
+    """
+    if jnp.dtype(device.config.parameter_dtype).itemsize == device.number:
+        return 0
+    numbers = sum(
+        group.held(device.mesh) * weight.shard(device.mesh)
+        for group in held.groups
+        for weight in group.weights
+        if weight.gathered and weight.narrow_in_use
+    )
+    return numbers * device.number
 
 
 def kept_by(group: Group, device: Device) -> float:
@@ -142,12 +169,19 @@ def kept_by(group: Group, device: Device) -> float:
 
 
 def at_work(group: Group, device: Device) -> tuple[float, float]:
-    """Bytes while the backward pass of a layer runs: of activations and their gradients, and of whole weights and theirs."""
+    """Bytes while the backward pass of a layer runs: of activations and their gradients, and of whole weights and theirs.
+
+    Beside what it needs, the gradient of the hidden units; those of gate and up take the place of gate and up.
+    """
     made, whole = residuals(group, device)
-    transient = inner(group, device)
+    c, t, b = group.config, device.tokens, device.number
+    hidden = t * c.mlp_dim / device.mesh.tensor * b
+    if group.experts:
+        assert c.moe is not None
+        hidden = expert_rows(c, device) * (c.moe.mlp_dim / device.mesh.tensor + c.model_dim) * b
     if group.config.remat == 'none':
-        return transient, whole
-    return made + transient, 2 * whole
+        return hidden, whole
+    return made + hidden, 2 * whole
 
 
 def residuals(group: Group, device: Device) -> tuple[float, float]:

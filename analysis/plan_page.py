@@ -29,9 +29,19 @@ def page(plan: dict[str, Any]) -> str:
     """The page; whatever a config says is escaped."""
     run, chip = plan['run'], plan['chip']
     title = f'{run["name"]} on {chip["count"]} {chip["name"]}'
-    body = [
-        f'<h1>{_text(title)}</h1>',
-        f'<p class="quiet">{_text(plan["what"])}, mesh {_text(mesh_text(plan["mesh"]))}, {_text(run["dtype"])}</p>',
+    body = [f'<h1>{_text(title)}</h1>', *(pictures(plan) if 'time' in plan else [])]
+    body += [f'<h2>{_text(table.title)}</h2>{_table(table)}' for table in tables(plan)]
+    body += [f'<p>{_text(flops_line(plan))}</p>', f'<p class="quiet">Chip: {_text(chip["source"])}.</p>']
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<title>{_text(title)}</title><style>{STYLE}</style>{"".join(body)}</html>\n'
+    )
+
+
+def pictures(plan: dict[str, Any]) -> list[str]:
+    """What a step needs, drawn."""
+    return [
+        f'<p class="quiet">{_text(plan["what"])}, mesh {_text(mesh_text(plan["mesh"]))}, {_text(plan["run"]["dtype"])}</p>',
         headline(plan),
         '<h2>Memory of a chip</h2>',
         memory_picture(plan),
@@ -40,14 +50,7 @@ def page(plan: dict[str, Any]) -> str:
         f'<p>{_text(verdict(plan))}</p>',
         '<h2>Roofline</h2>',
         roofline_picture(plan),
-        *(f'<h2>{_text(str(table.title))}</h2>{_table(table)}' for table in tables(plan)),
-        f'<p>{_text(flops_line(plan))}</p>',
-        f'<p class="quiet">Chip: {_text(chip["source"])}.</p>',
     ]
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f'<title>{_text(title)}</title><style>{STYLE}</style>{"".join(body)}</html>\n'
-    )
 
 
 def headline(plan: dict[str, Any]) -> str:

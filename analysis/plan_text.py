@@ -28,7 +28,9 @@ def show(plan: dict[str, Any], console: Console) -> None:
         console.print(Text(str(title), style='bold'))
         console.print(table)
         console.print()
-    console.print(Text(f'{flops_line(plan)}\n\n{verdict(plan)}'))
+    console.print(Text(flops_line(plan)))
+    if 'time' in plan:
+        console.print(Text(f'\n{verdict(plan)}'))
 
 
 def tables(plan: dict[str, Any]) -> Iterator[Table]:
@@ -36,6 +38,8 @@ def tables(plan: dict[str, Any]) -> Iterator[Table]:
     yield bill_table(plan)
     yield flops_table(plan)
     yield rules_table(plan)
+    if 'time' not in plan:
+        return
     if plan['search']:
         yield search_table(plan['search'])
     yield memory_table(plan)

@@ -7,13 +7,14 @@ python scripts/plan.py configs/models/llama-3.1-8b.yaml --chip v6e --chips 64 --
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from scripts.entry import run as run_script
-from sharding.mesh import BATCH
+from sharding.mesh import BATCH, MeshConfig
 
 POSITIVE = ('chips', 'tokens', 'price', 'watts', 'rows', 'length', 'prompt', 'latency', 'throughput', 'timeout')
 
@@ -46,7 +47,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--chips', type=int, required=True, help='how many (of v7x: devices, two a chip)')
     parser.add_argument(
         '--mesh',
-        help="such as data=8,tensor=4; auto searches; left out: the config's where it has so many devices, else a search",
+        help="such as data=8,tensor=4; auto searches; left out: to train the config's where it has as many devices, else auto",
     )
     parser.add_argument('--tokens', type=float, help="to train on (default: the config's steps)")
     parser.add_argument('--price', type=float, help='of a chip for an hour')
@@ -90,11 +91,13 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
     config, searched = settle_mesh(options, config)
     terms = plan.Terms(tokens=options.tokens, price=options.price, watts=options.watts)
     length = (options.length if options.serve else None) or config.training.sequence_length
-    if options.serve:
+    if not config.model.causal:  # an encoder alone is scored, which nobody waits for
+        found, chosen = None, {'what': 'bill'}
+    elif options.serve:
         found, chosen = serve(options, config, chip, length, terms, searched)
     else:
         found, chosen = train(options, config, chip, terms, searched)
-    compiled = compiling(options, config, chosen) if options.compile else None
+    compiled = compiling(options, config, chosen) if options.compile and 'time' in chosen else None
     return {
         'run': plan.run_part(config),
         'chip': plan.chip_part(options.chip.lower(), chip, options.chips),
@@ -121,8 +124,7 @@ def train(options, config, chip, terms, searched: bool):
     from analysis.plan import training_part
     from analysis.search import Choice, search
 
-    if not searched:
-        config.check_sizes()
+    dataclasses.replace(config, mesh=MeshConfig() if searched else config.mesh).check_sizes()
     found = search(config, chip, options.chips) if searched else None
     return found, training_part(found.ranked[0] if found else Choice(config, chip), chip, terms)
 
@@ -145,8 +147,6 @@ def serve(options, config, chip, length: int, terms, searched: bool):
 
 def settle_mesh(options: argparse.Namespace, config):
     """The config with its mesh, and whether one is to be searched. Raises UserError for one of another size."""
-    import dataclasses
-
     from sharding.errors import UserError
     from sharding.mesh import parse_mesh
 
@@ -154,7 +154,9 @@ def settle_mesh(options: argparse.Namespace, config):
         return config, True
     if options.mesh is not None:
         config = dataclasses.replace(config, mesh=parse_mesh(options.mesh))
-    elif config.mesh.size != options.chips and not any(key.startswith('mesh.') for key in options.overrides):
+    elif not any(key.startswith('mesh.') for key in options.overrides) and (
+        options.serve or config.mesh.size != options.chips  # a config's mesh is one to train on
+    ):
         return config, True
     if config.mesh.size != options.chips:
         raise UserError(

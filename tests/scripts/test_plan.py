@@ -63,6 +63,19 @@ def test_serving_reads_the_weights_once_for_all_rows():
     assert many['tokens_per_second'] > 10 * one['tokens_per_second']
 
 
+def test_an_encoder_alone_has_a_bill_and_no_step():
+    found = plan('configs/models/bert-base.yaml', '--chip', 'h100', '--chips', '8')
+    assert found['what'] == 'bill'
+    assert found['parameters']['total'] == 110_106_428
+    assert page(found).count('<table') == 3
+
+
+def test_serving_searches_where_no_mesh_is_given():
+    found = plan('configs/models/llama-3.1-8b.yaml', '--chip', 'h100', '--chips', '8', '--serve')
+    assert found['search']['meshes'] > 10
+    assert found['mesh']['tensor'] == 8
+
+
 class Checker(HTMLParser):
     """Fails on tags that do not close, and gathers what is loaded from elsewhere."""
 
