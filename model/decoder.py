@@ -232,7 +232,9 @@ class Decoder(nnx.Module):
         bias_V = self.head_bias_V[...] if self.config.head_bias else None
         if not self.config.tied_embedding:
             V = self.head_DV.shape[1]
-            w_DV = jnp.pad(self.head_DV[...], ((0, 0), (0, scattered_columns(V) - V)))
+            w_DV, fill = self.head_DV[...], scattered_columns(V) - V
+            if fill:  # kept apart from the gather, for the compiler joins them wrongly
+                w_DV = lax.optimization_barrier(jnp.pad(w_DV, ((0, 0), (0, fill))))
             return Head(whole(w_DV, self.config.dtype)[:, :V], bias_V)
         embed_VD = whole(self.embed_VD[...], self.config.dtype)
         return Head(lax.all_to_all(embed_VD, 'tensor', split_axis=0, concat_axis=1, tiled=True).T, bias_V)
@@ -246,10 +248,13 @@ def scattered_columns(columns: int) -> int:
     """
     if platform() != 'tpu':
         return columns
-    unit = 128
-    while columns > 64 * unit:
+    tiles = -(-columns // 128)
+    if tiles <= 64 or any(tiles % run == 0 for run in range(8, 65)):
+        return 128 * tiles
+    unit = 2
+    while tiles > 64 * unit:
         unit *= 2
-    return -(-columns // unit) * unit
+    return 128 * unit * -(-tiles // unit)
 
 
 class Head(NamedTuple):
@@ -281,6 +286,8 @@ def in_order(blocks: tuple[Block, ...], x_BTD, view: View, cache: Cache | None, 
 
     repeats = jax.tree.leaves(blocks)[0].shape[0]
     unroll = repeats * len(blocks) <= UNROLLED.get(platform(), (0, 0))[view.decoding]
+    if blocks[0].config.remat != 'none' and platform() == 'gpu' and not view.decoding:
+        unroll = False  # else XLA computes all layers again at once, and what remat is to save is there together
     run = remat(unit, blocks[0].config, unroll)
     numbers = first + jnp.arange(repeats) * len(blocks)
     (x_BTD, cache), figures = lax.scan(run, (x_BTD, cache), (blocks, numbers), unroll=unroll)
