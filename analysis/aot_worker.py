@@ -5,6 +5,7 @@ installed plain CPU runs start slower, and only one process may hold libtpu. The
 """
 
 import functools
+import inspect
 import json
 import re
 import sys
@@ -69,7 +70,7 @@ def serving(config: RunConfig, what: str, batch: int, length: int):
     choice = Choice(wide, whole, wide, wide, rows(batch, dtype=np.uint32))
     source = (rows(batch, length), rows(batch)) if config.model.encoder else None
     # Not compiled yet: options of a compiler may be given to the outermost program alone.
-    first, after = first_token.__wrapped__, next_token.__wrapped__
+    first, after = inspect.unwrap(first_token), inspect.unwrap(next_token)
     prompts = Prompts(rows(batch, length), rows(batch), source)
     if what == 'prefill':
         read = lambda model, prompts, choice: first(model, length, prompts, choice)

@@ -131,11 +131,13 @@ def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
             fixed,
             gradients=sums + parameters,
             activations=kept + working,
-            communication=gathered,
+            communication=gathered + head / 2,  # the head's gradient is scattered after the layers
             compute_weights=cast,
         ),
-        # The embedding's gradient is added up in float32, whole, before it is scattered.
-        dataclasses.replace(fixed, gradients=sums + parameters, communication=table * (outside.wide + outside.number)),
+        # The embedding's gradient is added up in float32, whole, before it is scattered; the head's waits.
+        dataclasses.replace(
+            fixed, gradients=sums + parameters, communication=head / 2 + table * (outside.wide + outside.number)
+        ),
     ]
     return max(moments, key=lambda moment: moment.total)
 

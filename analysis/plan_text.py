@@ -102,7 +102,7 @@ def flops_line(plan: dict[str, Any]) -> str:
         )
     if 'executed_flops_per_token' in plan:
         executed = flops(plan['executed_flops_per_token'])
-        lines.append(f'training executes {executed}, with what remat={plan["remat"]} and the loss compute again')
+        lines.append(f'training executes {executed}, with what remat={plan["remat"]} computes again')
     return '; '.join(lines)
 
 

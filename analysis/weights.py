@@ -34,7 +34,7 @@ class Weight:
     gathered: tuple[str, ...] = ()  # those of them over which it is gathered where it is used
     wide: bool = False  # kept in float32 even where the others are narrower
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """Numbers in all."""
         return math.prod(self.shape)
@@ -51,7 +51,11 @@ class Weight:
 
     def used(self, mesh: MeshConfig) -> float:
         """Numbers of one device once the weight is gathered."""
-        return self.size / mesh.span(axis for axis in self.split if axis not in self.gathered)
+        return self.size / mesh.span(self._left)
+
+    @functools.cached_property
+    def _left(self) -> tuple[str, ...]:
+        return tuple(axis for axis in self.split if axis not in self.gathered)
 
 
 @dataclasses.dataclass(frozen=True)

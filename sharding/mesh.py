@@ -62,7 +62,7 @@ class MeshConfig:
 
     def span(self, axes: Iterable[str]) -> int:
         """Devices along some of the axes together."""
-        return math.prod(getattr(self, axis) for axis in axes)
+        return math.prod([getattr(self, axis) for axis in axes])
 
     def __str__(self) -> str:
         """The axes that are on, as in `data=4 tensor=2`; `data=1` where none is."""

@@ -1,6 +1,7 @@
 """One device's view of a forward pass, and of the backward pass that belongs to it: what the terms of a count share."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 
@@ -9,6 +10,13 @@ from model.config import ModelConfig
 from sharding.mesh import AXES, MeshConfig
 
 INT32, BOOL = 4, 1  # bytes
+
+
+@functools.lru_cache(maxsize=2**14)
+def _group(axes: tuple[str, ...], mesh: MeshConfig) -> tuple[str, int]:
+    """The label of a group of devices, and how many it has."""
+    sizes = {axis: getattr(mesh, axis) for axis in AXES}
+    return label(axes, sizes), span(axes, sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +76,13 @@ class View:
 
     def send(self, kind: str, axes: tuple[str, ...], size: float, times: float = 1) -> None:
         """`times` operations on arrays of `size` bytes, which is the S of `analysis.traffic`."""
-        mesh = {axis: getattr(self.mesh, axis) for axis in AXES}
         if kind in ('all_gather', 'reduce_scatter') and len(axes) > 1:  # one after the other: see collectives.whole
             for axis in reversed(axes):
-                self.send(kind, (axis,), size / span(axes[: axes.index(axis)], mesh), times)
+                self.send(kind, (axis,), size / _group(axes[: axes.index(axis)], self.mesh)[1], times)
         elif times:
-            self.found.add(kind, label(axes, mesh), cost(kind, size, span(axes, mesh)) * times, times)
+            name, devices = _group(axes, self.mesh)
+            if name:
+                self.found.add(kind, name, cost(kind, size, devices) * times, times)
 
     def gather(self, axes: tuple[str, ...], size: float, times: float = 1, again: int = 0, grad: bool = True) -> None:
         """`times` an all_gather whose result has `size` bytes, `again` once more; backward a reduce_scatter."""
