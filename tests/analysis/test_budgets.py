@@ -143,7 +143,7 @@ def test_a_weight_gathered_over_too_many_axes_is_told(monkeypatch):
     whole = layers.whole
     monkeypatch.setattr(layers, 'whole', wasteful)
     lines = told('experts_data2_expert2_tensor2')
-    for kind in ('all_gather over data+expert', 'reduce_scatter over data+expert'):  # four times as large
+    for kind in (f'{kind} over {axis}' for kind in ('all_gather', 'reduce_scatter') for axis in ('data', 'expert')):
         assert any(line.startswith(f'{kind}: ') and '(budget ' in line for line in lines), lines
 
 

@@ -151,6 +151,7 @@ def test_out_of_memory_says_what_used_it_and_what_to_change(place):
         'model.layers=1',
         'model.moe=null',
         'model.mlp_dim=40000000000',
+        '--force',
         code=1,
     )
     (line,) = done.stderr.strip().splitlines()
