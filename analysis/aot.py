@@ -16,7 +16,7 @@ from typing import Any
 from analysis import topology
 from analysis.traffic import Traffic, difference, rows_of, table
 from decoding.run import NO_PIPELINE
-from model.config import sizes
+from model.sizes import sizes
 from sharding.chips import CHIPS
 from sharding.errors import UserError
 from sharding.mesh import BATCH, Divides, check_divides

@@ -9,7 +9,7 @@ from typing import Any
 from analysis.memory import training_memory
 from analysis.roofline import train_time
 from analysis.search import divisors
-from model.config import batch_sizes, sizes
+from model.sizes import batch_sizes, sizes
 from sharding import chips
 from sharding.errors import UserError
 from sharding.memory import gib

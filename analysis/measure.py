@@ -18,9 +18,9 @@ from decoding.run import in_compute_dtype
 from decoding.sampling import Choice
 from decoding.step import empty_cache, prefill
 from model import cost
-from model.config import sizes
 from model.forward import logits, place
 from model.grouped_matmul import default_backend, expert_mlp
+from model.sizes import sizes
 from sharding import chips
 from sharding.mesh import BATCH, SEQUENCE, Divides, check_divides, make_mesh, platform
 from training.config import RunConfig

@@ -25,7 +25,8 @@ from jax.sharding import NamedSharding
 
 from data.config import DataConfig
 from model import decoder
-from model.config import Dispatch, ModelConfig, MoEConfig
+from model.config import ModelConfig, MoEConfig
+from model.config_parts import Dispatch
 from model.decoder import Decoder
 from model.forward import place
 from sharding.collectives import my_slice

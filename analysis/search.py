@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from analysis.memory import Memory, training_memory
 from analysis.roofline import Time, train_time
-from model.config import ModelConfig, batch_sizes, sizes
+from model.config import ModelConfig
+from model.sizes import batch_sizes, sizes
 from sharding.chips import Chip
 from sharding.errors import UserError
 from sharding.memory import gib

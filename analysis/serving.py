@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from analysis.memory import Memory, serving_memory
 from analysis.roofline import Time, decode_time, prefill_time
 from analysis.search import Found, meshes_of, rank, strategy
-from model.config import ModelConfig, sizes
+from model.config import ModelConfig
+from model.sizes import sizes
 from sharding.chips import Chip
 from sharding.errors import UserError
 from sharding.mesh import AXES, BATCH, Divides, MeshConfig, check_divides

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from data.published_tokenizer import run_tokenizer
 from data.tokenizer import Tokenizer
-from model.config import sizes
 from model.cost import parameters
 from model.decoder import Decoder
 from model.layers import is_matrix
+from model.sizes import sizes
 from sharding.buckets import Bucket, at
 from sharding.errors import UserError, nearest
 from sharding.memory import explaining

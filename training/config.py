@@ -12,7 +12,8 @@ import pydantic
 import yaml
 
 from data.config import DataConfig
-from model.config import ModelConfig, batch_sizes, sizes
+from model.config import ModelConfig
+from model.sizes import batch_sizes, sizes
 from sharding.errors import UserError, nearest
 from sharding.mesh import BATCH, MeshConfig, check_divides
 

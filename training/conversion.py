@@ -27,8 +27,9 @@ from data.exported_tokenizer import exported_tokenizer
 from data.pairs import first_token
 from data.published_tokenizer import published_tokenizer, run_tokenizer
 from model import hub, publish
-from model.config import ModelConfig, sizes
+from model.config import ModelConfig
 from model.families import Tensor, tensors
+from model.sizes import sizes
 from model.streaming import narrowed, published
 from sharding.buckets import Bucket
 from sharding.errors import UserError

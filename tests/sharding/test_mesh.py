@@ -3,7 +3,8 @@
 import jax
 import pytest
 
-from model.config import ModelConfig, MoEConfig, batch_sizes, sizes
+from model.config import ModelConfig, MoEConfig
+from model.sizes import batch_sizes, sizes
 from sharding.errors import UserError
 from sharding.mesh import (
     AXES,

@@ -1,0 +1,204 @@
+"""The parts of a model's config that are configs themselves, and how layers of several kinds are grouped."""
+
+import dataclasses
+import functools
+import math
+from typing import Literal
+
+from sharding.errors import UserError, nearest
+
+Dispatch = Literal['auto', 'all_gather', 'all_to_all', 'ragged']
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary positions are stretched to a longer context than the model was trained on; see `model.rope`."""
+
+    kind: Literal['linear', 'dynamic', 'yarn', 'llama3', 'longrope']
+    factor: float  # new context by old
+    original_positions: int | None = None  # the old context, in tokens; linear needs none
+    low_frequency_factor: float = 1.0  # llama3
+    high_frequency_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn: the ramp begins and ends at whole dims
+    attention_factor: float | None = None  # yarn, longrope: on queries and keys alike; None: the paper's, of `factor`
+    mscale_all_dim: float = 0.0  # yarn: scores grow by (0.1 · this · ln factor + 1)², as in DeepSeek-V2's code
+    short_factors: tuple[float, ...] | None = (
+        None  # longrope: by pair of dims, for rows of at most `original_positions`
+    )
+    long_factors: tuple[float, ...] | None = None  # longrope: for longer rows
+
+    def __post_init__(self):
+        if not self.factor > 0:
+            raise UserError(f'model.rope_scaling.factor is {self.factor}: it must be above 0')
+        if self.kind != 'linear' and (self.original_positions or 0) < 1:
+            raise UserError(
+                f'model.rope_scaling.original_positions is {self.original_positions}: {self.kind} needs the context that the '
+                'model was trained on, in tokens'
+            )
+        if self.kind == 'longrope' and not (self.short_factors and self.long_factors):
+            raise UserError(
+                'model.rope_scaling: longrope needs short_factors and long_factors, one for each pair of dims'
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1): keys and values from one vector a token."""
+
+    q_rank: int | None = None  # of the queries' own latent vector; None: queries come from x itself
+    kv_rank: int  # of what is cached, beside the rotary part of the key
+    plain_dim: int  # of a head's query and key, the part without positions
+    rotary_dim: int  # of a head's query and key, the rotary part; one such key for all heads
+    value_dim: int  # of a head's value
+
+    def __post_init__(self):
+        for field in ('q_rank', 'kv_rank', 'plain_dim', 'rotary_dim', 'value_dim'):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise UserError(f'model.latent.{field} is {getattr(self, field)}: it must be at least 1')
+        if self.rotary_dim % 2:
+            raise UserError(
+                f'model.latent.rotary_dim is {self.rotary_dim}: rotary positions turn pairs, so it must be even; '
+                f'nearest: {self.rotary_dim + 1}'
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What tells one layer of a stack from another."""
+
+    experts: bool = False  # a mixture of experts; else an MLP
+    windowed: bool = False  # attention sees `window` tokens, and turns by `local_rope_theta`; else all of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Layers in a row that repeat one sequence of kinds: what one scan goes over."""
+
+    kinds: tuple[Kind, ...]
+    repeats: int
+
+    @property
+    def layers(self) -> int:
+        return len(self.kinds) * self.repeats
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """A mixture-of-experts layer. Every token visits its `top_k` experts and all shared ones; `all_to_all` alone drops some."""
+
+    experts: int
+    top_k: int = 2
+    mlp_dim: int  # hidden units of one expert
+    shared_experts: int = 0  # experts that every token visits, without a router
+    first_dense_layers: int = 0  # layers before the first mixture, with a plain MLP of model.mlp_dim
+    pattern: tuple[bool, ...] = (True,)  # which layers are mixtures, over and over from the first; false: a plain MLP
+    router: Literal['softmax', 'sigmoid'] = 'softmax'
+    router_bias: bool = False  # of the router's logits
+    bias: bool = False  # of each expert's projections
+    renormalize: bool = True  # the chosen experts' weights add up to 1
+    groups: int = (
+        1  # of experts side by side: a token chooses groups first (DeepSeek-V2, arXiv:2405.04434, section 2.1.3)
+    )
+    top_groups: int = 1  # groups that a token chooses
+    group_score: Literal['max', 'top2'] = 'top2'  # of a group: its best expert's score, or the sum of its two best
+    choice_bias: bool = False  # a bias on the scores by which experts are chosen; bias_update_rate moves it
+    routed_scale: float = 1.0  # factor on the routed experts' sum
+    balance_loss: float = 0.01  # weight of the sequence-level balance loss (DeepSeek-V3, arXiv:2412.19437, eq. 17–20)
+    z_loss: float = 0.001  # weight of the router z-loss (ST-MoE, arXiv:2202.08906, eq. 5)
+    bias_update_rate: float = (
+        0.0  # step of the choice's bias (DeepSeek-V3, section 2.1.2: 0.001); above 0: there is one
+    )
+    dispatch: Dispatch = 'auto'  # how tokens reach their experts: see model/dispatch.py
+    capacity_factor: float = (
+        1.25  # all_to_all: rows of an expert's buffer by its even share; what does not fit is dropped
+    )
+
+    @property
+    def has_choice_bias(self) -> bool:
+        """Whether experts are chosen by their scores and a bias."""
+        return self.choice_bias or self.bias_update_rate > 0
+
+    def __post_init__(self):
+        for field in ('experts', 'top_k', 'mlp_dim'):
+            if getattr(self, field) < 1:
+                raise UserError(f'model.moe.{field} is {getattr(self, field)}: it must be at least 1')
+        for field in ('shared_experts', 'first_dense_layers', 'balance_loss', 'z_loss', 'bias_update_rate'):
+            if not getattr(self, field) >= 0:
+                raise UserError(f'model.moe.{field} is {getattr(self, field)}: it cannot be negative; nearest: 0')
+        if self.top_k > self.experts:
+            raise UserError(
+                f'model.moe.top_k is {self.top_k} and model.moe.experts {self.experts}: '
+                f'a token cannot visit more than all; largest that works: {self.experts}'
+            )
+        if not self.pattern or not any(self.pattern):
+            raise UserError(
+                f'model.moe.pattern is {list(self.pattern)}: it must have a true; model.moe=null has no mixture'
+            )
+        if self.groups < 1 or self.experts % self.groups:
+            raise UserError(
+                f'model.moe.groups is {self.groups} and model.moe.experts {self.experts}: the first must divide the second; '
+                f'nearest that works: {nearest_divisor(self.experts, max(self.groups, 1))}'
+            )
+        room = self.experts // self.groups * min(self.top_groups, self.groups)
+        if not 1 <= self.top_groups <= self.groups or room < self.top_k:
+            raise UserError(
+                f'model.moe.top_groups is {self.top_groups} of {self.groups} groups of {self.experts // self.groups} experts: '
+                f'there must be at least one, no more than all, and room for top_k ({self.top_k}) experts in them'
+            )
+        if self.groups > 1 and self.group_score == 'top2' and self.experts // self.groups < 2:
+            raise UserError('model.moe.group_score is top2 and a group has one expert; use max')
+        if self.dispatch not in get_args(Dispatch):
+            raise UserError(
+                f'model.moe.dispatch is {self.dispatch!r}: no such way{nearest(self.dispatch, get_args(Dispatch))}'
+            )
+        if not 0 < self.capacity_factor < math.inf:
+            raise UserError(
+                f'model.moe.capacity_factor is {self.capacity_factor}: it must be a number above 0; 1 makes room for even '
+                f'choices, model.moe.dispatch=ragged for any'
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """An encoder, whose output each layer of the decoder attends to; in what is not said here it is like the decoder.
+
+    It sees all of its row, and shares the decoder's embedding.
+    """
+
+    layers: int
+    heads: int | None = None  # None: as the decoder, here and below
+    kv_heads: int | None = None  # None: as the decoder, or with heads of its own as many as those
+    head_dim: int | None = None
+    mlp_dim: int | None = None
+    start_token: int | None = None  # what the decoder reads first; None: the tokenizer's start of a document
+
+    def __post_init__(self):
+        for field in ('layers', 'heads', 'kv_heads', 'head_dim', 'mlp_dim'):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise UserError(f'model.encoder.{field} is {getattr(self, field)}: it must be at least 1')
+
+
+@functools.cache
+def runs_of(kinds: tuple[Kind, ...]) -> tuple[Run, ...]:
+    """Kinds in a row as repeated units: the fewest kinds written down, of those the fewest runs, of those the first longest."""
+    L = len(kinds)
+    best: list[tuple[tuple[int, int], tuple[Run, ...]]] = [((0, 0), ())] * (L + 1)
+    for first in reversed(range(L)):
+        found = []
+        for unit in range(1, L - first + 1):
+            repeats = 1
+            while True:
+                (written, runs), rest = best[first + unit * repeats]
+                found.append(((written + unit, runs + 1), (Run(kinds[first : first + unit], repeats), *rest)))
+                end = first + unit * (repeats + 1)
+                if end > L or kinds[end - unit : end] != kinds[first : first + unit]:
+                    break
+                repeats += 1
+        best[first] = min(found, key=lambda one: (one[0], -one[1][0].layers))
+    return best[0][1]
+
+
+def nearest_divisor(n: int, wanted: int) -> int:
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))

@@ -1,0 +1,70 @@
+"""What a mesh must divide to hold a model and a batch."""
+
+import dataclasses
+
+from model.config import VOCABULARY_MULTIPLE, Kind, ModelConfig
+from sharding.mesh import BATCH, FSDP, SEQUENCE, Divides
+
+
+def sizes(c: ModelConfig) -> list[Divides]:
+    """What the mesh must divide to hold this model."""
+    rules = [
+        Divides(('tensor',), 'model.heads', c.heads),
+        Divides(('tensor',), 'model.kv_heads', c.kv_heads, or_repeats=True),
+        Divides(FSDP, 'model.model_dim', c.model_dim),
+        Divides(('tensor',), 'model.model_dim', c.model_dim),
+    ]
+    vocabulary = VOCABULARY_MULTIPLE if c.vocabulary is None else c.padded_vocabulary
+    rules += [Divides(axes, 'the padded vocabulary', vocabulary) for axes in (FSDP, ('tensor',))]
+    run = c.runs[c.longest_run]
+    units = f'units of {len(run.kinds)} layers' if len(run.kinds) > 1 else f'{_name(run.kinds[0])} layers'
+    name = 'model.layers' if run.repeats == c.layers else f'the number of {units} in a row'
+    rules.append(Divides(('stage',), name, run.repeats))
+    if not all(kind.experts for kind in c.kinds):
+        rules.append(Divides(('tensor',), 'model.mlp_dim', c.mlp_dim))
+    if not c.latent:
+        rules.append(Divides(('tensor',), 'model.kv_heads × model.head_dim', c.kv_heads * c.head_dim))
+    else:
+        rules.append(Divides(FSDP, 'model.latent.kv_rank', c.latent.kv_rank))
+        if c.latent.q_rank:
+            rules.append(Divides(FSDP, 'model.latent.q_rank', c.latent.q_rank))
+    if c.positions == 'learned' or c.segment_kinds or c.head_mlp or c.pooler:
+        rules.append(Divides((*FSDP, 'tensor'), 'model.model_dim', c.model_dim))
+    if c.encoder:
+        whole = 'the number of parts that an encoder–decoder can be split into along it'
+        rules += [
+            *(Divides((axis,), whole, 1) for axis in ('stage', 'context')),
+            *(
+                dataclasses.replace(rule, field=rule.field.replace('model.', 'model.encoder.'))
+                for rule in sizes(c.of_encoder)
+                if rule.axes == ('tensor',)
+            ),
+        ]
+    if c.moe:
+        rules += [
+            Divides(('expert',), 'model.moe.experts', c.moe.experts),
+            Divides(('tensor',), 'model.moe.mlp_dim', c.moe.mlp_dim),
+        ]
+    return rules
+
+
+def _name(kind: Kind) -> str:
+    return 'moe' if kind.experts else 'dense'
+
+
+def batch_sizes(
+    batch: int, sequence_length: int, accumulation: int = 1, microbatches: int | None = None
+) -> list[Divides]:
+    """What the mesh must divide to hold a training batch."""
+    part = 'training.batch' if accumulation == 1 else 'training.batch / training.accumulation'
+    rules = [
+        Divides((*BATCH, 'stage'), part, batch // accumulation),
+        Divides(SEQUENCE, 'training.sequence_length', sequence_length),
+        Divides(('context',), 'training.sequence_length', sequence_length, twice=True),
+    ]
+    if microbatches is not None:
+        rules += [
+            Divides(('stage',), 'training.microbatches', microbatches),
+            Divides(BATCH, f'{part} / training.microbatches', batch // accumulation // microbatches),
+        ]
+    return rules
