@@ -120,23 +120,28 @@ def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
             working, gathered = made, sent
     if mesh.stage > 1:
         kept += 3 * outside.x  # what waits, moves and is done
-    head, logits = in_loss(outside)
+    whole, gradient, logits = in_loss(outside)
     cast = casts(held, outside)
     table = c.padded_vocabulary * c.model_dim / mesh.tensor
     moments = [
         dataclasses.replace(
-            fixed, gradients=sums, activations=kept, logits=logits, communication=head, compute_weights=cast
+            fixed,
+            gradients=sums,
+            activations=kept,
+            logits=logits,
+            communication=whole + gradient,
+            compute_weights=cast,
         ),
         dataclasses.replace(
             fixed,
             gradients=sums + parameters,
             activations=kept + working,
-            communication=gathered + head / 2,  # the head's gradient is scattered after the layers
+            communication=gathered + gradient,  # the head's gradient is scattered after the layers
             compute_weights=cast,
         ),
         # The embedding's gradient is added up in float32, whole, before it is scattered; the head's waits.
         dataclasses.replace(
-            fixed, gradients=sums + parameters, communication=head / 2 + table * (outside.wide + outside.number)
+            fixed, gradients=sums + parameters, communication=gradient + table * (outside.wide + outside.number)
         ),
     ]
     return max(moments, key=lambda moment: moment.total)
@@ -173,14 +178,19 @@ def kept_by(group: Group, device: Device) -> float:
 def at_work(group: Group, device: Device) -> tuple[float, float]:
     """Bytes while the backward pass of a layer runs: of activations and their gradients, and of whole weights and theirs.
 
-    Beside what it needs, the gradient of the hidden units; those of gate and up take the place of gate and up.
+    Beside what it needs, the gradient of the hidden units and, where devices of `tensor` joined it, that of the layer's
+    output. Gradients of gate and up take the place of gate and up, but not on a TPU, where one fused matmul makes them.
     """
     made, whole = residuals(group, device)
-    c, t, b = group.config, device.tokens, device.number
-    hidden = t * c.mlp_dim / device.mesh.tensor * b
+    c, t, n, b = group.config, device.tokens, device.mesh.tensor, device.number
+    hidden = t * c.mlp_dim / n * b
     if group.experts:
         assert c.moe is not None
-        hidden = expert_rows(c, device) * (c.moe.mlp_dim / device.mesh.tensor + c.model_dim) * b
+        hidden = expert_rows(c, device) * (c.moe.mlp_dim / n + c.model_dim) * b
+    elif device.platform == 'tpu':
+        hidden *= 2
+    if n > 1:
+        hidden += t * c.model_dim * b
     if group.config.remat == 'none':
         return hidden, whole
     return made + hidden, 2 * whole
@@ -236,13 +246,15 @@ def dots(group: Group, device: Device) -> float:
     return made * b
 
 
-def in_loss(device: Device) -> tuple[float, float]:
-    """Bytes of the LM head and its gradient; of a chunk's logits, their exponentials and their gradient."""
-    c, n = device.config, device.mesh.tensor
-    head = c.padded_vocabulary * c.model_dim / n * device.number
-    local = device.tokens
-    chunk = min(CHUNK, local)
-    return 2 * head, 3 * chunk * c.padded_vocabulary / n * device.wide
+def in_loss(device: Device) -> tuple[float, float, float]:
+    """Bytes of the LM head; of its gradient; of a chunk's logits, their exponentials and their gradient.
+
+    A TPU adds up the chunks' gradients of the head in float32.
+    """
+    head = device.config.padded_vocabulary * device.config.model_dim / device.mesh.tensor
+    chunks = device.tokens > CHUNK and device.platform == 'tpu'
+    logits = 3 * min(CHUNK, device.tokens) * device.config.padded_vocabulary / device.mesh.tensor * device.wide
+    return head * device.number, head * (device.wide if chunks else device.number), logits
 
 
 def serving_memory(
