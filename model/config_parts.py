@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 from sharding.errors import UserError, nearest
 
