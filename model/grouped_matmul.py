@@ -116,7 +116,9 @@ def grouped_apply(
             return gmm(x_RD, w_EDF, sizes_E)
         wide = jnp.promote_types(x_RD.dtype, jnp.float32)
         if backend == 'ragged':
-            y_RF = lax.ragged_dot(x_RD, w_EDF, sizes_E, preferred_element_type=wide)
+            # A TPU sums in float32 whatever it writes; asked for float32 it would hold all rows in it too.
+            kept = x_RD.dtype if platform() == 'tpu' else wide
+            y_RF = lax.ragged_dot(x_RD, w_EDF, sizes_E, preferred_element_type=kept)
         else:
             mine_RE = (row_R[:, None] < ends_E[None]) & (row_R[:, None] >= (ends_E - sizes_E)[None])
             y_RF = jnp.einsum('RD,EDF,RE->RF', x_RD, w_EDF, mine_RE.astype(wide), preferred_element_type=wide)
