@@ -52,7 +52,7 @@ class Memory:
     @property
     def total(self) -> float:
         """All parts."""
-        return sum(self.parts().values())
+        return sum(vars(self).values())
 
     def parts(self) -> dict[str, float]:
         """By name."""
@@ -93,9 +93,7 @@ class Device:
 def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
     """Of a step of training on a 'cpu', 'gpu' or 'tpu'; the vocabulary must be known."""
     c, mesh, t = run.model, run.mesh, run.training
-    held, state = inventory(c), jnp.dtype(c.parameter_dtype).itemsize
-    size = lambda weight: max(state, FLOAT32) if weight.wide else state
-    parameters = sum(numbers * size(weight) for weight, numbers in held.held(mesh))
+    held, parameters = inventory(c), stored(c, mesh)
     rows = t.batch / mesh.span(BATCH)
     names = 4 + 3 * bool(c.encoder)
     fixed = Memory(
@@ -145,6 +143,13 @@ def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
         ),
     ]
     return max(moments, key=lambda moment: moment.total)
+
+
+def stored(c: ModelConfig, mesh: MeshConfig) -> float:
+    """Bytes of the weights that a device keeps while it trains; their gradients and two moments take as many each."""
+    state = jnp.dtype(c.parameter_dtype).itemsize
+    size = lambda weight: max(state, FLOAT32) if weight.wide else state
+    return sum(numbers * size(weight) for weight, numbers in inventory(c).held(mesh))
 
 
 def casts(held: Inventory, device: Device) -> float:

@@ -8,12 +8,13 @@ time with all memory in the world is above what is found already. Both leave the
 import bisect
 import dataclasses
 import functools
+import heapq
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
-from analysis.memory import Memory, training_memory
-from analysis.roofline import Time, train_time
+from analysis.memory import Memory, stored, training_memory
+from analysis.roofline import Time, least_time, train_time
 from model.config import ModelConfig
 from model.sizes import batch_sizes, sizes
 from sharding.chips import Chip
@@ -120,21 +121,42 @@ def search(run: RunConfig, chip: Chip, chips: int) -> Found:
             f'--chips {chips}: no mesh of {chips} devices divides this model and a batch of {run.training.batch} rows of '
             f'{run.training.sequence_length} tokens; nearest that works: {_nearest(run, chips)}'
         )
-    # The time with all memory in the world, the shortest first; a mesh that cannot do a step in one part has none to compare.
-    least = {mesh: _fastest(run, mesh, chip) for mesh in options}
-    bound = {mesh: choice.seconds if choice else 0.0 for mesh, choice in least.items()}
-    tried: dict[tuple[str, ...], list[Choice]] = {}
-    fastest_of_all = math.inf
-    for mesh in sorted(options, key=lambda mesh: bound[mesh]):
-        mine = tried.setdefault(strategy(mesh), [])
-        if bound[mesh] > FAR * fastest_of_all:
-            mine += [] if mine else [least[mesh]]
+    tried: dict[tuple[str, ...], list[Choice]] = {strategy(mesh): [] for mesh in options}
+    fastest: dict[tuple[str, ...], float] = dict.fromkeys(tried, math.inf)  # of what fits
+    floor = [least_memory(run, mesh) for mesh in options]
+    # The shortest time first. It is worked out where the bound that is found sooner does not settle that a mesh is too slow.
+    least: dict[int, Choice | None] = {}
+    queue = [(_lowest(run, mesh, chip), False, n) for n, mesh in enumerate(options) if floor[n] <= chip.memory_bytes]
+    heapq.heapify(queue)
+    while queue:
+        bound, exact, n = heapq.heappop(queue)
+        key = strategy(options[n])
+        far = bound > FAR * min(fastest.values())
+        if tried[key] if far else bound > ALIKE * fastest[key]:
             continue
-        fastest = min((choice.seconds for choice in mine if choice.fits), default=math.inf)
-        if bound[mesh] <= ALIKE * fastest:
-            mine.append(best_of_mesh(run, mesh, chip))
-            fastest_of_all = min([fastest_of_all, *(choice.seconds for choice in mine if choice.fits)])
+        if not exact:
+            least[n] = _fastest(run, options[n], chip)
+            heapq.heappush(queue, (choice.seconds if (choice := least[n]) else 0.0, True, n))
+            continue
+        found = (least[n] if far else None) or best_of_mesh(run, options[n], chip)
+        tried[key].append(found)
+        fastest[key] = min(fastest[key], found.seconds if found.fits else math.inf)
+    # What cannot fit is looked at to name the smallest where nothing does.
+    for n in sorted(range(len(options)), key=lambda n: floor[n]):
+        mine = tried[strategy(options[n])]
+        if floor[n] > chip.memory_bytes and all(not c.fits and c.total > floor[n] for c in mine):
+            mine.append(best_of_mesh(run, options[n], chip))
     return rank(tried.values(), len(options))
+
+
+def least_memory(run: RunConfig, mesh: MeshConfig) -> float:
+    """Bytes that a chip needs at least: of the weights, their gradients and the optimizer."""
+    return 4 * stored(run.model, mesh)
+
+
+def _lowest(run: RunConfig, mesh: MeshConfig, chip: Chip) -> float:
+    """At most the time of `_fastest`."""
+    return min((least_time(run, chip) for run in _in_one_part(run, mesh)), default=0.0)
 
 
 def rank(tried: Iterable[list[Any]], count: int) -> Found:
@@ -182,9 +204,18 @@ def why(choice: Any, best: Any) -> str:
 
 def _fastest(run: RunConfig, mesh: MeshConfig, chip: Chip) -> Choice | None:
     """The fastest way on one mesh, whether it fits or not: without remat, in one part."""
+    best: Choice | None = None
+    for way in sorted(_in_one_part(run, mesh), key=lambda way: least_time(way, chip)):
+        if best is None or least_time(way, chip) < best.seconds:
+            choice = Choice(way, chip)
+            best = choice if best is None or choice.seconds < best.seconds else best
+    return best
+
+
+def _in_one_part(run: RunConfig, mesh: MeshConfig) -> list[RunConfig]:
+    """A step on one mesh without remat, not cut but into microbatches."""
     counts = [count for count in _microbatches(run, mesh) if _works(run, mesh, 1, count)]
-    ways = [Choice(_with(run, mesh, REMAT[0], 1, count), chip) for count in counts]
-    return min(ways, key=lambda choice: choice.seconds, default=None)
+    return [_with(run, mesh, REMAT[0], 1, count) for count in counts]
 
 
 def best_of_mesh(run: RunConfig, mesh: MeshConfig, chip: Chip) -> Choice:
@@ -197,7 +228,11 @@ def best_of_mesh(run: RunConfig, mesh: MeshConfig, chip: Chip) -> Choice:
         found.append(smallest)
         if smallest.fits:
             found += [choice for choice in map(_fewest_parts, map(options, REMAT[:-1])) if choice.fits]
-    return min(found, key=_key)
+    best = found[0]
+    for choice in sorted(found, key=lambda choice: least_time(choice.run, chip)):
+        if not (best.fits and least_time(choice.run, chip) >= best.seconds):
+            best = min(best, choice, key=_key)
+    return best
 
 
 def _fewest_parts(options: list[Choice]) -> Choice:
@@ -273,9 +308,14 @@ def _works(run: RunConfig, mesh: MeshConfig, accumulation: int, microbatches: in
 
 
 def _with(run: RunConfig, mesh: MeshConfig, remat: Remat, accumulation: int, microbatches: int | None) -> RunConfig:
-    model = run.model if run.model.remat == remat else dataclasses.replace(run.model, remat=remat)
+    model = _rematerialized(run.model, remat)
     training = dataclasses.replace(run.training, accumulation=accumulation, microbatches=microbatches)
     return dataclasses.replace(run, mesh=mesh, model=model, training=training)
+
+
+@functools.lru_cache(maxsize=64)
+def _rematerialized(c: ModelConfig, remat: Remat) -> ModelConfig:
+    return dataclasses.replace(c, remat=remat)
 
 
 def _nearest(run: RunConfig, chips: int) -> int:

@@ -1,5 +1,6 @@
 """The mesh, and the rows at once, with which a model serves best on so many chips, by the roofline."""
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Iterator
@@ -109,23 +110,31 @@ def search_serving(
     `rows` None: as many as reach the target best. Raises UserError where nothing divides the model or reaches the target.
     """
     tried: dict[tuple[str, ...], list[Serving]] = {}
-    count, nearest = 0, None
+    count, near = 0, list[Serving]()
     for mesh in serving_meshes(c, chips, rows):
         count += 1
-        for at_once in [rows] if rows else _rows(mesh):
-            serving = Serving(c, mesh, chip, at_once, length, prompt, target)
-            if serving.fits and not serving.reaches:
-                if nearest is None or serving.cost < nearest.cost:
-                    nearest = serving
-                continue
-            tried.setdefault(strategy(mesh), []).append(serving)
-            if not serving.fits:
-                break  # more rows need more
+        options = [Serving(c, mesh, chip, n, length, prompt, target) for n in ([rows] if rows else _rows(mesh))]
+        # More rows need more memory, and take longer, but not as much longer as they are more.
+        fitting = bisect.bisect_left(options, True, key=lambda serving: not serving.fits)
+        if options[fitting:]:
+            tried.setdefault(strategy(mesh), []).append(options[fitting])
+        if not fitting:
+            continue
+        options = options[:fitting]
+        if target.latency is not None:
+            place = bisect.bisect_left(options, True, key=lambda serving: not serving.reaches) - 1
+        else:
+            place = bisect.bisect_left(options, True, key=lambda serving: serving.reaches)
+        if 0 <= place < fitting:
+            tried.setdefault(strategy(mesh), []).append(options[place])
+        else:
+            near.append(options[max(0, min(place, fitting - 1))])
     if not count:
         raise UserError(
             f'--chips {chips}: no mesh of {chips} devices divides this model{f" and {rows} rows" if rows else ""}'
         )
-    if nearest is not None and not any(serving.fits for choices in tried.values() for serving in choices):
+    if near and not any(serving.fits for choices in tried.values() for serving in choices):
+        nearest = min(near, key=lambda serving: serving.seconds if target.latency else -serving.tokens_per_second)
         raise UserError(
             f'{_asked(target)}: no mesh of {chips} chips reaches it{f" with {rows} rows" if rows else ""}; nearest: '
             f'{nearest.mesh} with {nearest.rows} rows, {nearest.seconds * 1e3:.3g} ms between tokens, '

@@ -47,8 +47,8 @@ class Traffic:
     def add(self, kind: str, axes: str, size: float, calls: float = 1) -> None:
         """Counts one more operation; none where no axis is left or nothing is sent."""
         if axes and size:
-            old = self.sent.get((kind, axes), Sent(0, 0))
-            self.sent[kind, axes] = Sent(old.calls + calls, old.bytes + size)
+            old = self.sent.get((kind, axes))
+            self.sent[kind, axes] = Sent(old.calls + calls, old.bytes + size) if old else Sent(calls, size)
 
     def include(self, other: 'Traffic', times: float = 1) -> None:
         """Adds all of another table, `times` over."""

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Literal
 
 from model.config import ModelConfig
@@ -49,12 +49,18 @@ class Weight:
         name = self.name.rpartition('.')[2]
         return len(name.rpartition('_')[2]) > 1 and '_bias_' not in name and name != 'router_DE'
 
+    @property
+    def of_source(self) -> bool:
+        """Whether it makes keys or values of what an encoder has read."""
+        return self.part == 'cross_attention' and self.name[0] in 'kv'
+
     def used(self, mesh: MeshConfig) -> float:
         """Numbers of one device once the weight is gathered."""
-        return self.size / mesh.span(self._left)
+        return self.size / mesh.span(self.left)
 
     @functools.cached_property
-    def _left(self) -> tuple[str, ...]:
+    def left(self) -> tuple[str, ...]:
+        """Axes that still split it once it is gathered."""
         return tuple(axis for axis in self.split if axis not in self.gathered)
 
 
@@ -78,6 +84,25 @@ class Group:
         """Into how many parts its layers are split."""
         return mesh.stage if self.where == 'pipeline' else 1
 
+    @functools.cached_property
+    def kept_alike(self) -> tuple[tuple[Weight, int], ...]:
+        """One for all weights of a layer that are split and stored alike, with their numbers together; how many they are."""
+        return _joined(self.weights, lambda weight: (weight.split, weight.wide, weight.narrow_in_use))
+
+    @functools.cached_property
+    def gathered_alike(self) -> tuple[tuple[Weight, int], ...]:
+        """The same of those that are gathered alike, and as wide; keys and values of a source apart."""
+        key = lambda w: (w.gathered, w.left, w.name == 'router_DE', w.of_source)
+        return _joined([weight for weight in self.weights if weight.gathered], key)
+
+
+def _joined(weights: Iterable[Weight], key: Callable[[Weight], Hashable]) -> tuple[tuple[Weight, int], ...]:
+    alike: dict[Hashable, list[Weight]] = {}
+    for weight in weights:
+        alike.setdefault(key(weight), []).append(weight)
+    size = lambda some: sum(weight.size for weight in some)
+    return tuple((dataclasses.replace(some[0], shape=(size(some),)), len(some)) for some in alike.values())
+
 
 @dataclasses.dataclass(frozen=True)
 class Inventory:
@@ -87,10 +112,12 @@ class Inventory:
     outside: tuple[Weight, ...]  # of no layer
 
     def held(self, mesh: MeshConfig) -> Iterator[tuple[Weight, float]]:
-        """Each weight with the numbers of it, in all layers, that one device keeps."""
-        for times, weights in ((1, self.outside), *((group.held(mesh), group.weights) for group in self.groups)):
-            for weight in weights:
-                yield weight, times * weight.shard(mesh)
+        """Each weight, those of a layer that are alike as one, with the numbers of it, in all layers, that one device keeps."""
+        for weight in self.outside:
+            yield weight, weight.shard(mesh)
+        for group in self.groups:
+            for weight, _ in group.kept_alike:
+                yield weight, group.held(mesh) * weight.shard(mesh)
 
 
 @functools.lru_cache(maxsize=256)

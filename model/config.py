@@ -233,7 +233,7 @@ class ModelConfig:
 
         return tuple(kind(layer) for layer in range(self.layers))
 
-    @property
+    @functools.cached_property
     def parameter_dtype(self):
         """Of parameters, gradients and optimizer state."""
         return jnp.dtype(self.weight_dtype) if self.weight_dtype else jnp.promote_types(self.dtype, 'float32')
@@ -249,7 +249,7 @@ class ModelConfig:
         """Whether an MLP has a gate beside its up projection."""
         return self.activation in ('swiglu', 'geglu', 'clamped_swiglu')
 
-    @property
+    @functools.cached_property
     def longest_run(self) -> int:
         """Which of the runs a pipeline splits over its stages; the later one of two as long."""
         return max(range(len(self.runs)), key=lambda number: (self.runs[number].layers, number))

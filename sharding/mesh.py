@@ -13,6 +13,7 @@ Neighbours along the last axes are neighbours in the machine: `tensor` wants the
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -55,7 +56,7 @@ class MeshConfig:
                     f'mesh.{axis} is {getattr(self, axis)}; an axis needs at least 1 device, and 1 turns it off'
                 )
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """Devices in all."""
         return self.span(AXES)

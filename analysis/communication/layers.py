@@ -31,21 +31,20 @@ def weights(view: View, group: Group, ticks: int) -> None:
     c, n, held = group.config, view.mesh.tensor, group.held(view.mesh)
     gathers = held * (ticks + 1 if view.again else 1)
 
-    def gather(axes: tuple[str, ...], size: float) -> None:
-        view.send('all_gather', axes, size, gathers)
-        view.send('reduce_scatter', axes, size, held * ticks * view.training)
+    def gather(axes: tuple[str, ...], size: float, arrays: int = 1) -> None:
+        view.send('all_gather', axes, size, gathers, arrays)
+        view.send('reduce_scatter', axes, size, held * ticks * view.training, arrays)
 
-    for weight in group.weights:
-        if not view.training and weight.part == 'cross_attention' and weight.name[0] in 'kv':
-            continue  # the keys and values of a source are kept
-        if weight.gathered:
-            gather(
-                weight.gathered, weight.used(view.mesh) * (view.stored if weight.name == 'router_DE' else view.number)
-            )
-        # More devices than heads: each uses one head of keys and one of values, which it takes from all of them.
-        if n > c.kv_heads and weight.name in ('k_DM', 'v_DM'):
+    kept = lambda weight: not view.training and weight.of_source  # not the weight, but what it makes
+    for weight, arrays in group.gathered_alike:
+        if not kept(weight):
+            number = view.stored if weight.name == 'router_DE' else view.number
+            gather(weight.gathered, weight.used(view.mesh) * number, arrays)
+    # More devices than heads: each uses one head of keys and one of values, which it takes from all of them.
+    for weight in group.weights if n > c.kv_heads else ():
+        if weight.name in ('k_DM', 'v_DM') and not kept(weight):
             gather(('tensor',), weight.size * view.number)
-        if n > c.kv_heads and weight.name in ('k_bias_M', 'v_bias_M', 'k_scale_M'):
+        if weight.name in ('k_bias_M', 'v_bias_M', 'k_scale_M') and not kept(weight):
             gather(('tensor',), weight.size * view.stored)
 
 
@@ -96,8 +95,8 @@ def ring(view: View, times: int, written: int) -> None:
 
 def copies(view: View, group: Group) -> None:
     """A step sums the gradients of weights over the axes along which they are copies."""
-    for weight in group.weights:
+    for weight, arrays in group.kept_alike:
         split = {*weight.split, *(['stage'] if group.where == 'pipeline' else [])}
         number = max(view.stored, 4) if weight.wide else view.stored
         axes = tuple(axis for axis in AXES if axis not in split)
-        view.send('psum', axes, group.held(view.mesh) * weight.shard(view.mesh) * number)
+        view.send('psum', axes, group.held(view.mesh) * weight.shard(view.mesh) * number, arrays=arrays)

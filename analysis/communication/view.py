@@ -13,10 +13,11 @@ INT32, BOOL = 4, 1  # bytes
 
 
 @functools.lru_cache(maxsize=2**14)
-def _group(axes: tuple[str, ...], mesh: MeshConfig) -> tuple[str, int]:
-    """The label of a group of devices, and how many it has."""
+def _group(axes: tuple[str, ...], mesh: MeshConfig) -> tuple[str, int, tuple[tuple[str, int, int], ...]]:
+    """The label of a group of devices, and how many it has; the same of each of its axes, and of those before it."""
     sizes = {axis: getattr(mesh, axis) for axis in AXES}
-    return label(axes, sizes), span(axes, sizes)
+    steps = [(axis, sizes[axis], span(axes[: axes.index(axis)], sizes)) for axis in reversed(axes) if sizes[axis] > 1]
+    return label(axes, sizes), span(axes, sizes), tuple(steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,27 +36,27 @@ class View:
     split: bool = True  # between blocks each device of `tensor` holds a slice of the sequence, not all of it
     decoding: bool = False
 
-    @property
+    @functools.cached_property
     def tokens(self) -> float:
         """Tokens inside a block, where a device has all of its sequence over `tensor`."""
         return self.rows * self.columns / (1 if self.decoding else self.mesh.context)
 
-    @property
+    @functools.cached_property
     def mine(self) -> float:
         """Tokens between blocks."""
         return self.tokens / self.mesh.tensor if self.split else self.tokens
 
-    @property
+    @functools.cached_property
     def number(self) -> int:
         """Bytes of a number in the compute dtype, in which weights and activations are sent."""
         return jnp.dtype(self.config.dtype).itemsize
 
-    @property
+    @functools.cached_property
     def wide(self) -> int:
         """Bytes of a number in at least float32, of the compute dtype."""
         return max(self.number, 4)
 
-    @property
+    @functools.cached_property
     def stored(self) -> int:
         """Bytes of a stored parameter and of its gradient."""
         return jnp.dtype(self.config.parameter_dtype).itemsize
@@ -74,15 +75,16 @@ class View:
             return times
         return times + written if self.again else written
 
-    def send(self, kind: str, axes: tuple[str, ...], size: float, times: float = 1) -> None:
-        """`times` operations on arrays of `size` bytes, which is the S of `analysis.traffic`."""
-        if kind in ('all_gather', 'reduce_scatter') and len(axes) > 1:  # one after the other: see collectives.whole
-            for axis in reversed(axes):
-                self.send(kind, (axis,), size / _group(axes[: axes.index(axis)], self.mesh)[1], times)
-        elif times:
-            name, devices = _group(axes, self.mesh)
-            if name:
-                self.found.add(kind, name, cost(kind, size, devices) * times, times)
+    def send(self, kind: str, axes: tuple[str, ...], size: float, times: float = 1, arrays: int = 1) -> None:
+        """`times` operations on each of so many arrays of `size` bytes together, which is the S of `analysis.traffic`."""
+        name, devices, steps = _group(axes, self.mesh)
+        if not times or not name:
+            return
+        if kind in ('all_gather', 'reduce_scatter'):  # one axis after the other: see collectives.whole
+            for axis, along, before in steps:
+                self.found.add(kind, axis, cost(kind, size / before, along) * times, arrays * times)
+        else:
+            self.found.add(kind, name, cost(kind, size, devices) * times, arrays * times)
 
     def gather(self, axes: tuple[str, ...], size: float, times: float = 1, again: int = 0, grad: bool = True) -> None:
         """`times` an all_gather whose result has `size` bytes, `again` once more; backward a reduce_scatter."""
