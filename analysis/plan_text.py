@@ -240,6 +240,7 @@ def verdict(plan: dict[str, Any]) -> str:
             [] if r['energy_kwh'] is None else [f'{r["energy_kwh"]:,.0f} kWh at {r["watts_per_chip"]:.0f} W a chip']
         )
         lines.append(', '.join(money) + f'. Chinchilla: {count(r["chinchilla_tokens"])} tokens.')
+        lines += [plan['memory_note']] if plan['memory_note'] else []
     else:
         s = plan['serving']
         lines.append(
