@@ -24,7 +24,18 @@ def plan(*arguments: str) -> dict:
 
 def test_json_has_the_contract_s_keys_and_the_model_s_own_counts():
     began = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    arguments = ('--chip', 'h100', '--chips', '64', '--price', '2.5', '--tokens', '1e12', 'training.batch=256')
+    arguments = (
+        '--chip',
+        'h100',
+        '--chips',
+        '64',
+        '--price',
+        '2.5',
+        '--tokens',
+        '1e12',
+        'training.batch=256',
+        'training.accumulation=2',
+    )
     found = json.loads(run(ROOT, 'plan', LLAMA, *arguments, '--json').stdout)
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began < 5
     model = load(LLAMA).model
