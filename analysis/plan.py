@@ -24,7 +24,7 @@ CHINCHILLA = 20  # tokens a parameter (Hoffmann et al. 2022, arXiv:2203.15556, t
 SECONDS_A_DAY = 86_400
 # Until the count knows what those are: benchmarks/plan.md has each.
 TPU_MEMORY = (
-    'For training, TPU programs were compiled to 1.1 to 1.6 times the memory planned (benchmarks/plan.md): '
+    'For training, TPU programs were compiled to 1.1 to 1.4 times the memory planned (benchmarks/plan.md): '
     '--compile tells what this one takes.'
 )
 
