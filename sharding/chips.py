@@ -37,7 +37,7 @@ class Chip:
     wraps: int = 0  # a dim of the torus closes to a ring where its length is a multiple of this
     host: int = 8  # devices of one host
     watts: float | None = None  # at most, of the device alone; None: not published
-    efficiency: float  # share of its time that a training step is predicted to use well; see benchmarks/plan.md
+    efficiency: float  # share of its time that a training step is predicted to use well; see benchmarks/plan_runs.md
     source: str
 
     @property
