@@ -43,14 +43,14 @@ class Store(MemoryFileSystem):
         super().rm_file(path)
 
     def mv(self, *arguments, **kwargs):
-        raise NotImplementedError('an object store has no rename')
+        raise AssertionError('an object store has no rename')
 
     def _open(self, path, mode='rb', **kwargs):
         assert mode in ('rb', 'wb'), 'an object store has no append'
         return super()._open(path, mode, **kwargs)
 
     def mkdir(self, *arguments, **kwargs):
-        raise NotImplementedError('an object store has no folders')
+        raise AssertionError('an object store has no folders')
 
     makedirs = mkdir
 
