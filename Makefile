@@ -1,8 +1,10 @@
-# The targets others call: install, demo, test, lint, bench, goldens, parity. Needed beforehand: python3 (3.11 or newer), make, git.
+# The targets others call: install, demo, test, lint, bench, compilers, compiled, goldens, parity.
+# Needed beforehand: python3 (3.11 or newer), make, git.
 #   PYTHON=python3.12 make test     another interpreter: an environment made with another version is made anew, and kept
 #   VENV=.venv312 make test         another place for the environment
 #   make test ARGS='-k causal'      arguments for pytest
 #   make compilers                  what compiles for TPUs and NVIDIA GPUs where there are none: scripts/plan.py --compile
+#   make compiled                   tests of steps and kernels with those compilers
 #   make goldens ONLY=gpt2          by transformers, in an environment of its own, of all cases or those that begin so
 #   make parity SEED=3 ONLY=gpt2    fresh weights and odd settings by a seed (today's by default), compared at all positions
 
@@ -13,7 +15,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 STAMP := $(VENV)/installed-$(VERSION)
 ARGS ?=
 
-.PHONY: install demo test lint bench compilers goldens parity
+.PHONY: install demo test lint bench compilers compiled goldens parity
 
 install: $(STAMP)
 
@@ -56,6 +58,9 @@ compilers: $(COMPILERS:%=%/installed)
 	@$(if $(filter cuda,$*),version=$$(.compilers/cuda/bin/python -c 'import jaxlib; print(jaxlib.__version__)') && \
 		.compilers/cuda/bin/python $(INTO) --no-deps jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version)
 	@touch $@
+
+compiled: install compilers
+	$(BIN)/python -m pytest tests/compiled $(ARGS)
 
 # What the families are compared with is not needed to run or test them, and large: it has its own environment.
 REFERENCE := .reference/bin/python
