@@ -1,26 +1,15 @@
-"""That every mesh gives one device's numbers: the cases of `scripts/prove.py`, and the faults that they must catch.
+"""That every mesh gives one device's numbers: models, meshes, and how far a mesh's figures are from one device's."""
 
-A case is a name such as `gradient/dense/stage=2 tensor=4` and a function that computes its figures. Results are kept by
-case and by the hash of the code that they were computed with, so that a run that was interrupted goes on where it was.
-"""
-
-import ast
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, Literal
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 from jax.sharding import NamedSharding
 
 from data.config import DataConfig
@@ -29,34 +18,11 @@ from model.config import ModelConfig, MoEConfig
 from model.config_parts import Dispatch
 from model.decoder import Decoder
 from model.forward import place
-from sharding.collectives import my_slice
 from sharding.mesh import AXES, MeshConfig, factorizations, make_mesh
 from training.config import RunConfig, TrainingConfig
 from training.loss import loss_and_gradient
 from training.step import init, train_step
 
-ROOT = Path(__file__).parents[1]
-CODE = (  # what a result rests on
-    'analysis/proof.py',
-    'model/attention',
-    *(
-        f'model/{name}.py'
-        for name in (
-            'config',
-            'decoder',
-            'dispatch',
-            'encoder',
-            'forward',
-            'grouped_matmul',
-            'latent',
-            'layers',
-            'moe',
-            'rope',
-        )
-    ),
-    *(f'sharding/{name}.py' for name in ('collectives', 'mesh', 'order', 'pipeline')),
-    *(f'training/{name}.py' for name in ('loss', 'step')),
-)
 DEVICES = 8
 # Of losses: of the first 20 steps and of all 50. By dtype, see `losses`.
 TOLERANCE = {'gradient': 1e-10, 'initial': 0.0}
@@ -266,227 +232,3 @@ def losses_error(kind: str, mesh: MeshConfig) -> dict[str, Any]:
         'first': one[0],
         'last': float(found[-1]),
     }
-
-
-# Faults ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Fault:
-    """A mistake planted in the code while a case runs."""
-
-    what: str
-    kind: str
-    mesh: MeshConfig
-    plant: Callable[[], contextlib.AbstractContextManager]
-
-
-def patched(target: str, change: Callable[[Any], Any]) -> contextlib.AbstractContextManager:
-    """The attribute `target` (a dotted name) replaced by `change` of it."""
-    module, _, name = target.rpartition('.')
-    found = __import__(module, fromlist=[name])
-    return mock.patch.object(found, name, change(getattr(found, name)))
-
-
-def first_replica_only(real: Callable) -> Callable:
-    return lambda gradient, specs: real(
-        jax.tree.map(lambda g: jnp.where(lax.axis_index('replica') == 0, g, 0), gradient), specs
-    )
-
-
-def keys_without_places(real: Callable) -> Callable:
-    """Of (k, v, places) only k and v are sent."""
-    return lambda tree, axis: (*real(tree[:2], axis), *tree[2:]) if len(tree) == 3 else real(tree, axis)
-
-
-def own_counts(real: Callable) -> Callable:
-    return lambda sums, known, model: real(sums, jax.tree.map(lambda n: n / 2, known), model)
-
-
-def late_borders(real: Callable) -> Callable:
-    """A document's first token is taken for the last one of the document before."""
-
-    def shares(model, batch, *rest):
-        segment_BT = batch['segments']
-        late_BT = jnp.where(segment_BT > 0, jnp.roll(segment_BT, 1, axis=1).at[:, 0].set(segment_BT[:, 0]), 0)
-        return real(model, batch | {'segments': late_BT}, *rest)
-
-    return shares
-
-
-def fault(what: str, kind: str, mesh: MeshConfig, target: str, change: Callable[[Any], Any]) -> Fault:
-    return Fault(what, kind, mesh, lambda: patched(target, change))
-
-
-FAULTS = (
-    fault(
-        'gradients are not summed over replicas',
-        'dense',
-        MeshConfig(replica=2, data=4),
-        'training.loss.sum_copies',
-        lambda real: lambda gradient, specs: gradient,
-    ),
-    fault(
-        'only one replica’s gradient counts',
-        'dense',
-        MeshConfig(replica=2, data=4),
-        'training.loss.sum_copies',
-        first_replica_only,
-    ),
-    fault(
-        'a sum over tensor is left out',
-        'dense',
-        MeshConfig(data=2, tensor=4),
-        'model.layers.split',
-        lambda real: my_slice,
-    ),
-    fault(
-        'the ring moves two devices at a time',
-        'dense',
-        MeshConfig(data=2, context=4),
-        'model.attention.ring.onward',
-        lambda real: lambda tree, axis: real(tree, axis, 2),
-    ),
-    fault(
-        'keys go round without their positions',
-        'dense',
-        MeshConfig(data=2, context=4),
-        'model.attention.ring.onward',
-        keys_without_places,
-    ),
-    fault(
-        'each part of a step is averaged by itself',
-        'dense',
-        MeshConfig(data=8),
-        'training.loss.total_loss',
-        own_counts,
-    ),
-    fault(
-        'the last microbatch is dropped',
-        'dense',
-        MeshConfig(stage=4, data=2),
-        'sharding.pipeline.ticks',
-        lambda real: lambda microbatches, stages: real(microbatches, stages) - 1,
-    ),
-    fault(
-        'a stage takes the documents of another microbatch',
-        'dense',
-        MeshConfig(stage=4, data=2),
-        'model.layers.microbatch',
-        lambda real: lambda tree, number, M: real(tree, (number + 1) % M, M),
-    ),
-    fault(
-        'tokens reach the next device’s experts',
-        'all_gather',
-        MeshConfig(data=2, expert=4),
-        'model.dispatch.by_expert',
-        lambda real: lambda expert_NK, E: real(jnp.where(expert_NK < E, (expert_NK + 1) % E, E), E),
-    ),
-    fault(
-        'a document begins a token late',
-        'dense',
-        MeshConfig(data=2, context=2, tensor=2),
-        'training.loss.device_shares',
-        late_borders,
-    ),
-)
-
-
-def fault_error(fault: Fault) -> dict[str, Any]:
-    """What the case says while the fault is planted: the type check's refusal, or how wrong the numbers are."""
-    one_gradient(fault.kind)  # before anything is planted
-    jax.clear_caches()  # else what was traced without the fault is used again
-    with fault.plant(), contextlib.ExitStack() as after:
-        after.callback(jax.clear_caches)
-        try:
-            return gradient_error(fault.kind, fault.mesh)
-        except ValueError as error:
-            line = next(line.strip() for line in str(error).splitlines() if 'out_specs' in line or 'varying' in line)
-            return {'refused': line[:160]}
-
-
-def caught(found: dict[str, Any]) -> bool:
-    """Whether a planted fault shows."""
-    return 'refused' in found or not found['error'] <= TOLERANCE['gradient']
-
-
-# All cases ------------------------------------------------------------------------------------------------------------
-
-
-def cases() -> dict[str, Callable[[], dict[str, Any]]]:
-    """Every case by name."""
-    found: dict[str, Callable[[], dict[str, Any]]] = {}
-    for kind in MODELS:
-        for mesh in MESHES:
-            found[f'gradient/{kind}/{mesh}'] = functools.partial(gradient_error, kind, mesh)
-    for mesh in MESHES:
-        # Every kind of weight is in this one.
-        found[f'initial/all_gather/{mesh}'] = functools.partial(initial_error, 'all_gather', mesh)
-    for kind in RUNS:
-        for mesh in LONG:
-            found[f'losses/{kind}/{mesh}'] = functools.partial(losses_error, kind, mesh)
-    for fault in FAULTS:
-        found[f'fault/{fault.what}/{fault.kind}/{fault.mesh}'] = functools.partial(fault_error, fault)
-    return found
-
-
-def holds(case: str, found: dict[str, Any]) -> bool:
-    """Whether a case came out as it must."""
-    part = case.split('/')[0]
-    if part == 'fault':
-        return caught(found)
-    if part == 'gradient' and not found['loss'] <= TOLERANCE[part]:
-        return False
-    if part == 'losses':
-        of_20, of_50 = LOSSES_TOLERANCE[losses_dtype(case.split('/')[1])]
-        return found['error'] <= of_20 and found['error of 50'] <= of_50
-    return found['error'] <= TOLERANCE[part]
-
-
-def tell(found: dict[str, Any]) -> str:
-    """A case's figures in a line."""
-    return ', '.join(
-        f'{name} {value:.2g}' if isinstance(value, float) else f'{name} {value}' for name, value in found.items()
-    )
-
-
-# Running and keeping --------------------------------------------------------------------------------------------------
-
-
-def fingerprint() -> str:
-    """Of the code that results rest on, without its comments and docstrings, and of jax."""
-    digest = hashlib.sha256(jax.__version__.encode())
-    for name in CODE:
-        path = ROOT / name
-        for file in sorted(path.rglob('*.py')) if path.is_dir() else [path]:
-            tree = ast.parse(file.read_text(encoding='utf-8'))
-            for node in ast.walk(tree):
-                if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                    node.value = ast.Constant(None)
-            digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()[:12]
-
-
-class Results:
-    """Figures by case, one JSON object a line; those of other code are not read."""
-
-    def __init__(self, path: Path):
-        self.path, self.code = path, fingerprint()
-        self.found: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            for line in path.read_text(encoding='utf-8').splitlines():
-                row = json.loads(line)
-                if row.pop('code') == self.code:
-                    self.found[row.pop('case')] = row
-
-    def run(self, case: str, compute: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
-        """The case's figures, and whether they were there already."""
-        if case in self.found:
-            return self.found[case], True
-        began = time.perf_counter()
-        row = compute() | {'seconds': round(time.perf_counter() - began, 1)}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open('a', encoding='utf-8') as file:
-            file.write(json.dumps({'case': case, 'code': self.code, **row}) + '\n')
-        self.found[case] = row
-        return row, False

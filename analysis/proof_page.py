@@ -14,11 +14,11 @@ from analysis.proof import (
     RUNS,
     TOLERANCE,
     B,
-    Results,
     T,
-    caught,
     losses_dtype,
 )
+from analysis.proof_cases import Results
+from analysis.proof_faults import caught
 from sharding.mesh import AXES
 
 
@@ -29,7 +29,7 @@ def page(results: Results, cases: dict[str, Callable[[], dict[str, Any]]]) -> st
         '# Every mesh gives the same numbers',
         '',
         f'`python scripts/prove.py`, jax {jax.__version__}, {DEVICES} devices simulated by a CPU; code {results.code}. '
-        'The cases are in `analysis/proof.py`.',
+        'The cases are in `analysis/proof_cases.py`.',
         '',
     ]
     if missing:

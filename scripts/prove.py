@@ -30,31 +30,32 @@ def main() -> int:
     jax.config.update('jax_disable_most_optimizations', True)  # thrice as fast to compile, and the same arithmetic
     jax.config.update('jax_default_matmul_precision', 'highest')
 
-    from analysis import proof, proof_page
+    from analysis import proof_cases, proof_page
     from sharding.errors import UserError, nearest
 
-    cases = proof.cases()
+    cases = proof_cases.cases()
     chosen = fnmatch.filter(cases, options.only)
     if not chosen:
         raise UserError(f'--only {options.only!r}: no case has such a name{nearest(options.only, cases)}')
     if options.list:
         print('\n'.join(chosen))
         return 0
-    results = proof.Results(options.results)
+    results = proof_cases.Results(options.results)
     failed = []
     for number, case in enumerate(chosen, start=1):
         found, known = results.run(case, cases[case])
-        right = proof.holds(case, found)
+        right = proof_cases.holds(case, found)
         if not right:
             failed.append(case)
         verdict = 'as it must be' if right else 'FAILED'
         print(
-            f'{number}/{len(chosen)}  {case}  {proof.tell(found)}  {verdict}{"  (kept)" if known else ""}', flush=True
+            f'{number}/{len(chosen)}  {case}  {proof_cases.tell(found)}  {verdict}{"  (kept)" if known else ""}',
+            flush=True,
         )
     options.page.write_text(proof_page.page(results, cases), encoding='utf-8')
     print(f'{options.page}: {sum(case in results.found for case in cases)} of {len(cases)} cases')
     for case in failed:
-        print(f'FAILED: {case}: {proof.tell(results.found[case])}')
+        print(f'FAILED: {case}: {proof_cases.tell(results.found[case])}')
     return 1 if failed else 0
 
 

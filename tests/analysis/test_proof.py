@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from analysis import proof, proof_page
+from analysis import proof, proof_cases, proof_faults, proof_page
 from sharding.mesh import MeshConfig, factorizations
 
 # Every axis is on in two of them or more, and every two of neighbouring axes in one.
@@ -22,7 +22,7 @@ CHOSEN = [
 @pytest.mark.parametrize(('kind', 'mesh'), CHOSEN, ids=lambda value: str(value))
 def test_loss_and_gradient_are_one_devices(kind, mesh):
     found = proof.gradient_error(kind, mesh)
-    assert proof.holds(f'gradient/{kind}/{mesh}', found), found
+    assert proof_cases.holds(f'gradient/{kind}/{mesh}', found), found
 
 
 @pytest.mark.parametrize('mesh', [MeshConfig(stage=2, context=2, tensor=2), MeshConfig(replica=2, data=2, expert=2)])
@@ -30,14 +30,14 @@ def test_initial_parameters_are_one_devices_bit_for_bit(mesh):
     assert proof.initial_error('all_gather', mesh)['error'] == 0
 
 
-@pytest.mark.parametrize('fault', proof.FAULTS, ids=lambda fault: fault.what)
+@pytest.mark.parametrize('fault', proof_faults.FAULTS, ids=lambda fault: fault.what)
 def test_a_planted_fault_is_caught(fault):
-    found = proof.fault_error(fault)
-    assert proof.caught(found), found
+    found = proof_faults.fault_error(fault)
+    assert proof_faults.caught(found), found
 
 
 def test_all_56_meshes_are_in_it_for_each_model():
-    cases = proof.cases()
+    cases = proof_cases.cases()
     for kind in proof.MODELS:
         meshes = {case.split('/')[2] for case in cases if case.startswith(f'gradient/{kind}/')}
         assert len(meshes) == len(list(factorizations(8, 6))) == 56
@@ -52,16 +52,16 @@ def test_a_result_is_kept_for_the_code_that_it_came_from(tmp_path):
         return {'error': 1e-15, 'loss': 0.0}
 
     case = f'gradient/dense/{proof.MESHES[0]}'
-    assert proof.Results(path).run(case, compute)[1] is False
-    results = proof.Results(path)
+    assert proof_cases.Results(path).run(case, compute)[1] is False
+    results = proof_cases.Results(path)
     assert results.run(case, compute)[1] is True
     assert len(calls) == 1
-    page = proof_page.page(results, proof.cases())
+    page = proof_page.page(results, proof_cases.cases())
     assert '1.0e-15' in page
-    assert f'Not run yet: {len(proof.cases()) - 1} of {len(proof.cases())}' in page
+    assert f'Not run yet: {len(proof_cases.cases()) - 1} of {len(proof_cases.cases())}' in page
     row = json.loads(path.read_text())
     path.write_text(json.dumps(row | {'code': 'other'}) + '\n')
-    assert proof.Results(path).run(case, compute)[1] is False
+    assert proof_cases.Results(path).run(case, compute)[1] is False
 
 
 @pytest.mark.parametrize(
@@ -74,11 +74,11 @@ def test_a_result_is_kept_for_the_code_that_it_came_from(tmp_path):
     ],
 )
 def test_what_holds(found, right):
-    assert proof.holds('gradient/dense/data=8', found) is right
+    assert proof_cases.holds('gradient/dense/data=8', found) is right
 
 
 def test_what_holds_of_whole_runs():
     near, far = {'error': 9e-6, 'error of 50': 9e-5}, {'error': 9e-6, 'error of 50': 2e-4}
-    assert proof.holds('losses/dense/data=8', near)
-    assert not proof.holds('losses/dense/data=8', far)
-    assert not proof.holds('losses/all_gather/data=8', near)  # in float64
+    assert proof_cases.holds('losses/dense/data=8', near)
+    assert not proof_cases.holds('losses/dense/data=8', far)
+    assert not proof_cases.holds('losses/all_gather/data=8', near)  # in float64
