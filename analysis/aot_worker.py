@@ -27,26 +27,15 @@ from decoding.generate import first_token, next_token
 from decoding.prompts import Prompts
 from decoding.run import in_compute_dtype
 from decoding.sampling import Choice
+from decoding.step import OPTIONS as DECODING
 from sharding.mesh import BATCH, make_mesh
+from sharding.mesh import platform as device_kind
 from training import config as configs
 from training.config import RunConfig
-from training.state import abstract_state
+from training.state import abstract, abstract_state
 from training.step import init, train_step
 
-# There is no GPU here whose kernels could be timed.
-OPTIONS: dict[str, dict[str, Any]] = {'cuda': {'xla_gpu_autotune_level': '0'}, 'tpu': {}}
-
-
-def shaped(tree: Any) -> Any:
-    """Shapes that `jax.eval_shape` gave, laid out on the current mesh."""
-    mesh = jax.sharding.get_mesh()
-
-    def place(x):
-        return jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec if x.sharding else P())
-        )
-
-    return jax.tree.map(place, tree)
+UNTIMED = {'cuda': {'xla_gpu_autotune_level': 0}}  # compiler options: there is no GPU here whose kernels could be timed
 
 
 def rows(*shape: int, dtype: Any = jnp.int32) -> Any:
@@ -65,7 +54,7 @@ def training(config: RunConfig, batch: int, length: int):
 
 def serving(config: RunConfig, what: str, batch: int, length: int):
     """The step that reads prompts of `length` tokens, or that decodes one more token with a cache of as many slots."""
-    model = shaped(jax.eval_shape(lambda: in_compute_dtype(init(config).model)))
+    model = abstract(lambda: in_compute_dtype(init(config).model))
     wide, whole = (rows(batch, dtype=dtype) for dtype in (np.float32, np.int32))
     choice = Choice(wide, whole, wide, wide, rows(batch, dtype=np.uint32))
     source = (rows(batch, length), rows(batch)) if config.model.encoder else None
@@ -75,7 +64,7 @@ def serving(config: RunConfig, what: str, batch: int, length: int):
     if what == 'prefill':
         read = lambda model, prompts, choice: first(model, length, prompts, choice)
         return jax.jit(read, keep_unused=True), (model, prompts, choice)
-    cache = shaped(jax.eval_shape(lambda *known: first(known[0], length, *known[1:])[1], model, prompts, choice))
+    cache = abstract(lambda *known: first(known[0], length, *known[1:])[1], model, prompts, choice)
     return jax.jit(after, donate_argnums=1, keep_unused=True), (model, cache, rows(batch), rows(batch), choice)
 
 
@@ -117,7 +106,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         lowered = traced.lower()
         lap('lower')
         try:
-            compiled = lowered.compile(compiler_options=OPTIONS[platform] or None)
+            own = DECODING.get(device_kind(), {}) if what == 'decode' else {}
+            compiled = lowered.compile(compiler_options=UNTIMED.get(platform, {}) | own or None)
         except jax.errors.JaxRuntimeError as error:
             if 'RESOURCE_EXHAUSTED' not in str(error):
                 raise

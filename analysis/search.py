@@ -30,32 +30,22 @@ REMAT: tuple[Remat, ...] = ('none', 'dots', 'block')
 MOST_MICROBATCHES = 16  # a stage: the bubble is below a seventeenth of the work by then
 
 
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """One way to lay a run out, and what it costs."""
+class Planned:
+    """What a way to use a chip costs, by what it needs there: `chip`, `memory` and `time` of a step."""
 
-    run: RunConfig
     chip: Chip
-
-    @functools.cached_property
-    def memory(self) -> Memory:
-        """Of a chip."""
-        return training_memory(self.run, self.chip.platform)
-
-    @functools.cached_property
-    def time(self) -> Time:
-        """Of a step."""
-        return train_time(self.run, self.chip)
-
-    @property
-    def room(self) -> float:
-        """Bytes of a chip."""
-        return self.chip.memory_bytes
+    memory: Memory
+    time: Time
 
     @functools.cached_property
     def total(self) -> float:
         """Bytes that a chip needs."""
         return self.memory.total
+
+    @property
+    def room(self) -> float:
+        """Bytes of a chip."""
+        return self.chip.memory_bytes
 
     @property
     def fits(self) -> bool:
@@ -66,6 +56,24 @@ class Choice:
     def seconds(self) -> float:
         """Of a step."""
         return self.time.predicted
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice(Planned):
+    """One way to lay a run out, and what it costs."""
+
+    run: RunConfig
+    chip: Chip
+
+    @functools.cached_property
+    def memory(self) -> Memory:  # type: ignore[override]
+        """Of a chip."""
+        return training_memory(self.run, self.chip.platform)
+
+    @functools.cached_property
+    def time(self) -> Time:  # type: ignore[override]
+        """Of a step."""
+        return train_time(self.run, self.chip)
 
     @property
     def knobs(self) -> dict[str, str | int]:

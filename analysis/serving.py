@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from analysis.memory import Memory, serving_memory
 from analysis.roofline import Time, decode_time, prefill_time
-from analysis.search import Found, meshes_of, rank, strategy
+from analysis.search import Found, Planned, meshes_of, rank, strategy
 from model.config import ModelConfig
 from model.sizes import sizes
 from sharding.chips import Chip
@@ -28,8 +28,8 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
-class Serving:
-    """One way to serve, and what it costs."""
+class Serving(Planned):
+    """One way to serve, and what it costs; a step is one more token in each row."""
 
     model: ModelConfig
     mesh: MeshConfig
@@ -40,7 +40,7 @@ class Serving:
     target: Target
 
     @functools.cached_property
-    def memory(self) -> Memory:
+    def memory(self) -> Memory:  # type: ignore[override]
         """Of a chip while it decodes, or while it reads prompts, whichever needs more."""
         decode = serving_memory(self.model, self.mesh, self.rows, self.length, platform=self.chip.platform)
         rows = self.mesh.span(BATCH)  # prompts are read one row a device at a time
@@ -49,7 +49,7 @@ class Serving:
         return max(decode, prefill, key=lambda memory: memory.total)
 
     @functools.cached_property
-    def time(self) -> Time:
+    def time(self) -> Time:  # type: ignore[override]
         """Of one more token in each row."""
         return decode_time(self.model, self.mesh, self.chip, self.rows, self.length)
 
@@ -57,26 +57,6 @@ class Serving:
     def prefill(self) -> Time:
         """Of reading one prompt a device of the batch's axes."""
         return prefill_time(self.model, self.mesh, self.chip, self.mesh.span(BATCH), self.prompt)
-
-    @functools.cached_property
-    def total(self) -> float:
-        """Bytes that a chip needs."""
-        return self.memory.total
-
-    @property
-    def room(self) -> float:
-        """Bytes of a chip."""
-        return self.chip.memory_bytes
-
-    @property
-    def fits(self) -> bool:
-        """Whether a chip holds it."""
-        return self.total <= self.room
-
-    @property
-    def seconds(self) -> float:
-        """Between two tokens of a row."""
-        return self.time.predicted
 
     @property
     def tokens_per_second(self) -> float:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,13 +19,18 @@ from training.step import State, init
 
 def abstract_state(config: RunConfig) -> State:
     """Shapes, dtypes and layouts of the state, nothing of it made. Use it under `jax.set_mesh`."""
+    return abstract(functools.partial(init, config))
+
+
+def abstract(make: Callable[..., Any], *arguments: Any) -> Any:
+    """Shapes, dtypes and layouts of what `make` gives, nothing of it made. Use it under `jax.set_mesh`."""
     mesh = jax.sharding.get_mesh()
 
     def place(x):
         spec = x.sharding.spec if x.sharding else P()  # eval_shape says nothing of scalars
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(place, jax.eval_shape(functools.partial(init, config)))
+    return jax.tree.map(place, jax.eval_shape(make, *arguments))
 
 
 def saved_config(checkpoints: Checkpoints, step: int) -> RunConfig:
