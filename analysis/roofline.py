@@ -242,8 +242,9 @@ def train_bytes(run: RunConfig) -> dict[str, float]:
         for name, size in _layer_bytes(group, mesh, busy, passes, times).items():
             moved[name] = moved.get(name, 0.0) + layers * size
     b = jnp.dtype(c.dtype).itemsize
-    logits = 4 * (c.model_dim + c.padded_vocabulary / mesh.tensor) * tokens / mesh.stage * b
-    moved['head'] = moved.get('head', 0.0) + logits + 4 * c.model_dim * c.padded_vocabulary / mesh.tensor * b
+    width = c.padded_vocabulary / mesh.tensor
+    logits = 3 * (c.model_dim + width) * tokens / mesh.stage * b  # forward, and both gradients
+    moved['head'] = moved.get('head', 0.0) + logits + 3 * c.model_dim * width * b
     numbers = sum(count for _, count in held.held(mesh))
     moved['optimizer'] = 7 * numbers * wide  # weight, two moments and gradient read, all but the last written
     return moved
