@@ -98,7 +98,7 @@ class staged:
         while True:
             prefix, suffix = f'.{self.folder.name}.', '.partial'
             self.place = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=self.folder.parent))
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # a file system without locks: what is killed there stays
                 self.lock = locked(self.place)
             if self.place.exists():  # nobody took it for a leftover before it was locked
                 self.place.chmod(0o777 & ~umask())
@@ -110,7 +110,7 @@ class staged:
         ours = re.compile(rf'\.{re.escape(self.folder.name)}\.\w{{8}}\.partial')  # as tempfile names them
         for path in self.folder.parent.iterdir():
             if ours.fullmatch(path.name):
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # a living process has it
                     lock = locked(path)
                     shutil.rmtree(path, ignore_errors=True)
                     os.close(lock)
