@@ -27,8 +27,10 @@ ran on a TPU or a GPU**: our own steps were compiled for machines of those chips
 
 Each cell has the plan, made by shapes alone, and behind the stroke what the compiled program has. GB are 10^9 bytes of one
 chip.
-*Arguments*: weights, optimizer state, batch, cache. *Memory*: arguments, temporaries, and results that take no argument's
-place. *Sent*: bytes that a chip sends in a step, all kinds and axes together, loops multiplied out. Nothing is fitted.
+*Arguments*: weights, optimizer state, batch, cache. *Memory*: what is held at the fullest moment, arguments among it, as the
+compiler has it (`peak_memory_in_bytes`). On GPUs that is arguments and temporaries; what TPUs' compiler calls temporaries
+counts memory again that arrays use one after the other, and it compiles steps whose arguments and temporaries are more than a
+chip has. *Sent*: bytes that a chip sends in a step, all kinds and axes together, loops multiplied out. Nothing is fitted.
 """
 
 
@@ -133,6 +135,14 @@ def summary(found: list[Row]) -> Iterator[str]:
             off = [abs(row.ratios[what] - 1) for row in mine]
             parts.append(f'{what} {statistics.median(off):.1%} (at most {max(off):.1%})')
         yield f'{name}, {len(mine)} pairs, apart in the median by: {", ".join(parts)}.'
+    for row in found:
+        made = row.compiled
+        together = made.memory['arguments'] + made.memory['temporaries']
+        if made.fits and together > made.available:
+            yield (
+                f'{row.pair.model}, {row.pair.what}, {row.pair.config.mesh.size} {row.pair.chip}: compiled for chips of '
+                f'{made.available / 1e9:.1f} GB, with arguments and temporaries of {together / 1e9:.1f} GB.'
+            )
 
 
 def case(row: Row) -> Iterator[str]:
@@ -146,8 +156,7 @@ def case(row: Row) -> Iterator[str]:
     gb = lambda size: f'{size / 1e9:.3g} GB'
     parts = ', '.join(f'{part} {gb(size)}' for part, size in told.memory.parts().items() if size)
     yield f'- Planned: {gb(told.memory.total)} of {gb(made.available)}: {parts}.'
-    kinds = ('arguments', 'temporaries')
-    yield f'- Compiled: {gb(made.memory["total"])}: {", ".join(f"{kind} {gb(made.memory[kind])}" for kind in kinds)}.'
+    yield f'- Compiled: {gb(made.memory["total"])}, of which arguments {gb(made.memory["arguments"])}.'
     time = told.time
     line = f'- Roofline: at least {time.bound:.3g} s ({time.limit}), predicted {time.predicted:.3g} s'
     if row.pair.what == 'train':

@@ -90,6 +90,8 @@ PAIRS = (
     Pair('qwen3-30b-a3b', 'h100', 'decode', mesh('expert=8', 64, 8192)),
     Pair('llama-3.1-405b', 'h100', 'train', mesh('data=128 tensor=8', 128, 8192)),
     Pair('deepseek-v2-lite', 'v5p', 'train', mesh('data=2 expert=8', 32, 4096)),
+    # Fits by its fullest moment, and would not by its arguments and temporaries (analysis/aot_worker.py).
+    Pair('llama-3.1-8b', 'v6e', 'train', mesh('data=4 tensor=2', 12, 16384)),
 )
 
 

@@ -3,7 +3,7 @@
 What a compiled program holds is its arguments (weights, optimizer state, batch or cache) and, at its fullest moment, what it
 has made of them. Training has three such moments, of which the largest counts:
 
-    in the loss    what layers keep for the backward pass, the LM head whole and its gradient, the logits of one chunk
+    in the loss    what layers keep for the backward pass, the LM head whole, its gradient, a chunk's logits and theirs
     in a layer     what the layers keep, the gradients of all weights, and a unit of layers at work: what its own backward
                    pass needs, whole weights among it, and the gradients that pass through it
     at the end     the gradients of all weights, and that of the embedding as it is added up
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from analysis.weights import Group, Inventory, inventory
 from model.config import ModelConfig
+from model.cost import cached_numbers
 from sharding.mesh import BATCH, MeshConfig
 from training.config import RunConfig
 from training.loss import CHUNK
@@ -118,7 +119,8 @@ def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
             working, gathered = made, sent
     if mesh.stage > 1:
         kept += 3 * outside.x  # what waits, moves and is done
-    whole, gradient, logits = in_loss(outside)
+    head, logits = in_loss(outside)
+    waits = head * outside.number  # the head's gradient, until the layers' are known
     cast = casts(held, outside)
     table = c.padded_vocabulary * c.model_dim / mesh.tensor
     moments = [
@@ -127,19 +129,19 @@ def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
             gradients=sums,
             activations=kept,
             logits=logits,
-            communication=whole + gradient,
+            communication=head * (outside.number + outside.wide),
             compute_weights=cast,
         ),
         dataclasses.replace(
             fixed,
             gradients=sums + parameters,
             activations=kept + working,
-            communication=gathered + gradient,  # the head's gradient is scattered after the layers
+            communication=gathered + waits,
             compute_weights=cast,
         ),
-        # The embedding's gradient is added up in float32, whole, before it is scattered; the head's waits.
+        # The embedding's gradient is added up in float32, whole, before it is scattered.
         dataclasses.replace(
-            fixed, gradients=sums + parameters, communication=gradient + table * (outside.wide + outside.number)
+            fixed, gradients=sums + parameters, communication=waits + table * (outside.wide + outside.number)
         ),
     ]
     return max(moments, key=lambda moment: moment.total)
@@ -251,15 +253,10 @@ def dots(group: Group, device: Device) -> float:
     return made * b
 
 
-def in_loss(device: Device) -> tuple[float, float, float]:
-    """Bytes of the LM head; of its gradient; of a chunk's logits, their exponentials and their gradient.
-
-    A TPU adds up the chunks' gradients of the head in float32.
-    """
-    head = device.config.padded_vocabulary * device.config.model_dim / device.mesh.tensor
-    chunks = device.tokens > CHUNK and device.platform == 'tpu'
-    logits = 3 * min(CHUNK, device.tokens) * device.config.padded_vocabulary / device.mesh.tensor * device.wide
-    return head * device.number, head * (device.wide if chunks else device.number), logits
+def in_loss(device: Device) -> tuple[float, float]:
+    """Numbers of the LM head, whose gradient is added up in float32; bytes of a chunk's logits and of their gradient."""
+    columns = device.config.padded_vocabulary / device.mesh.tensor
+    return columns * device.config.model_dim, min(CHUNK, device.tokens) * columns * (device.wide + device.number)
 
 
 def serving_memory(
@@ -281,9 +278,8 @@ def serving_memory(
     parameters = sum(numbers * size(weight) for weight, numbers in held.held(mesh))
     mine = rows / mesh.span(BATCH)
     device = Device(c, mesh, mine, new, platform)
-    heads = max(c.cached_heads, mesh.tensor) / mesh.tensor
     slots = mine * -(-length // mesh.context)
-    cache = c.layers * slots * heads * sum(c.cached_widths) * b
+    cache = c.layers * slots * sum(cached_numbers(c, mesh.tensor, platform)) * b
     working = gathered = 0.0
     for group in held.groups:
         made, whole = residuals(group, device)

@@ -22,11 +22,6 @@ if TYPE_CHECKING:  # the compilers' side imports much that a plan does not need
 PASSES: tuple[Literal['train', 'prefill', 'decode'], ...] = ('train', 'prefill', 'decode')
 CHINCHILLA = 20  # tokens a parameter (Hoffmann et al. 2022, arXiv:2203.15556, table 3), of those that a token meets
 SECONDS_A_DAY = 86_400
-# Until the count knows what those are: benchmarks/plan.md has each.
-TPU_MEMORY = (
-    'For training, TPU programs were compiled to 1.1 to 1.4 times the memory planned (benchmarks/plan.md): '
-    '--compile tells what this one takes.'
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +74,6 @@ def training_part(choice: Choice, chip: Chip, terms: Terms) -> dict[str, Any]:
         'memory_per_chip_bytes': memory_part(choice.memory),
         'memory_available_bytes': choice.room,
         'fits': choice.fits,
-        'memory_note': TPU_MEMORY if chip.platform == 'tpu' else None,
         'time': time_part(choice.time),
         'step_seconds': seconds,
         'mfu': mfu(run, chip, seconds),

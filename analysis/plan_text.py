@@ -205,7 +205,7 @@ def compiled_table(plan: dict[str, Any]) -> Table:
     if 'total' in c['memory_per_chip_bytes']:
         compare('memory of a chip', c['planned_memory_bytes'], c['memory_per_chip_bytes']['total'])
     for name, size in c['memory_per_chip_bytes'].items():
-        if name != 'total':
+        if name not in ('total', 'temporaries'):  # which count memory again that arrays use one after the other
             table.add_row(f'  {name}', '', amount(size) + 'B', '')
     for row in c['collectives']:
         if c['status'] == 'compiled':
@@ -240,7 +240,6 @@ def verdict(plan: dict[str, Any]) -> str:
             [] if r['energy_kwh'] is None else [f'{r["energy_kwh"]:,.0f} kWh at {r["watts_per_chip"]:.0f} W a chip']
         )
         lines.append(', '.join(money) + f'. Chinchilla: {count(r["chinchilla_tokens"])} tokens.')
-        lines += [plan['memory_note']] if plan['memory_note'] else []
     else:
         s = plan['serving']
         lines.append(

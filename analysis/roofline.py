@@ -26,7 +26,7 @@ from analysis.flops import executed
 from analysis.traffic import Traffic
 from analysis.weights import Group, Weight, inventory
 from model.config import ModelConfig
-from model.cost import training_flops
+from model.cost import cached_numbers, training_flops
 from sharding.chips import Chip, group_rate
 from sharding.mesh import AXES, BATCH, MeshConfig
 from training.config import RunConfig
@@ -306,8 +306,8 @@ def decode_time(c: ModelConfig, mesh: MeshConfig, chip: Chip, rows: int, length:
             continue
         for name, size in _layer_bytes(group, mesh, mine, 1, 1, rows).items():
             moved[name] = moved.get(name, 0.0) + group.layers * size
-    heads = max(c.cached_heads, mesh.tensor) / mesh.tensor
-    moved['attention'] = c.layers * mine * (length / mesh.context) * heads * sum(c.cached_widths) * b
+    cached = sum(cached_numbers(c, mesh.tensor, chip.platform))
+    moved['attention'] = c.layers * mine * (length / mesh.context) * cached * b
     moved['head'] = (c.model_dim + mine) * c.padded_vocabulary / mesh.tensor * b
     return _time(c, mesh, chip, flops, moved, communication.decoding(c, mesh, rows))
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import P, lax
 
+from model.cost import cached_numbers
 from model.decoder import Decoder, backends, to_vocabulary
 from model.forward import ROWS, TOKENS, columns, needs_causal, needs_no_stages, one_device, real_vocabulary
 from model.layers import CACHE_SPEC, Cache, Kept, View
@@ -41,9 +42,9 @@ def empty_cache(model: Decoder, rows: int, slots: int, source: Kept | None = Non
     needs_no_stages('decoding')
     needs_causal(model, 'decoding')
     c, mesh = model.config, jax.sharding.get_abstract_mesh().shape
-    heads, slots = max(c.cached_heads, mesh['tensor']), -(-slots // mesh['context']) * mesh['context']
-    make = lambda width: jnp.zeros((c.layers, rows, slots, heads, width), c.dtype, out_sharding=CACHE_SPEC)
-    widths = c.cached_widths
+    slots = -(-slots // mesh['context']) * mesh['context']
+    make = lambda width: jnp.zeros((c.layers, rows, slots, mesh['tensor'] * width), c.dtype, out_sharding=CACHE_SPEC)
+    widths = cached_numbers(c, mesh['tensor'], platform())
     return Cache(make(widths[0]), make(widths[1]) if len(widths) > 1 else None, source)
 
 

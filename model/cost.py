@@ -166,6 +166,17 @@ def cache_bytes_per_token(c: ModelConfig, number_bytes: int) -> int:
     return c.layers * c.cached_heads * sum(c.cached_widths) * number_bytes
 
 
+def cached_numbers(c: ModelConfig, tensor: int, platform: str) -> tuple[int, ...]:
+    """Numbers that a device of `tensor` keeps of a token and layer: of its keys and of its values, or of its latent vector.
+
+    TPUs tile arrays by 128 numbers of the last dim: a cache with other rows comes in another layout than the loop over the
+    layers works with, and is copied whole, there and back, at every step. So there rows are filled up.
+    """
+    heads = max(c.cached_heads // tensor, 1)
+    unit = 128 if platform == 'tpu' else 1
+    return tuple(-(-heads * width // unit) * unit for width in c.cached_widths)
+
+
 def projections(c: ModelConfig) -> list[tuple[int, int]]:
     """Rows and columns of each of a layer's matrices of attention, as training and prefill use them."""
     D, a = c.model_dim, c.latent

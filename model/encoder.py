@@ -13,6 +13,7 @@ from jax import P, lax
 from model.attention import attention
 from model.attention.cached import cached_attention
 from model.config import Kind, ModelConfig
+from model.cost import cached_numbers
 from model.layers import (
     Attention,
     Cache,
@@ -23,13 +24,15 @@ from model.layers import (
     activation,
     constant,
     how_to_attend,
+    kept_heads,
     linear,
     linear_back,
     my_kv_heads,
+    side_by_side,
     weight,
 )
 from sharding.collectives import whole
-from sharding.mesh import FSDP
+from sharding.mesh import FSDP, platform
 
 EVERY = (*FSDP, 'tensor')  # axes that split a weight of tokens that are not joined
 
@@ -49,8 +52,9 @@ class CrossAttention(Attention):
             q = q + self.q_bias_N.astype(q.dtype)[None, None]
         how = how_to_attend(c, windowed=False)
         if isinstance(source, Kept):
-            k_BSKH, v_BSKH = (kept[layer].astype(q.dtype) for kept in (source.k_LBSK, source.v_LBSK))
-            q_BTKGH = q.reshape(*q.shape[:2], k_BSKH.shape[2], -1, c.head_dim)
+            K = max(c.kv_heads // lax.axis_size('tensor'), 1)
+            q_BTKGH = q.reshape(*q.shape[:2], K, -1, c.head_dim)
+            k_BSKH, v_BSKH = (kept_heads(kept, layer, q_BTKGH[:, :, :, 0]) for kept in (source.k_LBSM, source.v_LBSM))
             a_BTKGH = cached_attention(q_BTKGH, k_BSKH, v_BSKH, view.position_BT, **how, length_B=source.length_B)
         else:
             k_BSKH, v_BSKH = self.keys(source.x_BSD)
@@ -70,16 +74,21 @@ class CrossAttention(Attention):
             v = v + my_kv_heads(self.v_bias_M[...], c).astype(v.dtype)[None, None]
         return tuple(a.reshape(*a.shape[:2], -1, c.head_dim) for a in (k, v))
 
+    def kept(self, x_BSD):
+        """The same as a cache keeps them, [B, S, M] each."""
+        widths = cached_numbers(self.config, lax.axis_size('tensor'), platform())
+        return tuple(map(side_by_side, self.keys(x_BSD), widths))
+
 
 def kept(memory: Memory, runs) -> Kept:
     """The keys and values of all layers, `runs` being each run's blocks by kind, stacked."""
     length_B = (memory.segment_BS > 0).sum(1, dtype=jnp.int32)
     of_runs = []
     for blocks in runs:
-        by_kind = [lax.map(lambda block: block.cross.keys(memory.x_BSD), group) for group in blocks]
+        by_kind = [lax.map(lambda block: block.cross.kept(memory.x_BSD), group) for group in blocks]
         of_runs.append(jax.tree.map(lambda *a: jnp.stack(a, 1).reshape(-1, *a[0].shape[1:]), *by_kind))
-    k_LBSK, v_LBSK = jax.tree.map(lambda *a: jnp.concatenate(a), *of_runs)
-    return Kept(k_LBSK, v_LBSK, length_B)
+    k_LBSM, v_LBSM = jax.tree.map(lambda *a: jnp.concatenate(a), *of_runs)
+    return Kept(k_LBSM, v_LBSM, length_B)
 
 
 class HeadMlp(nnx.Module):

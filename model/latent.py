@@ -21,6 +21,7 @@ from model.layers import (
     constant,
     how_to_attend,
     keep,
+    kept_heads,
     linear,
     linear_back,
     residual_gain,
@@ -83,12 +84,12 @@ class LatentAttention(nnx.Module):
         key_BTr = rope(key_BTr, view.position_BT, view.segment_BT, c)
         if cache is not None:
             new_BT1R = jnp.concatenate([latent_BTR, key_BTr], -1)[:, :, None]
-            cache = Cache(keep(cache.k_LBSK, new_BT1R, layer, view.position_BT), None)
+            cache = Cache(keep(cache.k_LBSM, new_BT1R, layer, view.position_BT), None)
         up_RnH = whole(self.kv_up_RN[...], dtype).reshape(a.kv_rank, -1, a.plain_dim + a.value_dim)
         up_RnP, up_RnU = up_RnH[..., : a.plain_dim], up_RnH[..., a.plain_dim :]
         how = how_to_attend(c, self.windowed)
         if view.decoding:
-            kept_BS1R = cache.k_LBSK[layer].astype(dtype)
+            kept_BS1R = kept_heads(cache.k_LBSM, layer, new_BT1R)
             q_BTnR = jnp.concatenate([jnp.einsum('BTnP,RnP->BTnR', plain_BTnH, up_RnP), turned_BTnr], -1)
             out_BT1nR = cached_attention(
                 q_BTnR[:, :, None], kept_BS1R, kept_BS1R[..., : a.kv_rank], view.position_BT, **how

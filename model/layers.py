@@ -31,16 +31,19 @@ from sharding.pipeline import dealt, microbatch
 class Kept(NamedTuple):
     """What decoding keeps of an encoder's output: each layer's keys and values of all of it."""
 
-    k_LBSK: jax.Array  # [L, B, S, K, H]
-    v_LBSK: jax.Array  # [L, B, S, K, H]
+    k_LBSM: jax.Array
+    v_LBSM: jax.Array
     length_B: jax.Array  # tokens of each row, int32
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far: a row's token at position p is in slot p // n of device p mod n of `context`."""
+    """Keys and values of the tokens so far: a row's token at position p is in slot p // n of device p mod n of `context`.
 
-    k_LBSK: jax.Array  # [L, B, S, K, H]
-    v_LBSK: jax.Array | None  # [L, B, S, K, H]; None where one latent vector is both (model/latent.py)
+    Each device of `tensor` has those of its heads side by side; on TPUs something follows them (`cost.cached_numbers`).
+    """
+
+    k_LBSM: jax.Array
+    v_LBSM: jax.Array | None  # None where one latent vector is both (model/latent.py)
     source: Kept | None = None  # of an encoder–decoder
 
 
@@ -51,7 +54,7 @@ class Memory(NamedTuple):
     segment_BS: jax.Array  # as a View's: the decoder's tokens attend to those of their own segment
 
 
-CACHE_SPEC = P(None, (*BATCH, 'stage'), 'context', 'tensor', None)  # `stage` is 1 where there is a cache
+CACHE_SPEC = P(None, (*BATCH, 'stage'), 'context', 'tensor')  # `stage` is 1 where there is a cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,7 +255,7 @@ class Attention(nnx.Module):
             table_KGR = view.relative_RN.T.reshape(*q_BTKGH.shape[2:4], -1)
             how['relative'] = Relative(table_KGR, not c.causal, c.relative_most)
         if view.decoding:
-            k_BSKH, v_BSKH = (kept[layer].astype(q.dtype) for kept in cache[:2])
+            k_BSKH, v_BSKH = (kept_heads(kept, layer, k_BTKH) for kept in cache[:2])
             a_BTKGH = cached_attention(q_BTKGH, k_BSKH, v_BSKH, view.position_BT, **how)
         else:
             how |= {'causal': c.causal, 'backend': view.backend, 'ring': True}
@@ -282,11 +285,25 @@ def norm_of_all(x_BTN, scale_N, heads: int, c: ModelConfig):
     return (h * scale_N[None, None]).astype(x_BTN.dtype)
 
 
-def keep(old_LBSK, new_BTKH, layer, position_BT):
+def keep(old_LBSM, new_BTKH, layer, position_BT):
     """A cache with new tokens' keys or values at [layer]: each device of `context` keeps those of its own positions."""
     n, rows_B1 = lax.axis_size('context'), jnp.arange(new_BTKH.shape[0])[:, None]
-    slot_BT = jnp.where(position_BT % n == lax.axis_index('context'), position_BT // n, old_LBSK.shape[2])
-    return old_LBSK.at[layer, rows_B1, slot_BT].set(new_BTKH.astype(old_LBSK.dtype), mode='drop')
+    slot_BT = jnp.where(position_BT % n == lax.axis_index('context'), position_BT // n, old_LBSM.shape[2])
+    new_BTM = side_by_side(new_BTKH, old_LBSM.shape[-1]).astype(old_LBSM.dtype)
+    return old_LBSM.at[layer, rows_B1, slot_BT].set(new_BTM, mode='drop')
+
+
+def side_by_side(a_BTKH, width: int):
+    """Heads' keys or values as a cache has them, filled up to its width."""
+    a_BTM = a_BTKH.reshape(*a_BTKH.shape[:2], -1)
+    return jnp.pad(a_BTM, ((0, 0), (0, 0), (0, width - a_BTM.shape[-1])))
+
+
+def kept_heads(cached_LBSM, layer, like_BTKH):
+    """The keys or values [B, S, K, H] at [layer], heads and dtype as those of `like_BTKH`."""
+    K, H = like_BTKH.shape[2:]
+    kept_BSM = cached_LBSM[layer].astype(like_BTKH.dtype)
+    return kept_BSM[..., : K * H].reshape(*kept_BSM.shape[:2], K, H)
 
 
 def my_kv_heads(w_DM, c: ModelConfig):

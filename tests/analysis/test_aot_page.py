@@ -1,5 +1,7 @@
 """Plans by shapes alone are those of the compiled programs that benchmarks/compiled/ keeps."""
 
+import statistics
+
 import pytest
 
 from analysis import aot_page, aot_pairs
@@ -14,6 +16,11 @@ def test_a_plan_is_what_was_compiled(name):
     ratios = ROWS[name].ratios
     assert ratios['arguments'] == pytest.approx(1, abs=0.01)
     assert ratios['sent'] == pytest.approx(1, abs=0.02)
+    assert ratios['memory'] == pytest.approx(1, abs=0.1)
+
+
+def test_memory_is_planned_within_a_few_percent_in_the_median():
+    assert statistics.median(abs(row.ratios['memory'] - 1) for row in ROWS.values()) < 0.03
 
 
 @pytest.mark.parametrize('name', ROWS)

@@ -100,7 +100,7 @@ def test_arguments_are_those_of_the_real_steps(model, mesh):
         if mesh.stage == 1 and not model.encoder:
             _, (model_, cache, *rest) = decode_step(config)
             model_ = jax.eval_shape(in_compute_dtype, model_)
-            memory = serving_memory(model, mesh, 8, 16)
+            memory = serving_memory(model, mesh, 8, 16, platform='cpu')
             assert memory.parameters == on_a_device(model_)
             assert memory.cache == on_a_device(cache)
             assert memory.batch == on_a_device(rest)
