@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jaxlib
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from sharding.errors import UserError
 from sharding.mesh import run_in_order
+from tests.scripts.runs import QUICK
 
 DEVICES = 8
 TOO_FEW = re.compile(r'asks for \d+ devices; this machine has|Number of devices \d+ must be')
@@ -23,14 +23,7 @@ jax.config.update('jax_platforms', os.environ.get('JAX_PLATFORMS', 'cpu'))
 if '--xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     jax.config.update('jax_num_cpu_devices', DEVICES)
 run_in_order()
-# Compiling takes most of the time of the tests, and the CPU's newer way to make fused loops two thirds of that. jaxlib 0.12
-# has no other way, and ends at an option that it does not know. The processes that tests start compile as users do.
-if jaxlib.__version__.startswith('0.10.'):
-    before = os.environ['XLA_FLAGS']
-    quick = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=2'
-    os.environ['XLA_FLAGS'] = f'{before} {quick}'
-    jax.jit(lambda: 0)()  # reads them
-    os.environ['XLA_FLAGS'] = before
+os.environ['XLA_FLAGS'] += QUICK
 # [B, T] + [T] is more often a mistake than meant.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Else GPUs and TPUs multiply float32 in fewer bits, and no tight tolerance holds there.

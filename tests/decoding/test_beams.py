@@ -6,7 +6,6 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from decoding.beams import Search, search
 from decoding.prompts import Prompts
@@ -17,6 +16,7 @@ from sharding.mesh import MeshConfig, make_mesh
 from tests.families import cases
 from tests.families.encoder_cases import live
 from tests.families.loading import GOLDENS, generated, golden, read
+from tests.models import filled
 
 EOS, V, MOST = 2, 4, 4
 TINY = {'vocabulary': V, 'layers': 2, 'model_dim': 16, 'heads': 4, 'mlp_dim': 16, 'tied_embedding': False}
@@ -34,8 +34,7 @@ def prompts(c: ModelConfig) -> Prompts:
 
 def model_of(c: ModelConfig) -> Decoder:
     """A model that prefers some tokens much: its weights are larger than at birth."""
-    make = lambda key: jax.tree.map(lambda w: 2 * w if w.ndim > 1 else w, Decoder(c, nnx.Rngs(key)))
-    return jax.jit(make)(jax.random.key(3))
+    return filled(c, seed=3, gain=2)
 
 
 def continuations():

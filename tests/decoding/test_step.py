@@ -3,22 +3,28 @@
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from decoding import step as steps
 from decoding.step import decode, empty_cache, encode, prefill
 from model import encoder
-from model.decoder import Decoder
 from model.forward import place
 from sharding.mesh import MeshConfig, make_mesh
 from tests.families.cases import CASES
 from tests.families.loading import read
+from tests.models import filled
 
 ROWS, PROMPT, NEW = 2, 6, 3
 
 
-@pytest.mark.parametrize('name', ['llama-grouped', 'deepseek_v2-lite', 't5-v1.1'])
-@pytest.mark.parametrize('mesh', [MeshConfig(), MeshConfig(context=2, tensor=4)], ids=str)
+@pytest.mark.parametrize(
+    ('name', 'mesh'),
+    [
+        ('llama-grouped', MeshConfig(context=2, tensor=4)),
+        ('deepseek_v2-lite', MeshConfig()),
+        ('t5-v1.1', MeshConfig(tensor=2)),
+    ],
+    ids=str,
+)
 def test_rows_that_are_filled_up_for_tpus_change_nothing(name, mesh, monkeypatch):
     c = read(CASES[name])[1]
     ids = np.random.default_rng(0).integers(0, c.vocabulary, (ROWS, PROMPT + NEW), dtype=np.int32)
@@ -29,7 +35,7 @@ def test_rows_that_are_filled_up_for_tpus_change_nothing(name, mesh, monkeypatch
         monkeypatch.setattr(encoder, 'platform', lambda kind=kind: kind)
         read_source = jax.jit(lambda *known: encode(*known))  # traced anew
         with jax.set_mesh(make_mesh(mesh)):
-            model = jax.jit(lambda key: Decoder(c, nnx.Rngs(key)))(jax.random.key(0))
+            model = filled(c)
             source = read_source(model, *place((ids, np.full(ROWS, 5, np.int32)))) if c.encoder else None
             cache = empty_cache(model, ROWS, PROMPT + NEW + 1, source)
             widths[kind] = [leaf.shape[-1] // mesh.tensor for leaf in jax.tree.leaves(cache) if leaf.ndim == 4]

@@ -1,20 +1,18 @@
 """The sharded decoder equals the plain one, in its loss and in every gradient; and no token sees what it must not."""
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax import P
 
 from model.config import ModelConfig, MoEConfig
-from model.decoder import Decoder
 from model.forward import logits
 from sharding.mesh import BATCH, MeshConfig, make_mesh
 from tests import reference
+from tests.models import filled
 from training.loss import loss_and_gradient, loss_fn
 
 BASE = ModelConfig(vocabulary=150, layers=2, model_dim=16, heads=4, kv_heads=2, mlp_dim=24)
@@ -44,18 +42,6 @@ VARIANTS = {
 }
 
 
-def sharded(c: ModelConfig, seed: int = 0) -> Decoder:
-    """A model on the current mesh, its norms and biases no longer trivial."""
-    model = jax.jit(lambda key: Decoder(c, nnx.Rngs(key)))(jax.random.key(seed))
-    numbers = itertools.count()
-
-    def blur(w):
-        key = jax.random.fold_in(jax.random.key(seed + 1), next(numbers))
-        return w + 0.3 * jax.random.normal(key, w.shape, w.dtype, out_sharding=jax.typeof(w).sharding)
-
-    return jax.jit(lambda model: jax.tree.map(blur, model))(model)
-
-
 def place(batch: dict) -> dict:
     return {name: jax.device_put(array, P(BATCH)) for name, array in batch.items()}
 
@@ -70,7 +56,7 @@ def test_loss_and_gradients_equal_the_plain_decoder(name, remat):
     c = dataclasses.replace(VARIANTS[name], dtype='float64', remat=remat)
     batch = reference.packed_batch(c.vocabulary, B=4, T=12)
     with jax.set_mesh(make_mesh(MeshConfig(data=1, expert=2, tensor=2))):
-        model = sharded(c)
+        model = filled(c)
         (total, parts), gradient = jax.jit(loss_and_gradient)(model, place(batch))
         assert jax.tree.all(
             jax.tree.map(lambda g, w: jax.typeof(g).sharding.spec == jax.typeof(w).sharding.spec, gradient, model)
@@ -100,7 +86,7 @@ def test_no_token_sees_later_ones_or_other_documents(name):
         'segments': np.array([[1, 1, 1, 1, 1, 2, 2, 2]], np.int32).repeat(4, 0),
     }
     with jax.set_mesh(make_mesh(MeshConfig(expert=2, tensor=2))):
-        model, at = sharded(dataclasses.replace(c, tied_embedding=False)), place(batch)
+        model, at = filled(dataclasses.replace(c, tied_embedding=False)), place(batch)
 
         def change(model, t):
             here_1T1 = (jnp.arange(T) == t)[None, :, None]
@@ -121,7 +107,7 @@ def test_dropout_is_the_same_on_every_mesh_and_off_without_a_key():
     losses, plain = [], []
     for mesh in (MeshConfig(), MeshConfig(data=2, expert=2, tensor=2)):
         with jax.set_mesh(make_mesh(mesh)):
-            model, at = sharded(c), place(batch)
+            model, at = filled(c), place(batch)
             run = jax.jit(loss_fn)
             losses.append([float(run(model, at, jax.random.key(i))[0]) for i in range(2)])
             plain.append(float(run(model, at)[0]))
@@ -134,7 +120,7 @@ def test_bfloat16_computes_narrow_and_keeps_wide_parameters():
     c = dataclasses.replace(VARIANTS['softmax experts'], dtype='bfloat16')
     batch = reference.packed_batch(c.vocabulary, B=4, T=12)
     with jax.set_mesh(make_mesh(MeshConfig(expert=2, tensor=2))):
-        model, at = sharded(c), place(batch)
+        model, at = filled(c), place(batch)
         (narrow, _), gradient = jax.jit(loss_and_gradient)(model, at)
         assert {leaf.dtype for leaf in jax.tree.leaves((model, gradient))} == {jnp.dtype('float32')}
         traced = str(jax.make_jaxpr(loss_fn)(model, at))

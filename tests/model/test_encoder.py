@@ -5,15 +5,14 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from decoding.score import score
 from decoding.step import empty_cache
 from model.config import ModelConfig
-from model.decoder import Decoder
 from model.forward import logits, place
 from sharding.errors import UserError
 from sharding.mesh import MeshConfig, make_mesh
+from tests.models import filled
 from training.config import RunConfig, TrainingConfig
 
 BERT = ModelConfig(
@@ -43,7 +42,7 @@ def test_a_token_sees_all_of_its_document_and_nothing_of_others():
     position = np.array([[*range(5), *range(5), 0, 0]], np.int32)
     found = []
     with jax.set_mesh(make_mesh(MeshConfig())):
-        model = jax.jit(lambda key: Decoder(BERT, nnx.Rngs(key)))(jax.random.key(0))
+        model = filled(BERT)
         for at in (None, 4, 7, 11):
             changed = ids.copy()
             if at is not None:
@@ -62,7 +61,7 @@ def test_every_mesh_scores_alike(mesh):
     found = []
     for one in (MeshConfig(), mesh):
         with jax.set_mesh(make_mesh(one)):
-            model = jax.jit(lambda key: Decoder(BERT, nnx.Rngs(key)))(jax.random.key(0))
+            model = filled(BERT)
             found.append(np.concatenate([block for _, block in score(model, ids)]))
     assert found[0].shape == (3, 11, 40)
     np.testing.assert_allclose(*found, atol=1e-5)
@@ -76,6 +75,6 @@ def test_what_needs_the_next_token_is_refused():
     with pytest.raises(UserError, match=r'max_positions is 8 and training\.sequence_length 16'):
         RunConfig(name='x', model=causal, training=training).check_sizes()
     with jax.set_mesh(make_mesh(MeshConfig())):
-        model = jax.jit(lambda key: Decoder(BERT, nnx.Rngs(key)))(jax.random.key(0))
+        model = filled(BERT)
         with pytest.raises(UserError, match=r'model\.causal is false: decoding needs'):
             empty_cache(model, 2, 8)

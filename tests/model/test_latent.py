@@ -15,6 +15,7 @@ from model.config import LatentConfig, ModelConfig, RopeScaling
 from model.decoder import Decoder
 from model.forward import logits, place
 from sharding.mesh import MeshConfig, make_mesh
+from tests.models import filled
 from training.config import load
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +47,7 @@ def test_decoding_from_latent_vectors_is_the_expanded_form(q_rank, mesh):
     ids = np.random.default_rng(0).integers(0, 128, (2, 48), dtype=np.int32)
     places = np.arange(48, dtype=np.int32)[None].repeat(2, 0)
     with jax.set_mesh(make_mesh(mesh)):
-        model = jax.jit(lambda key: Decoder(c, nnx.Rngs(key)))(jax.random.key(0))
+        model = filled(c)
         full = np.asarray(jax.jit(logits)(model, *place((ids, places, np.ones_like(ids)))))
         cache = jax.jit(functools.partial(empty_cache, rows=2, slots=48))(model)
         assert all(leaf.shape[-1] == mesh.tensor * (32 + 8) for leaf in jax.tree.leaves(cache))

@@ -67,7 +67,7 @@ def traced(stages: int, microbatches: int, layers: int = 8):
     """The program of a loss and its gradient, traced."""
     c = dataclasses.replace(MODEL, layers=layers)
     with jax.set_mesh(make_mesh(MeshConfig(stage=stages))):
-        model = jax.jit(lambda key: Decoder(c, nnx.Rngs(key)))(jax.random.key(0))
+        model = jax.eval_shape(lambda key: Decoder(c, nnx.Rngs(key)), jax.random.key(0))
         batch = place(reference.packed_batch(100, B, T))
         return jax.make_jaxpr(functools.partial(loss_and_gradient, microbatches=microbatches))(model, batch).jaxpr
 

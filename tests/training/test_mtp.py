@@ -6,13 +6,12 @@ import functools
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from model.config import ModelConfig, MoEConfig
-from model.decoder import Decoder
 from model.forward import logits_ahead, place
 from sharding.mesh import MeshConfig, make_mesh
 from tests import reference
+from tests.models import filled
 from training.config import RunConfig, TrainingConfig
 from training.loss import loss_and_gradient, shifted
 from training.step import init, train_step
@@ -55,7 +54,7 @@ def step_on(mesh: MeshConfig):
     microbatches = 2 * mesh.stage if mesh.stage > 1 else 1
     run = functools.partial(loss_and_gradient, microbatches=microbatches)
     with jax.set_mesh(make_mesh(mesh)):
-        model = jax.jit(lambda key: Decoder(MODEL, nnx.Rngs(key)))(jax.random.key(0))
+        model = filled(MODEL)
         return jax.tree.map(np.asarray, jax.jit(run)(model, place(batch())))
 
 
@@ -79,7 +78,7 @@ def test_the_loss_is_that_of_the_logits():
     )  # one document a row, so that the logits' shift is the loss'
     rows |= {'positions': alone, 'segments': np.ones_like(alone)}
     with jax.set_mesh(make_mesh(MeshConfig())):
-        model = jax.jit(lambda key: Decoder(MODEL, nnx.Rngs(key)))(jax.random.key(0))
+        model = filled(MODEL)
         (loss, figures), _ = jax.jit(loss_and_gradient)(model, place(rows))
         padded = np.pad(ids, ((0, 0), (0, 7)))
         places = np.arange(40, dtype=np.int32)[None].repeat(8, 0)

@@ -17,10 +17,10 @@ from decoding.run import open_run
 from decoding.sampling import Sampling
 from sharding.errors import UserError
 from sharding.mesh import BATCH, MeshConfig, make_mesh
+from tests.models import filled
 from tests.scripts.runs import rows, run
 from training.config import load
 from training.loss import loss_and_gradient
-from training.step import init
 
 CONFIG = Path(__file__).parents[2] / 'configs' / 'reverse.yaml'
 
@@ -35,7 +35,8 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope='module')
 def trained(place) -> Path:
     jax.devices()  # those of the tests, before `open_run` asks for fewer
-    run(place, 'train', str(CONFIG), 'training.steps=200')
+    quick = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '0'}  # many steps of few programs
+    run(place, 'train', str(CONFIG), 'training.steps=200', **quick)
     run(place, 'train', str(CONFIG), 'training.steps=210', 'mesh.data=2')
     return place
 
@@ -115,7 +116,7 @@ def test_every_mesh_gives_the_same_loss_and_gradient(variant):
     batch, found = packed.take(range(8)), []
     for mesh in (MeshConfig(), MeshConfig(data=2, expert=2, tensor=2)):
         with jax.set_mesh(make_mesh(mesh)):
-            model = jax.jit(lambda: init(config).model)()
+            model = filled(config.model)
             on = jax.tree.map(lambda array: jax.device_put(array, P(BATCH)), batch)
             (loss, _), gradient = jax.jit(loss_and_gradient)(model, on, jax.random.key(3))
             found.append((float(loss), jax.tree.map(np.asarray, gradient)))

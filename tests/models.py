@@ -1,0 +1,27 @@
+"""Models for tests that ask nothing of how weights are born: making those takes longer to compile than most tests."""
+
+import zlib
+
+import numpy as np
+
+from model.config import ModelConfig
+from model.decoder import Decoder
+from model.families import leaves
+from tests.families.loading import from_leaves
+
+
+def filled(c: ModelConfig, seed: int = 0, gain: float = 1.0) -> Decoder:
+    """A decoder on the current mesh, the same on all. Matrices are about as large as at birth, norms and biases not trivial.
+
+    `gain` is of the matrices.
+    """
+    found = {}
+    for name, leaf in leaves(c).items():
+        noise = np.random.default_rng((seed, zlib.crc32(name.encode()))).standard_normal(leaf.shape)
+        last = name.rpartition('.')[2]
+        if len(last.rpartition('_')[2]) > 1 and '_bias_' not in last:
+            value = gain * c.model_dim**-0.5 * noise
+        else:
+            value = (1 - c.norm_offset if 'scale' in last else 0) + 0.3 * noise
+        found[name] = value.astype(leaf.dtype)
+    return from_leaves(c, found)
