@@ -26,11 +26,12 @@ Written by `python -m analysis.aot_page` from the records in [compiled/](compile
 ran on a TPU or a GPU**: our own steps were compiled for machines of those chips, on two CPU cores without any.
 
 Each cell has the plan, made by shapes alone, and behind the stroke what the compiled program has. GB are 10^9 bytes of one
-chip.
-*Arguments*: weights, optimizer state, batch, cache. *Memory*: what is held at the fullest moment, arguments among it, as the
-compiler has it (`peak_memory_in_bytes`). On GPUs that is arguments and temporaries; what TPUs' compiler calls temporaries
-counts memory again that arrays use one after the other, and it compiles steps whose arguments and temporaries are more than a
-chip has. *Sent*: bytes that a chip sends in a step, all kinds and axes together, loops multiplied out. Nothing is fitted.
+chip. The compilers' times are of a machine that was busy with other work for some of them.
+
+*Arguments*: weights, optimizer state, batch, cache. *Memory*: of GPUs arguments and temporaries, of TPUs what is held at the
+fullest moment (`peak_memory_in_bytes`): what TPUs' compiler calls temporaries counts memory again that arrays use one after the
+other, and it compiles steps whose arguments and temporaries are more than a chip has. *Sent*: bytes that a chip sends in a
+step, all kinds and axes together, loops multiplied out. Nothing is fitted.
 """
 
 

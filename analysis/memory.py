@@ -4,9 +4,11 @@ What a compiled program holds is its arguments (weights, optimizer state, batch 
 has made of them. Training has three such moments, of which the largest counts:
 
     in the loss    what layers keep for the backward pass, the LM head whole, its gradient, a chunk's logits and theirs
-    in a layer     what the layers keep, the gradients of all weights, and a unit of layers at work: what its own backward
-                   pass needs, whole weights among it, and the gradients that pass through it
-    at the end     the gradients of all weights, and that of the embedding as it is added up
+    in a layer     what the layers keep, the gradients of all layers' weights, the head's, and a unit of layers at work: what
+                   its own backward pass needs, whole weights among it, and the gradients that pass through it
+    at the end     the gradients of all weights, that of the embedding as it is added up, the head's before it is scattered
+
+Beside the first two, copies of the layers' weights in the compute dtype (`casts`).
 
 Nothing is fitted: each term is an array of the program, and its comment says which.
 
@@ -21,6 +23,7 @@ import jax.numpy as jnp
 from analysis.weights import Group, Inventory, inventory
 from model.config import ModelConfig
 from model.cost import cached_numbers
+from model.decoder import UNROLLED
 from sharding.mesh import BATCH, MeshConfig
 from training.config import RunConfig
 from training.loss import CHUNK
@@ -120,7 +123,9 @@ def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
     if mesh.stage > 1:
         kept += 3 * outside.x  # what waits, moves and is done
     head, logits = in_loss(outside)
-    waits = head * outside.number  # the head's gradient, until the layers' are known
+    waits = head * outside.number  # the head's gradient, which is scattered with the others
+    of_layers = sum(group.held(mesh) * weight.shard(mesh) for group in held.groups for weight in group.weights)
+    of_layers *= jnp.dtype(c.parameter_dtype).itemsize
     cast = casts(held, outside)
     table = c.padded_vocabulary * c.model_dim / mesh.tensor
     moments = [
@@ -134,12 +139,12 @@ def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
         ),
         dataclasses.replace(
             fixed,
-            gradients=sums + parameters,
+            gradients=sums + of_layers,
             activations=kept + working,
             communication=gathered + waits,
             compute_weights=cast,
         ),
-        # The embedding's gradient is added up in float32, whole, before it is scattered.
+        # The embedding's gradient is added up in float32, whole, and sent in the compute dtype.
         dataclasses.replace(
             fixed, gradients=sums + parameters, communication=waits + table * (outside.wide + outside.number)
         ),
@@ -157,7 +162,8 @@ def stored(c: ModelConfig, mesh: MeshConfig) -> float:
 def casts(held: Inventory, device: Device) -> float:
     """Bytes of the layers' matrices in the compute dtype, where they are stored in another.
 
-    A layer casts its own, but all of them are known before the loop over layers, and XLA casts them there, at once.
+    A layer casts its own, but all of them are known before the loop over layers, and XLA casts them there, at once, where they
+    are gathered next or go into a kernel of ours; a plain matmul on one device casts as it reads.
     """
     if jnp.dtype(device.config.parameter_dtype).itemsize == device.number:
         return 0
@@ -165,7 +171,7 @@ def casts(held: Inventory, device: Device) -> float:
         group.held(device.mesh) * weight.shard(device.mesh)
         for group in held.groups
         for weight in group.weights
-        if weight.gathered and weight.narrow_in_use
+        if (device.mesh.span(weight.gathered) > 1 or 'expert' in weight.left) and weight.narrow_in_use
     )
     return numbers * device.number
 
@@ -175,6 +181,8 @@ def kept_by(group: Group, device: Device) -> float:
     layers = group.held(device.mesh)
     if group.config.remat == 'none':
         made, whole = residuals(group, device)
+        if layers > UNROLLED.get(device.platform, (0, 0))[0]:
+            made = stacked(group, device)
         return layers * (made + whole)
     kept = device.x
     if group.config.remat == 'dots':
@@ -218,6 +226,25 @@ def residuals(group: Group, device: Device) -> tuple[float, float]:
     return made + inner(group, device) + joined, whole
 
 
+def stacked(group: Group, device: Device) -> float:
+    """Bytes of activations that a loop over layers keeps of each where nothing is computed again.
+
+    Layers that are written out keep what their backward passes need; a loop keeps each array that JAX's own rules ask for:
+    of a norm its input and its output, wide, of an activation what it is made of at each step. Equal ones are kept once.
+    """
+    c, t, n, b = group.config, device.tokens, device.mesh.tensor, device.number
+    wide_x = device.x / b * device.wide
+    heads, kv_heads = t * (c.heads / n), t * max(c.kv_heads / n, 1)
+    made = (4 + bool(group.experts)) * wide_x + t * c.model_dim * b
+    made += heads * (c.query_dim + 2 * c.value_dim) * b + kv_heads * (c.query_dim + c.value_dim) * b
+    made += heads * device.wide  # log-sum-exps
+    if c.qk_norm:
+        made += 2 * (heads + kv_heads) * c.query_dim * device.wide
+    if group.experts:
+        return made + inner(group, device)
+    return made + t * c.model_dim * b + 6 * t * c.mlp_dim / n * b
+
+
 def inner(group: Group, device: Device) -> float:
     """Bytes of the hidden units of a layer's MLP or experts."""
     c, t, n, b = group.config, device.tokens, device.mesh.tensor, device.number
@@ -249,7 +276,7 @@ def dots(group: Group, device: Device) -> float:
     c, t, n, b = group.config, device.tokens, device.mesh.tensor, device.number
     made = t * (c.heads * c.query_dim + 2 * max(c.kv_heads, n) * c.head_dim) / n + t * c.model_dim
     if not group.experts:
-        made += t * (2 if c.gated else 1) * c.mlp_dim / n + t * c.model_dim
+        made += t * (2 if c.gated else 1) * c.mlp_dim / n  # what the last one makes, no gradient needs
     return made * b
 
 

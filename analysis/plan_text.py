@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.bill import BYTES
+from sharding.chips import CHIPS
 from sharding.memory import gib
 
 
@@ -205,7 +206,8 @@ def compiled_table(plan: dict[str, Any]) -> Table:
     if 'total' in c['memory_per_chip_bytes']:
         compare('memory of a chip', c['planned_memory_bytes'], c['memory_per_chip_bytes']['total'])
     for name, size in c['memory_per_chip_bytes'].items():
-        if name not in ('total', 'temporaries'):  # which count memory again that arrays use one after the other
+        # Of TPUs they count memory twice (analysis/aot_worker.py).
+        if name != 'total' and not (name == 'temporaries' and CHIPS[plan['chip']['name']].platform == 'tpu'):
             table.add_row(f'  {name}', '', amount(size) + 'B', '')
     for row in c['collectives']:
         if c['status'] == 'compiled':

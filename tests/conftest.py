@@ -23,7 +23,10 @@ jax.config.update('jax_platforms', os.environ.get('JAX_PLATFORMS', 'cpu'))
 if '--xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     jax.config.update('jax_num_cpu_devices', DEVICES)
 run_in_order()
-os.environ['XLA_FLAGS'] += QUICK
+before = os.environ['XLA_FLAGS']
+os.environ['XLA_FLAGS'] = before + QUICK
+jax.devices()  # reads them
+os.environ['XLA_FLAGS'] = before
 # [B, T] + [T] is more often a mistake than meant.
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # Else GPUs and TPUs multiply float32 in fewer bits, and no tight tolerance holds there.
@@ -33,8 +36,8 @@ jax.config.update('jax_compilation_cache_dir', str(Path(__file__).parents[1] / '
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 # Tracing makes many short-lived objects and hardly a cycle: looking for cycles as often as usual takes a seventh of the time.
 gc.set_threshold(100_000, 20, 20)
-# Programs are compiled three times faster this way, and mean the same; a test of what users run starts a script or asks
-# for `optimized`.
+# Programs are compiled three times faster this way, and mean the same; a test of what optimising changes asks for `optimized`,
+# and test_pairs.py has a run whose programs are those of users.
 jax.config.update('jax_disable_most_optimizations', True)
 
 
@@ -78,7 +81,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture
 def optimized() -> Iterator[None]:
-    """The test compiles as users do."""
+    """The test compiles with the optimisations that users have."""
     jax.config.update('jax_disable_most_optimizations', False)
     try:
         yield

@@ -35,8 +35,8 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope='module')
 def trained(place) -> Path:
     jax.devices()  # those of the tests, before `open_run` asks for fewer
-    quick = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '0'}  # many steps of few programs
-    run(place, 'train', str(CONFIG), 'training.steps=200', **quick)
+    as_users = {'JAX_DISABLE_MOST_OPTIMIZATIONS': '0', 'XLA_FLAGS': ''}
+    run(place, 'train', str(CONFIG), 'training.steps=200', **as_users)
     run(place, 'train', str(CONFIG), 'training.steps=210', 'mesh.data=2')
     return place
 
