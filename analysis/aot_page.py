@@ -1,6 +1,6 @@
 """benchmarks/plan.md: what is planned by shapes alone beside what the compilers made of the same steps.
 
-`python -m analysis.aot_page` writes it from the records that `python -m analysis.aot_pairs` keeps.
+`python -m analysis.aot_page` writes it from the records that `python -m analysis.aot_pairs` and `analysis.aot_searched` keep.
 """
 
 import collections
@@ -12,6 +12,7 @@ from typing import NamedTuple
 from analysis import communication
 from analysis.aot import ROOT, Compiled
 from analysis.aot_pairs import PAIRS, Pair, known, read
+from analysis.aot_searched import Searched, searched
 from analysis.memory import Memory, serving_memory, training_memory
 from analysis.roofline import Time, decode_time, mfu, prefill_time, run_traffic, train_time
 from analysis.traffic import Traffic
@@ -181,9 +182,37 @@ def case(row: Row) -> Iterator[str]:
     yield ''
 
 
-def page(found: list[Row]) -> str:
+SEARCHED = """## What the search chooses
+
+The first choices of `plan.py` without a mesh for the cases of analysis/search_cases.py, whose chips there is a compiler for:
+`python -m analysis.aot_searched`.
+
+| case | chips | rows × tokens | choice | memory GB | ratio | sent GB | ratio | fits |
+|---|---|---:|---|---:|---:|---:|---:|---|"""
+
+
+def chosen(found: list[Searched]) -> Iterator[str]:
+    """What the search chose beside what the compilers made of it."""
+    yield SEARCHED
+    for one in found:
+        made, choice, t = one.compiled, one.choice, one.choice.run.training
+        if not made:
+            continue
+        parts = f' in {t.accumulation} parts' if t.accumulation > 1 else ''
+        about = f'{one.name} | {one.case.chips} {one.case.chip} | {t.batch} × {t.sequence_length:,}'
+        what = f'{choice.mesh}, {choice.run.model.remat}{parts}'
+        if made.status != 'compiled':
+            yield f'| {about} | {what} | {choice.total / 1e9:.4g} / – | | | | **{made.status}** |'
+            continue
+        memory, sent = (choice.total, made.memory['total']), (total(run_traffic(choice.run)), total(made.sent))
+        cells = [f'{a / 1e9:.4g} / {b / 1e9:.4g} | {a / b:.3f}' for a, b in (memory, sent)]
+        yield f'| {about} | {what} | {" | ".join(cells)} | {"yes" if made.fits else "**no**"} |'
+    yield ''
+
+
+def page(found: list[Row], of_search: list[Searched]) -> str:
     """All of it as Markdown."""
-    lines = [HEAD, *summary(found), '', *table(found), '']
+    lines = [HEAD, *summary(found), '', *table(found), '', *chosen(of_search)]
     lines += ['## Memory, collectives and roofline of the largest', '']
     for row in found:
         if row.pair.shown:
@@ -192,5 +221,5 @@ def page(found: list[Row]) -> str:
 
 
 if __name__ == '__main__':
-    PAGE.write_text(page(rows()), encoding='utf-8')
+    PAGE.write_text(page(rows(), searched()), encoding='utf-8')
     print('\n'.join(summary(rows())))

@@ -102,10 +102,10 @@ def read(path: Path) -> tuple[dict[str, Any], Compiled]:
     return record['request'], Compiled(**plain, sent=table(record['sent']), asked=table(record['asked']))
 
 
-def write(path: Path, pair: Pair, found: Compiled) -> None:
-    """The record of a pair."""
+def write(path: Path, request: dict[str, Any], found: Compiled) -> None:
+    """A record."""
     plain = {name: getattr(found, name) for name in PLAIN}
-    record = {'request': pair.request(), **plain, 'fits': found.fits, 'unplanned': found.unplanned()}
+    record = {'request': request, **plain, 'fits': found.fits, 'unplanned': found.unplanned()}
     record |= {'sent': rows_of(found.sent), 'asked': rows_of(found.asked)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
@@ -130,7 +130,7 @@ def main() -> None:
             continue
         began = time.perf_counter()
         found = compile_step(pair.config, pair.chip, pair.what, timeout=pair.timeout)
-        write(RECORDS / f'{pair.name}.json', pair, found)
+        write(RECORDS / f'{pair.name}.json', pair.request(), found)
         total = found.memory.get('total', 0) / 1e9
         print(f'{pair.name}: {found.status}, {total:.2f} GB, {time.perf_counter() - began:.0f} s', flush=True)
         if found.message:

@@ -205,7 +205,7 @@ class CacheBill:
     window: int | None
 
     def bytes_per_token(self, number_bytes: float = 2) -> float:
-        """Of one more token while no window is full; as our decoding keeps it throughout."""
+        """Of one more token while no window is full, as our decoding keeps it throughout; without what TPUs fill up."""
         return self.numbers * number_bytes
 
     def bytes(self, context: int, number_bytes: float = 2) -> float:

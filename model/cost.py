@@ -162,7 +162,7 @@ def decode_bytes(c: ModelConfig, rows: int, keys: float, weight_bytes: int, cach
 
 
 def cache_bytes_per_token(c: ModelConfig, number_bytes: int) -> int:
-    """Bytes that the cache keeps of one token in every layer: its keys and values, or its latent vectors."""
+    """Bytes of one token in every layer's cache: its keys and values, or its latent vectors; without what TPUs fill up."""
     return c.layers * c.cached_heads * sum(c.cached_widths) * number_bytes
 
 

@@ -29,7 +29,7 @@ from sharding.pipeline import dealt, microbatch
 
 
 class Kept(NamedTuple):
-    """What decoding keeps of an encoder's output: each layer's keys and values of all of it."""
+    """What decoding keeps of an encoder's output: each layer's keys and values of all of it, in the form of a cache."""
 
     k_LBSM: jax.Array
     v_LBSM: jax.Array
@@ -39,7 +39,8 @@ class Kept(NamedTuple):
 class Cache(NamedTuple):
     """Keys and values of the tokens so far: a row's token at position p is in slot p // n of device p mod n of `context`.
 
-    Each device of `tensor` has those of its heads side by side; on TPUs something follows them (`cost.cached_numbers`).
+    [L, B, S, tensor × numbers]: each device of `tensor` has its heads side by side; on TPUs zeros follow, up to a multiple of
+    128 (`model.cost.cached_numbers`).
     """
 
     k_LBSM: jax.Array

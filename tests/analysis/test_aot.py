@@ -165,7 +165,7 @@ def test_a_record_gives_back_what_was_written(tmp_path):
     pair = aot_pairs.PAIRS[0]
     table = Traffic({('all_gather', 'data'): Sent(2, 100)}, ['trips of %while'])
     found = Compiled('compiled', {'compile': 1.5}, MEMORY, 10, table, Traffic())
-    aot_pairs.write(tmp_path / 'x.json', pair, found)
+    aot_pairs.write(tmp_path / 'x.json', pair.request(), found)
     request, again = aot_pairs.read(tmp_path / 'x.json')
     assert again == found
     assert request == pair.request()
@@ -177,7 +177,7 @@ def test_a_pair_is_compiled_once_and_anew_when_it_changes(monkeypatch, tmp_path)
     assert not aot_pairs.known(pair)
     for status, known in (('not finished', False), ('compiled', True)):
         aot_pairs.write(
-            tmp_path / f'{pair.name}.json', pair, Compiled(status, {}, {'total': 1}, 1, Traffic(), Traffic())
+            tmp_path / f'{pair.name}.json', pair.request(), Compiled(status, {}, {'total': 1}, 1, Traffic(), Traffic())
         )
         assert bool(aot_pairs.known(pair)) == known
     changed = dataclasses.replace(pair, overrides=pair.overrides.replace('batch=8', 'batch=16'))

@@ -5,6 +5,7 @@ import statistics
 import pytest
 
 from analysis import aot_page, aot_pairs
+from analysis.aot_searched import searched
 from analysis.traffic import Sent, Traffic
 from sharding.chips import CHIPS
 
@@ -29,6 +30,25 @@ def test_a_plan_says_what_fits(name):
     assert (row.planned.memory.total <= CHIPS[row.pair.chip].memory_bytes) == row.compiled.fits
 
 
+SEARCHED = {one.name: one for one in searched()}
+
+
+def test_what_the_search_chooses_has_been_compiled():
+    """Of all cases whose chips have a compiler; after another choice, `python -m analysis.aot_searched`."""
+    assert sum(bool(one.compiled) for one in SEARCHED.values()) >= 10
+    text = aot_page.page([], list(SEARCHED.values()))
+    for one in SEARCHED.values():
+        assert (f'| {one.name} | {one.case.chips} {one.case.chip}' in text) == bool(one.compiled)
+
+
+@pytest.mark.parametrize('name', [name for name, one in SEARCHED.items() if one.compiled])
+def test_what_the_search_chooses_fits_as_planned(name):
+    choice, compiled = SEARCHED[name].choice, SEARCHED[name].compiled
+    assert compiled.fits
+    assert choice.total == pytest.approx(compiled.memory['total'], rel=0.15)
+    assert aot_page.total(aot_page.run_traffic(choice.run)) == pytest.approx(aot_page.total(compiled.sent), rel=0.025)
+
+
 def test_an_axis_that_is_cut_into_groups_is_still_that_axis():
     sent = Traffic(
         {('all_gather', 'data (groups of 4)'): Sent(1, 10), ('all_gather', 'data (groups of 2)'): Sent(1, 5)}
@@ -37,7 +57,7 @@ def test_an_axis_that_is_cut_into_groups_is_still_that_axis():
 
 
 def test_the_page_has_a_line_for_each_record_and_more_for_those_that_are_shown():
-    text = aot_page.page(list(ROWS.values()))
+    text = aot_page.page(list(ROWS.values()), [])
     for row in ROWS.values():
         mesh = row.pair.config.mesh
         assert f'| {row.pair.model} | {row.pair.what} | {mesh.size:,} {row.pair.chip} | {mesh} |' in text

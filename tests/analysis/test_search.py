@@ -5,42 +5,13 @@ import dataclasses
 import pytest
 
 from analysis.search import ALIKE, divisors, everything, meshes, search, why
+from analysis.search_cases import CASES, LARGE, MIXTURE, SMALL, WIDE
 from analysis.serving import Serving, Target, search_serving, serving_meshes
-from model.config import ModelConfig, MoEConfig
+from model.config import ModelConfig
 from sharding.chips import CHIPS
 from sharding.errors import UserError
 from sharding.mesh import AXES, MeshConfig, factorizations
 from training.config import RunConfig, TrainingConfig
-
-SMALL = ModelConfig(
-    vocabulary=32768,
-    layers=16,
-    model_dim=2048,
-    heads=16,
-    kv_heads=4,
-    mlp_dim=8192,
-    tied_embedding=False,
-    dtype='bfloat16',
-)
-LARGE = dataclasses.replace(SMALL, layers=64, model_dim=8192, heads=64, head_dim=128, kv_heads=8, mlp_dim=28672)
-MIXTURE = dataclasses.replace(SMALL, moe=MoEConfig(experts=8, mlp_dim=4096))
-WIDE = dataclasses.replace(LARGE, layers=32, moe=MoEConfig(experts=16, top_k=2, mlp_dim=8192))
-DEEP = dataclasses.replace(SMALL, layers=48, mlp_dim=6144)
-
-CASES = {
-    'one host of GPUs': (SMALL, 'h100', 8, 32, 4096),
-    'a host of smaller ones': (DEEP, 'a100-40gb', 8, 32, 2048),
-    'a large model on two hosts': (LARGE, 'h200', 16, 32, 2048),
-    'a large model on eight hosts': (LARGE, 'h100', 64, 64, 1024),
-    'fewer rows than chips': (SMALL, 'h100', 16, 4, 16384),
-    'long rows': (LARGE, 'b200', 32, 4, 32768),
-    'a mixture on one host': (MIXTURE, 'h100', 8, 32, 4096),
-    'a large mixture': (WIDE, 'h200', 32, 32, 2048),
-    'a mixture on a torus': (MIXTURE, 'v5e', 16, 32, 2048),
-    'a small torus': (SMALL, 'v6e', 8, 32, 4096),
-    'half a cube': (LARGE, 'v5p', 32, 32, 2048),
-    'chips that are not a power of two': (SMALL, 'h100', 24, 48, 2048),
-}
 
 
 def run_of(model: ModelConfig, batch: int, length: int) -> RunConfig:
@@ -49,8 +20,8 @@ def run_of(model: ModelConfig, batch: int, length: int) -> RunConfig:
 
 @pytest.mark.parametrize('case', CASES)
 def test_first_choice_is_the_best_of_everything(case):
-    model, chip, chips, batch, length = CASES[case]
-    run = run_of(model, batch, length)
+    _, chip, chips, *_ = CASES[case]
+    run = CASES[case].run
     found = search(run, CHIPS[chip], chips)
     every_mesh = [MeshConfig(**dict(zip(AXES, shape, strict=True))) for shape in factorizations(chips, len(AXES))]
     ways = everything(run, CHIPS[chip], every_mesh)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +14,9 @@ from model import cost
 from model.config import LatentConfig, ModelConfig, MoEConfig
 from model.decoder import Decoder
 from sharding.mesh import MeshConfig, make_mesh
+from training.config import load
+
+ROOT = Path(__file__).parents[2]
 
 DENSE = ModelConfig(vocabulary=256, layers=2, model_dim=32, heads=4, kv_heads=2, mlp_dim=48, attention='reference')
 CONFIGS = [
@@ -60,6 +64,25 @@ def test_a_token_visits_its_experts_only():
     assert math.isclose(cost.decode_bytes(c, 1, 0, 4, 4), 4 * (cost.active_parameters(c))), (
         'one row reads exactly the experts that it visits'
     )
+
+
+@pytest.mark.parametrize(
+    ('name', 'tensor', 'numbers', 'on_tpu'),
+    [
+        ('deepseek-v3', 4, (576,), (640,)),
+        ('gpt-oss-120b', 1, (512, 512), (512, 512)),
+        ('gpt-oss-120b', 8, (64, 64), (128, 128)),
+        ('gpt-oss-120b', 16, (64, 64), (128, 128)),  # more devices than heads
+        ('llama-3.1-8b', 8, (128, 128), (128, 128)),
+    ],
+)
+def test_a_cache_is_filled_up_for_tpus_alone(name, tensor, numbers, on_tpu):
+    c = load(ROOT / f'configs/models/{name}.yaml').model
+    assert [cost.cached_numbers(c, tensor, platform) for platform in ('cpu', 'gpu', 'tpu')] == [
+        numbers,
+        numbers,
+        on_tpu,
+    ]
 
 
 def test_cache_is_two_vectors_a_head_and_layer():

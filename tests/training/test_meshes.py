@@ -7,13 +7,17 @@ import itertools
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax import P
 
 from decoding.step import decode, empty_cache, prefill
 from model.config import ModelConfig, MoEConfig
+from model.decoder import Decoder
 from model.forward import logits
 from sharding.mesh import AXES, BATCH, MeshConfig, make_mesh
 from tests import reference
+from tests.families.cases import CASES
+from tests.families.loading import read
 from training.config import RunConfig, TrainingConfig
 from training.step import init, train_step
 
@@ -131,6 +135,16 @@ def test_float32_runs_agree(shape):
     assert jax.tree.all(jax.tree.map(np.array_equal, one['born'], many['born'])), 'initial parameters are bit-equal'
     np.testing.assert_allclose(many['losses'], one['losses'], rtol=1e-5)
     assert one['losses'][-1] < one['losses'][0] - 0.5, 'something was learnt'
+
+
+@pytest.mark.parametrize('name', ['bert-pretraining', 't5-v1.1', 'deepseek_v3-two-ahead'])
+def test_other_kinds_of_models_are_born_alike(name):
+    c, born = read(CASES[name])[1], []
+    for mesh in (MeshConfig(), MeshConfig(data=2, expert=2, tensor=2)):
+        with jax.set_mesh(make_mesh(mesh)):
+            model = jax.jit(lambda key: Decoder(c, nnx.Rngs(key)))(jax.random.key(0))
+            born.append(jax.tree.map(np.asarray, model))
+    assert jax.tree.all(jax.tree.map(np.array_equal, *born))
 
 
 @pytest.mark.parametrize('shape', DECODING[1:])
