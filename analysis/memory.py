@@ -29,6 +29,7 @@ from training.config import RunConfig
 from training.loss import CHUNK
 
 INT32 = 4  # bytes
+HIDDEN = 6  # arrays that a loop keeps of an MLP's hidden units: what goes into each product, and the activation's steps
 FLOAT32 = 4
 
 
@@ -240,9 +241,15 @@ def stacked(group: Group, device: Device) -> float:
     made += heads * device.wide  # log-sum-exps
     if c.qk_norm:
         made += 2 * (heads + kv_heads) * c.query_dim * device.wide
-    if group.experts:
-        return made + inner(group, device)
-    return made + t * c.model_dim * b + 6 * t * c.mlp_dim / n * b
+    if not group.experts:
+        return made + t * c.model_dim * b + HIDDEN * t * c.mlp_dim / n * b
+    m = c.moe
+    assert m is not None
+    if device.platform == 'gpu' and m.dispatch != 'all_to_all':
+        return made + inner(group, device)  # our kernels' own backward pass
+    rows, masks = expert_rows(c, device), 2  # a byte for each number
+    made += rows * (2 * c.model_dim * b + masks * c.model_dim + HIDDEN * m.mlp_dim / n * b)
+    return made + HIDDEN * t * m.shared_experts * m.mlp_dim / n * b
 
 
 def inner(group: Group, device: Device) -> float:
