@@ -92,6 +92,8 @@ PAIRS = (
     Pair('deepseek-v2-lite', 'v5p', 'train', mesh('data=2 expert=8', 32, 4096)),
     # Fits by its fullest moment, and would not by its arguments and temporaries (analysis/aot_worker.py).
     Pair('llama-3.1-8b', 'v6e', 'train', mesh('data=4 tensor=2', 12, 16384)),
+    # Does not fit.
+    Pair('llama-3.1-8b', 'v5e', 'train', mesh('data=4 tensor=2', 8, 2048)),
 )
 
 

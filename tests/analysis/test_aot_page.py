@@ -49,6 +49,14 @@ def test_what_the_search_chooses_fits_as_planned(name):
     assert aot_page.total(aot_page.run_traffic(choice.run)) == pytest.approx(aot_page.total(compiled.sent), rel=0.025)
 
 
+def test_what_a_compiler_refused_was_not_planned_to_fit():
+    paths = {pair: aot_pairs.known(pair) for pair in aot_pairs.PAIRS}
+    refused = [pair for pair, path in paths.items() if path and aot_pairs.read(path)[1].status == 'does not fit']
+    assert refused
+    for pair in refused:
+        assert aot_page.plan(pair).memory.total > CHIPS[pair.chip].memory_bytes
+
+
 def test_an_axis_that_is_cut_into_groups_is_still_that_axis():
     sent = Traffic(
         {('all_gather', 'data (groups of 4)'): Sent(1, 10), ('all_gather', 'data (groups of 2)'): Sent(1, 5)}
