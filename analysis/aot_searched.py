@@ -3,6 +3,7 @@
 What has a record of the same choice is not compiled again. A case whose chip has no compiler here is left out.
 """
 
+import functools
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,11 @@ from analysis.search import Choice, search
 from analysis.search_cases import CASES, Case
 from sharding.chips import CHIPS
 from sharding.errors import UserError
+
+
+def record(name: str) -> Path:
+    """Where the record of a case is, or would be."""
+    return RECORDS / 'searched' / f'{name.replace(" ", "-")}.json'
 
 
 class Searched(NamedTuple):
@@ -26,7 +32,7 @@ class Searched(NamedTuple):
     @property
     def path(self) -> Path:
         """Of its record."""
-        return RECORDS / 'searched' / f'{self.name.replace(" ", "-")}.json'
+        return record(self.name)
 
     @property
     def request(self) -> dict[str, object]:
@@ -34,6 +40,7 @@ class Searched(NamedTuple):
         return {'case': self.name, 'chip': self.case.chip, 'choice': self.choice.knobs}
 
 
+@functools.cache
 def searched() -> list[Searched]:
     """All cases."""
     found = []

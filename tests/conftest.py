@@ -68,6 +68,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.stem, len(SLOW)))
 
 
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported stays: the collector need not look at it again after every module
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """On accelerators a test whose mesh needs more of them than there are is skipped; a CPU plays as many as it takes."""
