@@ -1,7 +1,7 @@
 """What encoders add to the stack, from one device's view: attention to what an encoder read, BERT's head, fixed positions.
 
-Letters: B rows, T sequence, S tokens of a source, D model, K kv heads, H head dim, N query heads times H, L layers, J
-wavelengths, P positions, C classes.
+Letters: B rows, T sequence, S tokens of a source, D model, K kv heads, H head dim, M kv heads times H, N query heads times H,
+L layers, J wavelengths, P positions, C classes.
 """
 
 import jax
