@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from analysis.weights import Group, Inventory, inventory
 from model.config import ModelConfig
 from model.cost import cached_numbers
-from model.decoder import UNROLLED
+from model.decoder import written_out
 from sharding.mesh import BATCH, MeshConfig
 from training.config import RunConfig
 from training.loss import CHUNK
@@ -164,7 +164,7 @@ def casts(held: Inventory, device: Device) -> float:
     """Bytes of the layers' matrices in the compute dtype, where they are stored in another.
 
     A layer casts its own, but all of them are known before the loop over layers, and XLA casts them there, at once, where they
-    are gathered next or go into a kernel of ours; a plain matmul on one device casts as it reads.
+    are gathered next or are experts'; a plain matmul of what is not gathered casts as it reads.
     """
     if jnp.dtype(device.config.parameter_dtype).itemsize == device.number:
         return 0
@@ -182,7 +182,7 @@ def kept_by(group: Group, device: Device) -> float:
     layers = group.held(device.mesh)
     if group.config.remat == 'none':
         made, whole = residuals(group, device)
-        if layers > UNROLLED.get(device.platform, (0, 0))[0]:
+        if not written_out(math.ceil(layers), group.config, False, device.platform):
             made = stacked(group, device)
         return layers * (made + whole)
     kept = device.x

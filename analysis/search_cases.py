@@ -22,6 +22,11 @@ WIDE = dataclasses.replace(LARGE, layers=32, moe=MoEConfig(experts=16, top_k=2, 
 DEEP = dataclasses.replace(SMALL, layers=48, mlp_dim=6144)
 
 
+def run_of(model: ModelConfig, batch: int, length: int) -> RunConfig:
+    """Without a mesh."""
+    return RunConfig(name='x', model=model, training=TrainingConfig(steps=1, batch=batch, sequence_length=length))
+
+
 class Case(NamedTuple):
     """A model to be trained on so many chips."""
 
@@ -34,8 +39,7 @@ class Case(NamedTuple):
     @property
     def run(self) -> RunConfig:
         """Without a mesh."""
-        training = TrainingConfig(steps=1, batch=self.batch, sequence_length=self.length)
-        return RunConfig(name='x', model=self.model, training=training)
+        return run_of(self.model, self.batch, self.length)
 
 
 CASES = {

@@ -37,8 +37,8 @@ def empty_cache(model: Decoder, rows: int, slots: int, source: Kept | None = Non
     """A cache for `rows` sequences of at most `slots` tokens, in the compute dtype, split over BATCH, `context`, `tensor`.
 
     [layers, rows, slots, tensor × numbers of a device] (`model.cost.cached_numbers`). `slots` is rounded up to what `context`
-    divides. Where `tensor` has more devices than there are KV heads, each keeps the
-    head that it uses. `source` is what `encode` gives. Raises UserError on a mesh with stages.
+    divides. Where `tensor` has more devices than there are KV heads, each keeps the head that it uses. `source` is what
+    `encode` gives. Raises UserError on a mesh with stages.
     """
     needs_no_stages('decoding')
     needs_causal(model, 'decoding')

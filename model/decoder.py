@@ -285,18 +285,18 @@ def in_order(blocks: tuple[Block, ...], x_BTD, view: View, cache: Cache | None, 
         return (x_BTD, cache), vary(figures)
 
     repeats = jax.tree.leaves(blocks)[0].shape[0]
-    unroll = written_out(repeats * len(blocks), blocks[0].config, view.decoding)
+    unroll = written_out(repeats * len(blocks), blocks[0].config, view.decoding, platform())
     run = remat(unit, blocks[0].config, unroll)
     numbers = first + jnp.arange(repeats) * len(blocks)
     (x_BTD, cache), figures = lax.scan(run, (x_BTD, cache), (blocks, numbers), unroll=unroll)
     return x_BTD, cache, figures
 
 
-def written_out(layers: int, c: ModelConfig, decoding: bool) -> bool:
-    """Whether so many layers are no loop."""
+def written_out(layers: int, c: ModelConfig, decoding: bool, on: str) -> bool:
+    """Whether so many layers are no loop on a platform."""
     # XLA for GPUs would compute all of them again at once, and what remat is to save would be there together.
-    together = c.remat != 'none' and platform() == 'gpu' and not decoding
-    return not together and layers <= UNROLLED.get(platform(), (0, 0))[decoding]
+    together = c.remat != 'none' and on == 'gpu' and not decoding
+    return not together and layers <= UNROLLED.get(on, (0, 0))[decoding]
 
 
 def pipelined(blocks: tuple[Block, ...], x_BTD, view: View, first, repeats: int):

@@ -137,7 +137,11 @@ def specs(tree):
 
 def is_matrix(path) -> bool:
     """Whether the weight at a tree path is a matrix, which its name tells: q_DN is, scale_D and up_bias_EF are not."""
-    name = next(part.name for part in reversed(path) if '_' in getattr(part, 'name', ''))
+    return names_matrix(next(part.name for part in reversed(path) if '_' in getattr(part, 'name', '')))
+
+
+def names_matrix(name: str) -> bool:
+    """The same by the weight's own name."""
     return len(name.rpartition('_')[2]) > 1 and '_bias_' not in name
 
 

@@ -23,6 +23,7 @@ jax.config.update('jax_platforms', os.environ.get('JAX_PLATFORMS', 'cpu'))
 if '--xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     jax.config.update('jax_num_cpu_devices', DEVICES)
 run_in_order()
+# For this process alone: those that tests start may be of another jaxlib (analysis/aot.py), or as in a user's shell.
 before = os.environ['XLA_FLAGS']
 os.environ['XLA_FLAGS'] = before + QUICK
 jax.devices()  # reads them

@@ -7,6 +7,7 @@ import numpy as np
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.families import leaves
+from model.layers import names_matrix
 from tests.families.loading import from_leaves
 
 
@@ -19,7 +20,7 @@ def filled(c: ModelConfig, seed: int = 0, gain: float = 1.0) -> Decoder:
     for name, leaf in leaves(c).items():
         noise = np.random.default_rng((seed, zlib.crc32(name.encode()))).standard_normal(leaf.shape)
         last = name.rpartition('.')[2]
-        if len(last.rpartition('_')[2]) > 1 and '_bias_' not in last:
+        if names_matrix(last):
             value = gain * c.model_dim**-0.5 * noise
         else:
             value = (1 - c.norm_offset if 'scale' in last else 0) + 0.3 * noise

@@ -5,23 +5,16 @@ import dataclasses
 import pytest
 
 from analysis.search import ALIKE, divisors, everything, meshes, search, why
-from analysis.search_cases import CASES, LARGE, MIXTURE, SMALL, WIDE
+from analysis.search_cases import CASES, LARGE, MIXTURE, SMALL, WIDE, run_of
 from analysis.serving import Serving, Target, search_serving, serving_meshes
-from model.config import ModelConfig
 from sharding.chips import CHIPS
 from sharding.errors import UserError
 from sharding.mesh import AXES, MeshConfig, factorizations
-from training.config import RunConfig, TrainingConfig
-
-
-def run_of(model: ModelConfig, batch: int, length: int) -> RunConfig:
-    return RunConfig(name='x', model=model, training=TrainingConfig(steps=1, batch=batch, sequence_length=length))
 
 
 @pytest.mark.parametrize('case', CASES)
 def test_first_choice_is_the_best_of_everything(case):
-    _, chip, chips, *_ = CASES[case]
-    run = CASES[case].run
+    run, chip, chips = CASES[case].run, CASES[case].chip, CASES[case].chips
     found = search(run, CHIPS[chip], chips)
     every_mesh = [MeshConfig(**dict(zip(AXES, shape, strict=True))) for shape in factorizations(chips, len(AXES))]
     ways = everything(run, CHIPS[chip], every_mesh)

@@ -43,7 +43,7 @@ def start(folder: Path, script: str, *arguments: str, **variables: str) -> subpr
         'PYTHONPATH': str(ROOT),
         'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
     }
-    # Two of three seconds would go into optimising programs this small; so all compile alike where none is told else.
+    # Two of three seconds would go into optimising programs this small.
     environment |= {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'XLA_FLAGS': QUICK, **variables}
     command = [sys.executable, str(ROOT / 'scripts' / f'{script}.py'), *arguments]
     return subprocess.Popen(
