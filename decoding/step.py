@@ -15,7 +15,7 @@ from model.cost import cached_numbers
 from model.decoder import Decoder, backends, to_vocabulary
 from model.forward import ROWS, TOKENS, columns, needs_causal, needs_no_stages, one_device, real_vocabulary
 from model.layers import CACHE_SPEC, Cache, Kept, View
-from sharding.collectives import settled, vary
+from sharding.collectives import psum, settled, vary
 from sharding.mesh import platform
 from sharding.order import cyclic
 
@@ -86,7 +86,7 @@ def prefill(model: Decoder, cache: Cache, tokens_BT, length_B):
         view = View(position_BT, segment_BT, **backends(model.config), sequence_split=split, source=source)
         x_BTD, cache, _ = model.hidden(tokens_BT, view, cache)
         last_BT1 = (position_BT == length_B[:, None] - 1)[..., None]  # one column, of one device of `context`
-        last_BD = lax.psum(jnp.where(last_BT1, view.join(x_BTD), 0).sum(1), 'context')
+        last_BD = psum(jnp.where(last_BT1, view.join(x_BTD), 0).sum(1), 'context')
         return to_vocabulary(last_BD, model.head(), model.config), cache
 
     return _with_cache(body, model, cache, tokens_BT, length_B)

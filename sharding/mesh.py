@@ -37,6 +37,9 @@ SEQUENCE = ('context', 'tensor')  # axes that split the sequence between blocks
 IN_ORDER = '--xla_cpu_enable_concurrency_optimized_scheduler=false'
 SEARCHED = 1024  # devices at most of a mesh that is proposed in an error
 
+# A layout then names the axes that split something alone, and nothing varies over one device (see sharding/collectives.py).
+jax.config.update('jax_remove_size_one_mesh_axis_from_type', True)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
