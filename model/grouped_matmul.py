@@ -308,7 +308,20 @@ def _blocked(
 
             return walk(block, y_RG, ends_E[e] - size, size)
 
-        return lax.fori_loop(0, (sizes_E > 0).sum(), group, zeros((R, G), dtype))
+        def one_by_one() -> jax.Array:
+            return lax.fori_loop(0, (sizes_E > 0).sum(), group, zeros((R, G), dtype))
+
+        def together() -> jax.Array:  # as a batched matmul, which copies no weights
+            row_EB = jnp.minimum((ends_E - sizes_E)[:, None] + jnp.arange(least)[None], R - 1)
+            y_EBG = jax.vmap(g)(x_RD[row_EB], weights)
+            group_R = jnp.searchsorted(ends_E, jnp.arange(R, dtype=ends_E.dtype), side='right')
+            e_R = jnp.minimum(group_R, E - 1)
+            return jnp.where((group_R < E)[:, None], y_EBG[e_R, jnp.arange(R) - (ends_E - sizes_E)[e_R]], 0)
+
+        least = blocks[-1]
+        if blocks == BLOCKS[: len(blocks)] or R < E or dtype != wide:
+            return one_by_one()
+        return lax.cond((sizes_E <= least).all(), together, one_by_one)
 
     def forward(x_RD, weights, sizes_E):
         return run(x_RD, weights, sizes_E), (x_RD, weights, sizes_E)
