@@ -19,7 +19,7 @@ from sharding.memory import explaining
 from sharding.mesh import Divides, MeshConfig, check_divides, make_mesh, nearest_meshes, parse_mesh, start
 from training.bucket_checkpoint import checkpoints_of
 from training.config import RunConfig
-from training.conversion import context
+from training.context import context
 from training.state import restore_model, saved_config
 
 

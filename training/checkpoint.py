@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
 from sharding import peers
 from sharding.buckets import at_once
@@ -52,7 +51,7 @@ class Checkpoints:
         self.folder = self.run.absolute() / 'checkpoints'  # Orbax refuses a relative path, and late
         self.keep = keep
         self._saving = self.folder / 'saving'
-        self._orbax: ocp.AsyncCheckpointer | None = None  # from the first save on
+        self._orbax: Any = None  # an orbax.checkpoint.AsyncCheckpointer, from the first save on
         self._thread = ThreadPoolExecutor(1, 'checkpoint')
         self._last: Future[None] | None = None
 
@@ -77,6 +76,8 @@ class Checkpoints:
         `items` are trees of jax arrays (dicts, optax states, modules, PRNG keys), none of size 0; `meta` is JSON;
         `files` are names with their contents. Waits for the save before, and raises its error if it failed.
         """
+        import orbax.checkpoint as ocp  # here and below: it takes a while, and imported weights are not in its format
+
         self.wait()
         files = contents(items, meta, files)
         if peers.first():
@@ -166,6 +167,8 @@ class Checkpoints:
 
     def _read_orbax(self, step: int, wanted: dict[str, dict[str, Any]]) -> Mapping[str, Any]:
         """Arrays by item and name."""
+        import orbax.checkpoint as ocp
+
         reads = {item: ocp.args.StandardRestore(arrays) for item, arrays in wanted.items() if arrays}
         if not reads:
             return {}
@@ -190,7 +193,7 @@ class Checkpoints:
         whole = {name: shards.place(x, part) for (name, x), part in zip(leaves.items(), parts, strict=True)}
         return {item: {name: whole[f'{item}/{name}'] for name in arrays} for item, arrays in wanted.items()}
 
-    def _publish(self, orbax: ocp.AsyncCheckpointer, step: int, arrays: dict, files: Mapping[str, bytes]) -> None:
+    def _publish(self, orbax: Any, step: int, arrays: dict, files: Mapping[str, bytes]) -> None:
         """Waits for Orbax in all processes, and publishes. Runs in a thread of its own."""
         orbax.wait_until_finished()
         peers.meet('saved')
