@@ -151,7 +151,9 @@ def platform() -> str:
 def start(devices: int, dtype: str, processes: int = 1) -> None:
     """Settles what JAX must know before anything asks it for devices: 64 bits, how many devices a CPU plays, what it keeps.
 
-    A process on its own keeps its compiled programs for the next one (sharding/program_cache.py). `devices` are those of the whole mesh, of which each of the `processes` has its part. A machine with an accelerator has
+    A process on its own keeps its compiled programs for the next one (sharding/program_cache.py).
+
+    `devices` are those of the whole mesh, of which each of the `processes` has its part. A machine with an accelerator has
     its own devices. Where JAX has started already (a notebook), it keeps those that it has, and `make_mesh` judges whether
     they suffice.
     """

@@ -1,4 +1,4 @@
-"""Compiled programs are kept for the next process: JAX's compilation cache, in a folder of the user that is kept whole and small.
+"""Compiled programs kept for the next process: JAX's compilation cache, in a folder of the user that is kept whole and small.
 
     ~/.cache/weft/programs-MACHINE/       or below XDG_CACHE_HOME; MACHINE: a hash of the processor and what it can do
       jit_next_token-KEY-cache            what JAX writes; KEY: a hash of the program, its options and JAX' version
@@ -30,7 +30,7 @@ _kept: list[Path] = []  # this process' folder, if there is one
 
 
 def keep_programs() -> None:
-    """Begins to use the cache in this process. Where it has no folder that is the user's own, all is compiled as without one."""
+    """Begins to use the cache in this process. Where no folder can be the user's own, all is compiled as without one."""
     if _kept or jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
         return
     try:
