@@ -12,7 +12,7 @@ import numpy as np
 from data.tokenizer import Tokenizer
 from decoding.prompts import Prompts, read_prompts
 from decoding.sampling import Choice, Sampling, choose
-from decoding.step import decode, empty_cache, encode, jit_step, prefill
+from decoding.step import Program, decode, empty_cache, encode, jit_step, prefill
 from model.decoder import Decoder
 from model.forward import place
 from sharding.errors import UserError
@@ -62,8 +62,8 @@ class TextStream:
         return new
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def first_token(model: Decoder, slots: int, prompts: Prompts, choice: Choice):
+@functools.partial(Program, static_argnums=1)
+def first_token(model: Decoder, slots: int, prompts: Prompts, choice: Choice | None):
     """Each row's first new token, and the cache of its prompt."""
     logit_BV, cache = begin(model, slots, prompts)
     return choose(logit_BV, prompts.length_B - 1, choice), cache
@@ -77,10 +77,39 @@ def begin(model: Decoder, slots: int, prompts: Prompts):
 
 
 @functools.partial(jit_step, donate_argnums=1)
-def next_token(model: Decoder, cache: Any, token_B: jax.Array, position_B: jax.Array, choice: Choice):
+def next_token(model: Decoder, cache: Any, token_B: jax.Array, position_B: jax.Array, choice: Choice | None):
     """Each row's next token, its position, and the cache with the given one."""
     logit_BV, cache = decode(model, cache, token_B, position_B)
     return choose(logit_BV, position_B, choice), position_B + 1, cache
+
+
+def choices(sampling: Sampling, rows: int) -> Choice | None:
+    """How each of a batch's rows chooses, on the current mesh; None: the most likely token, all of them."""
+    if not sampling.temperature:
+        return None
+    every = lambda value, dtype: np.full(rows, value, dtype)
+    return place(
+        Choice(
+            every(sampling.temperature, np.float32),
+            every(sampling.top_k, np.int32),
+            every(sampling.top_p, np.float32),
+            every(sampling.min_p, np.float32),
+            ((sampling.seed + np.arange(rows, dtype=np.uint64)) % 2**32).astype(np.uint32),
+        )
+    )
+
+
+def compile_ahead(
+    kind: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling, max_new_tokens: int, context: int
+) -> None:
+    """Begins to compile what `generate` will run for such arguments, of a model whose weights are still being read.
+
+    `kind`: their shapes, dtypes and layouts. Raises UserError as `generate` does.
+    """
+    read = read_prompts(kind.config, tokenizer, prompts, context)
+    choice, slots, here = choices(sampling, len(read.length_B)), read.slots(max_new_tokens, context), read.placed()
+    token_B, cache = first_token.ahead(kind, slots, here, choice)
+    next_token.ahead(kind, cache, token_B, here.length_B, choice)
 
 
 def generate(
@@ -106,29 +135,13 @@ def generate(
     if max_new_tokens < 1:
         raise UserError(f'max-new-tokens is {max_new_tokens}: it must be at least 1')
     read = read_prompts(model.config, tokenizer, prompts, context)
-    rows = len(read.length_B)
-    every = lambda value, dtype: np.full(rows, value, dtype)
-    choice = place(
-        Choice(
-            every(sampling.temperature, np.float32),
-            every(sampling.top_k, np.int32),
-            every(sampling.top_p, np.float32),
-            every(sampling.min_p, np.float32),
-            ((sampling.seed + np.arange(rows, dtype=np.uint64)) % 2**32).astype(np.uint32),
-        )
-    )
+    choice = choices(sampling, len(read.length_B))
     completions = [Completion(prompt) for prompt in prompts]
     streams = [TextStream(tokenizer, stops) for _ in prompts]
-    slots, here = read.slots(max_new_tokens, context), read.placed()
-    position_B = here.length_B
-    token_B, cache = first_token(model, slots, here, choice)
     began = 0.0
-    while any(completion.finish_reason is None for completion in completions):
-        # The next step is under way while the host reads this one's tokens.
-        following_B, position_B, cache = next_token(model, cache, token_B, position_B, choice)
-        if not began:  # the first step compiles
-            jax.block_until_ready(following_B)
-            began = time.perf_counter()
+
+    def take(token_B: jax.Array) -> bool:
+        """Adds each row's next token and shows what is certain; whether any row goes on."""
         for number, token in enumerate(np.asarray(token_B)[: len(prompts)].tolist()):
             completion, stream = completions[number], streams[number]
             if completion.finish_reason:
@@ -148,10 +161,27 @@ def generate(
                 elif full:
                     completion.finish_reason = 'length'
                     piece += stream.add(None)
-            completion.seconds = time.perf_counter() - began
+            completion.seconds = time.perf_counter() - began if began else 0.0
             completion.text += piece
             if piece:
                 emit(number, piece)
-        token_B = following_B
+        return any(completion.finish_reason is None for completion in completions)
+
+    slots, here = read.slots(max_new_tokens, context), read.placed()
+    most = min(
+        max_new_tokens, context - int(read.length_B[: len(prompts)].min())
+    )  # tokens of the row that may have most
+    token_B, cache = first_token(model, slots, here, choice)
+    if take(token_B):  # shown before the step, which may have to be compiled
+        token_B, position_B, cache = next_token(model, cache, token_B, here.length_B, choice)
+        jax.block_until_ready(token_B)
+        began = time.perf_counter()
+        for count in range(2, most + 1):
+            # The next step is under way while the host reads this one's tokens.
+            this_B = token_B
+            if count < most:
+                token_B, position_B, cache = next_token(model, cache, token_B, position_B, choice)
+            if not take(this_B):
+                break
     jax.block_until_ready(token_B)
     return completions

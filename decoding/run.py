@@ -2,13 +2,15 @@
 
 import dataclasses
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from data.published_tokenizer import run_tokenizer
+from data.published_tokenizer import has_tokenizer, run_tokenizer
 from data.tokenizer import Tokenizer
+from model.config import ModelConfig
 from model.cost import parameters
 from model.decoder import Decoder
 from model.layers import is_matrix
@@ -19,21 +21,30 @@ from sharding.memory import explaining
 from sharding.mesh import Divides, MeshConfig, check_divides, make_mesh, nearest_meshes, parse_mesh, start
 from training.bucket_checkpoint import checkpoints_of
 from training.config import RunConfig
-from training.conversion import context
-from training.state import restore_model, saved_config
+from training.context import context
+from training.state import abstract_model, saved_config
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-    """A run's config, tokenizer and weights. Use the model under `jax.set_mesh(run.mesh)`."""
+    """A run's config, tokenizer and weights. Use the model under `jax.set_mesh(run.mesh)`.
+
+    The weights are being read while other work is done; `kind` says at once what they will be.
+    """
 
     folder: Path | Bucket
     config: RunConfig
     mesh: jax.sharding.Mesh
     tokenizer: Tokenizer | None  # an imported model may have none
-    model: Decoder
+    kind: Decoder  # shapes, dtypes and layouts of the weights
+    reading: Future[Decoder]
     step: int
     context: int  # the most tokens of a row: as it was trained, or as published
+
+    @property
+    def model(self) -> Decoder:
+        """The weights, matrices in the compute dtype. Waits until all are there, and raises what went wrong with them."""
+        return self.reading.result()
 
 
 def open_run(folder: str | Path | Bucket, mesh: str | None = None, needs_text: bool = True) -> TrainedRun:
@@ -46,7 +57,8 @@ def open_run(folder: str | Path | Bucket, mesh: str | None = None, needs_text: b
     An imported model may have no tokenizer: that is an error unless it `needs_text` no more than token ids.
 
     A machine with only a CPU simulates as many devices as the mesh has, unless JAX has started before.
-    Raises UserError where the folder is not a run, has no whole checkpoint, or the mesh cannot hold the model.
+    Raises UserError where the folder is not a run, has no whole checkpoint, or the mesh cannot hold the model; what is wrong
+    with the weights comes with the first use of `model`.
     """
     folder = at(folder)
     if not (folder / 'config.yaml').is_file():
@@ -59,14 +71,25 @@ def open_run(folder: str | Path | Bucket, mesh: str | None = None, needs_text: b
     check_divides(wanted, [*sizes(config.model), NO_PIPELINE])
     start(wanted.size, config.model.dtype)
     devices = make_mesh(wanted)
-    tokenizer = run_tokenizer(checkpoints.files(step), str(folder))
-    if needs_text and tokenizer is None:
+    files, rows = checkpoints.files(step), context(folder, config)
+    if needs_text and not has_tokenizer(files):
         raise UserError(f'{folder} was imported without a tokenizer: it takes token ids alone (scripts/score.py)')
-    tell = f'out of memory on a device: {sum(parameters(config.model).values()):,} parameters; split them over more with --mesh'
-    with jax.set_mesh(devices), explaining(lambda: tell):
-        model = restore_model(checkpoints, step, config)
-        model = jax.jit(in_compute_dtype, donate_argnums=0)(model)
-    return TrainedRun(folder, config, devices, tokenizer, model, step, context(folder, config))
+    with jax.set_mesh(devices):
+        stored = abstract_model(config)
+    kind = jax.tree_util.tree_map_with_path(lambda path, w: w.update(dtype=_computed(path, w, config.model)), stored)
+
+    def read() -> Decoder:
+        tell = f'out of memory on a device: {sum(parameters(config.model).values()):,} parameters; split them over more with --mesh'
+        with jax.set_mesh(devices), explaining(lambda: tell):
+            model = checkpoints.restore(step, {'model': stored})['model']
+            same = jax.tree.leaves(kind) == jax.tree.leaves(stored)
+            return model if same else jax.jit(in_compute_dtype, donate_argnums=0)(model)
+
+    thread = ThreadPoolExecutor(1, 'weights')
+    reading = thread.submit(read)
+    thread.shutdown(wait=False)  # takes no more work, and ends when this is done
+    tokenizer = run_tokenizer(files, str(folder))
+    return TrainedRun(folder, config, devices, tokenizer, kind, reading, step, rows)
 
 
 def _runs(folder: Path | Bucket) -> list[str]:
@@ -98,8 +121,10 @@ def in_compute_dtype(model: Decoder) -> Decoder:
     Routers, norms and biases compute in at least float32 and stay as they are.
     """
 
-    def cast(path, w):
-        narrow = is_matrix(path) and not any(getattr(part, 'name', '') == 'router_DE' for part in path)
-        return w.astype(jnp.dtype(model.config.dtype)) if narrow else w
+    return jax.tree_util.tree_map_with_path(lambda path, w: w.astype(_computed(path, w, model.config)), model)
 
-    return jax.tree_util.tree_map_with_path(cast, model)
+
+def _computed(path, w, c: ModelConfig) -> jnp.dtype:
+    """The dtype of one of its weights."""
+    narrow = is_matrix(path) and not any(getattr(part, 'name', '') == 'router_DE' for part in path)
+    return jnp.dtype(c.dtype) if narrow else w.dtype

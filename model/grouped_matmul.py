@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from model.grouped_kernel import gmm
 from sharding.collectives import vary_together
 from sharding.errors import UserError, nearest
 from sharding.mesh import platform
@@ -137,6 +136,8 @@ def grouped_apply(
         if isinstance(w_EDF, tuple):
             return tuple(matmul(x_RD, w) for w in w_EDF)
         if backend == 'gmm':
+            from model.grouped_kernel import gmm  # it needs Pallas, whose import takes a while
+
             return gmm(x_RD, w_EDF, sizes_E)
         wide = jnp.promote_types(x_RD.dtype, jnp.float32)
         if backend == 'ragged':

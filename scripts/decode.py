@@ -70,16 +70,18 @@ def main() -> None:
     import jax
 
     from decoding.beams import generate_by_beams
-    from decoding.generate import generate
+    from decoding.generate import compile_ahead, generate
     from sharding.memory import explaining, gib, shard_bytes
 
     between = '' if opened.config.model.encoder is None else '\t'  # a source is not what its target goes on with
     screen = Screen([prompt + between for prompt in prompts], quiet=options.json)
     tell = (
-        f'out of memory on a device: weights {gib(shard_bytes(opened.model))}, the rest the cache of {len(prompts)} prompts; '
+        f'out of memory on a device: weights {gib(shard_bytes(opened.kind))}, the rest the cache of {len(prompts)} prompts; '
         'give fewer at a time, lower --max-new-tokens, or split them over more devices with --mesh'
     )
     with jax.set_mesh(opened.mesh), explaining(lambda: tell):
+        if not options.beams:
+            compile_ahead(opened.kind, opened.tokenizer, prompts, sampling, options.max_new_tokens, opened.context)
         if options.beams:
             completions = generate_by_beams(
                 opened.model,
