@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from data.published_tokenizer import has_tokenizer, run_tokenizer
 from data.tokenizer import Tokenizer
+from decoding.unstacked import divided, is_written_out, kinds, unstacked
 from model.config import ModelConfig
 from model.cost import parameters
 from model.decoder import Decoder
@@ -47,7 +48,9 @@ class TrainedRun:
         return self.reading.result()
 
 
-def open_run(folder: str | Path | Bucket, mesh: str | None = None, needs_text: bool = True) -> TrainedRun:
+def open_run(
+    folder: str | Path | Bucket, mesh: str | None = None, needs_text: bool = True, stacked: bool = False
+) -> TrainedRun:
     """The newest checkpoint of a run, on the mesh that trained it or on another (`'expert=2,tensor=2'`).
 
     Rows are split over replica, data and expert, caches over context and tensor too; each replica has all weights. There is no
@@ -55,6 +58,9 @@ def open_run(folder: str | Path | Bucket, mesh: str | None = None, needs_text: b
     asked for has none.
 
     An imported model may have no tokenizer: that is an error unless it `needs_text` no more than token ids.
+
+    Like layers are stacked in one array for each weight, if that is asked for (programs of a loop compile sooner) or where
+    decoding keeps its loop over them; else each is a module of its own in a list.
 
     A machine with only a CPU simulates as many devices as the mesh has, unless JAX has started before.
     Raises UserError where the folder is not a run, has no whole checkpoint, or the mesh cannot hold the model; what is wrong
@@ -76,14 +82,19 @@ def open_run(folder: str | Path | Bucket, mesh: str | None = None, needs_text: b
         raise UserError(f'{folder} was imported without a tokenizer: it takes token ids alone (scripts/score.py)')
     with jax.set_mesh(devices):
         stored = abstract_model(config)
-    kind = jax.tree_util.tree_map_with_path(lambda path, w: w.update(dtype=_computed(path, w, config.model)), stored)
+        computed = jax.tree_util.tree_map_with_path(
+            lambda path, w: w.update(dtype=_computed(path, w, config.model)), stored
+        )
+        apart = not stacked and is_written_out(computed)
+        kind = unstacked(computed, kinds) if apart else computed
 
     def read() -> Decoder:
         tell = f'out of memory on a device: {sum(parameters(config.model).values()):,} parameters; split them over more with --mesh'
         with jax.set_mesh(devices), explaining(lambda: tell):
             model = checkpoints.restore(step, {'model': stored})['model']
-            same = jax.tree.leaves(kind) == jax.tree.leaves(stored)
-            return model if same else jax.jit(in_compute_dtype, donate_argnums=0)(model)
+            if jax.tree.leaves(computed) != jax.tree.leaves(stored):
+                model = jax.jit(in_compute_dtype, donate_argnums=0)(model)
+            return unstacked(model, divided) if apart else model
 
     thread = ThreadPoolExecutor(1, 'weights')
     reading = thread.submit(read)

@@ -31,8 +31,8 @@ from sharding.mesh import FSDP, platform
 from sharding.pipeline import dealt, pipeline
 
 # Platform -> layers that are written out at most, of whole rows and of a decoding step: a loop's slices of weights, and of what
-# is kept, are copies, and with them a decoding step on a GPU takes twice as long. More keep the loop, to compile quickly.
-UNROLLED = {'cpu': (8, 8), 'gpu': (16, 256)}
+# is kept, are copies, and with them a decoding step takes up to twice as long. More keep the loop, to compile quickly.
+UNROLLED = {'cpu': (8, 64), 'gpu': (16, 256)}
 
 
 class Block(nnx.Module):
@@ -272,7 +272,10 @@ def stacked(
 
 
 def in_order(blocks: tuple[Block, ...], x_BTD, view: View, cache: Cache | None, first):
-    """x after the layers of a run, of which the first has number `first`; the cache; by kind the figures of each layer."""
+    """x after the layers of a run, of which the first has number `first`; the cache; by kind the figures of each layer.
+
+    Each of `blocks` has the layers of one kind: stacked, or a list of them (decoding/unstacked.py).
+    """
 
     def unit(carry, numbered):
         (x_BTD, cache), (blocks, number) = carry, numbered

@@ -45,7 +45,9 @@ class Bias(NamedTuple):
     b: jax.Array
 
 
-Matmul = Callable[[jax.Array, Any], Any]  # (rows, weight) -> rows, (rows, (weight, ...)) -> (rows, ...), (rows, Bias) -> rows
+Matmul = Callable[
+    [jax.Array, Any], Any
+]  # (rows, weight) -> rows, (rows, (weight, ...)) -> (rows, ...), (rows, Bias) -> rows
 
 
 def default_backend(name: str, dtype: str = 'float32') -> str:
