@@ -89,7 +89,8 @@ def open_run(
         kind = unstacked(computed, kinds) if apart else computed
 
     def read() -> Decoder:
-        tell = f'out of memory on a device: {sum(parameters(config.model).values()):,} parameters; split them over more with --mesh'
+        count = sum(parameters(config.model).values())
+        tell = f'out of memory on a device: {count:,} parameters; split them over more with --mesh'
         with jax.set_mesh(devices), explaining(lambda: tell):
             model = checkpoints.restore(step, {'model': stored})['model']
             if jax.tree.leaves(computed) != jax.tree.leaves(stored):

@@ -51,8 +51,8 @@ def gmm(
 ) -> jax.Array:
     """y_RF: each group's rows of x times the group's weights. Rows past sum(sizes) hold anything, also in x's gradient.
 
-    `turned`: x has F columns, and y_RD is x times the weights' transpose. bfloat16, float16 and float32; sums are float32. float32 is multiplied as `jax.default_matmul_precision` says, which
-    unsaid is TF32. A CPU interprets the kernels.
+    `turned`: x has F columns, and y_RD is x times the weights' transpose. bfloat16, float16 and float32; sums are float32.
+    float32 is multiplied as `jax.default_matmul_precision` says, which unsaid is TF32. A CPU interprets the kernels.
 
     Raises:
         UserError: another dtype.

@@ -131,16 +131,15 @@ def grouped_apply(
         if isinstance(w_EDF, Bias):
             # A product with ones and zeros is exact, and so is its gradient's sum, where a gather's would round as it adds.
             return jnp.matmul(mine_RE().astype(x_RD.dtype), w_EDF.b, precision='highest')
-        if backend == 'gmm' and isinstance(w_EDF, Turned):
-            return gmm(x_RD, w_EDF.w, sizes_E, turned=True)
-        if isinstance(w_EDF, Turned):
-            return matmul(x_RD, w_EDF.w.swapaxes(1, 2))
-        if isinstance(w_EDF, tuple):
+        turned = isinstance(w_EDF, Turned)
+        if isinstance(w_EDF, tuple) and not turned:
             return tuple(matmul(x_RD, w) for w in w_EDF)
         if backend == 'gmm':
             from model.grouped_kernel import gmm  # it needs Pallas, whose import takes a while
 
-            return gmm(x_RD, w_EDF, sizes_E)
+            return gmm(x_RD, w_EDF.w if turned else w_EDF, sizes_E, turned=turned)
+        if turned:
+            w_EDF = w_EDF.w.swapaxes(1, 2)
         wide = jnp.promote_types(x_RD.dtype, jnp.float32)
         if backend == 'ragged':
             # A TPU sums in float32 whatever it writes; asked for float32 it would hold all rows in it too.
@@ -244,7 +243,7 @@ def _blocked(
     R, E, dtype = x_RD.shape[0], sizes_E.shape[0], x_RD.dtype
     axes = jax.typeof(x_RD).manual_axis_type.varying
     wide = jnp.promote_types(dtype, jnp.float32)
-    blocks = tuple(B for B in (BLOCKS if R >= BLOCKS[-1] * E else SMALL_BLOCKS) if B <= R) or (R,)
+    blocks = tuple(B for B in (BLOCKS if BLOCKS[-1] * E <= R else SMALL_BLOCKS) if B <= R) or (R,)
 
     def g(x_BD: jax.Array, weights: Any) -> jax.Array:  # one block, one group
         return f(matmul, x_BD, weights)

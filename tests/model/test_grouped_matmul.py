@@ -27,9 +27,9 @@ from sharding.errors import UserError
 WIDE = ['blocked', 'ragged']  # in float64 too
 FAST = [*WIDE, 'gmm']
 D, F = 6, 10
-# Sizes of the groups: 4 rows go to their groups one by one; with 20 rows smaller than any block, with 1,300 ends inside and outside of each kind of block;
-# empty groups, one that holds everything, one block exactly, rows left over, nothing at all. Few shapes, so that each
-# is compiled once.
+# Sizes of the groups: 4 rows go to their groups one by one; 20 rows are smaller than any block or in few small ones, 1,300 end
+# inside and outside of each kind of block; empty groups, one that holds everything, one block exactly, rows left over, nothing
+# at all. Few shapes, so that each is compiled once.
 CASES = [
     (4, (1, 0, 2)),
     (4, (0, 0, 0)),
