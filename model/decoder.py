@@ -26,13 +26,15 @@ from model.grouped_matmul import default_backend as experts_backend
 from model.latent import LatentAttention
 from model.layers import Attention, Cache, Kept, Memory, Mlp, Norm, View, constant, linear_back, weight
 from model.moe import MoE
-from sharding.collectives import all_to_all, gathered, my_slice, vary, whole, wide
+from sharding.collectives import all_to_all, gathered, my_slice, several, vary, whole, wide
 from sharding.mesh import FSDP, platform
 from sharding.pipeline import dealt, pipeline
 
 # Platform -> layers that are written out at most, of whole rows and of a decoding step: a loop's slices of weights, and of what
 # is kept, are copies, and with them a decoding step takes up to twice as long. More keep the loop, to compile quickly.
 UNROLLED = {'cpu': (8, 64), 'gpu': (16, 256)}
+# TPUs read a slice of a stack where it is used, but for experts, all of which they would copy to multiply by a few.
+UNROLLED_EXPERTS = {'tpu': (0, 64)}
 
 
 class Block(nnx.Module):
@@ -225,13 +227,13 @@ class Decoder(nnx.Module):
             return my_slice(jnp.asarray(sinusoids(self.config), dtype))
         return whole(self.position_PD[...], dtype, dim=1)
 
-    def head(self) -> 'Head':
-        """The LM head, its part of the vocabulary on each device of `tensor`, in the compute dtype."""
+    def head(self, learns: bool = False) -> 'Head':
+        """The LM head, its part of the vocabulary on each device of `tensor`, in the compute dtype; `learns`: with gradients."""
         bias_V = self.head_bias_V[...] if self.config.head_bias else None
         if not self.config.tied_embedding:
             V = self.head_DV.shape[1]
             w_DV, fill = self.head_DV[...], scattered_columns(V) - V
-            if fill:  # kept apart from the gather, for the compiler joins them wrongly
+            if fill and learns and several(FSDP):  # kept apart from the gather, for the compiler joins them wrongly
                 w_DV = lax.optimization_barrier(jnp.pad(w_DV, ((0, 0), (0, fill))))
             return Head(whole(w_DV, self.config.dtype)[:, :V], bias_V)
         embed_VD = whole(self.embed_VD[...], self.config.dtype)
@@ -304,7 +306,8 @@ def written_out(layers: int, c: ModelConfig, decoding: bool, on: str) -> bool:
     """Whether so many layers are no loop on a platform."""
     # XLA for GPUs would compute all of them again at once, and what remat is to save would be there together.
     together = c.remat != 'none' and on == 'gpu' and not decoding
-    return not together and layers <= UNROLLED.get(on, (0, 0))[decoding]
+    most = UNROLLED.get(on) or (UNROLLED_EXPERTS.get(on) if c.moe else None) or (0, 0)
+    return not together and layers <= most[decoding]
 
 
 def pipelined(blocks: tuple[Block, ...], x_BTD, view: View, first, repeats: int):
