@@ -31,7 +31,8 @@ _kept: list[Path] = []  # this process' folder, if there is one
 
 def keep_programs() -> None:
     """Begins to use the cache in this process. Where no folder can be the user's own, all is compiled as without one."""
-    if _kept or jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+    said = jax.config.values
+    if _kept or said['jax_compilation_cache_dir'] is not None or not said['jax_enable_compilation_cache']:
         return
     try:
         folder = cache_folder()
@@ -90,7 +91,7 @@ def tidy(folder: Path, most: int) -> None:
         total -= size
 
 
-def _compiled(event: str, seconds: float, **about: object) -> None:
+def _compiled(event: str, duration_secs: float, **about: str | int) -> None:
     """Seals what JAX has just written."""
     if event != COMPILED:
         return
