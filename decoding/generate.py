@@ -109,7 +109,8 @@ def compile_ahead(
     read = read_prompts(kind.config, tokenizer, prompts, context)
     choice, slots, here = choices(sampling, len(read.length_B)), read.slots(max_new_tokens, context), read.placed()
     token_B, cache = first_token.ahead(kind, slots, here, choice)
-    next_token.ahead(kind, cache, token_B, here.length_B, choice)
+    if max_new_tokens > 1:
+        next_token.ahead(kind, cache, token_B, here.length_B, choice)
 
 
 def generate(
