@@ -102,14 +102,14 @@ def choices(sampling: Sampling, rows: int) -> Choice | None:
 def compile_ahead(
     kind: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], sampling: Sampling, max_new_tokens: int, context: int
 ) -> None:
-    """Begins to compile what `generate` will run for such arguments, of a model whose weights are still being read.
+    """Begins to compile what `generate` runs first for such arguments, of a model whose weights are still being read.
 
-    `kind`: their shapes, dtypes and layouts. Raises UserError as `generate` does.
+    `kind`: their shapes, dtypes and layouts. Raises UserError as `generate` does. The step is compiled when the first token is
+    there: sooner it would only be in that one's way.
     """
     read = read_prompts(kind.config, tokenizer, prompts, context)
     choice, slots, here = choices(sampling, len(read.length_B)), read.slots(max_new_tokens, context), read.placed()
-    token_B, cache = first_token.ahead(kind, slots, here, choice)
-    next_token.ahead(kind, cache, token_B, here.length_B, choice)
+    first_token.ahead(kind, slots, here, choice)
 
 
 def generate(

@@ -289,8 +289,8 @@ def in_order(blocks: tuple[Block, ...], x_BTD, view: View, cache: Cache | None, 
 
     if isinstance(blocks[0], nnx.List):
         figures = []
+        run = jax.jit(remat(unit, blocks[0][0].config, True))  # like layers are traced once
         for number, layers in enumerate(zip(*blocks, strict=True)):
-            run = remat(unit, layers[0].config, True)
             (x_BTD, cache), found = run((x_BTD, cache), (layers, first + number * len(blocks)))
             figures.append(found)
         return x_BTD, cache, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *figures)
