@@ -252,7 +252,6 @@ YARN = {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 128}
         ('glm4_moe-air', {'n_group': 3}, 'model.moe.groups is 3'),
         ('gpt2-plain', {'activation_function': 'tanh'}, "activation_function is 'tanh'.*supported: 'gelu_new'"),
         ('gpt2-plain', {'n_ctx': 512}, 'n_positions is 160 and n_ctx 512: .*must agree'),
-        ('gpt2-plain', {'scale_attn_by_inverse_layer_idx': True}, 'inverse_layer_idx is True, which is not supported'),
         ('gpt2-plain', {'add_cross_attention': True}, 'add_cross_attention is True, which is not supported'),
         ('gemma2-as-published', {'hidden_act': 'gelu'}, "hidden_activation is 'gelu_.*hidden_act 'gelu': .*must agree"),
         ('gemma2-as-published', {'use_bidirectional_attention': True}, 'attention is True, which is not supported'),
