@@ -99,8 +99,9 @@ class ModelConfig:
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise UserError(f'model.{field} is {getattr(self, field)}: it must be at least 1')
         set_default('kv_heads', self.heads)
-        if self.layers > MOST_LAYERS:
-            raise UserError(f'model.layers is {self.layers}: at most {MOST_LAYERS} work')
+        for field in ('layers', 'mtp_layers'):
+            if getattr(self, field) > MOST_LAYERS:
+                raise UserError(f'model.{field} is {getattr(self, field)}: at most {MOST_LAYERS} work')
         for field in ('mtp_layers', 'mtp_loss'):
             if not getattr(self, field) >= 0:
                 raise UserError(f'model.{field} is {getattr(self, field)}: it cannot be negative; nearest: 0')

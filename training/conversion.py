@@ -274,7 +274,9 @@ def imported(run: Path | Bucket) -> Imported | None:
         return None
     record = json.loads((run / RECORD).read_text(encoding='utf-8'))
     source = run / SOURCE
-    local = lambda: [path.relative_to(source).as_posix() for path in sorted(source.rglob('*')) if path.is_file()]
-    names = source.files() if isinstance(source, Bucket) else local()
+    if isinstance(source, Bucket):
+        names = list(source.files())
+    else:
+        names = [path.relative_to(source).as_posix() for path in sorted(source.rglob('*')) if path.is_file()]
     files = {name: (source / name).read_bytes() for name in names}
     return Imported(config=json.loads(files.pop(hub.CONFIG)), beside=files, **record)

@@ -24,8 +24,8 @@ OF_FILES = [
     'pretraining_tp', 'problem_type', 'quantization_config', 'return_dict', 'sentence_transformers', 'sep_token_id',
     'tags', 'task_specific_params', 'tensor_parallel_size', 'tf_legacy_loss', 'tokenizer_class',
     'tokenizer_model_max_length', 'tokenizer_padding_side', 'torch_dtype', 'torchscript', 'transformers.js_config',
-    'transformers_version', 'transformers_weights', 'unk_token', 'unk_token_id', 'use_bfloat16', 'use_cache',
-    'use_flash_attention', 'use_flash_attention_2', 'use_flash_attn', 'use_flash_attn_2',
+    'transformers_js_config', 'transformers_version', 'transformers_weights', 'unk_token', 'unk_token_id', 'use_bfloat16',
+    'use_cache', 'use_flash_attention', 'use_flash_attention_2', 'use_flash_attn', 'use_flash_attn_2',
 ]
 OF_TRAINING = [
     'attention_dropout', 'attention_probs_dropout_prob', 'attn_pdrop', 'aux_loss_alpha', 'classifier_dropout', 'dropout',
