@@ -666,7 +666,6 @@ case('glm4_moe-one-ahead', 'Glm4MoeForCausalLM', 'glm4_moe', GLM4_MOE, num_nextn
 
 # Without an LM head: what such models give are their last hidden states.
 case('qwen3-headless', 'Qwen3Model', 'qwen3', head_dim=16, tie_word_embeddings=True, rope_theta=1e6)
-case('gpt2-headless', 'GPT2Model', 'gpt2', GPT2)
 
 
 def headless(config: dict[str, Any]) -> bool:
