@@ -70,7 +70,7 @@ def embed_texts(options: argparse.Namespace) -> None:
 
     from decoding.run import open_run
 
-    opened = open_run(options.run, options.mesh)
+    opened = open_run(options.run, options.mesh, stacked=True)
 
     import jax
     import numpy as np
