@@ -670,7 +670,8 @@ case('qwen3-headless', 'Qwen3Model', 'qwen3', head_dim=16, tie_word_embeddings=T
 
 def headless(config: dict[str, Any]) -> bool:
     """Whether a config is of a model without an LM head."""
-    return config['architectures'][0].endswith('Model')
+    name = config['architectures'][0]
+    return name.endswith('Model') and not name.endswith(('LMHeadModel', 'MTModel'))
 
 
 from tests.families import encoder_cases  # noqa: E402, F401  (adds its cases to these)

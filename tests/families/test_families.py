@@ -187,6 +187,7 @@ def test_every_family_has_three_cases_and_every_case_its_golden():
         mine = [name for name in cases.CASES if cases.family(name) == family.name]
         assert len(mine) >= 3, family.name
     assert {path.stem for path in PATHS} == set(cases.CASES)
+    assert {path.stem for path in HEADLESS} == {'bert-headless', 'qwen3-headless'}
     assert sum(path.stat().st_size for path in PATHS) < 4 * 2**20
 
 
