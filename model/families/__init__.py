@@ -27,8 +27,8 @@ from sharding.errors import UserError
 
 # fmt: off
 FAMILIES = (  # their files
-    'llama', 'mistral', 'mixtral', 'qwen2', 'qwen3', 'qwen3_moe', 'olmoe', 'phi3', 'glm4_moe', 'qwen2_moe', 'olmo2',
-    'smollm3',
+    'llama', 'mistral', 'mixtral', 'qwen2', 'qwen3', 'qwen3_moe', 'olmoe', 'phi3', 'glm4_moe',
+    'qwen2_moe', 'olmo2', 'smollm3',
     'gpt2', 'gemma2', 'gemma3', 'gpt_oss', 'deepseek_v2', 'deepseek_v3', 'grok1',
     'bert', 't5', 'marian',
 )

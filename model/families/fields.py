@@ -289,7 +289,7 @@ def passed_over(values: Mapping[str, Any], names: Sequence[str], source: str) ->
     Raises UserError for a name that is no field there.
     """
     left = copy.deepcopy(dict(values))
-    for name in names:
+    for name in dict.fromkeys(names):
         found = _place_of(left, name)
         if found is None:
             raise UserError(f'--ignore {name}: {source} has no such field{nearest(name, _names(values))}')

@@ -189,6 +189,15 @@ def test_fields_are_passed_over_by_name_said_kept_and_given_back(tmp_path):
         hub.read(source, ignore=(*asked, 'num_hidden_layers'))
 
 
+@pytest.mark.parametrize('left', [{}, {'quant_method': None, 'bits': None}], ids=str)
+def test_what_is_left_of_a_quantization_says_nothing(left, tmp_path):
+    assert hub.read(folder(tmp_path, 'llama-grouped', quantization_config=left)).model.weight_dtype == 'float32'
+    source = folder(tmp_path / 'other', 'llama-grouped', quantization_config={'quant_method': 'bitsandbytes'})
+    with pytest.raises(UserError, match='bitsandbytes'):
+        hub.read(source)
+    assert hub.read(source, ignore=('quantization_config',)).ignored == ('quantization_config',)
+
+
 def test_what_sentence_transformers_has_beside_a_model_is_kept(tmp_path):
     source = folder(tmp_path, 'bert-headless')
     (source / '1_Pooling').mkdir()
