@@ -190,7 +190,7 @@ class Family:
 
 # Parts that a model can do without, and how a user is told that the files have none of one.
 OPTIONAL = {
-    'mtp': 'layers that predict further ahead',
+    'mtp': 'layers that predict further ahead (num_nextn_predict_layers)',
     'next_sentence': 'head for the next sentence',
     'pooler': 'pooler',
     'head': 'LM head',

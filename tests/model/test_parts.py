@@ -56,7 +56,10 @@ def test_layers_ahead_that_no_file_has_are_left_out_and_said(case, tmp_path):
     source = folder(tmp_path, case, num_nextn_predict_layers=1)
     found = hub.read(source)
     assert (found.model.mtp_layers, found.absent) == (0, ('mtp',))
-    assert 'has no layers that predict further ahead: imported without' in there_and_back(source, tmp_path)[1]
+    assert (
+        'has no layers that predict further ahead (num_nextn_predict_layers): imported without'
+        in there_and_back(source, tmp_path)[1]
+    )
 
 
 @pytest.mark.parametrize('drop', ['model.layers.4.', 'model.layers.3.enorm', 'model.layers.4.shared_head.norm'])
