@@ -1,10 +1,10 @@
 """The fields of a config.json: read by name, held to their kind, and none of them ignored."""
 
 import contextlib
-import copy
 import dataclasses
 import math
 import re
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -63,7 +63,9 @@ IDLE: dict[str, tuple[Any, ...]] = {
     'pruned_heads': ({},),
 }
 # fmt: on
-LONGEST_TOLD = 80  # characters of a field's value in a message
+SHORT = reprlib.Repr()  # of values in messages: a file can hold any
+SHORT.maxstring = SHORT.maxother = 60
+SHORT.maxlevel = SHORT.maxdict = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,10 +278,9 @@ class Fields:
             idle = any(type(value) is type(one) and value == one for one in IDLE.get(name, ()))
             known = name in self.seen or name in HARMLESS or name.startswith(HARMLESS_BEGIN)
             if not (known or idle or value is None):
-                said = repr(value) if len(repr(value)) <= LONGEST_TOLD else repr(value)[:LONGEST_TOLD] + '…'
                 raise UserError(
-                    f'{self.source}: {name} is {said}: this family does not know the field, and it may change the result; '
-                    f'--ignore {self.path}{name} passes it over{nearest(name, self.seen)}'
+                    f'{self.source}: {name} is {SHORT.repr(value)}: this family does not know the field, and it may change '
+                    f'the result; --ignore {self.path}{name} passes it over{nearest(name, self.seen)}'
                 )
 
 
@@ -288,29 +289,29 @@ def passed_over(values: Mapping[str, Any], names: Sequence[str], source: str) ->
 
     Raises UserError for a name that is no field there.
     """
-    left = copy.deepcopy(dict(values))
+    left = dict(values)
     for name in dict.fromkeys(names):
-        found = _place_of(left, name)
-        if found is None:
+        less = _without(left, name)
+        if less is None:
             raise UserError(f'--ignore {name}: {source} has no such field{nearest(name, _names(values))}')
-        section, field = found
-        del section[field]
+        left = less
     return left
 
 
-def _place_of(section: dict[str, Any], name: str) -> tuple[dict[str, Any], str] | None:
-    """The section and the field that a dotted name is; names of fields may have dots themselves."""
+def _without(section: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """A section without the field that a dotted name is; None where there is none. Names of fields may have dots themselves."""
     if name in section:
-        return section, name
+        return {field: value for field, value in section.items() if field != name}
     for field, value in section.items():
         if isinstance(value, dict) and name.startswith(f'{field}.'):
-            return _place_of(value, name.removeprefix(f'{field}.'))
+            inner = _without(value, name.removeprefix(f'{field}.'))
+            return None if inner is None else section | {field: inner}
     return None
 
 
-def _names(section: Mapping[str, Any], path: str = '') -> Iterator[str]:
-    """The dotted names of all fields."""
+def _names(section: Mapping[str, Any]) -> Iterator[str]:
+    """The dotted names of fields and of those inside them."""
     for field, value in section.items():
-        yield path + field
+        yield field
         if isinstance(value, dict):
-            yield from _names(value, f'{path}{field}.')
+            yield from (f'{field}.{inner}' for inner in value)
