@@ -55,7 +55,7 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD, view: View, cache: Cache | None, layer):
         """x after the layer, the cache, and the router's figures (an empty dict without a router)."""
-        rate, figures, before = self.config.dropout, {}, self.config.norm_order != 'post'
+        rate, figures, before = self.config.dropout, {}, self.config.norm_order in ('pre', 'sandwich')
         y_BTD, cache = self.attention(self.attention_norm(x_BTD) if before else x_BTD, view, cache, layer)
         x_BTD = self.add(x_BTD, y_BTD, 'attention', view, rate, 1, layer)
         if self.config.encoder:
@@ -67,9 +67,10 @@ class Block(nnx.Module):
         return self.add(x_BTD, y_BTD, 'mlp', view, rate, 2, layer), cache, figures
 
     def add(self, x_BTD, y_BTD, part: str, view: View, rate: float, *site):
-        """The sum of x and a part's output, and its norm where that comes after."""
-        if self.config.norm_order == 'sandwich':
-            y_BTD = getattr(self, f'{part}_out_norm')(y_BTD)
+        """The sum of x and a part's output, of which the output or the sum is normed where the order asks for it."""
+        if self.config.norm_order in ('sandwich', 'output'):
+            name = 'out_norm' if self.config.norm_order == 'sandwich' else 'norm'
+            y_BTD = getattr(self, f'{part}_{name}')(y_BTD)
         x_BTD = x_BTD + view.dropout(y_BTD, rate, *site)
         return getattr(self, f'{part}_norm')(x_BTD) if self.config.norm_order == 'post' else x_BTD
 
@@ -132,7 +133,7 @@ class Decoder(nnx.Module):
         if c.vocabulary is not None:
             if c.head_mlp:
                 self.head_mlp = HeadMlp(c, rngs)
-            if not c.tied_embedding:
+            if c.head and not c.tied_embedding:
                 self.head_DV = weight(rngs, c, (D, V), P(FSDP, 'tensor'), fan_in=D)
             if c.head_bias:
                 self.head_bias_V = constant(c, 0.0, (V,), P('tensor'))
@@ -141,9 +142,10 @@ class Decoder(nnx.Module):
         if c.mtp_layers:
             self.mtp = stacked(c, c.kinds[-1], c.mtp_layers, None, rngs, Ahead)
 
-    def hidden(self, tokens_BT, view: View, cache: Cache | None = None):
+    def hidden(self, tokens_BT, view: View, cache: Cache | None = None, for_head: bool = True):
         """Normed activations before the LM head, in the layout between blocks; the cache; the figures of each router.
 
+        Without `for_head` they are what the layers give, before BERT's MLP of the head.
         Every stage is given all rows and gives those of its own microbatches (`View.dealt`).
         Figures: name -> [L, …] over the layers with a router, in the order of the groups, this device's share; empty without.
         """
@@ -151,7 +153,7 @@ class Decoder(nnx.Module):
         tokens_BT = dealt(tokens_BT, M)
         x_BTD = vary(ends.dropout(self.embed(tokens_BT, ends), c.dropout, 0))
         x_BTD, cache, figures = self.stack(x_BTD, view, cache)
-        return (self.head_mlp(x_BTD) if c.head_mlp else x_BTD), cache, figures
+        return (self.head_mlp(x_BTD) if c.head_mlp and for_head else x_BTD), cache, figures
 
     def read(self, tokens_BS, position_BS, segment_BS, view: View) -> Memory:
         """What the encoder makes of rows of sources, `view` being that of the rows that will attend to it."""

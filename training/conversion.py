@@ -28,7 +28,7 @@ from data.pairs import first_token
 from data.published_tokenizer import published_tokenizer, run_tokenizer
 from model import hub, publish
 from model.config import ModelConfig
-from model.families import Tensor, tensors
+from model.families import OPTIONAL, Tensor, tensors
 from model.sizes import sizes
 from model.streaming import narrowed, published
 from sharding.buckets import Bucket
@@ -53,11 +53,15 @@ def import_run(
     mesh: MeshConfig,
     dtype: str | None = None,
     without_remote_code: bool = False,
+    ignore: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> None:
-    """Makes the run of a published folder. Raises UserError, before anything is written, where it cannot be one."""
+    """Makes the run of a published folder. Raises UserError, before anything is written, where it cannot be one.
+
+    The arguments are those of `hub.read`.
+    """
     publish.refuse_existing(run)
-    found = hub.read(source, dtype, without_remote_code)
+    found = hub.read(source, dtype, without_remote_code, ignore)
     with found.fields.told():
         check_divides(mesh, sizes(found.model))
     files = hub.side_files(source)
@@ -80,11 +84,25 @@ def import_run(
             (place / name).write_bytes(content)
         (place / SOURCE).mkdir()
         for name, content in files.items():
+            (place / SOURCE / name).parent.mkdir(exist_ok=True)
             (place / SOURCE / name).write_bytes(content)
         (place / RECORD).write_text(json.dumps(record(found, dtype), indent=1) + '\n', encoding='utf-8')
     say(f'{run}: {found.family.name}, {parameters(found):,} parameters, weights in {found.model.weight_dtype}')
+    for line in left_out(found):
+        say(line)
     if not tokenizer:
         say(f'{source} has no tokenizer: the run can be scored with token ids, but neither decode nor evaluate text')
+
+
+def left_out(found: hub.Published) -> Iterator[str]:
+    """What of a published folder a run does without, a line each."""
+    for field in found.ignored:
+        yield f'{found.folder / hub.CONFIG}: {field} is passed over, as asked'
+    for part in found.absent:
+        tied = part == 'head' and found.model.head
+        yield f'{found.folder}: has no {OPTIONAL[part]}: ' + ('the embedding is it' if tied else 'imported without')
+    if not found.model.head:
+        yield 'without an LM head it can be scored and embeds texts (scripts/score.py), but can neither decode nor be trained'
 
 
 def parameters(found: hub.Published) -> int:
@@ -138,6 +156,8 @@ def record(found: hub.Published, dtype: str | None) -> dict[str, Any]:
         'dtypes': {one.name: own(one).name for one in found.table if own(one).name != kept},
         'copies': found.copies,
         'fixed': {name: dtype or own for name, own in found.fixed.items()},
+        'absent': list(found.absent),
+        'ignored': list(found.ignored),
     }
 
 
@@ -166,7 +186,7 @@ def export_run(
     context = config.training.sequence_length
     tokenizer = None
     if known:
-        chosen, fields = publish.published_config(c, context, known.family, known.config)
+        chosen, fields = publish.published_config(c, context, known.family, known.config, known.absent, known.ignored)
     else:
         tokenizer = run_tokenizer(checkpoints.files(step), str(run))
         assert tokenizer is not None, 'a run that was not imported has learnt one'
@@ -243,7 +263,9 @@ class Imported:
     copies: dict[str, str]  # tensors that repeat others
     fixed: dict[str, str]  # tensors that follow from the model, and their dtypes
     config: dict[str, Any]
-    beside: dict[str, bytes]  # files beside config.json and the weights
+    beside: dict[str, bytes]  # files beside config.json and the weights, by their paths
+    absent: Sequence[str] = ()  # parts that config.json has and the files had not
+    ignored: Sequence[str] = ()  # fields of config.json that were passed over
 
 
 def imported(run: Path | Bucket) -> Imported | None:
@@ -252,6 +274,9 @@ def imported(run: Path | Bucket) -> Imported | None:
         return None
     record = json.loads((run / RECORD).read_text(encoding='utf-8'))
     source = run / SOURCE
-    names = source.files() if isinstance(source, Bucket) else [path.name for path in sorted(source.iterdir())]
+    if isinstance(source, Bucket):
+        names = list(source.files())
+    else:
+        names = [path.relative_to(source).as_posix() for path in sorted(source.rglob('*')) if path.is_file()]
     files = {name: (source / name).read_bytes() for name in names}
     return Imported(config=json.loads(files.pop(hub.CONFIG)), beside=files, **record)
