@@ -7,7 +7,7 @@ what each architecture's keys and tensors mean. Tokenizers are made of the same 
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,17 @@ class Model:
         """The types of its tensors in blocks of few bits."""
         return sorted({one.layout.name for one in self.contents.tensors.values() if isinstance(one, Blocks)})
 
-    def check(self, table: Iterable[Tensor]) -> None:
-        """Raises UserError where a tensor of `table` is missing or of another shape, by its name in the file."""
+    def check(self, table: Sequence[Tensor]) -> None:
+        """Raises UserError where a tensor of `table` is missing or of another shape, or one is there that is none of it.
+
+        Tensors are told by their names in the file.
+        """
+        if left := self.stored.keys() - {one.name for one in table}:
+            name = min(left)
+            raise UserError(
+                f'{self.stored[name].path}: tensor {self.called[name]} is none that a model of architecture '
+                f'{self.architecture.name} with these keys has; its numbers would be lost'
+            )
         for one in table:
             found = self.stored.get(one.name)
             if one.copy_of or (found is not None and found.shape == one.shape):

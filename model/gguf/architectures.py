@@ -390,14 +390,12 @@ def qwen3(k: Keys) -> dict[str, Any]:
 def qwen3moe(k: Keys) -> dict[str, Any]:
     """Weights of the chosen experts add up to 1, which no file says: llama.cpp has it so, and all published models."""
     fields = qwen3(k)
-    dense = [i for i in range(k.layers()) if not k.has(f'blk.{i}.ffn_gate_inp.weight')]
     return fields | {
         **of_class('Qwen3MoeForCausalLM', 'qwen3_moe'),
         'num_experts': k.count('expert_count'),
         'num_experts_per_tok': k.count('expert_used_count'),
         'moe_intermediate_size': k.count('expert_feed_forward_length'),
         'norm_topk_prob': True,
-        'mlp_only_layers': dense,
     }
 
 
@@ -747,20 +745,20 @@ AHEAD: dict[str, Entry] = {
     'blk.{i}.nextn.shared_head_norm': f'{LAYER}.shared_head.norm',
 }
 GEMMA = OUTER | ATTENTION | MLP | GEMMA_NORMS
-SPARSE = OUTER | NORMS | ATTENTION | MLP
+LLAMA = OUTER | NORMS | ATTENTION | MLP
 ARCHITECTURES = {
     one.name: one
     for one in (
-        Architecture('llama', llama, SPARSE | REGROUPED | MIXTRAL, (ROPE_FREQS,)),
-        Architecture('qwen2', qwen2, SPARSE, (ROPE_FREQS,)),
-        Architecture('qwen3', qwen3, SPARSE | QK_NORMS, (ROPE_FREQS,)),
-        Architecture('qwen3moe', qwen3moe, SPARSE | QK_NORMS | EXPERTS, (ROPE_FREQS,)),
+        Architecture('llama', llama, LLAMA | REGROUPED | MIXTRAL, (ROPE_FREQS,)),
+        Architecture('qwen2', qwen2, LLAMA, (ROPE_FREQS,)),
+        Architecture('qwen3', qwen3, LLAMA | QK_NORMS, (ROPE_FREQS,)),
+        Architecture('qwen3moe', qwen3moe, OUTER | NORMS | ATTENTION | QK_NORMS | EXPERTS, (ROPE_FREQS,)),
         Architecture('gemma2', gemma2, GEMMA, (ROPE_FREQS,)),
         Architecture('gemma3', gemma3, GEMMA | GEMMA_QK_NORMS, (ROPE_FREQS,)),
         Architecture('gpt-oss', gpt_oss, OUTER | NORMS | ATTENTION | GPT_OSS, (ROPE_FREQS,)),
         Architecture('phi3', phi3, OUTER | NORMS | PHI3, (r'rope_factors_(long|short)\.weight',)),
         Architecture('gpt2', gpt2, GPT2),
         Architecture('deepseek2', deepseek2, OUTER | NORMS | LATENT | MLP | EXPERTS | SHARED, (ROPE_FREQS,)),
-        Architecture('glm4moe', glm4moe, SPARSE | QK_NORMS | EXPERTS | SHARED | AHEAD, (ROPE_FREQS,)),
+        Architecture('glm4moe', glm4moe, LLAMA | QK_NORMS | EXPERTS | SHARED | AHEAD, (ROPE_FREQS,)),
     )
 }
