@@ -100,17 +100,21 @@ NUMBERS = {
 }
 FLOAT32, BOOL, TEXT, ARRAY = 6, 7, 8, 9
 FLOAT = np.dtype(np.float32)
+BFLOAT16 = np.dtype(jnp.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """A tensor in blocks of few bits, read as the float32 that they stand for."""
+    """A tensor in blocks of few bits, read as the float32 that they stand for, MXFP4 as bfloat16, which holds it exactly."""
 
     path: Path
     layout: Layout
     shape: tuple[int, ...]  # the last dim's numbers are next to each other, in whole blocks
     begin: int  # of its bytes in the file
-    dtype = FLOAT
+
+    @property
+    def dtype(self) -> np.dtype:
+        return BFLOAT16 if self.layout.name == 'MXFP4' else FLOAT
 
     @property
     def bytes(self) -> int:
@@ -119,31 +123,28 @@ class Blocks:
     def read(self, take: tuple[Any, ...] = ()) -> np.ndarray:
         """A part of it, by slices; the first may be an array of indices."""
         cuts: list[Any] = [*take, *[slice(None)] * (len(self.shape) - len(take))]
-        first, last = cuts[:-1], cuts[-1]
+        first, span = cuts[:-1], range(self.shape[-1])[cuts[-1]]
         row = self.shape[-1] // self.layout.numbers * self.layout.bytes
         raw = np.memmap(self.path, np.uint8, 'r', offset=self.begin, shape=(self.bytes,))
-        span = range(self.shape[-1])[last]
-        if not len(span):
-            return np.zeros((*self.shape[:-1], 0), FLOAT)[(*first, slice(None))]
-        begin, end = min(span[0], span[-1]) // self.layout.numbers, max(span[0], span[-1]) // self.layout.numbers + 1
-        blocks = slice(begin * self.layout.bytes, end * self.layout.bytes)
-        numbers = _numbers(np.asarray(raw).reshape(*self.shape[:-1], row)[(*first, blocks)], self.layout.name)
-        first_of_blocks = begin * self.layout.numbers
-        if len(span) == numbers.shape[-1] and span.step == 1:
+        rows = np.asarray(raw).reshape(*self.shape[:-1], row)
+        ends = (min(span[0], span[-1]), max(span[0], span[-1]) + 1) if len(span) else (0, 0)
+        begin, end = ends[0] // self.layout.numbers, -(-ends[1] // self.layout.numbers)
+        packed = rows[(*first, slice(begin * self.layout.bytes, end * self.layout.bytes))]
+        numbers = _numbers(packed, self.layout).astype(self.dtype, copy=False)
+        if span == range(begin * self.layout.numbers, end * self.layout.numbers):
             return numbers
-        return numbers[..., np.array(span) - first_of_blocks]
+        return numbers[..., np.array(span, np.intp) - begin * self.layout.numbers]
 
 
-def _numbers(packed: np.ndarray, name: str) -> np.ndarray:
+def _numbers(packed: np.ndarray, layout: Layout) -> np.ndarray:
     """float32 [..., numbers] of blocks, uint8 [..., bytes]."""
     from gguf import GGMLQuantizationType  # it brings much with it that most runs have no use for
     from gguf.quants import dequantize
 
     if not packed.size:
-        layout = next(layout for layout in LAYOUTS.values() if layout.name == name)
         return np.zeros((*packed.shape[:-1], packed.shape[-1] // layout.bytes * layout.numbers), FLOAT)
     with np.errstate(over='ignore', invalid='ignore'):  # a block's scale may be infinite or not a number
-        return dequantize(np.ascontiguousarray(packed), GGMLQuantizationType[name])
+        return dequantize(np.ascontiguousarray(packed), GGMLQuantizationType[layout.name])
 
 
 Numbers = Stored | Blocks

@@ -212,6 +212,7 @@ class Said:
 
     def phi3(self) -> dict[str, Any]:
         keys: dict[str, Any] = {
+            'rope.scaling.type': None,  # its converter does not say it
             'rope.dimension_count': self.turning,
             'rope.scaling.original_context_length': self.rope['original_max_position_embeddings'],
             'rope.freq_base': float(self.rope.get('rope_theta', 1e4)),
@@ -343,8 +344,7 @@ class Said:
             }
         if self.rope.get('rope_type') != 'llama3':
             return {}
-        low, high, old = (self.rope[f'{n}_freq_factor'] for n in ('low', 'high')), None, None
-        low, high = low
+        low, high = self.rope['low_freq_factor'], self.rope['high_freq_factor']
         old, factor = self.rope['original_max_position_embeddings'], self.rope['factor']
         factors = []
         for i in range(0, self.head_dim, 2):
