@@ -6,20 +6,25 @@ what each architecture's keys and tensors mean. Tokenizers are made of the same 
 
 import dataclasses
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from model import gguf_file
 from model.families import Tensor
 from model.gguf.architectures import ARCHITECTURES, Architecture, Experts, Keys, Pair, Second
-from model.gguf.sources import Expert, Undone
+from model.gguf.sources import Expert, Narrowed, Undone
 from model.gguf_file import Blocks, Contents, Numbers
+from model.tensor_files import Stored
 from sharding.errors import UserError, nearest
 
 SUFFIX = '.gguf'
-Found = Numbers | Undone
+Found = Numbers | Undone | Narrowed
 LAYER = re.compile(r'(blk|layers|h)\.(\d+)\.')
 EXPERT = re.compile(r'(experts|ffn_gate|ffn_up|ffn_down)\.(\d+)\.')
 IDS = {'bos_token_id': 'bos_token_id', 'eos_token_id': 'eos_token_id', 'pad_token_id': 'padding_token_id'}
@@ -118,7 +123,38 @@ def read(path: Path) -> Model:
     }
     config |= keys.unread()
     stored, called = _as_published(contents, architecture, config)
-    return Model(contents, architecture, config, stored, called)
+    return Model(contents, architecture, config, _as_most(contents, stored), called)
+
+
+def _as_most(contents: Contents, stored: Mapping[str, Found]) -> Mapping[str, Found]:
+    """The tensors, of a file in float16 or bfloat16 all in that dtype whose numbers it holds exactly.
+
+    Converters write norms and routers as float32, whatever they were, and to keep a model in float32 for these takes twice the
+    memory.
+    """
+    count: Counter[np.dtype] = Counter()
+    for one in contents.tensors.values():
+        count[one.dtype] += math.prod(one.shape)
+    most = count.most_common(1)[0][0]
+    if most.itemsize > 2:
+        return stored
+    return {
+        name: Narrowed(one, most) if one.dtype == np.float32 and _fits(one, most) else one
+        for name, one in stored.items()
+    }
+
+
+def _fits(one: Found, dtype: np.dtype) -> bool:
+    """Whether a tensor's numbers are exactly those of a narrower dtype; a block of few bits is not looked at."""
+    if not isinstance(one, Stored | Undone) or any(isinstance(held, Blocks) for held in getattr(one, 'held', ())):
+        return False
+    step = max(2**24 // max(math.prod(one.shape[1:]), 1), 1)
+    for begin in range(0, one.shape[0], step):
+        numbers = one.read((slice(begin, begin + step),))
+        with np.errstate(over='ignore'):
+            if not np.array_equal(numbers, numbers.astype(dtype).astype(np.float32)):
+                return False
+    return True
 
 
 def _as_published(

@@ -75,6 +75,25 @@ class Shifted(Undone):
 
 
 @dataclasses.dataclass(frozen=True)
+class Narrowed:
+    """A tensor in a narrower dtype that holds all of its numbers exactly."""
+
+    of: Numbers | Undone
+    dtype: np.dtype
+
+    @property
+    def path(self) -> Path:
+        return self.of.path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.of.shape
+
+    def read(self, take: Take = ()) -> np.ndarray:
+        return self.of.read(take).astype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class Expert(Undone):
     """One of several matrices of one tensor."""
 

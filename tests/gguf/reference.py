@@ -25,7 +25,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for file in options.files:
-        np.savez(options.out / f'{file.stem}.npz', file=str(file), **made(file))
+        np.savez(options.out / f'{file.stem}.npz', path=str(file), **made(file))
         print(f'{file.name}: done')
 
 

@@ -178,7 +178,9 @@ def test_plain_numbers_come_bit_for_bit(dtype, tmp_path):
 
 def test_other_types_are_refused_by_name(tmp_path):
     x = written.Packed(np.zeros((2, 66), np.uint8), 16, 256, 66)
-    with pytest.raises(UserError, match=r"tensor 'x' is of type IQ2_XXS, which is not supported; supported: F32, F16, Q4_0"):
+    with pytest.raises(
+        UserError, match=r"tensor 'x' is of type IQ2_XXS, which is not supported; supported: F32, F16, Q4_0"
+    ):
         read(tmp_path / 'a.gguf', {'x': x})
     x = written.Packed(np.zeros((2, 66), np.uint8), 77, 256, 66)
     with pytest.raises(UserError, match=r"tensor 'x' is of type 77, which is not supported"):

@@ -225,7 +225,10 @@ class Said:
         return keys
 
     def gpt2(self) -> dict[str, Any]:
-        return {'feed_forward_length': 4 * self.width, 'attention.layer_norm_epsilon': self('layer_norm_epsilon') or 1e-5}
+        return {
+            'feed_forward_length': 4 * self.width,
+            'attention.layer_norm_epsilon': self('layer_norm_epsilon') or 1e-5,
+        }
 
     def deepseek2(self) -> dict[str, Any]:
         rank, turning, values = (self(name) for name in ('kv_lora_rank', 'qk_rope_head_dim', 'v_head_dim'))
