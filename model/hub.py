@@ -31,7 +31,7 @@ from sharding.mesh import AXES
 
 CONFIG, SINGLE, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
 PICKLED = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
-FOREIGN = ('.gguf', '.msgpack', '.h5', '.onnx', '.npz')
+FOREIGN = ('.msgpack', '.h5', '.onnx', '.npz')
 SIDE = re.compile(
     r'[\w.-]+\.(json|jinja|txt|model|spm)|LICENSE[\w.-]*|NOTICE[\w.-]*'
 )  # files that are kept beside the weights
@@ -221,6 +221,8 @@ def _no_weights(folder: Path) -> str:
                 f'{folder / name}: pickled weights can run any code, and are not read; take the revision that has '
                 '*.safetensors, or load them in transformers where you trust them, and model.save_pretrained(FOLDER)'
             )
+        if name.endswith(gguf.SUFFIX):
+            return f'{folder / name}: is a GGUF file, and the folder has no *.safetensors: import the file itself'
         if name.endswith(FOREIGN):
             return f'{folder / name}: weights in this format are not read; take the revision that has *.safetensors'
     others = [name for name in names if name.endswith('.safetensors')]

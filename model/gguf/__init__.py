@@ -11,22 +11,22 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from model import gguf_file
 from model.families import Tensor
-from model.gguf.architectures import ARCHITECTURES, Architecture, Experts, Keys, Pair, Second
+from model.gguf.architectures import ARCHITECTURES, Architecture, Changed, Entry, Experts, Keys, Pair, Second
 from model.gguf.sources import Expert, Narrowed, Undone
 from model.gguf_file import Blocks, Contents, Numbers
-from model.tensor_files import Stored
 from sharding.errors import UserError, nearest
 
 SUFFIX = '.gguf'
 Found = Numbers | Undone | Narrowed
 LAYER = re.compile(r'(blk|layers|h)\.(\d+)\.')
 EXPERT = re.compile(r'(experts|ffn_gate|ffn_up|ffn_down)\.(\d+)\.')
+MOST_EXPERTS = 2**17  # of all layers together; the largest models have some 25,000
 IDS = {'bos_token_id': 'bos_token_id', 'eos_token_id': 'eos_token_id', 'pad_token_id': 'padding_token_id'}
 
 
@@ -78,16 +78,12 @@ class Model:
         """What a tensor that a published folder has is called in a file."""
         if published in self.called:
             return self.called[published]
-        layer, expert = LAYER.search(published), EXPERT.search(published)
-        pattern = LAYER.sub(r'\1.{i}.', published, count=1)
-        pattern = EXPERT.sub(r'\1.{e}.', pattern, count=1)
-        base, _, suffix = pattern.rpartition('.')
+        where = parsed(published)
+        base, _, suffix = where.pattern.rpartition('.')
         for name, entry in self.architecture.names.items():
             theirs = entry if isinstance(entry, str) else '' if isinstance(entry, Second) else entry.name
-            if theirs in (base, pattern):
-                full = name if theirs == pattern else f'{name}.{suffix}'
-                full = full.replace('{i}', layer[2] if layer else '')
-                return full.replace('{e}', expert[2] if expert else '')
+            if theirs in (base, where.pattern):
+                return where.filled(name if theirs == where.pattern else f'{name}.{suffix}')
         return published
 
     def config_json(self) -> bytes:
@@ -122,11 +118,11 @@ def read(path: Path) -> Model:
         field: values[f'tokenizer.ggml.{key}'] for field, key in IDS.items() if f'tokenizer.ggml.{key}' in values
     }
     config |= keys.unread()
-    stored, called = _as_published(contents, architecture, config)
+    stored, called = _Published(contents, architecture, config).all()
     return Model(contents, architecture, config, _as_most(contents, stored), called)
 
 
-def _as_most(contents: Contents, stored: Mapping[str, Found]) -> Mapping[str, Found]:
+def _as_most(contents: Contents, stored: Mapping[str, Numbers | Undone]) -> Mapping[str, Found]:
     """The tensors, of a file in float16 or bfloat16 all in that dtype whose numbers it holds exactly.
 
     Converters write norms and routers as float32, whatever they were, and to keep a model in float32 for these takes twice the
@@ -144,9 +140,9 @@ def _as_most(contents: Contents, stored: Mapping[str, Found]) -> Mapping[str, Fo
     }
 
 
-def _fits(one: Found, dtype: np.dtype) -> bool:
+def _fits(one: Numbers | Undone, dtype: np.dtype) -> bool:
     """Whether a tensor's numbers are exactly those of a narrower dtype; a block of few bits is not looked at."""
-    if not isinstance(one, Stored | Undone) or any(isinstance(held, Blocks) for held in getattr(one, 'held', ())):
+    if isinstance(one, Blocks) or any(isinstance(held, Blocks) for held in getattr(one, 'held', ())):
         return False
     step = max(2**24 // max(math.prod(one.shape[1:]), 1), 1)
     for begin in range(0, one.shape[0], step):
@@ -157,63 +153,114 @@ def _fits(one: Found, dtype: np.dtype) -> bool:
     return True
 
 
-def _as_published(
-    contents: Contents, architecture: Architecture, config: Mapping[str, Any]
-) -> tuple[dict[str, Found], dict[str, str]]:
-    """Tensors by the names of a published folder, and what each is made of in the file."""
-    found: dict[str, Found] = {}
-    called: dict[str, str] = {}
+class Parsed(NamedTuple):
+    """A tensor's name with {i} and {e} for the layer and the expert, and these, '' where it has none."""
 
-    def add(published: str, name: str, source: Found) -> None:
-        if published in found:
+    pattern: str
+    layer: str
+    expert: str
+
+    def filled(self, pattern: str) -> str:
+        """Another name with this one's layer and expert."""
+        return pattern.replace('{i}', self.layer).replace('{e}', self.expert)
+
+
+def parsed(name: str) -> Parsed:
+    """A tensor's name, in a file or a published folder."""
+    layer, expert = LAYER.search(name), EXPERT.search(name)
+    pattern = EXPERT.sub(r'\1.{e}.', LAYER.sub(r'\1.{i}.', name, count=1), count=1)
+    return Parsed(pattern, layer[2] if layer else '', expert[2] if expert else '')
+
+
+class _Published:
+    """The tensors of a file by the names of a published folder, and what each is called in the file."""
+
+    def __init__(self, contents: Contents, architecture: Architecture, config: Mapping[str, Any]):
+        self.contents, self.architecture, self.config = contents, architecture, config
+        self.found: dict[str, Numbers | Undone] = {}
+        self.called: dict[str, str] = {}
+        self.experts = architecture.experts(config)
+        self.experts_there: set[str] = set()
+
+    def all(self) -> tuple[dict[str, Numbers | Undone], dict[str, str]]:
+        """Both. Raises UserError for a tensor that is not known, or does not fit the keys."""
+        layers = {parsed(name).layer for name in self.contents.tensors}
+        if self.experts * len(layers) > MOST_EXPERTS:
             raise UserError(
-                f'{source.path}: tensors {called[published]} and {name} are the same one of a model of architecture '
-                f'{architecture.name}'
+                f'{self.contents.path}: its keys say that it has {self.experts} experts: at most {MOST_EXPERTS} in all layers '
+                'together work'
             )
-        found[published], called[published] = source, name
+        left_out = [*self.architecture.consumed]
+        if any(isinstance(one, Blocks) for one in self.contents.tensors.values()):
+            left_out += self.architecture.copies
+        for name, numbers in self.contents.tensors.items():
+            if not any(re.fullmatch(pattern, name) for pattern in left_out):
+                self.place(name, numbers)
+        if len(self.experts_there) != self.experts:
+            raise UserError(
+                f'{self.contents.path}: its keys say that it has {self.experts} experts, and its tensors are of '
+                f'{len(self.experts_there)}'
+            )
+        return self.found, self.called
 
-    for name, numbers in contents.tensors.items():
-        if any(re.fullmatch(pattern, name) for pattern in architecture.consumed):
-            continue
-        layer, expert = LAYER.search(name), EXPERT.search(name)
-        pattern = LAYER.sub(r'\1.{i}.', name, count=1)
-        pattern = EXPERT.sub(r'\1.{e}.', pattern, count=1)
-        base, _, suffix = pattern.rpartition('.')
-        entry = architecture.names.get(pattern)
-        tail = '' if entry is not None else f'.{suffix}'
-        if entry is None and suffix in ('weight', 'bias'):
-            entry = architecture.names.get(base)
+    def place(self, name: str, numbers: Numbers) -> None:
+        """A tensor of the file as what it is in a published folder."""
+        where = parsed(name)
+        entry, tail = self.entry(where)
         if entry is None:
             raise UserError(
                 f'{numbers.path}: tensor {name} {list(numbers.shape)} is none that a model of architecture '
-                f'{architecture.name} is known to have; its numbers would be lost'
+                f'{self.architecture.name} is known to have; its numbers would be lost'
             )
-        put = lambda published: published.replace('{i}', layer[2] if layer else '')  # noqa: B023  (used at once)
+        self.count(name, where, numbers)
         if isinstance(entry, Second):
-            first = put(entry.first)
-            if first not in contents.tensors:
-                raise UserError(f'{numbers.path}: tensor {name} is there without {first}, which belongs to it')
+            self.beside(where.filled(entry.first), name, numbers)
         elif isinstance(entry, Pair):
-            second = put(entry.second)
-            if second not in contents.tensors:
-                raise UserError(f'{numbers.path}: tensor {name} is there without {second}, which belongs to it')
-            other = contents.tensors[second]
+            second = where.filled(entry.second)
+            other = self.beside(second, name, numbers)
             entry.check(numbers, other, name, second)
-            add(put(entry.name), f'{name} and {second}', entry.undo(numbers, other))
+            self.add(where.filled(entry.name), f'{name} and {second}', entry.undo(numbers, other))
         elif isinstance(entry, Experts):
-            if len(numbers.shape) < 2:
+            if len(numbers.shape) != 3:
                 raise UserError(
-                    f'{numbers.path}: tensor {name} {list(numbers.shape)} has a matrix for each expert: 3 dims'
+                    f'{numbers.path}: tensor {name} {list(numbers.shape)} must have 3 dims, a matrix for each expert'
                 )
-            if numbers.shape[0] != (wanted := architecture.experts(config)):
-                raise UserError(
-                    f'{numbers.path}: tensor {name} is of {numbers.shape[0]} experts and the keys say {wanted}'
-                )
-            for e in range(numbers.shape[0]):
-                add(put(entry.name).replace('{e}', str(e)) + tail, name, Expert(numbers, e))
-        elif isinstance(entry, str):
-            add(put(entry).replace('{e}', expert[2] if expert else '') + tail, name, numbers)
+            for e in range(self.experts):
+                published = where._replace(expert=str(e)).filled(entry.name)
+                self.add(published + tail, name, Expert(numbers, e))
+        elif isinstance(entry, Changed):
+            self.add(where.filled(entry.name) + tail, name, entry.undo(numbers, self.config, name))
         else:
-            published = put(entry.name) + tail
-            add(published, name, entry.undo(numbers, config, name))
-    return found, called
+            self.add(where.filled(entry) + tail, name, numbers)
+
+    def entry(self, where: Parsed) -> tuple[Entry | None, str]:
+        """What the table says of a name, and what of it goes on in the published one: where the table has it without that."""
+        base, _, suffix = where.pattern.rpartition('.')
+        if where.pattern in self.architecture.names or suffix not in ('weight', 'bias'):
+            return self.architecture.names.get(where.pattern), ''
+        return self.architecture.names.get(base), f'.{suffix}'
+
+    def count(self, name: str, where: Parsed, numbers: Numbers) -> None:
+        """Takes note of the experts that a tensor is of."""
+        if where.expert:
+            self.experts_there.add(where.expert)
+        elif '_exps.' in name:
+            if numbers.shape[0] != self.experts:
+                raise UserError(
+                    f'{numbers.path}: tensor {name} is of {numbers.shape[0]} experts and by the keys must be of {self.experts}'
+                )
+            self.experts_there |= {str(e) for e in range(self.experts)}
+
+    def beside(self, other: str, name: str, numbers: Numbers) -> Numbers:
+        """The other tensor of a pair."""
+        if other not in self.contents.tensors:
+            raise UserError(f'{numbers.path}: tensor {name} is there without {other}, which belongs to it')
+        return self.contents.tensors[other]
+
+    def add(self, published: str, name: str, source: Numbers | Undone) -> None:
+        if published in self.found:
+            raise UserError(
+                f'{source.path}: tensors {self.called[published]} and {name} are the same one of a model of architecture '
+                f'{self.architecture.name}'
+            )
+        self.found[published], self.called[published] = source, name

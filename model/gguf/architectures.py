@@ -20,16 +20,15 @@ from sharding.errors import UserError
 
 Config = Mapping[str, Any]
 LARGEST = 2**31 - 1
-MOST_LAYERS = 10_000  # whose tensors are looked up by name; a model's own limit is lower
 # Keys that change no logit, or say again what others say; after the architecture's name.
 IDLE = (
     'vocab_size',
     'attention.value_length',
     'rope.scaling.finetuned',
     'rope.scaling.original_context_length',
-    'rope.dimension_sections',
     'tensor_data_layout',
     'pooling_type',
+    'mm.tokens_per_image',
 )
 GATES = {1: 'softmax', 2: 'sigmoid'}  # how experts are scored, by llama.cpp's numbers
 
@@ -76,10 +75,13 @@ class Keys:
         return value
 
     def layers(self) -> int:
-        """Blocks, those that predict further ahead among them."""
+        """Blocks, those that predict further ahead among them; the file has tensors of each."""
         blocks = self.count('block_count')
-        if blocks > MOST_LAYERS:
-            raise UserError(f'{self.path}: key {self.architecture}.block_count is {blocks}: at most {MOST_LAYERS} work')
+        there = {name.split('.')[1] for name in self.tensors if name.startswith('blk.')}
+        if blocks != len(there):
+            raise UserError(
+                f'{self.path}: key {self.architecture}.block_count is {blocks}, and the file has tensors of {len(there)} blocks'
+            )
         return blocks
 
     def has(self, name: str) -> bool:
@@ -150,12 +152,14 @@ class Architecture:
         names: names in a file, mostly without `.weight` and `.bias`, to those in a published folder; {i} is the layer, {e} the
             expert.
         consumed: patterns of tensors that `config` has read, or that follow from it.
+        copies: patterns of tensors that repeat another; where a file has blocks of few bits, the two may differ by rounding.
     """
 
     name: str
     config: Callable[[Keys], dict[str, Any]]
     names: Mapping[str, Entry]
     consumed: tuple[str, ...] = ()
+    copies: tuple[str, ...] = ()
 
     def experts(self, config: Config) -> int:
         """Experts of a layer, as config.json says it; 0 if none."""
@@ -371,6 +375,8 @@ def llama(k: Keys) -> dict[str, Any]:
         k('expert_used_count', 0)
         biases = {'attention_bias': has_bias(k, 'attn_q'), 'mlp_bias': has_bias(k, 'ffn_gate')}
         return of_class('LlamaForCausalLM', 'llama') | fields | biases
+    if k('expert_weights_norm', True) is not True:
+        raise UserError(f'{k.path}: key {k.architecture}.expert_weights_norm is false, which Mixtral does not have')
     of_experts = {'num_local_experts': k.count('expert_count'), 'num_experts_per_tok': k.count('expert_used_count')}
     return of_class('MixtralForCausalLM', 'mixtral') | fields | of_experts
 
@@ -388,14 +394,14 @@ def qwen3(k: Keys) -> dict[str, Any]:
 
 
 def qwen3moe(k: Keys) -> dict[str, Any]:
-    """Weights of the chosen experts add up to 1, which no file says: llama.cpp has it so, and all published models."""
+    """Weights of the chosen experts add up to 1 where a file says nothing, as in llama.cpp and all published models."""
     fields = qwen3(k)
     return fields | {
         **of_class('Qwen3MoeForCausalLM', 'qwen3_moe'),
         'num_experts': k.count('expert_count'),
         'num_experts_per_tok': k.count('expert_used_count'),
         'moe_intermediate_size': k.count('expert_feed_forward_length'),
-        'norm_topk_prob': True,
+        'norm_topk_prob': k('expert_weights_norm', True),
     }
 
 
@@ -759,6 +765,12 @@ ARCHITECTURES = {
         Architecture('phi3', phi3, OUTER | NORMS | PHI3, (r'rope_factors_(long|short)\.weight',)),
         Architecture('gpt2', gpt2, GPT2),
         Architecture('deepseek2', deepseek2, OUTER | NORMS | LATENT | MLP | EXPERTS | SHARED, (ROPE_FREQS,)),
-        Architecture('glm4moe', glm4moe, LLAMA | QK_NORMS | EXPERTS | SHARED | AHEAD, (ROPE_FREQS,)),
+        Architecture(
+            'glm4moe',
+            glm4moe,
+            LLAMA | QK_NORMS | EXPERTS | SHARED | AHEAD,
+            (ROPE_FREQS,),
+            (r'blk\.\d+\.nextn\.(embed_tokens|shared_head_head)\.weight',),
+        ),
     )
 }

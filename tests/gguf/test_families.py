@@ -1,6 +1,7 @@
 """Tiny models of every architecture, written as llama.cpp's converters write them, equal their published folders."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from model import hub
+from model.gguf import architectures
 from sharding.mesh import MeshConfig, make_mesh
 from tests.families import cases, folders
 from tests.gguf import written
@@ -167,3 +169,54 @@ def test_a_run_of_a_file_is_exported_as_a_folder(tmp_path):
     for one in found.table:
         x, y = found.sources[one.name], back.sources[one.name]
         assert (x.dtype, x.read().tobytes()) == (y.dtype, y.read().tobytes()), one.name
+
+
+def test_copies_in_blocks_are_left_out(tmp_path):
+    """GLM-4.5's layer that predicts further ahead repeats the embedding, which a file may round otherwise there."""
+    config = cases.CASES['glm4_moe-one-ahead'] | CASES['glm4_moe-one-ahead']
+    keys, packed = written.of_folder(config, folders.named('glm4_moe-one-ahead'))
+    whole = hub.read(written.write(tmp_path / 'a.gguf', keys, packed))
+    assert len(whole.copies) == 2
+    raw = np.zeros((200, 2, 18), np.uint8).reshape(200, -1)
+    packed['blk.3.nextn.embed_tokens.weight'] = written.Packed(raw, 2, 32, 18)
+    found = hub.read(written.write(tmp_path / 'b.gguf', keys, packed))
+    assert found.copies == {}
+    assert found.model == whole.model
+    for name in ('embed_tokens', 'shared_head_head', 'eh_proj', 'enorm'):  # a converter may leave the whole layer out
+        del packed[f'blk.3.nextn.{name}.weight']
+    packed = {name: x for name, x in packed.items() if not name.startswith('blk.3.')}
+    keys['glm4moe.block_count'] = 3
+    keys['glm4moe.nextn_predict_layers'] = 0
+    assert hub.read(written.write(tmp_path / 'c.gguf', keys, packed)).model.mtp_layers == 0
+
+
+def test_experts_of_early_files_are_a_tensor_each(tmp_path):
+    config = cases.CASES['mixtral-plain']
+    keys, packed = written.of_folder(config, folders.named('mixtral-plain'))
+    one = hub.read(written.write(tmp_path / 'a.gguf', keys, packed))
+    apart = {}
+    for name, x in packed.items():
+        if '_exps.' in name:
+            apart |= {name.replace('_exps.', f'.{e}.'): np.array(x[e]) for e in range(len(x))}
+        else:
+            apart[name] = x
+    other = hub.read(written.write(tmp_path / 'b.gguf', keys, apart))
+    assert other.model == one.model
+    for name, source in one.sources.items():
+        assert source.read().tobytes() == other.sources[name].read().tobytes(), name
+
+
+def test_scaling_that_is_llama_3s_is_known_by_its_factors():
+    """Of Llama 3.1's and 3.2's published settings, and of others, the factors give the settings again."""
+    for factor, high, old, theta, width in (
+        (8.0, 4.0, 8192, 5e5, 128),
+        (32.0, 4.0, 8192, 5e5, 64),
+        (8.0, 3.0, 4096, 1e6, 96),
+        (4.0, 4.0, 100, 1e4, 16),
+    ):
+        settings = {'rope_type': 'llama3', 'factor': factor, 'low_freq_factor': 1.0, 'high_freq_factor': high}
+        settings |= {'original_max_position_embeddings': old}
+        config = {'rope_scaling': settings, 'rope_theta': theta, 'head_dim': width, 'num_hidden_layers': 1}
+        said = written.Said(config | {'num_attention_heads': 1, 'hidden_size': width}, 'llama', True)
+        factors = said.extra()['rope_freqs.weight']
+        assert architectures.llama3_scaling(factors, theta, width, Path('a.gguf')) == settings
