@@ -330,6 +330,8 @@ def _parts(first: Contents, count: int) -> Contents:
 
 def _one(path: Path) -> Contents:
     """What one file's header says."""
+    if path.exists() and not path.is_file():
+        raise UserError(f'{path}: is no file that could be read by places, as a device or a pipe is not')
     try:
         with path.open('rb') as file:
             size = file.seek(0, 2)

@@ -1,6 +1,7 @@
 """GGUF files that are cut off, lie, or are of a kind that is not read: one clear line, and work within the file's size."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -280,6 +281,16 @@ def test_a_header_that_is_too_long_is_not_read(tmp_path, monkeypatch):
 def test_what_is_no_file_is_said(tmp_path):
     with pytest.raises(UserError, match=r'x\.gguf: cannot be read: No such file'):
         hub.read(tmp_path / 'x.gguf')
+    os.mkfifo(tmp_path / 'pipe.gguf')
+    with pytest.raises(UserError, match=r'pipe\.gguf: is no file that could be read by places'):
+        hub.read(tmp_path / 'pipe.gguf')
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'folder' / 'config.json').write_text(json.dumps(LLAMA))
+    written.write(tmp_path / 'folder' / 'a.gguf', *whole())
+    with pytest.raises(
+        UserError, match=r'a\.gguf: is a GGUF file, and the folder has no \*\.safetensors: import the file itself'
+    ):
+        hub.read(tmp_path / 'folder')
 
 
 def parts(folder: Path, count: int = 3) -> list[Path]:
