@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.tokenizer import SPACE
+from model.gguf_file import told
 from sharding.errors import UserError, nearest
 
 KEY = 'tokenizer.ggml.'
@@ -91,11 +92,12 @@ def tokenizer_files(values: Mapping[str, Any], path: Path) -> dict[str, bytes]:
     Raises UserError for one that is damaged or of a kind that is not supported.
     """
     model = values.get(f'{KEY}model', 'no_vocab')
-    if model in ('no_vocab', 'none'):
+    if isinstance(model, str) and model in ('no_vocab', 'none'):
         return {}
-    if model not in MODELS:
+    if not isinstance(model, str) or model not in MODELS:
         raise UserError(
-            f'{path}: {KEY}model is {model!r}, which is not supported; supported: gpt2 (byte-level BPE), llama (sentencepiece)'
+            f'{path}: {KEY}model is {told(model)}, which is not supported; supported: gpt2 (byte-level BPE), llama '
+            '(sentencepiece)'
         )
     header = _Header(values, path)
     cut = header.cut() if model == 'gpt2' else Cut(bos=True)
@@ -143,7 +145,7 @@ class _Header:
             seen: set[str] = set()
             for i, token in enumerate(self.tokens):
                 if self.kinds[i] != UNUSED and token in seen:
-                    raise UserError(f'{path}: {KEY}tokens has {_told(token)} twice: each token must be another text')
+                    raise UserError(f'{path}: {KEY}tokens has {told(token)} twice: each token must be another text')
                 seen.add(token)
 
     def texts(self, name: str) -> list[str]:
@@ -170,9 +172,7 @@ class _Header:
         if found is None:
             return None
         if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < len(self.tokens):
-            raise UserError(
-                f'{self.path}: {KEY}{name}_token_id is {_told(found)}: at most {len(self.tokens) - 1} works'
-            )
+            raise UserError(f'{self.path}: {KEY}{name}_token_id is {told(found)}: at most {len(self.tokens) - 1} works')
         return found
 
     def token(self, name: str) -> str | None:
@@ -182,7 +182,7 @@ class _Header:
     def flag(self, name: str, default: bool) -> bool:
         found = self.values.get(f'{KEY}{name}', default)
         if not isinstance(found, bool):
-            raise UserError(f'{self.path}: {KEY}{name} is {_told(found)}: it must be true or false')
+            raise UserError(f'{self.path}: {KEY}{name} is {told(found)}: it must be true or false')
         return found
 
     def cut(self) -> Cut:
@@ -197,7 +197,7 @@ class _Header:
             )
         if not isinstance(name, str) or name not in CUTS:
             near = nearest(name, CUTS) if isinstance(name, str) else ''
-            raise UserError(f'{self.path}: {KEY}pre is {_told(name)}, which is not supported{near}')
+            raise UserError(f'{self.path}: {KEY}pre is {told(name)}, which is not supported{near}')
         return CUTS[name]
 
     def byte_level(self, cut: Cut) -> dict[str, Any]:
@@ -207,7 +207,7 @@ class _Header:
             left, _, right = text.partition(' ')
             if left not in self.ids or right not in self.ids or left + right not in self.ids:
                 raise UserError(
-                    f'{self.path}: {KEY}merges has {_told(text)}: two tokens that together are one must be there'
+                    f'{self.path}: {KEY}merges has {told(text)}: two tokens that together are one must be there'
                 )
             merges.append([left, right])
         steps: list[dict[str, Any]] = [{'type': 'Digits', 'individual_digits': True}] if cut.digits else []
@@ -251,7 +251,7 @@ class _Header:
                 and all(c in '0123456789ABCDEF' for c in token[3:5])
             )
             if self.kinds[i] == BYTE and not byte:
-                raise UserError(f'{self.path}: {KEY}tokens has {_told(token)} as a byte: bytes are <0x00> to <0xFF>')
+                raise UserError(f'{self.path}: {KEY}tokens has {told(token)} as a byte: bytes are <0x00> to <0xFF>')
         ids = {self.spelt(token): i for token, i in self.ids.items()}
         prefix = self.flag('add_space_prefix', True)
         replace = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': SPACE}
@@ -347,7 +347,7 @@ class _Header:
         """The chat template; where there are several, each with its name."""
         found = self.values.get('tokenizer.chat_template')
         if found is not None and not isinstance(found, str):
-            raise UserError(f'{self.path}: tokenizer.chat_template is {_told(found)}: it must be a text')
+            raise UserError(f'{self.path}: tokenizer.chat_template is {told(found)}: it must be a text')
         named = {
             key.removeprefix('tokenizer.chat_template.'): text
             for key, text in self.values.items()
@@ -383,9 +383,3 @@ class _Header:
         if 'temperature' in fields or 'top_p' in fields or 'top_k' in fields:
             fields['do_sample'] = True
         return {name: value for name, value in fields.items() if value is not None}
-
-
-def _told(value: Any) -> str:
-    """A value, shortened for a message."""
-    said = repr(value)
-    return said if len(said) <= 80 else f'{said[:77]}...'

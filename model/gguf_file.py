@@ -24,7 +24,7 @@ MAGIC = b'GGUF'
 VERSIONS = (2, 3)
 LONGEST_HEADER = 2**27  # bytes; the tokens and merges of a vocabulary of 262,144 are some 15 MB
 LONGEST_TEXT = 2**24  # bytes of one text, such as a chat template
-LONGEST_NAME = 1024  # bytes of a key or of a tensor's name; ggml itself allows 65,535 and 63
+LONGEST_NAME = 256  # bytes of a key or of a tensor's name, of which ggml allows 63
 MOST_KEYS = 2**16
 MOST_TENSORS = 2**20
 MOST_VALUES = 2**22  # of an array: tokens, merges
@@ -208,6 +208,13 @@ class _Header:
         at = self.need(length, what)
         return self.decoded(self.raw[at : at + length], what)
 
+    def name(self, of: str) -> str:
+        """The name of a key or a tensor, which messages repeat."""
+        found = self.text(f'the name of {of}', LONGEST_NAME)
+        if not found.isprintable() or ' ' in found:
+            raise UserError(f'{self.path}: the name of {of} is {found!r}: names have letters, digits and signs alone')
+        return found
+
     def decoded(self, raw: bytes, what: str) -> str:
         try:
             return raw.decode()
@@ -287,10 +294,16 @@ def read(path: Path) -> Contents:
     Raises UserError where a file is not whole, says what cannot be true, or is of a kind that is not read.
     """
     first = _one(path)
-    count = first.values.get('split.count', 1)
-    if not isinstance(count, int) or isinstance(count, bool) or count <= 1:
-        return first
-    return _parts(first, count)
+    count = whole(first, 'split.count', 1)
+    return first if count <= 1 else _parts(first, count)
+
+
+def whole(contents: Contents, key: str, default: int) -> int:
+    """A key that holds a whole number, from 0 on."""
+    found = contents.values.get(key, default)
+    if isinstance(found, bool) or not isinstance(found, int) or found < 0:
+        raise UserError(f'{contents.path}: key {key} is {told(found)}: it must be a whole number from 0 on')
+    return found
 
 
 def _parts(first: Contents, count: int) -> Contents:
@@ -304,23 +317,23 @@ def _parts(first: Contents, count: int) -> Contents:
             'them these names again, and name the first'
         )
     names = [path.with_name(f'{named[1]}-{i + 1:05}-of-{count:05}.gguf') for i in range(count)]
-    if first.values.get('split.no', 0) != 0 or path != names[0]:
+    if whole(first, 'split.no', 0) != 0 or path != names[0]:
         raise UserError(f'{path}: is not the first of the {count} files of a model: name {names[0]}')
     tensors = dict(first.tensors)
     for i, name in enumerate(names[1:], 1):
         if not name.is_file():
             raise UserError(f'{name}: is missing: {path.name} says that the model is in {count} files')
         part = _one(name)
-        if part.values.get('split.count') != count or part.values.get('split.no') != i:
+        if (of := whole(part, 'split.count', 1)) != count or whole(part, 'split.no', 0) != i:
             raise UserError(
-                f'{name}: says that it is file {part.values.get("split.no")} of {part.values.get("split.count")}, counted '
+                f'{name}: says that it is file {whole(part, "split.no", 0)} of {of}, counted '
                 f'from 0, and by its name is {i} of {count}: it belongs to another model'
             )
         for tensor, numbers in part.tensors.items():
             if tensor in tensors:
                 raise UserError(f'{name}: tensor {tensor} is also in {tensors[tensor].path.name}')
             tensors[tensor] = numbers
-    wanted = first.values.get('split.tensors.count', len(tensors))
+    wanted = whole(first, 'split.tensors.count', len(tensors))
     if wanted != len(tensors):
         raise UserError(
             f'{path}: its {count} files have {len(tensors)} tensors and must have {wanted}: one was exchanged'
@@ -361,13 +374,13 @@ def _contents(header: _Header) -> Contents:
     keys = header.count('the header', 'keys', MOST_KEYS, 13)
     values: dict[str, Any] = {}
     for _ in range(keys):
-        key = header.text('the name of a key', LONGEST_NAME)
+        key = header.name('a key')
         if key in values:
             raise UserError(f'{path}: key {key!r} is there twice')
         values[key] = header.value(key)
     entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
     for _ in range(tensors):
-        name = header.text('the name of a tensor', LONGEST_NAME)
+        name = header.name('a tensor')
         if name in entries:
             raise UserError(f'{path}: tensor {name!r} is there twice')
         entries[name] = _entry(header, name)
@@ -386,11 +399,9 @@ def _entry(header: _Header, name: str) -> tuple[tuple[int, ...], int, int]:
 
 def _alignment(path: Path, values: Mapping[str, Any]) -> int:
     """What offsets are multiples of."""
-    found = values.get('general.alignment', 32)
-    if isinstance(found, bool) or not isinstance(found, int) or not 1 <= found <= 2**16 or found & (found - 1):
-        raise UserError(
-            f'{path}: general.alignment is {_told(found)}: it must be a power of 2 up to {2**16}, such as 32'
-        )
+    found = whole(Contents(path, values, {}), 'general.alignment', 32)
+    if not 1 <= found <= 2**16 or found & (found - 1):
+        raise UserError(f'{path}: general.alignment is {found}: it must be a power of 2 up to {2**16}, such as 32')
     return found
 
 
@@ -439,7 +450,7 @@ def _placed(
     return found
 
 
-def _told(value: Any) -> str:
+def told(value: Any) -> str:
     """A value, shortened for a message."""
     said = repr(value)
     return said if len(said) <= 80 else f'{said[:77]}...'

@@ -19,7 +19,7 @@ from model import gguf_file
 from model.families import Tensor
 from model.gguf.architectures import ARCHITECTURES, Architecture, Changed, Entry, Experts, Keys, Pair, Second
 from model.gguf.sources import Expert, Narrowed, Undone
-from model.gguf_file import Blocks, Contents, Numbers
+from model.gguf_file import Blocks, Contents, Numbers, told
 from sharding.errors import UserError, nearest
 
 SUFFIX = '.gguf'
@@ -27,7 +27,11 @@ Found = Numbers | Undone | Narrowed
 LAYER = re.compile(r'(blk|layers|h)\.(\d+)\.')
 EXPERT = re.compile(r'(experts|ffn_gate|ffn_up|ffn_down)\.(\d+)\.')
 MOST_EXPERTS = 2**17  # of all layers together; the largest models have some 25,000
-IDS = {'bos_token_id': 'bos_token_id', 'eos_token_id': 'eos_token_id', 'pad_token_id': 'padding_token_id'}
+IDS = {
+    'bos_token_id': 'tokenizer.ggml.bos_token_id',
+    'eos_token_id': 'tokenizer.ggml.eos_token_id',
+    'pad_token_id': 'tokenizer.ggml.padding_token_id',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,22 +105,22 @@ def read(path: Path) -> Model:
     contents = gguf_file.read(path)
     values = contents.values
     kind = values.get('general.type', 'model')
-    if kind != 'model':
-        raise UserError(f'{path}: general.type is {kind!r}: only files of whole models are read, which have "model"')
+    if not isinstance(kind, str) or kind != 'model':
+        raise UserError(
+            f'{path}: general.type is {told(kind)}: only files of whole models are read, which have "model"'
+        )
     name = values.get('general.architecture')
     if not isinstance(name, str) or name not in ARCHITECTURES:
         near = nearest(name, ARCHITECTURES) if isinstance(name, str) else ''
         raise UserError(
-            f'{path}: general.architecture is {name!r}, which is not supported{near}; supported: {", ".join(ARCHITECTURES)}'
+            f'{path}: general.architecture is {told(name)}, which is not supported{near}; supported: {", ".join(ARCHITECTURES)}'
         )
     if not contents.tensors:
         raise UserError(f'{path}: has no tensors: it is a vocabulary alone, not a model')
     architecture = ARCHITECTURES[name]
     keys = Keys(path, name, values, contents.tensors)
     config = dict(architecture.config(keys))
-    config |= {
-        field: values[f'tokenizer.ggml.{key}'] for field, key in IDS.items() if f'tokenizer.ggml.{key}' in values
-    }
+    config |= {field: gguf_file.whole(contents, key, 0) for field, key in IDS.items() if key in values}
     config |= keys.unread()
     stored, called = _Published(contents, architecture, config).all()
     return Model(contents, architecture, config, _as_most(contents, stored), called)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from model.gguf.sources import Regrouped, Shifted, Turned, Undone, Unsplit, Woven
-from model.gguf_file import Numbers
+from model.gguf_file import Numbers, told
 from sharding.errors import UserError
 
 Config = Mapping[str, Any]
@@ -60,18 +60,30 @@ class Keys:
 
     def count(self, name: str, default: Any = ...) -> int:
         """A key that holds a whole number above 0."""
+        return self.whole(name, default, least=1)
+
+    def whole(self, name: str, default: Any = ..., least: int = 0) -> int:
+        """A key that holds a whole number from `least` on."""
         value = self(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
             raise UserError(
-                f'{self.path}: key {self.architecture}.{name} is {value!r}: it must be a whole number from 1 to {LARGEST}'
+                f'{self.path}: key {self.architecture}.{name} is {told(value)}: it must be a whole number from {least} to '
+                f'{LARGEST}'
             )
         return value
+
+    def positive(self, name: str, default: Any = ...) -> float:
+        """A key that holds a number above 0."""
+        value = self.number(name, default)
+        if not value > 0:
+            raise UserError(f'{self.path}: key {self.architecture}.{name} is {value}: it must be above 0')
+        return float(value)
 
     def number(self, name: str, default: Any = ...) -> float:
         """A key that holds a number."""
         value = self(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f'{self.path}: key {self.architecture}.{name} is {value!r}: it must be a number')
+            raise UserError(f'{self.path}: key {self.architecture}.{name} is {told(value)}: it must be a number')
         return value
 
     def layers(self) -> int:
@@ -100,8 +112,8 @@ class Keys:
     def unread(self) -> dict[str, Any]:
         """The architecture's keys that nothing has read."""
         mine = [key for key in self.values if key.startswith(f'{self.architecture}.') and key not in self.seen]
-        plain = lambda value: value.tolist() if isinstance(value, np.ndarray) else value
-        return {key: plain(self.values[key]) for key in mine}
+        short = lambda value: value if isinstance(value, int | float) else told(value)
+        return {key: short(self.values[key]) for key in mine}
 
 
 # What a table may say beside the name of a tensor in a published folder ------------------------------------------------
@@ -261,9 +273,9 @@ def common(k: Keys) -> dict[str, Any]:
         'num_attention_heads': heads,
         'num_key_value_heads': k.count('attention.head_count_kv', heads),
         'intermediate_size': k.count('feed_forward_length'),
-        'rms_norm_eps': k.number('attention.layer_norm_rms_epsilon'),
+        'rms_norm_eps': k.positive('attention.layer_norm_rms_epsilon'),
         'max_position_embeddings': k.count('context_length'),
-        'rope_theta': float(k.number('rope.freq_base', 10_000.0)),
+        'rope_theta': k.positive('rope.freq_base', 10_000.0),
         'tie_word_embeddings': not k.has('output.weight'),
     }
 
@@ -271,12 +283,11 @@ def common(k: Keys) -> dict[str, Any]:
 def heads(k: Keys, fields: Config) -> dict[str, Any]:
     """Their width, and of which part of it positions turn."""
     plain = fields['hidden_size'] // fields['num_attention_heads']
-    turning = k.count('rope.dimension_count', k('attention.key_length', plain))
     width = k.count('attention.key_length', plain)
-    values = k.values.get(f'{k.architecture}.attention.value_length', width)
+    turning, values = k.count('rope.dimension_count', width), k.count('attention.value_length', width)
     if values != width:
         raise UserError(
-            f'{k.path}: key {k.architecture}.attention.value_length is {values!r} and key_length {width}: both must be the same'
+            f'{k.path}: key {k.architecture}.attention.value_length is {values} and key_length {width}: both must be the same'
         )
     return {'head_dim': width} | ({} if turning == width else {'partial_rotary_factor': turning / width})
 
@@ -288,34 +299,37 @@ def scaling(k: Keys, fields: Config, width: int) -> dict[str, Any]:
     if factors is not None and not np.allclose(factors, 1):
         if kind != 'none':
             raise UserError(
-                f'{k.path}: has both rope_freqs.weight and {name}.type {kind!r}: only one of them is supported'
+                f'{k.path}: has both rope_freqs.weight and {name}.type {told(kind)}: only one of them is supported'
             )
         return {'rope_scaling': llama3_scaling(factors, fields['rope_theta'], width, k.path)}
     if kind == 'none':
-        factor = k('rope.scale_linear', 1.0)  # of older files
+        factor = k.number('rope.scale_linear', 1.0)  # of older files
         return {} if factor in (0, 1) else {'rope_scaling': {'rope_type': 'linear', 'factor': float(factor)}}
     if kind == 'linear':
-        return {'rope_scaling': {'rope_type': 'linear', 'factor': float(k.number('rope.scaling.factor'))}}
+        return {'rope_scaling': {'rope_type': 'linear', 'factor': k.positive('rope.scaling.factor')}}
     if kind != 'yarn':
-        raise UserError(f'{k.path}: key {name}.type is {kind!r}, which is not supported; supported: none, linear, yarn')
+        raise UserError(
+            f'{k.path}: key {name}.type is {told(kind)}, which is not supported; supported: none, linear, yarn'
+        )
     found: dict[str, Any] = {
         'rope_type': 'yarn',
-        'factor': float(k.number('rope.scaling.factor')),
+        'factor': k.positive('rope.scaling.factor'),
         'original_max_position_embeddings': k.count(
             'rope.scaling.original_context_length', fields['max_position_embeddings']
         ),
     }
-    if k('rope.scaling.yarn_ext_factor', 1.0) not in (1, -1):  # below 0: as the kind of scaling has it
-        raise UserError(
-            f'{k.path}: key {name}.yarn_ext_factor is {k("rope.scaling.yarn_ext_factor")}: only 1 is supported'
-        )
+    if (mixed := k.number('rope.scaling.yarn_ext_factor', 1.0)) not in (
+        1,
+        -1,
+    ):  # below 0: as the kind of scaling has it
+        raise UserError(f'{k.path}: key {name}.yarn_ext_factor is {mixed}: only 1 is supported')
     for field, key in (
         ('beta_fast', 'rope.scaling.yarn_beta_fast'),
         ('beta_slow', 'rope.scaling.yarn_beta_slow'),
         ('attention_factor', 'rope.scaling.yarn_attn_factor'),
     ):
         if k(key, None) is not None:
-            found[field] = float(k.number(key))
+            found[field] = k.positive(key)
     return {'rope_scaling': found}
 
 
@@ -325,35 +339,36 @@ def llama3_scaling(factors: np.ndarray, theta: float, width: int, path: Path) ->
     Of wavelengths between two bounds the inverse factor grows as the inverse wavelength does; the line gives the bounds, of
     which only the ratios to the old context matter: low_freq_factor is taken to be 1, as in all published models.
     """
-    waves = 2 * math.pi * theta ** (np.arange(0, width, 2) / width)
+    wrong = UserError(
+        f'{path}: tensor rope_freqs.weight has factors that are not those of Llama 3’s scaling of positions'
+    )
     largest = float(factors.max())
-    between = (factors > 1 + 1e-6) & (factors < largest * (1 - 1e-6))
+    if not np.isfinite(factors).all() or factors.min() < 1:
+        raise wrong
+    waves = 2 * math.pi * theta ** (np.arange(0, width, 2) / width)
+    between = np.flatnonzero((factors > 1 + 1e-6) & (factors < largest * (1 - 1e-6)))
     smooth = (1 / factors[between].astype(np.float64) - 1 / largest) / (1 - 1 / largest)
-    if between.sum() > 1:
-        slope, offset = np.polyfit(1 / waves[between], smooth, 1)
-    elif between.any():  # one is not enough for a line: with the bounds of all published models
-        offset, slope = -1 / 3, ((smooth + 1 / 3) * waves[between]).item()
-    else:
-        offset, slope = -1 / 3, 8192 / 3
-    high = 1 - 1 / offset if offset else math.inf
-    found: dict[str, Any] = {
+    with np.errstate(all='ignore'):
+        if len(between) > 1:
+            slope = (smooth[0] - smooth[-1]) / (1 / waves[between[0]] - 1 / waves[between[-1]])
+            offset = smooth[0] - slope / waves[between[0]]
+        else:  # one is not enough for a line, nor is none: with the bounds and the context of all published models
+            offset = np.float64(-1 / 3)
+            slope = (smooth[0] - offset) * waves[between[0]] if len(between) else 8192 / 3
+        high = round(float(1 - 1 / offset), 3)
+        old = float(slope * (high - 1))
+    if not 1 < high < math.inf or not 1 <= old < LARGEST:
+        raise wrong
+    part = np.clip((round(old) / waves - 1) / (high - 1), 0, 1)
+    if not np.allclose(1 / ((1 - part) / largest + part), factors, rtol=1e-4, atol=0):
+        raise wrong
+    return {
         'rope_type': 'llama3',
         'factor': float(str(np.float32(largest))),
         'low_freq_factor': 1.0,
-        'high_freq_factor': round(high, 3),
-        'original_max_position_embeddings': round(slope * (high - 1)) if math.isfinite(high) else 0,
+        'high_freq_factor': high,
+        'original_max_position_embeddings': round(old),
     }
-    old, high = found['original_max_position_embeddings'], found['high_freq_factor']
-    if old < 1 or not 1 < high < math.inf:
-        again = np.zeros_like(factors)
-    else:
-        part = np.clip((old / waves - 1) / (high - 1), 0, 1)
-        again = 1 / ((1 - part) / largest + part)
-    if not np.allclose(again, factors, rtol=1e-4, atol=0):
-        raise UserError(
-            f'{path}: tensor rope_freqs.weight has factors that are not those of Llama 3’s scaling of positions'
-        )
-    return found
 
 
 def has_bias(k: Keys, *names: str) -> bool:
@@ -370,8 +385,7 @@ def llama(k: Keys) -> dict[str, Any]:
     fields = common(k)
     fields |= heads(k, fields)
     fields |= scaling(k, fields, k.count('rope.dimension_count', fields['head_dim']))
-    experts = k('expert_count', 0)
-    if not experts:
+    if not k.whole('expert_count', 0):
         k('expert_used_count', 0)
         biases = {'attention_bias': has_bias(k, 'attn_q'), 'mlp_bias': has_bias(k, 'ffn_gate')}
         return of_class('LlamaForCausalLM', 'llama') | fields | biases
@@ -418,7 +432,7 @@ def gemma(k: Keys, deepest: int) -> dict[str, Any]:
     )
     scale = k('attention.scale', None)
     return fields | {
-        'query_pre_attn_scalar': plain if scale is None else round(k.number('attention.scale') ** -2),
+        'query_pre_attn_scalar': plain if scale is None else round(max(k.positive('attention.scale'), 1e-4) ** -2),
         'attention_bias': has_bias(k, 'attn_q'),
         'hidden_activation': 'gelu_pytorch_tanh',
         'hidden_act': 'gelu_pytorch_tanh',
@@ -434,7 +448,7 @@ def cap(k: Keys, name: str) -> float | None:
 def windows(k: Keys, layers: int, every: int) -> dict[str, Any]:
     """The window, and the layers that have it: all but each so many, where no key says otherwise."""
     key = f'{k.architecture}.attention.sliding_window_pattern'
-    said, window = k.values.get(key), k('attention.sliding_window', 0)
+    said, window = k.values.get(key), k.whole('attention.sliding_window', 0)
     k.seen.add(key)
     if isinstance(said, np.ndarray):
         flags = [bool(one) for one in said]
@@ -446,7 +460,7 @@ def windows(k: Keys, layers: int, every: int) -> dict[str, Any]:
     if not window:
         flags = [False] * layers
     kinds = ['sliding_attention' if flag else 'full_attention' for flag in flags]
-    return {'layer_types': kinds} | ({'sliding_window': k.count('attention.sliding_window')} if window else {})
+    return {'layer_types': kinds} | ({'sliding_window': window} if window else {})
 
 
 def gemma2(k: Keys) -> dict[str, Any]:
@@ -503,7 +517,7 @@ def phi3(k: Keys) -> dict[str, Any]:
     plain = fields['hidden_size'] // fields['num_attention_heads']
     turning = k.count('rope.dimension_count', plain)
     fields |= heads(k, fields)
-    window = k('attention.sliding_window', 0)
+    window = k.whole('attention.sliding_window', 0)
     long, short = (k.vector(f'rope_factors_{name}.weight', turning // 2) for name in ('long', 'short'))
     if (long is None) != (short is None):
         raise UserError(
@@ -512,7 +526,7 @@ def phi3(k: Keys) -> dict[str, Any]:
     kind = k('rope.scaling.type', 'none')
     if kind not in ('none', 'longrope') or (kind == 'longrope' and long is None):
         raise UserError(
-            f'{k.path}: key {k.architecture}.rope.scaling.type is {kind!r}: supported: none, and longrope '
+            f'{k.path}: key {k.architecture}.rope.scaling.type is {told(kind)}: supported: none, and longrope '
             'with its two tensors of factors'
         )
     k('rope.scaling.attn_factor', None)  # follows from the two contexts
@@ -527,7 +541,7 @@ def phi3(k: Keys) -> dict[str, Any]:
         | scaled
         | {
             'original_max_position_embeddings': original,
-            'sliding_window': k.count('attention.sliding_window') if window else None,
+            'sliding_window': window or None,
         }
     )
 
@@ -550,20 +564,20 @@ def gpt2(k: Keys) -> dict[str, Any]:
         'n_head': k.count('attention.head_count'),
         'n_inner': k.count('feed_forward_length'),
         'n_positions': k.count('context_length'),
-        'layer_norm_epsilon': k.number('attention.layer_norm_epsilon'),
+        'layer_norm_epsilon': k.positive('attention.layer_norm_epsilon'),
         'activation_function': 'gelu_new',
         'tie_word_embeddings': not k.has('output.weight'),
     }
 
 
-def routing(k: Keys, dense: int) -> dict[str, Any]:
+def routing(k: Keys) -> dict[str, Any]:
     """The experts of DeepSeek's models and of GLM-4.5."""
     return {
         'n_routed_experts': k.count('expert_count'),
         'num_experts_per_tok': k.count('expert_used_count'),
         'moe_intermediate_size': k.count('expert_feed_forward_length'),
-        'n_shared_experts': k('expert_shared_count', 0),
-        'first_k_dense_replace': k('leading_dense_block_count', dense),
+        'n_shared_experts': k.whole('expert_shared_count', 0),
+        'first_k_dense_replace': k.whole('leading_dense_block_count', 0),
         'norm_topk_prob': k('expert_weights_norm', False),
         'routed_scaling_factor': float(k.number('expert_weights_scale', 1.0) or 1.0),
     }
@@ -571,10 +585,10 @@ def routing(k: Keys, dense: int) -> dict[str, Any]:
 
 def gate(k: Keys, default: int) -> str:
     """How experts are scored."""
-    found = k('expert_gating_func', 0) or default  # older files do not say it
+    found = k.whole('expert_gating_func', 0) or default  # older files do not say it
     if found not in GATES:
         known = ', '.join(f'{number} ({name})' for number, name in GATES.items())
-        raise UserError(f'{k.path}: key {k.architecture}.expert_gating_func is {found!r}; supported: {known}')
+        raise UserError(f'{k.path}: key {k.architecture}.expert_gating_func is {found}; supported: {known}')
     return GATES[found]
 
 
@@ -595,8 +609,9 @@ def deepseek2(k: Keys) -> dict[str, Any]:
         raise UserError(f'{k.path}: keys of {width} dims are not wider than the {turning} of them that turn')
     sigmoid = gate(k, default=1) == 'sigmoid'
     # Files of V3 from before llama.cpp chose experts by groups do not say the groups, which that model has.
-    whole = sigmoid and k('expert_count', 0) == 256
-    groups, top = k('expert_group_count', 8 if whole else 1), k('expert_group_used_count', 4 if whole else 1)
+    published = sigmoid and k.count('expert_count') == 256
+    groups = k.count('expert_group_count', 8 if published else 1)
+    top = k.count('expert_group_used_count', 4 if published else 1)
     scaled = scaling(k, fields, turning)
     log = k.number('rope.scaling.yarn_log_multiplier', 0.0)
     if 'rope_scaling' in scaled and log:
@@ -609,7 +624,7 @@ def deepseek2(k: Keys) -> dict[str, Any]:
         'topk_group': top,
     }
     both_classes = {True: ('DeepseekV3ForCausalLM', 'deepseek_v3'), False: ('DeepseekV2ForCausalLM', 'deepseek_v2')}
-    fields |= of_class(*both_classes[sigmoid]) | scaled | routing(k, dense=0) | how
+    fields |= of_class(*both_classes[sigmoid]) | scaled | routing(k) | how
     if not sigmoid:
         fields['mlp_bias'] = has_bias(k, 'ffn_gate', 'ffn_gate_shexp')
     k('nextn_predict_layers', 0)  # converters leave these layers out
@@ -630,7 +645,7 @@ def glm4moe(k: Keys) -> dict[str, Any]:
     """GLM-4.5; layers that predict further ahead count among the blocks, and may have been left out of a file."""
     fields = common(k)
     fields |= heads(k, fields)
-    ahead = k('nextn_predict_layers', 0)
+    ahead = k.whole('nextn_predict_layers', 0)
     layers = fields['num_hidden_layers'] - ahead
     if not 0 <= ahead < fields['num_hidden_layers']:
         raise UserError(
@@ -645,12 +660,12 @@ def glm4moe(k: Keys) -> dict[str, Any]:
         | fields
         | scaling(k, fields, round(fraction * fields['head_dim']))
         | {
-            **routing(k, dense=0),
+            **routing(k),
             'num_hidden_layers': layers,
             'num_nextn_predict_layers': ahead if k.has(f'blk.{layers}.nextn.eh_proj.weight') else 0,
             'partial_rotary_factor': fraction,
-            'n_group': k('expert_group_count', 1) or 1,
-            'topk_group': k('expert_group_used_count', 1) or 1,
+            'n_group': k.whole('expert_group_count', 1) or 1,
+            'topk_group': k.whole('expert_group_used_count', 1) or 1,
             'attention_bias': has_bias(k, 'attn_q'),
             'use_qk_norm': k.has('blk.0.attn_q_norm.weight'),
         }

@@ -56,19 +56,23 @@ def value(of: Any) -> bytes:
     return struct.pack('<I', 9) + kind + struct.pack('<Q', len(inner)) + b''.join(one[4:] for one in inner)
 
 
-def content(values: Mapping[str, Any], tensors: Mapping[str, Any], version: int = 3) -> bytes:
-    """A file of keys and tensors."""
-    alignment = values.get('general.alignment', 32)
-    head = b'GGUF' + struct.pack('<IQQ', version, len(tensors), len(values))
-    head += b''.join(text(key) + value(one) for key, one in values.items())
-    data = b''
+def entries(tensors: Mapping[str, Any], alignment: int = 32) -> tuple[bytes, bytes]:
+    """What a header says of tensors, and their numbers."""
+    head = data = b''
     for name, x in tensors.items():
         raw, kind = (x.raw, x.kind) if isinstance(x, Packed) else (x, TYPES[x.dtype])
-        head += text(name) + struct.pack(f'<I{x.ndim if raw is x else len(x.shape)}Q', len(x.shape), *x.shape[::-1])
-        head += struct.pack('<IQ', kind, len(data))
+        head += text(name) + struct.pack(f'<I{len(x.shape)}QIQ', len(x.shape), *x.shape[::-1], kind, len(data))
         data += raw.tobytes()
         data += bytes(-len(data) % alignment)
-    return head + bytes(-len(head) % alignment) + data
+    return head, data
+
+
+def content(values: Mapping[str, Any], tensors: Mapping[str, Any], made: tuple[bytes, bytes] | None = None) -> bytes:
+    """A file of keys and tensors; `made` are the `entries` of these."""
+    infos, data = made or entries(tensors)
+    head = b'GGUF' + struct.pack('<IQQ', 3, len(tensors), len(values))
+    head += b''.join(text(key) + value(one) for key, one in values.items()) + infos
+    return head + bytes(-len(head) % 32) + data
 
 
 def write(path: Path, values: Mapping[str, Any], tensors: Mapping[str, Any]) -> Path:
