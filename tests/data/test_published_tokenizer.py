@@ -34,7 +34,7 @@ def byte_level() -> tokenizers.Tokenizer:
     return made
 
 
-def metaspace() -> tokenizers.Tokenizer:
+def metaspace(**options: Any) -> tokenizers.Tokenizer:
     """As of Llama 2, Gemma: spaces are a letter of their own, rare characters are their bytes."""
     made = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token='<unk>', fuse_unk=True))
     made.normalizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')])
@@ -42,7 +42,8 @@ def metaspace() -> tokenizers.Tokenizer:
         [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(' ', 1, 0)]
     )
     special = [*SPECIAL, *(f'<0x{byte:02X}>' for byte in range(256))]
-    made.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False, **options)
+    made.train_from_iterator([TEXT], trainer)
     said = json.loads(made.to_str())
     said['added_tokens'] = said['added_tokens'][: len(SPECIAL)]  # bytes are pieces, not special
     made = tokenizers.Tokenizer.from_str(json.dumps(said))
