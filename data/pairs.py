@@ -121,8 +121,9 @@ def pack_pairs(
     parts, lengths, size, left_out = [np.empty(0, token)], list[tuple[int, int]](), 0, 0
     pairs = iter(pairs)
     while some := list(islice(pairs, 256)):
-        encoded = iter(tokenizer.encode_batch([side for one in some for side in one]))
-        for one, source, target in zip(some, encoded, encoded, strict=True):
+        sources, targets = zip(*some, strict=True)
+        encoded = zip(some, tokenizer.encode_batch(sources), tokenizer.encode_targets(targets), strict=True)
+        for one, source, target in encoded:
             if max(len(source), len(target)) + 1 > sequence_length:
                 left_out += 1
                 continue

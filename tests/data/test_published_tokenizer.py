@@ -118,7 +118,7 @@ def test_what_opens_and_ends_texts():
     mine = read(
         metaspace(), tokenizer_config={'bos_token': '<s>', 'eos_token': {'content': '</s>'}, 'add_bos_token': False}
     )
-    assert (mine.prefix, mine.bos, mine.eos) == ((), 1, 2)
+    assert (mine.prefix, mine.bos, mine.eos) == ((1,), 1, 2)  # the post-processor decides, as in transformers
     mine = read(byte_level(), tokenizer_config={'eos_token': '</s>', 'bos_token': None, 'add_bos_token': False})
     assert (mine.prefix, mine.bos, mine.eos) == ((), 2, 2)
     mine = read(word_pieces())
