@@ -117,6 +117,7 @@ def pack_pairs(
 ) -> tuple[PairRows, int]:
     """The rows, and how many pairs are left out because one side has more tokens than a row."""
     begin = first_token(tokenizer, start)
+    tokenizer.check([begin, tokenizer.eos])
     token = np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.int32)
     parts, lengths, size, left_out = [np.empty(0, token)], list[tuple[int, int]](), 0, 0
     pairs = iter(pairs)
@@ -143,4 +144,5 @@ def pack_pairs(
 
 def prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """What an encoder reads of sources that stand alone."""
+    tokenizer.check([tokenizer.eos])
     return [[*ids, tokenizer.eos] for ids in tokenizer.encode_batch(texts)]

@@ -62,10 +62,7 @@ def import_run(
         check_divides(mesh, sizes(found.model))
     files = hub.side_files(source)
     config = run_config(run.name, found, mesh)
-    tokenizer = published_tokenizer(files, str(source))
-    if tokenizer:
-        with found.fields.told():
-            config.with_vocabulary(tokenizer.vocabulary)  # a smaller model than the tokenizer needs is refused
+    tokenizer = published_tokenizer(files, str(source), found.model.vocabulary)
     start(mesh.size, config.model.dtype)
     devices = make_mesh(mesh)
     kept = {'config.yaml': configs.dump(config).encode()} | (tokenizer.files() if tokenizer else {})
@@ -83,6 +80,11 @@ def import_run(
             (place / SOURCE / name).write_bytes(content)
         (place / RECORD).write_text(json.dumps(record(found, dtype), indent=1) + '\n', encoding='utf-8')
     say(f'{run}: {found.family.name}, {parameters(found):,} parameters, weights in {found.model.weight_dtype}')
+    if tokenizer and tokenizer.embedded < tokenizer.vocabulary:
+        say(
+            f'its tokenizer has {tokenizer.vocabulary} tokens and its embedding {tokenizer.embedded} rows: texts with a token '
+            f'beyond, such as {tokenizer.name_of(tokenizer.embedded)!r}, are refused'
+        )
     if not tokenizer:
         say(f'{source} has no tokenizer: the run can be scored with token ids, but neither decode nor evaluate text')
 

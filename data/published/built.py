@@ -40,7 +40,8 @@ def finished(
     """
     vocab = fields['model']['vocab']
     ids = vocab if isinstance(vocab, dict) else {token: i for i, (token, _) in enumerate(vocab)}
-    own = fields['added_tokens']
+    special = {token['content'] for _, token in said.names(defaults)}
+    own = [token | {'special': token['special'] or token['content'] in special} for token in fields['added_tokens']]
     new = missing(said, [token['content'] for token in own], ids.get, ids.values(), defaults)
     tokens = sorted([*own, *new], key=lambda token: token['id'])
     if isinstance(vocab, dict):  # so that the library gives them these ids where the vocabulary has gaps

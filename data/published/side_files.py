@@ -65,7 +65,7 @@ def said_of(files: Mapping[str, bytes], where: str) -> Said:
     tokenizer = {**first, **second, **{field: value for field, value in first.items() if value is not None}}
     kind = next((one for one in (config.get('tokenizer_class'), model.get('tokenizer_class')) if one is not None), None)
     type_ = model.get('model_type')
-    ids = {}
+    ids: dict[str, Any] = {}
     ends: list[Any] = []
     for fields in (config, read.get(MAP, {}), generation, model):
         for field in ('bos_token_id', 'eos_token_id'):
