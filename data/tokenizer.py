@@ -189,6 +189,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], whole: bool = False, special: bool = False) -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD. The arguments are those of `stream`."""
+        if not whole and not special:
+            return self.decode_bytes(ids).decode('utf-8', 'replace')
         stream = self.stream(whole, special)
         return stream.push(ids) + stream.finish()
 

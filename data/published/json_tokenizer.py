@@ -55,7 +55,7 @@ class JsonTokenizer(PublishedTokenizer):
         """Ids of each text, without what stands before and after it; names of added tokens in a text are those tokens."""
         check_unicode(texts)
         with told_by_library('the text cannot be encoded'):
-            found = [one.ids for one in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+            found = [one.ids for one in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
         for ids in found:
             self.check(ids)
         return found
@@ -113,7 +113,10 @@ def around(processor: Any) -> tuple[list[int], list[int]]:
         if 'Sequence' in piece:
             parts.append([])
         else:
-            parts[-1] += [_id(i) for i in tokens[piece['SpecialToken']['id']]['ids']]
+            name = piece['SpecialToken']['id']
+            if name not in tokens:
+                raise UserError(f'{JSON}: its post_processor writes {short(name)}, which its special_tokens lack')
+            parts[-1] += [_id(i) for i in tokens[name]['ids']]
     if len(parts) != 2:
         raise UserError(f'{JSON}: its post_processor writes the text {len(parts) - 1} times: supported is once')
     return parts[0], parts[1]
@@ -130,6 +133,7 @@ def library(content: bytes, fields: Mapping[str, Any]) -> Any:
     import tokenizers  # it takes a while, and most runs have no use for it
 
     _check_growth(fields)
+    _check_halves(fields.get('model'))
     with told_by_library(f'{JSON}: not readable by tokenizers {tokenizers.__version__}'):
         found = tokenizers.Tokenizer.from_str(content.decode())
     found.no_truncation()
@@ -170,6 +174,19 @@ def _check_growth(fields: Mapping[str, Any]) -> None:
         if growth > MOST_GROWTH:
             raise UserError(
                 f'{JSON}: its normalizers may make a text {growth:,.0f} times as long: at most {MOST_GROWTH} times is read'
+            )
+
+
+def _check_halves(model: Any) -> None:
+    """Raises UserError for merges whose second half lacks the continuing_subword_prefix: the library takes it off unseen."""
+    prefix = model.get('continuing_subword_prefix') if isinstance(model, dict) else None
+    for merge in model.get('merges') or () if isinstance(prefix, str) and prefix else ():
+        half = (
+            merge.split(' ')[-1] if isinstance(merge, str) else merge[-1] if isinstance(merge, list) and merge else ''
+        )
+        if not str(half).startswith(prefix):
+            raise UserError(
+                f'{JSON}: merge {short(merge)} does not go on with continuing_subword_prefix {short(prefix)}'
             )
 
 

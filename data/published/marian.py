@@ -24,13 +24,16 @@ class MarianTokenizer(PublishedTokenizer):
         self._own = {name: files[name] for name in (SOURCE, TARGET, VOCAB)}
         self.model = files[VOCAB]
         self._ids = read_vocabulary(files[VOCAB], f'{where}/{VOCAB}')
-        self._added: dict[str, int] = special['added']
-        self._unk: int = special['unk']
+        self._added, self._unk, silent = (special.get(field) for field in ('added', 'unk', 'silent'))
+        numbers = [self._unk, *(silent if isinstance(silent, list) else [None])]
+        numbers += self._added.values() if isinstance(self._added, dict) and self._added else [None]
+        if not all(type(i) is int and 0 <= i < LARGEST_VOCABULARY for i in numbers):
+            raise UserError(f'{where}/{SPECIAL}: damaged: import the run again')
         self._source, self._target = (_processor(files[name], f'{where}/{name}') for name in (SOURCE, TARGET))
         self.vocabulary = max(*self._ids.values(), *self._added.values()) + 1
         self.names = {**{i: token for token, i in self._ids.items()}, **{i: name for name, i in self._added.items()}}
         self.pieces = [self.names.get(i, '').replace(SPACE, ' ').encode() for i in range(self.vocabulary)]
-        for i in special['silent']:
+        for i in silent:
             self.pieces[i] = b''
         self._split = re.compile('|'.join(map(re.escape, sorted(self._added, key=len, reverse=True))))
         self.settle(special)

@@ -189,9 +189,7 @@ def _gemma(model: Model, said: Said) -> dict[str, Any]:
     return {
         'added_tokens': _added(model, said),
         'normalizer': _replace({'String': ' '}, SPACE),
-        'pre_tokenizer': {
-            'type': 'Split', 'pattern': {'String': ' '}, 'behavior': 'MergedWithPrevious', 'invert': False,
-        },
+        'pre_tokenizer': None,
         'decoder': _decoder(strips=False, falls_back=True),
         'model': _bpe(vocab, _merges(vocab, lambda token, left: (vocab[token], len(left))), '<unk>', True),
     }  # fmt: skip

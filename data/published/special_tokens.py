@@ -1,5 +1,6 @@
 """Which tokens a published tokenizer has beside its vocabulary, and which of them open and end texts."""
 
+import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -26,6 +27,11 @@ class PublishedTokenizer(Tokenizer):
                 raise UserError(
                     f'{name}_token_id is {special[name]} and the tokenizer has {self.vocabulary} pieces: the largest that '
                     f'works is {self.vocabulary - 1}'
+                )
+        for i in (*special['prefix'], *special.get('suffix', ())):
+            if i >= self.vocabulary:
+                raise UserError(
+                    f'{SPECIAL}: id {i} stands around texts, and the tokenizer has {self.vocabulary} pieces'
                 )
         self.special = dict(special)
         self.bos, self.eos = special['bos'], special['eos']
@@ -134,20 +140,24 @@ def special_ids(
 def read_special(content: bytes, where: str) -> dict[str, Any]:
     """A run's tokenizer.special.json. Raises UserError for one that was damaged."""
     found = read_object(content, where)
-    ids = lambda field: found.get(field, [])
-    numbers = [found.get('bos'), found.get('eos'), found.get('embedded', 1)]
+    ids = [found.get('bos'), found.get('eos'), found.get('embedded', 1)]
     for field in ('prefix', 'suffix', 'ends'):
-        numbers += ids(field) if isinstance(ids(field), list) else [None]
-    if not all(type(i) is int and 0 <= i < LARGEST_VOCABULARY for i in numbers):
+        some = found.get(field, [] if field == 'suffix' else None)  # which runs of earlier versions lack
+        ids += some if isinstance(some, list) else [None]
+    if not all(type(i) is int and 0 <= i < LARGEST_VOCABULARY for i in ids):
         raise UserError(
             f'{where}: its ids must be whole numbers from 0 to {LARGEST_VOCABULARY - 1}: import the run again'
         )
-    return found | {field: ids(field) for field in ('prefix', 'suffix', 'ends')}
+    return found
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """The tail of a message: which token a name may have meant, among those that look special."""
-    return nearest(name, [token for token in names if token[:1] + token[-1:] in ('<>', '[]')][:1000])
+    """The tail of a message: which token a name may have meant, or a few of those that look special."""
+    special = [
+        token for token in names if len(token) < 50 and token[:1] + token[-1:] in ('<>', '[]') and token[:3] != '<0x'
+    ]
+    close = difflib.get_close_matches(name[:50], special[:1000], n=1, cutoff=0.5)
+    return nearest(name, close or special[:8])
 
 
 def _first(*values: Any) -> Any:
