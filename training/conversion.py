@@ -1,7 +1,7 @@
 """Published models to runs and back: a run is made of a published folder, and a published folder of a run.
 
     runs/NAME/
-      config.yaml, tokenizer.*   as of every run
+      config.yaml, tokenizer.*   as of every run (of Marian source.spm, target.spm, vocab.json)
       checkpoints/0/             the weights alone
       source/                    the published files beside the weights, as they were
       source.json                what an export needs to give back the same tensors

@@ -86,7 +86,6 @@ def special_ids(
     names: Iterable[str],
     defaults: Mapping[str, str],
     around: tuple[Sequence[int], Sequence[int]],
-    own: tuple[int | None, int | None] = (None, None),
 ) -> dict[str, Any]:
     """The ids that open and end texts, as tokenizer.special.json keeps them.
 
@@ -95,7 +94,6 @@ def special_ids(
         names: all tokens, to say which one is near.
         defaults: a class's names of special tokens by field.
         around: what the tokenizer puts before and after a text.
-        own: bos and eos as the tokenizer's own file has them.
 
     Raises UserError where no token ends a text, and for ids that are none.
     """
@@ -107,7 +105,7 @@ def special_ids(
         return next((i for i in ids if i is not None), None)
 
     usual = lambda field: find(defaults[field]) if field in defaults else None
-    bos = _first(named('bos_token', 'cls_token'), *prefix[:1], own[0], said.ids.get('bos_token_id'), usual('bos_token'))
+    bos = _first(named('bos_token', 'cls_token'), *prefix[:1], said.ids.get('bos_token_id'), usual('bos_token'))
     eos = named('eos_token')
     if eos is None and 'eos_token' in token_of:
         eos = _first(said.ids.get('eos_token_id'), named('sep_token'), *suffix[:1])
@@ -118,7 +116,7 @@ def special_ids(
                 f'eos_token_id{near(name, names)}'
             )
     elif eos is None:
-        eos = _first(named('sep_token'), own[1], *suffix[:1], said.ids.get('eos_token_id'), usual('eos_token'))
+        eos = _first(named('sep_token'), *suffix[:1], said.ids.get('eos_token_id'), usual('eos_token'))
     if eos is None and bos is not None:
         eos = _first(*map(find, ENDS))
     if eos is None:

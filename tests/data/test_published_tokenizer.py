@@ -244,5 +244,13 @@ def test_a_tokenizer_that_was_learnt_here_is_exported_with_the_same_ids():
     plain = [text.replace('\u2581', '') for text in texts]
     for name in ('<s>', '</s>', '<unk>'):
         plain = [text.replace(name, '') for text in plain]
+    # Parts of 65,536 characters would begin within a word, among spaces, within a longer piece.
+    plain += [
+        'self.x ' * 20_000,
+        'a' + ' ' * 140_000,
+        '    def g' * 15_000,
+        'é漢x' * 30_000,
+        'ret' + 'x' * 70_000 + 'urn' * 30_000,
+    ]
     assert other.encode_batch(plain) == mine.encode_batch(plain)
     assert [other.decode(ids) for ids in other.encode_batch(plain)] == plain
