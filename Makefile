@@ -76,6 +76,7 @@ SEED ?= $(shell date +%Y%m%d)
 
 goldens: .reference/installed
 	$(REFERENCE) $(FAMILIES)/make.py --only '$(ONLY)'
+	$(if $(ONLY),,$(REFERENCE) tests/data/make_tokenizer_goldens.py)
 
 parity: install .reference/installed
 	rm -rf .cache/parity .cache/written

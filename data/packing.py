@@ -151,6 +151,7 @@ def pack(stream_S: np.ndarray, length_D: np.ndarray, sequence_length: int, bytes
 def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray, int]:
     """The stream [S], the documents' lengths in tokens [D] and their UTF-8 bytes in all."""
     token = np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.int32)
+    tokenizer.check([tokenizer.bos, tokenizer.eos])
     texts = iter(texts)
     parts, lengths, size = [np.empty(0, token)], [], 0
     while some := list(islice(texts, 256)):  # at a time, because Python's lists of ints need twenty times the memory

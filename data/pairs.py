@@ -117,12 +117,14 @@ def pack_pairs(
 ) -> tuple[PairRows, int]:
     """The rows, and how many pairs are left out because one side has more tokens than a row."""
     begin = first_token(tokenizer, start)
+    tokenizer.check([begin, tokenizer.eos])
     token = np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.int32)
     parts, lengths, size, left_out = [np.empty(0, token)], list[tuple[int, int]](), 0, 0
     pairs = iter(pairs)
     while some := list(islice(pairs, 256)):
-        encoded = iter(tokenizer.encode_batch([side for one in some for side in one]))
-        for one, source, target in zip(some, encoded, encoded, strict=True):
+        sources, targets = zip(*some, strict=True)
+        encoded = zip(some, tokenizer.encode_batch(sources), tokenizer.encode_targets(targets), strict=True)
+        for one, source, target in encoded:
             if max(len(source), len(target)) + 1 > sequence_length:
                 left_out += 1
                 continue
@@ -142,4 +144,5 @@ def pack_pairs(
 
 def prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """What an encoder reads of sources that stand alone."""
+    tokenizer.check([tokenizer.eos])
     return [[*ids, tokenizer.eos] for ids in tokenizer.encode_batch(texts)]

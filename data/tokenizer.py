@@ -6,12 +6,13 @@ space as U+2581, so a literal U+2581 would come back as a space; it is cut out o
 """
 
 import codecs
+import functools
 import hashlib
 import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -19,49 +20,83 @@ import sentencepiece
 from sharding.errors import UserError
 
 SPACE = '\u2581'
-# A part is a lone U+2581 or other text. Parts have a limit because sentencepiece holds many bytes for each character.
-PARTS = re.compile(f'{SPACE}|[^{SPACE}]{{1,65536}}')
+PART = 65536  # characters: a longer text is cut where no piece can span the cut, for sentencepiece holds many bytes for each
 # The trainer aborts on a word (between two spaces) of more than 65,535 characters, so it sees shorter samples.
 SAMPLE_CHARACTERS = 4096
 CONTROL_PIECES = 3
 COVERAGE = 0.9995
 # sentencepiece's trainer keeps these for itself.
 RESERVED = '\0\u2581\u2585'
+# For a prompt that is encoded as `Tokenizer.starts_twice` says.
+TWICE = 'the prompt begins with the token that begins every prompt anyway: the model reads it twice; leave it out'
 
 
 class StreamDecoder:
-    """Text from ids that come a few at a time; the bytes of a character are held back until it is complete."""
+    """Text from ids that come a few at a time; the bytes of a character are held back until it is complete.
 
-    def __init__(self, pieces: Sequence[bytes]) -> None:
-        self._pieces = pieces
+    Args:
+        pieces: the bytes that each id stands for.
+        names: the bytes of ids that are to be written otherwise.
+        first: the bytes of an id that begins the text, where they are others.
+        spaces: at the beginning of the text that are left out.
+    """
+
+    def __init__(
+        self,
+        pieces: Sequence[bytes],
+        names: Mapping[int, bytes] | None = None,
+        first: Callable[[int], bytes] | None = None,
+        spaces: int = 0,
+    ) -> None:
+        self._pieces, self._names, self._first, self._spaces = pieces, names or {}, first, spaces
         self._utf8 = codecs.getincrementaldecoder('utf-8')('replace')
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that `ids` complete, '' if none; ids that no text has stand for none."""
-        return self._utf8.decode(b''.join(self._pieces[i] for i in ids if i < len(self._pieces)))
+        return self._begun(self._utf8.decode(b''.join(map(self._bytes, ids))))
 
     def finish(self) -> str:
         """What is left at the end: U+FFFD if a character stayed incomplete, else ''."""
-        return self._utf8.decode(b'', final=True)
+        return self._begun(self._utf8.decode(b'', final=True))
+
+    def _bytes(self, i: int) -> bytes:
+        found = self._names.get(i) or (self._pieces[i] if i < len(self._pieces) else b'')
+        if found and self._first:
+            found, self._first = found if i in self._names else self._first(i), None
+        return found
+
+    def _begun(self, text: str) -> str:
+        """Without the spaces that are left out."""
+        if self._spaces and text:
+            out = min(len(text) - len(text.lstrip(' ')), self._spaces)
+            self._spaces = self._spaces - out if out == len(text) else 0
+            text = text[out:]
+        return text
 
 
 class Tokenizer:
     """`vocabulary` ids from 0; `bos` opens a document, `eos` ends it; `model` is what sentencepiece's file holds.
 
-    `prefix` stands before a prompt, and any of `ends` ends an answer. data/published_tokenizer.py has those of published
-    models, which are not `lossless`: what they decode may differ from what they encoded.
+    `prefix` stands before a prompt, `suffix` after a text that is complete, and any of `ends` ends an answer. `embedded` is the
+    number of ids that the model knows, where those of the tokenizer are more: others are refused when a text has them.
+    data/published_tokenizer.py has the tokenizers of published models, which are not `lossless`: what they decode may differ
+    from what they encoded.
     """
 
     name = 'tokenizer.model'
     lossless = True
 
     def __init__(self, model: bytes) -> None:
+        if not model:  # which sentencepiece takes for none
+            raise RuntimeError('it is empty')
         self.model = model
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocabulary: int = self._processor.vocab_size()
+        self.embedded = self.vocabulary
         self.bos: int = self._processor.bos_id()
         self.eos: int = self._processor.eos_id()
         self.prefix: tuple[int, ...] = (self.bos,)
+        self.suffix: tuple[int, ...] = ()
         self.ends = frozenset([self.eos])
         self._space = [self._processor.piece_to_id(f'<0x{byte:02X}>') for byte in SPACE.encode()]
         # The bytes that each id stands for; control pieces stand for none.
@@ -75,6 +110,10 @@ class Tokenizer:
             return b''
         return piece.replace(SPACE, ' ').encode()
 
+    def name_of(self, i: int) -> str:
+        """What a token is called; '' for an id that is none."""
+        return self._processor.id_to_piece(i) if 0 <= i < self.vocabulary else ''
+
     def id_of(self, piece: str) -> int | None:
         """The id of a piece; None if there is none."""
         found = self._processor.piece_to_id(piece)
@@ -87,7 +126,7 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, on all cores. UserError for half of a surrogate pair, which UTF-8 cannot write."""
         check_unicode(texts)
-        parts_of = [PARTS.findall(text) for text in texts]
+        parts_of = [self._parts(text) for text in texts]
         encoded = iter(
             self._processor.encode([part for parts in parts_of for part in parts], num_threads=os.cpu_count() or 1)
         )
@@ -99,16 +138,75 @@ class Tokenizer:
             ids_of.append(ids)
         return ids_of
 
+    def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each target of a pair, which may be written in another language than its source."""
+        return self.encode_batch(texts)
+
+    def _parts(self, text: str) -> list[str]:
+        """A text cut up: each U+2581 by itself, and long text where no piece holds the two characters beside the cut.
+
+        So the parts' ids are the text's own: pieces are joined from within, and none could be joined over such a cut.
+        """
+        if len(text) <= PART and SPACE not in text:
+            return [text] if text else []
+        parts = []
+        for run in re.split(f'({SPACE})', text):
+            begin, end = 0, PART
+            while end < len(run):
+                if run[end - 1 : end + 1] not in self._joined:
+                    parts.append(run[begin:end])
+                    begin, end = end, end + PART
+                else:
+                    end += 1
+            if run[begin:]:
+                parts.append(run[begin:])
+        return parts
+
+    @functools.cached_property
+    def _joined(self) -> frozenset[str]:
+        """Every two characters that stand beside each other in a piece."""
+        texts = (piece.decode('utf-8', 'replace') for piece in self.pieces)
+        return frozenset(text[at : at + 2] for text in texts for at in range(len(text) - 1))
+
+    def check(self, ids: Iterable[int]) -> None:
+        """Raises UserError for an id that the tokenizer has and the model's embedding lacks."""
+        if self.embedded >= self.vocabulary:
+            return
+        for i in ids:
+            if i >= self.embedded:
+                raise UserError(
+                    f'text: token {self.name_of(i)!r} has id {i}, and the model’s embedding has {self.embedded} rows: it never '
+                    'learnt that token; leave it out'
+                )
+
+    def starts_twice(self, text: str) -> bool:
+        """Whether a prompt's text itself begins with the token that `prefix` puts before it."""
+        return self.prefix[-1:] == (self.bos,) and self.encode(text[:256])[:1] == [self.bos]
+
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The UTF-8 bytes that `ids` stand for; a model's ids may end in the middle of a character, or stand for no text."""
         return b''.join(self.pieces[i] for i in ids if i < len(self.pieces))
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are no UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode('utf-8', 'replace')
+    def decode(self, ids: Iterable[int], whole: bool = False, special: bool = False) -> str:
+        """The text of `ids`; bytes that are no UTF-8 become U+FFFD. The arguments are those of `stream`."""
+        if not whole and not special:
+            return self.decode_bytes(ids).decode('utf-8', 'replace')
+        stream = self.stream(whole, special)
+        return stream.push(ids) + stream.finish()
 
-    def stream(self) -> StreamDecoder:
-        return StreamDecoder(self.pieces)
+    def stream(self, whole: bool = False, special: bool = False) -> StreamDecoder:
+        """Decodes ids that come a few at a time.
+
+        Args:
+            whole: the ids are a text of their own, not one that goes on: a published tokenizer may write a space before the
+                first word that is none of the text's.
+            special: names of special tokens are part of the text.
+        """
+        return StreamDecoder(self.pieces, self._names() if special else None)
+
+    def _names(self) -> dict[int, bytes]:
+        """The names of special tokens."""
+        return {i: self.name_of(i).encode() for i, piece in enumerate(self.pieces) if not piece}
 
     def files(self) -> dict[str, bytes]:
         """What a run keeps of it, by name."""
@@ -166,6 +264,15 @@ class Tokenizer:
             minloglevel=2,
         )
         return cls(model.getvalue())
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can write it, which it cannot half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_unicode(texts: Iterable[str]) -> None:

@@ -178,6 +178,6 @@ def generate_by_beams(
     completions = []
     for text, (best, *_) in zip(texts, found, strict=False):
         reason = 'stop' if best.ended else 'length'
-        answer = tokenizer.decode(best.tokens)
+        answer = tokenizer.decode(best.tokens, whole=model.config.encoder is not None)
         completions.append(Completion(text, answer, best.tokens, reason, seconds, best.score))
     return completions

@@ -38,10 +38,13 @@ class Completion:
 
 
 class TextStream:
-    """A completion's text as it becomes certain: whole characters, and nothing that may be the start of a stop text."""
+    """A completion's text as it becomes certain: whole characters, and nothing that may be the start of a stop text.
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
-        self.decoder, self.stops = tokenizer.stream(), [stop for stop in stops if stop]
+    `whole`: it is a text of its own, as an encoder–decoder's answer, and does not go on its prompt.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], whole: bool = False):
+        self.decoder, self.stops = tokenizer.stream(whole), [stop for stop in stops if stop]
         self.text = ''  # all decoded so far
         self.sent = 0  # characters of it that are certain
         self.stopped = False
@@ -137,7 +140,7 @@ def generate(
     read = read_prompts(model.config, tokenizer, prompts, context)
     choice = choices(sampling, len(read.length_B))
     completions = [Completion(prompt) for prompt in prompts]
-    streams = [TextStream(tokenizer, stops) for _ in prompts]
+    streams = [TextStream(tokenizer, stops, whole=model.config.encoder is not None) for _ in prompts]
     began = 0.0
 
     def take(token_B: jax.Array) -> bool:

@@ -1,5 +1,7 @@
 """What a model reads before its first new token, as one batch. Letters: B rows, T prompt tokens, S tokens of a source."""
 
+import functools
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +9,7 @@ import numpy as np
 
 from data.pairs import first_token
 from data.pairs import prompts as sources_of
-from data.tokenizer import Tokenizer
+from data.tokenizer import TWICE, Tokenizer
 from model.config import ModelConfig
 from model.forward import place, row_ways
 from sharding.errors import UserError
@@ -38,11 +40,20 @@ def read_prompts(c: ModelConfig, tokenizer: Tokenizer, texts: Sequence[str], con
     Raises UserError for a prompt that leaves no room in the context, or does not fit it as a source.
     """
     if c.encoder is None:
+        if any(map(tokenizer.starts_twice, texts)):
+            say_once(TWICE)
         rows = [[*tokenizer.prefix, *ids] or [tokenizer.bos] for ids in tokenizer.encode_batch(texts)]
+        tokenizer.check(row[0] for row in rows)
         return Prompts(*batch(rows, context - 1, context))
     start = first_token(tokenizer, c.encoder.start_token)
     source = batch(sources_of(tokenizer, texts), context, context)
     return Prompts(*batch([[start]] * len(texts), context, context), source)
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Tells the user something that is no mistake, however often it comes up."""
+    print(line, file=sys.stderr)
 
 
 def batch(rows: Sequence[Sequence[int]], most: int, context: int) -> tuple[np.ndarray, np.ndarray]:

@@ -230,7 +230,7 @@ class Decoder(nnx.Module):
         return whole(self.position_PD[...], dtype, dim=1)
 
     def head(self, learns: bool = False) -> 'Head':
-        """The LM head, its part of the vocabulary on each device of `tensor`, in the compute dtype; `learns`: with a gradient."""
+        """The LM head in the compute dtype, its part of the vocabulary on each device of `tensor`; `learns`: has a gradient."""
         bias_V = self.head_bias_V[...] if self.config.head_bias else None
         if not self.config.tied_embedding:
             V = self.head_DV.shape[1]

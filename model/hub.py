@@ -34,7 +34,7 @@ CONFIG, SINGLE, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.i
 PICKLED = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 FOREIGN = ('.msgpack', '.h5', '.onnx', '.npz')
 SIDE = re.compile(
-    r'[\w.-]+\.(json|jinja|txt|model|spm)|LICENSE[\w.-]*|NOTICE[\w.-]*'
+    r'[\w.-]+\.(json|jinja|txt|model|spm|tiktoken)|LICENSE[\w.-]*|NOTICE[\w.-]*'
 )  # files that are kept beside the weights
 BUFFERS = (r'.*rotary_emb\.inv_freq',)  # of every family in old files: they follow from the config
 LARGEST_SIDE = 2**27  # bytes
@@ -380,5 +380,8 @@ def side_files(folder: Path) -> dict[str, bytes]:
         if path.is_file() and SIDE.fullmatch(path.name) and not path.name.endswith('.index.json'):
             _check_size(path)
             below = path.relative_to(folder)
-            found[below.as_posix()] = inside(folder, path.name, below.parent.name).read_bytes()
+            try:
+                found[below.as_posix()] = inside(folder, path.name, below.parent.name).read_bytes()
+            except OSError as error:
+                raise UserError(f'{path}: {error.strerror}') from None
     return found

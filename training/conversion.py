@@ -1,7 +1,7 @@
 """Published models to runs and back: a run is made of a published folder, and a published folder of a run.
 
     runs/NAME/
-      config.yaml, tokenizer.*   as of every run
+      config.yaml, tokenizer.*   as of every run (of Marian source.spm, target.spm, vocab.json)
       checkpoints/0/             the weights alone
       source/                    the published files beside the weights, as they were
       source.json                what an export needs to give back the same tensors
@@ -67,10 +67,7 @@ def import_run(
         check_divides(mesh, sizes(found.model))
     files = files_beside(source, found)
     config = run_config(run.name, found, mesh)
-    tokenizer = published_tokenizer(files, str(source))
-    if tokenizer:
-        with found.fields.told():
-            config.with_vocabulary(tokenizer.vocabulary)  # a smaller model than the tokenizer needs is refused
+    tokenizer = published_tokenizer(files, str(source), found.model.vocabulary)
     start(mesh.size, config.model.dtype)
     devices = make_mesh(mesh)
     kept = {'config.yaml': configs.dump(config).encode()} | (tokenizer.files() if tokenizer else {})
@@ -93,6 +90,11 @@ def import_run(
         say(line)
     if found.of_gguf and (packed := found.of_gguf.packed):
         say(f'read from blocks of {", ".join(packed)}, whose numbers are float32; --dtype bfloat16 halves them')
+    if tokenizer and tokenizer.embedded < tokenizer.vocabulary:
+        say(
+            f'its tokenizer has {tokenizer.vocabulary} tokens and its embedding {tokenizer.embedded} rows: texts with a token '
+            f'beyond, such as {tokenizer.name_of(tokenizer.embedded)!r}, are refused'
+        )
     if not tokenizer:
         say(f'{source} has no tokenizer: the run can be scored with token ids, but neither decode nor evaluate text')
 
@@ -106,6 +108,8 @@ def left_out(found: hub.Published) -> Iterator[str]:
         yield f'{found.folder}: has no {OPTIONAL[part]}: ' + ('the embedding is it' if tied else 'imported without')
     if not found.model.head:
         yield 'without an LM head it can be scored and embeds texts (scripts/score.py), but can neither decode nor be trained'
+
+
 def files_beside(source: Path, found: hub.Published) -> dict[str, bytes]:
     """The files beside the weights of a published folder; of a GGUF file those that say the same as its header."""
     if found.of_gguf is None:

@@ -93,7 +93,7 @@ def read_ready(config: RunConfig, mirror: Mirror, corpus: str) -> tuple[RunConfi
         raise UserError(
             f'{folder} holds other data here than for process 0: the processes of a run need one run folder'
         )
-    return config.with_vocabulary(dataset.tokenizer.vocabulary), dataset
+    return config.with_vocabulary(dataset.tokenizer.embedded), dataset
 
 
 def ready(config: RunConfig, mirror: Mirror, console: Console) -> tuple[RunConfig, Dataset]:
@@ -112,7 +112,7 @@ def ready(config: RunConfig, mirror: Mirror, console: Console) -> tuple[RunConfi
     tokenizer = imported_tokenizer(mirror.local)
 
     def complete(dataset: Dataset) -> RunConfig:
-        whole = config.with_vocabulary(dataset.tokenizer.vocabulary)
+        whole = config.with_vocabulary(dataset.tokenizer.embedded)
         whole.check_sizes()
         return whole
 

@@ -119,7 +119,7 @@ def test_what_opens_and_ends_texts():
     mine = read(
         metaspace(), tokenizer_config={'bos_token': '<s>', 'eos_token': {'content': '</s>'}, 'add_bos_token': False}
     )
-    assert (mine.prefix, mine.bos, mine.eos) == ((), 1, 2)
+    assert (mine.prefix, mine.bos, mine.eos) == ((1,), 1, 2)  # the post-processor decides, as in transformers
     mine = read(byte_level(), tokenizer_config={'eos_token': '</s>', 'bos_token': None, 'add_bos_token': False})
     assert (mine.prefix, mine.bos, mine.eos) == ((), 2, 2)
     mine = read(word_pieces())
@@ -245,5 +245,13 @@ def test_a_tokenizer_that_was_learnt_here_is_exported_with_the_same_ids():
     plain = [text.replace('\u2581', '') for text in texts]
     for name in ('<s>', '</s>', '<unk>'):
         plain = [text.replace(name, '') for text in plain]
+    # Parts of 65,536 characters would begin within a word, among spaces, within a longer piece.
+    plain += [
+        'self.x ' * 20_000,
+        'a' + ' ' * 140_000,
+        '    def g' * 15_000,
+        'é漢x' * 30_000,
+        'ret' + 'x' * 70_000 + 'urn' * 30_000,
+    ]
     assert other.encode_batch(plain) == mine.encode_batch(plain)
     assert [other.decode(ids) for ids in other.encode_batch(plain)] == plain

@@ -114,3 +114,24 @@ def test_surrogates_and_files_that_are_no_model_are_the_users_mistake(tokenizer:
     (tmp_path / 'tokenizer.model').write_bytes(tokenizer.model[:-100])
     with pytest.raises(UserError, match=r'tokenizer\.model: not a readable sentencepiece model'):
         load_tokenizer(tmp_path)
+
+
+def test_a_long_text_has_the_ids_of_its_whole(tokenizer: Tokenizer) -> None:
+    """Wherever it is cut: sentencepiece encodes it as it is."""
+    for text in (
+        'return self.x' * 8_000,
+        '\r\n\t' * 40_000,
+        ' ' * 65_535 + 'return' + ' ' * 9,
+        'class' * 13_107 + 'A:\n    ',
+    ):
+        assert len(text) > 65_536
+        assert tokenizer.encode(text) == tokenizer._processor.encode(text)
+        assert len(tokenizer.encode(text)) < len(text) / 2
+    rare = '\u03b1' * 70_000 + 'x\u2581' + '\u03b2' * 70_000  # characters without a piece
+    assert tokenizer.decode(tokenizer.encode(rare)) == rare
+
+
+def test_names_of_special_tokens_are_shown_on_demand(tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.bos, *tokenizer.encode('a b'), tokenizer.eos]
+    assert (tokenizer.decode(ids, whole=True), tokenizer.decode(ids, special=True)) == ('a b', '<s>a b</s>')
+    assert not tokenizer.starts_twice('<s>a')  # which is text to it

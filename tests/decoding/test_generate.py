@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from jax import P
 
-from data.tokenizer import Tokenizer
+from data.tokenizer import TWICE, Tokenizer
 from decoding.generate import TextStream, generate
+from decoding.prompts import read_prompts, say_once
 from decoding.run import own_mesh
 from decoding.sampling import Choice, Sampling, choose
 from model.config import ModelConfig, MoEConfig
 from sharding.errors import UserError
 from sharding.mesh import BATCH, MeshConfig, make_mesh
+from tests.data.test_tokenizer_goldens import read
 from training.config import RunConfig, TrainingConfig
 from training.step import init
 
@@ -105,6 +107,23 @@ def test_text_streams_whole_characters_and_holds_back_what_may_be_a_stop(tokeniz
         if stopping.stopped:
             break
     assert ''.join(shown) == 'añb😀 '
+
+
+def test_a_text_of_its_own_begins_without_the_space_that_its_tokenizer_puts_there():
+    t5, ids = read('t5'), read('t5').encode('the dog')
+    for whole, text in ((True, 'the dog'), (False, ' the dog')):
+        stream = TextStream(t5, ['dogs'], whole)
+        assert ''.join(stream.add(i) for i in [*ids, t5.eos, None]) == text
+
+
+def test_a_prompt_with_two_starts_is_told_once(capfd):
+    c, tokenizer = ModelConfig(layers=1, model_dim=8, heads=1, mlp_dim=8), read('llama_chatml')
+    say_once.cache_clear()
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        for text in ('the dog', '<s>the dog', '<s>'):
+            prompt = read_prompts(c, tokenizer, [text], 32)
+            assert prompt.tokens_BT[0, : prompt.length_B[0]].tolist() == [tokenizer.bos, *tokenizer.encode(text)]
+    assert capfd.readouterr().err == f'{TWICE}\n'
 
 
 def generated(mesh: MeshConfig, tokenizer, prompts, **options):

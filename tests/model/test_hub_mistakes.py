@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data.exported_tokenizer import exported_tokenizer
+from data.published_tokenizer import load_tokenizer
 from data.tokenizer import Tokenizer
 from model import hub, tensor_files
 from sharding.errors import UserError
@@ -140,11 +141,9 @@ MISTAKES = {
         lambda f: edit(f, architectures=['MixtralForCausalLM'], num_local_experts=2, num_experts_per_tok=3),
         ['config.json: num_experts_per_tok is 3 and num_local_experts 2: '],
     ),
-    'tokenizer larger than the model': (
-        lambda f: [
-            (f / name).write_bytes(x) for name, x in exported_tokenizer(Tokenizer.train([TEXT], 300), 64).items()
-        ],
-        ['config.json: vocab_size is 200 and the tokenizer has 300 pieces'],
+    'tokenizer of another format': (
+        lambda f: (f / 'tekken.json').write_text('{}'),
+        ['tekken.json: is in Mistral’s own format, which is not read', 'tokenizer.json'],
     ),
     'start token beyond the vocabulary': (
         lambda f: edit(f, **cases.CASES['t5-v1.1'] | {'decoder_start_token_id': 200}),
@@ -231,3 +230,21 @@ def test_a_mistake_is_told_in_one_line_before_anything_is_written(name, tmp_path
     assert '\n' not in line
     assert all(word in line for word in words), line
     assert not (tmp_path / 'runs').exists()
+
+
+def test_a_tokenizer_may_be_larger_than_the_model_and_ids_beyond_are_refused_in_texts(tmp_path):
+    folder = folders.write(tmp_path / 'source', LLAMA, folders.named('llama-grouped'))
+    files = exported_tokenizer(Tokenizer.train([TEXT], 300), 64)
+    description = json.loads(files['tokenizer.json'])
+    flags = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
+    description['added_tokens'].append({'id': 300, 'content': '<|im_end|>', 'special': True} | flags)
+    for name, content in (files | {'tokenizer.json': json.dumps(description).encode()}).items():
+        (folder / name).write_bytes(content)
+    lines: list[str] = []
+    import_run(folder, tmp_path / 'run', MeshConfig(), say=lines.append)
+    assert any('its tokenizer has 301 tokens and its embedding 200 rows' in line for line in lines)
+    tokenizer = load_tokenizer(tmp_path / 'run')
+    assert (tokenizer.embedded, tokenizer.vocabulary) == (200, 301)
+    assert tokenizer.encode('\0') == [tokenizer.id_of('<0x00>')]
+    with pytest.raises(UserError, match=r"token '<\|im_end\|>' has id 300, and the model’s embedding has 200 rows"):
+        tokenizer.encode('a<|im_end|>')
