@@ -4,6 +4,7 @@ Runs in an environment that has torch and transformers. Says `ready`, then for e
 the prompt and the tokens of the first row, as JSON.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -39,7 +40,7 @@ def main() -> None:
                 pad_token_id=0,
                 logits_processor=LogitsProcessorList([note]),
             )
-        steps = [after - before for before, after in zip(times, times[1:], strict=False)]
+        steps = [after - before for before, after in itertools.pairwise(times)]
         print(json.dumps({'seconds': steps, 'tokens': tokens[0, prompt:].tolist()}), flush=True)
 
 
