@@ -15,8 +15,8 @@ import numpy as np
 from analysis.kernels import kernels, table
 from decoding.generate import next_token
 from decoding.run import in_compute_dtype
-from decoding.sampling import Choice
 from decoding.step import empty_cache, prefill
+from decoding.unstacked import divided, is_written_out, unstacked
 from model import cost
 from model.forward import logits, place
 from model.grouped_matmul import default_backend, expert_mlp
@@ -97,9 +97,8 @@ def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int, profil
     )
     with jax.set_mesh(mesh):
         model = jax.jit(lambda: in_compute_dtype(init(config).model))()
+        model = unstacked(model, divided) if is_written_out(model) else model
         ids = np.random.default_rng(0).integers(0, c.vocabulary, (rows, prompt + new), dtype=np.int32)
-        zero = np.zeros(rows, np.float32)
-        choice = place(Choice(zero, np.zeros(rows, np.int32), zero + 1, zero, np.zeros(rows, np.uint32)))
         read = jax.jit(
             lambda model, tokens, length: prefill(model, empty_cache(model, rows, prompt + new), tokens, length)
         )
@@ -109,7 +108,7 @@ def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int, profil
 
         def step() -> Any:
             token_B, position_B, cache = state
-            state[:] = next_token(model, cache, token_B, position_B, choice)
+            state[:] = next_token(model, cache, token_B, position_B, None)
             return state[0]
 
         seconds = statistics.median(seconds_each(step, new - 2))

@@ -12,10 +12,9 @@ import jax
 import numpy as np
 
 from analysis.measure import Trainer, measurable, seconds_each
-from decoding.generate import choices, first_token, next_token
+from decoding.generate import first_token, next_token
 from decoding.prompts import BUCKET, Prompts
 from decoding.run import open_run
-from decoding.sampling import Sampling
 from sharding.errors import UserError
 from sharding.mesh import make_mesh
 from training.config import RunConfig
@@ -43,7 +42,9 @@ def recipe(config: RunConfig) -> dict[str, Any]:
 class Peer:
     """Another project's worker: a process that says `ready`, and then answers each line with one of JSON."""
 
-    def __init__(self, command: list[str], first: str = ''):
+    def __init__(self, python: str, worker: Path, *arguments: str, first: str = ''):
+        # Isolated: the folder of the worker has modules by names that a peer may look for.
+        command = [python, '-I', str(worker), *arguments]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdin
         assert self.process.stdout
@@ -52,7 +53,7 @@ class Peer:
         self.send.flush()
         about = next((line for line in self.answers if line.startswith('ready')), '')  # it may say a few things first
         if not about:
-            raise UserError(f'--python {command[0]}: {Path(command[1]).stem} did not start; its message stands above')
+            raise UserError(f'--python {python}: {worker.stem} did not start; its message stands above')
         self.about = about.removeprefix('ready').strip()
 
     def ask(self, line: str) -> Any:
@@ -92,11 +93,10 @@ def beside_nanogpt(
     if not (repository / 'model.py').is_file():
         raise UserError(f'--repository {repository}: holds no model.py; give a checkout of nanoGPT')
     config = measurable(config)
-    command = [python, str(NANOGPT), str(repository), json.dumps(recipe(config))]
     with jax.set_mesh(make_mesh(config.mesh)):
         trainer = Trainer(config)
         seconds_each(trainer.step, 3)
-        with Peer(command) as peer:
+        with Peer(python, NANOGPT, str(repository.absolute()), json.dumps(recipe(config))) as peer:
             ours, theirs = [], []
             for _ in range(rounds):
                 ours.append(statistics.median(seconds_each(trainer.step, steps, warm=1)))
@@ -122,21 +122,21 @@ def beside_transformers(
     ids = np.random.default_rng(0).integers(0, run.config.model.vocabulary, (rows, prompt), dtype=np.int32)
     with tempfile.TemporaryDirectory() as place, jax.set_mesh(run.mesh):
         export_run(run.folder, Path(place) / 'exported', 'float32', say=lambda line: None)
-        command = [python, str(TRANSFORMERS), f'{place}/exported', str(rows), str(prompt), str(new)]
-        choice, slots = choices(Sampling(), rows), -(-(prompt + new) // BUCKET) * BUCKET
+        slots = -(-(prompt + new) // BUCKET) * BUCKET
         prompts = Prompts(ids, np.full(rows, prompt, np.int32)).placed()
 
         def decode() -> tuple[list[float], list[int]]:
-            token_B, cache = first_token(run.model, slots, prompts, choice)
+            token_B, cache = first_token(run.model, slots, prompts, None)
             position_B, found, times = prompts.length_B, [np.asarray(token_B)[0]], [time.perf_counter()]
             for _ in range(new - 1):
-                token_B, position_B, cache = next_token(run.model, cache, token_B, position_B, choice)
+                token_B, position_B, cache = next_token(run.model, cache, token_B, position_B, None)
                 found.append(np.asarray(token_B)[0])
                 times.append(time.perf_counter())
             return np.diff(times).tolist(), [int(token) for token in found]
 
         decode()  # compiles
-        with Peer(command, json.dumps(ids.tolist()) + '\n') as peer:
+        sizes = map(str, (rows, prompt, new))
+        with Peer(python, TRANSFORMERS, f'{place}/exported', *sizes, first=json.dumps(ids.tolist()) + '\n') as peer:
             ours, theirs = [], []
             for _ in range(rounds):
                 seconds, tokens = decode()

@@ -5,6 +5,7 @@ python scripts/benchmark.py decode configs/demo.yaml --rows 4 --prompt 128 --new
 python scripts/benchmark.py start runs/demo --turns 3         to the first token, compiled anew and not
 python scripts/benchmark.py experts
 python scripts/benchmark.py nanogpt configs/nanogpt-cpu.yaml --repository nanoGPT/ --python torchenv/bin/python
+python scripts/benchmark.py transformers runs/smollm2 --python torchenv/bin/python --rows 1
 python scripts/benchmark.py standard             the set of benchmarks/, as Markdown
 """
 
@@ -46,7 +47,8 @@ ACCELERATOR = (  # one device with 80 GB or more
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest='what', required=True)
-    options = {name: what.add_parser(name) for name in ('train', 'decode', 'start', 'experts', 'nanogpt', 'standard')}
+    kinds = ('train', 'decode', 'start', 'experts', 'nanogpt', 'transformers', 'standard')
+    options = {name: what.add_parser(name) for name in kinds}
     for name in ('train', 'decode', 'nanogpt'):
         options[name].add_argument('config')
         options[name].add_argument('overrides', nargs='*', metavar='key=value')
@@ -65,6 +67,13 @@ def main() -> None:
     options['experts'].add_argument('--backend', default='auto', help='of the grouped matmul, as model.experts')
     options['nanogpt'].add_argument('--repository', type=Path, required=True, help='a checkout of nanoGPT')
     options['nanogpt'].add_argument('--python', default=sys.executable, help='an interpreter that has torch')
+    options['transformers'].add_argument('run', metavar='RUN', help='a folder such as runs/smollm2')
+    options['transformers'].add_argument('--python', default=sys.executable, help='one that has torch and transformers')
+    options['transformers'].add_argument('--rows', type=int, default=1, help='sequences decoded together')
+    options['transformers'].add_argument('--prompt', type=int, default=64, help='tokens of each prompt')
+    options['transformers'].add_argument('--new', type=int, default=33, help='tokens decoded after it')
+    options['transformers'].add_argument('--turns', type=int, default=7, help='whose median is reported')
+    options['transformers'].add_argument('--mesh', metavar='AXES', help='such as tensor=2; the run’s own otherwise')
     for option in options.values():
         option.add_argument('--json', action='store_true')
     given = _parse(parser)
@@ -72,7 +81,8 @@ def main() -> None:
         value = getattr(given, name, least)
         if isinstance(value, int) and value < least:
             raise UserError(f'--{name} is {getattr(given, name)}: it must be at least {least}')
-    figures = {'standard': standard, 'experts': experts, 'start': start}.get(given.what, configured)(given)
+    others = {'standard': standard, 'experts': experts, 'start': start, 'transformers': transformers}
+    figures = others.get(given.what, configured)(given)
     if figures is not None:
         print(
             json.dumps(figures)
@@ -112,6 +122,15 @@ def start(given: argparse.Namespace) -> dict[str, Any]:
     from analysis.starting import measure_start
 
     return measure_start(given.run, given.prompt, given.turns)
+
+
+def transformers(given: argparse.Namespace) -> dict[str, Any]:
+    """Decoding a run beside transformers."""
+    from analysis.peers import beside_transformers
+
+    return beside_transformers(
+        given.run, given.python, given.rows, given.prompt, given.new, rounds=given.turns, mesh=given.mesh
+    )
 
 
 def standard(given: argparse.Namespace) -> None:
