@@ -46,7 +46,7 @@ class SentencepieceTokenizer(PublishedTokenizer):
 
 def has_tokenizer(files: Mapping[str, bytes]) -> bool:
     """Whether there is one among a run's files."""
-    return JSON in files or Tokenizer.name in files
+    return any(name in files for name in (JSON, Tokenizer.name, marian.SOURCE))
 
 
 def run_tokenizer(files: Mapping[str, bytes], where: str) -> Tokenizer | None:

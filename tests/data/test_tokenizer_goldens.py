@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from data.published_tokenizer import load_tokenizer, published_tokenizer
+from data.published_tokenizer import has_tokenizer, load_tokenizer, published_tokenizer
 from data.tokenizer import Tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / 'goldens' / 'tokenizers.json').read_text(encoding='utf-8'))
@@ -63,6 +63,7 @@ def test_text_that_goes_on_is_the_rest_of_the_whole_and_names_are_shown_on_deman
 def test_a_run_keeps_it(folder, tmp_path):
     mine = read(folder)
     mine.save(tmp_path)
+    assert has_tokenizer(mine.files())
     again = load_tokenizer(tmp_path)
     assert type(again) is type(mine)
     assert again.encode_batch(LINES) == mine.encode_batch(LINES)
