@@ -55,6 +55,11 @@ class JsonTokenizer(Tokenizer):
         check_unicode(texts)
         return [found.ids for found in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Of each of `encode(text)`, which characters it stands for: [begin, end)."""
+        check_unicode([text])
+        return self._tokenizer.encode(text, add_special_tokens=False).offsets
+
     def files(self) -> dict[str, bytes]:
         return super().files() | {SPECIAL: self.special}
 
