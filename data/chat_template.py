@@ -70,7 +70,7 @@ class Generation(jinja2.ext.Extension):
         self.written = 0  # characters of the text so far
         self.found: list[tuple[int, int]] = []
 
-    def parse(self, parser: Any) -> jinja2.nodes.CallBlock:
+    def parse(self, parser: Any) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(('name:endgeneration',), drop_needle=True)
         return jinja2.nodes.CallBlock(self.call_method('_note'), [], [], body).set_lineno(line)
@@ -138,7 +138,7 @@ def render(
     compiled = env.from_string(template)
     chat = [_reasoned({key: value for key, value in message.items() if value is not None}) for message in messages]
     ending = _mark(chat, continue_final_message, template) if continue_final_message else None
-    blocks = env.extensions[Generation.identifier]
+    blocks: Any = env.extensions[Generation.identifier]
     parts = []
     given = {
         'messages': chat,

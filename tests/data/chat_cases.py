@@ -8,11 +8,15 @@ import json
 NOW = '2026-03-07T09:05:00'  # what templates that write the date are told
 # Of SmolLM2-135M-Instruct (Apache-2.0), as its published files have it.
 SMOLLM2 = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful "
-    "AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + "
-    "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a "
+    "helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + "
+    "'\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    '{% endif %}'
 )
-PLAIN = '{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}'
+PLAIN = (
+    '{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}'
+    '{% if add_generation_prompt %}[assistant]{% endif %}'
+)
 TRIMS = '{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</>{% endfor %}'
 # trim_blocks and lstrip_blocks show in the white space around blocks.
 CONSTRUCTS = """\
@@ -45,9 +49,12 @@ system: {{ system | trim | upper }}
 nobody spoke
 {% endfor %}
 {% call(who) tagged('call', mark='!') %}by {{ who }}{% endcall %}
-{{ ns.count }} {{ ns.last }} {{ missing }}{{ missing | default('gone') }} {{ dict(a=1, **{'b': 2}) | tojson }}
-{{ (messages | selectattr('role', 'equalto', 'user') | list | length) }} {{ messages | rejectattr('role', 'eq', 'user') | map(attribute='role') | unique | list }}
-{{ 7 // 2 }} {{ 7 % 4 }} {{ 2 ** 5 }} {{ '%s-%03d' | format('a', 7) }} {{ 'a' ~ 1 ~ none }} {{ [1, 2, 3][1:] }} {{ range(3) | list }} {{ 1 is odd and 'x' in 'xy' }}
+{{ ns.count }} {{ ns.last }} {{ missing }}{{ missing | default('gone') }}
+{{ dict(a=1, **{'b': 2}) | tojson }}
+{{ (messages | selectattr('role', 'equalto', 'user') | list | length) }}
+{{ messages | rejectattr('role', 'eq', 'user') | map(attribute='role') | unique | list }}
+{{ 7 // 2 }} {{ 7 % 4 }} {{ 2 ** 5 }} {{ '%s-%03d' | format('a', 7) }} {{ 'a' ~ 1 ~ none }}
+{{ [1, 2, 3][1:] }} {{ range(3) | list }} {{ 1 is odd and 'x' in 'xy' }}
 {% raw %}{{ not rendered }}{% endraw %}
 {% filter replace('o', '0') %}foo{% endfilter %}
 {% with x = 5 %}{{ x }}{% endwith %}
@@ -63,7 +70,8 @@ TOOLS = """\
 {% endfor %}
 {% endif %}{% if documents %}{% for d in documents %}{{ d.title }}: {{ d.text }}
 {% endfor %}{% endif %}
-{% for m in messages %}{{ m.role }}:{% for call in m.tool_calls or [] %}{{ call.function.name }}({{ call.function.arguments | tojson }}){% endfor %}{{ m.content }}{{ eos_token }}
+{% for m in messages %}{{ m.role }}:{% for call in m.tool_calls or []
+ %}{{ call.function.name }}({{ call.function.arguments | tojson }}){% endfor %}{{ m.content }}{{ eos_token }}
 {% endfor %}{{ pad_token }}{{ image_token }}{{ audio_token }}"""
 ANSWERS = """\
 {% for m in messages %}
