@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 
 from data.tokenizer import Tokenizer
 from decoding.prompts import Prompts, read_prompts
-from decoding.sampling import Choice, Sampling, choose
+from decoding.sampling import Beside, Choice, Likely, Sampling, choose, describe
 from decoding.step import decode, empty_cache, encode, jit_step, prefill
 from model.decoder import Decoder
 from model.forward import place
@@ -30,6 +31,7 @@ class Completion:
     )
     seconds: float = 0.0  # from its second token to its last
     score: float | None = None  # of beam search: see decoding/beams.py
+    logprobs: list[dict[str, Any]] | None = None  # of each token, where it was asked for: see `told`
 
     @property
     def tokens_per_second(self) -> float:
@@ -62,6 +64,30 @@ class TextStream:
         return new
 
 
+def follow(completion: Completion, stream: TextStream, token: int, ends: AbstractSet[int], room: int) -> str:
+    """Adds a token to a completion that may have `room` of them, and ends it where it does; its new certain text."""
+    if token in ends:
+        completion.finish_reason = 'stop'
+        piece = stream.add(None)
+    else:
+        completion.tokens.append(token)
+        piece = stream.add(token)
+        if stream.stopped:
+            completion.finish_reason = 'stop'
+        elif len(completion.tokens) == room:
+            completion.finish_reason = 'length'
+            piece += stream.add(None)
+    completion.text += piece
+    return piece
+
+
+def told(tokenizer: Tokenizer, likely: Likely, row: int, token: int) -> dict[str, Any]:
+    """How likely a token was, and which ones were the most likely, for JSON: natural logarithms of probabilities."""
+    one = lambda i, logprob: {'token': i, 'text': tokenizer.decode([i]), 'logprob': float(logprob)}
+    top = zip(likely.token_BK[row].tolist(), likely.logprob_BK[row], strict=True)
+    return one(token, likely.logprob_B[row]) | {'top': [one(i, logprob) for i, logprob in top]}
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def first_token(model: Decoder, slots: int, prompts: Prompts, choice: Choice):
     """Each row's first new token, and the cache of its prompt."""
@@ -83,6 +109,44 @@ def next_token(model: Decoder, cache: Any, token_B: jax.Array, position_B: jax.A
     return choose(logit_BV, position_B, choice), position_B + 1, cache
 
 
+@functools.partial(jax.jit, static_argnums=(1, 5))
+def first_described(model: Decoder, slots: int, prompts: Prompts, choice: Choice, seen_BV: Any, count: int):
+    """`first_token`, and what `describe` tells."""
+    logit_BV, cache = begin(model, slots, prompts)
+    token_B, beside = describe(logit_BV, prompts.length_B - 1, choice, seen_BV, count)
+    return token_B, cache, beside
+
+
+@functools.partial(jit_step, static_argnums=6, donate_argnums=(1, 5))
+def next_described(
+    model: Decoder, cache: Any, token_B: jax.Array, position_B: jax.Array, choice: Choice, seen_BV: Any, count: int
+):
+    """`next_token`, and what `describe` tells."""
+    logit_BV, cache = decode(model, cache, token_B, position_B)
+    token_B, beside = describe(logit_BV, position_B, choice, seen_BV, count)
+    return token_B, position_B + 1, cache, beside
+
+
+def choices(samplings: Sequence[Sampling], rows: int) -> Choice:
+    """How each of a batch's rows is chosen, on the host; rows that only fill it up are greedy."""
+    filled = [*samplings, *[Sampling()] * (rows - len(samplings))]
+    every = lambda name, dtype: np.array([getattr(one, name) for one in filled], dtype)
+    penalty_B = every('repetition_penalty', np.float32)
+    return Choice(
+        every('temperature', np.float32),
+        every('top_k', np.int32),
+        every('top_p', np.float32),
+        every('min_p', np.float32),
+        every('seed', np.uint32),
+        penalty_B if (penalty_B != 1).any() else None,
+    )
+
+
+def seeded(sampling: Sampling, number: int) -> Sampling:
+    """A sampling for the prompt of a number: its seed is so much higher, and begins again at 0 after the last one."""
+    return dataclasses.replace(sampling, seed=(sampling.seed + number) % 2**32)
+
+
 def generate(
     model: Decoder,
     tokenizer: Tokenizer,
@@ -92,66 +156,75 @@ def generate(
     context: int,
     stops: Sequence[str] = (),
     emit: Callable[[int, str], None] = lambda prompt, text: None,
+    logprobs: int = 0,
+    first: int = 0,
+    like: int = 0,
 ) -> list[Completion]:
     """Decodes all prompts as one batch; use it under `jax.set_mesh`. Prompt i draws with seed `sampling.seed` + i.
 
     Args:
-        prompts: what is gone on with; of an encoder–decoder the sources.
+        prompts: what is gone on with, plain or as a chat template renders it; of an encoder–decoder the sources.
         context: the most tokens that a prompt and what follows it may have together; of an encoder–decoder each of both.
         stops: texts that end a completion; they are not part of it.
         emit: called with a prompt's number and each new piece of its text.
+        logprobs: how many of the most likely tokens are told with each token; 0: none.
+        first: the number of the first of these prompts, for seeds.
+        like: see `decoding.prompts.read_prompts`.
 
     Raises UserError for a prompt that leaves no room in the context, or is no source that fits it.
     """
     if max_new_tokens < 1:
         raise UserError(f'max-new-tokens is {max_new_tokens}: it must be at least 1')
-    read = read_prompts(model.config, tokenizer, prompts, context)
-    rows = len(read.length_B)
-    every = lambda value, dtype: np.full(rows, value, dtype)
-    choice = place(
-        Choice(
-            every(sampling.temperature, np.float32),
-            every(sampling.top_k, np.int32),
-            every(sampling.top_p, np.float32),
-            every(sampling.min_p, np.float32),
-            ((sampling.seed + np.arange(rows, dtype=np.uint64)) % 2**32).astype(np.uint32),
+    if not 0 <= logprobs <= model.config.vocabulary:
+        raise UserError(
+            f'logprobs is {logprobs}: it must be at least 0 and at most {model.config.vocabulary}, the vocabulary'
         )
-    )
-    completions = [Completion(prompt) for prompt in prompts]
+    read = read_prompts(model.config, tokenizer, prompts, context, like)
+    rows = len(read.length_B)
+    choice = place(choices([seeded(sampling, first + number) for number in range(len(prompts))], rows))
+    beside = Beside(None if choice.penalty_B is None else place(seen_tokens(read, model.config.vocabulary)))
+    plain = not logprobs and choice.penalty_B is None
+    completions = [Completion(prompt, logprobs=[] if logprobs else None) for prompt in prompts]
     streams = [TextStream(tokenizer, stops) for _ in prompts]
-    slots, here = read.slots(max_new_tokens, context), read.placed()
+    slots, here = read.slots(max_new_tokens, context, like), read.placed()
     position_B = here.length_B
-    token_B, cache = first_token(model, slots, here, choice)
+    if plain:
+        token_B, cache = first_token(model, slots, here, choice)
+    else:
+        token_B, cache, beside = first_described(model, slots, here, choice, beside.seen_BV, logprobs)
     began = 0.0
     while any(completion.finish_reason is None for completion in completions):
+        likely = beside.likely
         # The next step is under way while the host reads this one's tokens.
-        following_B, position_B, cache = next_token(model, cache, token_B, position_B, choice)
+        if plain:
+            following_B, position_B, cache = next_token(model, cache, token_B, position_B, choice)
+        else:
+            following_B, position_B, cache, beside = next_described(
+                model, cache, token_B, position_B, choice, beside.seen_BV, logprobs
+            )
         if not began:  # the first step compiles
             jax.block_until_ready(following_B)
             began = time.perf_counter()
+        likely = None if likely is None else jax.tree.map(np.asarray, likely)
         for number, token in enumerate(np.asarray(token_B)[: len(prompts)].tolist()):
-            completion, stream = completions[number], streams[number]
+            completion = completions[number]
             if completion.finish_reason:
                 continue
-            if token in tokenizer.ends:
-                completion.finish_reason = 'stop'
-                piece = stream.add(None)
-            else:
-                completion.tokens.append(token)
-                full = (
-                    len(completion.tokens) == max_new_tokens
-                    or read.length_B[number] + len(completion.tokens) == context
-                )
-                piece = stream.add(token)
-                if stream.stopped:
-                    completion.finish_reason = 'stop'
-                elif full:
-                    completion.finish_reason = 'length'
-                    piece += stream.add(None)
+            room = min(max_new_tokens, context - int(read.length_B[number]))
+            piece = follow(completion, streams[number], token, tokenizer.ends, room)
             completion.seconds = time.perf_counter() - began
-            completion.text += piece
+            if likely and len(completion.tokens) > len(completion.logprobs):
+                completion.logprobs.append(told(tokenizer, likely, number, token))
             if piece:
                 emit(number, piece)
         token_B = following_B
     jax.block_until_ready(token_B)
     return completions
+
+
+def seen_tokens(prompts: Prompts, vocabulary: int) -> np.ndarray:
+    """bool [B, vocabulary]: which tokens each prompt has."""
+    seen_BV = np.zeros((len(prompts.length_B), vocabulary), bool)
+    for row, (ids, length) in enumerate(zip(prompts.tokens_BT, prompts.length_B, strict=True)):
+        seen_BV[row, ids[:length]] = True
+    return seen_BV

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.chat import Rendered
 from data.pairs import first_token
 from data.pairs import prompts as sources_of
 from data.tokenizer import Tokenizer
@@ -26,27 +27,60 @@ class Prompts(NamedTuple):
         """On the current mesh."""
         return place(self)
 
-    def slots(self, new: int, context: int) -> int:
-        """Tokens of a cache for these prompts and up to `new` more each."""
-        longest = int(self.length_B.max())
+    def slots(self, new: int, context: int, like: int = 0) -> int:
+        """Tokens of a cache for these prompts and up to `new` more each; `like`: see `read_prompts`."""
+        longest = self.tokens_BT.shape[1] if like else int(self.length_B.max())
         return max(-(-min(context, longest + new) // BUCKET) * BUCKET, self.tokens_BT.shape[1])
 
 
-def read_prompts(c: ModelConfig, tokenizer: Tokenizer, texts: Sequence[str], context: int) -> Prompts:
+def read_prompts(c: ModelConfig, tokenizer: Tokenizer, texts: Sequence[str], context: int, like: int = 0) -> Prompts:
     """Prompts as tokens: what is to be gone on with, or of an encoder–decoder the source of what is to be written.
+
+    Args:
+        texts: plain ones, or conversations as templates render them, which have their special tokens in them.
+        like: rows of the batches that this is one of; it is filled up so that they have few shapes. 0: it is the only one.
 
     Raises UserError for a prompt that leaves no room in the context, or does not fit it as a source.
     """
     if c.encoder is None:
-        rows = [[*tokenizer.prefix, *ids] or [tokenizer.bos] for ids in tokenizer.encode_batch(texts)]
-        return Prompts(*batch(rows, context - 1, context))
+        rows = [ids_of(tokenizer, text, ids) for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True)]
+        return Prompts(*batch(rows, context - 1, context, like))
     start = first_token(tokenizer, c.encoder.start_token)
-    source = batch(sources_of(tokenizer, texts), context, context)
-    return Prompts(*batch([[start]] * len(texts), context, context), source)
+    source = batch(sources_of(tokenizer, texts), context, context, like)
+    return Prompts(*batch([[start]] * len(texts), context, context, like), source)
 
 
-def batch(rows: Sequence[Sequence[int]], most: int, context: int) -> tuple[np.ndarray, np.ndarray]:
+def check_prompts(c: ModelConfig, tokenizer: Tokenizer, texts: Sequence[str], context: int) -> None:
+    """Raises UserError for the first of all prompts that `read_prompts` would refuse, before any batch of them is made."""
+    if c.encoder is None:
+        rows = [ids_of(tokenizer, text, ids) for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True)]
+        check_lengths(rows, context - 1, context)
+    else:
+        check_lengths(sources_of(tokenizer, texts), context, context)
+
+
+def ids_of(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> list[int]:
+    """A prompt's tokens, `ids` being its text's: nothing stands before a conversation that a template has rendered."""
+    before = () if isinstance(text, Rendered) else tokenizer.prefix
+    return [*before, *ids] or [tokenizer.bos]
+
+
+def batch(rows: Sequence[Sequence[int]], most: int, context: int, like: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Rows of at most `most` tokens, padded to one length, and their lengths."""
+    check_lengths(rows, most, context)
+    count = -(-max(len(rows), like) // row_ways()) * row_ways()
+    width = -(-max(map(len, rows)) // BUCKET) * BUCKET
+    if like:
+        width = BUCKET << (width // BUCKET - 1).bit_length()
+    tokens_BT = np.zeros((count, width), np.int32)
+    length_B = np.ones(count, np.int32)
+    for number, ids in enumerate(rows):
+        tokens_BT[number, : len(ids)], length_B[number] = ids, len(ids)
+    return tokens_BT, length_B
+
+
+def check_lengths(rows: Sequence[Sequence[int]], most: int, context: int) -> None:
+    """Raises UserError for a row of more than `most` tokens."""
     for number, ids in enumerate(rows):
         if len(ids) > most:
             rule = f'at most {most} leave room for an answer' if most < context else f'at most {most} work'
@@ -54,9 +88,3 @@ def batch(rows: Sequence[Sequence[int]], most: int, context: int) -> tuple[np.nd
                 f'prompt {number + 1} has {len(ids)} tokens, its start or end token included, and the context is {context}: '
                 f'{rule}'
             )
-    count = -(-len(rows) // row_ways()) * row_ways()
-    tokens_BT = np.zeros((count, -(-max(map(len, rows)) // BUCKET) * BUCKET), np.int32)
-    length_B = np.ones(count, np.int32)
-    for number, ids in enumerate(rows):
-        tokens_BT[number, : len(ids)], length_B[number] = ids, len(ids)
-    return tokens_BT, length_B

@@ -1,6 +1,7 @@
 """A trained run, opened for reading on any mesh. Nothing in its folder is touched."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -18,9 +19,15 @@ from sharding.errors import UserError, nearest
 from sharding.memory import explaining
 from sharding.mesh import Divides, MeshConfig, check_divides, make_mesh, nearest_meshes, parse_mesh, start
 from training.bucket_checkpoint import checkpoints_of
+from training.checkpoint import Checkpoints
 from training.config import RunConfig
-from training.conversion import context
+from training.conversion import context, published_files
 from training.state import restore_model, saved_config
+
+SAID = re.compile(
+    r'(tokenizer_config|special_tokens_map|generation_config|chat_template)\.json|chat_template\.jinja'
+    r'|additional_chat_templates/.*'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +43,10 @@ class TrainedRun:
     context: int  # the most tokens of a row: as it was trained, or as published
 
 
-def open_run(folder: str | Path | Bucket, mesh: str | None = None, needs_text: bool = True) -> TrainedRun:
-    """The newest checkpoint of a run, on the mesh that trained it or on another (`'expert=2,tensor=2'`).
+def open_run(
+    folder: str | Path | Bucket, mesh: str | None = None, needs_text: bool = True, step: int | None = None
+) -> TrainedRun:
+    """The newest checkpoint of a run, or that of a step, on the mesh that trained it or on another (`'expert=2,tensor=2'`).
 
     Rows are split over replica, data and expert, caches over context and tensor too; each replica has all weights. There is no
     pipeline: the stages of the run's own mesh become more of `data`, as far as that divides the model, and a mesh that is
@@ -53,7 +62,7 @@ def open_run(folder: str | Path | Bucket, mesh: str | None = None, needs_text: b
         runs = _runs(folder.parent)
         raise UserError(f'{folder}: not a run, for it has no config.yaml{nearest(str(folder), runs) if runs else ""}')
     checkpoints = checkpoints_of(folder)
-    step = checkpoints.newest()
+    step = of_step(checkpoints, step)
     config = saved_config(checkpoints, step)
     wanted = own_mesh(config) if mesh is None else parse_mesh(mesh)
     check_divides(wanted, [*sizes(config.model), NO_PIPELINE])
@@ -67,6 +76,22 @@ def open_run(folder: str | Path | Bucket, mesh: str | None = None, needs_text: b
         model = restore_model(checkpoints, step, config)
         model = jax.jit(in_compute_dtype, donate_argnums=0)(model)
     return TrainedRun(folder, config, devices, tokenizer, model, step, context(folder, config))
+
+
+def of_step(checkpoints: Checkpoints, step: int | None) -> int:
+    """A step that a run has a checkpoint of, the newest where none is asked for. Raises UserError where it has none."""
+    newest = checkpoints.newest()
+    if step is None or step in (steps := checkpoints.steps()):
+        return newest if step is None else step
+    near = min(steps, key=lambda there: (abs(there - step), there))
+    raise UserError(
+        f'--step {step}: {checkpoints.run} has no checkpoint of this step; the nearest that it has is {near}'
+    )
+
+
+def said_beside(folder: Path | Bucket) -> dict[str, bytes]:
+    """Of an imported run, the published files that say how it is to be asked: chat templates, special tokens, sampling."""
+    return published_files(folder, SAID.fullmatch)
 
 
 def _runs(folder: Path | Bucket) -> list[str]:

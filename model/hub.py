@@ -34,6 +34,7 @@ FOREIGN = ('.gguf', '.msgpack', '.h5', '.onnx', '.npz')
 SIDE = re.compile(
     r'[\w.-]+\.(json|jinja|txt|model|spm)|LICENSE[\w.-]*|NOTICE[\w.-]*'
 )  # files that are kept beside the weights
+TEMPLATES = 'additional_chat_templates'  # the folder of those beside the first one
 BUFFERS = (r'.*rotary_emb\.inv_freq',)  # of every family in old files: they follow from the config
 LARGEST_SIDE = 2**27  # bytes
 Kept = Literal['float32', 'bfloat16', 'float16']  # what weights can be kept in
@@ -161,19 +162,21 @@ def _json(folder: Path, name: str) -> Any:
         raise UserError(f'{folder / name}: not readable as JSON: {error}') from None
 
 
-def inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str, within: Path | None = None) -> Path:
     """A file of a folder. Raises UserError where the name leads out of it, or nowhere.
 
-    Links may lead within the folder, and from a snapshot of the hub's cache to the cache's own files.
+    Links may lead within the folder, or within the wider one that is given, and from a snapshot of the hub's cache to the
+    cache's own files.
     """
     path = folder / name
     if name in ('', '.', '..') or Path(name).name != name or '\\' in name or len(name.encode()) > 255:
         raise UserError(f'{folder}: {name!r} is not the name of a file in this folder')
     if not path.is_file():
         raise UserError(f'{path}: is missing')
-    rooms = [folder.resolve()]
-    if folder.resolve().parent.name == 'snapshots':
-        rooms.append(folder.resolve().parents[1] / 'blobs')
+    outer = (within or folder).resolve()
+    rooms = [outer]
+    if outer.parent.name == 'snapshots':
+        rooms.append(outer.parents[1] / 'blobs')
     if not any(path.resolve().is_relative_to(room) for room in rooms):
         raise UserError(f'{path}: is a link that leaves the folder, to {path.resolve()}; put the file itself there')
     return path
@@ -327,10 +330,17 @@ def _with_dtypes(
 
 
 def side_files(folder: Path) -> dict[str, bytes]:
-    """What stands beside the weights and is kept: configs, tokenizers, chat templates, licences. No code, no pickles."""
+    """What stands beside the weights and is kept: configs, tokenizers, chat templates, licences. No code, no pickles.
+
+    By their names in the folder; those of TEMPLATES, a folder in it, as `TEMPLATES/NAME.jinja`.
+    """
     found = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and SIDE.fullmatch(path.name) and not path.name.endswith('.index.json'):
             _check_size(path)
             found[path.name] = inside(folder, path.name).read_bytes()
+    for path in sorted((folder / TEMPLATES).glob('*.jinja')):
+        if path.is_file() and SIDE.fullmatch(path.name):
+            _check_size(path)
+            found[f'{TEMPLATES}/{path.name}'] = inside(path.parent, path.name, folder).read_bytes()
     return found

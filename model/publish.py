@@ -61,6 +61,7 @@ def write(
             **files,
             CONFIG: json.dumps(config, indent=2, ensure_ascii=False).encode() + b'\n',
         }.items():
+            (place / name).parent.mkdir(exist_ok=True)
             (place / name).write_bytes(contents)
         if len(parts) == 1:
             tensor_files.write(place / SINGLE, parts[0], content)

@@ -81,6 +81,7 @@ def import_run(
             (place / name).write_bytes(content)
         (place / SOURCE).mkdir()
         for name, content in files.items():
+            (place / SOURCE / name).parent.mkdir(exist_ok=True)
             (place / SOURCE / name).write_bytes(content)
         (place / RECORD).write_text(json.dumps(record(found, dtype), indent=1) + '\n', encoding='utf-8')
     say(f'{run}: {found.family.name}, {parameters(found):,} parameters, weights in {found.model.weight_dtype}')
@@ -246,6 +247,21 @@ def dtype_of(
     return dtype or c.parameter_dtype.name
 
 
+def published_files(run: Path | Bucket, wanted: Callable[[str], object] = bool) -> dict[str, bytes]:
+    """The published files beside the weights, as an imported run keeps them, by their paths in the folder; none of another.
+
+    `wanted` says of such a path whether it is.
+    """
+    if not (run / RECORD).is_file():
+        return {}
+    source = run / SOURCE
+    if isinstance(source, Bucket):
+        names = list(source.files())
+    else:
+        names = [path.relative_to(source).as_posix() for path in sorted(source.rglob('*')) if path.is_file()]
+    return {name: (source / name).read_bytes() for name in names if wanted(name)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Imported:
     """What a run keeps of the folder that it was imported from."""
@@ -265,7 +281,5 @@ def imported(run: Path | Bucket) -> Imported | None:
     if not (run / RECORD).is_file():
         return None
     record = json.loads((run / RECORD).read_text(encoding='utf-8'))
-    source = run / SOURCE
-    names = source.files() if isinstance(source, Bucket) else [path.name for path in sorted(source.iterdir())]
-    files = {name: (source / name).read_bytes() for name in names}
+    files = published_files(run)
     return Imported(config=json.loads(files.pop(hub.CONFIG)), beside=files, **record)
