@@ -1,7 +1,8 @@
 """Folders of published models, as the Hugging Face hub has them: config.json, safetensors, and files beside them.
 
 `read` checks a folder by its headers alone, so that every mistake is told before a number is read; `Published.arrays` then
-streams its tensors onto a mesh. Nothing in a folder is ever run or unpickled. model/publish.py writes such folders.
+streams its tensors onto a mesh. Nothing in a folder is ever run or unpickled. model/publish.py writes such folders. A GGUF file
+is read as the folder that it stands for (model/gguf).
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
-from model import tensor_files
+from model import gguf, tensor_files
 from model.config import ModelConfig
 from model.families import Family, Fields, Tensor, family_of, leaves, tensors
 from model.quantised import unpacked
@@ -41,7 +42,7 @@ Kept = Literal['float32', 'bfloat16', 'float16']  # what weights can be kept in
 
 
 class Source(Protocol):
-    """Where a published tensor's numbers are: a file, or a file of narrower ones that stand for them."""
+    """Where a published tensor's numbers are: a file, or a file of others that stand for them."""
 
     @property
     def path(self) -> Path: ...
@@ -54,7 +55,7 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A folder that was read: all that its config and headers say has been checked."""
+    """A folder, or a GGUF file, that was read: all that its config and headers say has been checked."""
 
     folder: Path
     fields: Fields
@@ -65,6 +66,7 @@ class Published:
     files: dict[str, str]  # what tensors are called in the files, where the table calls them otherwise
     copies: dict[str, str]  # tensors in the files that repeat another of the table, which it is
     fixed: dict[str, str]  # tensors in the files that follow from the model, and their dtype
+    of_gguf: gguf.Model | None = None  # where it is no folder
 
     @property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -90,30 +92,34 @@ def shapes_of(c: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def read(folder: Path, dtype: str | None = None, without_remote_code: bool = False) -> Published:
-    """A published folder, its weights to be kept in `dtype` or in the source's own.
+    """A published folder or GGUF file, its weights to be kept in `dtype` or in the source's own.
 
     Where the source has several, the narrowest that holds all of them exactly. Compute is in bfloat16 where weights are.
     Raises UserError for whatever is missing, damaged or not supported.
     """
-    config = _config(folder)
+    from_gguf = gguf.read(folder) if gguf.is_file(folder) else None
+    where, config = (folder, from_gguf.config) if from_gguf else (folder / CONFIG, _config(folder))
     if 'auto_map' in config and not without_remote_code:
         raise UserError(
-            f'{folder / CONFIG}: auto_map names code that comes with the model, which is never run; where Weft’s own code for '
+            f'{where}: auto_map names code that comes with the model, which is never run; where Weft’s own code for '
             f'{(config.get("architectures") or ["?"])[0]} is what you want, say --without-remote-code'
         )
-    fields = Fields(config, str(folder / CONFIG))
+    fields = Fields(config, str(where))
     family = family_of(fields)
     with fields.told():
         c = family.read(fields)
     fields.finish()
-    stored, files = _as_named(unpacked(all_stored(folder), config, folder / CONFIG), family)
+    found: Mapping[str, Source] = from_gguf.stored if from_gguf else unpacked(all_stored(folder), config, where)
+    stored, files = _as_named(found, family)
     c = family.model_of(c, stored)
     table = tensors(family, c, shapes_of(c))
+    if from_gguf:
+        from_gguf.check(table)
     sources, copies, fixed = _match(folder, family, table, stored, c)
     table = [one for one in table if not one.copy_of]
     c = _with_dtypes(folder, c, table, sources, dtype)
     files = {name: file for name, file in files.items() if name in (*sources, *copies, *fixed)}
-    return Published(folder, fields, family, c, table, sources, files, copies, fixed)
+    return Published(folder, fields, family, c, table, sources, files, copies, fixed, from_gguf)
 
 
 def _as_named(stored: Mapping[str, Source], family: Family) -> tuple[dict[str, Source], dict[str, str]]:
@@ -138,7 +144,7 @@ def _config(folder: Path) -> dict[str, Any]:
     """The fields of config.json."""
     if not folder.is_dir():
         raise UserError(
-            f'{folder}: there is no such folder; a published model is a folder with {CONFIG} and *.safetensors'
+            f'{folder}: there is no such folder; a published model is a folder with {CONFIG} and *.safetensors, or a GGUF file'
         )
     path = folder / CONFIG
     if not path.is_file():

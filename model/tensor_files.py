@@ -51,7 +51,7 @@ class Stored:
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self, take: tuple[slice, ...] = ()) -> np.ndarray:
+    def read(self, take: tuple[Any, ...] = ()) -> np.ndarray:
         """A part of it, as a view of the file: the kernel brings its pages as they are used, and may drop them again."""
         if not self.bytes:
             return np.zeros(self.shape, self.dtype)[take]

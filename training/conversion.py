@@ -24,6 +24,7 @@ import numpy as np
 
 from data.config import DataConfig
 from data.exported_tokenizer import exported_tokenizer
+from data.gguf_tokenizer import tokenizer_files
 from data.pairs import first_token
 from data.published_tokenizer import published_tokenizer, run_tokenizer
 from model import hub, publish
@@ -56,12 +57,12 @@ def import_run(
     without_remote_code: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Makes the run of a published folder. Raises UserError, before anything is written, where it cannot be one."""
+    """Makes the run of a published folder or GGUF file. Raises UserError, before anything is written, if it cannot be one."""
     publish.refuse_existing(run)
     found = hub.read(source, dtype, without_remote_code)
     with found.fields.told():
         check_divides(mesh, sizes(found.model))
-    files = hub.side_files(source)
+    files = files_beside(source, found)
     config = run_config(run.name, found, mesh)
     tokenizer = published_tokenizer(files, str(source))
     if tokenizer:
@@ -85,8 +86,18 @@ def import_run(
             (place / SOURCE / name).write_bytes(content)
         (place / RECORD).write_text(json.dumps(record(found, dtype), indent=1) + '\n', encoding='utf-8')
     say(f'{run}: {found.family.name}, {parameters(found):,} parameters, weights in {found.model.weight_dtype}')
+    if found.of_gguf and (packed := found.of_gguf.packed):
+        say(f'read from blocks of {", ".join(packed)}, whose numbers are float32; --dtype bfloat16 halves them')
     if not tokenizer:
         say(f'{source} has no tokenizer: the run can be scored with token ids, but neither decode nor evaluate text')
+
+
+def files_beside(source: Path, found: hub.Published) -> dict[str, bytes]:
+    """The files beside the weights of a published folder; of a GGUF file those that say the same as its header."""
+    if found.of_gguf is None:
+        return hub.side_files(source)
+    files = tokenizer_files(found.of_gguf.contents.values, found.of_gguf.path)
+    return {hub.CONFIG: found.of_gguf.config_json()} | files
 
 
 def parameters(found: hub.Published) -> int:

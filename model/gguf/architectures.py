@@ -1,0 +1,766 @@
+"""What the keys and tensors of GGUF files mean, by architecture, in the words of published folders.
+
+Each `Architecture` has a function from a header's keys to the fields of an equivalent config.json, and a table from the names
+of its tensors to those of a published folder. Names and transforms are those of llama.cpp's converters; where a converter
+leaves something out of a file, what llama.cpp assumes in its place is said here. A key of the architecture that nothing reads
+becomes a field of its own name, so that it is refused like any field that may change the result.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model.gguf.sources import Regrouped, Shifted, Turned, Undone, Unsplit, Woven
+from model.gguf_file import Numbers
+from sharding.errors import UserError
+
+Config = Mapping[str, Any]
+LARGEST = 2**31 - 1
+MOST_LAYERS = 10_000  # whose tensors are looked up by name; a model's own limit is lower
+# Keys that change no logit, or say again what others say; after the architecture's name.
+IDLE = (
+    'vocab_size',
+    'attention.value_length',
+    'rope.scaling.finetuned',
+    'rope.scaling.original_context_length',
+    'rope.dimension_sections',
+    'tensor_data_layout',
+    'pooling_type',
+)
+GATES = {1: 'softmax', 2: 'sigmoid'}  # how experts are scored, by llama.cpp's numbers
+
+
+class Keys:
+    """The keys of one architecture in a header; each is read by name, and those that none has read can be told."""
+
+    def __init__(self, path: Path, architecture: str, values: Mapping[str, Any], tensors: Mapping[str, Numbers]):
+        self.path, self.architecture, self.values, self.tensors = path, architecture, values, tensors
+        self.seen = {f'{architecture}.{name}' for name in IDLE}
+
+    def __call__(self, name: str, default: Any = ...) -> Any:
+        """A key's value. Of a value for each layer, the one that all of them have."""
+        key = f'{self.architecture}.{name}'
+        self.seen.add(key)
+        value = self.values.get(key)
+        if value is None:
+            if default is ...:
+                raise UserError(f'{self.path}: key {key} is missing, which a model of this architecture needs')
+            return default
+        if isinstance(value, np.ndarray):
+            if value.size == 0 or not (value == value[0]).all():
+                raise UserError(
+                    f'{self.path}: key {key} has {len(value)} values, which differ from layer to layer: only one for all '
+                    'layers is supported'
+                )
+            return value[0].item()
+        return value
+
+    def count(self, name: str, default: Any = ...) -> int:
+        """A key that holds a whole number above 0."""
+        value = self(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
+            raise UserError(
+                f'{self.path}: key {self.architecture}.{name} is {value!r}: it must be a whole number from 1 to {LARGEST}'
+            )
+        return value
+
+    def number(self, name: str, default: Any = ...) -> float:
+        """A key that holds a number."""
+        value = self(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f'{self.path}: key {self.architecture}.{name} is {value!r}: it must be a number')
+        return value
+
+    def layers(self) -> int:
+        """Blocks, those that predict further ahead among them."""
+        blocks = self.count('block_count')
+        if blocks > MOST_LAYERS:
+            raise UserError(f'{self.path}: key {self.architecture}.block_count is {blocks}: at most {MOST_LAYERS} work')
+        return blocks
+
+    def has(self, name: str) -> bool:
+        """Whether the file has a tensor."""
+        return name in self.tensors
+
+    def vector(self, name: str, length: int) -> np.ndarray | None:
+        """The numbers of a short tensor, which say something of the model; None where there is none."""
+        found = self.tensors.get(name)
+        if found is None:
+            return None
+        if found.shape != (length,):
+            raise UserError(f'{self.path}: tensor {name} is {list(found.shape)} and by the keys must be {[length]}')
+        return np.array(found.read(), np.float32)
+
+    def unread(self) -> dict[str, Any]:
+        """The architecture's keys that nothing has read."""
+        mine = [key for key in self.values if key.startswith(f'{self.architecture}.') and key not in self.seen]
+        plain = lambda value: value.tolist() if isinstance(value, np.ndarray) else value
+        return {key: plain(self.values[key]) for key in mine}
+
+
+# What a table may say beside the name of a tensor in a published folder ------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Changed:
+    """A tensor that a converter has changed; `undo` is given it, config.json's fields and its name in the file."""
+
+    name: str
+    undo: Callable[[Numbers, Config, str], Undone]
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """A tensor that holds a matrix for each expert {e}."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The first of two tensors that are one in a published folder; names with their last part."""
+
+    name: str
+    second: str
+    undo: Callable[[Numbers, Numbers], Undone]
+    check: Callable[[Numbers, Numbers, str, str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Second:
+    """The second of a `Pair`, of which this is the first."""
+
+    first: str
+
+
+Entry = str | Changed | Experts | Pair | Second
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """How files of an architecture are read.
+
+    Attributes:
+        name: in general.architecture.
+        config: the fields of config.json by the keys.
+        names: names in a file, mostly without `.weight` and `.bias`, to those in a published folder; {i} is the layer, {e} the
+            expert.
+        consumed: patterns of tensors that `config` has read, or that follow from it.
+    """
+
+    name: str
+    config: Callable[[Keys], dict[str, Any]]
+    names: Mapping[str, Entry]
+    consumed: tuple[str, ...] = ()
+
+    def experts(self, config: Config) -> int:
+        """Experts of a layer, as config.json says it; 0 if none."""
+        return next(
+            (config[name] for name in ('num_local_experts', 'num_experts', 'n_routed_experts') if name in config), 0
+        )
+
+
+def regrouped(field: str) -> Callable[[Numbers, Config, str], Undone]:
+    """Rows by heads, of which `field` says how many."""
+
+    def undo(numbers: Numbers, config: Config, name: str) -> Undone:
+        heads = config[field]
+        if numbers.shape[0] % (2 * heads):
+            raise UserError(
+                f'{numbers.path}: tensor {name} has {numbers.shape[0]} rows, which are no pairs in each of {heads} heads'
+            )
+        return Regrouped(numbers, heads)
+
+    return undo
+
+
+def turned(numbers: Numbers, config: Config, name: str) -> Undone:
+    if len(numbers.shape) < 2:
+        raise UserError(f'{numbers.path}: tensor {name} is {list(numbers.shape)} and must be a matrix')
+    return Turned(numbers)
+
+
+def shifted(numbers: Numbers, config: Config, name: str) -> Undone:
+    return Shifted(numbers)
+
+
+def same_shape(first: Numbers, second: Numbers, name: str, other: str) -> None:
+    if first.shape != second.shape:
+        raise UserError(
+            f'{first.path}: tensors {name} {list(first.shape)} and {other} {list(second.shape)} must have one shape'
+        )
+
+
+def same_latent(first: Numbers, second: Numbers, name: str, other: str) -> None:
+    fits = len(first.shape) == len(second.shape) == 3 and first.shape[:2] == (second.shape[0], second.shape[2])
+    if not fits:
+        raise UserError(
+            f'{first.path}: tensors {name} {list(first.shape)} and {other} {list(second.shape)} do not fit each other: they '
+            'must be [heads, rank, keys] and [heads, values, rank]'
+        )
+
+
+LAYER = 'model.layers.{i}'
+OUTER: dict[str, Entry] = {
+    'token_embd': 'model.embed_tokens',
+    'output_norm': 'model.norm',
+    'output': 'lm_head',
+}
+ATTENTION: dict[str, Entry] = {
+    'blk.{i}.attn_q': f'{LAYER}.self_attn.q_proj',
+    'blk.{i}.attn_k': f'{LAYER}.self_attn.k_proj',
+    'blk.{i}.attn_v': f'{LAYER}.self_attn.v_proj',
+    'blk.{i}.attn_output': f'{LAYER}.self_attn.o_proj',
+}
+QK_NORMS: dict[str, Entry] = {
+    'blk.{i}.attn_q_norm': f'{LAYER}.self_attn.q_norm',
+    'blk.{i}.attn_k_norm': f'{LAYER}.self_attn.k_norm',
+}
+NORMS: dict[str, Entry] = {
+    'blk.{i}.attn_norm': f'{LAYER}.input_layernorm',
+    'blk.{i}.ffn_norm': f'{LAYER}.post_attention_layernorm',
+}
+MLP: dict[str, Entry] = {
+    'blk.{i}.ffn_gate': f'{LAYER}.mlp.gate_proj',
+    'blk.{i}.ffn_up': f'{LAYER}.mlp.up_proj',
+    'blk.{i}.ffn_down': f'{LAYER}.mlp.down_proj',
+}
+EXPERTS: dict[str, Entry] = {
+    'blk.{i}.ffn_gate_inp': f'{LAYER}.mlp.gate',
+    'blk.{i}.ffn_gate_exps': Experts(f'{LAYER}.mlp.experts.{{e}}.gate_proj'),
+    'blk.{i}.ffn_up_exps': Experts(f'{LAYER}.mlp.experts.{{e}}.up_proj'),
+    'blk.{i}.ffn_down_exps': Experts(f'{LAYER}.mlp.experts.{{e}}.down_proj'),
+}
+SHARED: dict[str, Entry] = {
+    'blk.{i}.exp_probs_b.bias': f'{LAYER}.mlp.gate.e_score_correction_bias',
+    'blk.{i}.ffn_gate_shexp': f'{LAYER}.mlp.shared_experts.gate_proj',
+    'blk.{i}.ffn_up_shexp': f'{LAYER}.mlp.shared_experts.up_proj',
+    'blk.{i}.ffn_down_shexp': f'{LAYER}.mlp.shared_experts.down_proj',
+}
+ROPE_FREQS = r'rope_freqs\.weight'
+
+
+def common(k: Keys) -> dict[str, Any]:
+    """The fields that Llama and its many descendants share."""
+    heads, width = k.count('attention.head_count'), k.count('embedding_length')
+    embedding = k.tensors.get('token_embd.weight')
+    if embedding is None:
+        raise UserError(f'{k.path}: tensor token_embd.weight is missing, which every model has')
+    return {
+        'vocab_size': embedding.shape[0],
+        'num_hidden_layers': k.layers(),
+        'hidden_size': width,
+        'num_attention_heads': heads,
+        'num_key_value_heads': k.count('attention.head_count_kv', heads),
+        'intermediate_size': k.count('feed_forward_length'),
+        'rms_norm_eps': k.number('attention.layer_norm_rms_epsilon'),
+        'max_position_embeddings': k.count('context_length'),
+        'rope_theta': float(k.number('rope.freq_base', 10_000.0)),
+        'tie_word_embeddings': not k.has('output.weight'),
+    }
+
+
+def heads(k: Keys, fields: Config) -> dict[str, Any]:
+    """Their width, and of which part of it positions turn."""
+    plain = fields['hidden_size'] // fields['num_attention_heads']
+    turning = k.count('rope.dimension_count', k('attention.key_length', plain))
+    width = k.count('attention.key_length', plain)
+    values = k.values.get(f'{k.architecture}.attention.value_length', width)
+    if values != width:
+        raise UserError(
+            f'{k.path}: key {k.architecture}.attention.value_length is {values!r} and key_length {width}: both must be the same'
+        )
+    return {'head_dim': width} | ({} if turning == width else {'partial_rotary_factor': turning / width})
+
+
+def scaling(k: Keys, fields: Config, width: int) -> dict[str, Any]:
+    """The field rope_scaling; `width` is how many dims of a head turn."""
+    kind, name = k('rope.scaling.type', 'none'), f'{k.architecture}.rope.scaling'
+    factors = k.vector('rope_freqs.weight', width // 2)
+    if factors is not None and not np.allclose(factors, 1):
+        if kind != 'none':
+            raise UserError(
+                f'{k.path}: has both rope_freqs.weight and {name}.type {kind!r}: only one of them is supported'
+            )
+        return {'rope_scaling': llama3_scaling(factors, fields['rope_theta'], width, k.path)}
+    if kind == 'none':
+        factor = k('rope.scale_linear', 1.0)  # of older files
+        return {} if factor in (0, 1) else {'rope_scaling': {'rope_type': 'linear', 'factor': float(factor)}}
+    if kind == 'linear':
+        return {'rope_scaling': {'rope_type': 'linear', 'factor': float(k.number('rope.scaling.factor'))}}
+    if kind != 'yarn':
+        raise UserError(f'{k.path}: key {name}.type is {kind!r}, which is not supported; supported: none, linear, yarn')
+    found: dict[str, Any] = {
+        'rope_type': 'yarn',
+        'factor': float(k.number('rope.scaling.factor')),
+        'original_max_position_embeddings': k.count(
+            'rope.scaling.original_context_length', fields['max_position_embeddings']
+        ),
+    }
+    if k('rope.scaling.yarn_ext_factor', 1.0) not in (1, -1):  # below 0: as the kind of scaling has it
+        raise UserError(
+            f'{k.path}: key {name}.yarn_ext_factor is {k("rope.scaling.yarn_ext_factor")}: only 1 is supported'
+        )
+    for field, key in (
+        ('beta_fast', 'rope.scaling.yarn_beta_fast'),
+        ('beta_slow', 'rope.scaling.yarn_beta_slow'),
+        ('attention_factor', 'rope.scaling.yarn_attn_factor'),
+    ):
+        if k(key, None) is not None:
+            found[field] = float(k.number(key))
+    return {'rope_scaling': found}
+
+
+def llama3_scaling(factors: np.ndarray, theta: float, width: int, path: Path) -> dict[str, Any]:
+    """Llama 3's scaling of which these are the factors of wavelengths (transformers' modeling_rope_utils.py has the formula).
+
+    Of wavelengths between two bounds the inverse factor grows as the inverse wavelength does; the line gives the bounds, of
+    which only the ratios to the old context matter: low_freq_factor is taken to be 1, as in all published models.
+    """
+    waves = 2 * math.pi * theta ** (np.arange(0, width, 2) / width)
+    largest = float(factors.max())
+    between = (factors > 1 + 1e-6) & (factors < largest * (1 - 1e-6))
+    smooth = (1 / factors[between].astype(np.float64) - 1 / largest) / (1 - 1 / largest)
+    if between.sum() > 1:
+        slope, offset = np.polyfit(1 / waves[between], smooth, 1)
+    elif between.any():  # one is not enough for a line: with the bounds of all published models
+        offset, slope = -1 / 3, ((smooth + 1 / 3) * waves[between]).item()
+    else:
+        offset, slope = -1 / 3, 8192 / 3
+    high = 1 - 1 / offset if offset else math.inf
+    found: dict[str, Any] = {
+        'rope_type': 'llama3',
+        'factor': float(str(np.float32(largest))),
+        'low_freq_factor': 1.0,
+        'high_freq_factor': round(high, 3),
+        'original_max_position_embeddings': round(slope * (high - 1)) if math.isfinite(high) else 0,
+    }
+    old, high = found['original_max_position_embeddings'], found['high_freq_factor']
+    if old < 1 or not 1 < high < math.inf:
+        again = np.zeros_like(factors)
+    else:
+        part = np.clip((old / waves - 1) / (high - 1), 0, 1)
+        again = 1 / ((1 - part) / largest + part)
+    if not np.allclose(again, factors, rtol=1e-4, atol=0):
+        raise UserError(
+            f'{path}: tensor rope_freqs.weight has factors that are not those of Llama 3’s scaling of positions'
+        )
+    return found
+
+
+def has_bias(k: Keys, *names: str) -> bool:
+    """Whether the first layer has a bias of one of these."""
+    return any(k.has(f'blk.0.{name}.bias') for name in names)
+
+
+def of_class(name: str, kind: str) -> dict[str, Any]:
+    return {'architectures': [name], 'model_type': kind}
+
+
+def llama(k: Keys) -> dict[str, Any]:
+    """Llama, and Mistral without its window; with experts Mixtral."""
+    fields = common(k)
+    fields |= heads(k, fields)
+    fields |= scaling(k, fields, k.count('rope.dimension_count', fields['head_dim']))
+    experts = k('expert_count', 0)
+    if not experts:
+        k('expert_used_count', 0)
+        biases = {'attention_bias': has_bias(k, 'attn_q'), 'mlp_bias': has_bias(k, 'ffn_gate')}
+        return of_class('LlamaForCausalLM', 'llama') | fields | biases
+    of_experts = {'num_local_experts': k.count('expert_count'), 'num_experts_per_tok': k.count('expert_used_count')}
+    return of_class('MixtralForCausalLM', 'mixtral') | fields | of_experts
+
+
+def qwen2(k: Keys) -> dict[str, Any]:
+    fields = common(k)
+    fields |= heads(k, fields)
+    return of_class('Qwen2ForCausalLM', 'qwen2') | fields | scaling(k, fields, fields['head_dim'])
+
+
+def qwen3(k: Keys) -> dict[str, Any]:
+    fields = common(k)
+    fields |= heads(k, fields) | {'attention_bias': has_bias(k, 'attn_q')}
+    return of_class('Qwen3ForCausalLM', 'qwen3') | fields | scaling(k, fields, fields['head_dim'])
+
+
+def qwen3moe(k: Keys) -> dict[str, Any]:
+    """Weights of the chosen experts add up to 1, which no file says: llama.cpp has it so, and all published models."""
+    fields = qwen3(k)
+    dense = [i for i in range(k.layers()) if not k.has(f'blk.{i}.ffn_gate_inp.weight')]
+    return fields | {
+        **of_class('Qwen3MoeForCausalLM', 'qwen3_moe'),
+        'num_experts': k.count('expert_count'),
+        'num_experts_per_tok': k.count('expert_used_count'),
+        'moe_intermediate_size': k.count('expert_feed_forward_length'),
+        'norm_topk_prob': True,
+        'mlp_only_layers': dense,
+    }
+
+
+def gemma(k: Keys, deepest: int) -> dict[str, Any]:
+    """The fields that Gemma 2 and 3 share. Of the largest model alone, which has `deepest` layers, queries are scaled by the
+    width over heads, as llama.cpp knows by that; a file only says it in attention.scale, if at all.
+    """
+    fields = common(k)
+    fields |= heads(k, fields)
+    plain = (
+        fields['head_dim']
+        if fields['num_hidden_layers'] != deepest
+        else fields['hidden_size'] // fields['num_attention_heads']
+    )
+    scale = k('attention.scale', None)
+    return fields | {
+        'query_pre_attn_scalar': plain if scale is None else round(k.number('attention.scale') ** -2),
+        'attention_bias': has_bias(k, 'attn_q'),
+        'hidden_activation': 'gelu_pytorch_tanh',
+        'hidden_act': 'gelu_pytorch_tanh',
+    }
+
+
+def cap(k: Keys, name: str) -> float | None:
+    """A soft cap, of which 0 is none."""
+    found = k.number(name, 0.0)
+    return float(found) if found else None
+
+
+def windows(k: Keys, layers: int, every: int) -> dict[str, Any]:
+    """The window, and the layers that have it: all but each so many, where no key says otherwise."""
+    key = f'{k.architecture}.attention.sliding_window_pattern'
+    said, window = k.values.get(key), k('attention.sliding_window', 0)
+    k.seen.add(key)
+    if isinstance(said, np.ndarray):
+        flags = [bool(one) for one in said]
+    else:
+        every = k.count('attention.sliding_window_pattern', every)
+        flags = [(i + 1) % every != 0 for i in range(layers)]
+    if len(flags) != layers:
+        raise UserError(f'{k.path}: key {key} has {len(flags)} values and the model {layers} layers')
+    if not window:
+        flags = [False] * layers
+    kinds = ['sliding_attention' if flag else 'full_attention' for flag in flags]
+    return {'layer_types': kinds} | ({'sliding_window': k.count('attention.sliding_window')} if window else {})
+
+
+def gemma2(k: Keys) -> dict[str, Any]:
+    fields = gemma(k, deepest=46)
+    return (
+        of_class('Gemma2ForCausalLM', 'gemma2')
+        | fields
+        | scaling(k, fields, fields['head_dim'])
+        | {
+            'attn_logit_softcapping': cap(k, 'attn_logit_softcapping'),
+            'final_logit_softcapping': cap(k, 'final_logit_softcapping'),
+            **windows(k, fields['num_hidden_layers'], 2),
+        }
+    )
+
+
+def gemma3(k: Keys) -> dict[str, Any]:
+    fields = gemma(k, deepest=62)
+    return (
+        of_class('Gemma3ForCausalLM', 'gemma3_text')
+        | fields
+        | scaling(k, fields, fields['head_dim'])
+        | {
+            'final_logit_softcapping': cap(k, 'final_logit_softcapping'),
+            'rope_local_base_freq': float(k.number('rope.freq_base_swa', 10_000.0)),
+            **windows(k, fields['num_hidden_layers'], 6),
+        }
+    )
+
+
+def gpt_oss(k: Keys) -> dict[str, Any]:
+    """YaRN’s bounds are not rounded and units end at 7, as published; no file says either."""
+    fields = common(k)
+    fields |= heads(k, fields)
+    scaled = scaling(k, fields, fields['head_dim']).get('rope_scaling', {'rope_type': 'default'})
+    if scaled['rope_type'] == 'yarn':
+        scaled['truncate'] = False
+    return (
+        of_class('GptOssForCausalLM', 'gpt_oss')
+        | fields
+        | {
+            'rope_scaling': scaled,
+            'intermediate_size': k.count('expert_feed_forward_length', k('feed_forward_length', None)),
+            'attention_bias': has_bias(k, 'attn_q'),
+            'num_local_experts': k.count('expert_count'),
+            'num_experts_per_tok': k.count('expert_used_count'),
+            **windows(k, fields['num_hidden_layers'], 2),
+        }
+    )
+
+
+def phi3(k: Keys) -> dict[str, Any]:
+    fields = common(k)
+    plain = fields['hidden_size'] // fields['num_attention_heads']
+    turning = k.count('rope.dimension_count', plain)
+    fields |= heads(k, fields)
+    window = k('attention.sliding_window', 0)
+    long, short = (k.vector(f'rope_factors_{name}.weight', turning // 2) for name in ('long', 'short'))
+    if (long is None) != (short is None):
+        raise UserError(
+            f'{k.path}: has one of rope_factors_long.weight and rope_factors_short.weight: both or none work'
+        )
+    kind = k('rope.scaling.type', 'none')
+    if kind not in ('none', 'longrope') or (kind == 'longrope' and long is None):
+        raise UserError(
+            f'{k.path}: key {k.architecture}.rope.scaling.type is {kind!r}: supported: none, and longrope '
+            'with its two tensors of factors'
+        )
+    k('rope.scaling.attn_factor', None)  # follows from the two contexts
+    original = k.count('rope.scaling.original_context_length', fields['max_position_embeddings'])
+    scaled: dict[str, Any] = {}
+    if long is not None and short is not None:
+        factors = {'short_factor': decimals(short), 'long_factor': decimals(long)}
+        scaled['rope_scaling'] = {'type': 'longrope'} | factors
+    return (
+        of_class('Phi3ForCausalLM', 'phi3')
+        | fields
+        | scaled
+        | {
+            'original_max_position_embeddings': original,
+            'sliding_window': k.count('attention.sliding_window') if window else None,
+        }
+    )
+
+
+def decimals(numbers: np.ndarray) -> list[float]:
+    """The shortest decimals that float32 numbers stand for."""
+    return [float(str(number)) for number in numbers]
+
+
+def gpt2(k: Keys) -> dict[str, Any]:
+    k('attention.head_count_kv', None)
+    k('rope.dimension_count', None)
+    embedding = k.tensors.get('token_embd.weight')
+    if embedding is None:
+        raise UserError(f'{k.path}: tensor token_embd.weight is missing, which every model has')
+    return of_class('GPT2LMHeadModel', 'gpt2') | {
+        'vocab_size': embedding.shape[0],
+        'n_layer': k.layers(),
+        'n_embd': k.count('embedding_length'),
+        'n_head': k.count('attention.head_count'),
+        'n_inner': k.count('feed_forward_length'),
+        'n_positions': k.count('context_length'),
+        'layer_norm_epsilon': k.number('attention.layer_norm_epsilon'),
+        'activation_function': 'gelu_new',
+        'tie_word_embeddings': not k.has('output.weight'),
+    }
+
+
+def routing(k: Keys, dense: int) -> dict[str, Any]:
+    """The experts of DeepSeek's models and of GLM-4.5."""
+    return {
+        'n_routed_experts': k.count('expert_count'),
+        'num_experts_per_tok': k.count('expert_used_count'),
+        'moe_intermediate_size': k.count('expert_feed_forward_length'),
+        'n_shared_experts': k('expert_shared_count', 0),
+        'first_k_dense_replace': k('leading_dense_block_count', dense),
+        'norm_topk_prob': k('expert_weights_norm', False),
+        'routed_scaling_factor': float(k.number('expert_weights_scale', 1.0) or 1.0),
+    }
+
+
+def gate(k: Keys, default: int) -> str:
+    """How experts are scored."""
+    found = k('expert_gating_func', 0) or default  # older files do not say it
+    if found not in GATES:
+        known = ', '.join(f'{number} ({name})' for number, name in GATES.items())
+        raise UserError(f'{k.path}: key {k.architecture}.expert_gating_func is {found!r}; supported: {known}')
+    return GATES[found]
+
+
+def deepseek2(k: Keys) -> dict[str, Any]:
+    """DeepSeek-V2, with a softmax over experts; V3 and R1, with a sigmoid.
+
+    Keys and values of latent attention are one tensor in older files (attn_kv_b), and two in newer ones, whose keys
+    attention.key_length and value_length are of the joint form that llama.cpp computes in.
+    """
+    fields = common(k)
+    turning, rank = k.count('rope.dimension_count'), k.count('attention.kv_lora_rank')
+    joint = k.has('blk.0.attn_k_b.weight')
+    width = k.count('attention.key_length_mla' if joint else 'attention.key_length')
+    values = k.count('attention.value_length_mla' if joint else 'attention.value_length')
+    for name in ('attention.key_length', 'attention.key_length_mla', 'attention.value_length_mla'):
+        k(name, None)
+    if width <= turning:
+        raise UserError(f'{k.path}: keys of {width} dims are not wider than the {turning} of them that turn')
+    sigmoid = gate(k, default=1) == 'sigmoid'
+    # Files of V3 from before llama.cpp chose experts by groups do not say the groups, which that model has.
+    whole = sigmoid and k('expert_count', 0) == 256
+    groups, top = k('expert_group_count', 8 if whole else 1), k('expert_group_used_count', 4 if whole else 1)
+    scaled = scaling(k, fields, turning)
+    log = k.number('rope.scaling.yarn_log_multiplier', 0.0)
+    if 'rope_scaling' in scaled and log:
+        both = float(f'{log / 0.1:.6g}')  # a converter writes a tenth of it
+        scaled['rope_scaling'] |= {'mscale': both, 'mscale_all_dim': both}
+    how = {
+        'scoring_func': 'sigmoid' if sigmoid else 'softmax',
+        'topk_method': 'noaux_tc' if sigmoid else 'greedy' if groups == 1 else 'group_limited_greedy',
+        'n_group': groups,
+        'topk_group': top,
+    }
+    both_classes = {True: ('DeepseekV3ForCausalLM', 'deepseek_v3'), False: ('DeepseekV2ForCausalLM', 'deepseek_v2')}
+    fields |= of_class(*both_classes[sigmoid]) | scaled | routing(k, dense=0) | how
+    if not sigmoid:
+        fields['mlp_bias'] = has_bias(k, 'ffn_gate', 'ffn_gate_shexp')
+    k('nextn_predict_layers', 0)  # converters leave these layers out
+    return fields | {
+        'num_key_value_heads': fields['num_attention_heads'],
+        'q_lora_rank': k.count('attention.q_lora_rank')
+        if k.has('blk.0.attn_q_a.weight')
+        else k('attention.q_lora_rank', None),
+        'kv_lora_rank': rank,
+        'qk_nope_head_dim': width - turning,
+        'qk_rope_head_dim': turning,
+        'v_head_dim': values,
+        'attention_bias': has_bias(k, 'attn_q_a', 'attn_kv_a_mqa'),
+    }
+
+
+def glm4moe(k: Keys) -> dict[str, Any]:
+    """GLM-4.5; layers that predict further ahead count among the blocks, and may have been left out of a file."""
+    fields = common(k)
+    fields |= heads(k, fields)
+    ahead = k('nextn_predict_layers', 0)
+    layers = fields['num_hidden_layers'] - ahead
+    if not 0 <= ahead < fields['num_hidden_layers']:
+        raise UserError(
+            f'{k.path}: key {k.architecture}.nextn_predict_layers is {ahead} of '
+            f'{fields["num_hidden_layers"]} blocks: it must be less'
+        )
+    if gate(k, default=2) != 'sigmoid':
+        raise UserError(f'{k.path}: key {k.architecture}.expert_gating_func is 1 (softmax); supported: 2 (sigmoid)')
+    fraction = fields.pop('partial_rotary_factor', 1.0)
+    return (
+        of_class('Glm4MoeForCausalLM', 'glm4_moe')
+        | fields
+        | scaling(k, fields, round(fraction * fields['head_dim']))
+        | {
+            **routing(k, dense=0),
+            'num_hidden_layers': layers,
+            'num_nextn_predict_layers': ahead if k.has(f'blk.{layers}.nextn.eh_proj.weight') else 0,
+            'partial_rotary_factor': fraction,
+            'n_group': k('expert_group_count', 1) or 1,
+            'topk_group': k('expert_group_used_count', 1) or 1,
+            'attention_bias': has_bias(k, 'attn_q'),
+            'use_qk_norm': k.has('blk.0.attn_q_norm.weight'),
+        }
+    )
+
+
+MIXTRAL: dict[str, Entry] = {
+    'blk.{i}.ffn_gate_inp': f'{LAYER}.block_sparse_moe.gate',
+    'blk.{i}.ffn_gate_exps': Experts(f'{LAYER}.block_sparse_moe.experts.{{e}}.w1'),
+    'blk.{i}.ffn_down_exps': Experts(f'{LAYER}.block_sparse_moe.experts.{{e}}.w2'),
+    'blk.{i}.ffn_up_exps': Experts(f'{LAYER}.block_sparse_moe.experts.{{e}}.w3'),
+    # Files of early 2024 have a tensor for each expert.
+    'blk.{i}.ffn_gate.{e}': f'{LAYER}.block_sparse_moe.experts.{{e}}.w1',
+    'blk.{i}.ffn_down.{e}': f'{LAYER}.block_sparse_moe.experts.{{e}}.w2',
+    'blk.{i}.ffn_up.{e}': f'{LAYER}.block_sparse_moe.experts.{{e}}.w3',
+}
+REGROUPED: dict[str, Entry] = {
+    'blk.{i}.attn_q': Changed(f'{LAYER}.self_attn.q_proj', regrouped('num_attention_heads')),
+    'blk.{i}.attn_k': Changed(f'{LAYER}.self_attn.k_proj', regrouped('num_key_value_heads')),
+}
+GEMMA_NORMS: dict[str, Entry] = {
+    'output_norm': Changed('model.norm', shifted),
+    'blk.{i}.attn_norm': Changed(f'{LAYER}.input_layernorm', shifted),
+    'blk.{i}.post_attention_norm': Changed(f'{LAYER}.post_attention_layernorm', shifted),
+    'blk.{i}.ffn_norm': Changed(f'{LAYER}.pre_feedforward_layernorm', shifted),
+    'blk.{i}.post_ffw_norm': Changed(f'{LAYER}.post_feedforward_layernorm', shifted),
+}
+GEMMA_QK_NORMS: dict[str, Entry] = {
+    'blk.{i}.attn_q_norm': Changed(f'{LAYER}.self_attn.q_norm', shifted),
+    'blk.{i}.attn_k_norm': Changed(f'{LAYER}.self_attn.k_norm', shifted),
+}
+GPT_OSS: dict[str, Entry] = {
+    'blk.{i}.post_attention_norm': f'{LAYER}.post_attention_layernorm',
+    'blk.{i}.attn_sinks.weight': f'{LAYER}.self_attn.sinks',
+    'blk.{i}.attn_sinks': f'{LAYER}.self_attn.sinks',
+    'blk.{i}.ffn_gate_inp': f'{LAYER}.mlp.router',
+    'blk.{i}.ffn_gate_exps.weight': Pair(
+        f'{LAYER}.mlp.experts.gate_up_proj',
+        'blk.{i}.ffn_up_exps.weight',
+        lambda gate, up: Woven(gate, up, turned=True),
+        same_shape,
+    ),
+    'blk.{i}.ffn_up_exps.weight': Second('blk.{i}.ffn_gate_exps.weight'),
+    'blk.{i}.ffn_gate_exps.bias': Pair(
+        f'{LAYER}.mlp.experts.gate_up_proj_bias',
+        'blk.{i}.ffn_up_exps.bias',
+        lambda gate, up: Woven(gate, up, turned=False),
+        same_shape,
+    ),
+    'blk.{i}.ffn_up_exps.bias': Second('blk.{i}.ffn_gate_exps.bias'),
+    'blk.{i}.ffn_down_exps.weight': Changed(f'{LAYER}.mlp.experts.down_proj', turned),
+    'blk.{i}.ffn_down_exps.bias': f'{LAYER}.mlp.experts.down_proj_bias',
+}
+PHI3: dict[str, Entry] = {
+    'blk.{i}.attn_qkv': f'{LAYER}.self_attn.qkv_proj',
+    'blk.{i}.attn_output': f'{LAYER}.self_attn.o_proj',
+    'blk.{i}.ffn_up': f'{LAYER}.mlp.gate_up_proj',
+    'blk.{i}.ffn_down': f'{LAYER}.mlp.down_proj',
+}
+GPT2_LAYER = 'transformer.h.{i}'
+GPT2: dict[str, Entry] = {
+    'token_embd': 'transformer.wte',
+    'position_embd': 'transformer.wpe',
+    'output_norm': 'transformer.ln_f',
+    'output': 'lm_head',
+    'blk.{i}.attn_norm': f'{GPT2_LAYER}.ln_1',
+    'blk.{i}.attn_qkv.weight': Changed(f'{GPT2_LAYER}.attn.c_attn.weight', turned),
+    'blk.{i}.attn_qkv.bias': f'{GPT2_LAYER}.attn.c_attn.bias',
+    'blk.{i}.attn_output.weight': Changed(f'{GPT2_LAYER}.attn.c_proj.weight', turned),
+    'blk.{i}.attn_output.bias': f'{GPT2_LAYER}.attn.c_proj.bias',
+    'blk.{i}.ffn_norm': f'{GPT2_LAYER}.ln_2',
+    'blk.{i}.ffn_up.weight': Changed(f'{GPT2_LAYER}.mlp.c_fc.weight', turned),
+    'blk.{i}.ffn_up.bias': f'{GPT2_LAYER}.mlp.c_fc.bias',
+    'blk.{i}.ffn_down.weight': Changed(f'{GPT2_LAYER}.mlp.c_proj.weight', turned),
+    'blk.{i}.ffn_down.bias': f'{GPT2_LAYER}.mlp.c_proj.bias',
+}
+LATENT: dict[str, Entry] = {
+    'blk.{i}.attn_q': f'{LAYER}.self_attn.q_proj',
+    'blk.{i}.attn_q_a': f'{LAYER}.self_attn.q_a_proj',
+    'blk.{i}.attn_q_a_norm': f'{LAYER}.self_attn.q_a_layernorm',
+    'blk.{i}.attn_q_b': f'{LAYER}.self_attn.q_b_proj',
+    'blk.{i}.attn_kv_a_mqa': f'{LAYER}.self_attn.kv_a_proj_with_mqa',
+    'blk.{i}.attn_kv_a_norm': f'{LAYER}.self_attn.kv_a_layernorm',
+    'blk.{i}.attn_kv_b': f'{LAYER}.self_attn.kv_b_proj',
+    'blk.{i}.attn_k_b.weight': Pair(
+        f'{LAYER}.self_attn.kv_b_proj.weight', 'blk.{i}.attn_v_b.weight', Unsplit, same_latent
+    ),
+    'blk.{i}.attn_v_b.weight': Second('blk.{i}.attn_k_b.weight'),
+    'blk.{i}.attn_output': f'{LAYER}.self_attn.o_proj',
+}
+AHEAD: dict[str, Entry] = {
+    'blk.{i}.post_attention_norm': f'{LAYER}.post_attention_layernorm',
+    'blk.{i}.nextn.eh_proj': f'{LAYER}.eh_proj',
+    'blk.{i}.nextn.embed_tokens': f'{LAYER}.embed_tokens',
+    'blk.{i}.nextn.enorm': f'{LAYER}.enorm',
+    'blk.{i}.nextn.hnorm': f'{LAYER}.hnorm',
+    'blk.{i}.nextn.shared_head_head': f'{LAYER}.shared_head.head',
+    'blk.{i}.nextn.shared_head_norm': f'{LAYER}.shared_head.norm',
+}
+GEMMA = OUTER | ATTENTION | MLP | GEMMA_NORMS
+SPARSE = OUTER | NORMS | ATTENTION | MLP
+ARCHITECTURES = {
+    one.name: one
+    for one in (
+        Architecture('llama', llama, SPARSE | REGROUPED | MIXTRAL, (ROPE_FREQS,)),
+        Architecture('qwen2', qwen2, SPARSE, (ROPE_FREQS,)),
+        Architecture('qwen3', qwen3, SPARSE | QK_NORMS, (ROPE_FREQS,)),
+        Architecture('qwen3moe', qwen3moe, SPARSE | QK_NORMS | EXPERTS, (ROPE_FREQS,)),
+        Architecture('gemma2', gemma2, GEMMA, (ROPE_FREQS,)),
+        Architecture('gemma3', gemma3, GEMMA | GEMMA_QK_NORMS, (ROPE_FREQS,)),
+        Architecture('gpt-oss', gpt_oss, OUTER | NORMS | ATTENTION | GPT_OSS, (ROPE_FREQS,)),
+        Architecture('phi3', phi3, OUTER | NORMS | PHI3, (r'rope_factors_(long|short)\.weight',)),
+        Architecture('gpt2', gpt2, GPT2),
+        Architecture('deepseek2', deepseek2, OUTER | NORMS | LATENT | MLP | EXPERTS | SHARED, (ROPE_FREQS,)),
+        Architecture('glm4moe', glm4moe, SPARSE | QK_NORMS | EXPERTS | SHARED | AHEAD, (ROPE_FREQS,)),
+    )
+}
