@@ -72,7 +72,7 @@ def make(source: Path, facts: dict[str, Any], folder: Path) -> None:
         raise UserError(f'{folder}: cannot be made: {error.strerror}: {error.filename}') from None
     try:
         made = stage.place / folder.name
-        import_run(source, made, MeshConfig())
+        import_run(source, made, MeshConfig(), say=lambda line: print(line.replace(str(made), str(folder)), flush=True))
         (made / RECORD).write_text(json.dumps(facts) + '\n', encoding='utf-8')
         if folder.exists():
             print(f'moved the earlier {folder} aside to {set_aside(folder)}')
