@@ -42,7 +42,7 @@ def read_more(
     return token_B, begin_B + length_B, cache, beside
 
 
-@functools.partial(jit_step, static_argnums=1, donate_argnums=0)
+@functools.partial(jit_step, static_argnums=1)
 def longer(cache: Any, slots: int):
     """The cache with more slots."""
     return grown(cache, slots)
