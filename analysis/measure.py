@@ -150,16 +150,16 @@ def measure_experts(
     """
     keys = jax.random.split(jax.random.key(0), 5)
     x_RD = jax.random.normal(keys[0], (rows, dim), dtype)
-    gate_EDF, up_EDF, down_EFD = (
-        jax.random.normal(key, (experts, *shape), dtype) * shape[0] ** -0.5
-        for key, shape in zip(keys[1:4], ((dim, hidden), (dim, hidden), (hidden, dim)), strict=True)
+    gate_EDF, up_EDF, down_EDF = (
+        jax.random.normal(key, (experts, dim, hidden), dtype) * fan_in**-0.5
+        for key, fan_in in zip(keys[1:4], (dim, dim, hidden), strict=True)
     )
     sizes_E = jnp.bincount(jax.random.randint(keys[4], (rows,), 0, experts), length=experts).astype(jnp.int32)
     backend = default_backend(platform()) if backend == 'auto' else backend
     mlp = lambda x, gate, up, down: expert_mlp(x, gate, up, down, sizes_E, backend=backend)
     plain = lambda x, w: x @ w
     gradient = lambda f: jax.jit(lambda dy, *a: jax.vjp(f, *a)[1](dy))
-    weights, plain_weights = (x_RD, gate_EDF, up_EDF, down_EFD), (x_RD, gate_EDF[0])
+    weights, plain_weights = (x_RD, gate_EDF, up_EDF, down_EDF), (x_RD, gate_EDF[0])
     runs = {
         'mlp': functools.partial(jax.jit(mlp), *weights),
         'plain': functools.partial(jax.jit(plain), *plain_weights),

@@ -64,6 +64,11 @@ class JsonTokenizer(Tokenizer):
         return super().files() | {SPECIAL: self.special}
 
 
+def has_tokenizer(files: Mapping[str, bytes]) -> bool:
+    """Whether there is one among a run's files."""
+    return JSON in files or Tokenizer.name in files
+
+
 def run_tokenizer(files: Mapping[str, bytes], where: str) -> Tokenizer | None:
     """The tokenizer among a run's files; None for an imported model without one."""
     special = json.loads(files[SPECIAL]) if SPECIAL in files else None

@@ -13,7 +13,7 @@ import numpy as np
 from data.tokenizer import Tokenizer
 from decoding.prompts import Prompts, read_prompts
 from decoding.sampling import Beside, Choice, Likely, Sampling, choose, describe
-from decoding.step import decode, empty_cache, encode, jit_step, prefill
+from decoding.step import Program, decode, empty_cache, encode, jit_step, prefill
 from model.decoder import Decoder
 from model.forward import place
 from sharding.errors import UserError
@@ -88,8 +88,8 @@ def told(tokenizer: Tokenizer, likely: Likely, row: int, token: int) -> dict[str
     return one(token, likely.logprob_B[row]) | {'top': [one(i, logprob) for i, logprob in top]}
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def first_token(model: Decoder, slots: int, prompts: Prompts, choice: Choice):
+@functools.partial(Program, static_argnums=1)
+def first_token(model: Decoder, slots: int, prompts: Prompts, choice: Choice | None):
     """Each row's first new token, and the cache of its prompt."""
     logit_BV, cache = begin(model, slots, prompts)
     return choose(logit_BV, prompts.length_B - 1, choice), cache
@@ -103,14 +103,14 @@ def begin(model: Decoder, slots: int, prompts: Prompts):
 
 
 @functools.partial(jit_step, donate_argnums=1)
-def next_token(model: Decoder, cache: Any, token_B: jax.Array, position_B: jax.Array, choice: Choice):
+def next_token(model: Decoder, cache: Any, token_B: jax.Array, position_B: jax.Array, choice: Choice | None):
     """Each row's next token, its position, and the cache with the given one."""
     logit_BV, cache = decode(model, cache, token_B, position_B)
     return choose(logit_BV, position_B, choice), position_B + 1, cache
 
 
-@functools.partial(jax.jit, static_argnums=(1, 5))
-def first_described(model: Decoder, slots: int, prompts: Prompts, choice: Choice, seen_BV: Any, count: int):
+@functools.partial(Program, static_argnums=(1, 5))
+def first_described(model: Decoder, slots: int, prompts: Prompts, choice: Choice | None, seen_BV: Any, count: int):
     """`first_token`, and what `describe` tells."""
     logit_BV, cache = begin(model, slots, prompts)
     token_B, beside = describe(logit_BV, prompts.length_B - 1, choice, seen_BV, count)
@@ -119,7 +119,13 @@ def first_described(model: Decoder, slots: int, prompts: Prompts, choice: Choice
 
 @functools.partial(jit_step, static_argnums=6, donate_argnums=(1, 5))
 def next_described(
-    model: Decoder, cache: Any, token_B: jax.Array, position_B: jax.Array, choice: Choice, seen_BV: Any, count: int
+    model: Decoder,
+    cache: Any,
+    token_B: jax.Array,
+    position_B: jax.Array,
+    choice: Choice | None,
+    seen_BV: Any,
+    count: int,
 ):
     """`next_token`, and what `describe` tells."""
     logit_BV, cache = decode(model, cache, token_B, position_B)
@@ -127,24 +133,87 @@ def next_described(
     return token_B, position_B + 1, cache, beside
 
 
-def choices(samplings: Sequence[Sampling], rows: int) -> Choice:
-    """How each of a batch's rows is chosen, on the host; rows that only fill it up are greedy."""
+def choices(samplings: Sequence[Sampling], rows: int) -> Choice | None:
+    """How each of a batch's rows chooses, on the current mesh; None: the most likely token, all of them.
+
+    Rows that only fill up the batch are greedy.
+    """
     filled = [*samplings, *[Sampling()] * (rows - len(samplings))]
     every = lambda name, dtype: np.array([getattr(one, name) for one in filled], dtype)
-    penalty_B = every('repetition_penalty', np.float32)
-    return Choice(
-        every('temperature', np.float32),
-        every('top_k', np.int32),
-        every('top_p', np.float32),
-        every('min_p', np.float32),
-        every('seed', np.uint32),
-        penalty_B if (penalty_B != 1).any() else None,
+    temperature_B, penalty_B = every('temperature', np.float32), every('repetition_penalty', np.float32)
+    if not temperature_B.any() and (penalty_B == 1).all():
+        return None
+    return place(
+        Choice(
+            temperature_B,
+            every('top_k', np.int32),
+            every('top_p', np.float32),
+            every('min_p', np.float32),
+            every('seed', np.uint32),
+            penalty_B if (penalty_B != 1).any() else None,
+        )
     )
 
 
 def seeded(sampling: Sampling, number: int) -> Sampling:
     """A sampling for the prompt of a number: its seed is so much higher, and begins again at 0 after the last one."""
     return dataclasses.replace(sampling, seed=(sampling.seed + number) % 2**32)
+
+
+def compile_ahead(
+    kind: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    max_new_tokens: int,
+    context: int,
+    logprobs: int = 0,
+    like: int = 0,
+) -> None:
+    """Begins to compile what `generate` will run for such arguments, of a model whose weights are still being read.
+
+    `kind`: their shapes, dtypes and layouts. Raises UserError as `generate` does.
+    """
+    batch = Batch(kind, tokenizer, prompts, sampling, max_new_tokens, context, logprobs, 0, like)
+    if batch.plain:
+        token_B, cache = first_token.ahead(kind, batch.slots, batch.here, batch.choice)
+        next_token.ahead(kind, cache, token_B, batch.here.length_B, batch.choice)
+    else:
+        begin = (batch.choice, batch.seen_BV, logprobs)
+        token_B, cache, beside = first_described.ahead(kind, batch.slots, batch.here, *begin)
+        next_described.ahead(kind, cache, token_B, batch.here.length_B, batch.choice, beside.seen_BV, logprobs)
+
+
+class Batch:
+    """Prompts as one batch on the current mesh, and what else its programs are called with."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        max_new_tokens: int,
+        context: int,
+        logprobs: int,
+        first: int,
+        like: int,
+    ) -> None:
+        if max_new_tokens < 1:
+            raise UserError(f'max-new-tokens is {max_new_tokens}: it must be at least 1')
+        vocabulary = model.config.vocabulary
+        if not 0 <= logprobs <= vocabulary:
+            raise UserError(f'logprobs is {logprobs}: it must be at least 0 and at most {vocabulary}, the vocabulary')
+        read = read_prompts(model.config, tokenizer, prompts, context, like)
+        samplings = [seeded(sampling, first + number) for number in range(len(prompts))]
+        self.choice = choices(samplings, len(read.length_B))
+        penalised = self.choice is not None and self.choice.penalty_B is not None
+        self.seen_BV = place(seen_tokens(read, vocabulary)) if penalised else None
+        self.plain = not (logprobs or penalised)  # nothing is to be told of a token, or remembered
+        self.slots, self.here = read.slots(max_new_tokens, context, like), read.placed()
+        self.room = [
+            min(max_new_tokens, context - int(length)) for length in read.length_B[: len(prompts)]
+        ]  # tokens of each
 
 
 def generate(
@@ -173,51 +242,47 @@ def generate(
 
     Raises UserError for a prompt that leaves no room in the context, or is no source that fits it.
     """
-    if max_new_tokens < 1:
-        raise UserError(f'max-new-tokens is {max_new_tokens}: it must be at least 1')
-    if not 0 <= logprobs <= model.config.vocabulary:
-        raise UserError(
-            f'logprobs is {logprobs}: it must be at least 0 and at most {model.config.vocabulary}, the vocabulary'
-        )
-    read = read_prompts(model.config, tokenizer, prompts, context, like)
-    rows = len(read.length_B)
-    choice = place(choices([seeded(sampling, first + number) for number in range(len(prompts))], rows))
-    beside = Beside(None if choice.penalty_B is None else place(seen_tokens(read, model.config.vocabulary)))
-    plain = not logprobs and choice.penalty_B is None
+    batch = Batch(model, tokenizer, prompts, sampling, max_new_tokens, context, logprobs, first, like)
     completions = [Completion(prompt, logprobs=[] if logprobs else None) for prompt in prompts]
     streams = [TextStream(tokenizer, stops) for _ in prompts]
-    slots, here = read.slots(max_new_tokens, context, like), read.placed()
-    position_B = here.length_B
-    if plain:
-        token_B, cache = first_token(model, slots, here, choice)
-    else:
-        token_B, cache, beside = first_described(model, slots, here, choice, beside.seen_BV, logprobs)
     began = 0.0
-    while any(completion.finish_reason is None for completion in completions):
-        likely = beside.likely
-        # The next step is under way while the host reads this one's tokens.
-        if plain:
-            following_B, position_B, cache = next_token(model, cache, token_B, position_B, choice)
-        else:
-            following_B, position_B, cache, beside = next_described(
-                model, cache, token_B, position_B, choice, beside.seen_BV, logprobs
-            )
-        if not began:  # the first step compiles
-            jax.block_until_ready(following_B)
-            began = time.perf_counter()
-        likely = None if likely is None else jax.tree.map(np.asarray, likely)
+
+    def take(token_B: jax.Array, likely: Likely | None) -> bool:
+        """Adds each row's next token and shows what is certain; whether any row goes on."""
+        known = None if likely is None else jax.tree.map(np.asarray, likely)
         for number, token in enumerate(np.asarray(token_B)[: len(prompts)].tolist()):
             completion = completions[number]
             if completion.finish_reason:
                 continue
-            room = min(max_new_tokens, context - int(read.length_B[number]))
-            piece = follow(completion, streams[number], token, tokenizer.ends, room)
-            completion.seconds = time.perf_counter() - began
-            if likely and len(completion.tokens) > len(completion.logprobs):
-                completion.logprobs.append(told(tokenizer, likely, number, token))
+            piece = follow(completion, streams[number], token, tokenizer.ends, batch.room[number])
+            completion.seconds = time.perf_counter() - began if began else 0.0
+            if known and len(completion.tokens) > len(completion.logprobs):
+                completion.logprobs.append(told(tokenizer, known, number, token))
             if piece:
                 emit(number, piece)
-        token_B = following_B
+        return any(completion.finish_reason is None for completion in completions)
+
+    def step(token_B: Any, position_B: Any, cache: Any, beside: Beside) -> tuple[Any, Any, Any, Beside]:
+        if batch.plain:
+            return *next_token(model, cache, token_B, position_B, batch.choice), beside
+        return next_described(model, cache, token_B, position_B, batch.choice, beside.seen_BV, logprobs)
+
+    most, here, beside = max(batch.room), batch.here, Beside()
+    if batch.plain:
+        token_B, cache = first_token(model, batch.slots, here, batch.choice)
+    else:
+        token_B, cache, beside = first_described(model, batch.slots, here, batch.choice, batch.seen_BV, logprobs)
+    if take(token_B, beside.likely):  # shown before the step, which may have to be compiled
+        token_B, position_B, cache, beside = step(token_B, here.length_B, cache, beside)
+        jax.block_until_ready(token_B)
+        began = time.perf_counter()
+        for count in range(2, most + 1):
+            # The next step is under way while the host reads this one's tokens.
+            this_B, likely = token_B, beside.likely
+            if count < most:
+                token_B, position_B, cache, beside = step(token_B, position_B, cache, beside)
+            if not take(this_B, likely):
+                break
     jax.block_until_ready(token_B)
     return completions
 

@@ -3,13 +3,16 @@
 import dataclasses
 import re
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from data.published_tokenizer import run_tokenizer
+from data.published_tokenizer import has_tokenizer, run_tokenizer
 from data.tokenizer import Tokenizer
+from decoding.unstacked import divided, is_written_out, kinds, unstacked
+from model.config import ModelConfig
 from model.cost import parameters
 from model.decoder import Decoder
 from model.layers import is_matrix
@@ -21,8 +24,8 @@ from sharding.mesh import Divides, MeshConfig, check_divides, make_mesh, nearest
 from training.bucket_checkpoint import checkpoints_of
 from training.checkpoint import Checkpoints
 from training.config import RunConfig
-from training.conversion import context, published_files
-from training.state import restore_model, saved_config
+from training.context import context, published_files
+from training.state import abstract_model, saved_config
 
 SAID = re.compile(
     r'(tokenizer_config|special_tokens_map|generation_config|chat_template)\.json|chat_template\.jinja'
@@ -32,19 +35,32 @@ SAID = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-    """A run's config, tokenizer and weights. Use the model under `jax.set_mesh(run.mesh)`."""
+    """A run's config, tokenizer and weights. Use the model under `jax.set_mesh(run.mesh)`.
+
+    The weights are being read while other work is done; `kind` says at once what they will be.
+    """
 
     folder: Path | Bucket
     config: RunConfig
     mesh: jax.sharding.Mesh
     tokenizer: Tokenizer | None  # an imported model may have none
-    model: Decoder
+    kind: Decoder  # shapes, dtypes and layouts of the weights
+    reading: Future[Decoder]
     step: int
     context: int  # the most tokens of a row: as it was trained, or as published
 
+    @property
+    def model(self) -> Decoder:
+        """The weights, matrices in the compute dtype. Waits until all are there, and raises what went wrong with them."""
+        return self.reading.result()
+
 
 def open_run(
-    folder: str | Path | Bucket, mesh: str | None = None, needs_text: bool = True, step: int | None = None
+    folder: str | Path | Bucket,
+    mesh: str | None = None,
+    needs_text: bool = True,
+    stacked: bool = False,
+    step: int | None = None,
 ) -> TrainedRun:
     """The newest checkpoint of a run, or that of a step, on the mesh that trained it or on another (`'expert=2,tensor=2'`).
 
@@ -54,8 +70,12 @@ def open_run(
 
     An imported model may have no tokenizer: that is an error unless it `needs_text` no more than token ids.
 
+    Like layers are stacked in one array for each weight, if that is asked for (programs of a loop compile sooner) or where
+    decoding keeps its loop over them; else each is a module of its own in a list.
+
     A machine with only a CPU simulates as many devices as the mesh has, unless JAX has started before.
-    Raises UserError where the folder is not a run, has no whole checkpoint, or the mesh cannot hold the model.
+    Raises UserError where the folder is not a run, has no whole checkpoint, or the mesh cannot hold the model; what is wrong
+    with the weights comes with the first use of `model`.
     """
     folder = at(folder)
     if not (folder / 'config.yaml').is_file():
@@ -68,14 +88,31 @@ def open_run(
     check_divides(wanted, [*sizes(config.model), NO_PIPELINE])
     start(wanted.size, config.model.dtype)
     devices = make_mesh(wanted)
-    tokenizer = run_tokenizer(checkpoints.files(step), str(folder))
-    if needs_text and tokenizer is None:
+    files, rows = checkpoints.files(step), context(folder, config)
+    if needs_text and not has_tokenizer(files):
         raise UserError(f'{folder} was imported without a tokenizer: it takes token ids alone (scripts/score.py)')
-    tell = f'out of memory on a device: {sum(parameters(config.model).values()):,} parameters; split them over more with --mesh'
-    with jax.set_mesh(devices), explaining(lambda: tell):
-        model = restore_model(checkpoints, step, config)
-        model = jax.jit(in_compute_dtype, donate_argnums=0)(model)
-    return TrainedRun(folder, config, devices, tokenizer, model, step, context(folder, config))
+    with jax.set_mesh(devices):
+        stored = abstract_model(config)
+        computed = jax.tree_util.tree_map_with_path(
+            lambda path, w: w.update(dtype=_computed(path, w, config.model)), stored
+        )
+        apart = not stacked and is_written_out(computed)
+        kind = unstacked(computed, kinds) if apart else computed
+
+    def read() -> Decoder:
+        count = sum(parameters(config.model).values())
+        tell = f'out of memory on a device: {count:,} parameters; split them over more with --mesh'
+        with jax.set_mesh(devices), explaining(lambda: tell):
+            model = checkpoints.restore(step, {'model': stored})['model']
+            if jax.tree.leaves(computed) != jax.tree.leaves(stored):
+                model = jax.jit(in_compute_dtype, donate_argnums=0)(model)
+            return unstacked(model, divided) if apart else model
+
+    thread = ThreadPoolExecutor(1, 'weights')
+    reading = thread.submit(read)
+    thread.shutdown(wait=False)  # takes no more work, and ends when this is done
+    tokenizer = run_tokenizer(files, str(folder))
+    return TrainedRun(folder, config, devices, tokenizer, kind, reading, step, rows)
 
 
 def of_step(checkpoints: Checkpoints, step: int | None) -> int:
@@ -123,8 +160,10 @@ def in_compute_dtype(model: Decoder) -> Decoder:
     Routers, norms and biases compute in at least float32 and stay as they are.
     """
 
-    def cast(path, w):
-        narrow = is_matrix(path) and not any(getattr(part, 'name', '') == 'router_DE' for part in path)
-        return w.astype(jnp.dtype(model.config.dtype)) if narrow else w
+    return jax.tree_util.tree_map_with_path(lambda path, w: w.astype(_computed(path, w, model.config)), model)
 
-    return jax.tree_util.tree_map_with_path(cast, model)
+
+def _computed(path, w, c: ModelConfig) -> jnp.dtype:
+    """The dtype of one of its weights."""
+    narrow = is_matrix(path) and not any(getattr(part, 'name', '') == 'router_DE' for part in path)
+    return jnp.dtype(c.dtype) if narrow else w.dtype

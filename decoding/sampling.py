@@ -97,8 +97,13 @@ def describe(
     return token_B, Beside(seen_BV, likely)
 
 
-def choose(logit_BV: jax.Array, position_B: jax.Array, choice: Choice) -> jax.Array:
-    """The token that follows each row's position, int32 [B]. Rows are split over BATCH, V is whole; logits are float32."""
+def choose(logit_BV: jax.Array, position_B: jax.Array, choice: Choice | None) -> jax.Array:
+    """The token that follows each row's position, int32 [B]. Rows are split over BATCH, V is whole; logits are float32.
+
+    Without a choice the most likely one: the program of a draw takes as long to compile as a small model's step.
+    """
+    if choice is None:
+        return jnp.argmax(logit_BV, axis=-1).astype(jnp.int32)
     return jax.shard_map(one_device, in_specs=P(BATCH), out_specs=P(BATCH))(logit_BV, position_B, choice)
 
 

@@ -34,7 +34,14 @@ BY_LENGTH = ('dynamic', 'longrope')  # kinds of rope that turn all of a row's to
 
 @functools.partial(jit_step, static_argnums=7, donate_argnums=(1, 6))
 def read_more(
-    model: Decoder, cache: Any, tokens_BT: Any, begin_B: Any, length_B: Any, choice: Choice, seen_BV: Any, count: int
+    model: Decoder,
+    cache: Any,
+    tokens_BT: Any,
+    begin_B: Any,
+    length_B: Any,
+    choice: Choice | None,
+    seen_BV: Any,
+    count: int,
 ):
     """Reads a piece of text after what is in the cache: the token that follows, its position, the cache, and `describe`."""
     logit_BV, cache = extend(model, cache, tokens_BT, begin_B, length_B)
@@ -55,15 +62,39 @@ class Session:
     are compiled.
     """
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, context: int) -> None:
-        self.model, self.tokenizer, self.context = model, tokenizer, context
+    def __init__(
+        self,
+        kind: Decoder,
+        tokenizer: Tokenizer,
+        context: int,
+        weights: Callable[[], Decoder] | None = None,
+    ) -> None:
+        """`kind` is the model; or where `weights` gives it, once it has been read, what says its shapes and layouts."""
+        self.kind, self.tokenizer, self.context = kind, tokenizer, context
+        self.weights = weights or (lambda: kind)
         self.rows = row_ways()
         self.cache: Any = None
         self.slots = 0
         self.kept: list[int] = []  # the tokens that are in the cache
-        scaling = model.config.rope_scaling
+        scaling = kind.config.rope_scaling
         # A longer row would turn what is in the cache otherwise: such a model reads each text anew.
         self.keeps = scaling is None or scaling.kind not in BY_LENGTH
+
+    def prepare(self, sampling: Sampling) -> None:
+        """Begins to compile what a first short text needs, while the weights are read and the text is written."""
+        if not self.keeps:
+            return
+        choice = choices([sampling], self.rows)
+        penalised = choice is not None and choice.penalty_B is not None
+        seen_BV = place(np.zeros((self.rows, self.kind.config.vocabulary), bool)) if penalised else None
+        self._room(1)
+        tokens_BT, begin_B = place((np.zeros((self.rows, PIECES[-1]), np.int32), np.zeros(self.rows, np.int32)))
+        found = read_more.ahead(self.kind, self.cache, tokens_BT, begin_B, begin_B, choice, seen_BV, 0)
+        token_B, position_B, cache, beside = found
+        if penalised:
+            next_described.ahead(self.kind, cache, token_B, position_B, choice, beside.seen_BV, 0)
+        else:
+            next_token.ahead(self.kind, cache, token_B, position_B, choice)
 
     def answer(
         self,
@@ -80,11 +111,11 @@ class Session:
         """
         assert 0 < len(ids) < self.context, 'the text leaves room for an answer'
         choice = choices([sampling], self.rows)
+        penalised = choice is not None and choice.penalty_B is not None
         seen_BV = None
-        if choice.penalty_B is not None:
-            seen_BV = np.zeros((self.rows, self.model.config.vocabulary), bool)
+        if penalised:
+            seen_BV = np.zeros((self.rows, self.kind.config.vocabulary), bool)
             seen_BV[0, list(ids)] = True
-        choice = place(choice)
         token_B, position_B, beside = self._read(ids, choice, seen_BV)
         completion, stream = Completion(''), TextStream(self.tokenizer, stops)
         room = min(max_new_tokens, self.context - len(ids))
@@ -102,15 +133,17 @@ class Session:
             if not completion.finish_reason:
                 self._room(len(self.kept) + 1)
                 self.kept.append(token)
-                if choice.penalty_B is None:
-                    token_B, position_B, self.cache = next_token(self.model, self.cache, token_B, position_B, choice)
+                if not penalised:
+                    token_B, position_B, self.cache = next_token(
+                        self.weights(), self.cache, token_B, position_B, choice
+                    )
                 else:
                     token_B, position_B, self.cache, beside = next_described(
-                        self.model, self.cache, token_B, position_B, choice, beside.seen_BV, 0
+                        self.weights(), self.cache, token_B, position_B, choice, beside.seen_BV, 0
                     )
         return completion
 
-    def _read(self, ids: Sequence[int], choice: Choice, seen_BV: Any) -> tuple[Any, Any, Beside]:
+    def _read(self, ids: Sequence[int], choice: Choice | None, seen_BV: Any) -> tuple[Any, Any, Beside]:
         """Has the cache hold these tokens: the token that follows, its position, and `describe`'s."""
         if not self.keeps:
             return self._read_anew(ids, choice, seen_BV)
@@ -129,18 +162,18 @@ class Session:
             tokens_BT[0, : len(piece)] = piece
             begin_B, length_B = np.full(self.rows, begin, np.int32), np.full(self.rows, len(piece), np.int32)
             token_B, position_B, self.cache, beside = read_more(
-                self.model, self.cache, *place((tokens_BT, begin_B, length_B)), choice, place(seen_BV), 0
+                self.weights(), self.cache, *place((tokens_BT, begin_B, length_B)), choice, place(seen_BV), 0
             )
             found, self.kept = (token_B, position_B, beside), [*self.kept, *piece]
         return found
 
-    def _read_anew(self, ids: Sequence[int], choice: Choice, seen_BV: Any) -> tuple[Any, Any, Beside]:
+    def _read_anew(self, ids: Sequence[int], choice: Choice | None, seen_BV: Any) -> tuple[Any, Any, Beside]:
         """`_read` with a new cache."""
         self.cache, self.slots, self.kept = None, max(SLOTS, _doubled(len(ids), SLOTS)), list(ids)
         tokens_BT = np.zeros((self.rows, _doubled(len(ids), BUCKET)), np.int32)
         tokens_BT[0, : len(ids)] = ids
         prompts = Prompts(tokens_BT, np.full(self.rows, len(ids), np.int32)).placed()
-        token_B, self.cache, beside = first_described(self.model, self.slots, prompts, choice, place(seen_BV), 0)
+        token_B, self.cache, beside = first_described(self.weights(), self.slots, prompts, choice, place(seen_BV), 0)
         return token_B, prompts.length_B, beside
 
     def _room(self, tokens: int) -> None:
@@ -150,7 +183,7 @@ class Session:
         most = -(-self.context // BUCKET) * BUCKET
         self.slots = max(min(_doubled(tokens, SLOTS), most), tokens)
         if self.cache is None:
-            self.cache = jax.jit(empty_cache, static_argnums=(1, 2))(self.model, self.rows, self.slots)
+            self.cache = jax.jit(lambda: empty_cache(self.kind, self.rows, self.slots))()
         else:
             self.cache = longer(self.cache, self.slots)
 

@@ -4,18 +4,20 @@ Letters: B rows, T prompt tokens, S slots of the cache or tokens of a source, V 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import P, lax
+from jax.sharding import NamedSharding
 
 from model.cost import cached_numbers
 from model.decoder import Decoder, backends, to_vocabulary
 from model.forward import ROWS, TOKENS, columns, needs_causal, needs_no_stages, one_device, real_vocabulary
 from model.layers import CACHE_SPEC, Cache, Kept, View
-from sharding.collectives import settled, vary
+from sharding.collectives import psum, settled, vary
 from sharding.mesh import platform
 from sharding.order import cyclic
 
@@ -23,14 +25,48 @@ from sharding.order import cyclic
 OPTIONS: dict[str, dict[str, Any]] = {'gpu': {'xla_gpu_dot_merger_threshold_mb': 0}}
 
 
-def jit_step(step: Callable, **how: Any) -> Callable:
-    """`jax.jit` of a decoding step, with the options of the platform that it is first called on."""
+# Compiles ahead, one program after another: the first is wanted first.
+AHEAD = ThreadPoolExecutor(1, 'compiling')
 
-    @functools.cache
-    def compiled(name: str) -> Callable:
-        return jax.jit(step, compiler_options=OPTIONS.get(name), **how)
 
-    return functools.wraps(step)(lambda *arguments: compiled(platform())(*arguments))
+class Program:
+    """`jax.jit` of a function that can be compiled before its arguments are there.
+
+    JAX finds what was compiled for arguments of these shapes, dtypes and layouts when it is called with such.
+    """
+
+    def __init__(self, function: Callable, options: Mapping[str, dict[str, Any]] | None = None, **how: Any):
+        self.compiled = functools.cache(
+            lambda name: jax.jit(function, compiler_options=(options or {}).get(name), **how)
+        )
+        self.under_way: list[Future[Any]] = []
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        while self.under_way:
+            self.under_way.pop().result()
+        return self.compiled(platform())(*arguments)
+
+    def ahead(self, *arguments: Any) -> Any:
+        """Begins to compile it for the current mesh and such arguments: arrays, or what says their kinds. A call waits for it.
+
+        Returns shapes, dtypes and layouts of what it will give.
+        """
+        mesh, program = jax.sharding.get_mesh(), self.compiled(platform())
+        given = program.eval_shape(*arguments)  # traced here, and not again
+
+        def compile_it() -> Any:
+            with jax.set_mesh(mesh):
+                return program.lower(*arguments).compile()
+
+        self.under_way.append(AHEAD.submit(compile_it))
+        on_mesh = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
+        return jax.tree.map(on_mesh, given)
+
+
+def jit_step(step: Callable, **how: Any) -> Program:
+    """A decoding step as a program, with the options of the platform that it is called on."""
+    return Program(step, OPTIONS, **how)
 
 
 def empty_cache(model: Decoder, rows: int, slots: int, source: Kept | None = None) -> Cache:
@@ -86,7 +122,7 @@ def prefill(model: Decoder, cache: Cache, tokens_BT, length_B):
         view = View(position_BT, segment_BT, **backends(model.config), sequence_split=split, source=source)
         x_BTD, cache, _ = model.hidden(tokens_BT, view, cache)
         last_BT1 = (position_BT == length_B[:, None] - 1)[..., None]  # one column, of one device of `context`
-        last_BD = lax.psum(jnp.where(last_BT1, view.join(x_BTD), 0).sum(1), 'context')
+        last_BD = psum(jnp.where(last_BT1, view.join(x_BTD), 0).sum(1), 'context')
         return to_vocabulary(last_BD, model.head(), model.config), cache
 
     return _with_cache(body, model, cache, tokens_BT, length_B)

@@ -10,6 +10,7 @@ Y kinds of segments, R buckets of distances.
 """
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple, TypedDict
 
 import jax
@@ -25,13 +26,13 @@ from model.grouped_matmul import default_backend as experts_backend
 from model.latent import LatentAttention
 from model.layers import Attention, Cache, Kept, Memory, Mlp, Norm, View, constant, linear_back, weight
 from model.moe import MoE
-from sharding.collectives import my_slice, vary, whole, wide
+from sharding.collectives import all_to_all, gathered, my_slice, vary, whole, wide
 from sharding.mesh import FSDP, platform
 from sharding.pipeline import dealt, pipeline
 
 # Platform -> layers that are written out at most, of whole rows and of a decoding step: a loop's slices of weights, and of what
-# is kept, are copies, and with them a decoding step on a GPU takes twice as long. More keep the loop, to compile quickly.
-UNROLLED = {'cpu': (8, 8), 'gpu': (16, 256)}
+# is kept, are copies, and with them a decoding step takes up to twice as long. More keep the loop, to compile quickly.
+UNROLLED = {'cpu': (8, 64), 'gpu': (16, 256)}
 
 
 class Block(nnx.Module):
@@ -215,10 +216,7 @@ class Decoder(nnx.Module):
             x = x + whole(self.kind_YD[...], x.dtype, dim=1)[kind_BT]
         if c.positions in ('learned', 'sinusoidal'):
             x = x + self.position_table(x.dtype)[view.position_BT]
-        if view.sequence_split:
-            x = lax.all_to_all(x, 'tensor', split_axis=1, concat_axis=2, tiled=True)
-        else:
-            x = lax.all_gather(x, 'tensor', axis=2, tiled=True)
+        x = all_to_all(x, 'tensor', 1, 2) if view.sequence_split else gathered(x, 'tensor', 2)
         return self.embedding_norm(x) if c.embedding_norm else x
 
     def position_table(self, dtype):
@@ -237,7 +235,7 @@ class Decoder(nnx.Module):
                 w_DV = lax.optimization_barrier(jnp.pad(w_DV, ((0, 0), (0, fill))))
             return Head(whole(w_DV, self.config.dtype)[:, :V], bias_V)
         embed_VD = whole(self.embed_VD[...], self.config.dtype)
-        return Head(lax.all_to_all(embed_VD, 'tensor', split_axis=0, concat_axis=1, tiled=True).T, bias_V)
+        return Head(all_to_all(embed_VD, 'tensor', 0, 1), bias_V)
 
 
 def scattered_columns(columns: int) -> int:
@@ -260,9 +258,9 @@ def scattered_columns(columns: int) -> int:
 class Head(NamedTuple):
     """What makes logits of activations."""
 
-    w_DV: jax.Array
+    w: jax.Array  # [D, V]; where `ModelConfig.tied_embedding` [V, D], as the embedding lies: to turn it is to copy it
     bias_V: jax.Array | None = None
-    sink_DV: jax.Array | None = None  # takes w's gradient: see `wide_product`
+    sink: jax.Array | None = None  # takes w's gradient: see `wide_product`
 
 
 def stacked(
@@ -274,7 +272,10 @@ def stacked(
 
 
 def in_order(blocks: tuple[Block, ...], x_BTD, view: View, cache: Cache | None, first):
-    """x after the layers of a run, of which the first has number `first`; the cache; by kind the figures of each layer."""
+    """x after the layers of a run, of which the first has number `first`; the cache; by kind the figures of each layer.
+
+    Each of `blocks` has the layers of one kind: stacked, or a list of them (decoding/unstacked.py).
+    """
 
     def unit(carry, numbered):
         (x_BTD, cache), (blocks, number) = carry, numbered
@@ -284,6 +285,13 @@ def in_order(blocks: tuple[Block, ...], x_BTD, view: View, cache: Cache | None, 
             figures.append(found)
         return (x_BTD, cache), vary(figures)
 
+    if isinstance(blocks[0], nnx.List):
+        figures = []
+        for number, layers in enumerate(zip(*blocks, strict=True)):
+            run = remat(unit, layers[0].config, True)
+            (x_BTD, cache), found = run((x_BTD, cache), (layers, first + number * len(blocks)))
+            figures.append(found)
+        return x_BTD, cache, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *figures)
     repeats = jax.tree.leaves(blocks)[0].shape[0]
     unroll = written_out(repeats * len(blocks), blocks[0].config, view.decoding, platform())
     run = remat(unit, blocks[0].config, unroll)
@@ -339,28 +347,28 @@ def _lookup_backward(kept, dx_BTD):
 lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-@jax.custom_vjp
-def wide_product(x_ND, w_DV, sink_DV):
-    """x @ w in at least float32, [..., V]. Backward the narrow numbers of x and w are multiplied by as narrow ones.
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def wide_product(x_ND, w, sink, dims: str = 'DV'):
+    """x @ w in at least float32, [..., V], of w [D, V] or, where `dims` is 'VD', its transpose.
 
-    Else autodiff's products of float32 gradients would run in float32: on a GPU at half the rate or less. The gradient of w, in
-    at least float32, is that of `sink_DV`, zeros that nothing is added to, so that parts of it are not rounded before
-    they are added up; without a sink it is w's own.
+    Backward the narrow numbers of x and w are multiplied by as narrow ones. Else autodiff's products of float32 gradients
+    would run in float32: on a GPU at half the rate or less. The gradient of w, in at least float32, is that of `sink`, zeros
+    that nothing is added to, so that parts of it are not rounded before they are added up; without a sink it is w's own.
     """
-    return jnp.einsum('...D,DV->...V', x_ND, w_DV, preferred_element_type=wide(x_ND).dtype)
+    return jnp.einsum(f'...D,{dims}->...V', x_ND, w, preferred_element_type=wide(x_ND).dtype)
 
 
-def _wide_product_forward(x_ND, w_DV, sink_DV):
-    return wide_product(x_ND, w_DV, sink_DV), (x_ND, w_DV, sink_DV is None)
+def _wide_product_forward(x_ND, w, sink, dims):
+    return wide_product(x_ND, w, sink, dims), (x_ND, w, sink is None)
 
 
-def _wide_product_backward(kept, dlogit_NV):
-    x_ND, w_DV, own = kept
+def _wide_product_backward(dims, kept, dlogit_NV):
+    x_ND, w, own = kept
     dlogit_NV = dlogit_NV.astype(x_ND.dtype)
     parts = (a.reshape(-1, a.shape[-1]) for a in (x_ND, dlogit_NV))
-    dw_DV = jnp.einsum('ND,NV->DV', *parts, preferred_element_type=wide(x_ND).dtype)
-    dx_ND = jnp.einsum('...V,DV->...D', dlogit_NV, w_DV)
-    return (dx_ND, dw_DV.astype(w_DV.dtype), None) if own else (dx_ND, jnp.zeros_like(w_DV), dw_DV)
+    dw = jnp.einsum(f'ND,NV->{dims}', *parts, preferred_element_type=wide(x_ND).dtype)
+    dx_ND = jnp.einsum(f'...V,{dims}->...D', dlogit_NV, w)
+    return (dx_ND, dw.astype(w.dtype), None) if own else (dx_ND, jnp.zeros_like(w), dw)
 
 
 wide_product.defvjp(_wide_product_forward, _wide_product_backward)
@@ -368,7 +376,7 @@ wide_product.defvjp(_wide_product_forward, _wide_product_backward)
 
 def to_vocabulary(x_ND, head: Head, c: ModelConfig):
     """Logits, in at least float32 however narrow x and the head are."""
-    logit_NV = wide_product(x_ND, head.w_DV, head.sink_DV)
+    logit_NV = wide_product(x_ND, head.w, head.sink, 'VD' if c.tied_embedding else 'DV')
     if c.logit_scale != 1:
         logit_NV = logit_NV * c.logit_scale
     if head.bias_V is not None:

@@ -28,8 +28,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from model.grouped_matmul import combine, expert_mlp, permute, with_ones
-from sharding.collectives import gathered, scattered, vary_together
+from model.grouped_matmul import combine, expert_mlp, permute
+from sharding import collectives
+from sharding.collectives import axis_index, gathered, psum, scattered, vary_together
 from sharding.mesh import platform
 
 
@@ -38,10 +39,10 @@ class Experts(NamedTuple):
 
     gate_EDF: jax.Array | None  # None: a plain MLP
     up_EDF: jax.Array
-    down_EFD: jax.Array
+    down_EDF: jax.Array  # used as its transpose
     activation: Callable[..., jax.Array]  # of gate and up, or of up alone
     backend: str  # of the grouped matmul
-    biased: bool = False  # D and, of down, F have one more row each: what is added, for it meets a 1
+    biases: tuple[tuple[jax.Array, ...], jax.Array] | None = None  # of gate (if any) and up [E, F] each, of down [E, D]
 
     @property
     def held(self) -> int:
@@ -50,15 +51,16 @@ class Experts(NamedTuple):
 
     def grouped(self, x_SD, sizes_E):
         """The first sizes[0] rows meet the first expert, and so on; rows past the sum give 0."""
-        weights = self.gate_EDF, self.up_EDF, self.down_EFD
-        return expert_mlp(x_SD, *weights, sizes_E, activation=self.activation, biased=self.biased, backend=self.backend)
+        weights = self.gate_EDF, self.up_EDF, self.down_EDF
+        return expert_mlp(x_SD, *weights, sizes_E, activation=self.activation, biases=self.biases, backend=self.backend)
 
     def batched(self, x_ECD):
         """As many rows for each expert."""
-        more = with_ones if self.biased else lambda x: x
-        up = lambda w_EDF: jnp.einsum('ECD,EDF->ECF', more(x_ECD), w_EDF)
-        h_ECF = self.activation(*(up(w) for w in (self.gate_EDF, self.up_EDF) if w is not None))
-        return jnp.einsum('ECF,EFD->ECD', more(h_ECF), self.down_EFD)
+        inner = [jnp.einsum('ECD,EDF->ECF', x_ECD, w) for w in (self.gate_EDF, self.up_EDF) if w is not None]
+        if self.biases:
+            inner = [h_ECF + b_EF[:, None] for h_ECF, b_EF in zip(inner, self.biases[0], strict=True)]
+        y_ECD = jnp.einsum('ECF,EDF->ECD', self.activation(*inner), self.down_EDF)
+        return y_ECD + self.biases[1][:, None] if self.biases else y_ECD
 
 
 def default_dispatch(platform: str) -> str:
@@ -83,13 +85,13 @@ def all_gather(x_ND, gate_NK, expert_NK, experts: Experts, *, split: bool, capac
     for axis in ('tensor', 'expert') if split else ('expert',):
         x_ND, gate_NK, expert_NK = (gathered(a, axis) for a in (x_ND, gate_NK, expert_NK))
     E = experts.held
-    mine_NK = expert_NK - E * lax.axis_index('expert')
+    mine_NK = expert_NK - E * axis_index('expert')
     mine_NK = jnp.where((mine_NK >= 0) & (mine_NK < E), mine_NK, E)
     order_R, place_R, sizes_E = by_expert(mine_NK, E)
     y_RD = experts.grouped(permute(x_ND, order_R, place_R), sizes_E)
     y_ND = combine(y_RD, gate_NK.astype(x_ND.dtype), order_R, place_R)
     y_ND = scattered(y_ND, 'expert')
-    y_ND = scattered(y_ND, 'tensor') if split else lax.psum(y_ND, 'tensor')
+    y_ND = scattered(y_ND, 'tensor') if split else psum(y_ND, 'tensor')
     return y_ND, jnp.float32(0)
 
 
@@ -103,17 +105,17 @@ def all_to_all(x_ND, gate_NK, expert_NK, experts: Experts, *, split: bool, capac
     C = capacity(N, K, E, capacity_factor) if split else N
     order_S, slot_R, dropped = slots(expert_NK, E, C)
     x_nECD = permute(x_ND, order_S, slot_R, partial=True).reshape(n, experts.held, C, D)
-    x_nECD = lax.all_to_all(x_nECD, 'expert', 0, 0, tiled=True)
+    x_nECD = collectives.all_to_all(x_nECD, 'expert', 0, 0)
     if split:
         # As a matrix: TPU then keeps the sum on the way back, and this one's gradient, a reduce-scatter.
-        x_nECD = lax.all_gather(x_nECD.reshape(-1, D), 'tensor', tiled=True).reshape(-1, experts.held, C, D)
+        x_nECD = gathered(x_nECD.reshape(-1, D), 'tensor').reshape(-1, experts.held, C, D)
     y_ECD = experts.batched(x_nECD.swapaxes(0, 1).reshape(experts.held, -1, D))
     y_nECD = y_ECD.reshape(experts.held, -1, C, D).swapaxes(0, 1)
     if split:
-        y_nECD = lax.psum_scatter(y_nECD.reshape(-1, D), 'tensor', tiled=True).reshape(n, experts.held, C, D)
-    y_SD = lax.all_to_all(y_nECD, 'expert', 0, 0, tiled=True).reshape(E * C, D)
+        y_nECD = scattered(y_nECD.reshape(-1, D), 'tensor').reshape(n, experts.held, C, D)
+    y_SD = collectives.all_to_all(y_nECD, 'expert', 0, 0).reshape(E * C, D)
     y_ND = combine(y_SD, gate_NK.astype(x_ND.dtype), order_S, slot_R, partial=True)
-    return (y_ND, dropped) if split else (lax.psum(y_ND, 'tensor'), dropped / lax.axis_size('tensor'))
+    return (y_ND, dropped) if split else (psum(y_ND, 'tensor'), dropped / lax.axis_size('tensor'))
 
 
 def ragged(x_ND, gate_NK, expert_NK, experts: Experts, *, split: bool, capacity_factor: float):
@@ -123,17 +125,17 @@ def ragged(x_ND, gate_NK, expert_NK, experts: Experts, *, split: bool, capacity_
     case, that all tokens of all devices want the experts of one.
     """
     if split:
-        x_ND, gate_NK, expert_NK = (lax.all_gather(a, 'tensor', tiled=True) for a in (x_ND, gate_NK, expert_NK))
+        x_ND, gate_NK, expert_NK = (gathered(a, 'tensor') for a in (x_ND, gate_NK, expert_NK))
     (N, K), n = expert_NK.shape, lax.axis_size('expert')
     E = n * experts.held
     order_R, place_R, count_E = by_expert(expert_NK, E)
-    count_nE = lax.all_gather(count_E, 'expert')
-    mine_nE = lax.dynamic_slice_in_dim(count_nE, lax.axis_index('expert') * experts.held, experts.held, 1)
+    count_nE = gathered(count_E[None], 'expert')
+    mine_nE = lax.dynamic_slice_in_dim(count_nE, axis_index('expert') * experts.held, experts.held, 1)
     x_SD = exchange(permute(x_ND, order_R, place_R), count_nE, n * N * min(K, experts.held))
     y_SD = experts.grouped(x_SD, mine_nE.sum(0, dtype=jnp.int32))
     y_RD = exchange(y_SD, count_nE, N * K, back=True)
     y_ND = combine(y_RD, gate_NK.astype(x_ND.dtype), order_R, place_R)
-    return (lax.psum_scatter(y_ND, 'tensor', tiled=True) if split else lax.psum(y_ND, 'tensor')), jnp.float32(0)
+    return (scattered(y_ND, 'tensor') if split else psum(y_ND, 'tensor')), jnp.float32(0)
 
 
 _DISPATCH = {'all_gather': all_gather, 'all_to_all': all_to_all, 'ragged': ragged}
@@ -181,13 +183,15 @@ def exchange(x_RD, count_nE, rows: int, back: bool = False):
 
     The gradient is the exchange in the other direction.
     """
+    if count_nE.shape[0] == 1:
+        return x_RD  # `rows` are those that there are
     return _exchange(*vary_together((x_RD, count_nE)), rows, back)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _exchange(x_RD, count_nE, rows: int, back: bool):
     n, E = count_nE.shape
-    me, count_mnE = lax.axis_index('expert'), count_nE.reshape(n, n, E // n).swapaxes(0, 1)
+    me, count_mnE = axis_index('expert'), count_nE.reshape(n, n, E // n).swapaxes(0, 1)
     home_nE = jnp.cumsum(count_nE, 1) - count_nE  # where a run begins on the device that it comes from
     # Where it begins on its expert's device: runs stand there by expert, those of one expert by where they come from.
     ends_mEn = jnp.cumsum(count_mnE.swapaxes(1, 2).reshape(n, -1), 1)

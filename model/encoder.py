@@ -85,10 +85,17 @@ def kept(memory: Memory, runs) -> Kept:
     length_B = (memory.segment_BS > 0).sum(1, dtype=jnp.int32)
     of_runs = []
     for blocks in runs:
-        by_kind = [lax.map(lambda block: block.cross.kept(memory.x_BSD), group) for group in blocks]
+        by_kind = [by_layer(lambda block: block.cross.kept(memory.x_BSD), group) for group in blocks]
         of_runs.append(jax.tree.map(lambda *a: jnp.stack(a, 1).reshape(-1, *a[0].shape[1:]), *by_kind))
     k_LBSM, v_LBSM = jax.tree.map(lambda *a: jnp.concatenate(a), *of_runs)
     return Kept(k_LBSM, v_LBSM, length_B)
+
+
+def by_layer(f, group):
+    """f of each layer, stacked, of a group that is stacked or is a list of layers."""
+    if isinstance(group, nnx.List):
+        return jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *map(f, group))
+    return lax.map(f, group)
 
 
 class HeadMlp(nnx.Module):

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from model import attention, grouped_matmul
 from model.decoder import Decoder, backends, to_vocabulary
 from model.layers import View, specs
-from sharding.collectives import join, vary
+from sharding.collectives import axis_index, join, vary
 from sharding.errors import UserError
 from sharding.mesh import BATCH
 from sharding.order import contiguous
@@ -86,7 +86,7 @@ def one_device(body, model: Decoder, in_specs, out_specs):
 
 def columns(T: int, order) -> jax.Array:
     """int32 [T / context]: which columns of a row of T this device works on; `order` is a function of sharding.order."""
-    return jnp.asarray(order(T, lax.axis_size('context')))[lax.axis_index('context')]
+    return jnp.asarray(order(T, lax.axis_size('context')))[axis_index('context')]
 
 
 def needs_no_stages(what: str) -> None:

@@ -12,13 +12,12 @@ once an expert; `blocked` is for CPUs, where `lax.ragged_dot` costs E times the 
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from model.grouped_kernel import gmm
 from sharding.collectives import vary_together
 from sharding.errors import UserError, nearest
 from sharding.mesh import platform
@@ -26,10 +25,29 @@ from sharding.mesh import platform
 BACKENDS = ('reference', 'blocked', 'ragged', 'gmm')
 
 # Rows of a block, tried in this order in each group; the last one covers what remains. Large blocks run at a plain
-# matmul's speed, small ones waste little where a group ends.
+# matmul's speed, small ones waste little where a group ends. Few rows a group, as in decoding, have small blocks
+# alone (a second size, even where no group has such a block, costs another copy of the weights), and the fewest rows go to
+# their groups one by one.
 BLOCKS = (512, 128, 32)
+SMALL_BLOCKS = (8,)
+FEW = 4
 
-Matmul = Callable[[jax.Array, Any], Any]  # (rows, weight) -> rows, (rows, (weight, ...)) -> (rows, ...)
+
+class Turned(NamedTuple):
+    """A weight that stands for its transpose, of its last two dims: to turn it would be to copy it."""
+
+    w: jax.Array
+
+
+class Bias(NamedTuple):
+    """What is added to each group's rows, [E, F]."""
+
+    b: jax.Array
+
+
+Matmul = Callable[
+    [jax.Array, Any], Any
+]  # (rows, weight) -> rows, (rows, (weight, ...)) -> (rows, ...), (rows, Bias) -> rows
 
 
 def default_backend(name: str, dtype: str = 'float32') -> str:
@@ -61,31 +79,30 @@ def expert_mlp(
     x_RD: jax.Array,
     gate_EDF: jax.Array | None,
     up_EDF: jax.Array,
-    down_EFD: jax.Array,
+    down_EDF: jax.Array,
     sizes_E: jax.Array,
     *,
     activation: Callable[..., jax.Array] = swiglu,
-    biased: bool = False,
+    biases: tuple[tuple[jax.Array, ...], jax.Array] | None = None,
     backend: str,
 ) -> jax.Array:
-    """y_RD = activation(x gate, x up) down with each row's own expert; rows as in `grouped_matmul`.
+    """y_RD = activation(x gate, x up) down' with each row's own expert; rows as in `grouped_matmul`.
 
-    Without a gate activation(x up) down. `biased`: each weight has one more row, which is added (`with_ones`). Faster on a
-    CPU than three grouped matmuls: see `grouped_apply`.
+    Without a gate activation(x up) down'. `biases`: what is added to each of the inner products ([E, F] each, in the order of
+    gate and up), and to the result ([E, D]). Faster on a CPU than three grouped matmuls: see `grouped_apply`.
     """
-    more = with_ones if biased else lambda x_RD: x_RD
 
-    def mlp(matmul: Matmul, x_RD: jax.Array, weights: tuple[tuple[jax.Array, ...], jax.Array]) -> jax.Array:
-        inner, down = weights
-        return matmul(more(activation(*matmul(more(x_RD), inner))), down)
+    def mlp(matmul: Matmul, x_RD: jax.Array, weights: Any) -> jax.Array:
+        inner, down, *added = weights
+        h = matmul(x_RD, inner)
+        if added:
+            h = tuple(a + matmul(a, bias) for a, bias in zip(h, added[0], strict=True))
+        y = matmul(activation(*h), down)
+        return y + matmul(y, added[1]) if added else y
 
     inner = (up_EDF,) if gate_EDF is None else (gate_EDF, up_EDF)
-    return grouped_apply(mlp, x_RD, (inner, down_EFD), sizes_E, backend=backend)
-
-
-def with_ones(x_RD: jax.Array) -> jax.Array:
-    """x with a column of ones at its end, which a weight's last row is added by."""
-    return jnp.concatenate([x_RD, jnp.ones_like(x_RD[..., :1])], -1)
+    added = () if biases is None else (tuple(map(Bias, biases[0])), Bias(biases[1]))
+    return grouped_apply(mlp, x_RD, (inner, Turned(down_EDF), *added), sizes_E, backend=backend)
 
 
 def grouped_apply(
@@ -108,20 +125,28 @@ def grouped_apply(
         return _blocked(f, x_RD, weights, sizes_E)
     ends_E = jnp.cumsum(sizes_E)
     row_R = jnp.arange(x_RD.shape[0])
+    mine_RE = lambda: (row_R[:, None] < ends_E[None]) & (row_R[:, None] >= (ends_E - sizes_E)[None])
 
     def matmul(x_RD: jax.Array, w_EDF: Any) -> Any:
-        if isinstance(w_EDF, tuple):
+        if isinstance(w_EDF, Bias):
+            # A product with ones and zeros is exact, and so is its gradient's sum, where a gather's would round as it adds.
+            return jnp.matmul(mine_RE().astype(x_RD.dtype), w_EDF.b, precision='highest')
+        turned = isinstance(w_EDF, Turned)
+        if isinstance(w_EDF, tuple) and not turned:
             return tuple(matmul(x_RD, w) for w in w_EDF)
         if backend == 'gmm':
-            return gmm(x_RD, w_EDF, sizes_E)
+            from model.grouped_kernel import gmm  # it needs Pallas, whose import takes a while
+
+            return gmm(x_RD, w_EDF.w if turned else w_EDF, sizes_E, turned=turned)
+        if turned:
+            w_EDF = w_EDF.w.swapaxes(1, 2)
         wide = jnp.promote_types(x_RD.dtype, jnp.float32)
         if backend == 'ragged':
             # A TPU sums in float32 whatever it writes; asked for float32 it would hold all rows in it too.
             kept = x_RD.dtype if platform() == 'tpu' else wide
             y_RF = lax.ragged_dot(x_RD, w_EDF, sizes_E, preferred_element_type=kept)
         else:
-            mine_RE = (row_R[:, None] < ends_E[None]) & (row_R[:, None] >= (ends_E - sizes_E)[None])
-            y_RF = jnp.einsum('RD,EDF,RE->RF', x_RD, w_EDF, mine_RE.astype(wide), preferred_element_type=wide)
+            y_RF = jnp.einsum('RD,EDF,RE->RF', x_RD, w_EDF, mine_RE().astype(wide), preferred_element_type=wide)
         return y_RF.astype(x_RD.dtype)
 
     # Masked at both ends: what the last rows hold (even NaN) reaches neither y nor, through 0 * NaN, a gradient.
@@ -210,21 +235,28 @@ def _blocked(
     """Group after group, block after block of its rows: the work follows sum(sizes), not R, and nothing of size R but y
     is allocated.
 
-    A block may reach past its group's end; those rows are computed and dropped. `lax.while_loop` has no reverse mode,
-    hence the custom gradient: the same walk, with each block's vjp recomputed from x, and the weights' gradients summed
-    in float32 or wider while a group lasts.
+    A block may reach past its group's end; those rows are computed and dropped. Of a group without rows nothing is read
+    going forward: each group's weights are copied out of the stack, and where there are few rows most would be for nothing.
+    `lax.while_loop` has no reverse mode, hence the custom gradient: the same walk, with each block's vjp recomputed from x,
+    and the weights' gradients summed in float32 or wider while a group lasts.
     """
-    R, dtype = x_RD.shape[0], x_RD.dtype
+    R, E, dtype = x_RD.shape[0], sizes_E.shape[0], x_RD.dtype
     axes = jax.typeof(x_RD).manual_axis_type.varying
     wide = jnp.promote_types(dtype, jnp.float32)
-    blocks = tuple(B for B in BLOCKS if B <= R) or (R,)
+    blocks = tuple(B for B in (BLOCKS if BLOCKS[-1] * E <= R else SMALL_BLOCKS) if B <= R) or (R,)
 
     def g(x_BD: jax.Array, weights: Any) -> jax.Array:  # one block, one group
         return f(matmul, x_BD, weights)
 
     def matmul(x_BD: jax.Array, w: Any) -> Any:
+        if isinstance(w, Bias):
+            return w.b[None]
+        if isinstance(w, Turned):
+            return lax.dot_general(x_BD, w.w, (((1,), (1,)), ((), ())))
         if not isinstance(w, tuple):
             return x_BD @ w
+        if x_BD.shape[0] <= SMALL_BLOCKS[-1]:  # joining the weights would take longer than what it saves
+            return tuple(x_BD @ w_DF for w_DF in w)
         # One wide product is faster than several narrow ones; XLA makes the wide weight once a group.
         ends = list(itertools.accumulate(w_DF.shape[1] for w_DF in w))[:-1]
         return tuple(jnp.split(x_BD @ jnp.concatenate(w, 1), ends, 1))
@@ -260,20 +292,38 @@ def _blocked(
 
     @jax.custom_vjp
     def run(x_RD: jax.Array, weights: Any, sizes_E: jax.Array) -> jax.Array:
-        one = jax.tree.map(lambda w: w[0], weights)
-        G = jax.eval_shape(g, x_RD, one).shape[1]
+        of_group = lambda e: widen(jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, e, keepdims=False), weights))
+        G, ends_E = jax.eval_shape(g, x_RD, of_group(0)).shape[1], jnp.cumsum(sizes_E)
+        if R <= FEW:
+            group_R = jnp.searchsorted(ends_E, jnp.arange(R, dtype=ends_E.dtype), side='right')
+            rows = [g(widen(x_RD[r : r + 1]), of_group(jnp.minimum(group_R[r], E - 1))) for r in range(R)]
+            return jnp.where((group_R < E)[:, None], jnp.concatenate(rows), 0).astype(dtype)
+        with_rows_E = jnp.argsort(sizes_E == 0, stable=True)  # these come first
 
-        def group(y_RG: jax.Array, item: tuple) -> tuple[jax.Array, None]:
-            weights, size, end = item
-            weights = widen(weights)
+        def group(i: jax.Array, y_RG: jax.Array) -> jax.Array:
+            e = with_rows_E[i]
+            weights, size = of_group(e), sizes_E[e]
 
             def block(first: jax.Array, mine_B1: jax.Array, y_RG: jax.Array) -> jax.Array:
                 x_BD = widen(take(x_RD, first, mine_B1.shape[0]))
                 return put(y_RG, g(x_BD, weights), mine_B1, first)
 
-            return walk(block, y_RG, end - size, size), None
+            return walk(block, y_RG, ends_E[e] - size, size)
 
-        return lax.scan(group, zeros((R, G), dtype), (weights, sizes_E, jnp.cumsum(sizes_E)))[0]
+        def one_by_one() -> jax.Array:
+            return lax.fori_loop(0, (sizes_E > 0).sum(), group, zeros((R, G), dtype))
+
+        def together() -> jax.Array:  # as a batched matmul, which copies no weights
+            row_EB = jnp.minimum((ends_E - sizes_E)[:, None] + jnp.arange(least)[None], R - 1)
+            y_EBG = jax.vmap(g)(x_RD[row_EB], weights)
+            group_R = jnp.searchsorted(ends_E, jnp.arange(R, dtype=ends_E.dtype), side='right')
+            e_R = jnp.minimum(group_R, E - 1)
+            return jnp.where((group_R < E)[:, None], y_EBG[e_R, jnp.arange(R) - (ends_E - sizes_E)[e_R]], 0)
+
+        least = blocks[-1]
+        if blocks == BLOCKS[: len(blocks)] or R < E or dtype != wide:
+            return one_by_one()
+        return lax.cond((sizes_E <= least).all(), together, one_by_one)
 
     def forward(x_RD, weights, sizes_E):
         return run(x_RD, weights, sizes_E), (x_RD, weights, sizes_E)

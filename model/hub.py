@@ -80,11 +80,13 @@ class Published:
 
     def arrays(self, mesh: jax.sharding.Mesh) -> Iterator[tuple[str, jax.Array]]:
         """Our arrays by name, one after another, in their layout on the mesh."""
-        return arrays(self.table, self.shapes, lambda name, take: self.sources[name].read(take), mesh)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            shapes = leaves(self.model)  # whose layouts name the axes that this mesh splits something along
+        return arrays(self.table, shapes, lambda name, take: self.sources[name].read(take), mesh)
 
 
 def shapes_of(c: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """`leaves`, also where no mesh is set and no device may be touched yet."""
+    """`leaves`, also where no mesh is set and no device may be touched yet: their layouts are then those on one device."""
     if not jax.sharding.get_abstract_mesh().empty:
         return leaves(c)
     mesh = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))

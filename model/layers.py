@@ -23,7 +23,7 @@ from model.attention import Relative, attention
 from model.attention.cached import cached_attention
 from model.config import Kind, ModelConfig
 from model.rope import rope, yarn_gain
-from sharding.collectives import join, my_slice, split, whole, wide
+from sharding.collectives import axis_index, join, my_slice, psum, split, whole, wide
 from sharding.mesh import BATCH, FSDP, platform
 from sharding.pipeline import dealt, microbatch
 
@@ -99,7 +99,7 @@ class View:
 
     def split(self, x_BTD):
         """Partial sums over `tensor` to the layout between blocks."""
-        return split(x_BTD) if self.sequence_split else lax.psum(x_BTD, 'tensor')
+        return split(x_BTD) if self.sequence_split else psum(x_BTD, 'tensor')
 
     def dropout(self, x_BTD, rate: float, *site: int | jax.Array):
         """Zeroes a share of x; which ones depends on the key, the site, the row and the column alone, not on the mesh."""
@@ -285,7 +285,7 @@ def norm_of_all(x_BTN, scale_N, heads: int, c: ModelConfig):
     """RMSNorm over all `heads` heads of all devices of `tensor`; heads of which several devices have copies count once."""
     h, n = wide(x_BTN), lax.axis_size('tensor')
     copies = max(n // heads, 1)
-    squares = lax.psum((h * h).sum(-1, keepdims=True), 'tensor') / copies
+    squares = psum((h * h).sum(-1, keepdims=True), 'tensor') / copies
     h = h * lax.rsqrt(squares / (heads * c.head_dim) + c.norm_epsilon)
     return (h * scale_N[None, None]).astype(x_BTN.dtype)
 
@@ -293,7 +293,7 @@ def norm_of_all(x_BTN, scale_N, heads: int, c: ModelConfig):
 def keep(old_LBSM, new_BTKH, layer, position_BT):
     """A cache with new tokens' keys or values at [layer]: each device of `context` keeps those of its own positions."""
     n, rows_B1 = lax.axis_size('context'), jnp.arange(new_BTKH.shape[0])[:, None]
-    slot_BT = jnp.where(position_BT % n == lax.axis_index('context'), position_BT // n, old_LBSM.shape[2])
+    slot_BT = jnp.where(position_BT % n == axis_index('context'), position_BT // n, old_LBSM.shape[2])
     new_BTM = side_by_side(new_BTKH, old_LBSM.shape[-1]).astype(old_LBSM.dtype)
     return old_LBSM.at[layer, rows_B1, slot_BT].set(new_BTM, mode='drop')
 

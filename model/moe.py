@@ -12,7 +12,7 @@ from jax import P, lax
 from model.config import ModelConfig, MoEConfig
 from model.dispatch import Experts, default_dispatch, dispatch
 from model.layers import Mlp, View, activation, constant, residual_gain, weight
-from sharding.collectives import vary, whole, wide
+from sharding.collectives import axis_index, psum, vary, whole, wide
 from sharding.mesh import FSDP, SEQUENCE, platform
 
 EXPERTS = P('expert', ('data', 'context'), 'tensor')  # D is split too, and gathered where the experts are used
@@ -72,14 +72,13 @@ class MoE(nnx.Module):
         c = self.config
         gather = lambda w_EDF: whole(w_EDF[...], dtype, ('data', 'context'), 1)
         gate_EDF = gather(self.gate_EDF) if c.gated else None
-        up_EDF, down_EFD = gather(self.up_EDF), gather(self.down_EDF).swapaxes(1, 2)
+        biases = None
         if c.moe.bias:
-            more = lambda w, bias: jnp.concatenate([w, bias.astype(dtype)[:, None]], 1)
+            inner = (self.gate_bias_EF, self.up_bias_EF) if c.gated else (self.up_bias_EF,)
             # What the devices of `tensor` make of a row is added up, and so one of them adds the last bias.
-            last_ED = jnp.where(lax.axis_index('tensor') == 0, self.down_bias_ED[...], 0)
-            up_EDF, down_EFD = more(up_EDF, self.up_bias_EF[...]), more(down_EFD, last_ED)
-            gate_EDF = more(gate_EDF, self.gate_bias_EF[...]) if c.gated else None
-        return Experts(gate_EDF, up_EDF, down_EFD, activation(c), backend, c.moe.bias)
+            last_ED = jnp.where(axis_index('tensor') == 0, self.down_bias_ED[...], 0)
+            biases = tuple(bias.astype(dtype) for bias in inner), last_ED.astype(dtype)
+        return Experts(gate_EDF, gather(self.up_EDF), gather(self.down_EDF), activation(c), backend, biases)
 
 
 def route(x_BTD, router_DE, bias_E, view: View, c: ModelConfig, router_bias_E=None):
@@ -114,7 +113,7 @@ def route(x_BTD, router_DE, bias_E, view: View, c: ModelConfig, router_bias_E=No
     chosen_BTE = chosen_BTKE.sum(2).astype(score_BTE.dtype) * live_BT1
     share_BTE = score_BTE / score_BTE.sum(-1, keepdims=True) * live_BT1
     axes = SEQUENCE if view.sequence_split else ('context',)
-    row = lambda a_BTE: lax.psum(a_BTE.sum(1), axes)
+    row = lambda a_BTE: psum(a_BTE.sum(1), axes)
     tokens_B1 = jnp.maximum(row(live_BT1), 1)
     balance = (row(chosen_BTE) * row(share_BTE) / tokens_B1**2).sum() * (m.experts / m.top_k)
     figures = {

@@ -8,10 +8,9 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from model.config import ModelConfig, RopeScaling
-from sharding.collectives import wide
+from sharding.collectives import pmax, wide
 
 
 def rope(
@@ -59,7 +58,7 @@ def frequencies(theta: float, dims: int, position_BT: jax.Array, scaling: RopeSc
 
 def row_lengths(position_BT: jax.Array) -> jax.Array:
     """int32 [B, 1]: tokens of each row's longest document so far, over all devices of `context`."""
-    return lax.pmax(position_BT.max(-1, keepdims=True), 'context') + 1
+    return pmax(position_BT.max(-1, keepdims=True), 'context') + 1
 
 
 def _linear(plain, theta, half, position_BT, s: RopeScaling):

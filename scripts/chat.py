@@ -66,11 +66,12 @@ def main() -> int:
     from sharding.memory import explaining, gib, shard_bytes
 
     tell = (
-        f'out of memory on a device: weights {gib(shard_bytes(opened.model))}, the rest the cache of a conversation; split '
+        f'out of memory on a device: weights {gib(shard_bytes(opened.kind))}, the rest the cache of a conversation; split '
         'them over more devices with --mesh'
     )
     with jax.set_mesh(opened.mesh), explaining(lambda: tell):
-        session = Session(opened.model, opened.tokenizer, opened.context)
+        session = Session(opened.kind, opened.tokenizer, opened.context, lambda: opened.model)
+        session.prepare(sampling)
         conversation = Conversation(session, templates, sampling, options.max_new_tokens, options.stop, options.system)
         return converse(conversation, Written(options.raw))
 

@@ -105,7 +105,7 @@ def main() -> None:
     import jax
 
     from decoding.beams import generate_by_beams
-    from decoding.generate import generate
+    from decoding.generate import compile_ahead, generate
     from decoding.prompts import check_prompts
     from sharding.memory import explaining, gib, shard_bytes
 
@@ -114,12 +114,24 @@ def main() -> None:
     order = [number for number in range(len(questions)) for _ in range(options.answers)]  # the questions of the answers
     spans = [range(begin, min(begin + options.batch, len(order))) for begin in range(0, len(order), options.batch)]
     tell = (
-        f'out of memory on a device: weights {gib(shard_bytes(opened.model))}, the rest the cache of {len(spans[0])} answers; '
+        f'out of memory on a device: weights {gib(shard_bytes(opened.kind))}, the rest the cache of {len(spans[0])} answers; '
         'give a smaller --batch, lower --max-new-tokens, or split them over more devices with --mesh'
     )
     done: list[Completion] = []
     with Out(options.out) as out, jax.set_mesh(opened.mesh), explaining(lambda: tell):
         check_prompts(opened.config.model, opened.tokenizer, texts, opened.context)
+        like = options.batch if len(spans) > 1 else 0
+        if not options.beams:
+            compile_ahead(
+                opened.kind,
+                opened.tokenizer,
+                [texts[order[i]] for i in spans[0]],
+                sampling,
+                options.max_new_tokens,
+                opened.context,
+                options.logprobs,
+                like,
+            )
         for span in spans:
             prompts = [texts[order[i]] for i in span]
             before = ['' if questions[order[i]].conversation else texts[order[i]] + between for i in span]
@@ -148,7 +160,7 @@ def main() -> None:
                     emit=screen.emit,
                     logprobs=options.logprobs,
                     first=span.start,
-                    like=options.batch if len(spans) > 1 else 0,
+                    like=like,
                 )
             screen.finish()
             for i, completion in zip(span, completions, strict=True):

@@ -46,7 +46,7 @@ def main() -> None:
 
     from decoding.run import open_run
 
-    opened = open_run(options.run, options.mesh)
+    opened = open_run(options.run, options.mesh, stacked=True)
 
     import jax
     import numpy as np

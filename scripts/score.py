@@ -41,7 +41,7 @@ def main() -> None:
     target = Path(options.logits)
     if not target.parent.is_dir():
         raise UserError(f'--logits {target}: there is no folder {target.parent}')
-    opened = open_run(options.run, options.mesh, needs_text=False)
+    opened = open_run(options.run, options.mesh, needs_text=False, stacked=True)
     c = opened.config.model
     check_ids('--tokens', options.tokens, tokens_BT, 0, c)
     if (source_BS is None) != (c.encoder is None):

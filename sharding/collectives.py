@@ -1,7 +1,13 @@
 """What is sent between devices, each as one readable call from one device's view (inside a fully manual `jax.shard_map`).
 
+An axis of size 1 sends nothing and leaves no trace in the program: XLA's CPU compiler would keep a collective over one device
+as a copy. Types know no such axes either (`sharding.mesh` sets JAX so), and nothing varies over them. So `lax`'s own
+collectives are called in this file alone; elsewhere only where the axis is known to be larger.
+
 Letters: B rows, T sequence (here: as long as the name says), D model, N any dim split over `tensor`.
 """
+
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -53,31 +59,63 @@ def sum_copies(tree, specs):
     by_axes: dict[tuple[str, ...], list[int]] = {}
     for i, spec in enumerate(layouts):
         split = {axis for axes in spec if axes for axis in (axes if isinstance(axes, tuple) else (axes,))}
-        by_axes.setdefault(tuple(axis for axis in AXES if axis not in split), []).append(i)
+        by_axes.setdefault(several(axis for axis in AXES if axis not in split), []).append(i)
     for axes, where in by_axes.items():
-        for i, total in zip(where, lax.psum([leaves[i] for i in where], axes), strict=True):
+        for i, total in zip(where, psum([leaves[i] for i in where], axes), strict=True):
             leaves[i] = total
     return jax.tree.unflatten(structure, leaves)
+
+
+def several(axes: str | Iterable[str]) -> tuple[str, ...]:
+    """Those of the axes along which there is more than one device."""
+    return tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes) if lax.axis_size(axis) > 1)
+
+
+def psum(tree, axes):
+    """The sum over all devices along the axes."""
+    axes = several(axes)
+    return lax.psum(tree, axes) if axes else tree
+
+
+def pmax(tree, axes):
+    """The largest over all devices along the axes."""
+    axes = several(axes)
+    return lax.pmax(tree, axes) if axes else tree
+
+
+def axis_index(axes) -> jax.Array:
+    """This device's number along an axis, or along several, of which the last counts fastest; int32."""
+    axes = several(axes)
+    return lax.axis_index(axes) if axes else jnp.int32(0)
+
+
+def all_to_all(x, axis: str, split_dim: int, concat_dim: int):
+    """Cuts x along a dim, sends each device of the axis its part, and joins what comes along another. Backward: the reverse."""
+    return lax.all_to_all(x, axis, split_dim, concat_dim, tiled=True) if several(axis) else x
 
 
 def onward(tree, axis: str, by: int = 1):
     """What the device `by` places before this one along `axis` holds, as everything moves on; the ends are neighbours."""
     n = lax.axis_size(axis)
-    return lax.ppermute(tree, axis, [(i, (i + by) % n) for i in range(n)])
+    return lax.ppermute(tree, axis, [(i, (i + by) % n) for i in range(n)]) if n > 1 else tree
 
 
 def settled(x, axis: str):
     """x, which is the same on all devices along `axis`, known to be so: the first one's."""
-    return lax.psum(jnp.where(lax.axis_index(axis) == 0, x, 0), axis)
+    return psum(jnp.where(axis_index(axis) == 0, x, 0), axis) if several(axis) else x
 
 
 def hops(axis: str) -> list[list[list[int]] | None]:
     """Groups along an axis that gather one after the other, the nearest first, to send no more; [None] for all at once.
 
+    None at all, [], where the axis has one device.
+
     On a TPU that is all of one axis it takes two: XLA makes an all-reduce of a reduce-scatter over all chips, and sends twice
     the bytes (benchmarks/plan.md).
     """
     n = lax.axis_size(axis)
+    if n == 1:
+        return []
     if platform() != 'tpu' or n < lax.axis_size(AXES) or n % 4:
         return [None]
     far = 4 if n > 8 else 2
@@ -120,6 +158,8 @@ def join(x_BTD):
     Rows and sequence are one dim while they travel, here and in `split`: of more dims than two XLA's TPU compiler makes an
     all-reduce where a reduce-scatter was asked for, and sends twice the bytes.
     """
+    if not several('tensor'):
+        return x_BTD
     B, T, *rest = x_BTD.shape
     x_ND = gathered(x_BTD.reshape(B * T, *rest), 'tensor')
     return x_ND.reshape(-1, B, T, *rest).swapaxes(0, 1).reshape(B, -1, *rest)
@@ -127,16 +167,19 @@ def join(x_BTD):
 
 def split(x_BTD):
     """The sum of partial products over `tensor`, of which each device keeps its slice of the sequence. Backward: `join`."""
-    B, T, *rest = x_BTD.shape
     n = lax.axis_size('tensor')
+    if n == 1:
+        return x_BTD
+    B, T, *rest = x_BTD.shape
     x_ND = x_BTD.reshape(B, n, T // n, *rest).swapaxes(0, 1).reshape(B * T, *rest)
     return scattered(x_ND, 'tensor').reshape(B, T // n, *rest)
 
 
 def my_slice(x_BT, dim: int = 1):
     """This device's slice over `tensor` of an array that every device of `tensor` holds whole."""
-    size = x_BT.shape[dim] // lax.axis_size('tensor')
-    return lax.dynamic_slice_in_dim(x_BT, lax.axis_index('tensor') * size, size, axis=dim)
+    n = lax.axis_size('tensor')
+    size = x_BT.shape[dim] // n
+    return lax.dynamic_slice_in_dim(x_BT, axis_index('tensor') * size, size, axis=dim) if n > 1 else x_BT
 
 
 def wide(x):

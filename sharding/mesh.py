@@ -24,6 +24,7 @@ from jax.experimental import mesh_utils
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
+from sharding import program_cache
 from sharding.errors import UserError
 
 AXES = ('replica', 'stage', 'data', 'context', 'expert', 'tensor')
@@ -36,6 +37,9 @@ FSDP = (
 SEQUENCE = ('context', 'tensor')  # axes that split the sequence between blocks
 IN_ORDER = '--xla_cpu_enable_concurrency_optimized_scheduler=false'
 SEARCHED = 1024  # devices at most of a mesh that is proposed in an error
+
+# A layout then names the axes that split something alone, and nothing varies over one device (see sharding/collectives.py).
+jax.config.update('jax_remove_size_one_mesh_axis_from_type', True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +102,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.M
             f'choose sizes whose product is at most {len(devices)}'
         )
     devices = devices[: config.size]
-    if devices[0].platform == 'cpu' and max(config.context, config.stage) > 1:
+    sends = max(config.context, config.stage) > 1
+    if devices[0].platform == 'cpu' and config.size > 1 and (sends or program_cache.keeps_programs()):
         compile_anew()
     shape = tuple(getattr(config, axis) for axis in AXES)
     explicit = (AxisType.Explicit,) * len(AXES)
@@ -144,7 +149,9 @@ def platform() -> str:
 
 
 def start(devices: int, dtype: str, processes: int = 1) -> None:
-    """Settles what JAX must know before anything asks it for devices: 64 bits, and how many devices a CPU plays.
+    """Settles what JAX must know before anything asks it for devices: 64 bits, how many devices a CPU plays, what it keeps.
+
+    A process on its own keeps its compiled programs for the next one (sharding/program_cache.py).
 
     `devices` are those of the whole mesh, of which each of the `processes` has its part. A machine with an accelerator has
     its own devices. Where JAX has started already (a notebook), it keeps those that it has, and `make_mesh` judges whether
@@ -153,6 +160,8 @@ def start(devices: int, dtype: str, processes: int = 1) -> None:
     if dtype == 'float64':
         jax.config.update('jax_enable_x64', True)
     run_in_order()
+    if processes == 1:
+        program_cache.keep_programs()
     try:
         jax.config.update('jax_num_cpu_devices', devices // processes)
     except RuntimeError as error:

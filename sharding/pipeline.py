@@ -32,9 +32,10 @@ def bubble(microbatches: int, stages: int) -> float:
 
 def dealt(tree: Any, microbatches: int) -> Any:
     """Of arrays whose rows every stage has, those of this stage's microbatches: what it works on outside the pipeline."""
-    S, s = lax.axis_size('stage'), lax.axis_index('stage')
+    S = lax.axis_size('stage')
     if S == 1:
         return tree
+    s = lax.axis_index('stage')
 
     def mine(a):
         by_stage = a.reshape(microbatches // S, S, a.shape[0] // microbatches, *a.shape[1:])

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 
 from sharding import peers
 from sharding.buckets import at_once
@@ -36,6 +35,7 @@ from training import shards
 
 MANIFEST = 'manifest.json'
 META = 'meta.json'
+CHUNK = 2**20  # bytes that are read and hashed at once
 SHARDS = 'shards'  # the manifest's format where the arrays are as in training/shards.py; where Orbax wrote it says none
 
 
@@ -52,7 +52,7 @@ class Checkpoints:
         self.folder = self.run.absolute() / 'checkpoints'  # Orbax refuses a relative path, and late
         self.keep = keep
         self._saving = self.folder / 'saving'
-        self._orbax: ocp.AsyncCheckpointer | None = None  # from the first save on
+        self._orbax: Any = None  # an orbax.checkpoint.AsyncCheckpointer, from the first save on
         self._thread = ThreadPoolExecutor(1, 'checkpoint')
         self._last: Future[None] | None = None
 
@@ -77,6 +77,8 @@ class Checkpoints:
         `items` are trees of jax arrays (dicts, optax states, modules, PRNG keys), none of size 0; `meta` is JSON;
         `files` are names with their contents. Waits for the save before, and raises its error if it failed.
         """
+        import orbax.checkpoint as ocp  # here and below: it takes a while, and imported weights are not in its format
+
         self.wait()
         files = contents(items, meta, files)
         if peers.first():
@@ -145,8 +147,8 @@ class Checkpoints:
         """The named items of a checkpoint, bit for bit, in the layouts asked for: any mesh, whatever mesh saved them.
 
         `abstract` has a tree of `jax.ShapeDtypeStruct` with a sharding for each item wanted; no other item is read.
-        Raises UserError, before any array is read, where a file is missing, truncated, altered or extra, or where a
-        name, shape or dtype differs (Orbax would cast in silence).
+        Raises UserError where a file is missing, truncated, altered or extra, or where a name, shape or dtype differs (Orbax
+        would cast in silence): before any array is read, but for a shard that was altered, which is hashed as it is read.
         """
         wanted = {item: named(tree) for item, tree in abstract.items()}
         manifest: dict = {}
@@ -166,6 +168,8 @@ class Checkpoints:
 
     def _read_orbax(self, step: int, wanted: dict[str, dict[str, Any]]) -> Mapping[str, Any]:
         """Arrays by item and name."""
+        import orbax.checkpoint as ocp
+
         reads = {item: ocp.args.StandardRestore(arrays) for item, arrays in wanted.items() if arrays}
         if not reads:
             return {}
@@ -179,18 +183,17 @@ class Checkpoints:
         for path in manifest['files']:
             paths.setdefault(path.rpartition('/')[0], []).append(path)
 
-        def read(path: str) -> bytes:
-            content = self.file(step, path)
-            if hashlib.sha256(content).hexdigest() != manifest['files'][path][1]:
+        def read(path: str, into: memoryview) -> None:
+            size, sha256 = manifest['files'][path]
+            if size != len(into) or self._read(step, path, into) != sha256:
                 raise self._altered(step, path)
-            return content
 
         leaves = {f'{item}/{name}': x for item, arrays in wanted.items() for name, x in arrays.items()}
         parts = at_once(lambda name: shards.gather(name, leaves[name], paths[name], read), leaves)
         whole = {name: shards.place(x, part) for (name, x), part in zip(leaves.items(), parts, strict=True)}
         return {item: {name: whole[f'{item}/{name}'] for name in arrays} for item, arrays in wanted.items()}
 
-    def _publish(self, orbax: ocp.AsyncCheckpointer, step: int, arrays: dict, files: Mapping[str, bytes]) -> None:
+    def _publish(self, orbax: Any, step: int, arrays: dict, files: Mapping[str, bytes]) -> None:
         """Waits for Orbax in all processes, and publishes. Runs in a thread of its own."""
         orbax.wait_until_finished()
         peers.meet('saved')
@@ -264,8 +267,22 @@ class Checkpoints:
         return {name: (path / name).stat().st_size for name in _files(path)}
 
     def _digest(self, step: int, name: str, manifest: dict) -> str | None:
+        """A file's SHA-256; None for a shard: it is hashed when it is read, and need not come from the disk twice."""
+        shard = manifest.get('format') == SHARDS and name.split('/')[0] in manifest['arrays']
+        return None if shard else self._hashed(step, name)
+
+    def _hashed(self, step: int, name: str) -> str:
         """A file's SHA-256."""
         return _fingerprint(self.folder / str(step) / name)[1]
+
+    def _read(self, step: int, name: str, into: memoryview) -> str:
+        """A file's first bytes, as many as there is room for, and the SHA-256 of what is there then."""
+        digest = hashlib.sha256()
+        with (self.folder / str(step) / name).open('rb', buffering=0) as file:
+            for begin in range(0, len(into), CHUNK):
+                chunk = into[begin : begin + CHUNK]  # hashed while the processor's cache still has it
+                digest.update(chunk[: file.readinto(chunk)])
+        return digest.hexdigest()
 
     def _on_disk(self, step: int) -> contextlib.AbstractContextManager[Path]:
         """Where Orbax can read a checkpoint."""

@@ -40,13 +40,12 @@ from training import config as configs
 from training.bucket_checkpoint import checkpoints_of
 from training.checkpoint import Checkpoints, named
 from training.config import RECORD, RunConfig, TrainingConfig
+from training.context import SOURCE, context_of, published_files
 from training.state import abstract_state, restore_model, saved_config
 
-SOURCE = 'source'
 CONTEXT = 2048  # tokens, where a config says nothing of it
 MOST_TO_TRAIN = 4096  # tokens of a row, however long a context is: what fits in memory
 NO_DATA = DataConfig(source=None, vocabulary=None)  # what a model learnt from does not come with it
-POSITIONS = ('max_position_embeddings', 'n_positions', 'n_ctx')
 
 
 def import_run(
@@ -130,19 +129,6 @@ def run_config(name: str, found: hub.Published, mesh: MeshConfig) -> RunConfig:
         learning_rate=1e-5,
     )
     return RunConfig(name=name, mesh=mesh, model=found.model, data=NO_DATA, training=training)
-
-
-def context(run: Path | Bucket, config: RunConfig) -> int:
-    """The most tokens of a row: as a run was trained with, or of an imported one as its publisher says, whichever is more."""
-    trained = config.training.sequence_length
-    if not (run / RECORD).is_file():
-        return trained
-    return max(trained, context_of(json.loads((run / SOURCE / hub.CONFIG).read_bytes())) or 0)
-
-
-def context_of(published: Mapping[str, Any]) -> int | None:
-    """Tokens that a published model's row may have, where its config.json says it."""
-    return next((published[field] for field in POSITIONS if isinstance(published.get(field), int)), None)
 
 
 def trained_on(config: RunConfig) -> RunConfig:
@@ -256,21 +242,6 @@ def dtype_of(
     if all(part.leaf.endswith('.bias_E') for part in one.parts):
         return shapes[one.parts[0].leaf].dtype.name
     return dtype or c.parameter_dtype.name
-
-
-def published_files(run: Path | Bucket, wanted: Callable[[str], object] = bool) -> dict[str, bytes]:
-    """The published files beside the weights, as an imported run keeps them, by their paths in the folder; none of another.
-
-    `wanted` says of such a path whether it is.
-    """
-    if not (run / RECORD).is_file():
-        return {}
-    source = run / SOURCE
-    if isinstance(source, Bucket):
-        names = list(source.files())
-    else:
-        names = [path.relative_to(source).as_posix() for path in sorted(source.rglob('*')) if path.is_file()]
-    return {name: (source / name).read_bytes() for name in names if wanted(name)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from model.config import ModelConfig
 from model.decoder import Decoder, Head, backends, by_layer, to_vocabulary
 from model.forward import TOKENS, Source, columns, one_device, with_source
 from model.layers import View, specs
-from sharding.collectives import join, my_slice, sum_copies, vary, wide
+from sharding.collectives import axis_index, join, my_slice, pmax, psum, sum_copies, vary, wide
 from sharding.mesh import AXES, BATCH, platform
 from sharding.order import zigzag
 from sharding.pipeline import dealt
@@ -37,7 +37,7 @@ def loss_sums(model: Decoder, batch: dict, dropout_key=None, microbatches: int =
 
     def body(model, batch, key):
         shares = device_shares(model, batch, first_row(batch), key if dropout_key is not None else None, microbatches)
-        return counts(batch) | lax.psum(vary(shares), AXES)
+        return counts(batch) | psum(vary(shares), AXES)
 
     run = one_device(body, model, (dict.fromkeys(batch, TOKENS), P()), P())
     return run(model, batch, jax.random.key(0) if dropout_key is None else dropout_key)
@@ -87,7 +87,7 @@ def loss_and_gradient(model: Decoder, batch: dict, dropout_key=None, microbatche
             apart = lax.optimization_barrier if platform() == 'tpu' else lambda found: found
             add = lambda total, part: (jax.tree.map(jnp.add, total, apart(one_part(*part))), None)
             (gradient, shares), _ = lax.scan(add, nothing, (cut, jnp.arange(accumulation)))
-        return sum_copies(gradient, layouts), known | lax.psum(vary(shares), AXES)
+        return sum_copies(gradient, layouts), known | psum(vary(shares), AXES)
 
     layouts = specs(model)
     run = one_device(body, model, (dict.fromkeys(batch, TOKENS), P()), (layouts, P()))
@@ -97,13 +97,13 @@ def loss_and_gradient(model: Decoder, batch: dict, dropout_key=None, microbatche
 
 def first_row(batch: dict) -> jax.Array:
     """The number in the global batch of this device's first row."""
-    return lax.axis_index(BATCH) * batch['tokens'].shape[0]
+    return axis_index(BATCH) * batch['tokens'].shape[0]
 
 
 def counts(batch: dict) -> dict:
     """How many real tokens the global batch has, and rows with one; known before anything is computed."""
     live_BT = batch['segments'] > 0
-    return lax.psum({'tokens': live_BT.sum(), 'rows': live_BT.any(1).sum()}, BATCH)
+    return psum({'tokens': live_BT.sum(), 'rows': live_BT.any(1).sum()}, BATCH)
 
 
 def device_shares(model: Decoder, batch: dict, first, key, microbatches: int) -> dict:
@@ -198,17 +198,17 @@ def cross_entropy(head: Head, x_BTD, target_BT, live_BT, c: ModelConfig):
     The vocabulary is split over `tensor`; logits exist for CHUNK tokens at a time, and once: the gradient is made along with
     the value, and scaled in the backward pass by what the sum counts in the loss, on all devices the same.
     """
-    n, shard = lax.axis_size('tensor'), head.w_DV.shape[1]
-    columns_V = lax.axis_index('tensor') * shard + jnp.arange(shard)
+    n, shard = lax.axis_size('tensor'), head.w.shape[0 if c.tied_embedding else 1]
+    columns_V = axis_index('tensor') * shard + jnp.arange(shard)
 
     def chunk(head, x_1ND, target_1N, live_1N):
         x_ND, target_N, live_N = (join(a)[0] for a in (x_1ND, target_1N, live_1N))
         logit_NV = to_vocabulary(x_ND, head, c)
         if c.padded_vocabulary > c.vocabulary:
             logit_NV = jnp.where((columns_V < c.vocabulary)[None], logit_NV, -jnp.inf)
-        top_N = lax.pmax(lax.stop_gradient(logit_NV.max(-1)), 'tensor')
-        sum_N = lax.psum(jnp.exp(logit_NV - top_N[:, None]).sum(-1), 'tensor')
-        hit_N = lax.psum(jnp.where(columns_V[None] == target_N[:, None], logit_NV, 0).sum(-1), 'tensor')
+        top_N = pmax(lax.stop_gradient(logit_NV.max(-1)), 'tensor')
+        sum_N = psum(jnp.exp(logit_NV - top_N[:, None]).sum(-1), 'tensor')
+        hit_N = psum(jnp.where(columns_V[None] == target_N[:, None], logit_NV, 0).sum(-1), 'tensor')
         return jnp.where(live_N, top_N + jnp.log(sum_N) - hit_N, 0).sum() / n
 
     flat = lambda a: a.reshape(1, -1, *a.shape[2:])
@@ -224,24 +224,24 @@ def cross_entropy(head: Head, x_BTD, target_BT, live_BT, c: ModelConfig):
         return lax.map(lambda a: chunk(head, *a), (x_c1ND, *known)).sum()
 
     def forward(head, x_c1ND):
-        sink_DV = vary(jnp.zeros_like(head.w_DV, dtype=wide(head.w_DV).dtype))
+        sink = vary(jnp.zeros_like(head.w, dtype=wide(head.w).dtype))
 
         def step(sums, a):
             x, *rest = a
-            run = lambda sink_DV, bias_V, x: chunk(Head(head.w_DV, bias_V, sink_DV), x, *rest)
-            value, pull = jax.vjp(run, sink_DV, head.bias_V, x)
+            run = lambda sink, bias_V, x: chunk(Head(head.w, bias_V, sink), x, *rest)
+            value, pull = jax.vjp(run, sink, head.bias_V, x)
             *made, dx = pull(vary(jnp.ones_like(value)))
             return jax.tree.map(jnp.add, sums, (value, *made)), dx
 
-        nothing = vary(jax.tree.map(jnp.zeros_like, (sink_DV[0, 0], sink_DV, head.bias_V)))
+        nothing = vary(jax.tree.map(jnp.zeros_like, (sink[0, 0], sink, head.bias_V)))
         (value, *made), dx_c1ND = lax.scan(step, nothing, (x_c1ND, *known))
         return value, (*made, dx_c1ND)
 
     def backward(made, scale):
         scaled = lambda d, like: (scale * wide(d)).astype(like.dtype)
-        dw_DV, d_bias_V, dx_c1ND = made
+        dw, d_bias_V, dx_c1ND = made
         d_bias_V = None if d_bias_V is None else scaled(d_bias_V, head.bias_V)
-        return Head(scaled(dw_DV, head.w_DV), d_bias_V), scaled(dx_c1ND, x_BTD)
+        return Head(scaled(dw, head.w), d_bias_V), scaled(dx_c1ND, x_BTD)
 
     total.defvjp(forward, backward)
     return total(head, cut(x_BTD))

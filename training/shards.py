@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, Sharding
 from sharding.boxes import Box, blocks, cut, sizes
 
 BLOCK = 2**26  # bytes of one object at most
+ALIGNED = 64  # bytes: XLA for CPUs takes an array that begins at a multiple of it as it is, and copies any other
 
 
 def written(name: str, x: jax.Array) -> Iterator[tuple[str, bytes]]:
@@ -36,24 +37,46 @@ def written(name: str, x: jax.Array) -> Iterator[tuple[str, bytes]]:
 
 
 def gather(
-    name: str, x: jax.ShapeDtypeStruct, paths: Iterable[str], read: Callable[[str], bytes]
+    name: str, x: jax.ShapeDtypeStruct, paths: Iterable[str], read: Callable[[str, memoryview], None]
 ) -> dict[Box, np.ndarray]:
-    """What the devices of this process hold of an array in the layout of `x`, out of the shards that it lies in."""
+    """What the devices of this process hold of an array in the layout of `x`, out of the shards that it lies in.
+
+    `read(path, into)` fills memory of a shard's size with it.
+    """
     shape, dtype, layout = _raw_kind(x)
     boxes = {_box(index, shape) for index in layout.addressable_devices_indices_map(shape).values()}
-    parts = {box: np.empty(sizes(box), dtype) for box in boxes}
+    parts = {box: _aligned(sizes(box), dtype) for box in boxes}
     filled = dict.fromkeys(parts, 0)
     for path in paths:
         stored = _parse(path.removeprefix(f'{name}/').removesuffix('.bin'))
         shared = {box: both for box in parts if (both := _both(box, stored)) is not None}
         if not shared:
             continue
-        content = np.frombuffer(read(path), dtype).reshape(sizes(stored))
+        straight = _place_of(stored, parts, shared)
+        content = np.empty(sizes(stored), dtype) if straight is None else straight
+        read(path, memoryview(content.reshape(-1).view(np.uint8)))
         for box, both in shared.items():
-            parts[box][_within(both, box)] = content[_within(both, stored)]
+            if straight is None:
+                parts[box][_within(both, box)] = content[_within(both, stored)]
             filled[box] += math.prod(sizes(both))
     assert all(filled[box] == part.size for box, part in parts.items()), f'{name}: the shards do not cover it'
     return parts
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Memory for an array, which then need not be copied onto a CPU device."""
+    memory = np.empty(math.prod(shape) * dtype.itemsize + ALIGNED, np.uint8)
+    begin = -memory.ctypes.data % ALIGNED
+    return memory[begin : begin + memory.nbytes - ALIGNED].view(dtype).reshape(shape)
+
+
+def _place_of(stored: Box, parts: dict[Box, np.ndarray], shared: dict[Box, Box]) -> np.ndarray | None:
+    """Where a shard can be read to without a copy: where it belongs, if that is one place, whole and without gaps."""
+    if list(shared.values()) != [stored]:
+        return None
+    (box,) = shared
+    place = parts[box][(*_within(stored, box), ...)]  # of a scalar too a view
+    return place if place.flags.c_contiguous else None
 
 
 def place(x: jax.ShapeDtypeStruct, parts: dict[Box, np.ndarray]) -> jax.Array:

@@ -22,6 +22,11 @@ def abstract_state(config: RunConfig) -> State:
     return abstract(functools.partial(init, config))
 
 
+def abstract_model(config: RunConfig) -> Any:
+    """Of the weights alone; as `abstract_state`."""
+    return abstract(lambda: init(config).model)
+
+
 def abstract(make: Callable[..., Any], *arguments: Any) -> Any:
     """Shapes, dtypes and layouts of what `make` gives, nothing of it made. Use it under `jax.set_mesh`."""
     mesh = jax.sharding.get_mesh()
@@ -53,7 +58,7 @@ def restore(checkpoints: Checkpoints, step: int, config: RunConfig) -> State:
 
 def restore_model(checkpoints: Checkpoints, step: int, config: RunConfig) -> Any:
     """Only the weights."""
-    return checkpoints.restore(step, {'model': abstract_state(config).model})['model']
+    return checkpoints.restore(step, {'model': abstract_model(config)})['model']
 
 
 def restore_imported(checkpoints: Checkpoints, config: RunConfig) -> Any:

@@ -13,22 +13,30 @@ import jax
 from jax import lax
 
 from model.attention.blockwise import blockwise_attention
-from model.attention.flash import flash_attention
 from model.attention.mask import At
 from model.attention.reference import Relative, reference_attention
-from model.attention.ring import AXIS, ring_attention
-from model.attention.splash import splash_attention
 from sharding.collectives import vary_together
 from sharding.errors import UserError, nearest
 from sharding.mesh import platform
 
-_RUN: dict[str, Callable[..., jax.Array]] = {
-    'reference': reference_attention,
-    'blockwise': blockwise_attention,
-    'flash': flash_attention,
-    'splash': splash_attention,
-}
-BACKENDS = tuple(_RUN)
+BACKENDS = ('reference', 'blockwise', 'flash', 'splash')
+
+
+def _function(backend: str, ring: bool) -> Callable[..., jax.Array]:
+    """What computes it. What needs Pallas is imported where it is used: that takes a while, and most runs on a CPU do not."""
+    if ring:
+        from model.attention.ring import ring_attention
+
+        return partial(ring_attention, backend=backend)
+    if backend == 'flash':
+        from model.attention.flash import flash_attention
+
+        return flash_attention
+    if backend == 'splash':
+        from model.attention.splash import splash_attention
+
+        return splash_attention
+    return {'reference': reference_attention, 'blockwise': blockwise_attention}[backend]
 
 
 def attention(
@@ -75,7 +83,7 @@ def attention(
         UserError: an unknown backend, or one without what is asked of it (a ring, a soft cap …), a window below 1, or inputs
             that the backend says it does not take.
     """
-    if backend not in _RUN:
+    if backend not in BACKENDS:
         raise UserError(f'attention backend {backend!r} does not exist{nearest(backend, BACKENDS)}')
     if window is not None and window < 1:
         raise UserError(f'attention window {window} sees no token, not even itself; the least is 1')
@@ -112,8 +120,7 @@ def attention(
     if relative is not None:
         options['relative'] = relative._replace(table_KGN=relative_table)
     scale = H**-0.5 if scale is None else scale
-    around = ring and lax.axis_size(AXIS) > 1
-    run: Callable[..., jax.Array] = partial(ring_attention, backend=backend) if around else _RUN[backend]
+    run = _function(backend, ring and lax.axis_size('context') > 1)
     return run(*inputs, window, scale, **options)
 
 

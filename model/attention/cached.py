@@ -10,6 +10,7 @@ from jax import lax
 
 from model.attention.mask import FLOOR, HIDDEN, sees
 from model.attention.reference import Relative
+from sharding.collectives import axis_index, pmax, psum
 
 
 def cached_attention(
@@ -32,7 +33,7 @@ def cached_attention(
     device sums over its own slots; only maxima and sums travel.
     """
     S, n = k_BSKH.shape[1], lax.axis_size('context')
-    slot_BS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32) * n + lax.axis_index('context'), k_BSKH.shape[:2])
+    slot_BS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32) * n + axis_index('context'), k_BSKH.shape[:2])
     if length_B is None:
         see_BTS = sees((position_BT, jnp.ones_like(position_BT)), (slot_BS, jnp.ones_like(slot_BS)), window)
     else:
@@ -48,10 +49,10 @@ def cached_attention(
     if sink_KG is not None:
         sink_1KG11 = sink_KG.astype(wide)[None, :, :, None, None]
         max_BKGT1 = jnp.maximum(max_BKGT1, sink_1KG11)
-    max_BKGT1 = lax.pmax(max_BKGT1, 'context')
+    max_BKGT1 = pmax(max_BKGT1, 'context')
     p_BKGTS = jnp.exp(s_BKGTS - max_BKGT1)
     out_BTKGU = jnp.einsum('BKGTS,BSKU->BTKGU', p_BKGTS, v_BSKU.astype(wide), preferred_element_type=wide)
-    out_BTKGU, sum_BKGT = lax.psum((out_BTKGU, p_BKGTS.sum(-1)), 'context')
+    out_BTKGU, sum_BKGT = psum((out_BTKGU, p_BKGTS.sum(-1)), 'context')
     if sink_KG is not None:
         sum_BKGT = sum_BKGT + jnp.exp(sink_1KG11 - max_BKGT1)[..., 0]
     return (out_BTKGU / sum_BKGT.transpose(0, 3, 1, 2)[..., None]).astype(q_BTKGH.dtype)

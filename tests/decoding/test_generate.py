@@ -238,14 +238,14 @@ def test_a_penalty_lowers_what_was_there_as_transformers_has_it():
     """Of logits by the rule of arXiv:1909.05858: a positive one is divided, a negative one multiplied, once seen."""
     logit_BV = np.array([[3.0, 2.5, -1.0, -1.2], [3.0, 2.5, -1.0, -1.2]], np.float32)
     seen_BV = np.array([[True, False, False, False], [False, False, True, False]])
-    choice = choices([Sampling(repetition_penalty=1.5), Sampling()], 2)
     with jax.set_mesh(make_mesh(MeshConfig(data=2))):
+        choice = choices([Sampling(repetition_penalty=1.5), Sampling()], 2)
+        assert choices([Sampling()], 2) is None
         place_rows = lambda tree: jax.tree.map(lambda a: jax.device_put(a, P(BATCH)), tree)
         run = jax.jit(describe, static_argnums=4)
         token_B, beside = run(*place_rows((logit_BV, np.zeros(2, np.int32), choice, seen_BV)), 0)
     assert np.asarray(token_B).tolist() == [1, 0]
     assert np.asarray(beside.seen_BV).tolist() == [[True, True, False, False], [True, False, True, False]]
-    assert choices([Sampling()], 2).penalty_B is None
     with pytest.raises(UserError, match=r'repetition-penalty is 0\.0'):
         Sampling(repetition_penalty=0.0)
 

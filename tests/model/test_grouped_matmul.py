@@ -27,10 +27,12 @@ from sharding.errors import UserError
 WIDE = ['blocked', 'ragged']  # in float64 too
 FAST = [*WIDE, 'gmm']
 D, F = 6, 10
-# Sizes of the groups: with 20 rows smaller than any block, with 1,300 ends inside and outside of each kind of block;
-# empty groups, one that holds everything, one block exactly, rows left over, nothing at all. Few shapes, so that each
-# is compiled once.
+# Sizes of the groups: 4 rows go to their groups one by one; 20 rows are smaller than any block or in few small ones, 1,300 end
+# inside and outside of each kind of block; empty groups, one that holds everything, one block exactly, rows left over, nothing
+# at all. Few shapes, so that each is compiled once.
 CASES = [
+    (4, (1, 0, 2)),
+    (4, (0, 0, 0)),
     (20, (8, 0, 12)),
     (20, (0, 0, 0)),
     (20, (0, 5, 6)),
@@ -44,7 +46,7 @@ CASES = [
 
 def inputs(R, sizes, dtype, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = (R, D), (len(sizes), D, F), (len(sizes), D, F), (len(sizes), F, D)
+    shapes = (R, D), *[(len(sizes), D, F)] * 3
     return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes], jnp.asarray(sizes, jnp.int32)
 
 
@@ -65,6 +67,15 @@ def mlp_and_gradients(backend, arrays, sizes_E):
     return value_and_gradients(lambda *a: expert_mlp(*a, sizes_E, backend=backend), arrays)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def biased_mlp_and_gradients(backend, arrays, sizes_E):
+    def mlp(x_RD, gate, up, down):  # what is added is some of the weights' own numbers
+        biases = (gate[:, 0], up[:, 1]), down[:, :, 2]
+        return expert_mlp(x_RD, gate, up, down, sizes_E, biases=biases, backend=backend)
+
+    return value_and_gradients(mlp, arrays)
+
+
 def value_and_gradients(f, arrays):
     y, vjp = jax.vjp(f, *arrays)
     return y, vjp(jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape))
@@ -77,7 +88,7 @@ def test_reference_is_one_matmul_a_group(float64, R, sizes):
     close(grouped_matmul(x_RD, w_EDF, sizes_E, backend='reference'), jnp.concatenate(groups), 1e-14)
 
 
-@pytest.mark.parametrize('compute', [matmul_and_gradients, mlp_and_gradients])
+@pytest.mark.parametrize('compute', [matmul_and_gradients, mlp_and_gradients, biased_mlp_and_gradients])
 @pytest.mark.parametrize(('R', 'sizes'), CASES)
 @pytest.mark.parametrize('backend', WIDE)
 def test_values_and_gradients_float64(float64, backend, R, sizes, compute):
@@ -144,14 +155,13 @@ def test_inside_shard_map_as_outside(backend, float64):
     R, sizes = 160, np.array([[[33, 100], [160, 0]], [[0, 0], [70, 50]]])  # [data, expert, local experts]
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 2, R, D))
-    gate, up, down = (rng.standard_normal(shape) for shape in ((4, D, F), (4, D, F), (4, F, D)))
+    gate, up, down = (rng.standard_normal((4, D, F)) for _ in range(3))
 
     def here(x, gate, up, down, sizes):
         y_RD = expert_mlp(x[0, 0], gate, up, down, sizes[0, 0], backend=backend)
         return lax.psum(y_RD, 'tensor')[None, None]
 
-    columns, rows = P('expert', None, 'tensor'), P('expert', 'tensor', None)
-    specs = (P('data', 'expert'), columns, columns, rows, P('data', 'expert'))
+    specs = (P('data', 'expert'), *[P('expert', None, 'tensor')] * 3, P('data', 'expert'))
     with jax.set_mesh(mesh):
         arrays = [jax.device_put(a, s) for a, s in zip((x, gate, up, down, sizes), specs, strict=True)]
         sharded = jax.shard_map(here, in_specs=specs, out_specs=P('data', 'expert'))
