@@ -29,7 +29,7 @@ ROWS = 4
     [
         ('llama-grouped', MeshConfig(context=2, tensor=4)),
         ('gpt_oss-as-published', MeshConfig(data=2, expert=2, tensor=2)),  # windows, sinks, experts
-        ('deepseek_v2-lite', MeshConfig(context=2)),  # latent vectors
+        ('deepseek_v2-lite', MeshConfig()),  # latent vectors
     ],
     ids=str,
 )
