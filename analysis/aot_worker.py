@@ -28,6 +28,7 @@ from decoding.prompts import Prompts
 from decoding.run import in_compute_dtype
 from decoding.sampling import Choice
 from decoding.step import OPTIONS as DECODING
+from decoding.unstacked import is_written_out, kinds, unstacked
 from sharding.mesh import BATCH, make_mesh
 from sharding.mesh import platform as device_kind
 from training import config as configs
@@ -55,6 +56,7 @@ def training(config: RunConfig, batch: int, length: int):
 def serving(config: RunConfig, what: str, batch: int, length: int):
     """The step that reads prompts of `length` tokens, or that decodes one more token with a cache of as many slots."""
     model = abstract(lambda: in_compute_dtype(init(config).model))
+    model = unstacked(model, kinds) if is_written_out(model) else model
     wide, whole = (rows(batch, dtype=dtype) for dtype in (np.float32, np.int32))
     choice = Choice(wide, whole, wide, wide, rows(batch, dtype=np.uint32))
     source = (rows(batch, length), rows(batch)) if config.model.encoder else None
@@ -92,8 +94,12 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """What became of a request."""
     config = configs.parse(request['config'], 'the config')
     platform, batch, length = request['platform'], request['rows'], request['length']
-    options = {'target_config': request['description'], 'topology': request['topology']} if platform == 'cuda' else {}
-    topology = topologies.get_topology_desc('' if options else request['topology'], platform=platform, **options)
+    name, options = request['topology'], dict[str, Any]()
+    if platform == 'cuda':
+        name, options = '', {'target_config': request['description'], 'topology': name}
+    elif config.mesh.size == 1:
+        options = {'chips_per_host_bounds': (1, 1, 1)}  # a host has four by default
+    topology = topologies.get_topology_desc(name, platform=platform, **options)
     seconds: dict[str, float] = {}
     began = time.perf_counter()
 

@@ -137,7 +137,7 @@ def _after(c: ModelConfig):
     yield from _relative(c)
     yield _once('norms', (c.norm_order != 'post') * cost.norm_parameters(c), 'after the layers')
     head_mlp = c.head_mlp * (D * D + D + cost.norm_parameters(c))
-    head = 0 if c.tied_embedding else V * D
+    head = V * D if c.head and not c.tied_embedding else 0
     what = 'the embedding' if c.tied_embedding else _by(V, D)
     more = head_mlp + V * c.head_bias
     yield _once('head', head + more, _with_vectors(what, more))
@@ -170,7 +170,9 @@ def _shapes(c: ModelConfig, part: str, count: int) -> str:
     elif part == 'router':
         found = [((D, m.experts), 1)]
     else:
-        found = [((matrices, D, m.mlp_dim), m.experts if part == 'experts' else m.shared_experts)]
+        routed = part == 'experts'
+        units = m.mlp_dim if routed else m.shared_dim // m.shared_experts
+        found = [((matrices, D, units), m.experts if routed else m.shared_experts)]
     text = ' + '.join(_by(*([n] if n > 1 else []), *shape) for shape, n in found)
     return _with_vectors(text, count - sum(n * math.prod(shape) for shape, n in found))
 

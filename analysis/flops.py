@@ -269,12 +269,14 @@ def _experts(p: Program, ends_unit: bool) -> Iterator[Dot]:
     # Needed once more, for the gradient of the gates that it is multiplied by.
     yield Dot('experts', 2.0 * rows * (F + bias) * D, batched=True)
     if m.shared_experts:
-        yield from _mlp('experts', p, F * m.shared_experts, ends_unit)
+        yield from _mlp('experts', p, m.shared_dim, ends_unit and not m.shared_gate)
 
 
 def _ends(p: Program) -> Iterator[tuple[str, float]]:
     """What stands between the last layer and the logits."""
     c = p.config
+    if not c.head:
+        return
     if c.head_mlp and p.what != 'encode':
         yield 'head', 2.0 * p.own * c.model_dim**2 * (3 if p.backward else 1)
     if p.what in ('train', 'loss'):

@@ -249,7 +249,7 @@ def stacked(group: Group, device: Device) -> float:
         return made + inner(group, device)  # our kernels' own backward pass
     rows, masks = expert_rows(c, device), 2  # a byte for each number
     made += rows * (2 * c.model_dim * b + masks * c.model_dim + HIDDEN * m.mlp_dim / n * b)
-    return made + HIDDEN * t * m.shared_experts * m.mlp_dim / n * b
+    return made + HIDDEN * t * m.shared_dim / n * b
 
 
 def inner(group: Group, device: Device) -> float:
@@ -262,7 +262,7 @@ def inner(group: Group, device: Device) -> float:
     assert m is not None
     rows = expert_rows(c, device)
     routed = rows * (2 * c.model_dim + matrices * m.mlp_dim / n) * b
-    return routed + matrices * t * m.shared_experts * m.mlp_dim / n * b
+    return routed + matrices * t * m.shared_dim / n * b
 
 
 def expert_rows(c: ModelConfig, device: Device) -> float:

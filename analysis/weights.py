@@ -176,7 +176,7 @@ def _outside(c: ModelConfig) -> tuple[Weight, ...]:
             Weight('up_bias_D', 'head', (D,)),
             *_norm(c, 'norm', 'head'),
         ]
-    if V and not c.tied_embedding:
+    if V and c.head and not c.tied_embedding:
         found.append(Weight('head_DV', 'head', (D, V), EVERY, FSDP))
     if V and c.head_bias:
         found.append(Weight('head_bias_V', 'head', (V,), ('tensor',)))
@@ -268,4 +268,6 @@ def _experts(c: ModelConfig) -> list[Weight]:
         found.append(Weight('router_bias_E', 'router', (E,)))
     if m.has_choice_bias:
         found.append(Weight('bias_E', 'router', (E,), wide=True))
-    return [*found, *_mlp(c, F * m.shared_experts, 'shared_experts')] if m.shared_experts else found
+    if m.shared_gate:
+        found.append(Weight('shared_gate_D', 'shared_experts', (D,)))
+    return [*found, *_mlp(c, m.shared_dim, 'shared_experts')] if m.shared_experts else found

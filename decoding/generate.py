@@ -170,18 +170,16 @@ def compile_ahead(
     logprobs: int = 0,
     like: int = 0,
 ) -> None:
-    """Begins to compile what `generate` will run for such arguments, of a model whose weights are still being read.
+    """Begins to compile what `generate` runs first for such arguments, of a model whose weights are still being read.
 
-    `kind`: their shapes, dtypes and layouts. Raises UserError as `generate` does.
+    `kind`: their shapes, dtypes and layouts. Raises UserError as `generate` does. The step is compiled when the first token is
+    there: sooner it would only be in that one's way.
     """
     batch = Batch(kind, tokenizer, prompts, sampling, max_new_tokens, context, logprobs, 0, like)
     if batch.plain:
-        token_B, cache = first_token.ahead(kind, batch.slots, batch.here, batch.choice)
-        next_token.ahead(kind, cache, token_B, batch.here.length_B, batch.choice)
+        first_token.ahead(kind, batch.slots, batch.here, batch.choice)
     else:
-        begin = (batch.choice, batch.seen_BV, logprobs)
-        token_B, cache, beside = first_described.ahead(kind, batch.slots, batch.here, *begin)
-        next_described.ahead(kind, cache, token_B, batch.here.length_B, batch.choice, beside.seen_BV, logprobs)
+        first_described.ahead(kind, batch.slots, batch.here, batch.choice, batch.seen_BV, logprobs)
 
 
 class Batch:

@@ -1,4 +1,4 @@
-"""Logits of whole sequences, a few rows at a time."""
+"""Logits of whole sequences, or hidden states where there is no LM head, a few rows at a time."""
 
 import math
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from model.decoder import Decoder
-from model.forward import Source, logits, place, row_ways
+from model.forward import Source, hidden_states, logits, place, row_ways
 from sharding.mesh import SEQUENCE
 
 
@@ -17,20 +17,21 @@ def score(
     """The full forward pass of rows that are one document each; use it under `jax.set_mesh`.
 
     `source_BS`: what the encoder of an encoder–decoder reads for each row; below 0 is padding. Yields (first row,
-    float32 [b, T, V]) block by block, so that not all logits exist at once.
+    float32 [b, T, V]) block by block, so that not all logits exist at once; of a model without an LM head its last hidden
+    states, [b, T, D].
     """
     rows, ways = row_ways(), math.prod(jax.sharding.get_mesh().shape[axis] for axis in SEQUENCE)
     count, T = tokens_BT.shape
     padded = -(-T // ways) * ways
-    run = jax.jit(logits)
+    run = jax.jit(logits if model.config.head else hidden_states)
     position = place(np.broadcast_to(np.arange(padded, dtype=np.int32), (rows, padded)))
     document = place(np.broadcast_to((np.arange(padded) < T).astype(np.int32), (rows, padded)))
     for begin in range(0, count, rows):
         block = tokens_BT[begin : begin + rows]
         filled = np.zeros((rows, padded), np.int32)
         filled[: len(block), :T] = block
-        source = None if source_BS is None else place(source_of(source_BS[begin : begin + rows], rows))
-        found = run(model, place(filled), position, document, source=source)
+        more = {} if source_BS is None else {'source': place(source_of(source_BS[begin : begin + rows], rows))}
+        found = run(model, place(filled), position, document, **more)
         yield begin, np.asarray(found, np.float32)[: len(block), :T]
 
 

@@ -81,7 +81,7 @@ class Session:
         self.keeps = scaling is None or scaling.kind not in BY_LENGTH
 
     def prepare(self, sampling: Sampling) -> None:
-        """Begins to compile what a first short text needs, while the weights are read and the text is written."""
+        """Begins to compile what reads a first short text, while the weights are read and that text is written."""
         if not self.keeps:
             return
         choice = choices([sampling], self.rows)
@@ -89,12 +89,7 @@ class Session:
         seen_BV = place(np.zeros((self.rows, self.kind.config.vocabulary), bool)) if penalised else None
         self._room(1)
         tokens_BT, begin_B = place((np.zeros((self.rows, PIECES[-1]), np.int32), np.zeros(self.rows, np.int32)))
-        found = read_more.ahead(self.kind, self.cache, tokens_BT, begin_B, begin_B, choice, seen_BV, 0)
-        token_B, position_B, cache, beside = found
-        if penalised:
-            next_described.ahead(self.kind, cache, token_B, position_B, choice, beside.seen_BV, 0)
-        else:
-            next_token.ahead(self.kind, cache, token_B, position_B, choice)
+        read_more.ahead(self.kind, self.cache, tokens_BT, begin_B, begin_B, choice, seen_BV, 0)
 
     def answer(
         self,

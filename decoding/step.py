@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import P, lax
-from jax.sharding import NamedSharding
 
 from model.cost import cached_numbers
 from model.decoder import Decoder, backends, to_vocabulary
@@ -25,7 +24,6 @@ from sharding.order import cyclic
 OPTIONS: dict[str, dict[str, Any]] = {'gpu': {'xla_gpu_dot_merger_threshold_mb': 0}}
 
 
-# Compiles ahead, one program after another: the first is wanted first.
 AHEAD = ThreadPoolExecutor(1, 'compiling')
 
 
@@ -47,21 +45,15 @@ class Program:
             self.under_way.pop().result()
         return self.compiled(platform())(*arguments)
 
-    def ahead(self, *arguments: Any) -> Any:
-        """Begins to compile it for the current mesh and such arguments: arrays, or what says their kinds. A call waits for it.
-
-        Returns shapes, dtypes and layouts of what it will give.
-        """
-        mesh, program = jax.sharding.get_mesh(), self.compiled(platform())
-        given = program.eval_shape(*arguments)  # traced here, and not again
+    def ahead(self, *arguments: Any) -> None:
+        """Begins to compile it on the current mesh for such arguments: arrays, or what says their kinds. A call waits."""
+        mesh = jax.sharding.get_mesh()
 
         def compile_it() -> Any:
             with jax.set_mesh(mesh):
-                return program.lower(*arguments).compile()
+                return self.compiled(platform()).lower(*arguments).compile()
 
         self.under_way.append(AHEAD.submit(compile_it))
-        on_mesh = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
-        return jax.tree.map(on_mesh, given)
 
 
 def jit_step(step: Callable, **how: Any) -> Program:

@@ -37,9 +37,8 @@ class ModelConfig:
     activation_limit: float = 7.0  # of clamped_swiglu (gpt-oss), beyond which gate and up are cut off
     norm: Literal['rmsnorm', 'layernorm'] = 'rmsnorm'
     norm_epsilon: float = 1e-5
-    norm_order: Literal['pre', 'post', 'sandwich'] = (
-        'pre'  # x + f(norm(x)); norm(x + f(x)), as in 2017; x + norm(f(norm(x)))
-    )
+    # x + f(norm(x)); norm(x + f(x)), as in 2017; x + norm(f(norm(x))); x + norm(f(x)), as in OLMo 2 (arXiv:2501.00656)
+    norm_order: Literal['pre', 'post', 'sandwich', 'output'] = 'pre'
     norm_offset: float = 0.0  # added to each RMSNorm's scale (Gemma keeps scales as differences from 1)
     positions: Literal['rotary', 'learned', 'sinusoidal', 'relative', 'none'] = 'rotary'
     max_positions: int | None = None  # rows of the table of learned or sinusoidal positions
@@ -51,11 +50,15 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     rotary_fraction: float = 1.0  # of each head's dims, from the first; the others do not turn
     rotary_pairs: Literal['halves', 'neighbours'] = 'halves'  # dims h and h + H/2 turn together, or 2h and 2h + 1
+    rotary_pattern: tuple[bool, ...] = (True,)  # which layers turn, over and over from the first
     local_rope_theta: float | None = None  # of layers with a window, without scaling; None: as all others
     window: int | None = None  # tokens that a query sees, itself one of them; None: all before it
     window_pattern: tuple[bool, ...] = (True,)  # which layers have the window, over and over from the first
     latent: LatentConfig | None = None  # keys and values from a latent vector, instead of kv_heads and head_dim
     query_scale: float | None = None  # of the scores; None: 1 / √(width of a head's query)
+    query_scale_by_layer: bool = (
+        False  # scores of layer l, from 0, are divided by l + 1 (GPT-2's code has it as an option)
+    )
     attention_softcap: float | None = None  # c: scores become c tanh(score / c)
     attention_sinks: bool = False  # each head has one more score in the softmax, that stands for no token
     qk_norm: bool | Literal['full'] = False  # RMSNorm of each head's query and key; full: of all heads' together
@@ -63,6 +66,8 @@ class ModelConfig:
     o_bias: bool = False  # of attention's output projection
     mlp_bias: bool = False
     bias: bool = False  # of the output and MLP projections and of LayerNorm
+    # Without an LM head a model gives its last hidden states, and is there to embed texts.
+    head: bool = True
     tied_embedding: bool = True  # the LM head is the embedding
     embedding_scale: float = 1.0  # on what the embedding gives
     segment_kinds: int = 0  # rows of a table that is added to the embedding by what text a token is of (BERT's A and B)
@@ -94,8 +99,9 @@ class ModelConfig:
             if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise UserError(f'model.{field} is {getattr(self, field)}: it must be at least 1')
         set_default('kv_heads', self.heads)
-        if self.layers > MOST_LAYERS:
-            raise UserError(f'model.layers is {self.layers}: at most {MOST_LAYERS} work')
+        for field in ('layers', 'mtp_layers'):
+            if getattr(self, field) > MOST_LAYERS:
+                raise UserError(f'model.{field} is {getattr(self, field)}: at most {MOST_LAYERS} work')
         for field in ('mtp_layers', 'mtp_loss'):
             if not getattr(self, field) >= 0:
                 raise UserError(f'model.{field} is {getattr(self, field)}: it cannot be negative; nearest: 0')
@@ -169,6 +175,20 @@ class ModelConfig:
             raise UserError('model.next_sentence is true: its logits are made of the pooler; set model.pooler=true')
         if not self.window_pattern:
             raise UserError('model.window_pattern is empty: [true] gives every layer the window')
+        if not self.rotary_pattern:
+            raise UserError('model.rotary_pattern is empty: [true] turns the queries and keys of every layer')
+        if not self.head:
+            for field in ('encoder', 'mtp_layers', 'head_mlp', 'head_bias', 'next_sentence'):
+                if getattr(self, field):
+                    raise UserError(f'model.head is false and model.{field} given: it needs the LM head; leave it out')
+        if self.latent and (self.query_scale_by_layer or not all(self.rotary_pattern)):
+            raise UserError(
+                'model.latent: attention from latent vectors has no query_scale_by_layer, and a rotary_pattern of [true]'
+            )
+        if self.encoder and self.query_scale_by_layer:
+            raise UserError(
+                'model.query_scale_by_layer is true: it is for models without model.encoder; set it to false'
+            )
         if self.latent and (self.kv_heads != self.heads or self.qk_norm or self.attention_sinks):
             raise UserError(
                 'model.latent: attention from latent vectors has as many kv_heads as heads, and no qk_norm or attention_sinks'
@@ -229,7 +249,8 @@ class ModelConfig:
             m = self.moe
             experts = m is not None and layer >= m.first_dense_layers and m.pattern[layer % len(m.pattern)]
             windowed = self.window is not None and self.window_pattern[layer % len(self.window_pattern)]
-            return Kind(bool(experts), windowed)
+            turned = self.rotary_pattern[layer % len(self.rotary_pattern)] if self.positions == 'rotary' else True
+            return Kind(bool(experts), windowed, turned)
 
         return tuple(kind(layer) for layer in range(self.layers))
 
@@ -280,3 +301,12 @@ class ModelConfig:
         if self.latent:
             return (self.latent.kv_rank + self.latent.rotary_dim,)
         return (self.head_dim, self.head_dim)
+
+
+def needs_head(c: ModelConfig, what: str) -> None:
+    """Raises UserError for a model without an LM head."""
+    if not c.head:
+        raise UserError(
+            f'model.head is false: {what} needs an LM head, which this model has not; scripts/score.py gives its hidden '
+            'states (--logits) and embeddings of texts (--embeddings)'
+        )

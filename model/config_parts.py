@@ -70,6 +70,7 @@ class Kind:
 
     experts: bool = False  # a mixture of experts; else an MLP
     windowed: bool = False  # attention sees `window` tokens, and turns by `local_rope_theta`; else all of them
+    turned: bool = True  # where positions are rotary: queries and keys turn; else the layer knows no positions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +93,8 @@ class MoEConfig:
     top_k: int = 2
     mlp_dim: int  # hidden units of one expert
     shared_experts: int = 0  # experts that every token visits, without a router
+    shared_mlp_dim: int | None = None  # hidden units of one of those; None: as many as of the others
+    shared_gate: bool = False  # what the shared experts give is weighed by a sigmoid of the token (Qwen2-MoE)
     first_dense_layers: int = 0  # layers before the first mixture, with a plain MLP of model.mlp_dim
     pattern: tuple[bool, ...] = (True,)  # which layers are mixtures, over and over from the first; false: a plain MLP
     router: Literal['softmax', 'sigmoid'] = 'softmax'
@@ -116,17 +119,28 @@ class MoEConfig:
     )
 
     @property
+    def shared_dim(self) -> int:
+        """Hidden units of all shared experts together, which are one MLP."""
+        return self.shared_experts * (self.shared_mlp_dim or self.mlp_dim)
+
+    @property
     def has_choice_bias(self) -> bool:
         """Whether experts are chosen by their scores and a bias."""
         return self.choice_bias or self.bias_update_rate > 0
 
     def __post_init__(self):
-        for field in ('experts', 'top_k', 'mlp_dim'):
-            if getattr(self, field) < 1:
+        for field in ('experts', 'top_k', 'mlp_dim', 'shared_mlp_dim'):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise UserError(f'model.moe.{field} is {getattr(self, field)}: it must be at least 1')
         for field in ('shared_experts', 'first_dense_layers', 'balance_loss', 'z_loss', 'bias_update_rate'):
             if not getattr(self, field) >= 0:
                 raise UserError(f'model.moe.{field} is {getattr(self, field)}: it cannot be negative; nearest: 0')
+        for field in ('shared_mlp_dim', 'shared_gate'):
+            if getattr(self, field) and not self.shared_experts:
+                raise UserError(
+                    f'model.moe.{field} is given and model.moe.shared_experts 0: there is nothing that it is of; '
+                    'nearest that works: model.moe.shared_experts=1'
+                )
         if self.top_k > self.experts:
             raise UserError(
                 f'model.moe.top_k is {self.top_k} and model.moe.experts {self.experts}: '

@@ -20,7 +20,9 @@ def parameters(c: ModelConfig) -> dict[str, int]:
     table = c.max_positions if V and c.positions == 'learned' else 0
     parts = {
         'embedding': (V + table + c.segment_kinds) * D,
-        'head': (0 if c.tied_embedding else V * D) + V * c.head_bias + c.head_mlp * (D * D + D + norm_parameters(c)),
+        'head': (V * D if c.head and not c.tied_embedding else 0)
+        + V * c.head_bias
+        + c.head_mlp * (D * D + D + norm_parameters(c)),
         'norms': ((c.norm_order != 'post') + c.embedding_norm) * norm_parameters(c),
         'attention': c.relative_buckets * c.heads if c.positions == 'relative' else 0,
     }
@@ -50,7 +52,7 @@ def layer_parameters(c: ModelConfig, kind: Kind) -> dict[str, int]:
     return parts | {
         'router': m.experts * (D + m.router_bias + m.has_choice_bias),
         'experts': m.experts * expert,
-        'shared_experts': _mlp(c, m.shared_experts * m.mlp_dim) if m.shared_experts else 0,
+        'shared_experts': _mlp(c, m.shared_dim) + D * m.shared_gate if m.shared_experts else 0,
     }
 
 
@@ -86,15 +88,15 @@ def forward_flops(c: ModelConfig, keys: float, source_keys: float | None = None)
         'projections': c.layers * 2.0 * sum(a * b for a, b in projections(c)),
         'attention': scores * keys,
         'mlp': (c.layers - moe) * 2.0 * _matrices(c) * D * c.mlp_dim,
-        'head': 2.0 * D * (c.vocabulary or 0) + 2.0 * D * D * c.head_mlp,
+        'head': 2.0 * D * (c.vocabulary or 0) * c.head + 2.0 * D * D * c.head_mlp,
     }
     if c.encoder:
         flops['cross_attention'] = flops['projections'] + scores * source_keys
         flops['encoder'] = sum(forward_flops(c.of_encoder, source_keys).values())
     if c.moe:
-        visited = c.moe.top_k + c.moe.shared_experts
         flops['router'] = moe * 2.0 * D * c.moe.experts
-        flops['experts'] = moe * 2.0 * visited * _matrices(c) * D * c.moe.mlp_dim
+        units = c.moe.top_k * c.moe.mlp_dim + c.moe.shared_dim
+        flops['experts'] = moe * 2.0 * units * _matrices(c) * D
     return flops
 
 
@@ -153,7 +155,7 @@ def decode_bytes(c: ModelConfig, rows: int, keys: float, weight_bytes: int, cach
     """
     parts: dict[str, float] = dict(parameters(c))
     parts.pop('mtp', None)
-    if not c.tied_embedding:
+    if not (c.head and c.tied_embedding):
         parts.pop('embedding')
     if c.moe:
         parts['experts'] *= 1 - (1 - c.moe.top_k / c.moe.experts) ** rows

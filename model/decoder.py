@@ -26,13 +26,15 @@ from model.grouped_matmul import default_backend as experts_backend
 from model.latent import LatentAttention
 from model.layers import Attention, Cache, Kept, Memory, Mlp, Norm, View, constant, linear_back, weight
 from model.moe import MoE
-from sharding.collectives import all_to_all, gathered, my_slice, vary, whole, wide
+from sharding.collectives import all_to_all, gathered, my_slice, several, vary, whole, wide
 from sharding.mesh import FSDP, platform
 from sharding.pipeline import dealt, pipeline
 
 # Platform -> layers that are written out at most, of whole rows and of a decoding step: a loop's slices of weights, and of what
 # is kept, are copies, and with them a decoding step takes up to twice as long. More keep the loop, to compile quickly.
 UNROLLED = {'cpu': (8, 64), 'gpu': (16, 256)}
+# TPUs read a slice of a stack where it is used, but for experts, all of which they would copy to multiply by a few.
+UNROLLED_EXPERTS = {'tpu': (0, 64)}
 
 
 class Block(nnx.Module):
@@ -53,7 +55,7 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD, view: View, cache: Cache | None, layer):
         """x after the layer, the cache, and the router's figures (an empty dict without a router)."""
-        rate, figures, before = self.config.dropout, {}, self.config.norm_order != 'post'
+        rate, figures, before = self.config.dropout, {}, self.config.norm_order in ('pre', 'sandwich')
         y_BTD, cache = self.attention(self.attention_norm(x_BTD) if before else x_BTD, view, cache, layer)
         x_BTD = self.add(x_BTD, y_BTD, 'attention', view, rate, 1, layer)
         if self.config.encoder:
@@ -65,9 +67,10 @@ class Block(nnx.Module):
         return self.add(x_BTD, y_BTD, 'mlp', view, rate, 2, layer), cache, figures
 
     def add(self, x_BTD, y_BTD, part: str, view: View, rate: float, *site):
-        """The sum of x and a part's output, and its norm where that comes after."""
-        if self.config.norm_order == 'sandwich':
-            y_BTD = getattr(self, f'{part}_out_norm')(y_BTD)
+        """The sum of x and a part's output, of which the output or the sum is normed where the order asks for it."""
+        if self.config.norm_order in ('sandwich', 'output'):
+            name = 'out_norm' if self.config.norm_order == 'sandwich' else 'norm'
+            y_BTD = getattr(self, f'{part}_{name}')(y_BTD)
         x_BTD = x_BTD + view.dropout(y_BTD, rate, *site)
         return getattr(self, f'{part}_norm')(x_BTD) if self.config.norm_order == 'post' else x_BTD
 
@@ -130,7 +133,7 @@ class Decoder(nnx.Module):
         if c.vocabulary is not None:
             if c.head_mlp:
                 self.head_mlp = HeadMlp(c, rngs)
-            if not c.tied_embedding:
+            if c.head and not c.tied_embedding:
                 self.head_DV = weight(rngs, c, (D, V), P(FSDP, 'tensor'), fan_in=D)
             if c.head_bias:
                 self.head_bias_V = constant(c, 0.0, (V,), P('tensor'))
@@ -139,9 +142,10 @@ class Decoder(nnx.Module):
         if c.mtp_layers:
             self.mtp = stacked(c, c.kinds[-1], c.mtp_layers, None, rngs, Ahead)
 
-    def hidden(self, tokens_BT, view: View, cache: Cache | None = None):
+    def hidden(self, tokens_BT, view: View, cache: Cache | None = None, for_head: bool = True):
         """Normed activations before the LM head, in the layout between blocks; the cache; the figures of each router.
 
+        Without `for_head` they are what the layers give, before BERT's MLP of the head.
         Every stage is given all rows and gives those of its own microbatches (`View.dealt`).
         Figures: name -> [L, …] over the layers with a router, in the order of the groups, this device's share; empty without.
         """
@@ -149,7 +153,7 @@ class Decoder(nnx.Module):
         tokens_BT = dealt(tokens_BT, M)
         x_BTD = vary(ends.dropout(self.embed(tokens_BT, ends), c.dropout, 0))
         x_BTD, cache, figures = self.stack(x_BTD, view, cache)
-        return (self.head_mlp(x_BTD) if c.head_mlp else x_BTD), cache, figures
+        return (self.head_mlp(x_BTD) if c.head_mlp and for_head else x_BTD), cache, figures
 
     def read(self, tokens_BS, position_BS, segment_BS, view: View) -> Memory:
         """What the encoder makes of rows of sources, `view` being that of the rows that will attend to it."""
@@ -225,13 +229,13 @@ class Decoder(nnx.Module):
             return my_slice(jnp.asarray(sinusoids(self.config), dtype))
         return whole(self.position_PD[...], dtype, dim=1)
 
-    def head(self) -> 'Head':
-        """The LM head, its part of the vocabulary on each device of `tensor`, in the compute dtype."""
+    def head(self, learns: bool = False) -> 'Head':
+        """The LM head in the compute dtype, its part of the vocabulary on each device of `tensor`; `learns`: has a gradient."""
         bias_V = self.head_bias_V[...] if self.config.head_bias else None
         if not self.config.tied_embedding:
             V = self.head_DV.shape[1]
             w_DV, fill = self.head_DV[...], scattered_columns(V) - V
-            if fill:  # kept apart from the gather, for the compiler joins them wrongly
+            if fill and learns and several(FSDP):  # kept apart from the gather, for the compiler joins them wrongly
                 w_DV = lax.optimization_barrier(jnp.pad(w_DV, ((0, 0), (0, fill))))
             return Head(whole(w_DV, self.config.dtype)[:, :V], bias_V)
         embed_VD = whole(self.embed_VD[...], self.config.dtype)
@@ -287,8 +291,8 @@ def in_order(blocks: tuple[Block, ...], x_BTD, view: View, cache: Cache | None, 
 
     if isinstance(blocks[0], nnx.List):
         figures = []
+        run = jax.jit(remat(unit, blocks[0][0].config, True))  # like layers are traced once
         for number, layers in enumerate(zip(*blocks, strict=True)):
-            run = remat(unit, layers[0].config, True)
             (x_BTD, cache), found = run((x_BTD, cache), (layers, first + number * len(blocks)))
             figures.append(found)
         return x_BTD, cache, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *figures)
@@ -304,7 +308,8 @@ def written_out(layers: int, c: ModelConfig, decoding: bool, on: str) -> bool:
     """Whether so many layers are no loop on a platform."""
     # XLA for GPUs would compute all of them again at once, and what remat is to save would be there together.
     together = c.remat != 'none' and on == 'gpu' and not decoding
-    return not together and layers <= UNROLLED.get(on, (0, 0))[decoding]
+    most = UNROLLED.get(on) or (UNROLLED_EXPERTS.get(on) if c.moe else None) or (0, 0)
+    return not together and layers <= most[decoding]
 
 
 def pipelined(blocks: tuple[Block, ...], x_BTD, view: View, first, repeats: int):

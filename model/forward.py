@@ -16,11 +16,12 @@ from jax import P, lax
 from jax.sharding import NamedSharding
 
 from model import attention, grouped_matmul
+from model.config import needs_head
 from model.decoder import Decoder, backends, to_vocabulary
 from model.layers import View, specs
 from sharding.collectives import axis_index, join, vary
 from sharding.errors import UserError
-from sharding.mesh import BATCH
+from sharding.mesh import BATCH, SEQUENCE
 from sharding.order import contiguous
 
 TOKENS = P(BATCH)  # of a [B, T] array of integers: its rows are split; each device takes its own columns of them
@@ -107,7 +108,8 @@ class Source(NamedTuple):
 
 
 def needs_causal(model: Decoder, what: str) -> None:
-    """Raises UserError for a model whose tokens see those after them."""
+    """Raises UserError for a model whose tokens see those after them, and for one without an LM head."""
+    needs_head(model.config, what)
     if not model.config.causal:
         raise UserError(
             f'model.causal is false: {what} needs a model that predicts the next token; scripts/score.py gives the logits of '
@@ -119,9 +121,10 @@ def logits(model: Decoder, tokens_BT, position_BT, segment_BT, kind_BT=None, sou
     """Logits [B, T, vocabulary] of the full forward pass, float32 or wider, rows split over BATCH, T over `context`.
 
     context × tensor must divide T. `kind_BT`: see View; `source`: an encoder–decoder needs it. Raises UserError on a mesh with
-    stages.
+    stages, and for a model without an LM head (`hidden_states`).
     """
     needs_no_stages('scoring')
+    needs_head(model.config, 'logits')
 
     def body(model, rows, source):
         column_T = columns(rows['tokens_BT'].shape[1], contiguous)
@@ -135,6 +138,27 @@ def logits(model: Decoder, tokens_BT, position_BT, segment_BT, kind_BT=None, sou
     rows |= {} if kind_BT is None else {'kind_BT': kind_BT}
     run = one_device(body, model, (TOKENS, TOKENS), P(ROWS, 'context', 'tensor'))
     return real_vocabulary(run(model, rows, source), model)
+
+
+def hidden_states(model: Decoder, tokens_BT, position_BT, segment_BT, kind_BT=None):
+    """What the last layer and the final norm give, [B, T, D] in the compute dtype, laid out as `logits` has its rows and T.
+
+    context × tensor must divide T. Raises UserError on a mesh with stages, and for an encoder–decoder.
+    """
+    needs_no_stages('scoring')
+    if model.config.encoder:
+        raise UserError('model.encoder is given: hidden states and embeddings are of models without one')
+
+    def body(model, rows):
+        column_T = columns(rows['tokens_BT'].shape[1], contiguous)
+        rows = {name: a_BT[:, column_T] for name, a_BT in rows.items()}
+        tokens_BT = rows.pop('tokens_BT')
+        return model.hidden(tokens_BT, View(**rows, **backends(model.config)), for_head=False)[0]
+
+    rows = {'tokens_BT': tokens_BT, 'position_BT': position_BT, 'segment_BT': segment_BT}
+    rows |= {} if kind_BT is None else {'kind_BT': kind_BT}
+    x_BTD = one_device(body, model, (TOKENS,), P(ROWS, SEQUENCE))(model, rows)
+    return jax.reshard(x_BTD, P(BATCH, 'context'))
 
 
 def with_source(model: Decoder, view: View, source: Source | None) -> View:

@@ -32,6 +32,14 @@ BLOCKS = (512, 128, 32)
 SMALL_BLOCKS = (8,)
 FEW = 4
 
+# Rows [R, D] times weights [E, D, F], or rows [R, F] times their transposes.
+PLAIN, TURNED = (
+    lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(((1,), (dim,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=(0,)
+    )
+    for dim in (1, 2)
+)
+
 
 class Turned(NamedTuple):
     """A weight that stands for its transpose, of its last two dims: to turn it would be to copy it."""
@@ -139,14 +147,17 @@ def grouped_apply(
 
             return gmm(x_RD, w_EDF.w if turned else w_EDF, sizes_E, turned=turned)
         if turned:
-            w_EDF = w_EDF.w.swapaxes(1, 2)
+            w_EDF = w_EDF.w
         wide = jnp.promote_types(x_RD.dtype, jnp.float32)
         if backend == 'ragged':
             # A TPU sums in float32 whatever it writes; asked for float32 it would hold all rows in it too.
             kept = x_RD.dtype if platform() == 'tpu' else wide
-            y_RF = lax.ragged_dot(x_RD, w_EDF, sizes_E, preferred_element_type=kept)
+            y_RF = lax.ragged_dot_general(
+                x_RD, w_EDF, sizes_E, TURNED if turned else PLAIN, preferred_element_type=kept
+            )
         else:
-            y_RF = jnp.einsum('RD,EDF,RE->RF', x_RD, w_EDF, mine_RE().astype(wide), preferred_element_type=wide)
+            sums = 'RF,EDF,RE->RD' if turned else 'RD,EDF,RE->RF'
+            y_RF = jnp.einsum(sums, x_RD, w_EDF, mine_RE().astype(wide), preferred_element_type=wide)
         return y_RF.astype(x_RD.dtype)
 
     # Masked at both ends: what the last rows hold (even NaN) reaches neither y nor, through 0 * NaN, a gradient.

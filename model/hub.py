@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
 
@@ -22,7 +22,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 from model import gguf, tensor_files
 from model.config import ModelConfig
-from model.families import Family, Fields, Tensor, family_of, leaves, tensors
+from model.families import OPTIONAL, Family, Fields, Tensor, family_of, leaves, tensors
+from model.families.fields import passed_over
 from model.quantised import unpacked
 from model.streaming import arrays
 from model.tensor_files import Stored
@@ -68,6 +69,8 @@ class Published:
     copies: dict[str, str]  # tensors in the files that repeat another of the table, which it is
     fixed: dict[str, str]  # tensors in the files that follow from the model, and their dtype
     of_gguf: gguf.Model | None = None  # where it is no folder
+    absent: tuple[str, ...] = ()  # of OPTIONAL, what config.json has and the files have not
+    ignored: tuple[str, ...] = ()  # fields of config.json that a user passes over
 
     @property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -94,14 +97,18 @@ def shapes_of(c: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
         return leaves(c)
 
 
-def read(folder: Path, dtype: str | None = None, without_remote_code: bool = False) -> Published:
+def read(
+    folder: Path, dtype: str | None = None, without_remote_code: bool = False, ignore: Sequence[str] = ()
+) -> Published:
     """A published folder or GGUF file, its weights to be kept in `dtype` or in the source's own.
 
     Where the source has several, the narrowest that holds all of them exactly. Compute is in bfloat16 where weights are.
-    Raises UserError for whatever is missing, damaged or not supported.
+    Fields of config.json that `ignore` names are passed over. A part of `OPTIONAL` that config.json has and the files have
+    not is no part of the model. Raises UserError for whatever else is missing, damaged or not supported.
     """
     from_gguf = gguf.read(folder) if gguf.is_file(folder) else None
     where, config = (folder, from_gguf.config) if from_gguf else (folder / CONFIG, _config(folder))
+    config = passed_over(config, ignore, str(where))
     if 'auto_map' in config and not without_remote_code:
         raise UserError(
             f'{where}: auto_map names code that comes with the model, which is never run; where Weft’s own code for '
@@ -110,29 +117,48 @@ def read(folder: Path, dtype: str | None = None, without_remote_code: bool = Fal
     fields = Fields(config, str(where))
     family = family_of(fields)
     with fields.told():
-        c = family.read(fields)
+        c = family.model(fields)
     fields.finish()
     found: Mapping[str, Source] = from_gguf.stored if from_gguf else unpacked(all_stored(folder), config, where)
     stored, files = _as_named(found, family)
-    c = family.model_of(c, stored)
-    table = tensors(family, c, shapes_of(c))
+    c, table, absent = _present(family, family.model_of(c, stored), stored)
     if from_gguf:
         from_gguf.check(table)
-    sources, copies, fixed = _match(folder, family, table, stored, c)
+    sources, copies, fixed = _match(folder, family, table, stored, files, c)
     table = [one for one in table if not one.copy_of]
     c = _with_dtypes(folder, c, table, sources, dtype)
     files = {name: file for name, file in files.items() if name in (*sources, *copies, *fixed)}
-    return Published(folder, fields, family, c, table, sources, files, copies, fixed, from_gguf)
+    return Published(folder, fields, family, c, table, sources, files, copies, fixed, from_gguf, absent, tuple(ignore))
+
+
+def _present(
+    family: Family, c: ModelConfig, stored: Mapping[str, Source]
+) -> tuple[ModelConfig, list[Tensor], tuple[str, ...]]:
+    """A model without the parts of which the files hold no tensor; its tensors; the names of those parts."""
+    table, absent = tensors(family, c, shapes_of(c)), list[str]()
+    for part in OPTIONAL:
+        if all(one.name in stored for one in table if not one.copy_of):
+            break
+        less = family.without(c, part)
+        if less == c:
+            continue
+        left = tensors(family, less, shapes_of(less))
+        of_part = {one.name for one in table} - {one.name for one in left}
+        if of_part and not any(name in stored for name in of_part):
+            c, table = less, left
+            absent.append(part)
+    return c, table, tuple(absent)
 
 
 def _as_named(stored: Mapping[str, Source], family: Family) -> tuple[dict[str, Source], dict[str, str]]:
     """Tensors by the names of the family's table, and what differs from these in the files."""
     short = bool(family.prefix) and not any(name.startswith(family.prefix) for name in stored)
+    outside = {name for name in (*family.names, *family.tied) if not name.startswith(family.prefix)}  # such as a head's
     found: dict[str, Source] = {}
     files: dict[str, str] = {}
     for name, source in stored.items():
         now = family.known_as(name)
-        now = family.prefix + now if short else now
+        now = family.prefix + now if short and now not in outside else now
         if now in found:
             raise UserError(
                 f'{source.path}: tensors {name} and {files.get(now, now)} are the same one of a {family.name} model'
@@ -176,21 +202,19 @@ def _json(folder: Path, name: str) -> Any:
         raise UserError(f'{folder / name}: not readable as JSON: {error}') from None
 
 
-def inside(folder: Path, name: str, within: Path | None = None) -> Path:
-    """A file of a folder. Raises UserError where the name leads out of it, or nowhere.
+def inside(folder: Path, name: str, below: str = '') -> Path:
+    """A file of a folder, or of one `below` it. Raises UserError where the name leads out of it, or nowhere.
 
-    Links may lead within the folder, or within the wider one that is given, and from a snapshot of the hub's cache to the
-    cache's own files.
+    Links may lead within the folder, and from a snapshot of the hub's cache to the cache's own files.
     """
-    path = folder / name
+    path = folder / below / name
     if name in ('', '.', '..') or Path(name).name != name or '\\' in name or len(name.encode()) > 255:
         raise UserError(f'{folder}: {name!r} is not the name of a file in this folder')
     if not path.is_file():
         raise UserError(f'{path}: is missing')
-    outer = (within or folder).resolve()
-    rooms = [outer]
-    if outer.parent.name == 'snapshots':
-        rooms.append(outer.parents[1] / 'blobs')
+    rooms = [folder.resolve()]
+    if folder.resolve().parent.name == 'snapshots':
+        rooms.append(folder.resolve().parents[1] / 'blobs')
     if not any(path.resolve().is_relative_to(room) for room in rooms):
         raise UserError(f'{path}: is a link that leaves the folder, to {path.resolve()}; put the file itself there')
     return path
@@ -237,28 +261,36 @@ def _no_weights(folder: Path) -> str:
 
 
 def _match(
-    folder: Path, family: Family, table: list[Tensor], stored: Mapping[str, Source], c: ModelConfig
+    folder: Path,
+    family: Family,
+    table: list[Tensor],
+    stored: Mapping[str, Source],
+    files: dict[str, str],
+    c: ModelConfig,
 ) -> tuple[dict[str, Source], dict[str, str], dict[str, str]]:
-    """The source of each tensor of the table; the copies; what is fixed. All in the files is one of these, or a buffer."""
+    """The source of each tensor of the table; the copies; what is fixed. All in the files is one of these, or a buffer.
+
+    A tensor that is there only under the name of a copy of it is taken from there, and `files` says so.
+    """
     sources: dict[str, Source] = {}
     left = dict(stored)
-    missing = []
+    missing, own = [], {one.name for one in table if not one.copy_of}
+    repeats = {name: of for name, of in _copies(family, table, c).items() if name not in own}
     for one in table:
         if one.copy_of:
             continue
         if one.name not in left:
-            missing.append(one.name)
-            continue
+            again = next((name for name, of in repeats.items() if of == one.name and name in left), None)
+            if again is None:
+                missing.append(one.name)
+                continue
+            left[one.name], files[one.name] = left.pop(again), files.pop(again, again)
         sources[one.name] = source = left.pop(one.name)
         if tuple(source.shape) != one.shape:
             raise UserError(
                 f'{source.path}: tensor {one.name} is {list(source.shape)} and by {CONFIG} must be {list(one.shape)}'
             )
-    copies = {
-        name: of
-        for name, of in _copies(family, table, c).items()
-        if name in left and of in sources and name not in sources
-    }
+    copies = {name: of for name, of in repeats.items() if name in left and of in sources}
     for name, of in copies.items():
         _check_copy(left.pop(name), name, sources[of], of)
     fixed = {name: left[name].dtype.name for name in family.fixed if name in left}
@@ -272,7 +304,7 @@ def _match(
         near = nearest(missing[0], left) if left else ''
         of_layer = [re.match(r'model\.layers\.(\d+)\.', name) for name in missing]
         if c.mtp_layers and all(at and int(at[1]) >= c.layers for at in of_layer):
-            near = '; it predicts further ahead: where the files have no such layer, set num_nextn_predict_layers to 0'
+            near = '; it predicts further ahead, and the files have a part of what does'
         raise UserError(
             f'{folder}: tensor {missing[0]} is missing{tail(missing)}: by {CONFIG} a {family.architectures[0]} has it{near}'
         )
@@ -346,15 +378,13 @@ def _with_dtypes(
 def side_files(folder: Path) -> dict[str, bytes]:
     """What stands beside the weights and is kept: configs, tokenizers, chat templates, licences. No code, no pickles.
 
-    By their names in the folder; those of TEMPLATES, a folder in it, as `TEMPLATES/NAME.jinja`.
+    By its path: what sentence-transformers says of pooling stands in 1_Pooling/config.json, chat templates beside the first one
+    in TEMPLATES.
     """
     found = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted([*folder.iterdir(), *folder.glob('[0-9]_*/config.json'), *folder.glob(f'{TEMPLATES}/*.jinja')]):
         if path.is_file() and SIDE.fullmatch(path.name) and not path.name.endswith('.index.json'):
             _check_size(path)
-            found[path.name] = inside(folder, path.name).read_bytes()
-    for path in sorted((folder / TEMPLATES).glob('*.jinja')):
-        if path.is_file() and SIDE.fullmatch(path.name):
-            _check_size(path)
-            found[f'{TEMPLATES}/{path.name}'] = inside(path.parent, path.name, folder).read_bytes()
+            below = path.relative_to(folder)
+            found[below.as_posix()] = inside(folder, path.name, below.parent.name).read_bytes()
     return found

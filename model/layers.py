@@ -204,7 +204,7 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, c: ModelConfig, kind: Kind, rngs: nnx.Rngs):
-        self.config, self.windowed = c, kind.windowed
+        self.config, self.windowed, self.turned = c, kind.windowed, kind.turned
         D, N, M, H = c.model_dim, c.heads * c.head_dim, c.kv_heads * c.head_dim, c.head_dim
         self.q_DN = weight(rngs, c, (D, N), P(FSDP, 'tensor'), fan_in=D)
         self.k_DM = weight(rngs, c, (D, M), P(FSDP, 'tensor'), fan_in=D)
@@ -244,7 +244,9 @@ class Attention(nnx.Module):
         if c.qk_norm and c.qk_norm != 'full':
             q_BTKGH = rms_norm(q_BTKGH, offset(self.q_scale_H[...], c), c.norm_epsilon)
             k_BTKH = rms_norm(k_BTKH, offset(self.k_scale_H[...], c), c.norm_epsilon)
-        if c.positions == 'rotary':
+        if c.query_scale_by_layer:
+            q_BTKGH = (wide(q_BTKGH) / (layer + 1)).astype(q_BTKGH.dtype)
+        if c.positions == 'rotary' and self.turned:
             place = (view.position_BT, view.segment_BT)
             q_BTKGH, k_BTKH = (rope(a, *place, c, self.windowed) for a in (q_BTKGH, k_BTKH))
         if cache is not None:

@@ -41,7 +41,9 @@ class MoE(nnx.Module):
                 jnp.zeros((E,), jnp.promote_types(c.parameter_dtype, jnp.float32), out_sharding=P(None))
             )
         if c.moe.shared_experts:
-            self.shared = Mlp(c, F * c.moe.shared_experts, rngs)
+            self.shared = Mlp(c, c.moe.shared_dim, rngs)
+        if c.moe.shared_gate:
+            self.shared_gate_D = constant(c, 0.0, (D,), P(None))
 
     def __call__(self, x_BTD, view: View):
         """The block's output in the layout between blocks, and this device's share of the router's figures (see `route`).
@@ -65,7 +67,15 @@ class MoE(nnx.Module):
             capacity_factor=c.moe.capacity_factor,
         )
         y_BTD = y_ND.reshape(x_BTD.shape)
-        return (y_BTD + self.shared(x_BTD, view) if c.moe.shared_experts else y_BTD), figures
+        return (y_BTD + self.visited(x_BTD, view) if c.moe.shared_experts else y_BTD), figures
+
+    def visited(self, x_BTD, view: View):
+        """What the shared experts give, in the layout between blocks, with their gate's weight."""
+        y_BTD = self.shared(x_BTD, view)
+        if not self.config.moe.shared_gate:
+            return y_BTD
+        gate_BT1 = jax.nn.sigmoid((wide(x_BTD) * wide(self.shared_gate_D[...])[None, None]).sum(-1, keepdims=True))
+        return (gate_BT1 * y_BTD).astype(y_BTD.dtype)
 
     def experts(self, dtype, backend: str) -> Experts:
         """The experts that this device holds, D whole."""

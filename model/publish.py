@@ -18,6 +18,7 @@ import numpy as np
 from model import tensor_files
 from model.config import ModelConfig
 from model.families import Family, Fields, families, tensors
+from model.families.fields import passed_over
 from model.hub import CONFIG, INDEX, SINGLE, shapes_of
 from sharding.errors import UserError, nearest
 
@@ -30,6 +31,7 @@ OF_KINDS = (
     'model.moe.first_dense_layers',
     'model.moe.pattern',
     'model.window_pattern',
+    'model.rotary_pattern',
 )  # what `ModelConfig.kinds` says
 FAR, MOST_TOLD = 1000, 4  # fields: of a family that does not read at all; of one that are told
 
@@ -173,12 +175,18 @@ def refuse_existing(folder: Path) -> None:
 
 
 def published_config(
-    c: ModelConfig, context: int, name: str | None = None, original: Mapping[str, Any] | None = None
+    c: ModelConfig,
+    context: int,
+    name: str | None = None,
+    original: Mapping[str, Any] | None = None,
+    absent: Sequence[str] = (),
+    ignored: Sequence[str] = (),
 ) -> tuple[Family, dict[str, Any]]:
     """The family of a model, and the fields of its config.json: of the named family, or of the first that can say this model.
 
-    `original` is what the model was read from; it is given back where it still says the same. `context` is how many tokens a
-    row may have, where the model does not say. Raises UserError where no family fits, with what stands in the way.
+    `original` is what the model was read from; it is given back where it still says the same, but for parts that were `absent`
+    from its files and fields that were `ignored`. `context` is how many tokens a row may have, where the model does not say.
+    Raises UserError where no family fits, with what stands in the way.
     """
     known = {family.name: family for family in families()}
     if name is not None and name not in known:
@@ -188,10 +196,11 @@ def published_config(
         try:
             if original is not None:
                 fields = {field: value for field, value in original.items() if field not in NOT_EXPORTED}
-                if not _says(family, fields, c):
+                read = passed_over(fields, [name for name in ignored if name not in NOT_EXPORTED], CONFIG)
+                if not _says(family, read, c, absent):
                     return family, fields
             # Some families' default in transformers is a padding token that a small vocabulary does not have.
-            fields = {'architectures': [family.architectures[0]], 'pad_token_id': None} | family.write(c)
+            fields = {'pad_token_id': None} | family.config(c)
             if c.positions == 'rotary':  # others have a table, whose rows the family has told
                 fields.setdefault('max_position_embeddings', context)
             if not (differing := _says(family, fields, c)):
@@ -226,13 +235,16 @@ def _told(differing: list[Difference]) -> str:
     return ', '.join(map(str, differing[:MOST_TOLD])) + more
 
 
-def _says(family: Family, fields: Mapping[str, Any], c: ModelConfig) -> list[Difference]:
+def _says(family: Family, fields: Mapping[str, Any], c: ModelConfig, absent: Sequence[str] = ()) -> list[Difference]:
     """Where a model differs from what its family reads in a config's fields."""
     reader = Fields(fields)
-    found = family.read(reader)
+    found = family.model(reader)
     reader.finish()
     there = [name for name, said in family.told.items() if all(getattr(c, field) == said[field] for field in said)]
-    return _differing(family.model_of(found, there), c)
+    found = family.model_of(found, there)
+    for part in absent:
+        found = family.without(found, part)
+    return _differing(found, c)
 
 
 def _differing(found: ModelConfig, c: ModelConfig) -> list[Difference]:
@@ -259,6 +271,7 @@ def _said(c: ModelConfig) -> dict[str, Any]:
     if c.moe:
         fields['moe'] = {name: value for name, value in fields['moe'].items() if name not in NO_LOGIT_MOE}
         fields['moe']['choice_bias'] = c.moe.has_choice_bias
+        fields['moe']['shared_mlp_dim'] = c.moe.shared_dim // max(c.moe.shared_experts, 1)
         if c.moe.groups == 1:
             del fields['moe']['group_score'], fields['moe']['top_groups']
         if all(kind.experts for kind in c.kinds):
@@ -272,4 +285,5 @@ def _said(c: ModelConfig) -> dict[str, Any]:
     idle += [] if c.positions == 'rotary' else [name for name in fields if name.startswith(('rope_', 'rotary_'))]
     idle += [] if c.activation == 'clamped_swiglu' else ['activation_limit']
     idle += [] if c.window else ['window_pattern', 'local_rope_theta']
+    idle += [] if c.head else ['tied_embedding', 'logit_scale', 'logit_softcap']
     return {name: value for name, value in fields.items() if name not in idle}

@@ -102,8 +102,8 @@ def unpacked(
     """
     said = config.get('quantization_config')
     found: dict[str, Any] = dict(stored)
-    if said is None:
-        return found
+    if said is None or (isinstance(said, dict) and all(value is None for value in said.values())):
+        return found  # what is left of one where the numbers are plain
     method = said.get('quant_method') if isinstance(said, dict) else said
     known = {'fp8': _fp8, 'mxfp4': _mxfp4}
     if not isinstance(method, str) or method not in known:

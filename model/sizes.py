@@ -45,6 +45,8 @@ def sizes(c: ModelConfig) -> list[Divides]:
             Divides(('expert',), 'model.moe.experts', c.moe.experts),
             Divides(('tensor',), 'model.moe.mlp_dim', c.moe.mlp_dim),
         ]
+        if c.moe.shared_mlp_dim is not None:
+            rules.append(Divides(('tensor',), 'model.moe.shared_mlp_dim × model.moe.shared_experts', c.moe.shared_dim))
     return rules
 
 

@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py train configs/demo.yaml --steps 20
 python scripts/benchmark.py decode configs/demo.yaml --rows 4 --prompt 128 --new 64
+python scripts/benchmark.py start runs/demo --turns 3         to the first token, compiled anew and not
 python scripts/benchmark.py experts
 python scripts/benchmark.py nanogpt configs/nanogpt-cpu.yaml --repository nanoGPT/ --python torchenv/bin/python
 python scripts/benchmark.py standard             the set of benchmarks/, as Markdown
@@ -17,7 +18,7 @@ from typing import Any
 from scripts.entry import run
 from sharding.errors import UserError
 
-LEAST = {'steps': 1, 'rows': 1, 'prompt': 1, 'new': 8, 'experts': 1, 'dim': 1, 'hidden': 1}
+LEAST = {'turns': 1, 'steps': 1, 'rows': 1, 'prompt': 1, 'new': 8, 'experts': 1, 'dim': 1, 'hidden': 1}
 CPU = (
     ('train', 'configs/demo.yaml', '--steps', '10'),
     ('train', 'configs/demo.yaml', 'mesh.expert=1', 'mesh.tensor=1', '--steps', '10'),
@@ -45,7 +46,7 @@ ACCELERATOR = (  # one device with 80 GB or more
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_subparsers(dest='what', required=True)
-    options = {name: what.add_parser(name) for name in ('train', 'decode', 'experts', 'nanogpt', 'standard')}
+    options = {name: what.add_parser(name) for name in ('train', 'decode', 'start', 'experts', 'nanogpt', 'standard')}
     for name in ('train', 'decode', 'nanogpt'):
         options[name].add_argument('config')
         options[name].add_argument('overrides', nargs='*', metavar='key=value')
@@ -55,6 +56,9 @@ def main() -> None:
     options['decode'].add_argument('--new', type=int, default=64, help='tokens decoded after it')
     for name in ('train', 'decode'):
         options[name].add_argument('--profile', type=int, default=0, metavar='N', help='list the N longest kernels too')
+    options['start'].add_argument('run', metavar='RUN', help='a folder such as runs/demo')
+    options['start'].add_argument('--prompt', default='The capital of France is', metavar='TEXT')
+    options['start'].add_argument('--turns', type=int, default=3, help='whose median is reported')
     for name, default in (('rows', 8192), ('experts', 8), ('dim', 256), ('hidden', 512)):
         options['experts'].add_argument(f'--{name}', type=int, default=default)
     options['experts'].add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
@@ -65,9 +69,10 @@ def main() -> None:
         option.add_argument('--json', action='store_true')
     given = _parse(parser)
     for name, least in LEAST.items():
-        if getattr(given, name, least) < least:
+        value = getattr(given, name, least)
+        if isinstance(value, int) and value < least:
             raise UserError(f'--{name} is {getattr(given, name)}: it must be at least {least}')
-    figures = {'standard': standard, 'experts': experts}.get(given.what, configured)(given)
+    figures = {'standard': standard, 'experts': experts, 'start': start}.get(given.what, configured)(given)
     if figures is not None:
         print(
             json.dumps(figures)
@@ -100,6 +105,13 @@ def experts(given: argparse.Namespace) -> dict[str, Any]:
     from analysis.measure import measure_experts
 
     return measure_experts(given.rows, given.experts, given.dim, given.hidden, given.dtype, given.backend)
+
+
+def start(given: argparse.Namespace) -> dict[str, Any]:
+    """From a command to its first token."""
+    from analysis.starting import measure_start
+
+    return measure_start(given.run, given.prompt, given.turns)
 
 
 def standard(given: argparse.Namespace) -> None:

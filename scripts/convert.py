@@ -26,6 +26,14 @@ def main() -> None:
         help='take a model that names code of its own, and do without that code',
     )
 
+    into.add_argument(
+        '--ignore',
+        action='append',
+        default=[],
+        metavar='FIELD',
+        help='of config.json, to pass over, such as rope_scaling.alpha; may be given several times',
+    )
+
     out = ways.add_parser('export', help='a run to a published folder')
     out.add_argument('run', metavar='RUN', help='a folder such as runs/llama')
     out.add_argument('target', metavar='HF_DIR', help='the folder to make')
@@ -40,7 +48,8 @@ def main() -> None:
 
     if options.way == 'import':
         mesh = parse_mesh(options.mesh)
-        import_run(Path(options.source), Path(options.run), mesh, options.dtype, options.without_remote_code)
+        without_code, ignore = options.without_remote_code, options.ignore
+        import_run(Path(options.source), Path(options.run), mesh, options.dtype, without_code, ignore)
     else:
         mesh = None if options.mesh is None else parse_mesh(options.mesh)
         export_run(at(options.run), Path(options.target), options.dtype, options.family, mesh)

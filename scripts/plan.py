@@ -91,7 +91,7 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
     config, searched = settle_mesh(options, config)
     terms = plan.Terms(tokens=options.tokens, price=options.price, watts=options.watts)
     length = (options.length if options.serve else None) or config.training.sequence_length
-    if not config.model.causal:  # an encoder alone is scored, which nobody waits for
+    if not (config.model.causal and config.model.head):  # what is only scored, nobody waits for
         found, chosen = None, {'what': 'bill'}
     elif options.serve:
         found, chosen = serve(options, config, chip, length, terms, searched)

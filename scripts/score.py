@@ -1,6 +1,9 @@
-"""Logits of token ids, for comparison from outside: int32 [B, T] in, float32 [B, T, V] out, V the real vocabulary.
+"""Logits of token ids, for comparison from outside, or vectors of texts.
 
-python scripts/score.py runs/demo --tokens ids.npy --logits logits.npy
+python scripts/score.py runs/demo --tokens ids.npy --logits logits.npy          int32 [B, T] in, float32 [B, T, V] out
+python scripts/score.py runs/minilm --texts lines.txt --embeddings vectors.npy  a text a line in, float32 [lines, D] out
+
+V is the real vocabulary. Of a model without an LM head --logits writes its last hidden states, float32 [B, T, D].
 """
 
 import argparse
@@ -15,7 +18,6 @@ def main() -> None:
     parser.add_argument('run', metavar='RUN', help='a folder such as runs/demo')
     parser.add_argument(
         '--tokens',
-        required=True,
         metavar='FILE',
         help='.npy, whole numbers [B, T]: each row is one document from its start',
     )
@@ -26,21 +28,75 @@ def main() -> None:
     )
     parser.add_argument(
         '--logits',
-        required=True,
         metavar='FILE',
         help='.npy to write: [b, t] holds the logits of the token after t; of an encoder alone, of t',
+    )
+    parser.add_argument('--texts', metavar='FILE', help='UTF-8, a text a line, to embed')
+    parser.add_argument('--embeddings', metavar='FILE', help='.npy to write: a vector of length 1 for each text')
+    parser.add_argument(
+        '--pooling',
+        metavar='NAME',
+        help='mean of a text’s tokens, cls (its first) or last; what the model was published with otherwise',
     )
     parser.add_argument('--mesh', metavar='AXES', help='such as expert=2,tensor=2; the run’s own otherwise')
     options = parser.parse_args()
 
+    from sharding.errors import UserError
+
+    wanted = [name for name in ('tokens', 'logits', 'texts', 'embeddings') if getattr(options, name) is not None]
+    if wanted == ['texts', 'embeddings']:
+        embed_texts(options)
+    elif wanted == ['tokens', 'logits'] and options.pooling is None:
+        score_tokens(options)
+    else:
+        raise UserError(
+            'give --tokens FILE and --logits FILE, or --texts FILE and --embeddings FILE, with which --pooling goes; given: '
+            + (', '.join(f'--{name}' for name in wanted) or 'none of them')
+        )
+
+
+def check_folder(option: str, target: Path) -> None:
+    """Raises UserError where there is no folder to write into."""
+    from sharding.errors import UserError
+
+    if not target.parent.is_dir():
+        raise UserError(f'{option} {target}: there is no folder {target.parent}')
+
+
+def embed_texts(options: argparse.Namespace) -> None:
+    """Writes a vector for each line of a file."""
+    texts, target = read_texts(options.texts), Path(options.embeddings)
+    check_folder('--embeddings', target)
+
+    from decoding.run import open_run
+
+    opened = open_run(options.run, options.mesh, stacked=True)
+
+    import jax
+    import numpy as np
+
+    from decoding.embed import embed
+    from sharding.memory import explaining
+
+    tell = 'out of memory on a device: activations of some texts at once; give shorter ones, or use --mesh'
+    with jax.set_mesh(opened.mesh), explaining(lambda: tell):
+        vectors = embed(opened, texts, options.pooling)
+    partial = target.with_name(target.name + '.partial')
+    with open(partial, 'wb') as file:
+        np.save(file, vectors)
+    os.replace(partial, target)
+    print(f'{target}: float32 {list(vectors.shape)} (step {opened.step})')
+
+
+def score_tokens(options: argparse.Namespace) -> None:
+    """Writes the logits of rows of token ids."""
     from decoding.run import open_run
     from sharding.errors import UserError
 
     tokens_BT = read_ids('--tokens', options.tokens)
     source_BS = read_ids('--sources', options.sources) if options.sources else None
     target = Path(options.logits)
-    if not target.parent.is_dir():
-        raise UserError(f'--logits {target}: there is no folder {target.parent}')
+    check_folder('--logits', target)
     opened = open_run(options.run, options.mesh, needs_text=False, stacked=True)
     c = opened.config.model
     check_ids('--tokens', options.tokens, tokens_BT, 0, c)
@@ -64,15 +120,31 @@ def main() -> None:
     from decoding.score import score
     from sharding.memory import explaining
 
+    what, width = ('logits', c.vocabulary) if c.head else ('last hidden states', c.model_dim)
     partial = target.with_name(target.name + '.partial')
-    out = np.lib.format.open_memmap(partial, mode='w+', dtype=np.float32, shape=(*tokens_BT.shape, c.vocabulary))
-    tell = f'out of memory on a device: logits of {tokens_BT.shape[1]} tokens a row; give shorter rows, or use --mesh'
+    out = np.lib.format.open_memmap(partial, mode='w+', dtype=np.float32, shape=(*tokens_BT.shape, width))
+    tell = f'out of memory on a device: {what} of {tokens_BT.shape[1]} tokens a row; give shorter rows, or use --mesh'
     with jax.set_mesh(opened.mesh), explaining(lambda: tell):
         for begin, logit_BTV in score(opened.model, tokens_BT, source_BS):
             out[begin : begin + len(logit_BTV)] = logit_BTV
     out.flush()
     os.replace(partial, target)
-    print(f'{target}: float32 {list(out.shape)} (step {opened.step})')
+    print(f'{target}: {what}, float32 {list(out.shape)} (step {opened.step})')
+
+
+def read_texts(path: str) -> list[str]:
+    """The lines of a file, empty ones among them, so that each has its row. Only line feeds end a line."""
+    from sharding.errors import UserError
+
+    try:
+        text = Path(path).read_bytes().decode('utf-8')
+    except UnicodeDecodeError as error:
+        raise UserError(f'--texts {path}: not UTF-8 at byte {error.start}') from None
+    except OSError as error:
+        raise UserError(f'--texts {path}: {error.strerror}') from None
+    if not text:
+        raise UserError(f'--texts {path}: is empty; write a text a line')
+    return text.removesuffix('\n').split('\n')
 
 
 def read_ids(option: str, path: str):

@@ -171,8 +171,8 @@ class Bucket:
         at_once(copy, names)
 
 
-def at_once(work, arguments: Iterable) -> list:
+def at_once(work, arguments: Iterable, workers: int = CONNECTIONS) -> list:
     """`work` on each argument, some at a time; the first error, if any, when all have ended."""
-    with ThreadPoolExecutor(CONNECTIONS, 'bucket') as pool:
+    with ThreadPoolExecutor(workers, 'bucket') as pool:
         futures = [pool.submit(work, argument) for argument in arguments]
     return [future.result() for future in futures]

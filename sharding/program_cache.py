@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 import zstandard
 
-MOST = 2**28  # bytes of all entries; those that were not used for longest go first
+MOST = 2**28  # bytes of all entries; the oldest go first
 ENTRY, SEAL = '-cache', '.sha256'
 COMPILED = (
     '/jax/core/compile/backend_compile_duration'  # JAX tells it when a program is compiled, and written if it is kept
@@ -31,13 +31,13 @@ _kept: list[Path] = []  # this process' folder, if there is one
 
 def keep_programs() -> None:
     """Begins to use the cache in this process. Where no folder can be the user's own, all is compiled as without one."""
-    if _kept or jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+    said = jax.config.values
+    if _kept or said['jax_compilation_cache_dir'] is not None or not said['jax_enable_compilation_cache']:
         return
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # What lies there is run: nobody else may have put it there.
-        if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022 or not os.access(folder, os.W_OK):
+        if not is_private(folder):
             return
         tidy(folder, MOST)
     except (OSError, RuntimeError):  # RuntimeError: a user without a home
@@ -63,6 +63,12 @@ def cache_folder() -> Path:
     return base / 'weft' / f'programs-{hashlib.sha256(_processor().encode()).hexdigest()[:12]}'
 
 
+def is_private(folder: Path) -> bool:
+    """Whether this user alone can have put there what lies there: it is run."""
+    about = folder.stat()
+    return about.st_uid == os.getuid() and not about.st_mode & 0o022 and os.access(folder, os.W_OK)
+
+
 def _processor() -> str:
     """The processor's name and features, as far as the system tells."""
     with contextlib.suppress(OSError):
@@ -72,14 +78,13 @@ def _processor() -> str:
 
 
 def tidy(folder: Path, most: int) -> None:
-    """Removes entries that are not as they were written, and then the longest unused until at most `most` bytes are left."""
+    """Removes entries that are not as they were written, and then the oldest until at most `most` bytes are left."""
     found, total = list[tuple[float, int, Path]](), 0
     for entry in folder.glob(f'*{ENTRY}'):
         with contextlib.suppress(OSError):  # another process has removed it
             content = entry.read_bytes()
-            about = entry.stat()
             if _seal(entry).is_file() and _seal(entry).read_text() == hashlib.sha256(content).hexdigest():
-                found.append((max(about.st_atime, about.st_mtime), len(content), entry))
+                found.append((entry.stat().st_mtime, len(content), entry))
                 total += len(content)
             else:
                 _remove(entry)
@@ -90,7 +95,7 @@ def tidy(folder: Path, most: int) -> None:
         total -= size
 
 
-def _compiled(event: str, seconds: float, **about: object) -> None:
+def _compiled(event: str, duration_secs: float, **about: str | int) -> None:
     """Seals what JAX has just written."""
     if event != COMPILED:
         return

@@ -45,7 +45,7 @@ def rope(x_BTNH, position_BT, theta):
     return jnp.concatenate([turned.real, turned.imag], -1)
 
 
-def attend(w, x_BTD, position_BT, segment_BT, c: ModelConfig):
+def attend(w, x_BTD, position_BT, segment_BT, number: int, c: ModelConfig):
     B, T, _ = x_BTD.shape
     get = lambda name: w.get(f'attention.{name}')
     heads = lambda letter, dims, n: (
@@ -54,7 +54,10 @@ def attend(w, x_BTD, position_BT, segment_BT, c: ModelConfig):
     q, k, v = heads('q', 'DN', c.heads), heads('k', 'DM', c.kv_heads), heads('v', 'DM', c.kv_heads)
     if c.qk_norm:
         q, k = rms(q, get('q_scale_H'), c), rms(k, get('k_scale_H'), c)
-    q, k = rope(q, position_BT, c.rope_theta), rope(k, position_BT, c.rope_theta)
+    if c.rotary_pattern[number % len(c.rotary_pattern)]:
+        q, k = rope(q, position_BT, c.rope_theta), rope(k, position_BT, c.rope_theta)
+    if c.query_scale_by_layer:
+        q = q / (number + 1)
     k, v = (jnp.repeat(a, c.heads // c.kv_heads, axis=2) for a in (k, v))
     ago = position_BT[:, :, None] - position_BT[:, None, :]
     see = (ago >= 0) & (segment_BT[:, :, None] == segment_BT[:, None, :])
@@ -97,7 +100,8 @@ def experts(w, x_BTD, segment_BT, c: ModelConfig, kept_BTE=True):
     gate = jnp.einsum('BTD,EDF->BTEF', x_BTD, w['mlp.gate_EDF']) if c.gated else None
     y = jnp.einsum('BTEF,EDF,BTE->BTD', activate(c, gate, up), w['mlp.down_EDF'], gate_BTE * m.routed_scale)
     if m.shared_experts:
-        y = y + mlp(w, 'mlp.shared.', x_BTD, c)
+        weight = jax.nn.sigmoid(x_BTD @ w['mlp.shared_gate_D'])[..., None] if m.shared_gate else 1
+        y = y + weight * mlp(w, 'mlp.shared.', x_BTD, c)
     share_BTE = jnp.where(live, score_BTE / score_BTE.sum(-1, keepdims=True), 0)
     balance = z = 0.0
     for b in range(x_BTD.shape[0]):  # one sequence at a time, as the paper writes it
@@ -112,21 +116,19 @@ def forward(w: dict, batch: dict, c: ModelConfig):
     """Logits [B, T, vocabulary], and (balance, z, load_E) of each layer with experts."""
     x = w['embed_VD'][batch['tokens']]
     figures = []
-    for layer in w['layers']:
-        x = x + attend(
-            layer,
-            norm(x, layer['attention_norm.scale_D'], layer.get('attention_norm.bias_D'), c),
-            batch['positions'],
-            batch['segments'],
-            c,
-        )
-        h = norm(x, layer['mlp_norm.scale_D'], layer.get('mlp_norm.bias_D'), c)
+    for number, layer in enumerate(w['layers']):
+        normed = lambda x, part, layer=layer: norm(x, layer[f'{part}.scale_D'], layer.get(f'{part}.bias_D'), c)
+        before = normed if c.norm_order == 'pre' else lambda x, part: x
+        after = normed if c.norm_order == 'output' else lambda x, part: x
+        h = before(x, 'attention_norm')
+        x = x + after(attend(layer, h, batch['positions'], batch['segments'], number, c), 'attention_norm')
+        h = before(x, 'mlp_norm')
         if 'mlp.router_DE' in layer:
             y, found = experts(layer, h, batch['segments'], c)
             figures.append(found)
         else:
             y = mlp(layer, 'mlp.', h, c)
-        x = x + y
+        x = x + after(y, 'mlp_norm')
     x = norm(x, w['norm.scale_D'], w.get('norm.bias_D'), c)
     head = w['embed_VD'].T if c.tied_embedding else w['head_DV']
     return (x @ head)[..., : c.vocabulary], figures

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from sharding import peers
-from sharding.buckets import Bucket, at_once
+from sharding.buckets import CONNECTIONS, Bucket, at_once
 from training import shards
 from training.checkpoint import MANIFEST, SHARDS, Checkpoints, contents, kinds, named, sealed
 
@@ -36,6 +36,7 @@ class BucketCheckpoints(Checkpoints):
 
     run: Any
     folder: Any
+    readers = CONNECTIONS  # most of their time they wait
 
     def __init__(self, folder: Bucket, keep: int = 2):
         assert keep >= 1, keep

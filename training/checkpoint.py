@@ -29,7 +29,7 @@ from typing import Any
 import jax
 
 from sharding import peers
-from sharding.buckets import at_once
+from sharding.buckets import CONNECTIONS, at_once
 from sharding.errors import UserError
 from training import shards
 
@@ -45,6 +45,9 @@ class Checkpoints:
     One run at a time may save; of several processes all call `save`, `wait`, `restore` and `close` alike. Nothing is
     created before the first save.
     """
+
+    # Arrays that are read and hashed at once: one core is left to what is compiled meanwhile.
+    readers = min(max(len(os.sched_getaffinity(0)) - 1, 1), CONNECTIONS) if hasattr(os, 'sched_getaffinity') else 4
 
     def __init__(self, folder: str | Path, keep: int = 2):
         assert keep >= 1, keep
@@ -189,7 +192,7 @@ class Checkpoints:
                 raise self._altered(step, path)
 
         leaves = {f'{item}/{name}': x for item, arrays in wanted.items() for name, x in arrays.items()}
-        parts = at_once(lambda name: shards.gather(name, leaves[name], paths[name], read), leaves)
+        parts = at_once(lambda name: shards.gather(name, leaves[name], paths[name], read), leaves, self.readers)
         whole = {name: shards.place(x, part) for (name, x), part in zip(leaves.items(), parts, strict=True)}
         return {item: {name: whole[f'{item}/{name}'] for name in arrays} for item, arrays in wanted.items()}
 

@@ -12,7 +12,7 @@ import pydantic
 import yaml
 
 from data.config import DataConfig
-from model.config import ModelConfig
+from model.config import ModelConfig, needs_head
 from model.sizes import batch_sizes, sizes
 from sharding.errors import UserError, nearest
 from sharding.mesh import BATCH, MeshConfig, check_divides
@@ -121,6 +121,7 @@ class RunConfig:
     def check_sizes(self) -> None:
         """Raises UserError where the mesh cannot hold the model or the batch."""
         t, c = self.training, self.model
+        needs_head(c, 'training')
         if not c.causal:
             raise UserError(
                 'model.causal is false: training learns to predict the next token, which such a model would see; train with '

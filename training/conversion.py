@@ -29,7 +29,7 @@ from data.pairs import first_token
 from data.published_tokenizer import published_tokenizer, run_tokenizer
 from model import hub, publish
 from model.config import ModelConfig
-from model.families import Tensor, tensors
+from model.families import OPTIONAL, Tensor, tensors
 from model.sizes import sizes
 from model.streaming import narrowed, published
 from sharding.buckets import Bucket
@@ -54,11 +54,15 @@ def import_run(
     mesh: MeshConfig,
     dtype: str | None = None,
     without_remote_code: bool = False,
+    ignore: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> None:
-    """Makes the run of a published folder or GGUF file. Raises UserError, before anything is written, if it cannot be one."""
+    """Makes the run of a published folder or GGUF file. Raises UserError, before anything is written, if it cannot be one.
+
+    The arguments are those of `hub.read`.
+    """
     publish.refuse_existing(run)
-    found = hub.read(source, dtype, without_remote_code)
+    found = hub.read(source, dtype, without_remote_code, ignore)
     with found.fields.told():
         check_divides(mesh, sizes(found.model))
     files = files_beside(source, found)
@@ -87,6 +91,8 @@ def import_run(
     say(f'{run}: {found.family.name}, {parameters(found):,} parameters, weights in {found.model.weight_dtype}')
     if found.of_gguf and (packed := found.of_gguf.packed):
         say(f'read from blocks of {", ".join(packed)}, whose numbers are float32; --dtype bfloat16 halves them')
+    for line in left_out(found):
+        say(line)
     if not tokenizer:
         say(f'{source} has no tokenizer: the run can be scored with token ids, but neither decode nor evaluate text')
 
@@ -97,6 +103,17 @@ def files_beside(source: Path, found: hub.Published) -> dict[str, bytes]:
         return hub.side_files(source)
     files = tokenizer_files(found.of_gguf.contents.values, found.of_gguf.path)
     return {hub.CONFIG: found.of_gguf.config_json()} | files
+
+
+def left_out(found: hub.Published) -> Iterator[str]:
+    """What of a published folder a run does without, a line each."""
+    for field in found.ignored:
+        yield f'{found.folder / hub.CONFIG}: {field} is passed over, as asked'
+    for part in found.absent:
+        tied = part == 'head' and found.model.head
+        yield f'{found.folder}: has no {OPTIONAL[part]}: ' + ('the embedding is it' if tied else 'imported without')
+    if not found.model.head:
+        yield 'without an LM head it can be scored and embeds texts (scripts/score.py), but can neither decode nor be trained'
 
 
 def parameters(found: hub.Published) -> int:
@@ -150,6 +167,8 @@ def record(found: hub.Published, dtype: str | None) -> dict[str, Any]:
         'dtypes': {one.name: own(one).name for one in found.table if own(one).name != kept},
         'copies': found.copies,
         'fixed': {name: dtype or own for name, own in found.fixed.items()},
+        'absent': list(found.absent),
+        'ignored': list(found.ignored),
     }
 
 
@@ -178,7 +197,7 @@ def export_run(
     context = config.training.sequence_length
     tokenizer = None
     if known:
-        chosen, fields = publish.published_config(c, context, known.family, known.config)
+        chosen, fields = publish.published_config(c, context, known.family, known.config, known.absent, known.ignored)
     else:
         tokenizer = run_tokenizer(checkpoints.files(step), str(run))
         assert tokenizer is not None, 'a run that was not imported has learnt one'
@@ -255,7 +274,9 @@ class Imported:
     copies: dict[str, str]  # tensors that repeat others
     fixed: dict[str, str]  # tensors that follow from the model, and their dtypes
     config: dict[str, Any]
-    beside: dict[str, bytes]  # files beside config.json and the weights
+    beside: dict[str, bytes]  # files beside config.json and the weights, by their paths
+    absent: Sequence[str] = ()  # parts that config.json has and the files had not
+    ignored: Sequence[str] = ()  # fields of config.json that were passed over
 
 
 def imported(run: Path | Bucket) -> Imported | None:

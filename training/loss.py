@@ -127,7 +127,7 @@ def device_shares(model: Decoder, batch: dict, first, key, microbatches: int) ->
         view = with_source(model, view, source)
     x_BTD, _, figures = model.hidden(tokens_BT, view)
     target_BT, live_BT = my_slice(dealt(target_BT, microbatches)), view.dealt().live_BT
-    head = model.head()
+    head = model.head(learns=True)
     shares = {'nats': cross_entropy(head, x_BTD, target_BT, live_BT, model.config), 'router': figures}
     if model.config.mtp_layers:
         next_kBT, target_kBT, live_kBT = (

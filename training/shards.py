@@ -54,7 +54,7 @@ def gather(
             continue
         straight = _place_of(stored, parts, shared)
         content = np.empty(sizes(stored), dtype) if straight is None else straight
-        read(path, memoryview(content.reshape(-1).view(np.uint8)))
+        read(path, content.reshape(-1).view(np.uint8).data)
         for box, both in shared.items():
             if straight is None:
                 parts[box][_within(both, box)] = content[_within(both, stored)]
@@ -75,7 +75,7 @@ def _place_of(stored: Box, parts: dict[Box, np.ndarray], shared: dict[Box, Box])
     if list(shared.values()) != [stored]:
         return None
     (box,) = shared
-    place = parts[box][(*_within(stored, box), ...)]  # of a scalar too a view
+    place = parts[box][_within(stored, box)] if stored else parts[box]
     return place if place.flags.c_contiguous else None
 
 

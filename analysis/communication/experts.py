@@ -21,7 +21,7 @@ def mixture(view: View, times: int, ends: int, written: int) -> None:
     WAYS[name](view, times, ends)
     if m.shared_experts:
         view.join(c.model_dim, times)
-        view.sum(times, ends)
+        view.sum(times, 0 if m.shared_gate else ends)  # the gate's gradient needs what it weighs
 
 
 def all_gather(view: View, times: int, ends: int) -> None:

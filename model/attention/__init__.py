@@ -36,7 +36,7 @@ def _function(backend: str, ring: bool) -> Callable[..., jax.Array]:
         from model.attention.splash import splash_attention
 
         return splash_attention
-    return {'reference': reference_attention, 'blockwise': blockwise_attention}[backend]
+    return blockwise_attention if backend == 'blockwise' else reference_attention
 
 
 def attention(

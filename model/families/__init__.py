@@ -28,6 +28,7 @@ from sharding.errors import UserError
 # fmt: off
 FAMILIES = (  # their files
     'llama', 'mistral', 'mixtral', 'qwen2', 'qwen3', 'qwen3_moe', 'olmoe', 'phi3', 'glm4_moe',
+    'qwen2_moe', 'olmo2', 'smollm3',
     'gpt2', 'gemma2', 'gemma3', 'gpt_oss', 'deepseek_v2', 'deepseek_v3', 'grok1',
     'bert', 't5', 'marian',
 )
@@ -126,6 +127,8 @@ class Family:
         fixed: published tensors that follow from the model: files need not have them, but if so with these numbers.
         tied: published names that files may hold beside those in `names`: equal copies of the tensor named.
         told: fields of the model that a file's having a tensor sets, where config.json does not say so; by its name.
+        headless: the architecture without an LM head, whose files begin no name with `prefix`; None: there is none.
+        tied_unless_stored: a head that files do not hold is the embedding, whatever config.json says.
     """
 
     name: str
@@ -140,6 +143,35 @@ class Family:
     fixed: Mapping[str, Callable[[ModelConfig], np.ndarray]] = dataclasses.field(default_factory=dict)
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
     told: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    headless: str | None = None
+    tied_unless_stored: bool = False
+
+    def model(self, fields: Fields) -> ModelConfig:
+        """The model of a config.json, without an LM head where its architecture has none."""
+        c = self.read(fields)
+        named = fields('architectures', None)
+        return without_head(c) if named and named[0] == self.headless else c
+
+    def config(self, c: ModelConfig) -> dict[str, Any]:
+        """The fields of config.json for a model, as `write` gives them, with the architecture."""
+        fields = {'architectures': [self.architectures[0]]} | self.write(c)
+        if c.head:
+            return fields
+        if self.headless is None:
+            raise UserError('model.head is false: this family has an LM head')
+        return fields | {'architectures': [self.headless]}
+
+    def without(self, c: ModelConfig, part: str) -> ModelConfig:
+        """The model without one of `OPTIONAL`, or as it is where it has none."""
+        if part == 'mtp':
+            return dataclasses.replace(c, mtp_layers=0)
+        if part == 'next_sentence':
+            return dataclasses.replace(c, next_sentence=False)
+        if part == 'pooler':
+            return dataclasses.replace(c, pooler=False, next_sentence=False)
+        if self.tied_unless_stored:
+            return dataclasses.replace(c, tied_embedding=True)
+        return c if self.headless is None else without_head(c)
 
     def known_as(self, name: str) -> str:
         """A tensor's name in a file, as `names` has it."""
@@ -156,6 +188,20 @@ class Family:
         return dataclasses.replace(c, **fields) if fields else c
 
 
+# Parts that a model can do without, and how a user is told that the files have none of one.
+OPTIONAL = {
+    'mtp': 'layers that predict further ahead (num_nextn_predict_layers)',
+    'next_sentence': 'head for the next sentence',
+    'pooler': 'pooler',
+    'head': 'LM head',
+}
+
+
+def without_head(c: ModelConfig) -> ModelConfig:
+    """A model that ends with its last hidden states."""
+    return dataclasses.replace(c, head=False, head_mlp=False, head_bias=False, next_sentence=False, mtp_layers=0)
+
+
 @functools.cache
 def families() -> tuple[Family, ...]:
     """All of them."""
@@ -164,7 +210,7 @@ def families() -> tuple[Family, ...]:
 
 def family_of(fields: Fields) -> Family:
     """The family of a config.json. Raises UserError naming those that exist."""
-    known = {name: family for family in families() for name in family.architectures}
+    known = {name: family for family in families() for name in (*family.architectures, family.headless) if name}
     names = fields('architectures', None)
     if not names:
         said = json.dumps(fields.values.get('architectures')) if 'architectures' in fields.values else 'missing'
@@ -174,6 +220,11 @@ def family_of(fields: Fields) -> Family:
     if names[0] not in known:
         raise UserError(f'{fields.source}: architectures is {names}: not supported{near(names[0], known)}')
     return known[names[0]]
+
+
+def stored_name(family: Family, c: ModelConfig, name: str) -> str:
+    """What a tensor of a family's table is called in files of this model: without the prefix where there is no head."""
+    return name if c.head else name.removeprefix(family.prefix)
 
 
 def near(name: str, known: Iterable[str]) -> str:

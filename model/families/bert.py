@@ -1,7 +1,7 @@
 """BERT (Devlin et al. 2018, arXiv:1810.04805): an encoder alone, norms after each part, a head for masked tokens.
 
 Published files have it as BertForMaskedLM or BertForPreTraining; the second has a pooler and two more logits, which files of
-the first may have too: no logit of a token depends on them.
+the first may have too: no logit of a token depends on them. BertModel is it without a head, with a pooler or not.
 """
 
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from model.config import ModelConfig
 from model.families import Family, Fields
 
+HEADLESS = 'BertModel'  # as models that embed texts come
 # By published name.
 ACTIVATIONS: dict[str, Any] = {'gelu': 'gelu_exact', 'gelu_new': 'gelu', 'relu': 'relu', 'silu': 'silu'}
 EMBEDDING = {
@@ -56,8 +57,11 @@ def read(f: Fields) -> ModelConfig:
         f.only(name, value)
     for name in ('embedding_size', 'pooler_fc_size', 'pooler_num_attention_heads', 'pooler_num_fc_layers'):
         f.skip(name)  # of other models' code, which BERT's does not read
-    f.skip('pooler_size_per_head', 'pooler_type', 'directionality', 'gradient_checkpointing')
-    pretraining = (f('architectures', None) or [''])[0] == 'BertForPreTraining'
+    f.skip('pooler_size_per_head', 'pooler_type', 'directionality')
+    architecture = (f('architectures', None) or [''])[0]
+    pretraining = architecture == 'BertForPreTraining'
+    tied = True if architecture == HEADLESS else f.only('tie_word_embeddings', True)
+    f.skip('tie_word_embeddings')
     return ModelConfig(
         vocabulary=f('vocab_size', 30522),
         layers=f('num_hidden_layers', 12),
@@ -79,7 +83,7 @@ def read(f: Fields) -> ModelConfig:
         head_bias=True,
         pooler=pretraining,
         next_sentence=pretraining,
-        tied_embedding=f.only('tie_word_embeddings', True),
+        tied_embedding=tied,
     )
 
 
@@ -115,4 +119,5 @@ FAMILY = Family(
         'cls.predictions.decoder.bias': 'cls.predictions.bias',
     },
     told={'bert.pooler.dense.weight': {'pooler': True}, 'cls.seq_relationship.weight': {'next_sentence': True}},
+    headless=HEADLESS,
 )

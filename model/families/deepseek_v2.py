@@ -48,4 +48,12 @@ def write(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family('deepseek_v2', ('DeepseekV2ForCausalLM',), read, write, OUTER | NORMS | LATENT | MLP | EXPERTS | SHARED)
+FAMILY = Family(
+    'deepseek_v2',
+    ('DeepseekV2ForCausalLM',),
+    read,
+    write,
+    OUTER | NORMS | LATENT | MLP | EXPERTS | SHARED,
+    prefix='model.',
+    headless='DeepseekV2Model',
+)

@@ -127,4 +127,13 @@ def write_experts(c: ModelConfig) -> dict[str, Any]:
 
 
 NAMES = OUTER | NORMS | LATENT | MLP | EXPERTS | CHOICE | SHARED | MTP
-FAMILY = Family('deepseek_v3', ('DeepseekV3ForCausalLM',), read, write, NAMES, copies=COPIES)
+FAMILY = Family(
+    'deepseek_v3',
+    ('DeepseekV3ForCausalLM',),
+    read,
+    write,
+    NAMES,
+    copies=COPIES,
+    prefix='model.',
+    headless='DeepseekV3Model',
+)

@@ -4,27 +4,68 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from model.config import MOST_LAYERS
 from sharding.errors import UserError, nearest
 
+# Fields of config.json that change no logit, in three parts: what transformers says of any model and of its files, what it
+# says of training, and what of generating text (its PreTrainedConfig and GenerationConfig, versions 4 and 5).
 # fmt: off
-HARMLESS = frozenset([  # fields of config.json that change no logit
-    'architectures', 'auto_map', 'bos_token_id', 'chunk_size_feed_forward', 'classifier_dropout', 'dtype',
-    'eos_token_id', 'finetuning_task', 'id2label', 'initializer_factor', 'initializer_range', 'is_decoder', 'label2id',
-    'model_type', 'name_or_path', '_name_or_path', 'output_attentions', 'output_hidden_states', 'output_router_logits',
-    'pad_token_id', 'pretraining_tp', 'problem_type', 'return_dict', 'router_aux_loss_coef', 'aux_loss_alpha',
-    'router_jitter_noise', 'seq_aux', 'sep_token_id', 'task_specific_params', 'torch_dtype', 'transformers_version',
-    'unk_token_id', 'use_cache', '_attn_implementation', 'attn_implementation', 'cache_implementation',
-    'attention_dropout', 'attention_probs_dropout_prob', 'hidden_dropout', 'hidden_dropout_prob',
-    'hidden_dropout_rate', 'resid_pdrop', 'embd_pdrop', 'attn_pdrop', 'dropout', 'dropout_rate', 'layerdrop',
-    'embedding_dropout', 'summary_type', 'summary_use_proj', 'summary_activation', 'summary_proj_to_labels',
-    'summary_first_dropout', 'quantization_config', 'unsloth_version', 'ep_size',
-])
+OF_FILES = [
+    'architectures', 'attn_implementation', 'auto_map', 'base_model_name', 'base_model_name_or_path', 'bos_token',
+    'bos_token_id', 'cache_implementation', 'chunk_size_feed_forward', 'cls_token_id', 'custom_pipelines',
+    'decoder_start_token_id', 'dtype', 'eos_token', 'eos_token_id', 'ep_size', 'finetuning_task', 'id2label',
+    'is_composition', 'is_decoder', 'is_llama_config', 'label2id', 'language', 'library_name', 'license', 'mask_token_id',
+    'max_sequence_length', 'max_seq_len', 'max_seq_length', 'model_max_length', 'model_type', 'name_or_path', 'num_labels',
+    'output_attentions', 'output_hidden_states', 'output_router_logits', 'pad_token', 'pad_token_id', 'prefix',
+    'pretraining_tp', 'problem_type', 'quantization_config', 'return_dict', 'sentence_transformers', 'sep_token_id',
+    'tags', 'task_specific_params', 'tensor_parallel_size', 'tf_legacy_loss', 'tokenizer_class',
+    'tokenizer_model_max_length', 'tokenizer_padding_side', 'torch_dtype', 'torchscript', 'transformers.js_config',
+    'transformers_js_config', 'transformers_version', 'transformers_weights', 'unk_token', 'unk_token_id', 'use_bfloat16',
+    'use_cache', 'use_flash_attention', 'use_flash_attention_2', 'use_flash_attn', 'use_flash_attn_2',
+]
+OF_TRAINING = [
+    'attention_dropout', 'attention_probs_dropout_prob', 'attn_pdrop', 'aux_loss_alpha', 'classifier_dropout', 'dropout',
+    'dropout_rate', 'embd_pdrop', 'embedding_dropout', 'gradient_checkpointing', 'hidden_dropout', 'hidden_dropout_prob',
+    'hidden_dropout_rate', 'initializer_factor', 'initializer_range', 'layerdrop', 'neftune_alpha',
+    'neftune_noise_alpha', 'resid_pdrop', 'router_aux_loss_coef', 'router_jitter_noise', 'router_z_loss_coef', 'seq_aux',
+    'summary_activation', 'summary_first_dropout', 'summary_proj_to_labels', 'summary_type', 'summary_use_proj',
+    'training_args', 'z_loss_coefficient',
+]
+OF_GENERATION = [
+    'assistant_confidence_threshold', 'assistant_early_exit', 'assistant_ensemble_weight', 'assistant_lookbehind',
+    'bad_words_ids', 'begin_suppress_tokens', 'cache_config', 'compile_config', 'constraints',
+    'continuous_batching_config', 'disable_compile', 'diversity_penalty', 'do_sample', 'dola_layers', 'early_stopping',
+    'encoder_no_repeat_ngram_size', 'encoder_repetition_penalty', 'epsilon_cutoff', 'eta_cutoff',
+    'exponential_decay_length_penalty', 'force_words_ids', 'forced_bos_token_id', 'forced_decoder_ids',
+    'forced_eos_token_id', 'generation_config', 'guidance_scale', 'is_assistant', 'length_penalty', 'low_memory',
+    'max_cache_len', 'max_length', 'max_matching_ngram_size', 'max_new_tokens', 'max_time', 'min_length',
+    'min_new_tokens', 'min_p', 'no_repeat_ngram_size', 'num_assistant_tokens', 'num_assistant_tokens_schedule',
+    'num_beam_groups', 'num_beams', 'num_return_sequences', 'output_logits', 'output_scores', 'penalty_alpha',
+    'prefill_chunk_size', 'prompt_lookup_num_tokens', 'remove_invalid_values', 'renormalize_logits',
+    'repetition_penalty', 'return_dict_in_generate', 'sequence_bias', 'speculation_type', 'stop_strings',
+    'suppress_tokens', 'target_lookbehind', 'temperature', 'token_healing', 'top_h', 'top_k', 'top_p', 'typical_p',
+    'use_mtp', 'watermarking_config',
+]
+HARMLESS = frozenset([*OF_FILES, *OF_TRAINING, *OF_GENERATION])
+HARMLESS_BEGIN = ('_', 'unsloth_')  # of names that libraries use for themselves
+# Fields that change nothing with one value: of models that could have what they speak of, and have not.
+IDLE: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys([
+        'add_cross_attention', 'alibi', 'attention_bias', 'attn_bias', 'is_encoder_decoder', 'lm_head_bias', 'mlp_bias',
+        'parallel_attn', 'qk_layernorm', 'rope_interleaved', 'tie_encoder_decoder', 'use_bias',
+        'use_bidirectional_attention', 'use_mrope', 'use_mup', 'use_qk_norm', 'use_sliding_window',
+    ], (False,)),
+    'partial_rotary_factor': (1, 1.0),
+    'pruned_heads': ({},),
+}
 # fmt: on
-FALSE_IS_HARMLESS = frozenset(['is_encoder_decoder', 'add_cross_attention', 'tie_encoder_decoder'])
+SHORT = reprlib.Repr()  # of values in messages: a file can hold any
+SHORT.maxstring = SHORT.maxother = 60
+SHORT.maxlevel = SHORT.maxdict = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,16 +102,18 @@ KIND_OF: dict[str, Kind] = {  # of fields by name, which mean the same in every 
         'num_experts', 'num_local_experts', 'n_routed_experts', 'num_experts_per_tok', 'experts_per_token', 'n_group',
         'topk_group', 'q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim',
         'max_position_embeddings', 'original_max_position_embeddings', 'initial_context_length', 'n_positions', 'n_ctx',
-        'sliding_window', 'sliding_window_size', 'decoder_sparse_step', 'relative_attention_num_buckets',
+        'sliding_window_size', 'decoder_sparse_step', 'no_rope_layer_interval', 'shared_expert_intermediate_size',
+        'relative_attention_num_buckets',
         'relative_attention_max_distance', 'moe_layer_freq', 'full_attn_mod', 'interpolate_factor',
     ], COUNT),
     **dict.fromkeys([
         'first_k_dense_replace', 'max_window_layers', 'n_shared_experts', 'num_nextn_predict_layers', 'num_mtp_layers',
-        'decoder_start_token_id', 'type_vocab_size', 'sliding_window_pattern', '_sliding_window_pattern',
+        'decoder_start_token_id', 'type_vocab_size', 'sliding_window', 'sliding_window_pattern', '_sliding_window_pattern',
     ], INDEX),
     **dict.fromkeys([
         'rms_norm_eps', 'layer_norm_eps', 'layer_norm_epsilon', 'rope_theta', 'rope_local_base_freq', 'factor',
-        'low_freq_factor', 'high_freq_factor', 'beta_fast', 'beta_slow', 'attention_factor', 'partial_rotary_factor',
+        'attn_factor', 'extrapolation_factor', 'low_freq_factor', 'high_freq_factor',
+        'beta_fast', 'beta_slow', 'attention_factor', 'partial_rotary_factor',
         'query_pre_attn_scalar', 'swiglu_limit', 'attn_output_multiplier', 'max_attn_value',
     ], POSITIVE),
     **dict.fromkeys([
@@ -82,14 +125,14 @@ KIND_OF: dict[str, Kind] = {  # of fields by name, which mean the same in every 
         'rope_interleave', 'use_qk_norm', 'scale_attn_weights', 'scale_attn_by_inverse_layer_idx',
         'reorder_and_upcast_attn', 'scale_embedding', 'scale_decoder_outputs', 'truncate', 'is_gated_act', 'is_decoder',
         'is_encoder_decoder', 'add_cross_attention', 'use_bidirectional_attention', 'use_mrope', 'normalize_before',
-        'share_encoder_decoder_embeddings', 'static_position_embeddings', 'add_bias_logits',
+        'share_encoder_decoder_embeddings', 'static_position_embeddings', 'add_bias_logits', 'qkv_bias',
     ], FLAG),
     **dict.fromkeys([
         'hidden_act', 'hidden_activation', 'activation_function', 'feed_forward_proj', 'scoring_func', 'topk_method',
         'rope_type', 'type', 'position_embedding_type', 'model_type',
     ], TEXT),
     **dict.fromkeys(['architectures', 'layer_types'], TEXTS),
-    'mlp_only_layers': INDICES,
+    **dict.fromkeys(['mlp_only_layers', 'no_rope_layers'], INDICES),
     **dict.fromkeys(['short_factor', 'long_factor'], NUMBERS),
     **dict.fromkeys([
         'rope_parameters', 'rope_scaling', 'full_attention', 'sliding_attention', 'vision_config', 'text_config',
@@ -115,6 +158,7 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
     'model.relative_most': ('relative_attention_max_distance',),
     'model.rotary_fraction': ('partial_rotary_factor',),
     'model.window': ('sliding_window', 'sliding_window_size'),
+    'model.rotary_pattern': ('no_rope_layers', 'no_rope_layer_interval'),
     'model.window_pattern': ('layer_types', 'sliding_window_pattern'),
     'model.attention_softcap': ('attn_logit_softcapping', 'max_attn_value'),
     'model.logit_softcap': ('final_logit_softcapping',),
@@ -131,6 +175,7 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
     'model.moe.top_k': ('num_experts_per_tok', 'experts_per_token'),
     'model.moe.mlp_dim': ('moe_intermediate_size', 'intermediate_size'),
     'model.moe.shared_experts': ('n_shared_experts',),
+    'model.moe.shared_mlp_dim': ('shared_expert_intermediate_size',),
     'model.moe.first_dense_layers': ('first_k_dense_replace',),
     'model.moe.pattern': ('mlp_only_layers',),
     'model.moe.groups': ('n_group',),
@@ -152,8 +197,12 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
 class Fields:
     """The fields of a config.json; each is read by name, and one that nothing has read is an error, not ignored."""
 
-    def __init__(self, values: Mapping[str, Any], source: str = 'config.json'):
-        self.values, self.source = dict(values), source
+    def __init__(self, values: Mapping[str, Any], source: str = 'config.json', path: str = ''):
+        self.values, self.source, self.path = (
+            dict(values),
+            source,
+            path,
+        )  # path: of a part, dotted, with a dot at its end
         self.seen: set[str] = set()
 
     def __call__(self, name: str, default: Any = ...) -> Any:
@@ -206,7 +255,7 @@ class Fields:
     def part(self, name: str) -> 'Fields | None':
         """A field that holds fields."""
         value = self(name, None)
-        return None if value is None else Fields(value, f'{self.source}: {name}')
+        return None if value is None else Fields(value, f'{self.source}: {name}', f'{self.path}{name}.')
 
     @contextlib.contextmanager
     def told(self) -> Iterator[None]:
@@ -226,10 +275,43 @@ class Fields:
     def finish(self) -> None:
         """Raises UserError for the first field that nothing has read."""
         for name, value in self.values.items():
-            if name in FALSE_IS_HARMLESS and value is False:
-                continue
-            if name not in self.seen and name not in HARMLESS and value is not None:
+            idle = any(type(value) is type(one) and value == one for one in IDLE.get(name, ()))
+            known = name in self.seen or name in HARMLESS or name.startswith(HARMLESS_BEGIN)
+            if not (known or idle or value is None):
                 raise UserError(
-                    f'{self.source}: {name} is {value!r}: this family does not know the field, and it may change the '
-                    f'result{nearest(name, self.seen)}'
+                    f'{self.source}: {name} is {SHORT.repr(value)}: this family does not know the field, and it may change '
+                    f'the result; --ignore {self.path}{name} passes it over{nearest(name, self.seen)}'
                 )
+
+
+def passed_over(values: Mapping[str, Any], names: Sequence[str], source: str) -> dict[str, Any]:
+    """The fields of a config.json without those named, of which one inside another is `section.field`.
+
+    Raises UserError for a name that is no field there.
+    """
+    left = dict(values)
+    for name in dict.fromkeys(names):
+        less = _without(left, name)
+        if less is None:
+            raise UserError(f'--ignore {name}: {source} has no such field{nearest(name, _names(values))}')
+        left = less
+    return left
+
+
+def _without(section: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """A section without the field that a dotted name is; None where there is none. Names of fields may have dots themselves."""
+    if name in section:
+        return {field: value for field, value in section.items() if field != name}
+    for field, value in section.items():
+        if isinstance(value, dict) and name.startswith(f'{field}.'):
+            inner = _without(value, name.removeprefix(f'{field}.'))
+            return None if inner is None else section | {field: inner}
+    return None
+
+
+def _names(section: Mapping[str, Any]) -> Iterator[str]:
+    """The dotted names of fields and of those inside them."""
+    for field, value in section.items():
+        yield field
+        if isinstance(value, dict):
+            yield from (f'{field}.{inner}' for inner in value)

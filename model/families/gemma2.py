@@ -81,4 +81,12 @@ def write_windows(c: ModelConfig) -> dict[str, Any]:
     return {'sliding_window': WINDOW if c.window is None else c.window, 'layer_types': types}
 
 
-FAMILY = Family('gemma2', ('Gemma2ForCausalLM',), read, write, OUTER | NORMS | ATTENTION | MLP)
+FAMILY = Family(
+    'gemma2',
+    ('Gemma2ForCausalLM',),
+    read,
+    write,
+    OUTER | NORMS | ATTENTION | MLP,
+    prefix='model.',
+    headless='Gemma2Model',
+)

@@ -77,4 +77,6 @@ FAMILY = Family(
     read,
     write,
     OUTER | NORMS | ATTENTION | QK_NORMS | MLP,
+    prefix='model.',
+    headless='Gemma3TextModel',
 )

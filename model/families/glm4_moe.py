@@ -23,4 +23,6 @@ def write(c: ModelConfig) -> dict[str, Any]:
 
 
 NAMES = OUTER | NORMS | ATTENTION | QK_NORMS | MLP | EXPERTS | CHOICE | SHARED | MTP
-FAMILY = Family('glm4_moe', ('Glm4MoeForCausalLM',), read, write, NAMES, copies=COPIES)
+FAMILY = Family(
+    'glm4_moe', ('Glm4MoeForCausalLM',), read, write, NAMES, copies=COPIES, prefix='model.', headless='Glm4MoeModel'
+)

@@ -43,7 +43,6 @@ NAMES: dict[str, Entry] = {
 
 
 def read(f: Fields) -> ModelConfig:
-    f.only('scale_attn_by_inverse_layer_idx', False)
     f.only('add_cross_attention', False)
     f.skip('reorder_and_upcast_attn')  # the softmax is float32 either way
     f.skip('n_special', 'predict_special_tokens', 'output_past')  # of the first published configs; nothing reads them
@@ -60,6 +59,7 @@ def read(f: Fields) -> ModelConfig:
         positions='learned',
         max_positions=f.either(('n_positions', 'max_position_embeddings', 'n_ctx'), 1024),
         query_scale=None if f('scale_attn_weights', True) else 1.0,
+        query_scale_by_layer=f('scale_attn_by_inverse_layer_idx', False),
         qkv_bias=True,
         bias=True,
         tied_embedding=f('tie_word_embeddings', True),
@@ -78,6 +78,7 @@ def write(c: ModelConfig) -> dict[str, Any]:
         'activation_function': next((name for name, ours in ACTIVATIONS.items() if ours == c.activation), 'gelu_new'),
         'layer_norm_epsilon': c.norm_epsilon,
         'scale_attn_weights': c.query_scale is None,
+        'scale_attn_by_inverse_layer_idx': c.query_scale_by_layer,
         'tie_word_embeddings': c.tied_embedding,
     }
 
@@ -90,4 +91,5 @@ FAMILY = Family(
     NAMES,
     buffers=(r'(transformer\.)?h\.\d+\.attn\.(masked_)?bias',),
     prefix='transformer.',
+    headless='GPT2Model',
 )

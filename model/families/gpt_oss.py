@@ -78,4 +78,12 @@ def write(c: ModelConfig) -> dict[str, Any]:
     return write_common(c) | write_rope(c) | write_windows(c) | own
 
 
-FAMILY = Family('gpt_oss', ('GptOssForCausalLM',), read, write, OUTER | NORMS | ATTENTION | EXPERTS)
+FAMILY = Family(
+    'gpt_oss',
+    ('GptOssForCausalLM',),
+    read,
+    write,
+    OUTER | NORMS | ATTENTION | EXPERTS,
+    prefix='model.',
+    headless='GptOssModel',
+)

@@ -8,6 +8,7 @@ from typing import Any
 from model.config import ModelConfig
 from model.families import Family, Fields
 from model.families.rope import read_rope, write_rope
+from sharding.errors import UserError
 
 ATTENTION = {
     'model.layers.{i}.self_attn.q_proj.weight': 'attention.q_DN',
@@ -39,6 +40,7 @@ OUTER = {
 
 
 def read(f: Fields) -> ModelConfig:
+    no_windows(f)
     return ModelConfig(**common(f), **read_rope(f), **biases(f))
 
 
@@ -64,6 +66,13 @@ def sizes(f: Fields, epsilon: float = 1e-6, kv_heads: int | None = None, tied: b
         'norm_epsilon': f('rms_norm_eps', epsilon),
         'tied_embedding': f('tie_word_embeddings', tied),
     }
+
+
+def no_windows(f: Fields) -> None:
+    """That layer_types, which configs of models without windows may have too, tells of none."""
+    types = f('layer_types', ['full_attention'])
+    if set(types) != {'full_attention'}:
+        raise UserError(f'{f.source}: layer_types is {types}: this family has full_attention in all layers')
 
 
 def biases(f: Fields) -> dict[str, Any]:
@@ -94,4 +103,6 @@ def write_common(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family('llama', ('LlamaForCausalLM',), read, write, OUTER | NORMS | ATTENTION | MLP)
+FAMILY = Family(
+    'llama', ('LlamaForCausalLM',), read, write, OUTER | NORMS | ATTENTION | MLP, prefix='model.', headless='LlamaModel'
+)

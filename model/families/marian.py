@@ -56,8 +56,7 @@ NAMES: dict[str, str | Row] = {
     **mlp('model.decoder.layers.{i}', ''),
 }
 OF_TRAINING = ('activation_dropout', 'classif_dropout', 'decoder_layerdrop', 'encoder_layerdrop', 'init_std')
-OF_GENERATION = ('bad_words_ids', 'forced_eos_token_id', 'max_length', 'num_beams')
-OF_OTHERS = ('add_bias_logits', 'extra_pos_embeddings', 'force_bos_token_to_be_generated', 'gradient_checkpointing')
+OF_OTHERS = ('add_bias_logits', 'extra_pos_embeddings', 'force_bos_token_to_be_generated')
 
 
 def read(f: Fields) -> ModelConfig:
@@ -66,7 +65,7 @@ def read(f: Fields) -> ModelConfig:
     always |= {'static_position_embeddings': True, 'normalize_before': False, 'normalize_embedding': False}
     for name, value in (always | {'add_final_layer_norm': False}).items():
         f.only(name, value)
-    f.skip(*OF_TRAINING, *OF_GENERATION, *OF_OTHERS, 'num_hidden_layers')  # the last is encoder_layers
+    f.skip(*OF_TRAINING, *OF_OTHERS, 'num_hidden_layers')  # the last is encoder_layers
     vocabulary, width = f('vocab_size', 58101), f('d_model', 1024)
     f.only('decoder_vocab_size', vocabulary)
     heads = f('decoder_attention_heads', 16)

@@ -16,4 +16,12 @@ def write(c: ModelConfig) -> dict[str, Any]:
     return write_common(c) | write_rope(c) | {'model_type': 'mistral', 'sliding_window': c.window}
 
 
-FAMILY = Family('mistral', ('MistralForCausalLM',), read, write, OUTER | NORMS | ATTENTION | MLP)
+FAMILY = Family(
+    'mistral',
+    ('MistralForCausalLM',),
+    read,
+    write,
+    OUTER | NORMS | ATTENTION | MLP,
+    prefix='model.',
+    headless='MistralModel',
+)

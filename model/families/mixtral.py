@@ -30,4 +30,12 @@ def write(c: ModelConfig) -> dict[str, Any]:
     return write_common(c) | write_rope(c) | {'model_type': 'mixtral', 'sliding_window': c.window} | experts
 
 
-FAMILY = Family('mixtral', ('MixtralForCausalLM',), read, write, OUTER | NORMS | ATTENTION | EXPERTS)
+FAMILY = Family(
+    'mixtral',
+    ('MixtralForCausalLM',),
+    read,
+    write,
+    OUTER | NORMS | ATTENTION | EXPERTS,
+    prefix='model.',
+    headless='MixtralModel',
+)

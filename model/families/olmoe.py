@@ -38,4 +38,12 @@ def write(c: ModelConfig) -> dict[str, Any]:
     return write_common(c) | write_rope(c) | own
 
 
-FAMILY = Family('olmoe', ('OlmoeForCausalLM',), read, write, OUTER | NORMS | ATTENTION | QK_NORMS | EXPERTS)
+FAMILY = Family(
+    'olmoe',
+    ('OlmoeForCausalLM',),
+    read,
+    write,
+    OUTER | NORMS | ATTENTION | QK_NORMS | EXPERTS,
+    prefix='model.',
+    headless='OlmoeModel',
+)

@@ -45,4 +45,4 @@ def write(c: ModelConfig) -> dict[str, Any]:
     return fields
 
 
-FAMILY = Family('phi3', ('Phi3ForCausalLM',), read, write, FUSED | OUTER | NORMS)
+FAMILY = Family('phi3', ('Phi3ForCausalLM',), read, write, FUSED | OUTER | NORMS, prefix='model.', headless='Phi3Model')

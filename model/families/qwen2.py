@@ -16,12 +16,15 @@ def read(f: Fields) -> ModelConfig:
 
 def read_window(f: Fields) -> dict[str, Any]:
     """The window, and which layers have it: those from max_window_layers on, or as layer_types says."""
-    on, window, first = f('use_sliding_window', False), f.given('sliding_window', 4096), f('max_window_layers', 28)
-    window, types = window if on else None, f('layer_types', None)
-    if types is None:
-        windowed = [window is not None and i >= first for i in range(f('num_hidden_layers'))]
-    else:
-        windowed = read_types(f, types)
+    first = f('max_window_layers', 28)
+    return read_windows(f, [i >= first for i in range(f('num_hidden_layers'))])
+
+
+def read_windows(f: Fields, default: list[bool]) -> dict[str, Any]:
+    """The window, and which layers have it: as layer_types says, else those of `default`."""
+    on, window, types = f('use_sliding_window', False), f.given('sliding_window', 4096), f('layer_types', None)
+    window = window if on else None
+    windowed = [window is not None and one for one in default] if types is None else read_types(f, types)
     if any(windowed) and window is None:
         raise UserError(
             f'{f.source}: layer_types has sliding_attention and use_sliding_window is {on}, sliding_window '
@@ -53,4 +56,6 @@ def write_window(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family('qwen2', ('Qwen2ForCausalLM',), read, write, OUTER | NORMS | ATTENTION | MLP)
+FAMILY = Family(
+    'qwen2', ('Qwen2ForCausalLM',), read, write, OUTER | NORMS | ATTENTION | MLP, prefix='model.', headless='Qwen2Model'
+)

@@ -26,4 +26,12 @@ def write(c: ModelConfig) -> dict[str, Any]:
     return write_common(c) | write_rope(c) | write_window(c) | own
 
 
-FAMILY = Family('qwen3', ('Qwen3ForCausalLM',), read, write, OUTER | NORMS | ATTENTION | QK_NORMS | MLP)
+FAMILY = Family(
+    'qwen3',
+    ('Qwen3ForCausalLM',),
+    read,
+    write,
+    OUTER | NORMS | ATTENTION | QK_NORMS | MLP,
+    prefix='model.',
+    headless='Qwen3Model',
+)

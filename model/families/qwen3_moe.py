@@ -17,14 +17,13 @@ EXPERTS = {
 
 
 def read(f: Fields) -> ModelConfig:
-    bias, step, dense = f('attention_bias', False), f('decoder_sparse_step', 1), f('mlp_only_layers', [])
-    sparse = [i not in dense and (i + 1) % step == 0 for i in range(f('num_hidden_layers'))]
+    bias = f('attention_bias', False)
     moe = MoEConfig(
         experts=f.either(('num_experts', 'num_local_experts'), 128),  # published; as transformers 5 saves it
         top_k=f('num_experts_per_tok', 8),
         mlp_dim=f('moe_intermediate_size', 768),
         renormalize=f('norm_topk_prob', False),
-        pattern=pattern(sparse),
+        pattern=pattern(read_sparse(f)),
     )
     f.skip('max_window_layers')  # the window is every layer's
     window = f.given('sliding_window', 4096)
@@ -33,12 +32,25 @@ def read(f: Fields) -> ModelConfig:
     return ModelConfig(**fields, qk_norm=True, qkv_bias=bias, o_bias=bias, window=window, moe=moe)
 
 
+def read_sparse(f: Fields) -> list[bool]:
+    """Which layers are mixtures: every so many, without those that have an MLP anyhow."""
+    step, dense = f('decoder_sparse_step', 1), f('mlp_only_layers', [])
+    return [i not in dense and (i + 1) % step == 0 for i in range(f('num_hidden_layers'))]
+
+
 def write(c: ModelConfig) -> dict[str, Any]:
     own: dict[str, Any] = {
         'model_type': 'qwen3_moe',
         'attention_bias': c.qkv_bias,
         'use_sliding_window': c.window is not None,
         'sliding_window': c.window,
+    }
+    return write_common(c) | write_rope(c) | own | write_sparse(c)
+
+
+def write_sparse(c: ModelConfig) -> dict[str, Any]:
+    """Which layers are mixtures, and what of."""
+    own: dict[str, Any] = {
         'decoder_sparse_step': 1,
         'mlp_only_layers': [i for i, kind in enumerate(c.kinds) if not kind.experts],
     }
@@ -49,9 +61,15 @@ def write(c: ModelConfig) -> dict[str, Any]:
             'moe_intermediate_size': c.moe.mlp_dim,
             'norm_topk_prob': c.moe.renormalize,
         }
-    return write_common(c) | write_rope(c) | own
+    return own
 
 
 FAMILY = Family(
-    'qwen3_moe', ('Qwen3MoeForCausalLM',), read, write, OUTER | NORMS | ATTENTION | QK_NORMS | MLP | EXPERTS
+    'qwen3_moe',
+    ('Qwen3MoeForCausalLM',),
+    read,
+    write,
+    OUTER | NORMS | ATTENTION | QK_NORMS | MLP | EXPERTS,
+    prefix='model.',
+    headless='Qwen3MoeModel',
 )

@@ -21,12 +21,35 @@ def read_rope(
     `scores` whether mscale_all_dim makes them grow, as in DeepSeek's models, and not only queries and keys.
     """
     f.skip('max_position_embeddings')
-    p = f.part('rope_parameters') or f.part('rope_scaling')
+    p = rope_part(f)
     said = lambda name, default: f(name, default) if p is None else p(name, f(name, default))
     found: dict[str, Any] = {'rope_theta': float(said('rope_theta', default_theta))}
     if fraction is not None:
         found['rotary_fraction'] = float(said('partial_rotary_factor', fraction))
     return found | {'rope_scaling': None if p is None else read_scaling(f, p, original, scores)}
+
+
+def rope_part(f: Fields) -> Fields | None:
+    """rope_parameters or, as it was called before, rope_scaling. A config may have both, if they say the same."""
+    new, old = f.part('rope_parameters'), f.part('rope_scaling')
+    if new and old:
+        one, other = _meant(new), _meant(old)
+        beside = {'rope_theta', 'partial_rotary_factor'}  # which stood beside rope_scaling
+        for name in sorted((one.keys() | other.keys()) - (beside - other.keys())):
+            if one.get(name) != other.get(name):
+                raise UserError(
+                    f'{f.source}: rope_parameters has {name} {one.get(name)!r} and rope_scaling {other.get(name)!r}: they mean '
+                    'the same, and must agree'
+                )
+    return new or old
+
+
+def _meant(p: Fields) -> dict[str, Any]:
+    """What a section says, by one name for each thing."""
+    found = {'rope_type': p.values.get('type'), **p.values}
+    kind = found['rope_type'] or 'default'
+    found['rope_type'] = 'longrope' if kind == 'su' else kind
+    return {name: value for name, value in found.items() if name != 'type' and value is not None}
 
 
 def read_scaling(f: Fields, p: Fields, original: int | None = None, scores: bool = False) -> RopeScaling | None:
@@ -52,6 +75,9 @@ def read_scaling(f: Fields, p: Fields, original: int | None = None, scores: bool
         scaling['original_positions'] = old or f('max_position_embeddings')
         scaling['beta_fast'], scaling['beta_slow'] = float(p('beta_fast', 32.0)), float(p('beta_slow', 1.0))
         scaling['truncate'] = p('truncate', True)
+        p.skip('finetuned')  # what was trained, which the numbers have
+        for name in ('attn_factor', 'extrapolation_factor'):  # of the first YaRN models' own code
+            p.only(name, 1)
         scaling['attention_factor'] = _yarn_gain(p)
         if scores:
             scaling['mscale_all_dim'] = float(p('mscale_all_dim', 0.0))

@@ -130,4 +130,5 @@ FAMILY = Family(
         'decoder.embed_tokens.weight': 'shared.weight',
         'lm_head.weight': 'shared.weight',
     },
+    tied_unless_stored=True,
 )

@@ -30,6 +30,7 @@ EXPERTS = dataclasses.replace(
     moe=MoEConfig(experts=8, mlp_dim=32, shared_experts=1, first_dense_layers=1, bias_update_rate=0.001),
 )
 BIASED = MoEConfig(experts=4, mlp_dim=16, router_bias=True, bias=True, pattern=(True, False))
+GATED = dataclasses.replace(EXPERTS.moe, shared_gate=True, shared_mlp_dim=24)
 LATENT = LatentConfig(q_rank=16, kv_rank=16, plain_dim=8, rotary_dim=4, value_dim=16)
 LARGE = dataclasses.replace(DENSE, vocabulary=8192, layers=2, model_dim=512, mlp_dim=1024, dtype='bfloat16')
 
@@ -74,8 +75,10 @@ CASES = {
     'pipeline of experts, one ahead': Case(
         EXPERTS, {'layers': 5, 'mtp_layers': 1}, MeshConfig(stage=2, data=2, tensor=2)
     ),
-    'experts gathered': Case(EXPERTS, {'remat': 'block'}, MeshConfig(data=2, expert=2, tensor=2)),
-    'experts gathered, dots': Case(EXPERTS, {'remat': 'dots'}, MeshConfig(context=2, expert=2, tensor=2)),
+    'experts gathered, a gate': Case(EXPERTS, {'remat': 'block', 'moe': GATED}, MeshConfig(data=2, expert=2, tensor=2)),
+    'experts gathered, dots, norms of outputs': Case(
+        EXPERTS, {'remat': 'dots', 'norm_order': 'output'}, MeshConfig(context=2, expert=2, tensor=2)
+    ),
     'experts all_to_all': Case(EXPERTS, {'remat': 'block', **sent('all_to_all')}, MeshConfig(expert=4, tensor=2)),
     'experts ragged': Case(EXPERTS, {'remat': 'block', **sent('ragged')}, MeshConfig(data=2, expert=2, tensor=2)),
     'experts with biases': Case(

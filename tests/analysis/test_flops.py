@@ -112,6 +112,8 @@ MODELS = {
     'post': dataclasses.replace(DENSE, norm_order='post', norm='layernorm', bias=True, activation='gelu'),
     'kinds': dataclasses.replace(DENSE, layers=4, window=3, window_pattern=(True, False)),
     'experts': dataclasses.replace(DENSE, layers=3, moe=dataclasses.replace(EXPERTS, dispatch='auto', bias=True)),
+    'gate': dataclasses.replace(DENSE, moe=dataclasses.replace(EXPERTS, first_dense_layers=0, shared_gate=True)),
+    'output': dataclasses.replace(DENSE, norm_order='output', rotary_pattern=(True, False)),
     'latent': dataclasses.replace(DENSE, layers=3, kv_heads=4, head_dim=None, latent=LATENT, moe=EXPERTS),
 }
 

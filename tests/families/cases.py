@@ -161,6 +161,103 @@ case('olmoe-plain', 'OlmoeForCausalLM', 'olmoe', OLMOE)
 case('olmoe-grouped-renormalised', 'OlmoeForCausalLM', 'olmoe', OLMOE, num_key_value_heads=2, norm_topk_prob=True)
 case('olmoe-one-kv-head-biases', 'OlmoeForCausalLM', 'olmoe', OLMOE, num_key_value_heads=1, attention_bias=True)
 
+OLMO2 = BASE | {'rope_theta': 5e5}
+case('olmo2-plain', 'Olmo2ForCausalLM', 'olmo2', OLMO2, num_key_value_heads=4)
+case(
+    'olmo2-grouped-biases-tied',
+    'Olmo2ForCausalLM',
+    'olmo2',
+    OLMO2,
+    attention_bias=True,
+    tie_word_embeddings=True,
+    rms_norm_eps=1e-3,
+)
+case(
+    'olmo2-one-kv-head-yarn',
+    'Olmo2ForCausalLM',
+    'olmo2',
+    OLMO2,
+    num_key_value_heads=1,
+    rope_scaling={'rope_type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 64},
+)
+
+SMOLLM3 = {name: value for name, value in BASE.items() if name != 'tie_word_embeddings'} | {'pad_token_id': 0}
+case(
+    'smollm3-as-published',
+    'SmolLM3ForCausalLM',
+    'smollm3',
+    SMOLLM3,
+    num_hidden_layers=5,
+    layer_types=['full_attention'] * 5,
+    max_window_layers=28,
+    mlp_bias=False,
+    no_rope_layer_interval=4,
+    no_rope_layers=[1, 1, 1, 0, 1],
+    pretraining_tp=2,
+    rope_theta=5e4,
+    sliding_window=None,
+    use_sliding_window=False,
+)
+case(
+    'smollm3-every-second-windows-untied',
+    'SmolLM3ForCausalLM',
+    'smollm3',
+    SMOLLM3,
+    num_hidden_layers=4,
+    no_rope_layer_interval=2,
+    use_sliding_window=True,
+    sliding_window=12,
+    tie_word_embeddings=False,
+)
+case(
+    'smollm3-first-layer-windows-by-layer-biases',
+    'SmolLM3ForCausalLM',
+    'smollm3',
+    SMOLLM3,
+    num_hidden_layers=3,
+    num_key_value_heads=1,
+    no_rope_layers=[0, 1, 1],
+    use_sliding_window=True,
+    sliding_window=20,
+    layer_types=['full_attention', 'sliding_attention', 'full_attention'],
+    attention_bias=True,
+    mlp_bias=True,
+)
+
+QWEN2_MOE = BASE | {
+    'num_key_value_heads': 4,
+    'num_experts': 8,
+    'num_experts_per_tok': 3,
+    'moe_intermediate_size': 32,
+    'shared_expert_intermediate_size': 56,
+    'norm_topk_prob': False,
+}
+case('qwen2_moe-plain', 'Qwen2MoeForCausalLM', 'qwen2_moe', QWEN2_MOE, rope_theta=1e6)
+case(
+    'qwen2_moe-every-second-layer-renormalised-no-biases-tied',
+    'Qwen2MoeForCausalLM',
+    'qwen2_moe',
+    QWEN2_MOE,
+    num_hidden_layers=4,
+    num_key_value_heads=1,
+    decoder_sparse_step=2,
+    norm_topk_prob=True,
+    qkv_bias=False,
+    tie_word_embeddings=True,
+)
+case(
+    'qwen2_moe-some-dense-windows',
+    'Qwen2MoeForCausalLM',
+    'qwen2_moe',
+    QWEN2_MOE,
+    num_hidden_layers=4,
+    num_key_value_heads=2,
+    mlp_only_layers=[1],
+    use_sliding_window=True,
+    sliding_window=16,
+    max_window_layers=3,
+)
+
 LONGROPE = {
     'type': 'longrope',
     'short_factor': [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
@@ -260,6 +357,15 @@ case(
     num_attention_heads=6,
     max_position_embeddings=200,
     activation_function='relu',
+    reorder_and_upcast_attn=True,
+)
+case(
+    'gpt2-by-layer',
+    'GPT2LMHeadModel',
+    'gpt2',
+    GPT2,
+    n_layer=3,
+    scale_attn_by_inverse_layer_idx=True,
     reorder_and_upcast_attn=True,
 )
 
@@ -557,5 +663,15 @@ case(
 
 case('deepseek_v3-two-ahead', 'DeepseekV3ForCausalLM', 'deepseek_v3', DEEPSEEK_V3, num_nextn_predict_layers=2)
 case('glm4_moe-one-ahead', 'Glm4MoeForCausalLM', 'glm4_moe', GLM4_MOE, num_nextn_predict_layers=1, use_qk_norm=True)
+
+# Without an LM head: what such models give are their last hidden states.
+case('qwen3-headless', 'Qwen3Model', 'qwen3', head_dim=16, tie_word_embeddings=True, rope_theta=1e6)
+
+
+def headless(config: dict[str, Any]) -> bool:
+    """Whether a config is of a model without an LM head."""
+    name = config['architectures'][0]
+    return name.endswith('Model') and not name.endswith(('LMHeadModel', 'MTModel'))
+
 
 from tests.families import encoder_cases  # noqa: E402, F401  (adds its cases to these)

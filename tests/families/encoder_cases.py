@@ -22,6 +22,7 @@ case('bert-plain', 'BertForMaskedLM', 'bert', BERT)
 case('bert-tanh-gelu-many-kinds', 'BertForMaskedLM', 'bert', BERT, hidden_act='gelu_new', type_vocab_size=5)
 case('bert-relu-wide-epsilon', 'BertForMaskedLM', 'bert', BERT, hidden_act='relu', layer_norm_eps=1e-2)
 case('bert-silu', 'BertForMaskedLM', 'bert', BERT, hidden_act='silu', num_attention_heads=8)
+case('bert-headless', 'BertModel', 'bert', BERT, hidden_act='gelu_new', layer_norm_eps=1e-5)
 case('bert-pretraining', 'BertForPreTraining', 'bert', BERT, num_attention_heads=2)
 
 T5 = {

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from model import hub, tensor_files
-from model.families import tensors
+from model.families import stored_name, tensors
 from tests.families import cases, weights
 from tests.families.loading import read
 
@@ -19,7 +19,9 @@ def named(name: str, make: Callable[[str, tuple[int, ...]], np.ndarray] | None =
     family, c = read(cases.CASES[name])
     offset = cases.family(name) in cases.OFFSET_NORMS
     make = make or (lambda tensor, shape: weights.tensor(cases.SEED, tensor, shape, offset))
-    return {one.name: make(one.copy_of or one.name, one.shape) for one in tensors(family, c, hub.shapes_of(c))}
+    of = lambda tensor: stored_name(family, c, tensor)
+    table = tensors(family, c, hub.shapes_of(c))
+    return {of(one.name): make(of(one.copy_of or one.name), one.shape) for one in table}
 
 
 def bits(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.families import Family, Fields, family_of, leaves, tensors
+from model.families import Family, Fields, family_of, leaves, stored_name, tensors
 from tests.families import cases, weights
 
 GOLDENS = Path(os.environ.get('GOLDENS') or Path(__file__).parent / 'goldens')  # others: `make parity`
@@ -51,7 +51,7 @@ def read(config: dict[str, Any]) -> tuple[Family, ModelConfig]:
     """The family and the model of a published config."""
     fields = Fields(config)
     family = family_of(fields)
-    c = family.read(fields)
+    c = family.model(fields)
     fields.finish()
     return family, c
 
@@ -61,7 +61,8 @@ def generated(name: str, family: Family, c: ModelConfig, seed: int) -> Decoder:
     shapes = leaves(c)
     filled = {leaf: np.zeros(shape.shape, shape.dtype) for leaf, shape in shapes.items()}
     for one in tensors(family, c, shapes):
-        array = weights.tensor(seed, one.copy_of or one.name, one.shape, cases.family(name) in cases.OFFSET_NORMS)
+        tensor = stored_name(family, c, one.copy_of or one.name)
+        array = weights.tensor(seed, tensor, one.shape, cases.family(name) in cases.OFFSET_NORMS)
         for part in one.parts:
             piece = part(array)
             filled[part.leaf][part.at][tuple(slice(n) for n in piece.shape)] = piece

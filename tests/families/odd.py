@@ -29,6 +29,8 @@ VALUES: dict[str, tuple[Any, ...]] = {  # of fields that a case has; each is dra
     'num_experts': (4, 6, 16), 'num_local_experts': (4, 6, 16), 'n_routed_experts': (8, 16),
     'num_experts_per_tok': (1, 2, 3), 'norm_topk_prob': (False, True), 'routed_scaling_factor': (0.5, 4.0),
     'n_shared_experts': (1, 2, 3), 'first_k_dense_replace': (0, 1), 'decoder_sparse_step': (1, 2), 'topk_group': (2, 3),
+    'no_rope_layer_interval': (2, 3), 'shared_expert_intermediate_size': (24, 40), 'qkv_bias': (False, True),
+    'scale_attn_by_inverse_layer_idx': (False, True),
     'q_lora_rank': (None, 8, 40), 'kv_lora_rank': (8, 40), 'qk_nope_head_dim': (8, 24), 'v_head_dim': (8, 20),
     'qk_rope_head_dim': (8, 16), 'rope_interleave': (False, True), 'use_qk_norm': (False, True),
 }
@@ -56,6 +58,8 @@ def odd(name: str, config: dict[str, Any], seed: int) -> dict[str, Any]:
     if 'layer_types' in found:
         kinds = sorted(set(config['layer_types']))
         found['layer_types'] = [draw.choice(kinds) for _ in range(found['num_hidden_layers'])]
+    if 'no_rope_layers' in found:
+        found['no_rope_layers'] = [draw.choice((0, 1)) for _ in range(found['num_hidden_layers'])]
     for other, field in (('experts_per_token', 'num_experts_per_tok'), ('sliding_window_size', 'sliding_window')):
         if other in found:
             found[other] = found[field]

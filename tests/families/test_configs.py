@@ -216,6 +216,90 @@ def test_marian_s_table_of_positions_follows_from_the_config():
     assert np.allclose(table_PD[5, [0, 1, 32]], [np.sin(5), np.sin(5 / 10000 ** (1 / 32)), np.cos(5)])
 
 
+def test_a_published_smollm3_has_every_fourth_layer_without_positions():
+    _, c = read(cases.CASES['smollm3-as-published'])
+    assert [kind.turned for kind in c.kinds] == [True, True, True, False, True]
+    every = {name: value for name, value in cases.CASES['smollm3-as-published'].items() if name != 'no_rope_layers'}
+    assert read(every)[1].kinds == c.kinds
+    assert read(every | {'no_rope_layer_interval': None})[1].kinds == c.kinds
+
+
+ANY = ({}, [], None, True, -1, 0.5, 'x', {'x': [1]}, 10**30)  # what fields that nothing reads may hold
+
+
+@pytest.mark.parametrize('case', ['llama-grouped', 'qwen2_moe-plain', 'gpt2-plain', 'gemma3-no-windows'])
+def test_bookkeeping_and_fields_of_generation_change_nothing(case):
+    mine = cases.CASES[case]
+    names = HARMLESS - {*mine, 'architectures'}
+    names |= {'_name_or_path', '_anything', 'unsloth_fixed', 'unsloth_version'}
+    for number, value in enumerate(ANY):
+        more = {name: ANY[(number + place) % len(ANY)] for place, name in enumerate(sorted(names))}
+        assert read(mine | more) == read(mine), value
+
+
+def test_fields_that_configs_repeat_of_other_files_are_known():
+    """As transformers before 5 wrote them into config.json."""
+    known = 'max_length do_sample temperature top_k top_p num_beams repetition_penalty tokenizer_class torchscript use_bfloat16'
+    known += ' min_p stop_strings watermarking_config token_healing prefix num_labels problem_type return_dict id2label'
+    assert set(known.split()) <= HARMLESS
+
+
+IDLE_AND_NOT = [  # a field that a Llama's config may have, with a value that says nothing, and with one that does
+    ('pruned_heads', {}, {'0': [1]}),
+    ('is_encoder_decoder', False, True),
+    ('alibi', False, True),
+    ('use_sliding_window', False, True),
+    ('partial_rotary_factor', 1.0, 0.5),
+    ('layer_types', ['full_attention'] * 2, ['full_attention', 'sliding_attention']),
+    ('quantization', None, {'bits': 4}),
+]
+
+
+@pytest.mark.parametrize(('name', 'idle', 'other'), IDLE_AND_NOT)
+def test_a_field_that_says_nothing_passes_and_one_that_may_change_the_result_does_not(name, idle, other):
+    mine = cases.CASES['llama-grouped']
+    assert read(mine | {name: idle}) == read(mine)
+    with pytest.raises(UserError, match=f'{name} is '):
+        read(mine | {name: other})
+
+
+def test_long_values_are_cut_in_messages():
+    deep: Any = 'x' * 10_000
+    for _ in range(900):
+        deep = [deep, {'a': deep}]
+    for value in (['x' * 10_000], [1] * 10**6, deep):
+        with pytest.raises(UserError, match=r'mystery is .*\.\.\..*: .* --ignore mystery passes it over') as found:
+            read(cases.CASES['llama-grouped'] | {'mystery': value})
+        assert len(str(found.value)) < 1000
+
+
+LINEAR = {'rope_type': 'linear', 'rope_theta': 5e5, 'factor': 2.0}
+TWICE = [  # rope_parameters and rope_scaling that say the same
+    (LINEAR, {'type': 'linear', 'factor': 2.0}),
+    (LINEAR, {'rope_type': 'linear', 'type': 'linear', 'factor': 2, 'rope_theta': 5e5}),
+    ({'rope_type': 'default', 'rope_theta': 5e5}, {'type': 'default'}),
+    ({'rope_type': 'default', 'rope_theta': 5e5}, {'rope_type': None}),
+]
+
+
+@pytest.mark.parametrize(('new', 'old'), TWICE)
+def test_scaling_may_be_said_twice_if_it_is_the_same(new, old):
+    mine = cases.CASES['llama-grouped']
+    assert read(mine | {'rope_parameters': new, 'rope_scaling': old}) == read(mine | {'rope_parameters': new})
+    for other in ({**old, 'rope_type': 'dynamic'}, {**old, 'factor': 3.0}):
+        with pytest.raises(UserError, match=r'rope_parameters has .* and rope_scaling .*must agree'):
+            read(mine | {'rope_parameters': new, 'rope_scaling': other})
+
+
+def test_yarn_says_what_was_trained_and_what_changes_nothing():
+    yarn = {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 128}
+    mine = cases.CASES['llama-grouped'] | {'rope_scaling': yarn}
+    idle = {'finetuned': True, 'attn_factor': 1.0, 'extrapolation_factor': 1}
+    assert read(mine | {'rope_scaling': yarn | idle}) == read(mine)
+    with pytest.raises(UserError, match=r'attn_factor is 0.5, which is not supported'):
+        read(mine | {'rope_scaling': yarn | {'attn_factor': 0.5}})
+
+
 YARN = {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 128}
 
 
@@ -236,6 +320,11 @@ YARN = {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 128}
         ('qwen2-yarn', {'original_max_position_embeddings': 64}, 'is 64 and in .*rope_scaling 128: .*must agree'),
         ('qwen3_moe-plain', {'num_local_experts': 8}, 'num_experts is 16 and num_local_experts 8: .*must agree'),
         ('qwen3_moe-plain', {'mlp_only_layers': [0, 1]}, 'model.moe.pattern is .*must have a true'),
+        ('olmo2-plain', {'layer_types': ['sliding_attention'] * 2}, 'this family has full_attention in all layers'),
+        ('smollm3-as-published', {'no_rope_layers': [1, 0]}, r'no_rope_layers is \[1, 0\]: .* each of the 5 layers'),
+        ('smollm3-as-published', {'no_rope_layers': [1, 2, 1, 1, 1]}, r'no_rope_layers is \[1, 2, 1, 1, 1\]'),
+        ('smollm3-as-published', {'layer_types': ['sliding_attention'] * 5}, 'use_sliding_window is False.*need true'),
+        ('qwen2_moe-plain', {'shared_expert_intermediate_size': 0}, 'shared_expert_intermediate_size is 0'),
         ('olmoe-plain', {'clip_qkv': 8.0}, 'clip_qkv is 8.0, which is not supported'),
         (
             'phi3-plain-window',
@@ -252,7 +341,6 @@ YARN = {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 128}
         ('glm4_moe-air', {'n_group': 3}, 'model.moe.groups is 3'),
         ('gpt2-plain', {'activation_function': 'tanh'}, "activation_function is 'tanh'.*supported: 'gelu_new'"),
         ('gpt2-plain', {'n_ctx': 512}, 'n_positions is 160 and n_ctx 512: .*must agree'),
-        ('gpt2-plain', {'scale_attn_by_inverse_layer_idx': True}, 'inverse_layer_idx is True, which is not supported'),
         ('gpt2-plain', {'add_cross_attention': True}, 'add_cross_attention is True, which is not supported'),
         ('gemma2-as-published', {'hidden_act': 'gelu'}, "hidden_activation is 'gelu_.*hidden_act 'gelu': .*must agree"),
         ('gemma2-as-published', {'use_bidirectional_attention': True}, 'attention is True, which is not supported'),

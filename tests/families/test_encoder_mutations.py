@@ -23,6 +23,8 @@ CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ('bert-plain', {'segment_kinds': 0}),
     ('bert-tanh-gelu-many-kinds', {'activation': 'gelu_exact'}),
     ('bert-relu-wide-epsilon', {'norm_epsilon': 1e-5}),
+    ('bert-headless', {'causal': True}),
+    ('bert-headless', {'norm_epsilon': 1e-3}),
     ('t5-v1.1', {'relative_most': 64}),
     ('t5-v1.1', {'relative_buckets': 16}),
     ('t5-v1.1', {'activation': 'swiglu'}),

@@ -30,6 +30,7 @@ CONFIGS = [
     ),
 ]
 LATENT = LatentConfig(q_rank=12, kv_rank=8, plain_dim=6, rotary_dim=4, value_dim=10)
+GATED = MoEConfig(experts=4, mlp_dim=16, shared_experts=2, shared_mlp_dim=10, shared_gate=True)
 BIASED = MoEConfig(experts=4, mlp_dim=16, shared_experts=2, router_bias=True, bias=True, pattern=(False, True))
 OPTIONS: list[dict[str, Any]] = [
     {'norm': 'layernorm', 'norm_order': 'post', 'bias': True, 'positions': 'learned', 'max_positions': 40},
@@ -39,6 +40,7 @@ OPTIONS: list[dict[str, Any]] = [
     {'kv_heads': 4, 'head_dim': None, 'latent': dataclasses.replace(LATENT, q_rank=None)},
     {'moe': BIASED, 'mlp_bias': True, 'activation': 'relu'},
     {'moe': BIASED, 'bias': True, 'qkv_bias': True},
+    {'moe': GATED, 'norm_order': 'output', 'head': False, 'tied_embedding': False, 'rotary_pattern': (True, False)},
 ]
 
 

@@ -36,6 +36,13 @@ VARIANTS = {
             experts=4, top_k=3, mlp_dim=8, shared_experts=2, first_dense_layers=1, router='sigmoid', routed_scale=2.5
         ),
     ),
+    'norms of outputs, layers that do not turn, scores by layer, a gate of shared experts': dataclasses.replace(
+        BASE,
+        norm_order='output',
+        rotary_pattern=(True, False),
+        query_scale_by_layer=True,
+        moe=dataclasses.replace(MOE, shared_experts=1, shared_mlp_dim=20, shared_gate=True),
+    ),
     'experts without renormalisation, plain MLP': dataclasses.replace(
         BASE, activation='gelu', moe=dataclasses.replace(MOE, renormalize=False, top_k=1)
     ),

@@ -4,8 +4,6 @@ The programs are compiled from shapes alone, with the optimisations that users h
 """
 
 import dataclasses
-import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +16,7 @@ from decoding.unstacked import kinds, unstacked
 from model.config import LatentConfig, ModelConfig, MoEConfig
 from sharding.mesh import BATCH, MeshConfig, make_mesh
 from tests.analysis.steps import run_config, training_step
+from tests.hlo import MOVED, SENT, instructions
 from training.state import abstract_model
 
 # Every weight that multiplies has 64 KiB or more, and nothing else in a decoding step has: neither activations nor the cache.
@@ -47,16 +46,6 @@ MODELS = {
         DENSE, kv_heads=4, head_dim=None, latent=LatentConfig(kv_rank=128, plain_dim=64, rotary_dim=64, value_dim=64)
     ),
 }
-SENT = (
-    'all-reduce',
-    'all-gather',
-    'reduce-scatter',
-    'collective-permute',
-    'all-to-all',
-    'ragged-all-to-all',
-    'partition-id',
-)
-MOVED = ('copy', 'transpose', 'gather', 'dynamic-slice', 'slice', 'concatenate', 'pad', 'reverse')
 # What moves a parameter after all, and why: opcodes, and the shape of one expert or of the heads' part of a matrix.
 EXCEPTIONS = {
     # An expert's weights are copied out of the stack of all, where few rows have few experts: the others are not read.
@@ -65,15 +54,6 @@ EXCEPTIONS = {
     # Queries and outputs go to the latent space and back by heads, and one matrix has each head's columns for both.
     'latent': (('slice', 'transpose', 'copy'), {(128, 4, 64), (4, 64, 128), (4, 128, 64)}),
 }
-
-
-def instructions(text: str) -> list[tuple[str, tuple[int, ...], int]]:
-    """Opcode, dims and bytes of each instruction of a compiled program with one result, in fused computations too."""
-    found = []
-    for kind, dims, opcode in re.findall(r'= \(?([a-z]+\d+)\[([\d,]*)\]\S* ([a-z-]+)\(', text):
-        shape = tuple(int(size) for size in dims.split(',') if size)
-        found.append((opcode, shape, math.prod(shape) * int(re.sub(r'\D', '', kind)) // 8))
-    return found
 
 
 def decoding(c: ModelConfig, rows: int = 1, slots: int = 32):

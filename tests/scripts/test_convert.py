@@ -118,6 +118,10 @@ MISTAKES = {
     'no run': (['export', 'runs/none', 'new'], ['runs/none', 'not a run']),
     'a name that is none': (['import', 'published', 'runs/a b'], ["'a b'", "'a-b'"]),
     'a mesh that does not fit': (['import', 'published', 'runs/new', '--mesh', 'tensor=3'], ['mesh.tensor is 3']),
+    'no such field to ignore': (
+        ['import', 'published', 'runs/new', '--ignore', 'hiden_size'],
+        ['--ignore hiden_size', "did you mean 'hidden_size'"],
+    ),
     'no such family': (['export', 'runs/tiny', 'new', '--family', 'lama'], ['lama', "did you mean 'llama'"]),
     'another family': (
         ['export', 'runs/tiny', 'new', '--family', 'gpt2'],
