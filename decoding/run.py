@@ -1,6 +1,7 @@
 """A trained run, opened for reading on any mesh. Nothing in its folder is touched."""
 
 import dataclasses
+import re
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -21,9 +22,15 @@ from sharding.errors import UserError, nearest
 from sharding.memory import explaining
 from sharding.mesh import Divides, MeshConfig, check_divides, make_mesh, nearest_meshes, parse_mesh, start
 from training.bucket_checkpoint import checkpoints_of
+from training.checkpoint import Checkpoints
 from training.config import RunConfig
-from training.context import context
+from training.context import context, published_files
 from training.state import abstract_model, saved_config
+
+SAID = re.compile(
+    r'(tokenizer_config|special_tokens_map|generation_config|chat_template)\.json|chat_template\.jinja'
+    r'|additional_chat_templates/.*'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +56,13 @@ class TrainedRun:
 
 
 def open_run(
-    folder: str | Path | Bucket, mesh: str | None = None, needs_text: bool = True, stacked: bool = False
+    folder: str | Path | Bucket,
+    mesh: str | None = None,
+    needs_text: bool = True,
+    stacked: bool = False,
+    step: int | None = None,
 ) -> TrainedRun:
-    """The newest checkpoint of a run, on the mesh that trained it or on another (`'expert=2,tensor=2'`).
+    """The newest checkpoint of a run, or that of a step, on the mesh that trained it or on another (`'expert=2,tensor=2'`).
 
     Rows are split over replica, data and expert, caches over context and tensor too; each replica has all weights. There is no
     pipeline: the stages of the run's own mesh become more of `data`, as far as that divides the model, and a mesh that is
@@ -71,7 +82,7 @@ def open_run(
         runs = _runs(folder.parent)
         raise UserError(f'{folder}: not a run, for it has no config.yaml{nearest(str(folder), runs) if runs else ""}')
     checkpoints = checkpoints_of(folder)
-    step = checkpoints.newest()
+    step = of_step(checkpoints, step)
     config = saved_config(checkpoints, step)
     wanted = own_mesh(config) if mesh is None else parse_mesh(mesh)
     check_divides(wanted, [*sizes(config.model), NO_PIPELINE])
@@ -102,6 +113,22 @@ def open_run(
     thread.shutdown(wait=False)  # takes no more work, and ends when this is done
     tokenizer = run_tokenizer(files, str(folder))
     return TrainedRun(folder, config, devices, tokenizer, kind, reading, step, rows)
+
+
+def of_step(checkpoints: Checkpoints, step: int | None) -> int:
+    """A step that a run has a checkpoint of, the newest where none is asked for. Raises UserError where it has none."""
+    newest = checkpoints.newest()
+    if step is None or step in (steps := checkpoints.steps()):
+        return newest if step is None else step
+    near = min(steps, key=lambda there: (abs(there - step), there))
+    raise UserError(
+        f'--step {step}: {checkpoints.run} has no checkpoint of this step; the nearest that it has is {near}'
+    )
+
+
+def said_beside(folder: Path | Bucket) -> dict[str, bytes]:
+    """Of an imported run, the published files that say how it is to be asked: chat templates, special tokens, sampling."""
+    return published_files(folder, SAID.fullmatch)
 
 
 def _runs(folder: Path | Bucket) -> list[str]:

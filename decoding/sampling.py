@@ -20,6 +20,9 @@ class Sampling:
     top_k: int = 0  # only the k most likely; 0: all
     top_p: float = 1.0  # the most likely that together reach this probability (Holtzman et al. 2020, arXiv:1904.09751)
     min_p: float = 0.0  # only those at least this share of the most likely one's probability (arXiv:2407.01082)
+    repetition_penalty: float = (
+        1.0  # before all else: logits of tokens that were there are divided by it, negative ones multiplied
+    )
     seed: int = 0
 
     def __post_init__(self):
@@ -33,6 +36,10 @@ class Sampling:
             raise UserError(f'top-p is {self.top_p}: it must be above 0 and at most 1; 1 keeps all tokens')
         if not 0 <= self.min_p <= 1:
             raise UserError(f'min-p is {self.min_p}: it must be between 0 and 1; 0 keeps all tokens')
+        if not 0 < self.repetition_penalty < float('inf'):
+            raise UserError(
+                f'repetition-penalty is {self.repetition_penalty}: it must be above 0; 1 leaves all logits as they are'
+            )
         if not 0 <= self.seed < 2**32:
             raise UserError(f'seed is {self.seed}: it must be at least 0 and less than 2^32')
 
@@ -47,6 +54,47 @@ class Choice(NamedTuple):
     seed_B: (
         jax.Array | np.ndarray
     )  # uint32; rows with equal seed, position and logits choose alike, whatever else is in the batch
+    penalty_B: jax.Array | np.ndarray | None = None  # None: 1 in every row
+
+
+class Likely(NamedTuple):
+    """How likely tokens were, natural logarithms of probabilities as the model gives them: before penalty and temperature."""
+
+    logprob_B: jax.Array | np.ndarray  # of the chosen token, float32
+    logprob_BK: jax.Array | np.ndarray  # of the K most likely, best first
+    token_BK: jax.Array | np.ndarray
+
+
+class Beside(NamedTuple):
+    """What some rows need beside their next token."""
+
+    seen_BV: jax.Array | None = None  # bool: which tokens a row has had, for penalties
+    likely: Likely | None = None
+
+
+def describe(
+    logit_BV: jax.Array, position_B: jax.Array, choice: Choice, seen_BV: jax.Array | None, count: int
+) -> tuple[jax.Array, Beside]:
+    """`choose` after the penalty on tokens that were there (Keskar et al. 2019, arXiv:1909.05858), and what to tell of it.
+
+    `count`: how many of the most likely tokens are told, with the chosen one's probability; 0: neither.
+    """
+    if seen_BV is None:
+        token_B = choose(logit_BV, position_B, choice)
+    else:
+        penalty_B1 = choice.penalty_B[:, None]
+        lower_BV = jnp.where(logit_BV > 0, logit_BV / penalty_B1, logit_BV * penalty_B1)
+        token_B = choose(jnp.where(seen_BV, lower_BV, logit_BV), position_B, choice)
+        seen_BV = seen_BV | (jnp.arange(logit_BV.shape[1], dtype=jnp.int32)[None] == token_B[:, None])
+    if not count:
+        return token_B, Beside(seen_BV)
+
+    def tell(logit_BV, token_B):
+        all_BV = jax.nn.log_softmax(logit_BV)
+        return Likely(jnp.take_along_axis(all_BV, token_B[:, None], 1)[:, 0], *jax.lax.top_k(all_BV, count))
+
+    likely = jax.shard_map(tell, in_specs=P(BATCH), out_specs=P(BATCH))(logit_BV, token_B)
+    return token_B, Beside(seen_BV, likely)
 
 
 def choose(logit_BV: jax.Array, position_B: jax.Array, choice: Choice | None) -> jax.Array:

@@ -120,6 +120,43 @@ def prefill(model: Decoder, cache: Cache, tokens_BT, length_B):
     return _with_cache(body, model, cache, tokens_BT, length_B)
 
 
+def extend(model: Decoder, cache: Cache, tokens_BT, begin_B, length_B):
+    """Reads more tokens after those in the cache: row b's are tokens_BT[b, :length_B[b]] and stand at position begin_B[b] on.
+
+    What follows in a row is padding: it comes into the cache at places where nothing looks before a token has taken its place.
+    Returns the logits [B, vocabulary] after each row's last token, and the cache. Every device of `context` works on the same
+    tokens, as in `decode`: each score of a token with a slot exists at once, so a long text is to come in pieces.
+    """
+
+    def body(model, cache, source, tokens_BT, begin_B, length_B):
+        column_1T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+        live_BT = column_1T < length_B[:, None]
+        view = View(
+            begin_B[:, None] + column_1T,
+            live_BT.astype(jnp.int32),
+            **backends(model.config),
+            sequence_split=False,
+            decoding=True,
+            source=source,
+        )
+        x_BTD, cache, _ = model.hidden(tokens_BT, view, cache)
+        last_BT1 = (column_1T == length_B[:, None] - 1)[..., None]
+        return to_vocabulary(jnp.where(last_BT1, x_BTD, 0).sum(1), model.head(), model.config), cache
+
+    return _with_cache(body, model, cache, tokens_BT, begin_B, length_B)
+
+
+def grown(cache: Cache, slots: int) -> Cache:
+    """A cache of so many slots, rounded up as `empty_cache` does, with what is in it."""
+    n = jax.sharding.get_abstract_mesh().shape['context']
+    fill = -(-slots // n) - cache.k_LBSM.shape[2] // n
+    longer = lambda a_LBSM: jnp.pad(a_LBSM, ((0, 0), (0, 0), (0, fill), (0, 0)))  # of one device of `context`
+    own = lambda kept: jax.tree.map(longer, kept)
+    kept = cache._replace(source=None)
+    layout = cache_specs(kept)
+    return jax.shard_map(own, in_specs=(layout,), out_specs=layout)(kept)._replace(source=cache.source)
+
+
 def decode(model: Decoder, cache: Cache, token_B, position_B):
     """One more token in each row, at its position. Returns the logits [B, vocabulary] after it, and the cache.
 
@@ -137,7 +174,7 @@ def decode(model: Decoder, cache: Cache, token_B, position_B):
     return _with_cache(body, model, cache, token_B, position_B)
 
 
-def _with_cache(body, model, cache, tokens, row_B):
+def _with_cache(body, model, cache, tokens, *row_B):
     source, cache = cache.source, cache._replace(source=None)
     assert (source is None) == (model.config.encoder is None), 'an encoder–decoder reads a source first: see `encode`'
     layout, of_source = cache_specs(cache), cache_specs(source)
@@ -146,6 +183,6 @@ def _with_cache(body, model, cache, tokens, row_B):
         logit_BV, cache = body(model, vary(cache), *rest)
         return settled(logit_BV, 'context'), cache
 
-    run = one_device(known, model, (layout, of_source, TOKENS, TOKENS), (P(ROWS, 'tensor'), layout))
-    logit_BV, cache = run(model, cache, source, tokens, row_B)
+    run = one_device(known, model, (layout, of_source, TOKENS, *[TOKENS] * len(row_B)), (P(ROWS, 'tensor'), layout))
+    logit_BV, cache = run(model, cache, source, tokens, *row_B)
     return real_vocabulary(logit_BV, model), cache._replace(source=source)

@@ -133,12 +133,13 @@ def grouped_apply(
         return _blocked(f, x_RD, weights, sizes_E)
     ends_E = jnp.cumsum(sizes_E)
     row_R = jnp.arange(x_RD.shape[0])
-    mine_RE = lambda: (row_R[:, None] < ends_E[None]) & (row_R[:, None] >= (ends_E - sizes_E)[None])
 
     def matmul(x_RD: jax.Array, w_EDF: Any) -> Any:
         if isinstance(w_EDF, Bias):
-            # A product with ones and zeros is exact, and so is its gradient's sum, where a gather's would round as it adds.
-            return jnp.matmul(mine_RE().astype(x_RD.dtype), w_EDF.b, precision='highest')
+            group_R = jnp.searchsorted(ends_E, row_R.astype(ends_E.dtype), side='right')
+            # In at least float32, in which its gradient is then added up.
+            b_EF = w_EDF.b.astype(jnp.promote_types(w_EDF.b.dtype, jnp.float32))
+            return b_EF.at[group_R].get(mode='fill', fill_value=0, indices_are_sorted=True).astype(w_EDF.b.dtype)
         turned = isinstance(w_EDF, Turned)
         if isinstance(w_EDF, tuple) and not turned:
             return tuple(matmul(x_RD, w) for w in w_EDF)
@@ -156,8 +157,9 @@ def grouped_apply(
                 x_RD, w_EDF, sizes_E, TURNED if turned else PLAIN, preferred_element_type=kept
             )
         else:
+            mine_RE = (row_R[:, None] < ends_E[None]) & (row_R[:, None] >= (ends_E - sizes_E)[None])
             sums = 'RF,EDF,RE->RD' if turned else 'RD,EDF,RE->RF'
-            y_RF = jnp.einsum(sums, x_RD, w_EDF, mine_RE().astype(wide), preferred_element_type=wide)
+            y_RF = jnp.einsum(sums, x_RD, w_EDF, mine_RE.astype(wide), preferred_element_type=wide)
         return y_RF.astype(x_RD.dtype)
 
     # Masked at both ends: what the last rows hold (even NaN) reaches neither y nor, through 0 * NaN, a gradient.

@@ -36,6 +36,8 @@ FOREIGN = ('.msgpack', '.h5', '.onnx', '.npz')
 SIDE = re.compile(
     r'[\w.-]+\.(json|jinja|txt|model|spm|tiktoken)|LICENSE[\w.-]*|NOTICE[\w.-]*'
 )  # files that are kept beside the weights
+TEMPLATES = 'additional_chat_templates'  # the folder of those beside the first one
+ON_HUB = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*')  # as models are called there: Qwen/Qwen3-8B
 BUFFERS = (r'.*rotary_emb\.inv_freq',)  # of every family in old files: they follow from the config
 LARGEST_SIDE = 2**27  # bytes
 Kept = Literal['float32', 'bfloat16', 'float16']  # what weights can be kept in
@@ -170,6 +172,11 @@ def _as_named(stored: Mapping[str, Source], family: Family) -> tuple[dict[str, S
 def _config(folder: Path) -> dict[str, Any]:
     """The fields of config.json."""
     if not folder.is_dir():
+        if ON_HUB.fullmatch(str(folder)):
+            raise UserError(
+                f'{folder}: there is no such folder; if it is a model of the Hugging Face hub, fetch it first: '
+                f'hf download {folder} --local-dir {folder.name}, and import {folder.name}'
+            )
         raise UserError(
             f'{folder}: there is no such folder; a published model is a folder with {CONFIG} and *.safetensors, or a GGUF file'
         )
@@ -373,10 +380,11 @@ def _with_dtypes(
 def side_files(folder: Path) -> dict[str, bytes]:
     """What stands beside the weights and is kept: configs, tokenizers, chat templates, licences. No code, no pickles.
 
-    By its path: what sentence-transformers says of pooling stands in 1_Pooling/config.json.
+    By its path: what sentence-transformers says of pooling stands in 1_Pooling/config.json, chat templates beside the first one
+    in TEMPLATES.
     """
     found = {}
-    for path in sorted([*folder.iterdir(), *folder.glob('[0-9]_*/config.json')]):
+    for path in sorted([*folder.iterdir(), *folder.glob('[0-9]_*/config.json'), *folder.glob(f'{TEMPLATES}/*.jinja')]):
         if path.is_file() and SIDE.fullmatch(path.name) and not path.name.endswith('.index.json'):
             _check_size(path)
             below = path.relative_to(folder)

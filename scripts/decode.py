@@ -1,37 +1,66 @@
 """Writes what a run's model makes of prompts, one token a step with a sharded cache. An encoder–decoder's prompts are sources.
 
 python scripts/decode.py runs/demo --prompt 'def read(' --prompt 'import ' --temperature 0.8 --top-p 0.9
+python scripts/decode.py runs/smollm2 --message 'What is the capital of France?'
+python scripts/decode.py runs/smollm2 --prompts-file questions.jsonl --out answers.jsonl -n 4 --temperature 1
 """
 
 import argparse
+import dataclasses
 import json
+import os
+import stat
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
+from scripts.answering import Written, add_sampling, sampling_of
 from scripts.entry import run
-from sharding.errors import UserError
+from sharding.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from decoding.generate import Completion
+
+LINES = ('.jsonl', '.ndjson')  # of a --prompts-file that is JSON Lines
+FIELDS = ('prompt', 'messages', 'tools', 'documents', 'chat_template_kwargs', 'id')  # of such a line
+
+
+@dataclasses.dataclass
+class Question:
+    """A plain prompt, or a conversation that the model is to go on with."""
+
+    where: str  # the flag or the line of a file, for messages
+    prompt: str = ''
+    conversation: dict[str, Any] | None = None  # arguments of `ChatTemplates.render`
+    id: Any = None  # of a line that has one: its answers have it too
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('run', metavar='RUN', help='a folder such as runs/demo')
-    parser.add_argument(
-        '--prompt', action='append', default=[], metavar='TEXT', help='may be given several times: they are one batch'
+    asked = parser.add_argument_group('what is gone on with', 'each may be given several times')
+    asked.add_argument('--prompt', action='append', default=[], metavar='TEXT', help='a text, as it stands')
+    asked.add_argument(
+        '--prompts-file',
+        action='append',
+        default=[],
+        metavar='FILE',
+        help='UTF-8: a prompt a line, or as F.jsonl an object a line with "prompt" or "messages", and an "id" if you like',
     )
-    parser.add_argument('--prompts-file', metavar='FILE', help='one prompt a line, UTF-8')
-    parser.add_argument('--max-new-tokens', type=int, default=128, metavar='N')
-    parser.add_argument(
-        '--temperature', type=float, default=0.0, metavar='T', help='0 (the default) takes the most likely token'
+    asked.add_argument(
+        '--message', action='append', default=[], metavar='TEXT', help='a user’s message, by the model’s chat template'
     )
-    parser.add_argument('--top-k', type=int, default=0, metavar='K', help='only the K most likely; 0: all')
-    parser.add_argument('--top-p', type=float, default=1.0, metavar='P', help='the most likely that together reach P')
-    parser.add_argument(
-        '--min-p', type=float, default=0.0, metavar='P', help='only those with at least P of the best one’s probability'
+    asked.add_argument(
+        '--chat',
+        action='append',
+        default=[],
+        metavar='FILE.json',
+        help='a conversation by its chat template: a list of messages, or {"messages": …, "tools": …}',
     )
-    parser.add_argument('--seed', type=int, default=0, metavar='S', help='prompt i draws with seed S + i')
-    parser.add_argument(
-        '--stop', action='append', default=[], metavar='TEXT', help='ends a completion; may be given several times'
-    )
+    parser.add_argument('--max-new-tokens', type=int, default=128, metavar='N', help='of an answer; %(default)s')
+    parser.add_argument('-n', type=int, default=1, metavar='N', dest='answers', help='answers to each prompt; 1')
+    add_sampling(parser, 'answer j of N to prompt i, both from 0, draws with seed S + i N + j; 0')
     parser.add_argument(
         '--beams', type=int, default=0, metavar='N', help='the likeliest continuation of N that are followed at once'
     )
@@ -42,127 +71,314 @@ def main() -> None:
         metavar='P',
         help='of --beams: a continuation’s log-probability is divided by its length to the power of P',
     )
-    parser.add_argument('--mesh', metavar='AXES', help='such as expert=2,tensor=2; the run’s own otherwise')
-    parser.add_argument('--json', action='store_true', help='one JSON object a prompt')
-    options = parser.parse_args()
-
-    from decoding.sampling import Sampling
-
-    sampling = Sampling(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        min_p=options.min_p,
-        seed=options.seed,
+    parser.add_argument(
+        '--logprobs',
+        type=int,
+        default=0,
+        metavar='K',
+        help='with --json or --out: each token’s log-probability and the K most likely tokens, as the model gives them',
     )
-    if options.beams:
-        for name, plain in (('temperature', 0), ('top_k', 0), ('top_p', 1), ('min_p', 0), ('stop', [])):
-            if getattr(options, name) != plain:
-                raise UserError(f'--beams {options.beams}: it chooses by itself; leave out --{name.replace("_", "-")}')
-    prompts = options.prompt + (read_prompts(options.prompts_file) if options.prompts_file else [])
-    if not prompts:
-        raise UserError('no prompt: give --prompt TEXT or --prompts-file FILE')
+    parser.add_argument('--batch', type=int, default=16, metavar='N', help='answers at once; %(default)s')
+    parser.add_argument('--step', type=int, metavar='N', help='the checkpoint of this step; the newest otherwise')
+    parser.add_argument('--mesh', metavar='AXES', help='such as expert=2,tensor=2; the run’s own otherwise')
+    parser.add_argument('--json', action='store_true', help='one JSON object an answer')
+    parser.add_argument(
+        '--out', metavar='FILE.jsonl', help='write these objects there, whole or not at all; nothing is shown'
+    )
+    options = parser.parse_args()
+    check(options)
+    questions = read_questions(options)
 
-    from decoding.run import open_run
+    from data.chat import RENDERER, chat_templates
 
-    opened = open_run(options.run, options.mesh)
+    if any(question.conversation for question in questions):
+        RENDERER.start()
+
+    from decoding.run import open_run, said_beside
+    from sharding.buckets import at
+
+    files = said_beside(at(options.run))
+    texts = render(questions, chat_templates(files, options.run), at(options.run))
+    sampling = sampling_of(options, {} if options.beams else files, options.run)
+    opened = open_run(options.run, options.mesh, step=options.step)
 
     import jax
 
     from decoding.beams import generate_by_beams
     from decoding.generate import compile_ahead, generate
+    from decoding.prompts import check_prompts
     from sharding.memory import explaining, gib, shard_bytes
 
     between = '' if opened.config.model.encoder is None else '\t'  # a source is not what its target goes on with
-    screen = Screen([prompt + between for prompt in prompts], quiet=options.json)
+    quiet = options.json or options.out is not None
+    order = [number for number in range(len(questions)) for _ in range(options.answers)]  # the questions of the answers
+    spans = [range(begin, min(begin + options.batch, len(order))) for begin in range(0, len(order), options.batch)]
     tell = (
-        f'out of memory on a device: weights {gib(shard_bytes(opened.kind))}, the rest the cache of {len(prompts)} prompts; '
-        'give fewer at a time, lower --max-new-tokens, or split them over more devices with --mesh'
+        f'out of memory on a device: weights {gib(shard_bytes(opened.kind))}, the rest the cache of {len(spans[0])} answers; '
+        'give a smaller --batch, lower --max-new-tokens, or split them over more devices with --mesh'
     )
-    with jax.set_mesh(opened.mesh), explaining(lambda: tell):
+    done: list[Completion] = []
+    with Out(options.out) as out, jax.set_mesh(opened.mesh), explaining(lambda: tell):
+        check_prompts(opened.config.model, opened.tokenizer, texts, opened.context)
+        like = options.batch if len(spans) > 1 else 0
         if not options.beams:
-            compile_ahead(opened.kind, opened.tokenizer, prompts, sampling, options.max_new_tokens, opened.context)
-        if options.beams:
-            completions = generate_by_beams(
-                opened.model,
+            compile_ahead(
+                opened.kind,
                 opened.tokenizer,
-                prompts,
-                options.beams,
-                options.max_new_tokens,
-                context=opened.context,
-                length_penalty=options.length_penalty,
-            )
-            for number, completion in enumerate(completions):
-                screen.emit(number, completion.text)
-        else:
-            completions = generate(
-                opened.model,
-                opened.tokenizer,
-                prompts,
+                [texts[order[i]] for i in spans[0]],
                 sampling,
                 options.max_new_tokens,
-                context=opened.context,
-                stops=options.stop,
-                emit=screen.emit,
+                opened.context,
+                options.logprobs,
+                like,
             )
-    screen.finish()
-    if options.json:
-        for completion in completions:
-            fields = (
-                'prompt',
-                'text',
-                'tokens',
-                'finish_reason',
-                'tokens_per_second',
-                *(('score',) if options.beams else ()),
-            )
-            print(json.dumps({field: getattr(completion, field) for field in fields}))
-    else:
-        speed = sum(completion.tokens_per_second for completion in completions)
-        tokens = sum(len(completion.tokens) for completion in completions)
-        full = sum(one.finish_reason == 'length' and len(one.tokens) < options.max_new_tokens for one in completions)
-        if full:
-            context = opened.context
-            print(f'{full} of them ended where the context of {context} tokens is full', file=sys.stderr)
-        print(
-            f'prompts: {len(completions)}, tokens: {tokens}, {speed:,.0f} tokens/s (step {opened.step})',
-            file=sys.stderr,
-        )
+        for span in spans:
+            prompts = [texts[order[i]] for i in span]
+            before = ['' if questions[order[i]].conversation else texts[order[i]] + between for i in span]
+            screen = Screen(before, quiet, Written(options.raw), first=span.start == 0)
+            if options.beams:
+                completions = generate_by_beams(
+                    opened.model,
+                    opened.tokenizer,
+                    prompts,
+                    options.beams,
+                    options.max_new_tokens,
+                    context=opened.context,
+                    length_penalty=options.length_penalty,
+                )
+                for number, completion in enumerate(completions):
+                    screen.emit(number, completion.text)
+            else:
+                completions = generate(
+                    opened.model,
+                    opened.tokenizer,
+                    prompts,
+                    sampling,
+                    options.max_new_tokens,
+                    context=opened.context,
+                    stops=options.stop,
+                    emit=screen.emit,
+                    logprobs=options.logprobs,
+                    first=span.start,
+                    like=like,
+                )
+            screen.finish()
+            for i, completion in zip(span, completions, strict=True):
+                question = questions[order[i]]
+                line = json.dumps(told(completion, question, i % options.answers, options))
+                if options.json:
+                    print(line, flush=True)
+                out.write(line)
+            done += completions
+            if len(spans) > 1:
+                print(f'{len(done)} of {len(order)} answers', file=sys.stderr)
+    if not options.json:
+        summary(done, len(questions), options.max_new_tokens, opened.context, opened.step)
 
 
-def read_prompts(path: str) -> list[str]:
-    """The lines of a file, empty ones left out. Only line feeds end a line: a prompt may hold any other character."""
+def check(options: argparse.Namespace) -> None:
+    """Raises UserError for flags that do not go together or are out of range."""
+    for name, flag in (('max_new_tokens', 'max-new-tokens'), ('answers', 'n'), ('batch', 'batch')):
+        if getattr(options, name) < 1:
+            raise UserError(f'{flag} is {getattr(options, name)}: it must be at least 1')
+    if options.logprobs and not (options.json or options.out):
+        raise UserError(f'--logprobs {options.logprobs}: they are told in objects; add --json or --out FILE.jsonl')
+    if options.beams:
+        drawn = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
+        plain = {'stop': [], 'answers': 1, 'logprobs': 0}
+        for name in (*drawn, *plain):
+            if getattr(options, name) not in (plain.get(name), {'repetition_penalty': 1, 'top_p': 1}.get(name, 0)):
+                flag = '-n' if name == 'answers' else f'--{name.replace("_", "-")}'
+                raise UserError(f'--beams {options.beams}: it chooses by itself; leave out {flag}')
+    if options.out is not None:
+        check_out(Path(options.out))
+
+
+def read_questions(options: argparse.Namespace) -> list[Question]:
+    """What the flags ask, in the order of --help."""
+    from data.chat import read_conversation
+
+    questions = [Question('--prompt', text) for text in options.prompt]
+    for path in options.prompts_file:
+        questions += read_prompts(path)
+    for text in options.message:
+        questions.append(Question('--message', conversation={'messages': [{'role': 'user', 'content': text}]}))
+    for path in options.chat:
+        text = read_text('--chat', path)
+        questions.append(Question(path, conversation=read_conversation(text, path)))
+    if not questions:
+        raise UserError('no prompt: give --prompt TEXT, --prompts-file FILE, --message TEXT or --chat FILE.json')
+    return questions
+
+
+def read_text(flag: str, path: str) -> str:
+    """A file's text, without a byte order mark."""
     try:
-        lines = Path(path).read_text(encoding='utf-8').split('\n')
+        return Path(path).read_bytes().decode('utf-8-sig')
     except UnicodeDecodeError as error:
-        raise UserError(f'--prompts-file {path}: not UTF-8 at byte {error.start}') from None
+        raise UserError(f'{flag} {path}: not UTF-8 at byte {error.start}') from None
     except OSError as error:
-        raise UserError(f'--prompts-file {path}: {error.strerror}') from None
-    return [line for line in lines if line]
+        raise UserError(f'{flag} {path}: {error.strerror}') from None
+
+
+def read_prompts(path: str) -> list[Question]:
+    """The lines of a file, empty ones left out. Only line feeds end a line: a prompt may hold any other character."""
+    lines = [(n, line.removesuffix('\r')) for n, line in enumerate(read_text('--prompts-file', path).split('\n'), 1)]
+    if not path.lower().endswith(LINES):
+        return [Question(f'{path}:{n}', line) for n, line in lines if line]
+    return [read_line(f'{path}:{n}', line) for n, line in lines if line.strip()]
+
+
+def read_line(where: str, line: str) -> Question:
+    """The question of a line of JSON Lines."""
+    from data.chat import conversation
+
+    try:
+        said = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{where}: not readable as JSON: {error}') from None
+    if not isinstance(said, dict) or ('prompt' in said) == ('messages' in said):
+        raise UserError(f'{where}: a line is an object with either "prompt" or "messages"')
+    for name in said:
+        if name not in FIELDS:
+            raise UserError(f'{where}: no field {name!r} in a line{nearest(name, FIELDS)}')
+    number = said.pop('id', None)
+    if 'messages' in said:
+        return Question(where, conversation=conversation(said, where), id=number)
+    if not isinstance(said['prompt'], str) or len(said) > 1:
+        raise UserError(f'{where}: prompt must be a text, and alone but for an id')
+    return Question(where, said['prompt'], id=number)
+
+
+def render(questions: Sequence[Question], templates: Any, run: Any) -> list[str]:
+    """The texts that questions are for the model; one that ends with the assistant's message is to go on with that.
+
+    Raises UserError for a conversation where the run has no chat template.
+    """
+    texts: list[str] = []
+    for question in questions:
+        if question.conversation is None:
+            texts.append(question.prompt)
+            continue
+        if templates is None and (run / 'config.yaml').is_file():
+            raise UserError(
+                f'{question.where}: {run} has no chat template; --prompt TEXT has its model go on with a text as it stands'
+            )
+        try:
+            goes_on = question.conversation['messages'][-1]['role'] == 'assistant'
+            rendered = templates and templates.render(**question.conversation, continue_final_message=goes_on)
+            texts.append(rendered or '')  # what is no run is told when it is opened
+        except UserError as error:
+            raise UserError(f'{question.where}: {error}') from None
+    return texts
+
+
+def told(completion: 'Completion', question: Question, answer: int, options: argparse.Namespace) -> dict[str, Any]:
+    """An answer as an object of JSON."""
+    fields = ['prompt', 'text', 'tokens', 'finish_reason', 'tokens_per_second']
+    fields += ['score'] if options.beams else []
+    fields += ['logprobs'] if options.logprobs else []
+    found = {field: getattr(completion, field) for field in fields}
+    found |= {'id': question.id} if question.id is not None else {}
+    return found | ({'answer': answer} if options.answers > 1 else {})
+
+
+def summary(done: Sequence['Completion'], prompts: int, most: int, context: int, step: int) -> None:
+    """Says on stderr how it went."""
+    speed = sum(completion.tokens_per_second for completion in done)
+    tokens = sum(len(completion.tokens) for completion in done)
+    full = sum(one.finish_reason == 'length' and len(one.tokens) < most for one in done)
+    if full:
+        print(f'{full} of them ended where the context of {context} tokens is full', file=sys.stderr)
+    answers = f', answers: {len(done)}' if len(done) > prompts else ''
+    print(f'prompts: {prompts}{answers}, tokens: {tokens}, {speed:,.0f} tokens/s (step {step})', file=sys.stderr)
+
+
+def check_out(path: Path) -> None:
+    """Raises UserError where a file cannot be made, or something else than a file has its name."""
+    for one in (path, partial(path)):
+        try:
+            kind = one.lstat().st_mode
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise UserError(f'--out {one}: {error.strerror}') from None
+        if not stat.S_ISREG(kind):
+            raise UserError(f'--out {one}: is there and is no regular file; name another')
+    if not path.parent.is_dir():
+        raise UserError(f'--out {path}: there is no folder {path.parent}')
+
+
+def partial(path: Path) -> Path:
+    """What a file is called until it is whole."""
+    return path.with_name(f'{path.name}.partial')
+
+
+class Out:
+    """A file that gets its name when the block ends well. What is written before stands in FILE.partial, line by line."""
+
+    def __init__(self, path: str | None) -> None:
+        self.path = None if path is None else Path(path)
+        self.file: IO[str] | None = None
+
+    def __enter__(self) -> 'Out':
+        if self.path is not None:
+            check_out(self.path)
+            try:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+                self.file = open(os.open(partial(self.path), flags, 0o666), 'w', encoding='utf-8')
+            except OSError as error:
+                raise UserError(f'--out {self.path}: {error.strerror}') from None
+        return self
+
+    def write(self, line: str) -> None:
+        if self.file is not None:
+            self.file.write(line + '\n')
+            self.file.flush()
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.file is None:
+            return
+        if kind is None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.file.close()
+        if kind is None:
+            check_out(self.path)
+            os.replace(partial(self.path), self.path)
+        elif partial(self.path).stat().st_size:
+            print(f'what was done until then stands in {partial(self.path)}', file=sys.stderr)
+        else:
+            partial(self.path).unlink()
 
 
 class Screen:
-    """Texts of several prompts, written at once but shown in order: the first as it comes, the others as their turn comes."""
+    """Texts of a batch, written at once but shown in order: the first as it comes, the others as their turn comes."""
 
-    def __init__(self, prompts: list[str], quiet: bool):
-        self.prompts, self.quiet = prompts, quiet
-        self.held = [''] * len(prompts)
+    def __init__(self, before: Sequence[str], quiet: bool, written: Written, first: bool = True):
+        self.before, self.quiet, self.written = before, quiet, written
+        self.held = [''] * len(before)
+        if not first and not quiet:
+            print(LINE)
 
     def emit(self, number: int, text: str) -> None:
-        """Shows a piece of the first prompt, keeps one of another."""
-        self.held[number] += text
+        """Shows a piece of the first text, keeps one of another."""
         if number == 0 and not self.quiet:
-            if self.held[0] == text:
-                print(self.prompts[0], end='')
-            print(text, end='', flush=True)
+            if not self.held[0]:
+                print(self.before[0], end='')
+            print(self.written(text), end='', flush=True)
+        self.held[number] += text
 
     def finish(self) -> None:
-        """Shows the other prompts' texts."""
+        """Shows the other texts."""
         if self.quiet:
             return
-        print('' if self.held[0] else self.prompts[0])
-        for prompt, text in zip(self.prompts[1:], self.held[1:], strict=True):
-            print(f'{"─" * 40}\n{prompt}{text}')
+        print('' if self.held[0] else self.before[0])
+        for before, text in zip(self.before[1:], self.held[1:], strict=True):
+            print(f'{LINE}\n{before}{self.written(text)}')
+
+
+LINE = '─' * 40
 
 
 if __name__ == '__main__':

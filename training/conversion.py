@@ -40,7 +40,7 @@ from training import config as configs
 from training.bucket_checkpoint import checkpoints_of
 from training.checkpoint import Checkpoints, named
 from training.config import RECORD, RunConfig, TrainingConfig
-from training.context import SOURCE, context_of
+from training.context import SOURCE, context_of, published_files
 from training.state import abstract_state, restore_model, saved_config
 
 CONTEXT = 2048  # tokens, where a config says nothing of it
@@ -286,10 +286,5 @@ def imported(run: Path | Bucket) -> Imported | None:
     if not (run / RECORD).is_file():
         return None
     record = json.loads((run / RECORD).read_text(encoding='utf-8'))
-    source = run / SOURCE
-    if isinstance(source, Bucket):
-        names = list(source.files())
-    else:
-        names = [path.relative_to(source).as_posix() for path in sorted(source.rglob('*')) if path.is_file()]
-    files = {name: (source / name).read_bytes() for name in names}
+    files = published_files(run)
     return Imported(config=json.loads(files.pop(hub.CONFIG)), beside=files, **record)

@@ -60,6 +60,11 @@ class JsonTokenizer(PublishedTokenizer):
             self.check(ids)
         return found
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Of each of `encode(text)`, which characters it stands for: [begin, end)."""
+        check_unicode([text])
+        return self._tokenizer.encode(text, add_special_tokens=False).offsets
+
     def id_of(self, piece: str) -> int | None:
         return self.ids.get(piece)
 

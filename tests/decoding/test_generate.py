@@ -9,10 +9,11 @@ import pytest
 from jax import P
 
 from data.tokenizer import TWICE, Tokenizer
-from decoding.generate import TextStream, generate
+from decoding.generate import TextStream, choices, generate, seeded
 from decoding.prompts import read_prompts, say_once
 from decoding.run import own_mesh
-from decoding.sampling import Choice, Sampling, choose
+from decoding.sampling import Choice, Sampling, choose, describe
+from decoding.score import score
 from model.config import ModelConfig, MoEConfig
 from sharding.errors import UserError
 from sharding.mesh import BATCH, MeshConfig, make_mesh
@@ -216,3 +217,57 @@ def test_a_run_with_stages_decodes_on_as_many_devices_without(mesh, wanted, caps
     )
     assert own_mesh(run) == wanted
     assert ('no pipeline' in capsys.readouterr().err) == (mesh.stage > 1)
+
+
+def test_log_probabilities_are_those_of_the_logits_whatever_the_sampling(tokenizer):
+    """Of three rows in two batches like one of two: each token's, and the most likely ones, before penalty and temperature."""
+    prompts, sampling = (
+        ['def read', 'c', 'class Queue'],
+        Sampling(temperature=0.7, top_k=5, seed=3, repetition_penalty=1.5),
+    )
+    config = RunConfig(
+        name='likely',
+        model=ModelConfig(vocabulary=tokenizer.vocabulary, layers=1, model_dim=32, heads=4, mlp_dim=32),
+        training=TrainingConfig(steps=1, batch=4, sequence_length=64),
+    )
+    with jax.set_mesh(make_mesh(MeshConfig(data=2))):
+        model = jax.jit(functools.partial(init, config))().model
+        ask = functools.partial(generate, model, tokenizer, context=64, logprobs=3, sampling=sampling, max_new_tokens=5)
+        together = ask(prompts, like=2)
+        apart = [*ask(prompts[:2], like=2), *ask(prompts[2:], first=2, like=2)]
+        for found, alone in zip(together, apart, strict=True):
+            assert found.tokens == alone.tokens
+            assert found.text == tokenizer.decode(found.tokens)
+            ids = [*tokenizer.prefix, *tokenizer.encode(found.prompt), *found.tokens]
+            padded = np.array([[*ids, *[0] * (32 - len(ids))]], np.int32)
+            ((_, logit_BTV),) = score(model, padded)
+            want = np.asarray(jax.nn.log_softmax(logit_BTV[0]))[len(ids) - 6 : len(ids) - 1]
+            assert len(found.tokens) == 5
+            assert [one['token'] for one in found.logprobs] == found.tokens
+            for row, one in zip(want, found.logprobs, strict=True):
+                np.testing.assert_allclose(one['logprob'], row[one['token']], atol=1e-5)
+                assert one['text'] == tokenizer.decode([one['token']])
+                np.testing.assert_allclose([top['logprob'] for top in one['top']], np.sort(row)[::-1][:3], atol=1e-5)
+                np.testing.assert_allclose([row[top['token']] for top in one['top']], np.sort(row)[::-1][:3], atol=1e-5)
+        with pytest.raises(UserError, match='logprobs is 999: it must be at least 0 and at most'):
+            generate(model, tokenizer, prompts, sampling, 5, context=64, logprobs=999)
+
+
+def test_a_penalty_lowers_what_was_there_as_transformers_has_it():
+    """Of logits by the rule of arXiv:1909.05858: a positive one is divided, a negative one multiplied, once seen."""
+    logit_BV = np.array([[3.0, 2.5, -1.0, -1.2], [3.0, 2.5, -1.0, -1.2]], np.float32)
+    seen_BV = np.array([[True, False, False, False], [False, False, True, False]])
+    with jax.set_mesh(make_mesh(MeshConfig(data=2))):
+        choice = choices([Sampling(repetition_penalty=1.5), Sampling()], 2)
+        assert choices([Sampling()], 2) is None
+        place_rows = lambda tree: jax.tree.map(lambda a: jax.device_put(a, P(BATCH)), tree)
+        run = jax.jit(describe, static_argnums=4)
+        token_B, beside = run(*place_rows((logit_BV, np.zeros(2, np.int32), choice, seen_BV)), 0)
+    assert np.asarray(token_B).tolist() == [1, 0]
+    assert np.asarray(beside.seen_BV).tolist() == [[True, True, False, False], [True, False, True, False]]
+    with pytest.raises(UserError, match=r'repetition-penalty is 0\.0'):
+        Sampling(repetition_penalty=0.0)
+
+
+def test_seeds_are_by_the_number_of_the_prompt():
+    assert [seeded(Sampling(seed=2**32 - 2), number).seed for number in range(4)] == [2**32 - 2, 2**32 - 1, 0, 1]

@@ -1,0 +1,87 @@
+"""What decode.py and chat.py share: the flags of sampling, with a run's own defaults, and model text on a terminal."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from sharding.errors import UserError
+
+if TYPE_CHECKING:
+    from decoding.sampling import Sampling
+
+GENERATION = 'generation_config.json'
+NEUTRAL = {'temperature': 0.0, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0, 'repetition_penalty': 1.0}
+DRAWN = ('top_k', 'top_p', 'min_p')  # what a file says of these counts where tokens are drawn
+# Terminals obey these; line ends and tabs are text.
+CONTROL = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]')
+
+
+def add_sampling(parser: argparse.ArgumentParser, seeds: str) -> None:
+    """The flags that say how tokens are chosen; `seeds`: the help of --seed."""
+    of_run = f'an imported run’s {GENERATION} says the default, otherwise'
+    add = lambda flag, kind, letter, text: parser.add_argument(flag, type=kind, metavar=letter, help=text)
+    add('--temperature', float, 'T', f'0 takes the most likely token; {of_run} it is 0')
+    add('--top-k', int, 'K', f'only the K most likely; 0: all; {of_run} 0')
+    add('--top-p', float, 'P', f'only the most likely that together reach P; {of_run} 1')
+    add('--min-p', float, 'P', f'only those with at least P of the best one’s probability; {of_run} 0')
+    add('--repetition-penalty', float, 'R', f'of tokens that were there: 1 is none; {of_run} 1')
+    parser.add_argument('--seed', type=int, default=0, metavar='S', help=seeds)
+    parser.add_argument(
+        '--stop', action='append', default=[], metavar='TEXT', help='ends an answer; may be given again'
+    )
+    parser.add_argument('--raw', action='store_true', help='to a terminal, too, write control characters as they are')
+
+
+def sampling_of(options: argparse.Namespace, files: Mapping[str, bytes], where: str) -> 'Sampling':
+    """As the flags say, and otherwise as the run's published files do; what these do is said on stderr."""
+    from decoding.sampling import Sampling
+
+    given = {name: value for name in NEUTRAL if (value := getattr(options, name)) is not None}
+    own = defaults(files, where)
+    taken = {name: value for name, value in own.items() if name not in given and value != NEUTRAL[name]}
+    if taken:
+        flags = ' '.join(f'--{name.replace("_", "-")} {value}' for name, value in taken.items())
+        print(f'{GENERATION} of this run says {flags}', file=sys.stderr)
+    return Sampling(**{**NEUTRAL, **own, **given}, seed=options.seed)
+
+
+def defaults(files: Mapping[str, bytes], where: str) -> dict[str, Any]:
+    """What a run's generation_config.json says of sampling. As in transformers, tokens are drawn only where it says so."""
+    try:
+        said = json.loads(files.get(GENERATION, b'{}'))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{where}/source/{GENERATION}: not readable as JSON: {error}') from None
+    if not isinstance(said, dict):
+        raise UserError(f'{where}/source/{GENERATION}: it must be an object of JSON')
+    drawn = said.get('do_sample') is True
+    found = {'temperature': 1.0} if drawn else {}
+    for name in ('temperature', *DRAWN, 'repetition_penalty'):
+        value = said.get(name)
+        if value is None or not (drawn or name == 'repetition_penalty'):
+            continue
+        whole = name == 'top_k'
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            kind = 'a whole number' if whole else 'a number'
+            raise UserError(f'{where}/source/{GENERATION}: {name} is {json.dumps(value)[:40]}: it must be {kind}')
+        found[name] = value if whole else float(value)
+    return found
+
+
+class Written:
+    """Model text on its way to stdout: to a terminal its control characters are shown, not obeyed, unless `raw`."""
+
+    def __init__(self, raw: bool) -> None:
+        self.shows = sys.stdout.isatty() and not raw
+        if hasattr(sys.stdout, 'reconfigure'):
+            sys.stdout.reconfigure(errors='backslashreplace')  # a terminal that has not all characters
+
+    def __call__(self, text: str) -> str:
+        return visible(text) if self.shows else text
+
+
+def visible(text: str) -> str:
+    """Text whose control characters, but for line ends and tabs, are written as in a Python string."""
+    return CONTROL.sub(lambda found: f'\\x{ord(found[0]):02x}', text)

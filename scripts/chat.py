@@ -1,0 +1,170 @@
+"""A conversation with a run's model in the terminal, by the model's own chat template. Lines of a pipe are messages, too.
+
+python scripts/chat.py runs/smollm2 --system 'You are a pirate.'
+echo 'What is the capital of France?' | python scripts/chat.py runs/smollm2
+"""
+
+import argparse
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from scripts.answering import Written, add_sampling, sampling_of
+from scripts.entry import run
+from sharding.errors import UserError
+
+if TYPE_CHECKING:
+    from decoding.conversation import Conversation
+
+PROMPT = '> '
+HELP = """\
+/system TEXT   says TEXT to the model before all else, from here on; without TEXT, what the model's template says of its own
+/reset         forgets the conversation
+/help          these lines
+/exit          leaves, as the end of input does
+Ctrl-C ends an answer; where you are to write, it leaves. A line that begins with a space is a message whatever follows."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('run', metavar='RUN', help='a folder such as runs/smollm2, of a model with a chat template')
+    parser.add_argument('--system', metavar='TEXT', help='what the model is told before all else')
+    parser.add_argument('--max-new-tokens', type=int, default=1024, metavar='N', help='of an answer; %(default)s')
+    add_sampling(parser, 'answer i, from 0, draws with seed S + i; 0')
+    parser.add_argument('--step', type=int, metavar='N', help='the checkpoint of this step; the newest otherwise')
+    parser.add_argument('--mesh', metavar='AXES', help='such as expert=2,tensor=2; the run’s own otherwise')
+    options = parser.parse_args()
+    if options.max_new_tokens < 1:
+        raise UserError(f'max-new-tokens is {options.max_new_tokens}: it must be at least 1')
+
+    from data.chat import RENDERER, chat_templates
+
+    RENDERER.start()
+
+    from decoding.run import open_run, said_beside
+    from sharding.buckets import at
+
+    folder = at(options.run)
+    files = said_beside(folder)
+    templates = chat_templates(files, options.run)
+    if templates is None and (folder / 'config.yaml').is_file():
+        raise UserError(
+            f'{options.run} has no chat template, as models that were made to converse have; '
+            f'python scripts/decode.py {options.run} --prompt TEXT has its model go on with a text'
+        )
+    sampling = sampling_of(options, files, options.run)
+    opened = open_run(options.run, options.mesh, step=options.step)
+
+    import jax
+
+    from decoding.conversation import Conversation
+    from decoding.session import Session
+    from sharding.memory import explaining, gib, shard_bytes
+
+    tell = (
+        f'out of memory on a device: weights {gib(shard_bytes(opened.kind))}, the rest the cache of a conversation; split '
+        'them over more devices with --mesh'
+    )
+    with jax.set_mesh(opened.mesh), explaining(lambda: tell):
+        session = Session(opened.kind, opened.tokenizer, opened.context, lambda: opened.model)
+        session.prepare(sampling)
+        conversation = Conversation(session, templates, sampling, options.max_new_tokens, options.stop, options.system)
+        return converse(conversation, Written(options.raw))
+
+
+def converse(conversation: 'Conversation', written: Written) -> int:
+    """Reads lines and answers them until the last one; the exit code."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (input() has editing and a history with it)
+        print('/help says what else there is', file=sys.stderr)
+    for line in lines(terminal):
+        word, _, rest = line.partition(' ')
+        if not line.strip():
+            continue
+        if word == '/exit':
+            return 0
+        if word == '/help':
+            print(HELP, file=sys.stderr)
+        elif word == '/reset':
+            conversation.reset()
+        elif word == '/system':
+            conversation.system = rest.strip() or None
+        elif line.startswith('/'):
+            refuse(
+                f'there is no {word!r}: /help says what there is; begin with a space to say it to the model', terminal
+            )
+        else:
+            try:
+                answer(conversation, line.strip(), written)
+            except UserError as error:
+                refuse(str(error), terminal)
+    return 0
+
+
+def refuse(message: str, terminal: bool) -> None:
+    """Tells a person that a line was not answered; where nobody sits there, that is the end."""
+    if not terminal:
+        raise UserError(message)
+    print(f'error: {message}', file=sys.stderr)
+
+
+def lines(terminal: bool) -> Iterator[str]:
+    """The lines of the terminal, each asked for, or of a pipe or file."""
+    if not terminal:
+        for number, line in enumerate(sys.stdin.buffer, 1):
+            try:
+                text = line.decode('utf-8-sig' if number == 1 else 'utf-8')
+            except UnicodeDecodeError as error:
+                raise UserError(f'line {number} of the input: not UTF-8 at byte {error.start}') from None
+            yield text.rstrip('\r\n')
+        return
+    while True:
+        try:
+            if sys.stdout.isatty():
+                line = input(PROMPT)
+            elif not (line := ask()):
+                return
+        except (EOFError, KeyboardInterrupt) as end:
+            print(file=sys.stderr)
+            if isinstance(end, EOFError):
+                return
+            raise
+        # Half of a character, which a terminal may send, is no text.
+        yield line.rstrip('\n').encode('utf-8', 'replace').decode()
+
+
+def ask() -> str:
+    """A line of the terminal where the answers go elsewhere; nothing at its end."""
+    print(PROMPT, end='', file=sys.stderr, flush=True)
+    return sys.stdin.readline()
+
+
+def answer(conversation: 'Conversation', message: str, written: Written) -> None:
+    """Shows the answer to a message as it comes. Ctrl-C ends it; a second one, before it has ended, ends everything."""
+    asked: list[bool] = []
+
+    def interrupt(*_: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(True)
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        told = conversation.answer(
+            message, emit=lambda text: print(written(text), end='', flush=True), stop=lambda: bool(asked)
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    print(flush=True)
+    for note in told:
+        print(f'({note})', file=sys.stderr)
+
+
+if __name__ == '__main__':
+    run(main)

