@@ -1,9 +1,9 @@
 """Matmul FLOPs that our programs execute, by formula: equal to those of every dot in the traced program (`analysis.dots`).
 
 `model.cost` counts what the model needs (the causal triangle, the real vocabulary, each matmul once). Here stands what is
-computed: masked scores where the backend computes them, what rematerialisation computes again, the
-padded vocabulary, an expert's ones column of biases, heads of keys that several devices of `tensor` share, a pipeline's
-bubble, and what every device of `context` or `tensor` does alike while decoding.
+computed: masked scores where the backend computes them, what rematerialisation computes again, the padded vocabulary, heads
+of keys that several devices of `tensor` share, a pipeline's bubble, and what every device of `context` or `tensor` does alike
+while decoding.
 
 A backward pass computes two products for each one forward, the gradients of both sides; attention kernels, which keep no
 scores, compute those once or twice more (`BACKWARD`). Figures are of all devices together: divide by the mesh's size.

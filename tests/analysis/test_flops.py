@@ -144,10 +144,8 @@ def test_each_mesh(name, mesh):
 
 @pytest.mark.parametrize('name', cases.CASES)
 def test_what_a_model_needs_is_what_is_executed_where_nothing_is_masked_padded_or_repeated(name):
-    """`model.cost` and `analysis.flops` are one count but for masks, padding, biases that are rows, and what is repeated."""
+    """`model.cost` and `analysis.flops` are one count but for masks, padding, and what is repeated."""
     _, c = read(cases.CASES[name])
-    if c.moe:
-        c = dataclasses.replace(c, moe=dataclasses.replace(c.moe, bias=False))
     c = dataclasses.replace(c, vocabulary=256, window=None, mtp_layers=0)
     how: dict[str, Any] = {'rows': B, 'length': T, 'source': T if c.encoder else 0}
     same = lambda a, b: {k: v for k, v in a.items() if v} == {k: v for k, v in b.items() if v}

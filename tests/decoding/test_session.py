@@ -67,7 +67,8 @@ class Bytes(Tokenizer):
     """Ids that are bytes; 10 is the end."""
 
     def __init__(self) -> None:
-        self.vocabulary, self.bos, self.eos, self.prefix, self.ends = 256, 1, 10, (), frozenset([10])
+        self.vocabulary = self.embedded = 256
+        self.bos, self.eos, self.prefix, self.ends = 1, 10, (), frozenset([10])
         self.pieces = [bytes([i]) for i in range(256)]
 
     def encode_batch(self, texts):
