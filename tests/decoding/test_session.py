@@ -69,6 +69,7 @@ class Bytes(Tokenizer):
     def __init__(self) -> None:
         self.vocabulary, self.bos, self.eos, self.prefix, self.ends = 256, 1, 10, (), frozenset([10])
         self.pieces = [bytes([i]) for i in range(256)]
+        self.embedded = 256
 
     def encode_batch(self, texts):
         return [list(text.encode()) for text in texts]
