@@ -38,6 +38,7 @@ class Rendered(str):
     """A conversation as its template writes it. Special tokens stand in it, so a tokenizer puts none before it."""
 
     answers: tuple[tuple[int, int], ...] = ()  # [begin, end) of what is the assistant's, where the template says so
+    goes_on: bool = False  # it ends inside a message: what follows is no text of its own
 
 
 class Renderer:
@@ -150,6 +151,7 @@ class ChatTemplates:
         if 'error' in found:
             raise UserError(f'{self.where}: its chat template: {found["error"]}')
         rendered = Rendered(found['text'])
+        rendered.goes_on = continued
         rendered.answers = tuple((begin, end) for begin, end in found['answers'])
         return rendered
 

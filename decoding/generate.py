@@ -246,7 +246,9 @@ def generate(
     """
     batch = Batch(model, tokenizer, prompts, sampling, max_new_tokens, context, logprobs, first, like)
     completions = [Completion(prompt, logprobs=[] if logprobs else None) for prompt in prompts]
-    whole = [model.config.encoder is not None or isinstance(prompt, Rendered) for prompt in prompts]
+    whole = [
+        model.config.encoder is not None or (isinstance(prompt, Rendered) and not prompt.goes_on) for prompt in prompts
+    ]
     streams = [TextStream(tokenizer, stops, whole=alone) for alone in whole]
     began = 0.0
 

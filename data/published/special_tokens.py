@@ -132,7 +132,8 @@ def special_ids(
             if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < LARGEST_VOCABULARY:
                 rule = f'it must be a whole number from 0 to {LARGEST_VOCABULARY - 1}'
                 raise UserError(f'{said.where}: {field} is {short(i)}: {rule}')
-    return {'bos': bos, 'eos': eos, 'prefix': [*prefix], 'suffix': [*suffix], 'ends': sorted(set(ends))}
+    found = {'bos': bos, 'eos': eos, 'prefix': [*prefix], 'ends': sorted(set(ends))}
+    return found | ({'suffix': [*suffix]} if suffix else {})
 
 
 def read_special(content: bytes, where: str) -> dict[str, Any]:
@@ -140,7 +141,7 @@ def read_special(content: bytes, where: str) -> dict[str, Any]:
     found = read_object(content, where)
     ids = [found.get('bos'), found.get('eos'), found.get('embedded', 1)]
     for field in ('prefix', 'suffix', 'ends'):
-        some = found.get(field, [] if field == 'suffix' else None)  # which runs of earlier versions lack
+        some = found.get(field, [] if field == 'suffix' else None)  # which most have none of
         ids += some if isinstance(some, list) else [None]
     if not all(type(i) is int and 0 <= i < LARGEST_VOCABULARY for i in ids):
         raise UserError(

@@ -51,6 +51,7 @@ def test_as_transformers(name):
         return
     found = rendered(files, one['arguments'])
     assert found == golden['text']
+    assert found.goes_on == ('continue_final_message' in one['arguments'])
     if 'mask' in golden:
         tokenizer = JsonTokenizer(
             json.dumps(GOLDENS['about']['tokenizer']).encode(), {'bos': 0, 'eos': 1, 'prefix': [], 'ends': [1]}

@@ -70,6 +70,7 @@ class Bytes(Tokenizer):
         self.vocabulary = self.embedded = 256
         self.bos, self.eos, self.prefix, self.ends = 1, 10, (), frozenset([10])
         self.pieces = [bytes([i]) for i in range(256)]
+        self.embedded = 256
 
     def encode_batch(self, texts):
         return [list(text.encode()) for text in texts]
