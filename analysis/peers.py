@@ -45,6 +45,7 @@ class Peer:
     def __init__(self, python: str, worker: Path, *arguments: str, first: str = ''):
         # Isolated: the folder of the worker has modules by names that a peer may look for.
         command = [python, '-I', str(worker), *arguments]
+        self.python, self.worker = python, worker.stem
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdin
         assert self.process.stdout
@@ -60,7 +61,10 @@ class Peer:
         """Its answer."""
         self.send.write(f'{line}\n')
         self.send.flush()
-        return json.loads(self.answers.readline())
+        answer = self.answers.readline()
+        if not answer:
+            raise UserError(f'--python {self.python}: {self.worker} ended; its message stands above')
+        return json.loads(answer)
 
     def __enter__(self) -> 'Peer':
         return self

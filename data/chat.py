@@ -73,6 +73,10 @@ class Renderer:
                 line = self.process.stdout.readline()
             except BrokenPipeError:
                 line = b''
+            except BaseException:  # an interrupt: the answer that is still to come is no later text's
+                self.process.kill()
+                self.close()
+                raise
             if line.endswith(b'\n'):
                 return json.loads(line)
             code = self.close()

@@ -5,6 +5,7 @@ generation_config.json with what ends an answer. How text is cut before BPE a he
 it; what each name means is here, as the tokenizer.json of the model that it was given for says it.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ MODELS = ('gpt2', 'llama')  # byte-level BPE, sentencepiece's
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # a token's type
 LONGEST_PIECE = 256  # characters of one whose merges are derived; 31 in Gemma's
 MOST_CHARACTERS = 2**23  # of all of these; Gemma's 262,144 have 1.5 million
+MOST_MERGES = 2**21  # of pieces by sentencepiece; a vocabulary of 262,144 has about half as many
 # Tokens that end a turn, which count where the chat template speaks of them.
 TURN_ENDS = ('<|eot_id|>', '<|im_end|>', '<end_of_turn>', '<|end|>', '<|eom_id|>', '<|return|>', '<|call|>', '<|user|>')
 SAMPLING = {
@@ -196,7 +198,7 @@ class _Header:
                 'convert the model again'
             )
         if not isinstance(name, str) or name not in CUTS:
-            near = nearest(name, CUTS) if isinstance(name, str) else ''
+            near = nearest(name[:64], CUTS) if isinstance(name, str) else ''
             raise UserError(f'{self.path}: {KEY}pre is {told(name)}, which is not supported{near}')
         return CUTS[name]
 
@@ -294,12 +296,17 @@ class _Header:
         for i in pieces.values():
             if kinds[i] == USER_DEFINED:
                 rank[i] = math.inf
-        found = [
+        splits = (
             (-rank[i], i if kinds[i] == USER_DEFINED else 0, -cut, cut - len(piece), piece[:cut], piece[cut:])
             for piece, i in pieces.items()
             for cut in range(len(piece) - 1, 0, -1)
             if piece[:cut] in pieces and piece[cut:] in pieces
-        ]
+        )
+        found = list(itertools.islice(splits, MOST_MERGES + 1))
+        if len(found) > MOST_MERGES:
+            raise UserError(
+                f'{self.path}: {KEY}tokens has more than {MOST_MERGES} pairs of pieces that together are a piece'
+            )
         found.sort(key=lambda merge: merge[:4])
         return [[left, right] for *_, left, right in found]
 

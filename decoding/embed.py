@@ -91,22 +91,7 @@ def pooled(model, tokens_BT, position_BT, length_B, pooling: Pooling):
 
 def token_rows(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """The ids of each text, with what the tokenizer sets before and after it; of nothing at all the start of a document."""
-    after = closing(tokenizer)
-    return [[*tokenizer.prefix, *ids, *after] or [tokenizer.bos] for ids in tokenizer.encode_batch(texts)]
-
-
-def closing(tokenizer: Tokenizer) -> list[int]:
-    """What a tokenizer.json sets after a text; others set nothing."""
-    if tokenizer.name != 'tokenizer.json':
-        return []
-    import tokenizers  # it takes a while, and most runs have no use for it
-
-    library = tokenizers.Tokenizer.from_str(tokenizer.model.decode())
-    library.no_truncation()
-    library.no_padding()
-    bare, full = (library.encode('a', add_special_tokens=special).ids for special in (False, True))
-    first = next(i for i in range(len(full) + 1) if full[i : i + len(bare)] == bare)
-    return full[first + len(bare) :]
+    return [[*tokenizer.prefix, *ids, *tokenizer.suffix] or [tokenizer.bos] for ids in tokenizer.encode_batch(texts)]
 
 
 def published_pooling(run: TrainedRun) -> Pooling | None:

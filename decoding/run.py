@@ -17,6 +17,7 @@ from model.cost import parameters
 from model.decoder import Decoder
 from model.layers import is_matrix
 from model.sizes import sizes
+from sharding import background
 from sharding.buckets import Bucket, at
 from sharding.errors import UserError, nearest
 from sharding.memory import explaining
@@ -109,7 +110,7 @@ def open_run(
             return unstacked(model, divided) if apart else model
 
     thread = ThreadPoolExecutor(1, 'weights')
-    reading = thread.submit(read)
+    reading = background.begin(thread, read)
     thread.shutdown(wait=False)  # takes no more work, and ends when this is done
     tokenizer = run_tokenizer(files, str(folder))
     return TrainedRun(folder, config, devices, tokenizer, kind, reading, step, rows)

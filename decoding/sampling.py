@@ -30,8 +30,8 @@ class Sampling:
             raise UserError(
                 f'temperature is {self.temperature}: it must be at least 0; 0 always takes the most likely token'
             )
-        if self.top_k < 0:
-            raise UserError(f'top-k is {self.top_k}: it must be at least 0; 0 keeps all tokens')
+        if not 0 <= self.top_k < 2**31:
+            raise UserError(f'top-k is {self.top_k}: it must be at least 0 and less than 2^31; 0 keeps all tokens')
         if not 0 < self.top_p <= 1:
             raise UserError(f'top-p is {self.top_p}: it must be above 0 and at most 1; 1 keeps all tokens')
         if not 0 <= self.min_p <= 1:

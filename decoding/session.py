@@ -28,6 +28,7 @@ from model.decoder import Decoder
 from model.forward import place, row_ways
 
 PIECES = (256, BUCKET)  # tokens that are read at once: of each size a program is compiled
+MOST_SCORES = 2**22  # of a head, that exist at once: a long text is read in small pieces
 SLOTS = 512  # of a new cache; it doubles when it is full
 BY_LENGTH = ('dynamic', 'longrope')  # kinds of rope that turn all of a row's tokens by its length
 
@@ -151,7 +152,8 @@ class Session:
         found: tuple[Any, Any, Any] = (None, None, None)
         while len(self.kept) < len(ids):
             begin = len(self.kept)
-            size = next((size for size in PIECES if size <= len(ids) - begin), PIECES[-1])
+            fitting = (size for size in PIECES if size <= len(ids) - begin and size * self.slots <= MOST_SCORES)
+            size = next(fitting, PIECES[-1])
             piece = list(ids[begin : begin + size])
             tokens_BT = np.zeros((self.rows, size), np.int32)
             tokens_BT[0, : len(piece)] = piece

@@ -16,6 +16,7 @@ from model.cost import cached_numbers
 from model.decoder import Decoder, backends, to_vocabulary
 from model.forward import ROWS, TOKENS, columns, needs_causal, needs_no_stages, one_device, real_vocabulary
 from model.layers import CACHE_SPEC, Cache, Kept, View
+from sharding import background
 from sharding.collectives import psum, settled, vary
 from sharding.mesh import platform
 from sharding.order import cyclic
@@ -53,7 +54,7 @@ class Program:
             with jax.set_mesh(mesh):
                 return self.compiled(platform()).lower(*arguments).compile()
 
-        self.under_way.append(AHEAD.submit(compile_it))
+        self.under_way.append(background.begin(AHEAD, compile_it))
 
 
 def jit_step(step: Callable, **how: Any) -> Program:

@@ -307,6 +307,9 @@ def _match(
         of_layer = [re.match(r'model\.layers\.(\d+)\.', name) for name in missing]
         if c.mtp_layers and all(at and int(at[1]) >= c.layers for at in of_layer):
             near = '; it predicts further ahead, and the files have a part of what does'
+        heads = [one.name for one in table if any(part.leaf == 'head_DV' for part in one.parts)]
+        if family.headless and missing == heads:
+            near = f'; a model without an LM head is a {family.headless}: if this is one, say so under architectures'
         raise UserError(
             f'{folder}: tensor {missing[0]} is missing{tail(missing)}: by {CONFIG} a {family.architectures[0]} has it{near}'
         )

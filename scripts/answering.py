@@ -66,7 +66,10 @@ def defaults(files: Mapping[str, bytes], where: str) -> dict[str, Any]:
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
             kind = 'a whole number' if whole else 'a number'
             raise UserError(f'{where}/source/{GENERATION}: {name} is {json.dumps(value)[:40]}: it must be {kind}')
-        found[name] = value if whole else float(value)
+        try:
+            found[name] = value if whole else float(value)
+        except OverflowError:
+            raise UserError(f'{where}/source/{GENERATION}: {name} is {str(value)[:40]}…: it is too large') from None
     return found
 
 

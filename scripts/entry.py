@@ -1,11 +1,12 @@
 """What every script does around its work: one line for what a user can mend, and the exit codes of the contract."""
 
 import gc
+import os
 import sys
 import traceback
 from collections.abc import Callable
 
-from sharding import peers
+from sharding import background, peers
 from sharding.errors import Diverged, NotTogether, OutOfMemory, UserError
 
 
@@ -43,4 +44,7 @@ def run(main: Callable[[], int | None]) -> None:
         line, code = f'{type(error).__name__}: {error}', 1
     if peers.several():
         peers.fail(code, line)
+    if background.under_way():  # weights that are being read, or a compiler: the interpreter would wait for them
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)

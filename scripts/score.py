@@ -44,7 +44,7 @@ def main() -> None:
     from sharding.errors import UserError
 
     wanted = [name for name in ('tokens', 'logits', 'texts', 'embeddings') if getattr(options, name) is not None]
-    if wanted == ['texts', 'embeddings']:
+    if wanted == ['texts', 'embeddings'] and options.sources is None:
         embed_texts(options)
     elif wanted == ['tokens', 'logits'] and options.pooling is None:
         score_tokens(options)

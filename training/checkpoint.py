@@ -284,7 +284,12 @@ class Checkpoints:
         with (self.folder / str(step) / name).open('rb', buffering=0) as file:
             for begin in range(0, len(into), CHUNK):
                 chunk = into[begin : begin + CHUNK]  # hashed while the processor's cache still has it
-                digest.update(chunk[: file.readinto(chunk)])
+                filled = 0
+                while filled < len(chunk) and (
+                    count := file.readinto(chunk[filled:])
+                ):  # a network's disk may give less
+                    filled += count
+                digest.update(chunk[:filled])
         return digest.hexdigest()
 
     def _on_disk(self, step: int) -> contextlib.AbstractContextManager[Path]:

@@ -102,7 +102,7 @@ def import_run(
 def left_out(found: hub.Published) -> Iterator[str]:
     """What of a published folder a run does without, a line each."""
     for field in found.ignored:
-        yield f'{found.folder / hub.CONFIG}: {field} is passed over, as asked'
+        yield f'{found.fields.source}: {field} is passed over, as asked'
     for part in found.absent:
         tied = part == 'head' and found.model.head
         yield f'{found.folder}: has no {OPTIONAL[part]}: ' + ('the embedding is it' if tied else 'imported without')

@@ -171,7 +171,7 @@ class Family:
             return dataclasses.replace(c, pooler=False, next_sentence=False)
         if self.tied_unless_stored:
             return dataclasses.replace(c, tied_embedding=True)
-        return c if self.headless is None else without_head(c)
+        return c if self.headless is None or c.causal else without_head(c)  # a decoder's is not left out by chance
 
     def known_as(self, name: str) -> str:
         """A tensor's name in a file, as `names` has it."""

@@ -111,7 +111,7 @@ def read(path: Path) -> Model:
         )
     name = values.get('general.architecture')
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        near = nearest(name, ARCHITECTURES) if isinstance(name, str) else ''
+        near = nearest(name[:64], ARCHITECTURES) if isinstance(name, str) else ''
         raise UserError(
             f'{path}: general.architecture is {told(name)}, which is not supported{near}; supported: {", ".join(ARCHITECTURES)}'
         )

@@ -439,16 +439,16 @@ def gemma(k: Keys, deepest: int) -> dict[str, Any]:
     }
 
 
-def cap(k: Keys, name: str) -> float | None:
+def cap(k: Keys, name: str, default: float = 0.0) -> float | None:
     """A soft cap, of which 0 is none."""
-    found = k.number(name, 0.0)
+    found = k.number(name, default)
     return float(found) if found else None
 
 
-def windows(k: Keys, layers: int, every: int) -> dict[str, Any]:
+def windows(k: Keys, layers: int, every: int, default: int = 0) -> dict[str, Any]:
     """The window, and the layers that have it: all but each so many, where no key says otherwise."""
     key = f'{k.architecture}.attention.sliding_window_pattern'
-    said, window = k.values.get(key), k.whole('attention.sliding_window', 0)
+    said, window = k.values.get(key), k.whole('attention.sliding_window', default)
     k.seen.add(key)
     if isinstance(said, np.ndarray):
         flags = [bool(one) for one in said]
@@ -464,15 +464,16 @@ def windows(k: Keys, layers: int, every: int) -> dict[str, Any]:
 
 
 def gemma2(k: Keys) -> dict[str, Any]:
+    """Files that were written early say nothing of caps and window: they are those of all published sizes."""
     fields = gemma(k, deepest=46)
     return (
         of_class('Gemma2ForCausalLM', 'gemma2')
         | fields
         | scaling(k, fields, fields['head_dim'])
         | {
-            'attn_logit_softcapping': cap(k, 'attn_logit_softcapping'),
-            'final_logit_softcapping': cap(k, 'final_logit_softcapping'),
-            **windows(k, fields['num_hidden_layers'], 2),
+            'attn_logit_softcapping': cap(k, 'attn_logit_softcapping', 50.0),
+            'final_logit_softcapping': cap(k, 'final_logit_softcapping', 30.0),
+            **windows(k, fields['num_hidden_layers'], 2, 4096),
         }
     )
 
@@ -642,7 +643,7 @@ def deepseek2(k: Keys) -> dict[str, Any]:
 
 
 def glm4moe(k: Keys) -> dict[str, Any]:
-    """GLM-4.5; layers that predict further ahead count among the blocks, and may have been left out of a file."""
+    """GLM-4.5; layers that predict further ahead count among the blocks."""
     fields = common(k)
     fields |= heads(k, fields)
     ahead = k.whole('nextn_predict_layers', 0)
@@ -662,7 +663,7 @@ def glm4moe(k: Keys) -> dict[str, Any]:
         | {
             **routing(k),
             'num_hidden_layers': layers,
-            'num_nextn_predict_layers': ahead if k.has(f'blk.{layers}.nextn.eh_proj.weight') else 0,
+            'num_nextn_predict_layers': ahead,
             'partial_rotary_factor': fraction,
             'n_group': k.whole('expert_group_count', 1) or 1,
             'topk_group': k.whole('expert_group_used_count', 1) or 1,

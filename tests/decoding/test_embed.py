@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from decoding.embed import MODULES, POOLING, closing, embed, published_pooling, token_rows
+from decoding.embed import MODULES, POOLING, embed, published_pooling, token_rows
 from decoding.generate import generate
 from decoding.run import open_run
 from decoding.sampling import Sampling
@@ -77,7 +77,7 @@ def test_embeddings_are_pooled_hidden_states_of_unit_length_on_any_mesh(place):
     rows = token_rows(opened.tokenizer, TEXTS)
     assert rows[0] == [1, 4, 6, 5, 4, 7, 2]
     assert rows[2] == [1, 2]
-    assert closing(opened.tokenizer) == [2]
+    assert opened.tokenizer.suffix == (2,)
     of = {'mean': lambda x_TD: x_TD.mean(0), 'cls': lambda x_TD: x_TD[0], 'last': lambda x_TD: x_TD[-1]}
     expected = {name: np.stack([pool(x_TD) for x_TD in hidden(rows)]) for name, pool in of.items()}
     with jax.set_mesh(opened.mesh):
