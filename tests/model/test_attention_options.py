@@ -80,7 +80,7 @@ def value_and_gradients(run, inputs):
 @pytest.mark.parametrize('name', OPTIONS)
 def test_blockwise_equals_the_reference_and_so_do_its_gradients(name, tile, monkeypatch):
     expected = value_and_gradients(*run_of(name, 45, backend='reference')[:2])
-    monkeypatch.setitem(attention.__globals__['_RUN'], 'blockwise', partial(blockwise_attention, tile=tile))
+    monkeypatch.setitem(attention.__globals__, 'blockwise_attention', partial(blockwise_attention, tile=tile))
     found = value_and_gradients(*run_of(name, 45, backend='blockwise')[:2])
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-11 * max(1.0, np.abs(other).max()))
