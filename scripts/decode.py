@@ -36,6 +36,9 @@ class Question:
     id: Any = None  # of a line that has one: its answers have it too
 
 
+MOST_ANSWERS = 10_000  # to a prompt: all of them are kept until they can be told in order
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('run', metavar='RUN', help='a folder such as runs/demo')
@@ -181,6 +184,8 @@ def check(options: argparse.Namespace) -> None:
     for name, flag in (('max_new_tokens', 'max-new-tokens'), ('answers', 'n'), ('batch', 'batch')):
         if getattr(options, name) < 1:
             raise UserError(f'{flag} is {getattr(options, name)}: it must be at least 1')
+    if options.answers > MOST_ANSWERS:
+        raise UserError(f'n is {options.answers}: it must be at most {MOST_ANSWERS}; another --seed gives others')
     if options.logprobs and not (options.json or options.out):
         raise UserError(f'--logprobs {options.logprobs}: they are told in objects; add --json or --out FILE.jsonl')
     if options.beams:

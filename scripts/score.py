@@ -155,8 +155,10 @@ def read_ids(option: str, path: str):
 
     try:
         found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f'{option} {path}: not a readable .npy file of numbers: {error}') from None
+    except OSError as error:
+        raise UserError(f'{option} {path}: {error.strerror or error}') from None
+    except (ValueError, EOFError):  # what NumPy says is of pickles, whatever the file is
+        raise UserError(f'{option} {path}: not a whole .npy file of numbers; np.save writes one') from None
     if not isinstance(found, np.ndarray):
         raise UserError(f'{option} {path}: an archive of several arrays; save the one with np.save')
     if found.ndim != 2 or found.dtype.kind not in 'iu' or not found.size:
