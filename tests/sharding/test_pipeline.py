@@ -87,7 +87,9 @@ def stacked_outputs(jaxpr, length: int) -> list:
     found = []
     for equation in jaxpr.eqns:
         if equation.primitive.name == 'scan' and equation.params['length'] == length:
-            found += [v.aval for v in equation.outvars[equation.params['num_carry'] :]]
+            one_tick = [v.aval.shape for v in equation.params['jaxpr'].jaxpr.outvars]
+            outputs = [v.aval for v in equation.outvars]
+            found += [a for a, shape in zip(outputs, one_tick, strict=True) if a.shape == (length, *shape)]
         for value in jax.tree.leaves(
             list(equation.params.values()), is_leaf=lambda v: hasattr(v, 'eqns') or hasattr(v, 'jaxpr')
         ):
