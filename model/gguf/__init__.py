@@ -1,7 +1,8 @@
 """GGUF files as published folders: the fields of config.json that a header stands for, and tensors by their names there.
 
-`read` gives both, to be taken further like a folder's; model/gguf_file.py reads the format, model/gguf/architectures.py says
-what each architecture's keys and tensors mean. Tokenizers are made of the same header by data/gguf_tokenizer.py.
+`read` gives both, to be taken further like a folder's; model/gguf_file.py reads the format, fields.py says what each
+architecture's keys mean, architectures.py what its tensors are. Tokenizers are made of the same header by
+data/gguf_tokenizer.py.
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ import numpy as np
 
 from model import gguf_file
 from model.families import Tensor
-from model.gguf.architectures import ARCHITECTURES, Architecture, Changed, Entry, Experts, Keys, Pair, Second
+from model.gguf.architectures import ARCHITECTURES, Architecture, Changed, Entry, Experts, Pair, Second
+from model.gguf.keys import Keys
 from model.gguf.sources import Expert, Narrowed, Undone
 from model.gguf_file import Blocks, Contents, Numbers, told
 from sharding.errors import UserError, nearest

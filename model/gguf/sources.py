@@ -123,13 +123,10 @@ class Turned(Undone):
         return self.of.read((*first, column, row)).swapaxes(-1, -2)
 
 
-@dataclasses.dataclass(frozen=True)
-class Woven(Undone):
-    """Two tensors in turns along the last dim, which of those `turned` is the one before it in the file."""
+class OfTwo(Undone):
+    """A tensor that is two in the file."""
 
-    of: Numbers
     second: Numbers
-    turned: bool
 
     @property
     def dtype(self) -> np.dtype:
@@ -138,6 +135,15 @@ class Woven(Undone):
     @property
     def held(self) -> tuple[Numbers, ...]:
         return self.of, self.second
+
+
+@dataclasses.dataclass(frozen=True)
+class Woven(OfTwo):
+    """Two tensors in turns along the last dim, which of those `turned` is the one before it in the file."""
+
+    of: Numbers
+    second: Numbers
+    turned: bool
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -161,21 +167,13 @@ class Woven(Undone):
 
 
 @dataclasses.dataclass(frozen=True)
-class Unsplit(Undone):
+class Unsplit(OfTwo):
     """Keys' and values' matrices [heads · (keys + values), rank] of latent attention, which are two tensors in the file:
     keys [heads, rank, keys], turned, and values [heads, values, rank].
     """
 
     of: Numbers
     second: Numbers
-
-    @property
-    def dtype(self) -> np.dtype:
-        return jnp.promote_types(self.of.dtype, self.second.dtype)
-
-    @property
-    def held(self) -> tuple[Numbers, ...]:
-        return self.of, self.second
 
     @property
     def shape(self) -> tuple[int, ...]:

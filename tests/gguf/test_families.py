@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from model import hub
-from model.gguf import architectures
+from model.gguf import fields
 from sharding.mesh import MeshConfig, make_mesh
 from tests.families import cases, folders
 from tests.gguf import written
@@ -219,4 +219,4 @@ def test_scaling_that_is_llama_3s_is_known_by_its_factors():
         config = {'rope_scaling': settings, 'rope_theta': theta, 'head_dim': width, 'num_hidden_layers': 1}
         said = written.Said(config | {'num_attention_heads': 1, 'hidden_size': width}, 'llama', True)
         factors = said.extra()['rope_freqs.weight']
-        assert architectures.llama3_scaling(factors, theta, width, Path('a.gguf')) == settings
+        assert fields.llama3_scaling(factors, theta, width, Path('a.gguf')) == settings
