@@ -44,7 +44,9 @@ def run(main: Callable[[], int | None]) -> None:
         line, code = f'{type(error).__name__}: {error}', 1
     if peers.several():
         peers.fail(code, line)
-    if background.under_way():  # weights that are being read, or a compiler: the interpreter would wait for them
+    # Weights that are being read, or a compiler: the interpreter would wait for them. A script that another program has
+    # imported does not end that one.
+    if main.__module__ == '__main__' and background.under_way():
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
