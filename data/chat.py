@@ -17,7 +17,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from data import chat_template
@@ -283,9 +282,3 @@ def _token(said: Any) -> str | None:
     """The text of a special token; None where it is none."""
     said = said.get('content') if isinstance(said, dict) else said
     return said if isinstance(said, str) else None
-
-
-def folder_files(folder: Path) -> dict[str, bytes]:
-    """Of a published folder, the files that `chat_templates` reads."""
-    paths = [folder / name for name in (CONFIG, SPECIAL, SINGLE, OLD)] + sorted(folder.glob(f'{MORE}*{ENDING}'))
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.is_file()}

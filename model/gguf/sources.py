@@ -3,6 +3,7 @@
 A converter reorders, turns, stacks, splits and shifts some of a model's tensors; each class here undoes one such change.
 """
 
+import abc
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,14 @@ def whole(take: Take, dims: int) -> Take:
     return (*take, *[slice(None)] * (dims - len(take)))
 
 
-class Undone:
+class Undone(abc.ABC):
     """A tensor of which `of` holds the numbers in another order or form."""
 
     of: Numbers
 
+    @abc.abstractmethod
     def read(self, take: Take = ()) -> np.ndarray:
         """A part of it, by slices."""
-        raise NotImplementedError
 
     @property
     def path(self) -> Path:
