@@ -4,6 +4,12 @@ import difflib
 from collections.abc import Iterable
 
 
+CLOSE = 0.7  # how alike two names must be, of 1, for one to be meant by the other
+NAMED = 64  # characters of a name that are compared
+SEARCHED = 2000  # names that are compared with
+LISTED = 24  # names that a message lists
+
+
 class UserError(ValueError):
     """A mistake that the user can mend: the scripts print its one line and exit with 2.
 
@@ -24,7 +30,27 @@ class Diverged(RuntimeError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The closest known name as the tail of a message: `; did you mean 'layers'?`, or the names that exist."""
+    """The closest known name as the tail of a message: `; did you mean 'layers'?`, or the names that exist.
+
+    Names that come out of a file may be long, many, or made to trouble a terminal: they are quoted and cut.
+    """
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f'; did you mean {close[0]!r}?' if close else f'; known: {", ".join(known)}'
+    close = difflib.get_close_matches(name[:NAMED], [one[:NAMED] for one in known[:SEARCHED]], n=1, cutoff=CLOSE)
+    if close:
+        return f'; did you mean {shown(close[0], quoted=True)}?'
+    listed = ', '.join(shown(one, 60) for one in known[:LISTED])
+    more = f' and {len(known) - LISTED} more' if len(known) > LISTED else ''
+    return f'; known: {listed}{more}'
+
+
+def shown(text: object, most: int = 200, quoted: bool = False) -> str:
+    """Text of unknown origin for a message: on one line, no control characters, at most `most` characters.
+
+    Line ends, control characters and what no terminal can print (lone halves of a pair, marks that turn the direction of
+    writing) become escapes as in a Python string.
+    """
+    text = str(text)
+    cut = text if len(text) <= most else text[: most - 1]
+    plain = ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in cut)
+    plain += '' if len(text) <= most else '…'
+    return f"'{plain}'" if quoted else plain

@@ -1,0 +1,1 @@
+"""What is kept on disks and in buckets: whole, or not there."""
