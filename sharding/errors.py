@@ -3,7 +3,6 @@
 import difflib
 from collections.abc import Iterable
 
-
 CLOSE = 0.7  # how alike two names must be, of 1, for one to be meant by the other
 NAMED = 64  # characters of a name that are compared
 SEARCHED = 2000  # names that are compared with
