@@ -55,18 +55,13 @@ def main() -> None:
         )
 
 
-def check_folder(option: str, target: Path) -> None:
-    """Raises UserError where there is no folder to write into."""
-    from sharding.errors import UserError
-
-    if not target.parent.is_dir():
-        raise UserError(f'{option} {target}: there is no folder {target.parent}')
-
-
 def embed_texts(options: argparse.Namespace) -> None:
     """Writes a vector for each line of a file."""
-    texts, target = read_texts(options.texts), Path(options.embeddings)
-    check_folder('--embeddings', target)
+    from storage.files import Output, check_output
+
+    target = Path(options.embeddings)
+    check_output('--embeddings', target, [options.texts])
+    texts = read_texts(options.texts)
 
     from decoding.run import open_run
 
@@ -81,10 +76,8 @@ def embed_texts(options: argparse.Namespace) -> None:
     tell = 'out of memory on a device: activations of some texts at once; give shorter ones, or use --mesh'
     with jax.set_mesh(opened.mesh), explaining(lambda: tell):
         vectors = embed(opened, texts, options.pooling)
-    partial = target.with_name(target.name + '.partial')
-    with open(partial, 'wb') as file:
+    with Output('--embeddings', target) as file:
         np.save(file, vectors)
-    os.replace(partial, target)
     print(f'{target}: float32 {list(vectors.shape)} (step {opened.step})')
 
 
@@ -92,11 +85,12 @@ def score_tokens(options: argparse.Namespace) -> None:
     """Writes the logits of rows of token ids."""
     from decoding.run import open_run
     from sharding.errors import UserError
+    from storage.files import check_output
 
+    target = Path(options.logits)
+    check_output('--logits', target, [options.tokens, *filter(None, [options.sources])])
     tokens_BT = read_ids('--tokens', options.tokens)
     source_BS = read_ids('--sources', options.sources) if options.sources else None
-    target = Path(options.logits)
-    check_folder('--logits', target)
     opened = open_run(options.run, options.mesh, needs_text=False, stacked=True)
     c = opened.config.model
     check_ids('--tokens', options.tokens, tokens_BT, 0, c)
