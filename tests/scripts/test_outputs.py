@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import decode, plan, prove, score
+from scripts import convert, decode, plan, prove, score
 from sharding.errors import UserError, shown
 
 # Of each output option what else is given. Neither run, config nor case exists: whoever reads them first answers of them.
@@ -106,3 +106,18 @@ def test_answers_do_not_replace_their_questions(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, 'argv', ['decode', 'runs/none', flag, str(questions), '--out', str(questions)])
         with pytest.raises(UserError, match='is what is read: name another file'):
             decode.main()
+
+
+@pytest.mark.parametrize('way', [['import', 'none'], ['export', 'runs/none']], ids=lambda way: way[0])
+def test_a_folder_of_results_replaces_nothing_and_says_so_before_anything_is_read(tmp_path, monkeypatch, way):
+    for number, kind in enumerate(KINDS[:-1]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path = made(folder, kind)
+        before = path.lstat()[:8]
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, 'argv', ['convert', *way, str(path)])
+        with pytest.raises(UserError, match='exists already, and nothing is overwritten'):
+            convert.main()
+        assert path.lstat()[:8] == before
+        assert (folder / 'other').read_text() == 'precious'
