@@ -132,7 +132,7 @@ def read_texts(path: str) -> list[str]:
     from sharding.errors import UserError, shown
 
     try:
-        text = Path(path).read_bytes().decode('utf-8')
+        text = Path(path).read_bytes().decode('utf-8-sig')
     except UnicodeDecodeError as error:
         raise UserError(f'--texts {shown(path)}: not UTF-8 at byte {error.start}') from None
     except OSError as error:
@@ -151,7 +151,8 @@ def check_ids(option: str, path: str, ids, least: int, c) -> None:
         raise UserError(f'{option} {shown(path)}: token {bad}: ids of this run are 0 to {c.vocabulary - 1}')
     if c.max_positions is not None and ids.shape[1] > c.max_positions:
         raise UserError(
-            f'{option} {shown(path)}: rows of {ids.shape[1]} tokens: this run has {c.max_positions} positions (model.max_positions)'
+            f'{option} {shown(path)}: rows of {ids.shape[1]} tokens: this run has {c.max_positions} '
+            'positions (model.max_positions)'
         )
 
 
