@@ -224,13 +224,13 @@ def runs_of(kinds: tuple[Kind, ...]) -> tuple[Run, ...]:
         units = np.arange(1, left + 1)
         least, place = best_of(first, units, units)
         unit_repeats = (place + 1, 1)
-        for unit in np.flatnonzero(alike[1:left] >= units[:-1]) + 1:
+        for unit in (np.flatnonzero(alike[1:left] >= units[:-1]) + 1).tolist():
             if unit * wide * wide > least:  # so many kinds alone are too many
                 break
             repeats = np.arange(2, 2 + alike[unit] // unit)
             found, place = best_of(first, unit, unit * repeats)
             if found < least:
-                least, unit_repeats = found, (int(unit), int(repeats[place]))
+                least, unit_repeats = found, (unit, int(repeats[place]))
         cost[first], chosen[first] = least // wide, unit_repeats
     runs, first = [], 0
     while first < L:
