@@ -145,7 +145,7 @@ def search_table(search: dict[str, Any]) -> Table:
         if 'training.microbatches' in settings:
             parts += f' × {settings["training.microbatches"]}'
         seconds = f'{choice["step_seconds"]:.3g}' if choice['fits'] else '–'
-        memory = f'{choice["memory_bytes"] / 2**30:.1f}'
+        memory = in_gib(choice['memory_bytes'])
         table.add_row(choice['mesh'], settings.get('model.remat', ''), parts, seconds, memory, choice['why'])
     return table
 
@@ -160,8 +160,8 @@ def memory_table(plan: dict[str, Any]) -> Table:
         if part == 'total':
             table.add_section()
         if size:
-            table.add_row(part, f'{size / 2**30:.2f}', f'{size / room:.1%}')
-    table.add_row('fits' if plan['fits'] else 'DOES NOT FIT', f'{room / 2**30:.2f}', 'of the chip')
+            table.add_row(part, in_gib(size), f'{size / room:.1%}')
+    table.add_row('fits' if plan['fits'] else 'DOES NOT FIT', in_gib(room), 'of the chip')
     return table
 
 
@@ -169,7 +169,7 @@ def time_table(plan: dict[str, Any]) -> Table:
     """A step's parts: multiplying and moving."""
     t = plan['time']
     table = _table(
-        'Time of a step on a chip, at its peaks', 'part', 'FLOPs', 'seconds', 'bytes', 'seconds', 'FLOPs a byte'
+        'Time of a step on a chip, at its peaks', 'part', 'FLOPs', 's multiplying', 'bytes', 's moving', 'FLOPs a byte'
     )
     for part in t['parts']:
         intensity = part['flops'] / part['bytes'] if part['bytes'] else 0
@@ -259,9 +259,11 @@ def verdict(plan: dict[str, Any]) -> list[str]:
         lines.append(', '.join(money) + f'. Chinchilla: {count(r["chinchilla_tokens"])} tokens.')
     else:
         s = plan['serving']
+        many, length = s['prefill_rows'], f'{s["prompt"]:,}'
+        reading = f'{many:,} prompts of {length} are read' if many > 1 else f'a prompt of {length} is read'
         lines.append(
             f'{s["rows"]:,} rows of {s["length"]:,} tokens: {plan["tokens_per_second"]:,.0f} tokens/s of all rows together, '
-            f'{s["tokens_per_second_per_row"]:.3g} of each; {s["prefill_rows"]:,} prompts of {s["prompt"]:,} are read in '
+            f'{s["tokens_per_second_per_row"]:.3g} of each; {reading} in '
             f'{s["prefill_seconds"]:.3g} s (at least {s["prefill_bound_seconds"]:.3g} s).'
         )
         if s['cost_per_million_tokens'] is not None:
@@ -283,7 +285,8 @@ def misfit(plan: dict[str, Any]) -> str:
     if found['chips'] == chips:
         how = ', '.join(f'{key}={value}' for key, value in found['settings'].items() if value != 1)
         return says + f'On as many chips this fits: {how}; --mesh auto finds the fastest that does.'
-    return says + f'It fits from {found["chips"]:,} chips on: --chips {found["chips"]} --mesh auto plans that.'
+    where = 'from' if found['chips'] > chips else 'on'
+    return says + f'It fits {where} {found["chips"]:,} chips: --chips {found["chips"]} --mesh auto plans that.'
 
 
 def mesh_text(mesh: dict[str, int]) -> str:
@@ -316,8 +319,13 @@ def figure(x: float) -> str:
 
 
 def gb(x: float) -> str:
-    """Bytes as decimal gigabytes, as model sizes are told."""
-    return f'{x / 1e9:,.2f} GB'
+    """Bytes as decimal gigabytes, as model sizes are told; what is small in a smaller unit, with three digits."""
+    return f'{x / 1e9:,.2f} GB' if x >= 1e9 else f'{amount(x)}B'
+
+
+def in_gib(x: float) -> str:
+    """Bytes in GiB without the unit, three digits of what is small."""
+    return f'{x / 2**30:.2f}' if x >= 2**30 else f'{x / 2**30:.3g}'
 
 
 WORDS = ('part', 'rule', 'mesh', 'over', 'what', 'why', 'why it differs', 'of what', 'is said to be', 'hides behind')
