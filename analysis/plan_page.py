@@ -2,12 +2,13 @@
 
 import html
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from rich.table import Table
 
-from analysis.plan_text import amount, count, flops_line, in_gib, mesh_text, tables, verdict
+from analysis.plan_text import amount, count, flops_line, in_gib, mesh_text, peak, tables, verdict
 from training.tables import bound
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; grey and a light blue beside it.
@@ -21,19 +22,19 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e6e6; --paper: #16181c; --quiet: #a0a0a0; --grid: #3a3d44; --alarm: #ff8a80; }
 }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: var(--ink);
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: var(--ink);
        background: var(--paper); overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .4rem; }
 table { border-collapse: collapse; font-size: 13px; overflow-wrap: normal; }
 th, td { padding: .15rem .7rem .15rem 0; text-align: right; white-space: nowrap; vertical-align: top; }
-th { border-bottom: 1px solid var(--quiet); } td.words, th.words { text-align: left; }
+th { border-bottom: 1px solid var(--quiet); } td.words, th.words, th.long { text-align: left; }
 td.long { text-align: left; white-space: normal; min-width: 16rem; }
 svg { width: 100%; min-width: 38rem; height: auto; display: block; }
 svg text { font: 13px system-ui, sans-serif; fill: var(--ink); }
 .quiet { color: var(--quiet); } .alarm { color: var(--alarm); }
 p.alarm { border: 1px solid; padding: .5rem .8rem; font-weight: 600; }
 .big { display: flex; flex-wrap: wrap; gap: 1rem 2.2rem; margin: 1rem 0; } .big b { display: block; font-size: 1.5rem; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; } .whole { white-space: nowrap; }
 """
 
 
@@ -137,8 +138,8 @@ def time_picture(plan: dict[str, Any]) -> str:
 def roofline_picture(plan: dict[str, Any]) -> str:
     """FLOP/s that each part can reach by its FLOPs a byte, under the chip's roof; both axes logarithmic."""
     chip = plan['chip']
-    peak = chip['float32_flops'] if plan['run']['dtype'] == 'float32' else chip['bfloat16_flops']
-    ridge = peak / chip['bandwidth']
+    top_speed = peak(plan)
+    ridge = top_speed / chip['bandwidth']
     points = [
         (part['name'].replace('_', ' '), part['flops'] / part['bytes'])
         for part in plan['time']['parts']
@@ -146,7 +147,7 @@ def roofline_picture(plan: dict[str, Any]) -> str:
     ]
     low = min([ridge / 20, *(x for _, x in points)]) / 2
     high = max([ridge * 20, *(x for _, x in points)]) * 2
-    bottom, top, height = low * chip['bandwidth'], peak * 3, 340
+    bottom, top, height = low * chip['bandwidth'], top_speed * 3, 340
     across = lambda x: LEFT + (WIDTH - LEFT - 30) * math.log(x / low) / math.log(high / low)
     up = lambda y: 20 + (height - 60) * (1 - math.log(y / bottom) / math.log(top / bottom))
     shapes = []
@@ -156,10 +157,10 @@ def roofline_picture(plan: dict[str, Any]) -> str:
     for power in range(math.ceil(math.log10(bottom)), math.floor(math.log10(top)) + 1):
         shapes += [_line(LEFT, up(10**power), WIDTH - 30, up(10**power), GRID)]
         shapes += [_label(LEFT - 8, up(10**power) + 4, f'{amount(10.0**power)}FLOP/s', 'end')]
-    roof = f'{across(low):.1f},{up(bottom):.1f} {across(ridge):.1f},{up(peak):.1f} {across(high):.1f},{up(peak):.1f}'
+    roof = f'{across(low):.1f},{up(bottom):.1f} {across(ridge):.1f},{up(top_speed):.1f} {across(high):.1f},{up(top_speed):.1f}'
     shapes.append(f'<polyline points="{roof}" fill="none" stroke="{INK}" stroke-width="2"/>')
     for (_, x), colour in zip(points, COLOURS, strict=False):
-        y = up(min(peak, x * chip['bandwidth']))
+        y = up(min(top_speed, x * chip['bandwidth']))
         shapes.append(f'<circle cx="{across(x):.1f}" cy="{y:.1f}" r="7" fill="{colour}" stroke="var(--paper)"/>')
     shapes.append(_label((LEFT + WIDTH) / 2, height - 6, 'FLOPs a byte moved', 'middle'))
     legend, end = _legend([f'{name}, {x:,.0f} FLOPs a byte' for name, x in points], height + 16, LEFT)
@@ -170,7 +171,7 @@ def _legend(names: Iterable[str], y: float, left: float = 10) -> tuple[str, floa
     """Colours and what they stand for, in rows, and where the picture ends."""
     shapes, x = [], left
     for name, colour in zip(names, COLOURS, strict=False):
-        width = 26 + 7.2 * len(name)
+        width = 26 + 7.6 * len(name)
         if x + width > WIDTH:
             x, y = left, y + 20
         shapes += [_rect(x, y - 10, 12, 12, colour), _label(x + 17, y, name)]
@@ -203,8 +204,8 @@ def _text(text: object) -> str:
 
 
 def _prose(text: str) -> str:
-    """Escaped, no line ending between a number and its unit."""
-    return _text(bound(text))
+    """Escaped, no line ending between a number and its unit or within an option such as --mesh."""
+    return re.sub(r'--[\w-]+', r'<span class="whole">\g<0></span>', _text(bound(text)))
 
 
 def _table(table: Table) -> str:

@@ -21,7 +21,7 @@ def show(plan: dict[str, Any], console: Console) -> None:
     say(
         console,
         f'{shown(run["name"])} on {chip["count"]} {chip["name"]}{f" ({torus} torus)" if torus else ""}, {run["dtype"]}: '
-        f'{flops(chip["bfloat16_flops"])}FLOP/s, {gib(chip["memory_bytes"])} at {amount(chip["bandwidth"])}B/s, links '
+        f'{flops(peak(plan))}FLOP/s, {gib(chip["memory_bytes"])} at {amount(chip["bandwidth"])}B/s, links '
         f'{amount(chip["links"])}B/s, beyond {chip["domain"]:,} chips {amount(chip["network"])}B/s a chip ({chip["source"]})',
     )
     console.print()
@@ -287,6 +287,12 @@ def misfit(plan: dict[str, Any]) -> str:
         return says + f'On as many chips this fits: {how}; --mesh auto finds the fastest that does.'
     where = 'from' if found['chips'] > chips else 'on'
     return says + f'It fits {where} {found["chips"]:,} chips: --chips {found["chips"]} --mesh auto plans that.'
+
+
+def peak(plan: dict[str, Any]) -> float:
+    """FLOP/s of a chip in the run's dtype."""
+    chip = plan['chip']
+    return chip['float32_flops'] if plan['run']['dtype'] == 'float32' else chip['bfloat16_flops']
 
 
 def mesh_text(mesh: dict[str, int]) -> str:
