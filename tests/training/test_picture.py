@@ -1,5 +1,7 @@
 """loss.png: its label stands free, whatever shape the curves have."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -42,7 +44,7 @@ def test_the_last_value_is_written_where_no_curve_and_no_legend_is(tmp_path, mon
     assert axes.bbox.padded(1).count_contains(box.corners()) == 4
     for line in axes.lines:
         xy = axes.transData.transform(line.get_xydata())
-        for a, b in zip(xy, xy[1:], strict=False):
+        for a, b in itertools.pairwise(xy):
             between = np.linspace(a, b, 300)
             assert not box.count_contains(between[np.isfinite(between).all(axis=1)]), name
     monkeypatch.undo()
