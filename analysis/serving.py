@@ -119,7 +119,7 @@ def search_serving(
         raise UserError(
             f'{_asked(target)}: no mesh of {chips} chips reaches it{f" with {rows} rows" if rows else ""}; nearest: '
             f'{nearest.mesh} with {nearest.rows} rows, {nearest.seconds * 1e3:.3g} ms between tokens, '
-            f'{nearest.tokens_per_second:,.0f} tokens/s'
+            f'{nearest.tokens_per_second:,.0f} tokens/s of all rows together'
         )
     return rank(tried.values(), count)
 
