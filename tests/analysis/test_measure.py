@@ -14,15 +14,18 @@ RUN = RunConfig(
 )
 
 
-@pytest.mark.parametrize('what', ['train', 'decode'])
+WAYS = {
+    'train': lambda: measure.measure_training(RUN, 2, profile=3),
+    'decode': lambda: measure.measure_decoding(RUN, 1, 8, 8, profile=3),
+}
+
+
+@pytest.mark.parametrize('what', WAYS)
 def test_a_profile_that_a_cpu_has_not_is_refused_before_a_model_is_made(monkeypatch, what):
     monkeypatch.setattr(measure, 'init', None)  # it would be called
     monkeypatch.setattr(measure.jax, 'default_backend', lambda: 'cpu')
     with pytest.raises(UserError, match='--profile: a CPU has no kernels to list; use an accelerator'):
-        if what == 'train':
-            measure.measure_training(RUN, 2, profile=3)
-        else:
-            measure.measure_decoding(RUN, 1, 8, 8, profile=3)
+        WAYS[what]()
 
 
 def test_tokens_a_second_are_those_of_all_rows_and_those_of_each():
