@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 
 from sharding import background, peers
-from sharding.errors import Diverged, NotTogether, OutOfMemory, UserError
+from sharding.errors import Diverged, MachineError, NotTogether, OutOfMemory, UserError
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -25,7 +25,7 @@ def run(main: Callable[[], int | None]) -> None:
         sys.stdout.flush()
         gc.freeze()  # the end comes a third of a second sooner where nothing is looked through once more
         sys.exit(code)
-    except (UserError, OutOfMemory, Diverged, NotTogether) as error:
+    except (UserError, MachineError, OutOfMemory, Diverged, NotTogether) as error:
         if not peers.first():
             peers.give_word()  # a mistake that all make is the first's to tell
         line, code = f'error: {error}', 2 if isinstance(error, UserError) else 1

@@ -20,6 +20,10 @@ class OutOfMemory(RuntimeError):
     """A device has too little memory for what the user asked of it: one line says what used it and what to change."""
 
 
+class MachineError(RuntimeError):
+    """What this machine, its disk or a network cannot do now: no room, no rights, a device that fails. One line names it."""
+
+
 class NotTogether(RuntimeError):
     """The processes of a run did not find each other."""
 
