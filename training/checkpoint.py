@@ -123,6 +123,11 @@ class Checkpoints:
         if last is not None:
             last.result()
 
+    def check(self) -> None:
+        """Raises the last save's error as soon as it is known to have failed."""
+        if self._last is not None and self._last.done():
+            self.wait()
+
     def close(self) -> None:
         """Waits for the last save, raises its error if it failed, and ends the threads."""
         try:
