@@ -26,6 +26,7 @@ from training.bucket_checkpoint import checkpoints_of
 from training.checkpoint import Checkpoints
 from training.config import RunConfig
 from training.context import context, published_files
+from training.finite import check_saved
 from training.state import abstract_model, saved_config
 
 SAID = re.compile(
@@ -105,6 +106,7 @@ def open_run(
         tell = f'out of memory on a device: {count:,} parameters; split them over more with --mesh'
         with jax.set_mesh(devices), explaining(lambda: tell):
             model = checkpoints.restore(step, {'model': stored})['model']
+            check_saved(checkpoints, step, {'model': model}, 'with which nothing can be computed')
             if jax.tree.leaves(computed) != jax.tree.leaves(stored):
                 model = jax.jit(in_compute_dtype, donate_argnums=0)(model)
             return unstacked(model, divided) if apart else model

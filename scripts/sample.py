@@ -83,4 +83,4 @@ def make(source: Path, facts: dict[str, Any], folder: Path) -> None:
 
 
 if __name__ == '__main__':
-    run(main)
+    run(main, lasting=True)

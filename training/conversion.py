@@ -33,7 +33,7 @@ from model.families import OPTIONAL, Tensor, tensors
 from model.sizes import sizes
 from model.streaming import narrowed, published
 from sharding.buckets import Bucket
-from sharding.errors import UserError
+from sharding.errors import UserError, shown
 from sharding.memory import told_bytes
 from sharding.mesh import BATCH, SEQUENCE, MeshConfig, check_divides, make_mesh, start
 from training import config as configs
@@ -41,6 +41,7 @@ from training.bucket_checkpoint import checkpoints_of
 from training.checkpoint import Checkpoints, named
 from training.config import RECORD, RunConfig, TrainingConfig
 from training.context import SOURCE, context_of, published_files
+from training.finite import RULE, check_saved, not_finite
 from training.state import abstract_state, restore_model, saved_config
 
 CONTEXT = 2048  # tokens, where a config says nothing of it
@@ -75,7 +76,7 @@ def import_run(
     with publish.staged(run) as place:
         with jax.set_mesh(devices):
             names = dict(zip(found.shapes, named(abstract_state(config).model), strict=True))
-        arrays = told(found.arrays(devices), names, found.bytes, say)
+        arrays = told(checked(found.arrays(devices), names, str(source)), names, found.bytes, say)
         facts = {'step': 0, 'tokens': 0, 'corpus': None, 'seed': config.seed, 'next_sample': 0}
         Checkpoints(place).save_weights(0, 'model', arrays, facts, kept)
         for name, content in beside.items():
@@ -121,6 +122,17 @@ def files_beside(source: Path, found: hub.Published) -> dict[str, bytes]:
 def parameters(found: hub.Published) -> int:
     """Numbers in all tensors."""
     return sum(math.prod(one.shape) for one in found.table)
+
+
+def checked(
+    arrays: Iterable[tuple[str, jax.Array]], names: Mapping[str, str], source: str
+) -> Iterator[tuple[str, jax.Array]]:
+    """The same. Raises UserError for one that is not finite: nothing could be computed with it."""
+    for leaf, x in arrays:
+        if not_finite({names[leaf]: x}):
+            raise UserError(f'{shown(source)}: what becomes {names[leaf]} holds {RULE}: such a model computes nothing')
+        yield leaf, x
+        del x  # before the next is made
 
 
 def told(
@@ -220,6 +232,7 @@ def export_run(
     shapes = hub.shapes_of(c)
     with jax.set_mesh(make_mesh(wanted)):
         model = restore_model(checkpoints, step, config)
+        check_saved(checkpoints, step, {'model': model}, 'which are not to be published')
     found = dict(zip(shapes, jax.tree.leaves(model), strict=True))
     kinds: dict[str, tuple[np.dtype, Sequence[int]]] = {}
     makers: dict[str, Callable[[], np.ndarray]] = {}
