@@ -18,6 +18,7 @@ from pathlib import Path
 import sentencepiece
 
 from sharding.errors import UserError
+from storage import files as disk
 
 SPACE = '\u2581'
 PART = 65536  # characters: a longer text is cut where no piece can span the cut, for sentencepiece holds many bytes for each
@@ -219,9 +220,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write each of its files so that the folder holds all of it or what it held before."""
         for name, content in self.files().items():
-            partial = folder / f'{name}.partial'
-            partial.write_bytes(content)
-            os.replace(partial, folder / name)
+            disk.write(folder / name, content)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocabulary: int) -> 'Tokenizer':

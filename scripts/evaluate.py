@@ -5,6 +5,7 @@ python scripts/evaluate.py runs/demo --data notes.md src/ 'more/*.jsonl'
 
 import argparse
 import json
+import sys
 
 from scripts.entry import run
 
@@ -42,7 +43,8 @@ def main() -> None:
     if (folder / 'data').exists() or found is None:
         with closing(Mirror(folder)) as mirror:
             mirror.fetch()
-            dataset = load(mirror.local)  # of a bucket's, mapped files stay readable without a name
+            # What it says is none of the results; of a bucket's, mapped files stay readable without a name.
+            dataset = load(mirror.local, lambda line: print(line, file=sys.stderr))
 
     from decoding.run import open_run
 

@@ -45,7 +45,7 @@ def _tell(action: str, path: Path, what: Any = None) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What goes wrong with the disk meanwhile is one line that names the path: MachineError, or UserError for what is in the way."""
+    """An error of the disk meanwhile is one line that names the path: MachineError, or UserError for what is in the way."""
     try:
         yield
     except OSError as error:

@@ -1,15 +1,15 @@
 """One run, one writer: whatever writes a run holds its lock from before the first change to the end. Readers never ask for it.
 
-    runs/.NAME.lock         beside the run, which may not be there yet, or be moved aside: who holds it (`Record`)
+    runs/.NAME.lock         who holds it (`Record`): beside the run, which may not be there yet, or be moved aside
     runs/NAME/.lock         there instead, where the run folder is a mount of its own or nothing may be written beside it
     s3://…/runs/.NAME.lock  of a run in a bucket
 
 Three things keep a second writer out, each where the one before it cannot:
 
-- The kernel's lock on that file (flock), which ends with its process however that ends. On NFS it holds between machines, unless
-  they mount without locks or with local ones.
-- A beat: the holder writes the file anew every few seconds. A file that another machine left is watched until it changes, which
-  is a living holder, or has not for as long as STALE says: then the holder was killed. No two clocks are compared.
+- The kernel's lock on that file (flock), which ends with its process however that ends. On NFS it holds between machines,
+  unless they mount without locks or with local ones.
+- A beat: the holder writes the file anew every few seconds. A file that another machine left is watched until it changes,
+  which is a living holder, or has not for as long as STALE says: then the holder was killed. No two clocks are compared.
 - Where there are no locks at all (a bucket, some network mounts) the file itself is the lock: it is made if it is not there, in
   one step. One that a dead holder left is overwritten and looked at again after SETTLED seconds: of two that do this at once
   the later one has it. A holder that finds another's record in its place saves nothing more.
@@ -42,7 +42,13 @@ STALE = 45.0  # seconds without one after which a holder that this machine canno
 SETTLED = 3.0  # seconds after which what another wrote at the same time is there to be seen
 TRIES = 20  # times that a lock is asked for again because its file was removed meanwhile
 LONG = 4096  # bytes of a record
-NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # what file systems without them say
+NO_LOCKS = {
+    errno.ENOLCK,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EINVAL,
+}  # what file systems without them say
 
 
 class Taken(UserError):
@@ -77,9 +83,7 @@ class Record:
     def __str__(self) -> str:
         if not self.token:
             return 'another process'
-        return (
-            f'process {self.process} of host {shown(self.host, 80)} since {shown(self.since, 40)} ({shown(self.command)})'
-        )
+        return f'process {self.process} of host {shown(self.host, 80)} since {shown(self.since, 40)} ({shown(self.command)})'
 
     def written(self) -> bytes:
         return json.dumps(dataclasses.asdict(self)).encode()[:LONG].ljust(LONG)
@@ -109,7 +113,7 @@ def own_record() -> Record:
 
 
 class Lock:
-    """The lock of a run, held while the block lasts. Raises Taken, in a line that names the holder, where another process has it."""
+    """The lock of a run, held while the block lasts. Raises Taken, in a line that names the holder, where another has it."""
 
     def __init__(self, folder: Path | Bucket):
         self.folder = folder
@@ -145,8 +149,8 @@ class Lock:
         if self.lost:
             now = _read(self._file)
             raise MachineError(
-                f'{self.folder} is no longer this process’s to write: {f"{now} has it" if now else "its lock was removed"}; this '
-                f'one gave no sign of life for {STALE:.0f} s, or somebody removed its lock'
+                f'{self.folder} is no longer this process’s to write: '
+                + (f'{now} took it, for want of a sign of life' if now else 'somebody removed its lock')
             )
 
     def _taken(self, place: Path | Bucket) -> '_File | _Object':
@@ -231,7 +235,7 @@ class _File:
         self._file: int | None = None
 
     def open(self, record: Record) -> None:
-        """Makes it, or opens what is there. Raises _Held where a living process has locked it, _Gone where it went meanwhile."""
+        """Makes it, or opens what is there. Raises _Held where a living process has it, _Gone where it went meanwhile."""
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         with making(self.path):
             try:

@@ -18,8 +18,8 @@ OF_THE_PLACE = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, *files.IN_THE_WAY
 class staged:
     """A new folder that gets its name when the block ends well, and is gone when it does not.
 
-    What a process that was killed left of it is gone when the next begins. Raises UserError where the name is taken or no folder
-    can be made there, MachineError where the disk fails.
+    What a process that was killed left of it is gone when the next begins. Raises UserError where the name is taken or no
+    folder can be made there, MachineError where the disk fails.
     """
 
     def __init__(self, folder: Path):
@@ -124,4 +124,6 @@ def refuse_existing(folder: Path) -> None:
         return
     except OSError as error:
         raise UserError(f'{shown(folder)}: cannot be made: {error.strerror}') from None
-    raise UserError(f'{shown(folder)}: exists already, and nothing is overwritten; choose another name, or move it away')
+    raise UserError(
+        f'{shown(folder)}: exists already, and nothing is overwritten; choose another name, or move it away'
+    )

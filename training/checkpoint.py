@@ -23,7 +23,6 @@ import json
 import logging
 import os
 import re
-import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -40,14 +39,27 @@ from storage import files as disk
 from storage.lock import Lock
 from storage.sealed import sealed, unsealed
 from training import shards
+from training.manifest import (
+    MANIFEST,
+    META,
+    SHARDS,
+    contents,
+    files_below,
+    fingerprint,
+    is_manifest,
+    is_step,
+    kind_of,
+    kinds,
+    named,
+    size_of,
+)
 
-MANIFEST = 'manifest.json'
-META = 'meta.json'
 CHUNK = 2**20  # bytes that are read and hashed at once
-SHARDS = 'shards'  # the manifest's format where the arrays are as in training/shards.py; where Orbax wrote it says none
 AGAIN = 100  # checkpoints that a reader tries one after another, each deleted while it was read
 BETWEEN = 0.1  # seconds in which one that is replaced may not be there
-OF_THE_SYSTEM = re.compile(r"os_error_code='(\d+)'|\[OS error (\d+)")  # in what Orbax says when the operating system refuses
+OF_THE_SYSTEM = re.compile(
+    r"os_error_code='(\d+)'|\[OS error (\d+)"
+)  # in what Orbax says when the operating system refuses
 T = TypeVar('T')
 
 
@@ -55,8 +67,14 @@ class Gone(UserError):
     """A checkpoint was deleted or replaced while it was read: the run goes on, and has a newer one."""
 
 
-def read_newest(checkpoints: 'Checkpoints', read: Callable[[int], T], step: int | None = None) -> T:
-    """What `read` gives of the newest checkpoint, and of the next where that is deleted meanwhile; or of one that is asked for.
+def read_newest(
+    checkpoints: 'Checkpoints', read: Callable[[int], T], step: int | None = None, first: int | None = None
+) -> T:
+    """What `read` gives of the newest checkpoint, and of the next where that is deleted meanwhile.
+
+    Args:
+        step: the one to read instead, and no other.
+        first: the one to read unless it is deleted.
 
     Raises UserError where there is none, or the one that was asked for goes away.
     """
@@ -66,14 +84,14 @@ def read_newest(checkpoints: 'Checkpoints', read: Callable[[int], T], step: int 
         except Gone as gone:
             raise UserError(f'--step {step}: {gone}') from None
     for _ in range(AGAIN):
-        newest = checkpoints.newest()
         try:
-            return read(newest)
+            return read(checkpoints.newest() if first is None else first)
         except Gone as gone:
-            print(f'{gone}; reading the newest again', file=sys.stderr, flush=True)
+            first = None
+            print(f'{gone}: reading the newest', file=sys.stderr, flush=True)
     raise UserError(
-        f'{checkpoints.run}: {AGAIN} checkpoints in a row were deleted while they were read: train with a larger checkpoint.keep or '
-        'checkpoint.every, so that one lasts as long as it takes to read it'
+        f'{checkpoints.run}: {AGAIN} checkpoints in a row were deleted while they were read: train with a larger '
+        'checkpoint.keep or checkpoint.every, so that one lasts as long as it takes to read it'
     )
 
 
@@ -164,7 +182,7 @@ class Checkpoints:
             disk.remove(self._saving)
             disk.make_folder(path)
             for name, x in arrays:
-                kinds[name] = _kind(x)
+                kinds[name] = kind_of(x)
                 for shard, content in shards.written(f'{item}/{name}', x):
                     disk.make_folder((path / shard).parent)
                     disk.put(path / shard, content)
@@ -197,7 +215,7 @@ class Checkpoints:
                 self._orbax.close()
 
     def meta(self, step: int) -> dict:
-        """What `save` was told about the step. Raises UserError where it is not there or not whole, Gone where it goes meanwhile."""
+        """What `save` was told about the step. Raises UserError where it is not whole, Gone where it is not there."""
         with self._reading(step) as manifest:
             self._verify(step, manifest, set())
             try:
@@ -252,18 +270,19 @@ class Checkpoints:
                 return
             now = {}
         if now != manifest or not now:
-            raise Gone(f'{self.run} deleted or replaced its checkpoint of step {step} while it was read')
+            raise Gone(f'{self.run} has deleted or replaced its checkpoint of step {step} while it was read')
 
     def restore(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
         """The named items of a checkpoint, bit for bit, in the layouts asked for: any mesh, whatever mesh saved them.
 
         `abstract` has a tree of `jax.ShapeDtypeStruct` with a sharding for each item wanted; no other item is read.
         Raises UserError where a file is missing, truncated, altered or extra, or where a name, shape or dtype differs (Orbax
-        would cast in silence): before any array is read, but for a shard that was altered, which is hashed as it is read. Raises
-        Gone where the run deletes or replaces the checkpoint meanwhile.
+        would cast in silence): before any array is read, but for a shard that was altered, which is hashed as it is read.
+        Raises Gone where the run deletes or replaces the checkpoint meanwhile.
         """
         wanted = {item: named(tree) for item, tree in abstract.items()}
-        with self._reading(step) if peers.first() else contextlib.nullcontext({}) as manifest:
+        others: contextlib.AbstractContextManager[dict] = contextlib.nullcontext({})
+        with self._reading(step) if peers.first() else others as manifest:
             if peers.first():
                 for item, arrays in wanted.items():
                     self._compare(step, item, manifest['arrays'], arrays)
@@ -336,7 +355,7 @@ class Checkpoints:
             disk.put(path / name, content)
         manifest: dict[str, Any] = {
             'arrays': arrays,
-            'files': {name: _fingerprint(path / name) for name in _files(path)},
+            'files': {name: fingerprint(path / name) for name in files_below(path)},
         }
         manifest |= {'format': format} if format else {}
         disk.put(path / MANIFEST, sealed(manifest))
@@ -355,7 +374,7 @@ class Checkpoints:
         disk.remove(doomed)
 
     def _manifest(self, step: int) -> dict:
-        """The manifest of a published step. Raises UserError where it is not as it was written, Gone where there is no such step."""
+        """The manifest of a published step. Raises Gone where there is none, UserError where it is not as it was written."""
         if step not in self.steps():
             published = ', '.join(map(str, self.steps()))
             raise Gone(
@@ -370,7 +389,7 @@ class Checkpoints:
             raise self._damaged(step, MANIFEST, 'was altered or truncated (it is not JSON)') from None
         except ValueError as error:
             raise self._damaged(step, MANIFEST, f'was altered ({error})') from None
-        if not _is_manifest(manifest):
+        if not is_manifest(manifest):
             raise self._damaged(step, MANIFEST, 'was altered: it lists no arrays and files as a checkpoint has them')
         return manifest
 
@@ -395,7 +414,7 @@ class Checkpoints:
     def _sizes(self, step: int) -> dict[str, int | None]:
         """Every file of a checkpoint, and its size in bytes; None for a link that leads nowhere, a FIFO and the like."""
         path = self.folder / str(step)
-        return {name: _size(path / name) for name in _files(path)}
+        return {name: size_of(path / name) for name in files_below(path)}
 
     def _digest(self, step: int, name: str, manifest: dict) -> str | None:
         """A file's SHA-256; None for a shard: it is hashed when it is read, and need not come from the disk twice."""
@@ -404,7 +423,7 @@ class Checkpoints:
 
     def _hashed(self, step: int, name: str) -> str:
         """A file's SHA-256."""
-        return _fingerprint(self.folder / str(step) / name)[1]
+        return fingerprint(self.folder / str(step) / name)[1]
 
     def _read(self, step: int, name: str, into: memoryview) -> str:
         """A file's first bytes, as many as there is room for, and the SHA-256 of what is there then."""
@@ -442,7 +461,7 @@ class Checkpoints:
         if item not in stored:
             raise UserError(f'{where} has no item {item!r}; it has {", ".join(stored)}')
         for name in [*wanted, *stored[item]]:
-            has, wants = stored[item].get(name, 'absent'), _kind(wanted[name]) if name in wanted else 'none'
+            has, wants = stored[item].get(name, 'absent'), kind_of(wanted[name]) if name in wanted else 'none'
             if has != wants:
                 raise UserError(
                     f'{item}/{name} is {has} in {where} and {wants} is wanted: use the config that made the checkpoint'
@@ -452,79 +471,6 @@ class Checkpoints:
             assert not isinstance(getattr(layout, 'mesh', None), jax.sharding.AbstractMesh), f'{name} is on no devices'
 
 
-def contents(items: Mapping[str, Any], meta: dict, files: Mapping[str, bytes] | None) -> dict[str, bytes]:
-    """The files of a checkpoint beside its items and its manifest."""
-    files = {META: (json.dumps(meta, indent=1) + '\n').encode(), **(files or {})}
-    taken = {MANIFEST, *items}
-    assert all(name not in taken and Path(name).name == name for name in files), (list(files), taken)
-    return files
-
-
-def named(tree: Any) -> dict[str, Any]:
-    """A tree's leaves by their paths, as in `blocks/0/up_DF`, in the tree's order."""
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator='/'): x
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    assert len(leaves) == len(jax.tree.leaves(tree)), 'two leaves of one path'
-    return leaves
-
-
-def kinds(items: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Dtype and shape of each array, by item and name."""
-    return {item: {name: _kind(x) for name, x in named(tree).items()} for item, tree in items.items()}
-
-
-def _kind(x: Any) -> str:
-    """Dtype and shape, as in `float32[4, 8]`."""
-    return f'{x.dtype}{list(x.shape)}'
-
-
 def _is_news(record: logging.LogRecord) -> bool:
     """Whether a log record says what is not said elsewhere: the errors of Orbax' threads are raised by `wait`, in one line."""
     return record.levelno < logging.ERROR or 'orbax' not in Path(record.pathname).parts
-
-
-def is_step(name: str) -> bool:
-    """Whether a checkpoint may have this name."""
-    return name.isascii() and name.isdecimal() and str(int(name)) == name
-
-
-def _files(path: Path) -> list[str]:
-    """Everything below a folder that is no folder, by its path from there, sorted."""
-    return sorted(file.relative_to(path).as_posix() for file in path.rglob('*') if not file.is_dir())
-
-
-def _size(path: Path) -> int | None:
-    """Of a regular file, or of one that a link leads to."""
-    try:
-        found = path.stat()
-    except (FileNotFoundError, OSError, RuntimeError) as error:
-        if isinstance(error, FileNotFoundError) and not path.is_symlink():
-            raise  # it went meanwhile
-        return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
-
-
-def _fingerprint(path: Path) -> list:
-    """Size in bytes and SHA-256 of a file."""
-    with disk.reading(path) as descriptor, os.fdopen(os.dup(descriptor), 'rb') as file:
-        return [os.fstat(descriptor).st_size, hashlib.file_digest(file, 'sha256').hexdigest()]
-
-
-def _is_manifest(fields: dict) -> bool:
-    """Whether a manifest has what is read of it: dtype and shape of arrays by item, size and hash of files inside the folder."""
-    arrays, files = fields.get('arrays'), fields.get('files')
-    return (
-        isinstance(arrays, dict)
-        and all(isinstance(item, dict) and all(isinstance(kind, str) for kind in item.values()) for item in arrays.values())
-        and isinstance(files, dict)
-        and META in files
-        and all(
-            not Path(name).is_absolute()
-            and not {'', '.', '..'} & set(name.split('/'))
-            and isinstance(entry, list)
-            and [type(value) for value in entry] == [int, str]
-            for name, entry in files.items()
-        )
-    )

@@ -36,13 +36,16 @@ from sharding.buckets import Bucket
 from sharding.errors import UserError, shown
 from sharding.memory import told_bytes
 from sharding.mesh import BATCH, SEQUENCE, MeshConfig, check_divides, make_mesh, start
+from storage import files as disk
+from storage.lock import Lock
+from storage.staged import refuse_existing, staged
 from training import config as configs
 from training.bucket_checkpoint import checkpoints_of
-from training.checkpoint import Checkpoints, named
+from training.checkpoint import Checkpoints, named, read_newest
 from training.config import RECORD, RunConfig, TrainingConfig
-from training.context import SOURCE, context_of, published_files
+from training.context import SOURCE, context_of, object_of, published_files
 from training.finite import RULE, check_saved, not_finite
-from training.state import abstract_state, restore_model, saved_config
+from training.state import abstract_model, abstract_state, restore_newest, saved_config
 
 CONTEXT = 2048  # tokens, where a config says nothing of it
 MOST_TO_TRAIN = 4096  # tokens of a row, however long a context is: what fits in memory
@@ -62,7 +65,22 @@ def import_run(
 
     The arguments are those of `hub.read`.
     """
-    publish.refuse_existing(run)
+    check_local(run)
+    with Lock(run):
+        refuse_existing(run)
+        make_run(source, run, mesh, dtype, without_remote_code, ignore, say)
+
+
+def make_run(
+    source: Path,
+    run: Path,
+    mesh: MeshConfig,
+    dtype: str | None,
+    without_remote_code: bool,
+    ignore: Sequence[str],
+    say: Callable[[str], None],
+) -> None:
+    """As `import_run`, for whoever has the run's lock."""
     found = hub.read(source, dtype, without_remote_code, ignore)
     with found.fields.told():
         check_divides(mesh, sizes(found.model))
@@ -73,19 +91,19 @@ def import_run(
     devices = make_mesh(mesh)
     kept = {'config.yaml': configs.dump(config).encode()} | (tokenizer.files() if tokenizer else {})
     beside = kept | {'config.yaml': configs.dump(trained_on(config)).encode()}
-    with publish.staged(run) as place:
+    with staged(run) as place:
         with jax.set_mesh(devices):
             names = dict(zip(found.shapes, named(abstract_state(config).model), strict=True))
         arrays = told(checked(found.arrays(devices), names, str(source)), names, found.bytes, say)
         facts = {'step': 0, 'tokens': 0, 'corpus': None, 'seed': config.seed, 'next_sample': 0}
         Checkpoints(place).save_weights(0, 'model', arrays, facts, kept)
         for name, content in beside.items():
-            (place / name).write_bytes(content)
-        (place / SOURCE).mkdir()
+            disk.put(place / name, content)
+        disk.make_folder(place / SOURCE)
         for name, content in files.items():
-            (place / SOURCE / name).parent.mkdir(exist_ok=True)
-            (place / SOURCE / name).write_bytes(content)
-        (place / RECORD).write_text(json.dumps(record(found, dtype), indent=1) + '\n', encoding='utf-8')
+            disk.make_folder((place / SOURCE / name).parent)
+            disk.put(place / SOURCE / name, content)
+        disk.put(place / RECORD, (json.dumps(record(found, dtype), indent=1) + '\n').encode())
     say(f'{run}: {found.family.name}, {parameters(found):,} parameters, weights in {found.model.weight_dtype}')
     for line in left_out(found):
         say(line)
@@ -98,6 +116,17 @@ def import_run(
         )
     if not tokenizer:
         say(f'{source} has no tokenizer: the run can be scored with token ids, but neither decode nor evaluate text')
+
+
+def check_local(run: Path) -> None:
+    """Raises UserError for a URL: what is made is made under another name and renamed, which only a local folder can be."""
+    scheme, slashes, rest = str(run).partition(':/')  # a Path has lost one of its two slashes
+    if slashes and scheme.isalnum() and len(scheme) > 1:
+        name = rest.rstrip('/').rpartition('/')[2] or 'NAME'
+        raise UserError(
+            f'{shown(run)}: models are imported and exported into local folders; give one, such as runs/{shown(name)}: it '
+            'may be copied with your store’s own tool'
+        )
 
 
 def left_out(found: hub.Published) -> Iterator[str]:
@@ -198,12 +227,14 @@ def export_run(
 
     `family` is for a run that was not imported; the first that can say this model otherwise. Raises UserError where none can.
     """
-    publish.refuse_existing(target)
+    check_local(target)
+    refuse_existing(target)
     if not (run / 'config.yaml').is_file():
         raise UserError(f'{run}: not a run, for it has no config.yaml')
     checkpoints = checkpoints_of(run)
-    step = checkpoints.newest()
-    config = saved_config(checkpoints, step)
+    first, config, files = read_newest(
+        checkpoints, lambda newest: (newest, saved_config(checkpoints, newest), checkpoints.files(newest))
+    )
     c = config.model
     known = imported(run)
     if known and family not in (None, known.family):
@@ -213,8 +244,11 @@ def export_run(
     if known:
         chosen, fields = publish.published_config(c, context, known.family, known.config, known.absent, known.ignored)
     else:
-        tokenizer = run_tokenizer(checkpoints.files(step), str(run))
-        assert tokenizer is not None, 'a run that was not imported has learnt one'
+        tokenizer = run_tokenizer(files, str(run))
+        if tokenizer is None:
+            raise UserError(
+                f'{run}: its checkpoint {first} holds no tokenizer, and {RECORD} does not say that it was imported'
+            )
         if c.encoder:  # a published config names the token that a decoder reads first
             start_token = first_token(tokenizer, c.encoder.start_token)
             c = dataclasses.replace(c, encoder=dataclasses.replace(c.encoder, start_token=start_token))
@@ -231,7 +265,7 @@ def export_run(
     start(wanted.size, c.dtype)
     shapes = hub.shapes_of(c)
     with jax.set_mesh(make_mesh(wanted)):
-        model = restore_model(checkpoints, step, config)
+        model, step = restore_newest(checkpoints, first, config, files, abstract_model(config))
         check_saved(checkpoints, step, {'model': model}, 'which are not to be published')
     found = dict(zip(shapes, jax.tree.leaves(model), strict=True))
     kinds: dict[str, tuple[np.dtype, Sequence[int]]] = {}
@@ -242,6 +276,10 @@ def export_run(
         kinds[file], makers[file] = (np.dtype(kept), shape), make
 
     table = {one.name: one for one in tensors(chosen, c, shapes)}
+    if known and (odd := {*known.copies.values()} - {*table} or {*known.fixed} - {*chosen.fixed}):
+        raise UserError(
+            f'{run / RECORD}: is damaged ({shown(min(odd))} is no tensor of {chosen.name}); import the model again'
+        )
     for one in table.values():
         if not (known and one.copy_of):  # the copies are those that there were
             kept = dtype_of(one, c, shapes, known, dtype)
@@ -294,10 +332,34 @@ class Imported:
     ignored: Sequence[str] = ()  # fields of config.json that were passed over
 
 
+# What `record` writes, each text or texts.
+RECORDED: dict[str, type] = {'family': str, 'files': dict, 'dtype': str, 'dtypes': dict, 'copies': dict, 'fixed': dict}
+RECORDED |= {'absent': list, 'ignored': list}
+
+
 def imported(run: Path | Bucket) -> Imported | None:
     """Of a run; None where it was not imported."""
     if not (run / RECORD).is_file():
         return None
-    record = json.loads((run / RECORD).read_text(encoding='utf-8'))
+    record: dict[str, Any] = {'absent': [], 'ignored': []} | object_of(run / RECORD)
+    for field, kind in RECORDED.items():
+        value = record.get(field)
+        texts = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        right = type(value) is kind and all(isinstance(text, str) for text in texts)
+        if not right or (field in ('dtype', 'dtypes', 'fixed') and not all(map(_is_dtype, texts))):
+            damaged = f'{field} is {"missing" if value is None else shown(repr(value))}'
+            raise UserError(
+                f'{run / RECORD}: is damaged ({damaged}); restore it from a copy, or import the model again'
+            )
     files = published_files(run)
-    return Imported(config=json.loads(files.pop(hub.CONFIG)), beside=files, **record)
+    config = object_of(run / SOURCE / hub.CONFIG)
+    files.pop(hub.CONFIG)
+    return Imported(config=config, beside=files, **{field: record[field] for field in RECORDED})
+
+
+def _is_dtype(name: str) -> bool:
+    """Whether tensors may be of it."""
+    try:
+        return bool(jnp.issubdtype(jnp.dtype(name), jnp.number))
+    except TypeError:
+        return False
