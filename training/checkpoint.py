@@ -177,17 +177,16 @@ class Checkpoints:
         For one process and a local folder; published when it returns.
         """
         path = self._saving / str(step)
+        disk.remove(self._saving)
+        disk.make_folder(path)
         kinds = {}
-        with self._told(step):
-            disk.remove(self._saving)
-            disk.make_folder(path)
-            for name, x in arrays:
-                kinds[name] = kind_of(x)
-                for shard, content in shards.written(f'{item}/{name}', x):
-                    disk.make_folder((path / shard).parent)
-                    disk.put(path / shard, content)
-                del x, content  # before the next is made
-            self._complete(step, {item: kinds}, contents({item: None}, meta, files), SHARDS)
+        for name, x in arrays:
+            kinds[name] = kind_of(x)
+            for shard, content in shards.written(f'{item}/{name}', x):
+                disk.make_folder((path / shard).parent)
+                disk.put(path / shard, content)
+            del x, content  # before the next is made
+        self._complete(step, {item: kinds}, contents({item: None}, meta, files), SHARDS)
 
     def wait(self) -> None:
         """Returns when the last save is published; raises its error if it failed."""
