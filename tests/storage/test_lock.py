@@ -276,6 +276,6 @@ def test_a_run_in_a_bucket(monkeypatch, quick, capsys):
         place.write_bytes(elsewhere().written())
         while not held.lost:
             time.sleep(0.01)
-        with pytest.raises(MachineError, match='process 7 of host far .*took it'):
+        with pytest.raises(MachineError, match=r'process 7 of host far .*took it'):
             held.check()
     assert len(everything()) == 1
