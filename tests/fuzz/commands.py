@@ -5,12 +5,12 @@ import functools
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ name: tiny
 mesh: {{data: 1}}
 model: {{layers: 1, model_dim: 32, heads: 2, kv_heads: 1, mlp_dim: 32}}
 data: {{source: '{base}/text', vocabulary: 300}}
-training: {{steps: {steps}, batch: 4, sequence_length: 32, learning_rate: 1e-2, warmup_steps: 2}}
+training: {{steps: {steps}, batch: 4, sequence_length: 128, learning_rate: 1e-2, warmup_steps: 2}}
 checkpoint: {{every: 2}}
 metrics: {{every: 1, validate_every: 100, validation_rows: 4}}
 """
@@ -74,6 +74,11 @@ COMMANDS = {
         Command('train', TRAIN, 'runs/made'),
         Command('decode', ('decode', '{base}/runs/tiny', '--prompt', f'def {ODD}', '--max-new-tokens', '8')),
         Command('decode json', ('decode', '{base}/runs/tiny', '--prompt', ODD, '--json', '--max-new-tokens', '8')),
+        Command(
+            'decode out',
+            ('decode', '{base}/runs/tiny', '--prompt', 'def', '-n', '40', '--out', '{scratch}/answers.jsonl'),
+            'answers.jsonl',
+        ),
         Command('evaluate', ('evaluate', '{base}/runs/tiny', '--data', '{base}/text/1.py')),
         Command(
             'score',
@@ -127,12 +132,14 @@ def start(
     stdout: int | IO = subprocess.PIPE,
     stderr: int | IO = subprocess.PIPE,
     redirected: str = '',
-    before: Callable[[], None] | None = None,
+    limited: str = '',
     **variables: str,
 ) -> subprocess.Popen:
-    """A command under way in its scratch folder; `redirected` is what a shell is told of its streams, such as `>&-`."""
-    if redirected:
-        line = ['sh', '-c', f'exec "$@" {redirected}', 'sh', *line]
+    """A command under way in its scratch folder; `redirected` is what a shell is told of its streams, such as `>&-`, and
+    `limited` what `ulimit` is told.
+    """
+    if redirected or limited:
+        line = ['sh', '-c', f'{limited and f"ulimit {limited};"} exec "$@" {redirected}', 'sh', *line]
     return subprocess.Popen(
         line,
         cwd=scratch,
@@ -140,21 +147,23 @@ def start(
         stdin=stdin,
         stdout=stdout,
         stderr=stderr,
-        preexec_fn=before,
     )
 
 
-def finish(process: subprocess.Popen, typed: str = '', limit: float = LIMIT, out: bytes = b'') -> Ended:
-    """Waits for a command's end; one that takes too long is killed. `out` is what was read of its stdout before."""
+def finish(process: subprocess.Popen, typed: str = '', limit: float | None = None) -> Ended:
+    """Waits for a command's end; one that takes longer than `limit` seconds, or LIMIT, is killed."""
     hung = False
     typing = typed.encode() if process.stdin else None
     try:
-        more, err = process.communicate(typing, timeout=limit)
+        out, err = process.communicate(typing, timeout=LIMIT if limit is None else limit)
     except subprocess.TimeoutExpired:
         process.kill()
-        more, err = process.communicate()
         hung = True
-    return Ended(shell_code(process.returncode), out + (more or b''), err or b'', hung)
+        try:
+            out, err = process.communicate(timeout=5)
+        except subprocess.TimeoutExpired as left:  # something that it has started holds them
+            out, err = left.stdout, left.stderr
+    return Ended(shell_code(process.returncode), out or b'', err or b'', hung)
 
 
 def shell_code(code: int) -> int:
@@ -176,7 +185,7 @@ def wrong(ended: Ended, codes: Container[int], lines: int | None = None) -> str 
     """
     told = ' | '.join(line for line in ended.err.decode('utf-8', 'replace').splitlines() if line.strip())[-400:]
     if ended.hung:
-        return f'hangs: it took more than {LIMIT:g} s; stderr: {told}'
+        return f'hangs: it had to be killed; stderr: {told}'
     for what, text in (('stdout', ended.out), ('stderr', ended.err)):
         if found := NEVER.search(text):
             seen = text[found.start() :].decode('utf-8', 'replace')
@@ -299,6 +308,11 @@ def write_inputs(base: Path) -> None:
     for number in range(20):
         lines = [f'def f{number}_{i}(x):\n    return x + {i * number}\n\n\n' for i in range(40)]
         (base / 'text' / f'{number}.py').write_text(''.join(lines), encoding='utf-8')
+    (base / 'many').mkdir()
+    words = random.Random(0)
+    for number in range(40):
+        text = ' '.join(f'w{words.randrange(5000)}' for _ in range(25_000))
+        (base / 'many' / f'{number}.txt').write_text(text, encoding='utf-8')
     (base / 'tiny.yaml').write_text(CONFIG.format(base=base, steps=STEPS), encoding='utf-8')
     np.save(base / 'ids.npy', np.ones((3, 32), np.int32))
 
@@ -308,6 +322,8 @@ def write_inputs(base: Path) -> None:
             raise RuntimeError(f'{words}: exit code {ended.code}: {ended.err.decode()}')
 
     done('train', '{base}/tiny.yaml', '--runs', '{base}/runs')
+    more = ('name=many', 'data.source={base}/many', 'training.steps=2', 'checkpoint.every=1000')
+    done('train', '{base}/tiny.yaml', '--runs', '{base}/runs', *more)
     done('convert', 'export', '{base}/runs/tiny', '{base}/published')
     talks = base / 'talks'
     shutil.copytree(base / 'published', talks)

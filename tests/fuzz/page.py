@@ -46,8 +46,8 @@ def text(figures: Figures) -> str:
         '# Fuzzers',
         '',
         f'`make fuzz SEED={figures.seed}`, {datetime.date.today()}, {machine()}: {cases:,} cases in '
-        f'{figures.seconds / 60:.0f} minutes, {wrong or "none"} of them wrong. What a case must do stands in tests/fuzz/; one is '
-        'repeated by `python -m tests.fuzz PART --seed SEED --only NUMBER`.',
+        f'{figures.seconds / 60:.0f} minutes, {wrong or "none"} of them wrong. What a case must do stands in tests/fuzz/; '
+        '`python -m tests.fuzz PART --seed SEED --only NUMBER` repeats one.',
         '',
         '| part | what | cases | wrong | how they ended | minutes |',
         '|---|---|---:|---:|---|---:|',

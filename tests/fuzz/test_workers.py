@@ -1,4 +1,4 @@
-"""A fuzzer that cannot fail finds nothing: each way in which a case may fail is reported as a fault of that case, and the next runs."""
+"""Each way in which a case may fail is reported as a fault of that case, and the next case runs."""
 
 import pytest
 
