@@ -133,11 +133,14 @@ def start(
     stderr: int | IO = subprocess.PIPE,
     redirected: str = '',
     limited: str = '',
+    obeys: bool = False,
     **variables: str,
 ) -> subprocess.Popen:
-    """A command under way in its scratch folder; `redirected` is what a shell is told of its streams, such as `>&-`, and
-    `limited` what `ulimit` is told.
+    """A command under way in its scratch folder; `redirected` is what a shell is told of its streams, such as `>&-`, `limited`
+    what `ulimit` is told. One that `obeys` has no more rights than a file's mode gives, root's too.
     """
+    if obeys and os.getuid() == 0:
+        line = ['setpriv', '--bounding-set=-dac_override,-dac_read_search', *line]
     if redirected or limited:
         line = ['sh', '-c', f'{limited and f"ulimit {limited};"} exec "$@" {redirected}', 'sh', *line]
     return subprocess.Popen(

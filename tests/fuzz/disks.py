@@ -1,7 +1,7 @@
 """Every script that writes, on a disk that is full, becomes full, has no inodes left, or can only be read.
 
 A disk is a tmpfs in a mount namespace of the worker's own, where the machine allows one. Where it does not, a limit of the
-size of files stands for a full disk, and rights for one that can only be read (which do not bind root, who may mount).
+size of files stands for a full disk, and rights for one that can only be read; root is made to obey them.
 """
 
 import contextlib
@@ -97,11 +97,11 @@ def tried(command: Command, way: str, folder: Path, scratch: Path, base: Path, m
         out = scratch / 'out'
         out.mkdir()
         name = 'XDG_CACHE_HOME' if 'cache' in way else 'TMPDIR'
-        with filled(folder, 0):
-            return run(command, out, base, **{name: str(folder)})
+        with filled(folder, 0) if mounted else read_only(folder, mounted):
+            return run(command, out, base, obeys=not mounted, **{name: str(folder)})
     if way == 'read-only':
         with read_only(folder, mounted):
-            return run(command, folder, base)
+            return run(command, folder, base, obeys=not mounted)
     if way == 'without inodes' and mounted:
         with no_names(folder, INODES):
             return run(command, folder, base)
@@ -135,14 +135,16 @@ def left(command: Command, ended: Ended, place: Path, base: Path) -> str | None:
 @functools.cache
 def mounts() -> bool:
     """Whether this process may mount: from here on what it mounts is seen by it and by what it starts alone."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    user, group = os.getuid(), os.getgid()
-    if libc.unshare(NEWNS) != 0:
-        if libc.unshare(NEWNS | NEWUSER) != 0:
-            return False
-        for name, text in (('setgroups', 'deny'), ('uid_map', f'0 {user} 1'), ('gid_map', f'0 {group} 1')):
-            Path(f'/proc/self/{name}').write_text(text)
-    return libc.mount(b'none', b'/', None, PRIVATE | REC, None) == 0
+    libc, user, group = ctypes.CDLL(None), os.getuid(), os.getgid()
+    for flags, words in ((NEWNS, ['-m']), (NEWNS | NEWUSER, ['-U', '-r', '-m'])):
+        trial = ['unshare', *words, 'mount', '-t', 'tmpfs', 'tmpfs', '/tmp']
+        if subprocess.run(trial, check=False, capture_output=True).returncode or libc.unshare(flags):
+            continue
+        if flags & NEWUSER:
+            for name, text in (('setgroups', 'deny'), ('uid_map', f'0 {user} 1'), ('gid_map', f'0 {group} 1')):
+                Path(f'/proc/self/{name}').write_text(text)
+        return libc.mount(b'none', b'/', None, PRIVATE | REC, None) == 0
+    return False
 
 
 @contextlib.contextmanager
