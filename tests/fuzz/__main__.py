@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import re
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ def main() -> int:
     for name in options.parts:
         if name not in PARTS:
             parser.error(f'{name}: the parts are {", ".join(PARTS)}')
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # with all that it has started
     began, found = time.monotonic(), dict[str, page.Found]()
     say(f'seed {options.seed}')
     for name in options.parts or PARTS:

@@ -1,5 +1,6 @@
 """Whole commands as a user starts them, on tiny inputs that are made once, and what is wrong with how one ended."""
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -8,10 +9,10 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -134,10 +135,12 @@ def start(
     redirected: str = '',
     limited: str = '',
     obeys: bool = False,
+    grouped: bool = False,
     **variables: str,
 ) -> subprocess.Popen:
     """A command under way in its scratch folder; `redirected` is what a shell is told of its streams, such as `>&-`, `limited`
-    what `ulimit` is told. One that `obeys` has no more rights than a file's mode gives, root's too.
+    what `ulimit` is told. One that `obeys` has no more rights than a file's mode gives, root's too. One
+    that is `grouped` gets with all that it starts what a terminal sends.
     """
     if obeys and os.getuid() == 0:
         line = ['setpriv', '--bounding-set=-dac_override,-dac_read_search', *line]
@@ -150,6 +153,7 @@ def start(
         stdin=stdin,
         stdout=stdout,
         stderr=stderr,
+        process_group=0 if grouped else None,
     )
 
 
@@ -160,6 +164,9 @@ def finish(process: subprocess.Popen, typed: str = '', limit: float | None = Non
     try:
         out, err = process.communicate(typing, timeout=LIMIT if limit is None else limit)
     except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == process.pid:
+                os.killpg(process.pid, signal.SIGKILL)
         process.kill()
         hung = True
         try:
@@ -283,7 +290,7 @@ def fingerprint() -> str:
     return digest.hexdigest()[:12]
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """One process at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,11 +34,20 @@ NUMBERS = {
     'SIGHUP': [signal.SIGHUP],
     'SIGINT': [signal.SIGINT],
     'SIGINT twice': [signal.SIGINT, signal.SIGINT],
+    'Ctrl-C': [signal.SIGINT],  # to all that the command has started, too
     'SIGTERM': [signal.SIGTERM],
     'SIGPIPE': [signal.SIGPIPE],
     'SIGUSR1': [signal.SIGUSR1],
 }
-CODES = {'SIGHUP': {129}, 'SIGINT': {130}, 'SIGINT twice': {130}, 'SIGTERM': {143}, 'SIGPIPE': {0}, 'SIGUSR1': {0}}
+CODES = {
+    'SIGHUP': {129},
+    'SIGINT': {130},
+    'SIGINT twice': {130},
+    'Ctrl-C': {130},
+    'SIGTERM': {143},
+    'SIGPIPE': {0},
+    'SIGUSR1': {0},
+}
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,7 @@ PHASES = {
         ),
         said='"prompt"',
     ),
+    'chatting': Phase(Command('chat', ('chat', '{base}/runs/talks', '--max-new-tokens', '5'), None, 'Hi\n'), said='\n'),
     'importing': Phase(
         Command('import', ('convert', 'import', '{base}/large', '{scratch}/runs/made'), 'runs/made'),
         there=r'runs/\.made\.\w+\.partial/checkpoints/saving/0/model/.+',
@@ -118,14 +128,27 @@ def signalled(phase: Phase, sent: str, name: str, scratch: Path, base: Path) -> 
     out = scratch / 'stdout'
     with out.open('wb') as file:
         process = start(
-            command.line(base, scratch), scratch, base, stdout=file, PYTHONUNBUFFERED='1', **dict(phase.variables)
+            command.line(base, scratch),
+            scratch,
+            base,
+            stdin=subprocess.PIPE if command.typed else subprocess.DEVNULL,
+            stdout=file,
+            grouped=sent == 'Ctrl-C',
+            PYTHONUNBUFFERED='1',
+            **dict(phase.variables),
         )
+        if command.typed:  # and it waits for more
+            process.stdin.write(command.typed.encode())
+            process.stdin.flush()
         if not reached(phase, process, scratch):
             ended = finish(process, limit=5)
             return f'it was not seen {name}: {wrong(ended, {0}) or "it came to its end"}'
         for index, number in enumerate(NUMBERS[sent]):
             time.sleep(0.02 * index)
-            process.send_signal(number)
+            if sent == 'Ctrl-C':
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
         ended = finish(process)
     note(f'exit code {ended.code}')
     codes = CODES[sent]

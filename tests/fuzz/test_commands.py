@@ -162,7 +162,7 @@ def test_streams_are_as_they_are_called(tmp_path, way, words, codes, told):
         ('full', 'head -c 10000 /dev/zero > {}.partial; rm {}.partial; echo error: full >&2; exit 1', None),
         ('full', 'head -c 10000 /dev/zero > {}.partial; echo error: full >&2; exit 1', 'is left'),
         (
-            'becoming full',
+            'full after 4 kB',
             'head -c 3000 /dev/zero > {} || { echo error: full >&2; exit 1; }',
             'exit code 0 where {1} is right',
         ),
@@ -190,7 +190,7 @@ def test_disks_are_as_they_are_called_and_what_is_left_is_seen(tmp_path, monkeyp
         ended = disks.tried(command, way, tmp_path / 'disk', tmp_path, tmp_path, mounted)
         (tmp_path / 'begun').touch()
         place = tmp_path / ('out' if way.startswith('of ') else 'disk')
-        found = commands.wrong(ended, disks.WAYS[way]) or disks.left(command, ended, place, tmp_path)
+        found = commands.wrong(ended, disks.codes(way)) or disks.left(command, ended, place, tmp_path)
     assert found is None if told is None else told in (found or ''), (found, ended)
 
 
@@ -199,7 +199,7 @@ def test_every_script_and_each_of_its_ways_is_among_the_commands():
     assert {command.words[0] for command in COMMANDS.values()} == scripts
     ways = (commands.ROOT / 'scripts' / 'convert.py').read_text(encoding='utf-8').count('ways.add_parser(')
     assert len({command.words[1] for command in COMMANDS.values() if command.words[0] == 'convert'}) == ways
-    assert set(disks.LEFT) == set(disks.WRITES) - {'train'} | {'train'}
+    assert set(disks.AFTER) == set(disks.WRITES)
 
 
 def test_a_process_that_does_not_name_the_one_it_lost_is_a_fault(tmp_path, monkeypatch):

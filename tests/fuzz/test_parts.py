@@ -1,6 +1,8 @@
 """The first cases of each part that is read in process, and what `make fuzz` says of them all."""
 
 import importlib.util
+import re
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +19,13 @@ def test_odd_inputs_of_seed_0_are_read_or_refused_as_docs_say(name, tmp_path):
     found = list(workers.in_process(part, 0, range(part.QUICK), part.COUNT, tmp_path))
     assert len(found) == part.QUICK >= 20
     assert not [f'{one.number} ({one.name}): {one.wrong}' for one in found if one.wrong]
+
+
+def test_every_part_of_this_folder_is_run():
+    modules = [path for path in Path(__file__).parent.glob('*.py') if not path.name.startswith(('_', 'test_'))]
+    assert {path.stem for path in modules if re.search(r'^def check\(case', path.read_text(), re.MULTILINE)} == set(
+        PARTS
+    )
 
 
 @pytest.mark.parametrize('name', PARTS)

@@ -100,6 +100,10 @@ def work(part: str, seed: int, count: int, folder: Path, says: int) -> None:
     if module.IN_PROCESS:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # What it starts gets every signal, whoever has started the fuzzers: a shell's background and nohup pass some over.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
     cases = module.cases(seed, count)
     with open(says, 'w', encoding='utf-8') as told:
         told.write('\n')  # imported
