@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from data.exported_tokenizer import exported_tokenizer
 from data.gguf_tokenizer import tokenizer_files
 from data.pairs import first_token
 from data.published_tokenizer import published_tokenizer, run_tokenizer
+from data.tokenizer import Tokenizer
 from model import hub, publish
 from model.config import ModelConfig
 from model.families import OPTIONAL, Tensor, tensors
@@ -61,13 +62,7 @@ def import_run(
 
     The arguments are those of `hub.read`.
     """
-    publish.refuse_existing(run)
-    found = hub.read(source, dtype, without_remote_code, ignore)
-    with found.fields.told():
-        check_divides(mesh, sizes(found.model))
-    files = files_beside(source, found)
-    config = run_config(run.name, found, mesh)
-    tokenizer = published_tokenizer(files, str(source), found.model.vocabulary)
+    found, files, config, tokenizer = examined(source, run, mesh, dtype, without_remote_code, ignore)
     start(mesh.size, config.model.dtype)
     devices = make_mesh(mesh)
     kept = {'config.yaml': configs.dump(config).encode()} | (tokenizer.files() if tokenizer else {})
@@ -97,6 +92,33 @@ def import_run(
         )
     if not tokenizer:
         say(f'{source} has no tokenizer: the run can be scored with token ids, but neither decode nor evaluate text')
+
+
+class Examined(NamedTuple):
+    """What an import knows before it writes anything."""
+
+    found: hub.Published
+    files: dict[str, bytes]  # beside the weights, by their paths
+    config: RunConfig
+    tokenizer: Tokenizer | None
+
+
+def examined(
+    source: Path,
+    run: Path,
+    mesh: MeshConfig,
+    dtype: str | None = None,
+    without_remote_code: bool = False,
+    ignore: Sequence[str] = (),
+) -> Examined:
+    """All of a published folder or GGUF file but its numbers. Raises UserError if it cannot be this run."""
+    publish.refuse_existing(run)
+    found = hub.read(source, dtype, without_remote_code, ignore)
+    with found.fields.told():
+        check_divides(mesh, sizes(found.model))
+    files = files_beside(source, found)
+    config = run_config(run.name, found, mesh)
+    return Examined(found, files, config, published_tokenizer(files, str(source), found.model.vocabulary))
 
 
 def left_out(found: hub.Published) -> Iterator[str]:
