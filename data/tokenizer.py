@@ -17,7 +17,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from sharding.errors import UserError
+from sharding.errors import UserError, shown
 
 SPACE = '\u2581'
 PART = 65536  # characters: a longer text is cut where no piece can span the cut, for sentencepiece holds many bytes for each
@@ -175,7 +175,8 @@ class Tokenizer:
         for i in ids:
             if i >= self.embedded:
                 raise UserError(
-                    f'text: token {self.name_of(i)!r} has id {i}, and the model’s embedding has {self.embedded} rows: it never '
+                    f'text: token {shown(self.name_of(i), 60, quoted=True)} has id {i}, and the model’s embedding has '
+                    f'{self.embedded} rows: it never '
                     'learnt that token; leave it out'
                 )
 

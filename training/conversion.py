@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,18 +30,19 @@ from data.published_tokenizer import published_tokenizer, run_tokenizer
 from data.tokenizer import Tokenizer
 from model import hub, publish
 from model.config import ModelConfig
-from model.families import OPTIONAL, Tensor, tensors
+from model.families import OPTIONAL, Tensor, families, tensors
 from model.sizes import sizes
 from model.streaming import narrowed, published
 from sharding.buckets import Bucket
-from sharding.errors import UserError
+from sharding.errors import UserError, shown
 from sharding.memory import told_bytes
 from sharding.mesh import BATCH, SEQUENCE, MeshConfig, check_divides, make_mesh, start
+from storage.foreign import read_object, shown_path
 from training import config as configs
 from training.bucket_checkpoint import checkpoints_of
 from training.checkpoint import Checkpoints, named
 from training.config import RECORD, RunConfig, TrainingConfig
-from training.context import SOURCE, context_of, published_files
+from training.context import SOURCE, context_of, published_config, published_files
 from training.state import abstract_state, restore_model, saved_config
 
 CONTEXT = 2048  # tokens, where a config says nothing of it
@@ -88,7 +89,7 @@ def import_run(
     if tokenizer and tokenizer.embedded < tokenizer.vocabulary:
         say(
             f'its tokenizer has {tokenizer.vocabulary} tokens and its embedding {tokenizer.embedded} rows: texts with a token '
-            f'beyond, such as {tokenizer.name_of(tokenizer.embedded)!r}, are refused'
+            f'beyond, such as {shown(tokenizer.name_of(tokenizer.embedded), 60, quoted=True)}, are refused'
         )
     if not tokenizer:
         say(f'{source} has no tokenizer: the run can be scored with token ids, but neither decode nor evaluate text')
@@ -118,16 +119,18 @@ def examined(
         check_divides(mesh, sizes(found.model))
     files = files_beside(source, found)
     config = run_config(run.name, found, mesh)
-    return Examined(found, files, config, published_tokenizer(files, str(source), found.model.vocabulary))
+    return Examined(found, files, config, published_tokenizer(files, shown_path(source), found.model.vocabulary))
 
 
 def left_out(found: hub.Published) -> Iterator[str]:
     """What of a published folder a run does without, a line each."""
     for field in found.ignored:
-        yield f'{found.fields.source}: {field} is passed over, as asked'
+        yield f'{found.fields.source}: {shown(field, 100)} is passed over, as asked'
     for part in found.absent:
         tied = part == 'head' and found.model.head
-        yield f'{found.folder}: has no {OPTIONAL[part]}: ' + ('the embedding is it' if tied else 'imported without')
+        yield f'{shown_path(found.folder)}: has no {OPTIONAL[part]}: ' + (
+            'the embedding is it' if tied else 'imported without'
+        )
     if not found.model.head:
         yield 'without an LM head it can be scored and embeds texts (scripts/score.py), but can neither decode nor be trained'
 
@@ -307,6 +310,20 @@ def imported(run: Path | Bucket) -> Imported | None:
     """Of a run; None where it was not imported."""
     if not (run / RECORD).is_file():
         return None
-    record = json.loads((run / RECORD).read_text(encoding='utf-8'))
-    files = published_files(run)
-    return Imported(config=json.loads(files.pop(hub.CONFIG)), beside=files, **record)
+    record = read_object((run / RECORD).read_bytes(), f'{run}/{RECORD}')
+    texts = lambda said: isinstance(said, dict) and all(isinstance(text, str) for text in said.values())
+    names = lambda said: isinstance(said, list) and all(isinstance(name, str) for name in said)
+    text = lambda said: isinstance(said, str)
+    fits = {'family': text, 'files': texts, 'dtype': text, 'dtypes': texts, 'copies': texts, 'fixed': texts}
+    fits |= {'absent': names, 'ignored': names}
+    if record.keys() - fits.keys() or not all(fit(record.get(name)) for name, fit in fits.items() if name in record):
+        raise UserError(f'{run}/{RECORD}: damaged: import the run again')
+    needed = [name for name in ('family', 'files', 'dtype', 'dtypes', 'copies', 'fixed') if name not in record]
+    if (
+        needed
+        or record['family'] not in (family.name for family in families())
+        or record['dtype'] not in get_args(hub.Kept)
+    ):
+        raise UserError(f'{run}/{RECORD}: damaged: import the run again')
+    files = published_files(run, lambda path: path != hub.CONFIG)
+    return Imported(config=published_config(run), beside=files, **record)

@@ -138,6 +138,7 @@ FIELDS = (
     'extra_ids', 'tokenizer_class', 'normalizer', 'post_processor', 'mlp_only_layers', ESCAPES, '\ud800',
 )  # fmt: skip
 COUNTS = re.compile(r'"(num_\w*|n_\w+|\w+_layers|\w*experts\w*|\w*size|\w*dim|\w*positions|d_\w+|\w+_rank)": (\d+)')
+CHARSMAPS = ('AAAA', '/////w==', 'BAAAAP////8A', 'BAAAAAAAAIAA', 3)
 SIZES = (0, 7, 300, 4096, 9999, 10**4, 10**6, 10**9, 2**31 - 1)
 
 
@@ -211,7 +212,21 @@ def _spoiled(content: bytes, draw: random.Random) -> bytes:
         elif how < 0.55:
             del raw[i : i + draw.choice((1, 2, 16, 500))]
         elif how < 0.7:
-            more = (b'\0', b'"', b'{', b'[', b'}', b'\xff', b'NaN', b'-', b'e999', b'9' * 5000, b'\\ud800', b'\x1b[31m', b'\xef\xbb\xbf')
+            more = (
+                b'\0',
+                b'"',
+                b'{',
+                b'[',
+                b'}',
+                b'\xff',
+                b'NaN',
+                b'-',
+                b'e999',
+                b'9' * 5000,
+                b'\\ud800',
+                b'\x1b[31m',
+                b'\xef\xbb\xbf',
+            )
             raw[i:i] = draw.choice(more)
         elif how < 0.85:
             del raw[i:]
@@ -274,26 +289,34 @@ def a_tokenizer(folder: Path, draw: random.Random) -> str:
         return bytes_of_a_file(folder, draw)
     said = json.loads(path.read_bytes())
     replace = {'type': 'Replace', 'pattern': {'String': 'a'}, 'content': 'a' * 10}
-    sequence = {'Sequence': {'id': 'A', 'type_id': 0}}
+    text, odd = {'Sequence': {'id': 'A', 'type_id': 0}}, {'SpecialToken': {'id': ESCAPES, 'type_id': 0}}
+    template = {'type': 'TemplateProcessing', 'pair': [text], 'special_tokens': {}}
+    split = {'type': 'Split', 'behavior': 'Isolated', 'invert': False}
+    unigram = draw.choice(([], [['', 0.0]], [['a', 0.0], ['b', -1e308]]))
+    pieces = {'continuing_subword_prefix': '##', 'max_input_chars_per_word': 3}
+    padding = {'strategy': {'Fixed': 10**9}, 'direction': 'Right', 'pad_id': 0, 'pad_type_id': 0, 'pad_token': 'x'}
     field, value = draw.choice((
         ('normalizer', {'type': 'Sequence', 'normalizers': [replace] * 10}),
         ('normalizer', replace | {'pattern': {'Regex': ''}, 'content': 'b' * 200}),
-        ('normalizer', {'type': 'Precompiled', 'precompiled_charsmap': draw.choice(('AAAA', '/////w==', 'BAAAAP////8A', 3))}),
-        ('pre_tokenizer', {'type': 'Split', 'pattern': {'Regex': draw.choice(('(', '(a+)+$', ''))}, 'behavior': 'Isolated', 'invert': False}),
-        ('model', {'type': 'Unigram', 'vocab': draw.choice(([], [['', 0.0]], [['a', 0.0], ['b', -1e308]])), 'unk_id': draw.choice((0, None, 7))}),
+        ('normalizer', {'type': 'Precompiled', 'precompiled_charsmap': draw.choice(CHARSMAPS)}),
+        ('pre_tokenizer', split | {'pattern': {'Regex': draw.choice(('(', '(a+)+$', ''))}}),
+        ('model', {'type': 'Unigram', 'vocab': unigram, 'unk_id': draw.choice((0, None, 7))}),
         ('model', {'type': 'WordLevel', 'vocab': {'<s>': 1, 'x': 0}, 'unk_token': 'nope'}),
-        ('model', {'type': 'WordPiece', 'vocab': {'<s>': 1, '</s>': 0}, 'unk_token': 'nope', 'continuing_subword_prefix': '##', 'max_input_chars_per_word': 3}),
-        ('post_processor', {'type': 'TemplateProcessing', 'single': [sequence, sequence], 'pair': [sequence], 'special_tokens': {}}),
-        ('post_processor', {'type': 'TemplateProcessing', 'single': [{'SpecialToken': {'id': ESCAPES, 'type_id': 0}}], 'pair': [sequence], 'special_tokens': {}}),
-        ('decoder', draw.choice((None, {'type': 'Fuse'}, {}, {'type': 'Sequence', 'decoders': [{}]}, {'type': 'WordPiece'}))),
+        ('model', {'type': 'WordPiece', 'vocab': {'<s>': 1, '</s>': 0}, 'unk_token': 'nope'} | pieces),
+        ('post_processor', template | {'single': [text, text]}),
+        ('post_processor', template | {'single': [odd]}),
+        ('decoder', draw.choice((None, {'type': 'Fuse'}, {}, {'type': 'WordPiece'}))),
+        ('decoder', {'type': 'Sequence', 'decoders': [{}]}),
         ('truncation', {'direction': 'Right', 'max_length': 0, 'strategy': 'LongestFirst', 'stride': 5}),
-        ('padding', {'strategy': {'Fixed': 10**9}, 'direction': 'Right', 'pad_to_multiple_of': 0, 'pad_id': 0, 'pad_type_id': 0, 'pad_token': 'x'}),
+        ('padding', padding | {'pad_to_multiple_of': 0}),
         ('added_tokens', [{'id': 0, 'content': draw.choice((ESCAPES, '', '\ud800', 'q' * 2_000_000))}]),
         ('added_tokens', draw.choice((None, {}, [None], [{}], [{'id': 10**9, 'content': 'x', 'special': True}]))),
     ))  # fmt: skip
     said[field] = value
     if draw.random() < 0.3 and isinstance(said.get('model', {}).get('vocab'), dict):
-        said['model']['vocab'][draw.choice(('<0xZZ>', ESCAPES, '', 'far'))] = draw.choice((len(said['model']['vocab']), 4_000_000, 2**33, -1))
+        said['model']['vocab'][draw.choice(('<0xZZ>', ESCAPES, '', 'far'))] = draw.choice(
+            (len(said['model']['vocab']), 4_000_000, 2**33, -1)
+        )
     path.write_bytes(_text(said, draw))
     return f'{field} {str(value)[:60]}'
 
@@ -308,7 +331,9 @@ def a_shape(folder: Path, draw: random.Random) -> str:
     path, header, numbers = _weights(folder, draw)
     entries = json.loads(header)
     name = draw.choice([name for name in entries if name != '__metadata__'])
-    shape = draw.choice(([2**62] * 400, [2**62] * 100_000, [0, 2**62], [1] * 65 + entries[name]['shape'], [0], [], [2**63], [1] * 40))
+    shape = draw.choice(
+        ([2**62] * 400, [2**62] * 100_000, [0, 2**62], [1] * 65 + entries[name]['shape'], [0], [], [2**63], [1] * 40)
+    )
     entries[name]['shape'] = shape
     if draw.random() < 0.3:
         entries[draw.choice((ESCAPES, 'n' * 3_000_000, '../x', ''))] = entries.pop(name)
@@ -357,8 +382,8 @@ def an_index(folder: Path, draw: random.Random) -> str:
         said = {name: 'a.safetensors' for name in json.loads(header) if name != '__metadata__'}
     tensor = draw.choice(list(said))
     lie = draw.choice((
-        '../llama/model.safetensors', '/etc/passwd', 'a\0b', '\ud800.safetensors', ESCAPES, '', '.', '..', 'x' * 300, 'config.json',
-        'x' * 3_000_000, 'none.safetensors', 5, None, [], names[0], 'a\\b',
+        '../llama/model.safetensors', '/etc/passwd', 'a\0b', '\ud800.safetensors', ESCAPES, '', '.', '..', 'x' * 300,
+        'config.json', 'x' * 3_000_000, 'none.safetensors', 5, None, [], names[0], 'a\\b',
     ))  # fmt: skip
     how = draw.randrange(4)
     if how == 0:
@@ -418,8 +443,9 @@ def a_deep_or_double_file(folder: Path, draw: random.Random) -> str:
     deep = draw.choice((60, 900, 100_000))
     first = next(iter(json.loads(text)), 'x')
     path.write_text(draw.choice((
-        '[' * deep, '{"a":' * deep + '1' + '}' * deep, '[' * deep + ']' * deep, f'{{{json.dumps(first)}: 3,' + text.lstrip()[1:],
-        text.replace('{', '{"_x": ' + '9' * 5000 + ', ', 1), text.replace('{', '{"_y": ' + '[' * deep + ']' * deep + ',', 1),
+        '[' * deep, '{"a":' * deep + '1' + '}' * deep, '[' * deep + ']' * deep,
+        f'{{{json.dumps(first)}: 3,{text.lstrip()[1:]}', text.replace('{', '{"_x": ' + '9' * 5000 + ', ', 1),
+        text.replace('{', '{"_y": ' + '[' * deep + ']' * deep + ',', 1),
         '\ufeff' + text, 'null', '[]', '"x"', '3', '', '{}', text + text, 'NaN',
     )))  # fmt: skip
     return path.name
@@ -427,7 +453,9 @@ def a_deep_or_double_file(folder: Path, draw: random.Random) -> str:
 
 def a_name(folder: Path, draw: random.Random) -> str:
     """A file whose name troubles a terminal, with nothing else to read instead of it."""
-    name = draw.choice((b'\x1b[2J\nerror', b'\xff\xfe', b'\xe2\x80\xae')) + draw.choice((b'.txt', b'.json', b'.bin', b'.safetensors', b'.jinja'))
+    name = draw.choice((b'\x1b[2J\nerror', b'\xff\xfe', b'\xe2\x80\xae')) + draw.choice(
+        (b'.txt', b'.json', b'.bin', b'.safetensors', b'.jinja')
+    )
     if draw.random() < 0.7:
         for path in _files(folder, '.safetensors', '.index.json'):
             path.unlink()
@@ -604,7 +632,12 @@ def run(seed: int, count: int, only: int | None, root: Path) -> list[str]:
     while number < until:
         command = [sys.executable, '-m', 'tests.fuzz.folders', '--seed', str(seed), '--count', str(until)]
         environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
-        process = subprocess.Popen([*command, '--child', str(number), str(root)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+        process = subprocess.Popen(
+            [*command, '--child', str(number), str(root)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
+        )
         number = _watch(process, number, outcomes, faults)
     print(f'seed {seed}: {sum(outcomes.values())} folders in {time.monotonic() - began:.0f} s: {dict(outcomes)}')
     return faults
@@ -612,7 +645,7 @@ def run(seed: int, count: int, only: int | None, root: Path) -> list[str]:
 
 def _watch(process: subprocess.Popen, number: int, outcomes: Counter[str], faults: list[str]) -> int:
     """The case that the next process begins with."""
-    assert process.stdout and process.stderr
+    assert process.stdout
     left, begun = b'', False
     while True:
         ready, _, _ = select.select([process.stdout], [], [], 3 * SECONDS if begun else 12 * SECONDS)
