@@ -299,6 +299,19 @@ def _broken(error: Exception, packing: Packing | None, name: str) -> str:
     return f'{name}: not a whole {packing.name} file ({shown(error)}); make it again from the original'
 
 
+def decoded(content: bytes, name: str) -> str:
+    """UTF-8 as text, without a byte order mark. Raises UserError for anything else."""
+    if encoding := next((encoding for mark, encoding in ENCODINGS if content.startswith(mark)), None):
+        raise UserError(f'{name}: is {encoding} text, and UTF-8 is read; convert it (iconv -f {encoding} -t utf-8)')
+    try:
+        return content.decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        line = content.count(b'\n', 0, error.start) + 1
+        raise UserError(
+            f'{name}: line {line}: not UTF-8 at byte {error.start}, which is 0x{content[error.start]:02x}'
+        ) from None
+
+
 def opened(path: Path, name: str, streams: bool = False) -> io.BufferedReader:
     """A regular file for reading, which never waits. Raises UserError for others, but with `streams` for pipes and terminals.
 

@@ -91,7 +91,7 @@ def read_data(options: argparse.Namespace) -> list:
 
     skipped: list[LeftOut] = []
     config = at(options.run) / 'config.yaml'
-    if config.is_file() and parse(config.read_bytes().decode(), str(config)).model.encoder is not None:
+    if config.is_file() and parse(config.read_bytes(), str(config)).model.encoder is not None:
         found: list = list(read_pairs(options.data, '--data', skipped))
     else:
         found = [text for _, text in texts(options.data, options.field, skipped)]
