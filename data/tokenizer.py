@@ -17,7 +17,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from sharding.errors import UserError
+from sharding.errors import UserError, shown
 from storage import files as disk
 
 SPACE = '\u2581'
@@ -176,7 +176,8 @@ class Tokenizer:
         for i in ids:
             if i >= self.embedded:
                 raise UserError(
-                    f'text: token {self.name_of(i)!r} has id {i}, and the model’s embedding has {self.embedded} rows: it never '
+                    f'text: token {shown(self.name_of(i), 60, quoted=True)} has id {i}, and the model’s embedding has '
+                    f'{self.embedded} rows: it never '
                     'learnt that token; leave it out'
                 )
 

@@ -9,7 +9,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -221,10 +221,11 @@ def read(path: Path, most: int = 2**26) -> bytes:
             return file.read()
 
 
-def check_output(option: str, path: Path) -> None:
+def check_output(option: str, path: Path, reads: Iterable[str | Path] = ()) -> None:
     """Raises UserError where a result cannot be written to `path`: its folder is missing, or no regular file has the name.
 
-    A device, a FIFO, a link or a folder would be replaced by the result: whatever reads or uses it would lose it.
+    A device, a FIFO, a link or a folder would be replaced by the result: whatever reads or uses it would lose it. So would a
+    file that the result is made of: `reads` are those.
     """
     for one in (path, partial(path)):
         try:
@@ -243,6 +244,9 @@ def check_output(option: str, path: Path) -> None:
         raise UserError(f'{option} {shown(str(path))}: there is no folder {shown(str(path.parent))}')
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f'{option} {shown(str(path))}: {os.strerror(errno.EACCES)}: {shown(str(path.parent))}')
+    for source in reads:
+        if path.exists() and os.path.exists(source) and os.path.samefile(path, source):
+            raise UserError(f'{option} {shown(str(path))}: is what is read: name another file')
 
 
 class Output:

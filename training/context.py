@@ -20,7 +20,12 @@ def context(run: Path | Bucket, config: RunConfig) -> int:
     trained = config.training.sequence_length
     if not (run / RECORD).is_file():
         return trained
-    return max(trained, context_of(object_of(run / SOURCE / 'config.json')) or 0)
+    return max(trained, context_of(published_config(run)) or 0)
+
+
+def published_config(run: Path | Bucket) -> dict[str, Any]:
+    """An imported run's config.json, as it was published."""
+    return object_of(run / SOURCE / 'config.json')
 
 
 def context_of(published: Mapping[str, Any]) -> int | None:

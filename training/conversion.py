@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,10 @@ from data.exported_tokenizer import exported_tokenizer
 from data.gguf_tokenizer import tokenizer_files
 from data.pairs import first_token
 from data.published_tokenizer import published_tokenizer, run_tokenizer
+from data.tokenizer import Tokenizer
 from model import hub, publish
 from model.config import ModelConfig
-from model.families import OPTIONAL, Tensor, tensors
+from model.families import OPTIONAL, Tensor, families, tensors
 from model.sizes import sizes
 from model.streaming import narrowed, published
 from sharding.buckets import Bucket
@@ -37,13 +38,14 @@ from sharding.errors import UserError, shown
 from sharding.memory import told_bytes
 from sharding.mesh import BATCH, SEQUENCE, MeshConfig, check_divides, make_mesh, start
 from storage import files as disk
+from storage.foreign import shown_path
 from storage.lock import Lock
 from storage.staged import refuse_existing, staged
 from training import config as configs
 from training.bucket_checkpoint import checkpoints_of
 from training.checkpoint import Checkpoints, named, read_newest
 from training.config import RECORD, RunConfig, TrainingConfig
-from training.context import SOURCE, context_of, object_of, published_files
+from training.context import SOURCE, context_of, object_of, published_config, published_files
 from training.finite import RULE, check_saved, not_finite
 from training.state import abstract_model, abstract_state, restore_newest, saved_config
 
@@ -81,12 +83,7 @@ def make_run(
     say: Callable[[str], None],
 ) -> None:
     """As `import_run`, for whoever has the run's lock."""
-    found = hub.read(source, dtype, without_remote_code, ignore)
-    with found.fields.told():
-        check_divides(mesh, sizes(found.model))
-    files = files_beside(source, found)
-    config = run_config(run.name, found, mesh)
-    tokenizer = published_tokenizer(files, str(source), found.model.vocabulary)
+    found, files, config, tokenizer = examined(source, run, mesh, dtype, without_remote_code, ignore)
     start(mesh.size, config.model.dtype)
     devices = make_mesh(mesh)
     kept = {'config.yaml': configs.dump(config).encode()} | (tokenizer.files() if tokenizer else {})
@@ -112,7 +109,7 @@ def make_run(
     if tokenizer and tokenizer.embedded < tokenizer.vocabulary:
         say(
             f'its tokenizer has {tokenizer.vocabulary} tokens and its embedding {tokenizer.embedded} rows: texts with a token '
-            f'beyond, such as {tokenizer.name_of(tokenizer.embedded)!r}, are refused'
+            f'beyond, such as {shown(tokenizer.name_of(tokenizer.embedded), 60, quoted=True)}, are refused'
         )
     if not tokenizer:
         say(f'{source} has no tokenizer: the run can be scored with token ids, but neither decode nor evaluate text')
@@ -129,13 +126,42 @@ def check_local(run: Path) -> None:
         )
 
 
+class Examined(NamedTuple):
+    """What an import knows before it writes anything."""
+
+    found: hub.Published
+    files: dict[str, bytes]  # beside the weights, by their paths
+    config: RunConfig
+    tokenizer: Tokenizer | None
+
+
+def examined(
+    source: Path,
+    run: Path,
+    mesh: MeshConfig,
+    dtype: str | None = None,
+    without_remote_code: bool = False,
+    ignore: Sequence[str] = (),
+) -> Examined:
+    """All of a published folder or GGUF file but its numbers. Raises UserError if it cannot be this run."""
+    refuse_existing(run)
+    found = hub.read(source, dtype, without_remote_code, ignore)
+    with found.fields.told():
+        check_divides(mesh, sizes(found.model))
+    files = files_beside(source, found)
+    config = run_config(run.name, found, mesh)
+    return Examined(found, files, config, published_tokenizer(files, shown_path(source), found.model.vocabulary))
+
+
 def left_out(found: hub.Published) -> Iterator[str]:
     """What of a published folder a run does without, a line each."""
     for field in found.ignored:
-        yield f'{found.fields.source}: {field} is passed over, as asked'
+        yield f'{found.fields.source}: {shown(field, 100)} is passed over, as asked'
     for part in found.absent:
         tied = part == 'head' and found.model.head
-        yield f'{found.folder}: has no {OPTIONAL[part]}: ' + ('the embedding is it' if tied else 'imported without')
+        yield f'{shown_path(found.folder)}: has no {OPTIONAL[part]}: ' + (
+            'the embedding is it' if tied else 'imported without'
+        )
     if not found.model.head:
         yield 'without an LM head it can be scored and embeds texts (scripts/score.py), but can neither decode nor be trained'
 
@@ -351,9 +377,12 @@ def imported(run: Path | Bucket) -> Imported | None:
             raise UserError(
                 f'{run / RECORD}: is damaged ({damaged}); restore it from a copy, or import the model again'
             )
-    files = published_files(run)
-    config = object_of(run / SOURCE / hub.CONFIG)
-    files.pop(hub.CONFIG)
+    if record['family'] not in (family.name for family in families()):
+        raise UserError(
+            f'{run / RECORD}: is damaged (family is {shown(record["family"], 60, quoted=True)}, which is none)'
+        )
+    files = published_files(run, lambda path: path != hub.CONFIG)
+    config = published_config(run)
     return Imported(config=config, beside=files, **{field: record[field] for field in RECORDED})
 
 

@@ -42,7 +42,7 @@ def saved_config(checkpoints: Checkpoints, step: int) -> RunConfig:
     """The config that a checkpoint was saved with: its own copy, which its manifest vouches for."""
     checkpoints.meta(step)
     source = checkpoints.folder / str(step) / 'config.yaml'
-    return configs.parse(checkpoints.file(step, 'config.yaml').decode(), str(source))
+    return configs.parse(checkpoints.file(step, 'config.yaml'), str(source))
 
 
 def items(state: State) -> dict[str, Any]:
