@@ -13,7 +13,6 @@ from sharding.errors import shown
 from sharding.memory import gib
 from training.tables import Fitted, wrapped
 
-
 STRATEGIES = 12  # that are told
 
 
@@ -132,14 +131,14 @@ def rules_table(plan: dict[str, Any]) -> Table:
 
 def search_table(search: dict[str, Any]) -> Table:
     """The best of each strategy, and why it is not the first."""
-    shown, every = search['ranked'][:STRATEGIES], len(search['ranked'])
-    serving = 'rows' in shown[0]['settings']
+    best, every = search['ranked'][:STRATEGIES], len(search['ranked'])
+    serving = 'rows' in best[0]['settings']
     which = 'of each set of axes' if every <= STRATEGIES else f'{STRATEGIES} of {every} sets of axes'
     table = _table(
         f'Search: {search["meshes"]:,} meshes divide model and {"rows" if serving else "batch"}; the best {which}',
         *('mesh', *(('rows',) if serving else ('remat', 'parts')), 's/step', 'GiB', 'why'),
     )
-    for choice in shown:
+    for choice in best:
         settings = choice['settings']
         if serving:
             how = [f'{settings["rows"]:,}']

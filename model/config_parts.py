@@ -241,4 +241,6 @@ def runs_of(kinds: tuple[Kind, ...]) -> tuple[Run, ...]:
 
 
 def nearest_divisor(n: int, wanted: int) -> int:
-    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))
+    """The divisor of `n` that is nearest to `wanted`, the smaller one of two."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return min([*small, *(n // d for d in small)], key=lambda d: (abs(d - wanted), d))

@@ -157,4 +157,4 @@ def check_ids(option: str, path: str, ids, least: int, c) -> None:
 
 
 if __name__ == '__main__':
-    run(main)
+    run(main, lasting=True)

@@ -1,8 +1,8 @@
 """loss.png: a run's losses by step, with the last value written where no curve is."""
 
+import io
 import itertools
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import matplotlib.pyplot as plt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox, BboxBase
+
+from storage.files import write
 
 PLACES = 25  # across and up, at which a label is tried
 NEAR = 14  # points from what it names: no line leads there
@@ -56,10 +58,10 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     if checked and math.isfinite(values[-1]):
         note = f'{values[-1]:.3f} nats = {checked[-1]["validation_bits_per_byte"]:.3f} bits/byte'
         label(loss, note, (steps[-1], values[-1]), legend)
-    temporary = path.with_suffix('.tmp.png')
-    figure.savefig(temporary)
+    content = io.BytesIO()
+    figure.savefig(content, format='png')
     plt.close(figure)
-    os.replace(temporary, path)
+    write(path, content.getvalue())
 
 
 def label(axes: Axes, text: str, point: tuple[float, float], legend: Artist) -> None:

@@ -14,7 +14,20 @@ from sharding.memory import gib, shard_bytes
 from sharding.mesh import AXES, BATCH, SEQUENCE
 from sharding.pipeline import bubble, ticks
 from training.config import RunConfig
+from training.step import schedule
 from training.tables import Fitted
+
+
+def rate_line(before: RunConfig, now: RunConfig, step: int) -> str | None:
+    """What another number of steps does to the learning rate of a run that goes on after `step`; None where it is the same."""
+    was, will = before.training.steps, now.training.steps
+    if was == will or step >= will:
+        return None
+    rate, next_rate = float(schedule(before.training)(step - 1)), float(schedule(now.training)(step))
+    return (
+        f'training.steps was {was} and is {will}: the schedule is of all steps, and the learning rate goes from {rate:.3g} at '
+        f'step {step} to {next_rate:.3g} at step {step + 1}'
+    )
 
 
 def named(tree: Any) -> Iterator[tuple[str, Any]]:
