@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.entry import run as run_script
+from sharding.errors import LONGEST, shown
 from sharding.mesh import BATCH, MeshConfig
 from storage.files import Output, check_output
 
@@ -51,7 +52,7 @@ def main() -> None:
 
     show(plan, Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160))
     if options.html is not None:
-        print(options.html)
+        print(shown(options.html, LONGEST))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

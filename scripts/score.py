@@ -71,6 +71,7 @@ def embed_texts(options: argparse.Namespace) -> None:
     import numpy as np
 
     from decoding.embed import embed
+    from sharding.errors import LONGEST, shown
     from sharding.memory import explaining
 
     tell = 'out of memory on a device: activations of some texts at once; give shorter ones, or use --mesh'
@@ -78,14 +79,14 @@ def embed_texts(options: argparse.Namespace) -> None:
         vectors = embed(opened, texts, options.pooling)
     with Output('--embeddings', target) as file:
         np.save(file, vectors)
-    print(f'{target}: float32 {list(vectors.shape)} (step {opened.step})')
+    print(f'{shown(target, LONGEST)}: float32 {list(vectors.shape)} (step {opened.step})')
 
 
 def score_tokens(options: argparse.Namespace) -> None:
     """Writes the logits of rows of token ids."""
     from data.ids import read_ids
     from decoding.run import open_run
-    from sharding.errors import UserError, shown
+    from sharding.errors import LONGEST, UserError, shown
     from storage.files import check_output
 
     target = Path(options.logits)
@@ -124,7 +125,7 @@ def score_tokens(options: argparse.Namespace) -> None:
             out[begin : begin + len(logit_BTV)] = logit_BTV
     out.flush()
     os.replace(partial, target)
-    print(f'{target}: {what}, float32 {list(out.shape)} (step {opened.step})')
+    print(f'{shown(target, LONGEST)}: {what}, float32 {list(out.shape)} (step {opened.step})')
 
 
 def read_texts(path: str) -> list[str]:

@@ -307,13 +307,14 @@ class Run:
     def log(self, row: dict[str, Any]) -> None:
         """Writes a row, with the speed since the last one; time spent validating and saving is not counted."""
         # A process' first step alone has no span but the one in which it compiled.
-        clock, tokens = (self.clock, self.clock_tokens) if self.tokens > self.clock_tokens else self.begun
+        steady = self.tokens > self.clock_tokens
+        clock, tokens = (self.clock, self.clock_tokens) if steady else self.begun
         row['tokens_per_second'] = (self.tokens - tokens) / (time.perf_counter() - clock - row.pop('seconds', 0))
         self.metrics.log(row)
         if 'validation_loss' in row:
             self.push()
         if not self.console.is_terminal or 'validation_loss' in row:
-            self.console.print(line(row, self.config.training.steps), highlight=False)
+            self.console.print(line(row, self.config.training.steps, steady), highlight=False)
         self.clock, self.clock_tokens = time.perf_counter(), self.tokens
 
     def validate(self, everything: bool) -> dict[str, float]:
@@ -395,9 +396,10 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
-def line(row: dict[str, Any], steps: int) -> str:
-    """A row of metrics as a line for a person."""
+def line(row: dict[str, Any], steps: int, steady: bool = True) -> str:
+    """A row of metrics as a line for a person; `steady`: its speed is without the time that compiling took."""
     text = f'step {row["step"]}/{steps}  loss {row["loss"]:.4f}  {row["tokens_per_second"]:,.0f} tokens/s'
+    text += '' if steady else ' with compiling'
     if 'router.max_share' in row:
         text += f'  largest expert share {row["router.max_share"]:.2f}'
     if 'validation_loss' in row:
