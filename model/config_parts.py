@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
+
+import numpy as np
 
 from sharding.errors import UserError, nearest
 
@@ -196,23 +198,49 @@ class EncoderConfig:
 
 @functools.cache
 def runs_of(kinds: tuple[Kind, ...]) -> tuple[Run, ...]:
-    """Kinds in a row as repeated units: the fewest kinds written down, of those the fewest runs, of those the first longest."""
-    L = len(kinds)
-    best: list[tuple[tuple[int, int], tuple[Run, ...]]] = [((0, 0), ())] * (L + 1)
+    """Kinds in a row as repeated units: the fewest kinds written down, of those the fewest runs, of those the first longest.
+
+    From the last layer to the first, each time the best of all first runs with the best of what is left. Ten thousand layers
+    take a second.
+    """
+    L, known = len(kinds), dict[Kind, int]()
+    code = np.array([known.setdefault(kind, len(known)) for kind in kinds])
+    wide = L + 1  # more than any of the three numbers by which two ways are compared, in the order of their weight
+    cost = np.zeros(L + 1, np.int64)  # kinds written down × wide + runs, of the layers from each one on
+    alike = np.zeros(
+        L + 1, np.int64
+    )  # of each unit: layers from `first` on, in a row, that are as the one a unit later
+    chosen: list[tuple[int, int]] = [(0, 0)] * L
+
+    def best_of(first: int, unit: Any, layers: np.ndarray) -> tuple[int, int]:
+        """How costly the best of some first runs is with what is left, and which it is."""
+        found = (cost[first + layers] + unit * wide + 1) * wide + (L - layers)
+        place = int(found.argmin())
+        return int(found[place]), place
+
     for first in reversed(range(L)):
-        found = []
-        for unit in range(1, L - first + 1):
-            repeats = 1
-            while True:
-                (written, runs), rest = best[first + unit * repeats]
-                found.append(((written + unit, runs + 1), (Run(kinds[first : first + unit], repeats), *rest)))
-                end = first + unit * (repeats + 1)
-                if end > L or kinds[end - unit : end] != kinds[first : first + unit]:
-                    break
-                repeats += 1
-        best[first] = min(found, key=lambda one: (one[0], -one[1][0].layers))
-    return best[0][1]
+        left = L - first
+        alike[1:left] = np.where(code[first + 1 :] == code[first], alike[1:left] + 1, 0)
+        units = np.arange(1, left + 1)
+        least, place = best_of(first, units, units)
+        unit_repeats = (place + 1, 1)
+        for unit in np.flatnonzero(alike[1:left] >= units[:-1]) + 1:
+            if unit * wide * wide > least:  # so many kinds alone are too many
+                break
+            repeats = np.arange(2, 2 + alike[unit] // unit)
+            found, place = best_of(first, unit, unit * repeats)
+            if found < least:
+                least, unit_repeats = found, (int(unit), int(repeats[place]))
+        cost[first], chosen[first] = least // wide, unit_repeats
+    runs, first = [], 0
+    while first < L:
+        unit, count = chosen[first]
+        runs.append(Run(kinds[first : first + unit], count))
+        first += unit * count
+    return tuple(runs)
 
 
 def nearest_divisor(n: int, wanted: int) -> int:
-    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))
+    """The divisor of `n` that is nearest to `wanted`, the smaller one of two."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return min([*small, *(n // d for d in small)], key=lambda d: (abs(d - wanted), d))

@@ -6,18 +6,18 @@ python scripts/decode.py runs/smollm2 --prompts-file questions.jsonl --out answe
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
-import os
-import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from scripts.answering import Written, add_sampling, sampling_of
 from scripts.entry import run
 from sharding.errors import UserError, nearest
+from storage.files import Output, check_output, partial
 
 if TYPE_CHECKING:
     from decoding.generate import Completion
@@ -121,7 +121,7 @@ def main() -> None:
         'give a smaller --batch, lower --max-new-tokens, or split them over more devices with --mesh'
     )
     done: list[Completion] = []
-    with Out(options.out) as out, jax.set_mesh(opened.mesh), explaining(lambda: tell):
+    with answers_in(options.out) as write, jax.set_mesh(opened.mesh), explaining(lambda: tell):
         check_prompts(opened.config.model, opened.tokenizer, texts, opened.context)
         like = options.batch if len(spans) > 1 else 0
         if not options.beams:
@@ -171,7 +171,7 @@ def main() -> None:
                 line = json.dumps(told(completion, question, i % options.answers, options))
                 if options.json:
                     print(line, flush=True)
-                out.write(line)
+                write(line)
             done += completions
             if len(spans) > 1:
                 print(f'{len(done)} of {len(order)} answers', file=sys.stderr)
@@ -196,7 +196,7 @@ def check(options: argparse.Namespace) -> None:
                 flag = '-n' if name == 'answers' else f'--{name.replace("_", "-")}'
                 raise UserError(f'--beams {options.beams}: it chooses by itself; leave out {flag}')
     if options.out is not None:
-        check_out(Path(options.out))
+        check_output('--out', Path(options.out), [*options.prompts_file, *options.chat])
 
 
 def read_questions(options: argparse.Namespace) -> list[Question]:
@@ -299,62 +299,27 @@ def summary(done: Sequence['Completion'], prompts: int, most: int, context: int,
     print(f'prompts: {prompts}{answers}, tokens: {tokens}, {speed:,.0f} tokens/s (step {step})', file=sys.stderr)
 
 
-def check_out(path: Path) -> None:
-    """Raises UserError where a file cannot be made, or something else than a file has its name."""
-    for one in (path, partial(path)):
-        try:
-            kind = one.lstat().st_mode
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise UserError(f'--out {one}: {error.strerror}') from None
-        if not stat.S_ISREG(kind):
-            raise UserError(f'--out {one}: is there and is no regular file; name another')
-    if not path.parent.is_dir():
-        raise UserError(f'--out {path}: there is no folder {path.parent}')
+@contextlib.contextmanager
+def answers_in(path: str | None) -> Iterator[Callable[[str], None]]:
+    """Writes lines to a file that gets its name when the block ends well; to none where `path` is None.
 
+    What was written before a failure stays in FILE.partial, line by line, and stderr says so.
+    """
+    if path is None:
+        yield lambda line: None
+        return
+    output = Output('--out', path, 'w', keep=True)
+    try:
+        with output as file:
 
-def partial(path: Path) -> Path:
-    """What a file is called until it is whole."""
-    return path.with_name(f'{path.name}.partial')
+            def write(line: str) -> None:
+                file.write(line + '\n')
+                file.flush()
 
-
-class Out:
-    """A file that gets its name when the block ends well. What is written before stands in FILE.partial, line by line."""
-
-    def __init__(self, path: str | None) -> None:
-        self.path = None if path is None else Path(path)
-        self.file: IO[str] | None = None
-
-    def __enter__(self) -> 'Out':
-        if self.path is not None:
-            check_out(self.path)
-            try:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-                self.file = open(os.open(partial(self.path), flags, 0o666), 'w', encoding='utf-8')
-            except OSError as error:
-                raise UserError(f'--out {self.path}: {error.strerror}') from None
-        return self
-
-    def write(self, line: str) -> None:
-        if self.file is not None:
-            self.file.write(line + '\n')
-            self.file.flush()
-
-    def __exit__(self, kind, error, trace) -> None:
-        if self.file is None:
-            return
-        if kind is None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-        if kind is None:
-            check_out(self.path)
-            os.replace(partial(self.path), self.path)
-        elif partial(self.path).stat().st_size:
-            print(f'what was done until then stands in {partial(self.path)}', file=sys.stderr)
-        else:
-            partial(self.path).unlink()
+            yield write
+    finally:
+        if output.kept:
+            print(f'what was done until then stands in {partial(output.path)}', file=sys.stderr)
 
 
 class Screen:

@@ -5,6 +5,7 @@ python scripts/evaluate.py runs/demo --data notes.md src/ 'more/*.jsonl'
 
 import argparse
 import json
+import sys
 
 from scripts.entry import run
 
@@ -20,11 +21,8 @@ def main() -> None:
     parser.add_argument('--json', action='store_true', help='one JSON object')
     options = parser.parse_args()
 
-    from data.sources import texts
-
-    found = (
-        list(texts(options.data, options.field)) if options.data else None
-    )  # a wrong path is told before a model is read
+    # A wrong path is told before a model is read.
+    found = read_data(options) if options.data else None
 
     from contextlib import closing
 
@@ -42,7 +40,8 @@ def main() -> None:
     if (folder / 'data').exists() or found is None:
         with closing(Mirror(folder)) as mirror:
             mirror.fetch()
-            dataset = load(mirror.local)  # of a bucket's, mapped files stay readable without a name
+            # What it says is none of the results; of a bucket's, mapped files stay readable without a name.
+            dataset = load(mirror.local, lambda line: print(line, file=sys.stderr))
 
     from decoding.run import open_run
 
@@ -59,7 +58,7 @@ def main() -> None:
     if found is None:
         rows, content = dataset.validation, dataset.validation_bytes()
     else:
-        rows, content = read_anew(opened, options.data, found)
+        rows, content = packed(opened, found)
     tell = f'out of memory on a device: activations of {t.batch} rows of {t.sequence_length} tokens; split them with --mesh'
     with jax.set_mesh(opened.mesh), explaining(lambda: tell):
         read = evaluate(opened.model, opened.tokenizer, rows, np.arange(len(rows)), t.batch)
@@ -83,23 +82,40 @@ def main() -> None:
         print(f'  xz -9, given the training   {figures["xz_given_training_bits_per_byte"]:.4f} bits/byte')
 
 
-def read_anew(opened, paths: list[str], found: list[tuple[str, str]]):
+def read_data(options: argparse.Namespace) -> list:
+    """The texts of --data, or its pairs where the run is an encoder–decoder; says on stderr what is left out of folders."""
+    from data.pairs import read_pairs
+    from data.sources import texts
+    from data.walk import LeftOut, told
+    from sharding.buckets import at
+    from training.config import parse
+
+    skipped: list[LeftOut] = []
+    config = at(options.run) / 'config.yaml'
+    if config.is_file() and parse(config.read_bytes(), str(config)).model.encoder is not None:
+        found: list = list(read_pairs(options.data, '--data', skipped))
+    else:
+        found = [text for _, text in texts(options.data, options.field, skipped)]
+    if skipped:
+        print(f'--data: {len(found)} texts{told(skipped)}', file=sys.stderr)
+    return found
+
+
+def packed(opened, found: list):
     """The rows and the bytes that the model is to predict of other files than the run's own."""
     from data.packing import pack_documents
-    from data.pairs import pack_pairs, read_pairs
+    from data.pairs import pack_pairs
     from sharding.errors import UserError
 
     length = opened.config.training.sequence_length
     if opened.config.model.encoder is None:
-        rows = pack_documents(opened.tokenizer, [text for _, text in found], length)
-        return rows, b''.join(text.encode() for _, text in found)
-    pairs = list(read_pairs(paths, '--data'))
-    packed, too_long = pack_pairs(opened.tokenizer, pairs, length, opened.config.model.encoder.start_token)
+        return pack_documents(opened.tokenizer, found, length), ''.join(found).encode()
+    rows, too_long = pack_pairs(opened.tokenizer, found, length, opened.config.model.encoder.start_token)
     if too_long:
         raise UserError(
-            f'--data: {too_long} of {len(pairs)} pairs have more than {length} tokens on a side; leave them out'
+            f'--data: {too_long} of {len(found)} pairs have more than {length} tokens on a side; leave them out'
         )
-    return packed, b''.join(pair.target.encode() for pair in pairs)
+    return rows, ''.join(pair.target for pair in found).encode()
 
 
 if __name__ == '__main__':

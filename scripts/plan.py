@@ -15,17 +15,21 @@ from typing import Any
 
 from scripts.entry import run as run_script
 from sharding.mesh import BATCH, MeshConfig
+from storage.files import Output, check_output
 
 POSITIVE = ('chips', 'tokens', 'price', 'watts', 'rows', 'length', 'prompt', 'latency', 'throughput', 'timeout')
 
 
 def main() -> None:
     options = parse()
+    if options.html is not None:
+        check_output('--html', options.html, [options.config])
     plan = make(options)
-    if options.html:
+    if options.html is not None:
         from analysis.plan_page import page
 
-        options.html.write_text(page(plan), encoding='utf-8')
+        with Output('--html', options.html) as file:
+            file.write(page(plan).encode())
     if options.json:
         print(json.dumps(plan))
         return
@@ -34,7 +38,7 @@ def main() -> None:
     from analysis.plan_text import show
 
     show(plan, Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160))
-    if options.html:
+    if options.html is not None:
         print(options.html)
 
 

@@ -45,12 +45,18 @@ def nearest(name: str, known: Iterable[str]) -> str:
     Names that come out of a file may be long, many, or made to trouble a terminal: they are quoted and cut.
     """
     known = sorted(known)
-    close = difflib.get_close_matches(name[:NAMED], [one[:NAMED] for one in known[:SEARCHED]], n=1, cutoff=CLOSE)
-    if close:
-        return f'; did you mean {shown(close[0], quoted=True)}?'
+    if (close := closest(name, known)) is not None:
+        return f'; did you mean {shown(close, quoted=True)}?'
     listed = ', '.join(shown(one, 60) for one in known[:LISTED])
     more = f' and {len(known) - LISTED} more' if len(known) > LISTED else ''
     return f'; known: {listed}{more}'
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like one that is none; None where no one is much like it."""
+    full = {one[:NAMED]: one for one in sorted(known)[:SEARCHED]}
+    close = difflib.get_close_matches(name[:NAMED], full, n=1, cutoff=CLOSE)
+    return full[close[0]] if close else None
 
 
 def shown(text: object, most: int = 200, quoted: bool = False) -> str:

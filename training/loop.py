@@ -4,8 +4,6 @@ import collections
 import contextlib
 import functools
 import math
-import os
-import shutil
 import signal
 import sys
 import time
@@ -26,6 +24,8 @@ from sharding.errors import Diverged, MachineError, UserError, machine_fault, sh
 from sharding.memory import explaining
 from sharding.mesh import make_mesh, platform
 from sharding.processes import Agreement
+from storage import files as disk
+from storage.lock import Lock
 from training import config as configs
 from training.bucket_checkpoint import checkpoints_of
 from training.checkpoint import Checkpoints
@@ -52,7 +52,10 @@ def train(config: RunConfig, runs: Path | Bucket, fresh: bool = False, console: 
     console = console or Console(soft_wrap=True, width=width, quiet=not peers.first())
     config.check_sizes()
     mesh = make_mesh(config.mesh)
-    with contextlib.closing(Mirror(runs / config.name)) as mirror:
+    folder = runs / config.name
+    # One process of one run writes; readers need no lock.
+    lock = Lock(folder) if peers.first() else contextlib.nullcontext()
+    with lock as held, contextlib.closing(Mirror(folder)) as mirror:
         if peers.first():
             config, dataset = make_ready(config, mirror, fresh, console)
         # Where process 0 finds something wrong, all processes end with its exit code, here or wherever they are.
@@ -60,7 +63,7 @@ def train(config: RunConfig, runs: Path | Bucket, fresh: bool = False, console: 
         if not peers.first():
             config, dataset = read_ready(config, mirror, corpus)
         with jax.set_mesh(mesh), explaining(lambda: memory_line(config, abstract_state(config))):
-            return Run(config, mirror, dataset, console).go()
+            return Run(config, mirror, dataset, console, held).go()
 
 
 def make_ready(config: RunConfig, mirror: Mirror, fresh: bool, console: Console) -> tuple[RunConfig, Dataset]:
@@ -69,7 +72,7 @@ def make_ready(config: RunConfig, mirror: Mirror, fresh: bool, console: Console)
     if fresh and folder.exists():
         # The new run is made beside the old one, which stays where it is until nothing can be wrong any more.
         staging = Mirror(folder.with_name(f'.{folder.name}.new'))
-        shutil.rmtree(staging.local, ignore_errors=True)
+        disk.remove(staging.local)
         try:
             config, dataset = ready(config, staging, console)
             aside = set_aside(folder)
@@ -88,7 +91,7 @@ def read_ready(config: RunConfig, mirror: Mirror, corpus: str) -> tuple[RunConfi
     folder = mirror.folder
     mirror.fetch()
     try:
-        dataset = load(mirror.local)
+        dataset = load(mirror.local, lambda line: None)  # process 0 has said it
     except UserError as error:
         raise UserError(f'{error}; the processes of a run need one run folder that all of them see') from None
     if dataset.facts['sha256'] != corpus:
@@ -130,10 +133,10 @@ def ready(config: RunConfig, mirror: Mirror, console: Console) -> tuple[RunConfi
     )
     if steps and steps[-1] > 0:
         meta = checkpoints.meta(steps[-1])
-        if meta['corpus'] != dataset.facts['sha256']:
+        if meta.get('corpus') != dataset.facts['sha256']:
             raise UserError(
                 f'{mirror.folder / "data"} was made from corpus {dataset.facts["sha256"][:12]} and checkpoint {steps[-1]} from '
-                f'{meta["corpus"][:12]}: the prepared data was replaced; restore it, or begin anew with --fresh'
+                f'{shown(meta.get("corpus"), 12)}: the prepared data was replaced; restore it, or begin anew with --fresh'
             )
     return complete(dataset), dataset
 
@@ -153,10 +156,10 @@ def imported_tokenizer(folder: Path) -> Tokenizer | None:
 class Run:
     """One process' life with a run. Use it under `jax.set_mesh`."""
 
-    def __init__(self, config: RunConfig, mirror: Mirror, dataset: Dataset, console: Console):
+    def __init__(self, config: RunConfig, mirror: Mirror, dataset: Dataset, console: Console, lock: Lock | None = None):
         self.config, self.mirror, self.dataset, self.console = config, mirror, dataset, console
         self.folder = mirror.folder
-        self.checkpoints = checkpoints_of(mirror.folder, config.checkpoint.keep)
+        self.checkpoints = checkpoints_of(mirror.folder, config.checkpoint.keep, lock)
         self.unsaved: str | None = None  # why the last save failed, if it did
         self.asked = 0  # the signal that stops it
         self.step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
@@ -170,7 +173,7 @@ class Run:
         if first:
             self.state = restore(self.checkpoints, first, config)
             check_saved(self.checkpoints, first, items(self.state), 'from which no training goes on')
-            self.tokens = peers.at_first('tokens so far', lambda: self.checkpoints.meta(first)['tokens'])
+            self.tokens = peers.at_first('tokens so far', lambda: tokens_so_far(self.checkpoints, first))
             console.print(f'continuing {self.folder} after step {first}')
             if peers.first() and (joined := rate_line(saved_config(self.checkpoints, first), config, first)):
                 console.print(joined)
@@ -182,10 +185,10 @@ class Run:
         else:
             self.state = jax.jit(functools.partial(init, config))()
         if peers.first():
-            self.mirror.local.mkdir(parents=True, exist_ok=True)
+            disk.make_folder(self.mirror.local)
             write_config(config, self.mirror.local)
         console.print(layout(config, self.state.model))
-        self.metrics = Metrics(self.mirror.local, first) if peers.first() else Unwritten()
+        self.metrics = Metrics(self.mirror.local, first, console.print) if peers.first() else Unwritten()
         self.push()
         self.agree = Agreement(late=0 if platform() == 'cpu' else AHEAD)
         try:
@@ -357,6 +360,14 @@ class Run:
         self.clock += time.perf_counter() - began
 
 
+def tokens_so_far(checkpoints: Checkpoints, step: int) -> int:
+    """How many tokens a run had seen at a checkpoint."""
+    found = checkpoints.meta(step).get('tokens')
+    if type(found) is not int:
+        raise UserError(f'{checkpoints.run}/checkpoints/{step}/meta.json does not say how many tokens the run had seen')
+    return found
+
+
 def widened(checkpoints: Checkpoints, config: RunConfig) -> str:
     """In what dtype an imported model is trained on, where that is not its own; the end of a sentence."""
     stored, kept = saved_config(checkpoints, 0).model.parameter_dtype, config.model.parameter_dtype
@@ -367,9 +378,7 @@ def widened(checkpoints: Checkpoints, config: RunConfig) -> str:
 
 def write_config(config: RunConfig, folder: Path) -> None:
     """folder/config.yaml, whole or not at all."""
-    temporary = folder / 'config.yaml.tmp'
-    temporary.write_text(configs.dump(config), encoding='utf-8')
-    os.replace(temporary, folder / 'config.yaml')
+    disk.write(folder / 'config.yaml', configs.dump(config).encode())
 
 
 def progress_bar(console: Console) -> Progress:

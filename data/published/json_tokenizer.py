@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data.published.decoders import decoder_of
-from data.published.side_files import LARGEST_VOCABULARY, AddedToken, Said, one_line, read_object, short
+from data.published.side_files import LARGEST_VOCABULARY, AddedToken, Said, one_line
 from data.published.special_tokens import PublishedTokenizer, missing, special_ids
 from data.tokenizer import StreamDecoder, check_unicode
 from sharding.errors import UserError
+from storage.foreign import read_object, shown_value
 
 JSON = 'tokenizer.json'
 MOST_GROWTH = 64  # how many times as long as a text its normalizers and pre-tokenizers may make it: Unicode's own is 18
@@ -45,7 +46,8 @@ class JsonTokenizer(PublishedTokenizer):
             # The library gives an added token that stands in its vocabulary the id that it has there.
             if self.ids.get(name) != i:
                 raise UserError(
-                    f'{JSON}: added token {name!r} has id {i} and is read as {self.ids.get(name)}: ids of added tokens go on '
+                    f'{JSON}: added token {shown_value(name)} has id {i} and is read as {self.ids.get(name)}: ids of '
+                    'added tokens go on '
                     'from the vocabulary, without a gap'
                 )
             self.added[i] = name.encode()
@@ -120,7 +122,7 @@ def around(processor: Any) -> tuple[list[int], list[int]]:
         else:
             name = piece['SpecialToken']['id']
             if name not in tokens:
-                raise UserError(f'{JSON}: its post_processor writes {short(name)}, which its special_tokens lack')
+                raise UserError(f'{JSON}: its post_processor writes {shown_value(name)}, which its special_tokens lack')
             parts[-1] += [_id(i) for i in tokens[name]['ids']]
     if len(parts) != 2:
         raise UserError(f'{JSON}: its post_processor writes the text {len(parts) - 1} times: supported is once')
@@ -129,7 +131,7 @@ def around(processor: Any) -> tuple[list[int], list[int]]:
 
 def _id(i: Any) -> int:
     if not isinstance(i, int) or not 0 <= i < LARGEST_VOCABULARY:
-        raise UserError(f'{JSON}: its post_processor adds id {short(i)}: at most {LARGEST_VOCABULARY - 1} works')
+        raise UserError(f'{JSON}: its post_processor adds id {shown_value(i)}: at most {LARGEST_VOCABULARY - 1} works')
     return i
 
 
@@ -191,7 +193,7 @@ def _check_halves(model: Any) -> None:
         )
         if not str(half).startswith(prefix):
             raise UserError(
-                f'{JSON}: merge {short(merge)} does not go on with continuing_subword_prefix {short(prefix)}'
+                f'{JSON}: merge {shown_value(merge)} does not go on with continuing_subword_prefix {shown_value(prefix)}'
             )
 
 
@@ -227,5 +229,7 @@ def _vocabulary(ids: Mapping[str, int]) -> int:
         raise UserError(f'{JSON}: has no tokens')
     token = max(ids, key=ids.__getitem__)
     if ids[token] >= LARGEST_VOCABULARY:
-        raise UserError(f'{JSON}: token {token!r} has id {ids[token]}: at most {LARGEST_VOCABULARY - 1} works')
+        raise UserError(
+            f'{JSON}: token {shown_value(token)} has id {ids[token]}: at most {LARGEST_VOCABULARY - 1} works'
+        )
     return ids[token] + 1

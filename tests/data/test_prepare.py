@@ -224,13 +224,13 @@ def test_too_little_text_touches_nothing(tmp_path: Path) -> None:
 def test_a_source_that_changes_under_way_is_noticed(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    split = data.prepare._split
+    split = data.prepare.split_of
 
     def split_and_change(*arguments: Any) -> Any:
         (corpus / '05.txt').write_text('changed', encoding='utf-8')
         return split(*arguments)
 
-    monkeypatch.setattr(data.prepare, '_split', split_and_change)
+    monkeypatch.setattr(data.prepare, 'split_of', split_and_change)
     with pytest.raises(UserError, match='changed while it was read'):
         make(tmp_path / 'run', corpus)
     assert not (tmp_path / 'run').exists()

@@ -1,6 +1,7 @@
 """Conversations and decode.py's options, by the scripts as a user calls them but in this process, of a tiny model."""
 
 import builtins
+import contextlib
 import io
 import json
 import os
@@ -121,7 +122,10 @@ MISTAKES = {
     'logprobs unseen': (['runs/talks', '--prompt', 'x', '--logprobs', '2'], ['add --json or --out']),
     'beams that draw': (['runs/talks', '--prompt', 'x', '--beams', '2', '--top-k', '3'], ['leave out --top-k']),
     'beams several times': (['runs/talks', '--prompt', 'x', '--beams', '2', '-n', '3'], ['leave out -n']),
-    'a folder to write': (['runs/talks', '--prompt', 'x', '--out', 'runs'], ['runs: is there and is no regular file']),
+    'a folder to write': (
+        ['runs/talks', '--prompt', 'x', '--out', 'runs'],
+        ['--out runs: is a folder; name a file in it'],
+    ),
     'nowhere to write': (['runs/talks', '--prompt', 'x', '--out', 'no/x'], ['there is no folder no']),
     'a line that is none': (['runs/talks', '--prompts-file', 'bad.jsonl'], ['bad.jsonl:2: not readable as JSON']),
     'a long one of many': (
@@ -157,29 +161,19 @@ def test_lines_that_are_none(line, said):
         decode.read_line('f.jsonl:4', line)
 
 
-def test_only_regular_files_are_replaced_and_only_by_whole_ones(tmp_path, capsys):
+def test_an_answer_file_has_its_name_once_it_is_whole(tmp_path, capsys):
     there = tmp_path / 'there.jsonl'
     there.write_text('before')
-    out = decode.Out(str(there)).__enter__()
-    out.write('{}')
-    out.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    with contextlib.suppress(KeyboardInterrupt), decode.answers_in(str(there)) as write:
+        write('{}')
+        raise KeyboardInterrupt
     assert there.read_text() == 'before'
-    assert f'what was done until then stands in {there}.partial' in capsys.readouterr().err
-    with decode.Out(str(there)) as out:
-        out.write('{}')
-    assert there.read_text() == '{}\n'
-    (tmp_path / 'link').symlink_to(there)
-    os.mkfifo(tmp_path / 'pipe')
-    for name in ('link', 'pipe', '.'):
-        with pytest.raises(UserError, match='is no regular file'), decode.Out(str(tmp_path / name)):
-            pass
-    (tmp_path / 'new.partial').symlink_to(there)
-    with (
-        pytest.raises(UserError, match=r'new\.partial: is there and is no regular file'),
-        decode.Out(f'{tmp_path}/new'),
-    ):
-        pass
-    assert there.read_text() == '{}\n'
+    assert (tmp_path / 'there.jsonl.partial').read_text() == '{}\n'
+    assert capsys.readouterr().err == f'what was done until then stands in {there}.partial\n'
+    with decode.answers_in(str(there)) as write:
+        write('[]')
+    assert there.read_text() == '[]\n'
+    assert [*tmp_path.iterdir()] == [there]
 
 
 @pytest.mark.parametrize(
