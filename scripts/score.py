@@ -126,7 +126,9 @@ def score_tokens(options: argparse.Namespace) -> None:
         np.lib.format.write_array_header_1_0(file, {'descr': '<f4', 'fortran_order': False, 'shape': shape})
         for begin, logit_BTV in score(opened.model, tokens_BT, source_BS):
             if not np.isfinite(logit_BTV).all():
-                raise MachineError(f'{what} of rows {begin} to {begin + len(logit_BTV) - 1} are not all finite: none are written')
+                raise MachineError(
+                    f'{what} of rows {begin} to {begin + len(logit_BTV) - 1} are not all finite: none are written'
+                )
             file.write(np.ascontiguousarray(logit_BTV, '<f4'))
     print(f'{target}: {what}, float32 {list(shape)} (step {opened.step})')
 

@@ -57,7 +57,9 @@ def evaluate(
         found = jax.device_get({**_sums(model, block, microbatches=stages), 'bytes': _total(bytes_B)})
         if not math.isfinite(found['nats']):
             first, last = taken[0], taken[-1]
-            raise Diverged(f'the loss of rows {first} to {last} is {float(found["nats"])}: the model gives no finite number')
+            raise Diverged(
+                f'the loss of rows {first} to {last} is {float(found["nats"])}: the model gives no finite number'
+            )
         nats, tokens, bytes_ = nats + float(found['nats']), tokens + int(found['tokens']), bytes_ + int(found['bytes'])
     if not tokenizer.lossless and len(numbers) == len(rows):
         bytes_ = rows.bytes  # what an imported tokenizer decodes may be longer or shorter than the text
