@@ -83,7 +83,7 @@ def test_disturbed_in_every_way_it_ends_as_one_process_undisturbed(place, alone)
         killed = time.time()
         code, _, err = ends(pair)[1 - lost]
         assert time.time() - killed < 60
-        assert code == 1, err
+        assert code == 75, err
         assert err.startswith(f'error: process {lost} (host {socket.gethostname()}) was lost'), err
         assert len(err.splitlines()) == 1, err
     # One process of eight devices goes on with what two of four have left.
