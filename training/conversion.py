@@ -41,6 +41,7 @@ from training.bucket_checkpoint import checkpoints_of
 from training.checkpoint import Checkpoints, named
 from training.config import RECORD, RunConfig, TrainingConfig
 from training.context import SOURCE, context_of, published_files
+from training.run_folder import run_folder
 from training.state import abstract_state, restore_model, saved_config
 
 CONTEXT = 2048  # tokens, where a config says nothing of it
@@ -187,8 +188,7 @@ def export_run(
     `family` is for a run that was not imported; the first that can say this model otherwise. Raises UserError where none can.
     """
     publish.refuse_existing(target)
-    if not (run / 'config.yaml').is_file():
-        raise UserError(f'{run}: not a run, for it has no config.yaml')
+    run = run_folder(run)
     checkpoints = checkpoints_of(run)
     step = checkpoints.newest()
     config = saved_config(checkpoints, step)
