@@ -108,10 +108,10 @@ def packed(opened, found: list):
     from data.pairs import pack_pairs
     from sharding.errors import UserError
 
-    length = opened.config.training.sequence_length
+    length, names = opened.config.training.sequence_length, opened.config.data.special_tokens
     if opened.config.model.encoder is None:
-        return pack_documents(opened.tokenizer, found, length), ''.join(found).encode()
-    rows, too_long = pack_pairs(opened.tokenizer, found, length, opened.config.model.encoder.start_token)
+        return pack_documents(opened.tokenizer, found, length, names), ''.join(found).encode()
+    rows, too_long = pack_pairs(opened.tokenizer, found, length, opened.config.model.encoder.start_token, names)
     if too_long:
         raise UserError(
             f'--data: {too_long} of {len(found)} pairs have more than {length} tokens on a side; leave them out'
