@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.reading import kind_of
-from sharding.errors import UserError, nearest, shown
+from sharding.errors import UserError, nearest_path, shown
 
 MOST_FILES = 2_000_000  # of a folder or glob: a list of them is held
 COMPILED = frozenset({'__pycache__'})
@@ -66,8 +66,8 @@ def _matches(path: str, name: str, left_out: list[LeftOut]) -> list[Path]:
     if files:
         return files
     beside = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), '*'))
-    leaf = {os.path.basename(one): one for one in islice(beside, MOST_FILES)}
-    hint = nearest(os.path.basename(path), leaf) if leaf else ''
+    hint = nearest_path(path, beside) if len(beside) <= MOST_FILES else ''
+    hint = hint if hint.startswith('; did') else ''  # a list of whatever stands there says little
     raise UserError(f'{name}: no such file or folder, and no file matches it as a glob{hint}')
 
 

@@ -117,7 +117,11 @@ def test_paths_that_are_no_files_are_told_at_once(place: Path) -> None:
         assert len(line) < 600
     with pytest.raises(UserError) as caught:
         read(place / 'plian')
-    assert "did you mean 'plain'?" in str(caught.value)
+    assert f"did you mean '{place}/plain'?" in str(caught.value)
+    for name, near in (('A.TXT', 'a.txt'), ('a.text', 'a.txt'), ('nope.txt', None), ('b.txt', None)):
+        with pytest.raises(UserError) as caught:
+            read(place / 'plain' / name)
+        assert (f"did you mean '{place}/plain/{near}'?" in str(caught.value)) is (near is not None)
 
 
 def test_names_that_are_no_utf_8_are_read_and_shown_escaped(tmp_path: Path) -> None:
