@@ -13,7 +13,7 @@ import numpy as np
 from data.chat import Rendered
 from data.tokenizer import Tokenizer
 from decoding.prompts import Prompts, read_prompts
-from decoding.sampling import Beside, Choice, Likely, Sampling, choose, describe
+from decoding.sampling import Beside, Choice, Likely, Sampling, check_token, choose, describe
 from decoding.step import Program, decode, empty_cache, encode, jit_step, prefill
 from model.decoder import Decoder
 from model.forward import place
@@ -70,6 +70,7 @@ class TextStream:
 
 def follow(completion: Completion, stream: TextStream, token: int, ends: AbstractSet[int], room: int) -> str:
     """Adds a token to a completion that may have `room` of them, and ends it where it does; its new certain text."""
+    check_token(token)
     if token in ends:
         completion.finish_reason = 'stop'
         piece = stream.add(None)

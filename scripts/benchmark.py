@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from scripts.entry import run
+from scripts.entry import as_json, run
 from sharding.errors import UserError
 
 LEAST = {'turns': 1, 'steps': 1, 'rows': 1, 'prompt': 1, 'new': 8, 'experts': 1, 'dim': 1, 'hidden': 1}
@@ -85,7 +85,7 @@ def main() -> None:
     figures = others.get(given.what, configured)(given)
     if figures is not None:
         print(
-            json.dumps(figures)
+            as_json(figures)
             if given.json
             else '\n'.join(f'{name:>20}  {_show(name, value)}' for name, value in figures.items())
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scripts.answering import Written, add_sampling, sampling_of
-from scripts.entry import run
+from scripts.entry import as_json, run
 from sharding.errors import UserError, nearest
 from storage.files import Output, check_output, partial
 
@@ -168,7 +168,7 @@ def main() -> None:
             screen.finish()
             for i, completion in zip(span, completions, strict=True):
                 question = questions[order[i]]
-                line = json.dumps(told(completion, question, i % options.answers, options))
+                line = as_json(told(completion, question, i % options.answers, options))
                 if options.json:
                     print(line, flush=True)
                 write(line)

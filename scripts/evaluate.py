@@ -4,10 +4,9 @@ python scripts/evaluate.py runs/demo --data notes.md src/ 'more/*.jsonl'
 """
 
 import argparse
-import json
 import sys
 
-from scripts.entry import run
+from scripts.entry import as_json, run
 
 
 def main() -> None:
@@ -73,7 +72,7 @@ def main() -> None:
         'step': opened.step,
     }
     if options.json:
-        print(json.dumps(figures))
+        print(as_json(figures))
         return
     print(f'{read.tokens:,} tokens of {read.bytes:,} bytes, after step {opened.step}')
     print(f'  model                       {read.bits_per_byte:.4f} bits/byte   ({read.nats_per_token:.4f} nats/token)')

@@ -8,11 +8,11 @@ python scripts/plan.py configs/models/llama-3.1-8b.yaml --chip v6e --chips 64 --
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from scripts.entry import as_json
 from scripts.entry import run as run_script
 from sharding.mesh import BATCH, MeshConfig
 from storage.files import Output, check_output
@@ -31,7 +31,7 @@ def main() -> None:
         with Output('--html', options.html) as file:
             file.write(page(plan).encode())
     if options.json:
-        print(json.dumps(plan))
+        print(as_json(plan))
         return
     from rich.console import Console
 
