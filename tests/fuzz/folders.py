@@ -44,7 +44,7 @@ from training import conversion
 SECONDS = 10  # of a case
 MEMORY = 4 * 2**30  # bytes of address space of a process that runs cases
 GROWTH = 3 * 2**29  # bytes by which one case may raise what a process has held in memory
-LONGEST = 400  # characters of a message, without the folder's own name
+LONGEST = 800  # characters of a message, without the name that the user gave the folder
 TEXT = 'the cat  sat on\tthe mat, 12.5 été\n'
 BASES = {  # a family's case, the golden folder whose tokenizer it has, and in how many files its weights are
     'llama': ('llama-grouped', 'json_template_PreTrainedTokenizerFast_True', 2),
