@@ -499,25 +499,25 @@ def check(case: Case, bases: Path, place: Path) -> str:
     began = time.monotonic()
     try:
         with _within(SECONDS):
-            outcome = _outcome(folder, run)
+            came = outcome(folder, run)
     except UserError as error:
         if fault := _wrong_with(str(error), folder):
             raise Fault(f'{case}: {what}: {fault}') from None
-        outcome = 'refused'
+        came = 'refused'
     except BaseException as error:  # a panic of Rust's is no Exception
         if isinstance(error, KeyboardInterrupt):
             raise
         raise Fault(f'{case}: {what}: {"".join(traceback.format_exception(error)[-3:])[-900:]}') from error
     if (grown := _held() - held) > GROWTH:
-        raise Fault(f'{case}: {what}: {outcome} with {grown >> 20} MiB more memory')
+        raise Fault(f'{case}: {what}: {came} with {grown >> 20} MiB more memory')
     if (seconds := time.monotonic() - began) > SECONDS:
-        raise Fault(f'{case}: {what}: {outcome} after {seconds:.1f} s')
+        raise Fault(f'{case}: {what}: {came} after {seconds:.1f} s')
     if _state(place) != before:
-        raise Fault(f'{case}: {what}: {outcome}, and something was written')
-    return outcome
+        raise Fault(f'{case}: {what}: {came}, and something was written')
+    return came
 
 
-def _outcome(folder: Path, run: Path) -> str:
+def outcome(folder: Path, run: Path) -> str:
     """What an import does before it writes, and the numbers that it would write."""
     one = conversion.examined(folder, run, MeshConfig())
     chat_templates(one.files, str(folder))
