@@ -47,6 +47,7 @@ from training.checkpoint import Checkpoints, named, read_newest
 from training.config import RECORD, RunConfig, TrainingConfig
 from training.context import SOURCE, context_of, object_of, published_config, published_files
 from training.finite import RULE, check_saved, not_finite
+from training.run_folder import run_folder
 from training.state import abstract_model, abstract_state, restore_newest, saved_config
 
 CONTEXT = 2048  # tokens, where a config says nothing of it
@@ -254,8 +255,7 @@ def export_run(
     """
     check_local(target)
     refuse_existing(target)
-    if not (run / 'config.yaml').is_file():
-        raise UserError(f'{run}: not a run, for it has no config.yaml')
+    run = run_folder(run)
     checkpoints = checkpoints_of(run)
     first, config, files = read_newest(
         checkpoints, lambda newest: (newest, saved_config(checkpoints, newest), checkpoints.files(newest))
