@@ -20,7 +20,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data import chat_template
-from sharding.errors import UserError, nearest
+from sharding.errors import UserError, nearest, shown
+from storage.foreign import read_object
 
 CONFIG, SPECIAL, SINGLE, OLD = (
     'tokenizer_config.json',
@@ -111,7 +112,9 @@ class ChatTemplates:
         if name is None:
             name = 'tool_use' if tools is not None and 'tool_use' in self.templates else 'default'
         if name not in self.templates:
-            raise UserError(f'{self.where}: no chat template {name!r}{nearest(name, self.templates)}')
+            raise UserError(
+                f'{self.where}: no chat template {shown(name, 60, quoted=True)}{nearest(name, self.templates)}'
+            )
         return self.templates[name]
 
     def render(
@@ -200,7 +203,7 @@ def read_conversation(text: str, where: str) -> dict[str, Any]:
     except RecursionError:
         raise UserError(f'{where}: nested too deeply') from None
     except ValueError as error:
-        raise UserError(f'{where}: not readable as JSON: {error}') from None
+        raise UserError(f'{where}: not readable as JSON: {shown(error)}') from None
     return conversation(said, where)
 
 
@@ -214,7 +217,9 @@ def conversation(said: Any, where: str) -> dict[str, Any]:
         raise UserError(f'{where}: {rule}')
     for name in said:
         if name not in FIELDS:
-            raise UserError(f'{where}: no field {name!r} in a conversation{nearest(name, FIELDS)}')
+            raise UserError(
+                f'{where}: no field {shown(name, 60, quoted=True)} in a conversation{nearest(name, FIELDS)}'
+            )
     check_messages(said['messages'], where)
     for name in ('tools', 'documents'):
         found = said.get(name)
@@ -225,7 +230,9 @@ def conversation(said: Any, where: str) -> dict[str, Any]:
         raise UserError(f'{where}: chat_template_kwargs is {_shown(variables)}: it must be an object')
     for name in variables:
         if name in GIVEN:
-            raise UserError(f'{where}: chat_template_kwargs has {name!r}, which is a field beside it')
+            raise UserError(
+                f'{where}: chat_template_kwargs has {shown(name, 60, quoted=True)}, which is a field beside it'
+            )
     given = {'messages': said['messages'], 'variables': variables}
     return given | {name: said.get(name) for name in ('tools', 'documents')}
 
@@ -250,13 +257,7 @@ def _object(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]
     """What a file of JSON says; nothing where it is not there."""
     if name not in files:
         return {}
-    try:
-        found = json.loads(files[name])
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{where}/{name}: not readable as JSON: {error}') from None
-    if not isinstance(found, dict):
-        raise UserError(f'{where}/{name}: it must be an object of JSON')
-    return found
+    return read_object(files[name], f'{where}/{name}')
 
 
 def _text(content: bytes, where: str) -> str:

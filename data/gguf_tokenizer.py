@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.tokenizer import SPACE
-from model.gguf_file import told
 from sharding.errors import UserError, nearest
+from storage.foreign import shown_value
 
 KEY = 'tokenizer.ggml.'
 MODELS = ('gpt2', 'llama')  # byte-level BPE, sentencepiece's
@@ -98,7 +98,7 @@ def tokenizer_files(values: Mapping[str, Any], path: Path) -> dict[str, bytes]:
         return {}
     if not isinstance(model, str) or model not in MODELS:
         raise UserError(
-            f'{path}: {KEY}model is {told(model)}, which is not supported; supported: gpt2 (byte-level BPE), llama '
+            f'{path}: {KEY}model is {shown_value(model)}, which is not supported; supported: gpt2 (byte-level BPE), llama '
             '(sentencepiece)'
         )
     header = _Header(values, path)
@@ -147,7 +147,9 @@ class _Header:
             seen: set[str] = set()
             for i, token in enumerate(self.tokens):
                 if self.kinds[i] != UNUSED and token in seen:
-                    raise UserError(f'{path}: {KEY}tokens has {told(token)} twice: each token must be another text')
+                    raise UserError(
+                        f'{path}: {KEY}tokens has {shown_value(token)} twice: each token must be another text'
+                    )
                 seen.add(token)
 
     def texts(self, name: str) -> list[str]:
@@ -174,7 +176,9 @@ class _Header:
         if found is None:
             return None
         if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < len(self.tokens):
-            raise UserError(f'{self.path}: {KEY}{name}_token_id is {told(found)}: at most {len(self.tokens) - 1} works')
+            raise UserError(
+                f'{self.path}: {KEY}{name}_token_id is {shown_value(found)}: at most {len(self.tokens) - 1} works'
+            )
         return found
 
     def token(self, name: str) -> str | None:
@@ -184,7 +188,7 @@ class _Header:
     def flag(self, name: str, default: bool) -> bool:
         found = self.values.get(f'{KEY}{name}', default)
         if not isinstance(found, bool):
-            raise UserError(f'{self.path}: {KEY}{name} is {told(found)}: it must be true or false')
+            raise UserError(f'{self.path}: {KEY}{name} is {shown_value(found)}: it must be true or false')
         return found
 
     def cut(self) -> Cut:
@@ -199,7 +203,7 @@ class _Header:
             )
         if not isinstance(name, str) or name not in CUTS:
             near = nearest(name[:64], CUTS) if isinstance(name, str) else ''
-            raise UserError(f'{self.path}: {KEY}pre is {told(name)}, which is not supported{near}')
+            raise UserError(f'{self.path}: {KEY}pre is {shown_value(name)}, which is not supported{near}')
         return CUTS[name]
 
     def byte_level(self, cut: Cut) -> dict[str, Any]:
@@ -209,7 +213,7 @@ class _Header:
             left, _, right = text.partition(' ')
             if left not in self.ids or right not in self.ids or left + right not in self.ids:
                 raise UserError(
-                    f'{self.path}: {KEY}merges has {told(text)}: two tokens that together are one must be there'
+                    f'{self.path}: {KEY}merges has {shown_value(text)}: two tokens that together are one must be there'
                 )
             merges.append([left, right])
         steps: list[dict[str, Any]] = [{'type': 'Digits', 'individual_digits': True}] if cut.digits else []
@@ -253,7 +257,9 @@ class _Header:
                 and all(c in '0123456789ABCDEF' for c in token[3:5])
             )
             if self.kinds[i] == BYTE and not byte:
-                raise UserError(f'{self.path}: {KEY}tokens has {told(token)} as a byte: bytes are <0x00> to <0xFF>')
+                raise UserError(
+                    f'{self.path}: {KEY}tokens has {shown_value(token)} as a byte: bytes are <0x00> to <0xFF>'
+                )
         ids = {self.spelt(token): i for token, i in self.ids.items()}
         prefix = self.flag('add_space_prefix', True)
         replace = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': SPACE}
@@ -354,7 +360,7 @@ class _Header:
         """The chat template; where there are several, each with its name."""
         found = self.values.get('tokenizer.chat_template')
         if found is not None and not isinstance(found, str):
-            raise UserError(f'{self.path}: tokenizer.chat_template is {told(found)}: it must be a text')
+            raise UserError(f'{self.path}: tokenizer.chat_template is {shown_value(found)}: it must be a text')
         named = {
             key.removeprefix('tokenizer.chat_template.'): text
             for key, text in self.values.items()

@@ -87,7 +87,7 @@ class Rows(Samples):
         assert ((row_N >= 0) & (row_N < len(self))).all(), f'rows {row_N} of {len(self)}'
         shape = len(row_N), self.sequence_length
         tokens_NT, targets_NT, positions_NT, segments_NT = (np.zeros(shape, np.int32) for _ in range(4))
-        stream_S = np.asarray(self.stream_S)
+        stream_S = self.stream_S
         count_T = np.arange(self.sequence_length, dtype=np.int32)
         for n, row in enumerate(row_N):
             begin = 0

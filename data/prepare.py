@@ -1,14 +1,10 @@
 """From a source of text to a run's data, once: split, tokenizer, tokens, packed rows, all in the run's folder.
 
-A run that goes on later reads what is there, even if the source has changed since. Everything is written beside its
-place and then renamed, the folder `data` last, so that a kill at any moment leaves a whole or nothing.
+A run that goes on later reads what is there (data/prepared.py), even if the source has changed since.
 """
 
 import hashlib
-import json
-import os
 import platform
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,13 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import sentencepiece
 
+from data import prepared
 from data.config import DataConfig
-from data.packing import Rows, Samples, encode_documents, pack
-from data.pairs import Pair, PairRows, pack_pairs, read_pairs
-from data.published_tokenizer import load_tokenizer
+from data.packing import Samples, encode_documents, pack
+from data.pairs import Pair, pack_pairs, read_pairs
+from data.prepared import SPLITS
 from data.sources import documents
 from data.split import TELL, bytes_after, checked, cut, held_out, split_of
 from data.tokenizer import Tokenizer
@@ -30,7 +26,6 @@ from data.walk import LeftOut, told
 from sharding.errors import UserError
 
 FORMAT = 1
-SPLITS = 'train', 'validation'
 # The tokenizer learns from about this many characters, spread over the training text: more takes long, changes little.
 TOKENIZER_CHARACTERS = 32_000_000
 
@@ -79,11 +74,9 @@ def prepare(
         del key['special_tokens']
     key |= {'pairs': True, 'start': start} if pairs else {}
     folder = Path(folder)
-    for leftover in folder / 'data.partial', folder / 'data.old':  # of a process that was killed
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    if (saved := _load(folder)) and saved[0] == key:
-        return saved[1]
+    prepared.clear(folder)
+    if (saved := prepared.load(folder, say)) and saved[0] == key:
+        return _dataset(saved)
     begin = time.perf_counter()
     if pairs:
         dataset = _build_pairs(config, sequence_length, say, tokenizer, start)
@@ -91,17 +84,23 @@ def prepare(
         dataset = _build(config, sequence_length, say, tokenizer)
     if check:
         check(dataset)  # raises while nothing is written
-    _save(dataset, folder, key)
+    rows = {'train': dataset.train, 'validation': dataset.validation}
+    prepared.save(folder, key, dataset.facts, dataset.tokenizer, rows)
     say(f'data: prepared in {time.perf_counter() - begin:.1f} s')
     return dataset
 
 
-def load(folder: Path) -> Dataset:
+def load(folder: Path, say: Callable[[str], None] = print) -> Dataset:
     """The data of a run as it was prepared; nothing is written. UserError where there is none or it is damaged."""
-    saved = _load(Path(folder))
+    saved = prepared.load(Path(folder), say)
     if saved is None:
         raise UserError(f'{Path(folder) / "data"}: not there; a run that scripts/train.py made holds its data')
-    return saved[1]
+    return _dataset(saved)
+
+
+def _dataset(saved: tuple[dict[str, Any], dict[str, Any], Tokenizer, dict[str, Samples]]) -> Dataset:
+    _, facts, tokenizer, rows = saved
+    return Dataset(tokenizer, rows['train'], rows['validation'], facts)
 
 
 def _build(
@@ -264,58 +263,3 @@ def _sample(texts: Iterator[str], every: int, block: int = 1 << 16) -> Iterator[
             if number % every == 0:
                 yield text[begin : begin + block]
             number += 1
-
-
-def _save(dataset: Dataset, folder: Path, key: dict[str, Any]) -> None:
-    new, old, data = folder / 'data.partial', folder / 'data.old', folder / 'data'
-    new.mkdir(parents=True)
-    sizes = {}
-    for part, rows in zip(SPLITS, (dataset.train, dataset.validation), strict=True):
-        for name in rows.ARRAYS:
-            path = new / f'{part}.{name}.npy'
-            np.save(path, getattr(rows, name), allow_pickle=False)
-            sizes[path.name] = path.stat().st_size
-    description = {
-        'key': key,
-        'facts': dataset.facts,
-        'sizes': sizes,
-        'tokenizer_sha256': dataset.tokenizer.sha256,
-    }
-    (new / 'data.json').write_text(json.dumps(description, indent=1) + '\n', encoding='utf-8')
-    if data.exists():  # of another config; out of the way first, because its tokenizer is about to go
-        os.replace(data, old)
-    dataset.tokenizer.save(folder)
-    os.replace(new, data)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def _load(folder: Path) -> tuple[dict[str, Any], Dataset] | None:
-    """What is saved and the config that it was made from, the arrays left on disk; None if nothing is."""
-    data = folder / 'data'
-    if not data.exists():
-        return None
-    mend = 'restore the run folder from a copy, or start over with --fresh'
-    try:
-        description = json.loads((data / 'data.json').read_text(encoding='utf-8'))
-        key, facts, sizes, sha256 = (description[name] for name in ('key', 'facts', 'sizes', 'tokenizer_sha256'))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{data / "data.json"}: damaged ({error}); {mend}') from None
-    for name, size in sizes.items():
-        path = data / name
-        found = path.stat().st_size if path.exists() else 'no'
-        if found != size:
-            raise UserError(f'{path}: {found} bytes where {size} were written; {mend}')
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        raise UserError(f'{folder / Tokenizer.name}: missing beside {data}; {mend}')
-    if tokenizer.sha256 != sha256:
-        raise UserError(f'{folder / tokenizer.name}: not the tokenizer that made {data}; {mend}')
-
-    kind: Any = PairRows if key.get('pairs') else Rows
-
-    def rows(part: str) -> Samples:
-        arrays = {name: np.load(data / f'{part}.{name}.npy', mmap_mode='r', allow_pickle=False) for name in kind.ARRAYS}
-        return kind(sequence_length=key['sequence_length'], bytes=facts[part]['bytes'], **arrays)
-
-    return key, Dataset(tokenizer, rows('train'), rows('validation'), facts)

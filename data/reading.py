@@ -138,16 +138,16 @@ def plain_name(path: Path) -> Path:
     return Path(name)
 
 
-def joined(pieces: Iterator[str], name: str) -> str:
-    """A whole text. Raises UserError for one of more than DOCUMENT characters."""
-    found, size = [], 0
+def joined(pieces: Iterator[str], name: str, most: int = 0) -> str:
+    """A whole text. Raises UserError for one of more than `most` characters; 0: than DOCUMENT."""
+    found, size, most = [], 0, most or DOCUMENT
     for piece in pieces:
         found.append(piece)
         size += len(piece)
-        if size > DOCUMENT:
+        if size > most:
             raise UserError(
-                f'{name}: a text of more than {DOCUMENT:,} characters; at most so many are one document: split it '
-                '(split --line-bytes=500M), or make JSON Lines of it'
+                f'{name}: a text of more than {most:,} characters; at most so many are read at once: split it '
+                f'(split --line-bytes={most // 2}), or make JSON Lines of it'
             )
     return ''.join(found)
 

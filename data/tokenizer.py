@@ -19,7 +19,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from sharding.errors import UserError
+from sharding.errors import UserError, shown
+from storage import files as disk
 
 SPACE = '\u2581'
 PART = 65536  # characters: a longer text is cut where no piece can span the cut, for sentencepiece holds many bytes for each
@@ -192,7 +193,8 @@ class Tokenizer:
         for i in ids:
             if i >= self.embedded:
                 raise UserError(
-                    f'text: token {self.name_of(i)!r} has id {i}, and the model’s embedding has {self.embedded} rows: it never '
+                    f'text: token {shown(self.name_of(i), 60, quoted=True)} has id {i}, and the model’s embedding has '
+                    f'{self.embedded} rows: it never '
                     'learnt that token; leave it out'
                 )
 
@@ -236,9 +238,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write each of its files so that the folder holds all of it or what it held before."""
         for name, content in self.files().items():
-            partial = folder / f'{name}.partial'
-            partial.write_bytes(content)
-            os.replace(partial, folder / name)
+            disk.write(folder / name, content)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocabulary: int) -> 'Tokenizer':

@@ -6,7 +6,6 @@ sentence-transformers has them; Qwen3's), but any model without an encoder has h
 Letters: B rows, T tokens of a row, D model, N texts.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,8 +21,9 @@ from decoding.run import TrainedRun
 from model.forward import hidden_states, place, row_ways
 from sharding.buckets import Bucket
 from sharding.collectives import wide
-from sharding.errors import UserError
+from sharding.errors import UserError, shown
 from sharding.mesh import BATCH, SEQUENCE
+from storage.foreign import read_json
 from training.conversion import SOURCE
 
 Pooling = Literal['mean', 'cls', 'last']  # over a text's tokens; its first; its last
@@ -105,7 +105,8 @@ def published_pooling(run: TrainedRun) -> Pooling | None:
         kind = str(one.get('type') if isinstance(one, dict) else one).rpartition('.')[2]
         if kind not in ('Transformer', 'Pooling', 'Normalize'):
             raise UserError(
-                f'{source / MODULES}: names {kind}, which is not supported; --pooling mean, cls or last embeds without it'
+                f'{source / MODULES}: names {shown(kind, 60)}, which is not supported; --pooling mean, cls or last '
+                'embeds without it'
             )
     if not isinstance(pooling, dict):
         return None
@@ -113,7 +114,8 @@ def published_pooling(run: TrainedRun) -> Pooling | None:
     modes += [str(pooling['pooling_mode'])] if 'pooling_mode' in pooling else []
     if len(modes) != 1 or modes[0] not in MODES:
         raise UserError(
-            f'{source / POOLING}: {" and ".join(modes) or "no pooling at all"} is not supported; say one with --pooling mean, '
+            f'{source / POOLING}: {shown(" and ".join(modes) or "no pooling at all", 60)} is not supported; '
+            'say one with --pooling mean, '
             'cls or last'
         )
     return MODES[modes[0]]
@@ -123,7 +125,4 @@ def _json(path: Path | Bucket) -> Any:
     """What a file holds; None where there is none."""
     if not path.is_file():
         return None
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{path}: not readable as JSON: {error}') from None
+    return read_json(path.read_bytes(), str(path))

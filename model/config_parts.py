@@ -5,8 +5,11 @@ import functools
 import math
 from typing import Literal, get_args
 
+import numpy as np
+
 from sharding.errors import UserError, nearest
 
+MOST_TRIED = 2**20  # divisors
 Dispatch = Literal['auto', 'all_gather', 'all_to_all', 'ragged']
 
 
@@ -198,23 +201,34 @@ class EncoderConfig:
 def runs_of(kinds: tuple[Kind, ...]) -> tuple[Run, ...]:
     """Kinds in a row as repeated units: the fewest kinds written down, of those the fewest runs, of those the first longest."""
     L = len(kinds)
-    best: list[tuple[tuple[int, int], tuple[Run, ...]]] = [((0, 0), ())] * (L + 1)
+    number = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
+    kind_L = np.array([number[kind] for kind in kinds])
+    # Of the layers from each on: the kinds written down, the runs, and the first run's unit and length.
+    written, runs, unit_of, length_of = np.zeros((4, L + 1), np.int64)
+    alike = np.zeros(L + 1, np.int64)  # by a distance: how many layers from here on equal those so far behind
     for first in reversed(range(L)):
-        found = []
-        for unit in range(1, L - first + 1):
-            repeats = 1
-            while True:
-                (written, runs), rest = best[first + unit * repeats]
-                found.append(((written + unit, runs + 1), (Run(kinds[first : first + unit], repeats), *rest)))
-                end = first + unit * (repeats + 1)
-                if end > L or kinds[end - unit : end] != kinds[first : first + unit]:
-                    break
-                repeats += 1
-        best[first] = min(found, key=lambda one: (one[0], -one[1][0].layers))
-    return best[0][1]
+        left = L - first
+        alike[1:left] = np.where(kind_L[first + 1 :] == kind_L[first], alike[1:left] + 1, 0)
+        unit = np.arange(left + 1)  # by a run's length: the shortest unit that it repeats
+        repeated = 1 + np.flatnonzero(alike[1:left] >= unit[1:left])
+        while len(repeated):
+            shortest = repeated[0]
+            lengths = slice(shortest, shortest + alike[shortest] + 1, shortest)
+            unit[lengths] = np.minimum(unit[lengths], shortest)
+            repeated = repeated[1:][unit[repeated[1:]] == repeated[1:]]  # others repeat what is repeated already
+        cost = (written[first + 1 :] + unit[1:]) * (L + 1) + runs[first + 1 :] + 1
+        length = left - int(np.argmin(cost[::-1]))  # the longest of those that cost the least
+        written[first], runs[first] = divmod(int(cost[length - 1]), L + 1)
+        unit_of[first], length_of[first] = unit[length], length
+    found, at = list[Run](), 0
+    while at < L:
+        length = int(length_of[at])
+        found.append(Run(kinds[at : at + int(unit_of[at])], length // int(unit_of[at])))
+        at += length
+    return tuple(found)
 
 
 def nearest_divisor(n: int, wanted: int) -> int:
-    """The divisor of `n` that is nearest to `wanted`, the smaller one of two."""
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    """The divisor of n that is nearest to `wanted`, the smaller of two; of the largest n among those that are soon found."""
+    small = [d for d in range(1, min(math.isqrt(n), MOST_TRIED) + 1) if n % d == 0]
     return min([*small, *(n // d for d in small)], key=lambda d: (abs(d - wanted), d))

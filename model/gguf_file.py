@@ -7,7 +7,6 @@ is; each claim in it is checked before it is believed. Numbers are read by slice
 
 import dataclasses
 import math
-import mmap
 import re
 import struct
 from collections.abc import Mapping
@@ -17,12 +16,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from model.tensor_files import Stored
-from sharding.errors import UserError
+from model.tensor_files import Stored, read_part
+from sharding.errors import UserError, shown
+from storage.foreign import SteadyFile, opened, shown_path, shown_value
 
 MAGIC = b'GGUF'
 VERSIONS = (2, 3)
 LONGEST_HEADER = 2**27  # bytes; the tokens and merges of a vocabulary of 262,144 are some 15 MB
+FIRST = 2**20  # bytes of a file that are read first
 LONGEST_TEXT = 2**24  # bytes of one text, such as a chat template
 LONGEST_NAME = 256  # bytes of a key or of a tensor's name, of which ggml allows 63
 MOST_KEYS = 2**16
@@ -107,10 +108,14 @@ BFLOAT16 = np.dtype(jnp.bfloat16)
 class Blocks:
     """A tensor in blocks of few bits, read as the float32 that they stand for, MXFP4 as bfloat16, which holds it exactly."""
 
-    path: Path
+    file: SteadyFile
     layout: Layout
     shape: tuple[int, ...]  # the last dim's numbers are next to each other, in whole blocks
     begin: int  # of its bytes in the file
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
     @property
     def dtype(self) -> np.dtype:
@@ -125,11 +130,10 @@ class Blocks:
         cuts: list[Any] = [*take, *[slice(None)] * (len(self.shape) - len(take))]
         first, span = cuts[:-1], range(self.shape[-1])[cuts[-1]]
         row = self.shape[-1] // self.layout.numbers * self.layout.bytes
-        raw = np.memmap(self.path, np.uint8, 'r', offset=self.begin, shape=(self.bytes,))
-        rows = np.asarray(raw).reshape(*self.shape[:-1], row)
         ends = (min(span[0], span[-1]), max(span[0], span[-1]) + 1) if len(span) else (0, 0)
         begin, end = ends[0] // self.layout.numbers, -(-ends[1] // self.layout.numbers)
-        packed = rows[(*first, slice(begin * self.layout.bytes, end * self.layout.bytes))]
+        cut = (*first, slice(begin * self.layout.bytes, end * self.layout.bytes))
+        packed = read_part(self.file, self.begin, (*self.shape[:-1], row), np.dtype(np.uint8), cut)
         numbers = _numbers(packed, self.layout).astype(self.dtype, copy=False)
         if span == range(begin * self.layout.numbers, end * self.layout.numbers):
             return numbers
@@ -158,13 +162,20 @@ class Contents:
     values: Mapping[str, Any]  # numbers, texts, NumPy arrays of numbers, lists of texts
     tensors: Mapping[str, Numbers]
 
+    @property
+    def where(self) -> str:
+        """The file, for messages."""
+        return shown_path(self.path)
+
 
 class _Header:
     """Reads a header from its first byte on, never past the file's end or LONGEST_HEADER."""
 
-    def __init__(self, path: Path, raw: mmap.mmap, size: int):
-        self.path, self.raw, self.size = path, raw, size
-        self.end = min(size, LONGEST_HEADER)
+    def __init__(self, file: SteadyFile):
+        self.file, self.path, self.size = file, file.path, file.size
+        self.where = shown_path(file.path)
+        self.raw = b''  # of the file, from its first byte on, as much as was needed
+        self.end = min(self.size, LONGEST_HEADER)
         self.at = 0
         self.texts = 0  # in arrays, so far
 
@@ -174,29 +185,37 @@ class _Header:
         if count > self.end - at:
             if self.end < self.size and count <= self.size - at:
                 raise UserError(
-                    f'{self.path}: its header has more than {LONGEST_HEADER} bytes, the most that is read of one, at {what}'
+                    f'{self.where}: its header has more than {LONGEST_HEADER} bytes, the most that is read of one, at {what}'
                 )
             raise UserError(
-                f'{self.path}: has {self.size} bytes and ends within its header, at {what}: it was cut off, or the header is '
+                f'{self.where}: has {self.size} bytes and ends within its header, at {what}: it was cut off, or the header is '
                 'wrong; fetch it again'
             )
         self.at = at + count
+        self.hold(self.at)
         return at
+
+    def hold(self, end: int) -> None:
+        """Reads on, to that byte at least."""
+        if end > len(self.raw):
+            more = min(max(end, 2 * len(self.raw), FIRST), self.end) - len(self.raw)
+            self.raw += self.file.read(len(self.raw), more)
 
     def number(self, letter: str, what: str) -> Any:
         form = f'<{letter}'
-        return struct.unpack_from(form, self.raw, self.need(struct.calcsize(form), what))[0]
+        at = self.need(struct.calcsize(form), what)
+        return struct.unpack_from(form, self.raw, at)[0]
 
     def count(self, what: str, of: str, most: int, least_bytes: int) -> int:
         """A count of what follows, each at least that many bytes."""
         count = self.number('Q', what)
         if count > most:
             raise UserError(
-                f'{self.path}: {what} has {count} {of}: at most {most} are read; the header is wrong, or not of a model'
+                f'{self.where}: {what} has {count} {of}: at most {most} are read; the header is wrong, or not of a model'
             )
         if count * least_bytes > self.size - self.at:
             raise UserError(
-                f'{self.path}: {what} has {count} {of}, and only {self.size - self.at} bytes follow: the header is wrong, or '
+                f'{self.where}: {what} has {count} {of}, and only {self.size - self.at} bytes follow: the header is wrong, or '
                 'the file was cut off'
             )
         return count
@@ -204,7 +223,7 @@ class _Header:
     def text(self, what: str, most: int = LONGEST_TEXT) -> str:
         length = self.number('Q', what)
         if length > most:
-            raise UserError(f'{self.path}: {what} is a text of {length} bytes: at most {most} are read')
+            raise UserError(f'{self.where}: {what} is a text of {length} bytes: at most {most} are read')
         at = self.need(length, what)
         return self.decoded(self.raw[at : at + length], what)
 
@@ -212,7 +231,9 @@ class _Header:
         """The name of a key or a tensor, which messages repeat."""
         found = self.text(f'the name of {of}', LONGEST_NAME)
         if not found.isprintable() or ' ' in found:
-            raise UserError(f'{self.path}: the name of {of} is {found!r}: names have letters, digits and signs alone')
+            raise UserError(
+                f'{self.where}: the name of {of} is {shown_value(found)}: names have letters, digits and signs alone'
+            )
         return found
 
     def decoded(self, raw: bytes, what: str) -> str:
@@ -220,7 +241,7 @@ class _Header:
             return raw.decode()
         except UnicodeDecodeError as error:
             raise UserError(
-                f'{self.path}: {what} is not UTF-8 at its byte {error.start}: the header is wrong'
+                f'{self.where}: {what} is not UTF-8 at its byte {error.start}: the header is wrong'
             ) from None
 
     def value(self, key: str) -> Any:
@@ -232,7 +253,7 @@ class _Header:
             return self.array(what)
         if kind not in NUMBERS:
             raise UserError(
-                f'{self.path}: {what} has a value of type {kind}: types go from 0 to 12; the header is wrong'
+                f'{self.where}: {what} has a value of type {kind}: types go from 0 to 12; the header is wrong'
             )
         number = self.number(NUMBERS[kind][0], what)
         if kind == FLOAT32:
@@ -241,20 +262,20 @@ class _Header:
 
     def flag(self, number: int, what: str) -> bool:
         if number > 1:
-            raise UserError(f'{self.path}: {what} is true or false, and has the byte {number}: it must be 0 or 1')
+            raise UserError(f'{self.where}: {what} is true or false, and has the byte {number}: it must be 0 or 1')
         return bool(number)
 
     def array(self, what: str) -> Any:
         kind = self.number('I', what)
         if kind == ARRAY:
-            raise UserError(f'{self.path}: {what} is an array of arrays, which is not read; no model has one')
+            raise UserError(f'{self.where}: {what} is an array of arrays, which is not read; no model has one')
         if kind == TEXT:
             count = self.count(what, 'texts', min(MOST_VALUES, MOST_TEXTS - self.texts), 8)
             self.texts += count
             return self.array_of_texts(what, count)
         if kind not in NUMBERS:
             raise UserError(
-                f'{self.path}: {what} is an array of type {kind}: types go from 0 to 12; the header is wrong'
+                f'{self.where}: {what} is an array of type {kind}: types go from 0 to 12; the header is wrong'
             )
         dtype = np.dtype(NUMBERS[kind][1])
         count = self.count(what, 'values', MOST_VALUES, dtype.itemsize)
@@ -267,18 +288,22 @@ class _Header:
 
     def array_of_texts(self, what: str, count: int) -> list[str]:
         """Written for speed: a vocabulary has hundreds of thousands."""
-        found, raw, at, end = [], self.raw, self.at, self.end
+        found, at, end = [], self.at, self.end
         length_at = struct.Struct('<Q').unpack_from
         for i in range(count):
-            if at + 8 > end or (length := length_at(raw, at)[0]) > min(end - at - 8, LONGEST_TEXT):
+            if at + 8 > len(self.raw):
+                self.hold(min(at + 8, end))
+            if at + 8 > end or (length := length_at(self.raw, at)[0]) > min(end - at - 8, LONGEST_TEXT):
                 self.at = at
                 self.text(f'{what}, text {i}')  # says what is wrong
                 raise AssertionError
             at += 8 + length
+            if at > len(self.raw):
+                self.hold(at)
             try:
-                found.append(raw[at - length : at].decode())
+                found.append(self.raw[at - length : at].decode())
             except UnicodeDecodeError:
-                self.decoded(raw[at - length : at], f'{what}, text {i}')
+                self.decoded(self.raw[at - length : at], f'{what}, text {i}')
         self.at = at
         return found
 
@@ -302,73 +327,72 @@ def whole(contents: Contents, key: str, default: int) -> int:
     """A key that holds a whole number, from 0 on."""
     found = contents.values.get(key, default)
     if isinstance(found, bool) or not isinstance(found, int) or found < 0:
-        raise UserError(f'{contents.path}: key {key} is {told(found)}: it must be a whole number from 0 on')
+        raise UserError(f'{contents.where}: key {key} is {shown_value(found)}: it must be a whole number from 0 on')
     return found
 
 
 def _parts(first: Contents, count: int) -> Contents:
-    path = first.path
+    path, where = first.path, first.where
     named = PART.fullmatch(path.name)
     if count > MOST_PARTS:
-        raise UserError(f'{path}: is one of {count} files: at most {MOST_PARTS} are read')
+        raise UserError(f'{where}: is one of {count} files: at most {MOST_PARTS} are read')
     if not named or int(named[3]) != count:
         raise UserError(
-            f'{path}: is one of {count} files of a model, which are named NAME-00001-of-{count:05}.gguf and so on: give '
+            f'{where}: is one of {count} files of a model, which are named NAME-00001-of-{count:05}.gguf and so on: give '
             'them these names again, and name the first'
         )
     names = [path.with_name(f'{named[1]}-{i + 1:05}-of-{count:05}.gguf') for i in range(count)]
     if whole(first, 'split.no', 0) != 0 or path != names[0]:
-        raise UserError(f'{path}: is not the first of the {count} files of a model: name {names[0]}')
+        raise UserError(f'{where}: is not the first of the {count} files of a model: name {shown_path(names[0])}')
     tensors = dict(first.tensors)
     for i, name in enumerate(names[1:], 1):
         if not name.is_file():
-            raise UserError(f'{name}: is missing: {path.name} says that the model is in {count} files')
+            raise UserError(
+                f'{shown_path(name)}: is missing: {shown(path.name)} says that the model is in {count} files'
+            )
         part = _one(name)
         if (of := whole(part, 'split.count', 1)) != count or whole(part, 'split.no', 0) != i:
             raise UserError(
-                f'{name}: says that it is file {whole(part, "split.no", 0)} of {of}, counted '
+                f'{shown_path(name)}: says that it is file {whole(part, "split.no", 0)} of {of}, counted '
                 f'from 0, and by its name is {i} of {count}: it belongs to another model'
             )
         for tensor, numbers in part.tensors.items():
             if tensor in tensors:
-                raise UserError(f'{name}: tensor {tensor} is also in {tensors[tensor].path.name}')
+                raise UserError(f'{shown_path(name)}: tensor {tensor} is also in {shown(tensors[tensor].path.name)}')
             tensors[tensor] = numbers
     wanted = whole(first, 'split.tensors.count', len(tensors))
     if wanted != len(tensors):
         raise UserError(
-            f'{path}: its {count} files have {len(tensors)} tensors and must have {wanted}: one was exchanged'
+            f'{where}: its {count} files have {len(tensors)} tensors and must have {wanted}: one was exchanged'
         )
     return Contents(path, first.values, tensors)
 
 
 def _one(path: Path) -> Contents:
     """What one file's header says."""
-    if path.exists() and not path.is_file():
-        raise UserError(f'{path}: is no file that could be read by places, as a device or a pipe is not')
-    try:
-        with path.open('rb') as file:
-            size = file.seek(0, 2)
-            if size < 24:
-                raise UserError(f'{path}: has {size} bytes: not a GGUF file, which begins with 24 bytes of header')
-            with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as raw:
-                return _contents(_Header(path, raw, size))
-    except OSError as error:
-        raise UserError(f'{path}: cannot be read: {error.strerror}') from None
+    with opened(path) as descriptor:
+        file = SteadyFile.of(path, descriptor)
+    if file.size < 24:
+        raise UserError(
+            f'{shown_path(path)}: has {file.size} bytes: not a GGUF file, which begins with 24 bytes of header'
+        )
+    return _contents(_Header(file))
 
 
 def _contents(header: _Header) -> Contents:
-    path = header.path
-    magic, version = header.raw[header.need(4, 'its first bytes') : 4], header.number('I', 'its version')
+    path, where = header.path, header.where
+    header.need(4, 'its first bytes')
+    magic, version = header.raw[:4], header.number('I', 'its version')
     if magic != MAGIC:
-        raise UserError(f'{path}: begins with {magic!r} and not with {MAGIC!r}: not a GGUF file')
+        raise UserError(f'{where}: begins with {magic!r} and not with {MAGIC!r}: not a GGUF file')
     if int.from_bytes(version.to_bytes(4, 'little'), 'big') in (1, *VERSIONS):
-        raise UserError(f'{path}: is big-endian: take the little-endian file, or turn it with gguf_convert_endian.py')
+        raise UserError(f'{where}: is big-endian: take the little-endian file, or turn it with gguf_convert_endian.py')
     if version not in VERSIONS:
         raise UserError(
-            f'{path}: is of GGUF version {version}; supported: {" and ".join(map(str, VERSIONS))}; convert the model again '
+            f'{where}: is of GGUF version {version}; supported: {" and ".join(map(str, VERSIONS))}; convert the model again '
             'with a newer converter'
             if version < min(VERSIONS)
-            else f'{path}: is of GGUF version {version}; supported: {" and ".join(map(str, VERSIONS))}'
+            else f'{where}: is of GGUF version {version}; supported: {" and ".join(map(str, VERSIONS))}'
         )
     tensors = header.count('the header', 'tensors', MOST_TENSORS, 24)
     keys = header.count('the header', 'keys', MOST_KEYS, 13)
@@ -376,13 +400,13 @@ def _contents(header: _Header) -> Contents:
     for _ in range(keys):
         key = header.name('a key')
         if key in values:
-            raise UserError(f'{path}: key {key!r} is there twice')
+            raise UserError(f'{where}: key {key!r} is there twice')
         values[key] = header.value(key)
     entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
     for _ in range(tensors):
         name = header.name('a tensor')
         if name in entries:
-            raise UserError(f'{path}: tensor {name!r} is there twice')
+            raise UserError(f'{where}: tensor {name!r} is there twice')
         entries[name] = _entry(header, name)
     return Contents(path, values, _placed(header, entries, _alignment(path, values)))
 
@@ -392,7 +416,7 @@ def _entry(header: _Header, name: str) -> tuple[tuple[int, ...], int, int]:
     what = f'tensor {name!r}'
     dims = header.number('I', what)
     if not 1 <= dims <= MOST_DIMS:
-        raise UserError(f'{header.path}: {what} has {dims} dims: from 1 to {MOST_DIMS} work')
+        raise UserError(f'{header.where}: {what} has {dims} dims: from 1 to {MOST_DIMS} work')
     shape = tuple(header.number('Q', what) for _ in range(dims))[::-1]  # a file has the innermost first
     return shape, header.number('I', what), header.number('Q', what)
 
@@ -401,7 +425,9 @@ def _alignment(path: Path, values: Mapping[str, Any]) -> int:
     """What offsets are multiples of."""
     found = whole(Contents(path, values, {}), 'general.alignment', 32)
     if not 1 <= found <= 2**16 or found & (found - 1):
-        raise UserError(f'{path}: general.alignment is {found}: it must be a power of 2 up to {2**16}, such as 32')
+        raise UserError(
+            f'{shown_path(path)}: general.alignment is {found}: it must be a power of 2 up to {2**16}, such as 32'
+        )
     return found
 
 
@@ -409,48 +435,44 @@ def _placed(
     header: _Header, entries: Mapping[str, tuple[tuple[int, ...], int, int]], alignment: int
 ) -> dict[str, Numbers]:
     """The tensors, each where its numbers are."""
-    path, start = header.path, -(-header.at // alignment) * alignment
+    where, start = header.where, -(-header.at // alignment) * alignment
     found: dict[str, Numbers] = {}
     for name, (shape, kind, offset) in entries.items():
         layout = LAYOUTS.get(kind)
         if layout is None or not layout.bytes:
             said = f'type {kind}' if layout is None else f'type {layout.name}'
             raise UserError(
-                f'{path}: tensor {name!r} is of {said}, which is not supported; supported: {", ".join(SUPPORTED)}'
+                f'{where}: tensor {name!r} is of {said}, which is not supported; supported: {", ".join(SUPPORTED)}'
             )
         if not all(1 <= dim < 2**48 for dim in shape) or math.prod(shape) >= 2**48:
             raise UserError(
-                f'{path}: tensor {name!r} has dims {list(shape)}: each must be at least 1, all below 2^48 numbers'
+                f'{where}: tensor {name!r} has dims {list(shape)}: each must be at least 1, all below 2^48 numbers'
             )
         if shape[-1] % layout.numbers:
             raise UserError(
-                f'{path}: tensor {name!r} has rows of {shape[-1]} numbers, and {layout.name} has them in blocks of '
+                f'{where}: tensor {name!r} has rows of {shape[-1]} numbers, and {layout.name} has them in blocks of '
                 f'{layout.numbers}: the header is wrong'
             )
         if offset % alignment or offset >= 2**63:
             raise UserError(
-                f'{path}: tensor {name!r} begins at {offset}, which is no multiple of {alignment}: the header is wrong'
+                f'{where}: tensor {name!r} begins at {offset}, which is no multiple of {alignment}: the header is wrong'
             )
         begin = start + offset
         plain = PLAIN.get(layout.name)
-        found[name] = Stored(path, plain, shape, begin) if plain is not None else Blocks(path, layout, shape, begin)
+        found[name] = (
+            Stored(header.file, plain, shape, begin) if plain is not None else Blocks(header.file, layout, shape, begin)
+        )
     end = start
     for name, one in sorted(found.items(), key=lambda item: item[1].begin):
         if one.begin < end:
-            raise UserError(f'{path}: tensor {name!r} overlaps another: the header is wrong')
+            raise UserError(f'{where}: tensor {name!r} overlaps another: the header is wrong')
         if one.begin - end >= alignment:
             raise UserError(
-                f'{path}: tensor {name!r} leaves {one.begin - end} bytes before it unused: the header is wrong'
+                f'{where}: tensor {name!r} leaves {one.begin - end} bytes before it unused: the header is wrong'
             )
         end = one.begin + one.bytes
         if end > header.size:
             raise UserError(
-                f'{path}: has {header.size} bytes and tensor {name!r} ends at {end}: it was cut off; fetch it again'
+                f'{where}: has {header.size} bytes and tensor {name!r} ends at {end}: it was cut off; fetch it again'
             )
     return found
-
-
-def told(value: Any) -> str:
-    """A value, shortened for a message."""
-    said = repr(value)
-    return said if len(said) <= 80 else f'{said[:77]}...'

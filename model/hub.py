@@ -6,12 +6,13 @@ is read as the folder that it stands for (model/gguf).
 """
 
 import dataclasses
+import difflib
 import functools
-import json
 import math
+import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
 
@@ -27,8 +28,9 @@ from model.families.fields import passed_over
 from model.quantised import unpacked
 from model.streaming import arrays
 from model.tensor_files import Stored
-from sharding.errors import UserError, nearest
+from sharding.errors import CLOSE, SEARCHED, UserError, nearest, shown
 from sharding.mesh import AXES
+from storage.foreign import read_file, read_object, shown_path
 
 CONFIG, SINGLE, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
 PICKLED = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
@@ -36,10 +38,18 @@ FOREIGN = ('.msgpack', '.h5', '.onnx', '.npz')
 SIDE = re.compile(
     r'[\w.-]+\.(json|jinja|txt|model|spm|tiktoken)|LICENSE[\w.-]*|NOTICE[\w.-]*'
 )  # files that are kept beside the weights
+POOLING = re.compile(r'\d_.*', re.DOTALL)  # folders of sentence-transformers with a config.json each
 TEMPLATES = 'additional_chat_templates'  # the folder of those beside the first one
 ON_HUB = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*')  # as models are called there: Qwen/Qwen3-8B
 BUFFERS = (r'.*rotary_emb\.inv_freq',)  # of every family in old files: they follow from the config
-LARGEST_SIDE = 2**27  # bytes
+LARGEST_CONFIG = 2**23  # bytes, of which known ones have some thousands
+MOST_CONFIG_VALUES = 2**19
+LARGEST_INDEX = 2**26  # bytes; of 90,000 tensors one has 9 million
+MOST_INDEX_VALUES = 2**20  # tensors
+MOST_FILES = 2**12  # of weights; the largest models have some 200
+LARGEST_SIDE = 2**26  # bytes of one file beside the weights; tokenizers of 262,144 tokens have 33 million
+LARGEST_SIDES = 2**27  # bytes of all of these
+MOST_SIDES = 2**10
 Kept = Literal['float32', 'bfloat16', 'float16']  # what weights can be kept in
 
 
@@ -108,18 +118,21 @@ def read(
     """
     from_gguf = gguf.read(folder) if gguf.is_file(folder) else None
     where, config = (folder, from_gguf.config) if from_gguf else (folder / CONFIG, _config(folder))
-    config = passed_over(config, ignore, str(where))
+    config = passed_over(config, ignore, shown_path(where))
+    fields = Fields(config, shown_path(where))
+    names = fields('architectures', None) or ['?']
     if 'auto_map' in config and not without_remote_code:
         raise UserError(
-            f'{where}: auto_map names code that comes with the model, which is never run; where Weft’s own code for '
-            f'{(config.get("architectures") or ["?"])[0]} is what you want, say --without-remote-code'
+            f'{fields.source}: auto_map names code that comes with the model, which is never run; where Weft’s own code for '
+            f'{shown(names[0], 60)} is what you want, say --without-remote-code'
         )
-    fields = Fields(config, str(where))
     family = family_of(fields)
     with fields.told():
         c = family.model(fields)
     fields.finish()
     found: Mapping[str, Source] = from_gguf.stored if from_gguf else unpacked(all_stored(folder), config, where)
+    with fields.told():
+        _check_counts(family, c, len(found))
     stored, files = _as_named(found, family)
     c, table, absent = _present(family, family.model_of(c, stored), stored)
     if from_gguf:
@@ -129,6 +142,21 @@ def read(
     c = _with_dtypes(folder, c, table, sources, dtype)
     files = {name: file for name, file in files.items() if name in (*sources, *copies, *fixed)}
     return Published(folder, fields, family, c, table, sources, files, copies, fixed, absent, tuple(ignore), from_gguf)
+
+
+def _check_counts(family: Family, c: ModelConfig, tensors: int) -> None:
+    """Raises UserError where the config names more layers or experts than the files have tensors, before any is listed."""
+    rule = f'and the files have {tensors} tensors: each layer has one at least'
+    stacks = [('model.layers', c.layers), *([('model.encoder.layers', c.encoder.layers)] if c.encoder else [])]
+    for field, count in [*stacks, ('model.mtp_layers', c.mtp_layers)]:
+        if count > tensors:
+            raise UserError(f'{field} is {count} {rule}')
+    if c.moe and any('{e}' in name for name in family.names):
+        layers = sum(kind.experts for kind in c.kinds)
+        if c.moe.experts * layers > tensors:
+            raise UserError(
+                f'model.moe.experts is {c.moe.experts} in each of {layers} layers, and the files have {tensors} tensors'
+            )
 
 
 def _present(
@@ -161,7 +189,7 @@ def _as_named(stored: Mapping[str, Source], family: Family) -> tuple[dict[str, S
         now = family.prefix + now if short and now not in outside else now
         if now in found:
             raise UserError(
-                f'{source.path}: tensors {name} and {files.get(now, now)} are the same one of a {family.name} model'
+                f'{shown_path(source.path)}: tensors {name} and {files.get(now, now)} are the same one of a {family.name} model'
             )
         found[now] = source
         if now != name:
@@ -171,39 +199,32 @@ def _as_named(stored: Mapping[str, Source], family: Family) -> tuple[dict[str, S
 
 def _config(folder: Path) -> dict[str, Any]:
     """The fields of config.json."""
-    if folder.is_file():
+    where = shown_path(folder)
+    if os.path.isfile(folder):
         raise UserError(
-            f'{folder}: is a file, and no GGUF file; a published model is such a file, or a folder with {CONFIG}'
+            f'{where}: is a file, and no GGUF file; a published model is such a file, or a folder with {CONFIG}'
         )
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         if ON_HUB.fullmatch(str(folder)):
             raise UserError(
                 f'{folder}: there is no such folder; if it is a model of the Hugging Face hub, fetch it first: '
                 f'hf download {folder} --local-dir {folder.name}, and import {folder.name}'
             )
         raise UserError(
-            f'{folder}: there is no such folder; a published model is a folder with {CONFIG} and *.safetensors, or a GGUF file'
+            f'{where}: there is no such folder; a published model is a folder with {CONFIG} and *.safetensors, or a GGUF file'
         )
-    path = folder / CONFIG
-    if not path.is_file():
-        raise UserError(f'{folder}: has no {CONFIG}: not a published model')
-    _check_size(path)
-    config = _json(folder, CONFIG)
-    if not isinstance(config, dict):
-        raise UserError(f'{path}: must be a JSON object, not {type(config).__name__}')
-    return config
+    if CONFIG not in _names(folder):
+        raise UserError(f'{where}: has no {CONFIG}: not a published model')
+    path = inside(folder, CONFIG)
+    return read_object(read_file(path, LARGEST_CONFIG), shown_path(path), MOST_CONFIG_VALUES)
 
 
-def _check_size(path: Path) -> None:
-    if (size := path.stat().st_size) > LARGEST_SIDE:
-        raise UserError(f'{path}: has {size} bytes; at most {LARGEST_SIDE} are read of a file beside the weights')
-
-
-def _json(folder: Path, name: str) -> Any:
+def _names(folder: Path) -> list[str]:
+    """What stands in a folder."""
     try:
-        return json.loads(inside(folder, name).read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{folder / name}: not readable as JSON: {error}') from None
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise UserError(f'{shown_path(folder)}: cannot be read: {error.strerror}') from None
 
 
 def inside(folder: Path, name: str, below: str = '') -> Path:
@@ -212,58 +233,80 @@ def inside(folder: Path, name: str, below: str = '') -> Path:
     Links may lead within the folder, and from a snapshot of the hub's cache to the cache's own files.
     """
     path = folder / below / name
-    if name in ('', '.', '..') or Path(name).name != name or '\\' in name or len(name.encode()) > 255:
-        raise UserError(f'{folder}: {name!r} is not the name of a file in this folder')
-    if not path.is_file():
-        raise UserError(f'{path}: is missing')
-    rooms = [folder.resolve()]
-    if folder.resolve().parent.name == 'snapshots':
-        rooms.append(folder.resolve().parents[1] / 'blobs')
-    if not any(path.resolve().is_relative_to(room) for room in rooms):
-        raise UserError(f'{path}: is a link that leaves the folder, to {path.resolve()}; put the file itself there')
+    try:
+        plain = name not in ('', '.', '..') and not set(name) & set('/\\\0') and len(name.encode()) <= 255
+    except UnicodeEncodeError:
+        plain = False
+    if not plain:
+        raise UserError(
+            f'{shown_path(folder)}: {shown(name, 100, quoted=True)} is not the name of a file in this folder'
+        )
+    try:
+        real, root = path.resolve(strict=True), folder.resolve()
+    except FileNotFoundError:
+        raise UserError(f'{shown_path(path)}: is missing') from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that lead to each other
+        raise UserError(
+            f'{shown_path(path)}: cannot be read: {getattr(error, "strerror", "a link to itself")}'
+        ) from None
+    rooms = [root]
+    if root.parent.name == 'snapshots':
+        rooms.append(root.parents[1] / 'blobs')
+    if not any(real.is_relative_to(room) for room in rooms):
+        raise UserError(
+            f'{shown_path(path)}: is a link that leaves the folder, to {shown_path(real)}; put the file itself there'
+        )
     return path
 
 
 def all_stored(folder: Path) -> dict[str, Stored]:
     """Every tensor of a folder's weights."""
-    if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
+    names = _names(folder)
+    if SINGLE in names:
         return tensor_files.header(inside(folder, SINGLE))
-    if not (folder / INDEX).exists():
-        raise UserError(_no_weights(folder))
-    _check_size(folder / INDEX)
-    where = _json(folder, INDEX)
-    where = where.get('weight_map') if isinstance(where, dict) else None
+    if INDEX not in names:
+        raise UserError(_no_weights(folder, names))
+    index = shown_path(folder / INDEX)
+    said = read_object(read_file(inside(folder, INDEX), LARGEST_INDEX), index, MOST_INDEX_VALUES)
+    where = said.get('weight_map')
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()) or not where:
-        raise UserError(f'{folder / INDEX}: must have a weight_map, of tensors to files')
-    files = {name: tensor_files.header(inside(folder, name)) for name in sorted(set(where.values()))}
+        raise UserError(f'{index}: must have a weight_map, of tensors to files')
+    several = sorted(set(where.values()))
+    if len(several) > MOST_FILES:
+        raise UserError(f'{index}: names {len(several)} files: at most {MOST_FILES} are read')
+    files = {name: tensor_files.header(inside(folder, name)) for name in several}
     found: dict[str, Stored] = {}
     for file, entries in files.items():
         for name, stored in entries.items():
             if name in found:
-                raise UserError(f'{folder}: tensor {name} is in both {found[name].path.name} and {file}')
+                raise UserError(
+                    f'{shown_path(folder)}: tensor {name} is in both {shown(found[name].path.name, 60)} and {shown(file, 60)}'
+                )
             if name not in where:
-                raise UserError(f'{folder / file}: has tensor {name}, which {INDEX} does not list')
+                raise UserError(f'{shown_path(folder / file)}: has tensor {name}, which {INDEX} does not list')
             found[name] = stored
     for name, file in where.items():
         if name not in found or found[name].path.name != file:
-            raise UserError(f'{folder / INDEX}: says that tensor {name} is in {file}, which does not have it')
+            raise UserError(
+                f'{index}: says that tensor {shown(name, 100)} is in {shown(file, 100)}, which does not have it'
+            )
     return found
 
 
-def _no_weights(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
+def _no_weights(folder: Path, names: Sequence[str]) -> str:
     for name in names:
+        where = shown_path(folder / name)
         if name.endswith(PICKLED):
             return (
-                f'{folder / name}: pickled weights can run any code, and are not read; take the revision that has '
+                f'{where}: pickled weights can run any code, and are not read; take the revision that has '
                 '*.safetensors, or load them in transformers where you trust them, and model.save_pretrained(FOLDER)'
             )
         if name.endswith(gguf.SUFFIX):
-            return f'{folder / name}: is a GGUF file, and the folder has no *.safetensors: import the file itself'
+            return f'{where}: is a GGUF file, and the folder has no *.safetensors: import the file itself'
         if name.endswith(FOREIGN):
-            return f'{folder / name}: weights in this format are not read; take the revision that has *.safetensors'
-    others = [name for name in names if name.endswith('.safetensors')]
-    return f'{folder}: has neither {SINGLE} nor {INDEX}' + (f'; it has {", ".join(others[:3])}' if others else '')
+            return f'{where}: weights in this format are not read; take the revision that has *.safetensors'
+    others = ', '.join([shown(name, 60) for name in names if name.endswith('.safetensors')][:3])
+    return f'{shown_path(folder)}: has neither {SINGLE} nor {INDEX}' + (f'; it has {others}' if others else '')
 
 
 def _match(
@@ -294,20 +337,23 @@ def _match(
         sources[one.name] = source = left.pop(one.name)
         if tuple(source.shape) != one.shape:
             raise UserError(
-                f'{source.path}: tensor {one.name} is {list(source.shape)} and by {CONFIG} must be {list(one.shape)}'
+                f'{shown_path(source.path)}: tensor {one.name} is {list(source.shape)} and by {CONFIG} must be '
+                f'{list(one.shape)}'
             )
     copies = {name: of for name, of in repeats.items() if name in left and of in sources}
     for name, of in copies.items():
         _check_copy(left.pop(name), name, sources[of], of)
     fixed = {name: left[name].dtype.name for name in family.fixed if name in left}
     for name in fixed:
-        _check_fixed(left.pop(name), name, family.fixed[name](c))
+        _check_fixed(left.pop(name), name, c, family.fixed[name])
     left = {
         name: one for name, one in left.items() if not any(re.fullmatch(p, name) for p in (*BUFFERS, *family.buffers))
     }
     tail = lambda names: f' (and {len(names) - 1} more)' if len(names) > 1 else ''
     if missing:
-        near = nearest(missing[0], left) if left else ''
+        others = sorted(left)
+        close = difflib.get_close_matches(missing[0], others[:SEARCHED], n=1, cutoff=CLOSE)
+        near = nearest(missing[0], close or others[:3]) if left else ''
         of_layer = [re.match(r'model\.layers\.(\d+)\.', name) for name in missing]
         if c.mtp_layers and all(at and int(at[1]) >= c.layers for at in of_layer):
             near = '; it predicts further ahead, and the files have a part of what does'
@@ -315,12 +361,14 @@ def _match(
         if family.headless and missing == heads:
             near = f'; a model without an LM head is a {family.headless}: if this is one, say so under architectures'
         raise UserError(
-            f'{folder}: tensor {missing[0]} is missing{tail(missing)}: by {CONFIG} a {family.architectures[0]} has it{near}'
+            f'{shown_path(folder)}: tensor {missing[0]} is missing{tail(missing)}: by {CONFIG} a '
+            f'{family.architectures[0]} has it{near}'
         )
     if left:
         name, extra = next(iter(left.items()))
         raise UserError(
-            f'{extra.path}: tensor {name} {list(extra.shape)}{tail(left)} is none that a {family.architectures[0]} of this '
+            f'{shown_path(extra.path)}: tensor {name} {list(extra.shape)}{tail(left)} is none that a '
+            f'{family.architectures[0]} of this '
             f'{CONFIG} has; its numbers would be lost'
         )
     return sources, copies, fixed
@@ -335,13 +383,15 @@ def _copies(family: Family, table: list[Tensor], c: ModelConfig) -> dict[str, st
     return found | {one.name: one.copy_of for one in table if one.copy_of}
 
 
-def _check_fixed(one: Source, name: str, wanted: np.ndarray) -> None:
+def _check_fixed(one: Source, name: str, c: ModelConfig, make: Callable[[ModelConfig], np.ndarray]) -> None:
     """That a tensor has the numbers that it must have, as far as its dtype can say them."""
-    if one.shape != wanted.shape or not np.allclose(
-        one.read().astype(np.float32), wanted, rtol=0, atol=4 * float(jnp.finfo(one.dtype).eps)
+    fits = one.shape == (c.max_positions, c.model_dim) and jnp.issubdtype(one.dtype, np.floating)
+    if not fits or not np.allclose(
+        one.read().astype(np.float32), make(c), rtol=0, atol=4 * float(jnp.finfo(one.dtype).eps)
     ):
         raise UserError(
-            f'{one.path}: tensor {name} {list(one.shape)} has not the numbers that follow from {CONFIG}: a model with '
+            f'{shown_path(one.path)}: tensor {name} {list(one.shape)} has not the numbers that follow from {CONFIG}: a '
+            'model with '
             'others is not supported'
         )
 
@@ -355,7 +405,8 @@ def _check_copy(one: Source, name: str, source: Source, of: str) -> None:
         same = same and one.read(rows).tobytes() == source.read(rows).tobytes()
     if not same:
         raise UserError(
-            f'{one.path}: tensor {name} differs from {of}, of which it must be a copy by {CONFIG} (tie_word_embeddings for an '
+            f'{shown_path(one.path)}: tensor {name} differs from {of}, of which it must be a copy by {CONFIG} '
+            '(tie_word_embeddings for an '
             'lm_head); where they are two, say so there'
         )
 
@@ -369,7 +420,8 @@ def _with_dtypes(
         source = sources[one.name]
         if not jnp.issubdtype(source.dtype, np.floating) or source.dtype.itemsize < 2:
             raise UserError(
-                f'{folder}: tensor {one.name} has dtype {source.dtype}, which needs a quantization_config that says what its '
+                f'{shown_path(folder)}: tensor {one.name} has dtype {source.dtype}, which needs a quantization_config '
+                'that says what its '
                 'numbers stand for; supported: DeepSeek’s block-scaled FP8, MXFP4'
             )
         # The bias of a router's choices is kept in at least float32 anyhow, without widening all others.
@@ -378,7 +430,8 @@ def _with_dtypes(
     kept = dtype or np.dtype(functools.reduce(jnp.promote_types, found)).name
     if kept not in get_args(Kept):
         raise UserError(
-            f'{folder}: its tensors are {kept}: weights are kept in {", ".join(get_args(Kept))}; say which with --dtype'
+            f'{shown_path(folder)}: its tensors are {kept}: weights are kept in {", ".join(get_args(Kept))}; say which '
+            'with --dtype'
         )
     most = dtype or found.most_common(1)[0][0].name
     return dataclasses.replace(c, weight_dtype=cast(Kept, kept), dtype='bfloat16' if most == 'bfloat16' else 'float32')
@@ -388,15 +441,33 @@ def side_files(folder: Path) -> dict[str, bytes]:
     """What stands beside the weights and is kept: configs, tokenizers, chat templates, licences. No code, no pickles.
 
     By its path: what sentence-transformers says of pooling stands in 1_Pooling/config.json, chat templates beside the first one
-    in TEMPLATES.
+    in TEMPLATES. Raises UserError for more than LARGEST_SIDES bytes before all are read, and for what has such a name and is no
+    file.
     """
-    found = {}
-    for path in sorted([*folder.iterdir(), *folder.glob('[0-9]_*/config.json'), *folder.glob(f'{TEMPLATES}/*.jinja')]):
-        if path.is_file() and SIDE.fullmatch(path.name) and not path.name.endswith('.index.json'):
-            _check_size(path)
-            below = path.relative_to(folder)
-            try:
-                found[below.as_posix()] = inside(folder, path.name, below.parent.name).read_bytes()
-            except OSError as error:
-                raise UserError(f'{path}: {error.strerror}') from None
+    paths = [folder / name for name in _names(folder)]
+    paths += [path / CONFIG for path in paths if POOLING.fullmatch(path.name) and os.path.lexists(path / CONFIG)]
+    if os.path.isdir(folder / TEMPLATES):
+        paths += [folder / TEMPLATES / name for name in _names(folder / TEMPLATES) if name.endswith('.jinja')]
+    paths = [
+        path
+        for path in paths
+        if SIDE.fullmatch(path.name) and not path.name.endswith('.index.json') and not _licences(path)
+    ]
+    found: dict[str, bytes] = {}
+    size = 0
+    for path in sorted(paths):
+        below = path.relative_to(folder)
+        found[below.as_posix()] = content = read_file(inside(folder, path.name, below.parent.name), LARGEST_SIDE)
+        size += len(content)
+        if size > LARGEST_SIDES or len(found) > MOST_SIDES:
+            raise UserError(
+                f'{shown_path(folder)}: has more than {LARGEST_SIDES} bytes, or {MOST_SIDES} files, beside the weights, '
+                'the most '
+                f'that is read, at {shown(below, 100)}; move what the model does not need out of the folder'
+            )
     return found
+
+
+def _licences(path: Path) -> bool:
+    """Whether it is a folder of licences, which is left out; one that is called like a file is a mistake."""
+    return path.name.startswith(('LICENSE', 'NOTICE')) and os.path.isdir(path)

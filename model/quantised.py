@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from model.tensor_files import Stored
-from sharding.errors import UserError
+from sharding.errors import UserError, shown
+from storage.foreign import shown_path, shown_value
 
 DTYPE_FP8 = np.dtype(jnp.float8_e4m3fn)
 BFLOAT16 = np.dtype(jnp.bfloat16)
@@ -108,7 +109,8 @@ def unpacked(
     known = {'fp8': _fp8, 'mxfp4': _mxfp4}
     if not isinstance(method, str) or method not in known:
         raise UserError(
-            f'{source}: quantization_config has quant_method {method!r}, which is not supported; supported: fp8 in blocks as '
+            f'{shown_path(source)}: quantization_config has quant_method {shown_value(method)}, which is not supported; '
+            'supported: fp8 in blocks as '
             'of DeepSeek-V3, mxfp4 as of gpt-oss; otherwise take the revision that is not quantised'
         )
     known[method](found, said, source)
@@ -122,26 +124,30 @@ def _fp8(found: dict[str, Any], said: Mapping[str, Any], source: Path) -> None:
     for field, value in said.items():
         if field not in (*IRRELEVANT, 'weight_block_size') and rules.get(field, ...) != value:
             raise UserError(
-                f'{source}: quantization_config.{field} is {value!r}, which is not supported'
+                f'{shown_path(source)}: quantization_config.{shown(field, 60)} is {shown_value(value)}, which is not supported'
                 + (f'; supported: {rules[field]!r}' if field in rules else '')
             )
     if not whole:
         raise UserError(
-            f'{source}: quantization_config.weight_block_size is {block!r}: FP8 is supported in blocks, such as [128, 128]'
+            f'{shown_path(source)}: quantization_config.weight_block_size is {shown_value(block)}: FP8 is supported in '
+            'blocks, such as [128, 128]'
         )
     for name in [name for name, one in found.items() if one.dtype == DTYPE_FP8]:
         weight, scale = found[name], found.pop(f'{name}_scale_inv', None)
         if scale is None:
-            raise UserError(f'{weight.path}: tensor {name} is in FP8 and its factors {name}_scale_inv are missing')
+            raise UserError(
+                f'{shown_path(weight.path)}: tensor {name} is in FP8 and its factors {name}_scale_inv are missing'
+            )
         if len(weight.shape) != 2 or not jnp.issubdtype(scale.dtype, np.floating) or scale.dtype.itemsize < 2:
             raise UserError(
-                f'{weight.path}: tensor {name} {weight.dtype}{list(weight.shape)} with factors '
+                f'{shown_path(weight.path)}: tensor {name} {weight.dtype}{list(weight.shape)} with factors '
                 f'{scale.dtype}{list(scale.shape)}: FP8 is supported for matrices, with factors in float32 or bfloat16'
             )
         wanted = tuple(-(-size // step) for size, step in zip(weight.shape, block, strict=True))
         if scale.shape != wanted:
             raise UserError(
-                f'{scale.path}: tensor {name}_scale_inv is {list(scale.shape)} and must be {list(wanted)}: one factor for each '
+                f'{shown_path(scale.path)}: tensor {name}_scale_inv is {list(scale.shape)} and must be {list(wanted)}: '
+                'one factor for each '
                 f'block of {block} of {name} {list(weight.shape)}'
             )
         found[name] = BlockScaled(weight, scale, (block[0], block[1]))
@@ -150,17 +156,22 @@ def _fp8(found: dict[str, Any], said: Mapping[str, Any], source: Path) -> None:
 def _mxfp4(found: dict[str, Any], said: Mapping[str, Any], source: Path) -> None:
     for field, value in said.items():
         if field not in IRRELEVANT:
-            raise UserError(f'{source}: quantization_config.{field} is {value!r}, which is not supported')
+            raise UserError(
+                f'{shown_path(source)}: quantization_config.{shown(field, 60)} is {shown_value(value)}, which is not supported'
+            )
     for packed in [name for name, one in found.items() if name.endswith('_blocks') and one.dtype == np.uint8]:
         name = packed.removesuffix('_blocks')
         blocks, scales = found.pop(packed), found.pop(f'{name}_scales', None)
         if scales is None:
-            raise UserError(f'{blocks.path}: tensor {packed} is in MXFP4 and its exponents {name}_scales are missing')
+            raise UserError(
+                f'{shown_path(blocks.path)}: tensor {packed} is in MXFP4 and its exponents {name}_scales are missing'
+            )
         if blocks.shape[-1:] != (GROUP // 2,) or scales.shape != blocks.shape[:-1] or scales.dtype != np.uint8:
             raise UserError(
-                f'{blocks.path}: tensors {packed} {list(blocks.shape)} and {name}_scales {scales.dtype}{list(scales.shape)} do '
+                f'{shown_path(blocks.path)}: tensors {packed} {list(blocks.shape)} and {name}_scales '
+                f'{scales.dtype}{list(scales.shape)} do '
                 f'not fit each other: MXFP4 has a byte of exponent for each {GROUP // 2} bytes of numbers'
             )
         if name in found:
-            raise UserError(f'{blocks.path}: tensors {packed} and {name} are both there')
+            raise UserError(f'{shown_path(blocks.path)}: tensors {packed} and {name} are both there')
         found[name] = Mxfp4(blocks, scales)

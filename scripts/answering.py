@@ -1,7 +1,6 @@
 """What decode.py and chat.py share: the flags of sampling, with a run's own defaults, and model text on a terminal."""
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Mapping
@@ -51,12 +50,9 @@ def sampling_of(options: argparse.Namespace, files: Mapping[str, bytes], where: 
 
 def defaults(files: Mapping[str, bytes], where: str) -> dict[str, Any]:
     """What a run's generation_config.json says of sampling. As in transformers, tokens are drawn only where it says so."""
-    try:
-        said = json.loads(files.get(GENERATION, b'{}'))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{where}/source/{GENERATION}: not readable as JSON: {error}') from None
-    if not isinstance(said, dict):
-        raise UserError(f'{where}/source/{GENERATION}: it must be an object of JSON')
+    from storage.foreign import read_object, shown_value
+
+    said = read_object(files.get(GENERATION, b'{}'), f'{where}/source/{GENERATION}')
     drawn = said.get('do_sample') is True
     found = {'temperature': 1.0} if drawn else {}
     for name in ('temperature', *DRAWN, 'repetition_penalty'):
@@ -66,7 +62,7 @@ def defaults(files: Mapping[str, bytes], where: str) -> dict[str, Any]:
         whole = name == 'top_k'
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
             kind = 'a whole number' if whole else 'a number'
-            raise UserError(f'{where}/source/{GENERATION}: {name} is {json.dumps(value)[:40]}: it must be {kind}')
+            raise UserError(f'{where}/source/{GENERATION}: {name} is {shown_value(value)}: it must be {kind}')
         try:
             found[name] = value if whole else float(value)
         except OverflowError:

@@ -7,6 +7,8 @@ python scripts/benchmark.py experts
 python scripts/benchmark.py nanogpt configs/nanogpt-cpu.yaml --repository nanoGPT/ --python torchenv/bin/python
 python scripts/benchmark.py transformers runs/smollm2 --python torchenv/bin/python --rows 1
 python scripts/benchmark.py standard             the set of benchmarks/, as Markdown
+
+Tokens a second are those of all rows on all devices together, but for tokens_per_second_per_row.
 """
 
 import argparse
@@ -16,11 +18,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from scripts.entry import run
+from scripts.entry import as_json, run
 from scripts.options import Parser, whole
 from sharding.errors import UserError
 
-LEAST = {'turns': 1, 'steps': 1, 'rows': 1, 'prompt': 1, 'new': 8, 'experts': 1, 'dim': 1, 'hidden': 1}
+LEAST = {'profile': 0, 'turns': 1, 'steps': 1, 'rows': 1, 'prompt': 1, 'new': 8, 'experts': 1, 'dim': 1, 'hidden': 1}
 CPU = (
     ('train', 'configs/demo.yaml', '--steps', '10'),
     ('train', 'configs/demo.yaml', 'mesh.expert=1', 'mesh.tensor=1', '--steps', '10'),
@@ -78,7 +80,7 @@ def main() -> None:
     options['transformers'].add_argument('--turns', type=whole(0), default=7, help='whose median is reported')
     options['transformers'].add_argument('--mesh', metavar='AXES', help='such as tensor=2; the run’s own otherwise')
     for option in options.values():
-        option.add_argument('--json', action='store_true')
+        option.add_argument('--json', action='store_true', help='one JSON object')
     given = _parse(parser)
     for name, least in LEAST.items():
         value = getattr(given, name, least)
@@ -88,7 +90,7 @@ def main() -> None:
     figures = others.get(given.what, configured)(given)
     if figures is not None:
         print(
-            json.dumps(figures)
+            as_json(figures)
             if given.json
             else '\n'.join(f'{name:>20}  {_show(name, value)}' for name, value in figures.items())
         )

@@ -6,18 +6,17 @@ python scripts/decode.py runs/smollm2 --prompts-file questions.jsonl --out answe
 """
 
 import argparse
-import json
-import os
-import stat
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from scripts.answering import Written, add_sampling, sampling_of
-from scripts.entry import run
+from scripts.entry import as_json, run
 from scripts.options import Parser, finite, whole
 from sharding.errors import UserError
+from storage.files import Output, check_output, partial
 
 if TYPE_CHECKING:
     from decoding.generate import Completion
@@ -80,7 +79,11 @@ def main() -> None:
     parser.add_argument('--batch', type=whole(1, MOST_ROWS), default=16, metavar='N', help='answers at once')
     parser.add_argument('--step', type=whole(0), metavar='N', help='the checkpoint of this step; the newest otherwise')
     parser.add_argument('--mesh', metavar='AXES', help='such as expert=2,tensor=2; the run’s own otherwise')
-    parser.add_argument('--json', action='store_true', help='one JSON object an answer')
+    parser.add_argument(
+        '--json',
+        action='store_true',
+        help='one JSON object an answer; its tokens_per_second are those of that answer alone',
+    )
     parser.add_argument(
         '--out', metavar='FILE.jsonl', help='write these objects there, whole or not at all; nothing is shown'
     )
@@ -119,7 +122,7 @@ def main() -> None:
         'give a smaller --batch, lower --max-new-tokens, or split them over more devices with --mesh'
     )
     done: list[Completion] = []
-    with Out(options.out) as out, jax.set_mesh(opened.mesh), explaining(lambda: tell):
+    with answers_in(options.out) as write, jax.set_mesh(opened.mesh), explaining(lambda: tell):
         check_prompts(opened.config.model, opened.tokenizer, texts, opened.context)
         like = options.batch if len(spans) > 1 else 0
         if not options.beams:
@@ -166,15 +169,16 @@ def main() -> None:
             screen.finish()
             for i, completion in zip(span, completions, strict=True):
                 question = questions[order[i]]
-                line = json.dumps(told(completion, question, i % options.answers, options))
+                line = as_json(told(completion, question, i % options.answers, options))
                 if options.json:
                     print(line, flush=True)
-                out.write(line)
+                write(line)
             done += completions
             if len(spans) > 1:
                 print(f'{len(done)} of {len(order)} answers', file=sys.stderr)
     if not options.json:
-        summary(done, len(questions), options.max_new_tokens, opened.context, opened.step)
+        speed = speed_together([done[span.start : span.stop] for span in spans])
+        summary(done, len(questions), options.max_new_tokens, opened.context, opened.step, speed)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -193,7 +197,7 @@ def check(options: argparse.Namespace) -> None:
                 flag = '-n' if name == 'answers' else f'--{name.replace("_", "-")}'
                 raise UserError(f'--beams {options.beams}: it chooses by itself; leave out {flag}')
     if options.out is not None:
-        check_out(Path(options.out))
+        check_output('--out', Path(options.out), [*options.prompts_file, *options.chat])
 
 
 def render(questions: Sequence['Question'], templates: Any, run: str) -> list[str]:
@@ -228,73 +232,43 @@ def told(completion: 'Completion', question: 'Question', answer: int, options: a
     return found | ({'answer': answer} if options.answers > 1 else {})
 
 
-def summary(done: Sequence['Completion'], prompts: int, most: int, context: int, step: int) -> None:
+def speed_together(batches: Sequence[Sequence['Completion']]) -> float:
+    """Tokens a second of batches one after another, each as long as its longest answer took."""
+    seconds = sum(max(completion.seconds for completion in batch) for batch in batches)
+    return sum(completion.timed_tokens for batch in batches for completion in batch) / seconds if seconds else 0.0
+
+
+def summary(done: Sequence['Completion'], prompts: int, most: int, context: int, step: int, speed: float) -> None:
     """Says on stderr how it went."""
-    speed = sum(completion.tokens_per_second for completion in done)
     tokens = sum(len(completion.tokens) for completion in done)
     full = sum(one.finish_reason == 'length' and len(one.tokens) < most for one in done)
     if full:
         print(f'{full} of them ended where the context of {context} tokens is full', file=sys.stderr)
     answers = f', answers: {len(done)}' if len(done) > prompts else ''
-    print(f'prompts: {prompts}{answers}, tokens: {tokens}, {speed:,.0f} tokens/s (step {step})', file=sys.stderr)
+    print(f'prompts: {prompts}{answers}, tokens: {tokens}, {speed:,.0f} tokens/s in all (step {step})', file=sys.stderr)
 
 
-def check_out(path: Path) -> None:
-    """Raises UserError where a file cannot be made, or something else than a file has its name."""
-    for one in (path, partial(path)):
-        try:
-            kind = one.lstat().st_mode
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise UserError(f'--out {one}: {error.strerror}') from None
-        if not stat.S_ISREG(kind):
-            raise UserError(f'--out {one}: is there and is no regular file; name another')
-    if not path.parent.is_dir():
-        raise UserError(f'--out {path}: there is no folder {path.parent}')
+@contextlib.contextmanager
+def answers_in(path: str | None) -> Iterator[Callable[[str], None]]:
+    """Writes lines to a file that gets its name when the block ends well; to none where `path` is None.
 
+    What was written before a failure stays in FILE.partial, line by line, and stderr says so.
+    """
+    if path is None:
+        yield lambda line: None
+        return
+    output = Output('--out', path, 'w', keep=True)
+    try:
+        with output as file:
 
-def partial(path: Path) -> Path:
-    """What a file is called until it is whole."""
-    return path.with_name(f'{path.name}.partial')
+            def write(line: str) -> None:
+                file.write(line + '\n')
+                file.flush()
 
-
-class Out:
-    """A file that gets its name when the block ends well. What is written before stands in FILE.partial, line by line."""
-
-    def __init__(self, path: str | None) -> None:
-        self.path = None if path is None else Path(path)
-        self.file: IO[str] | None = None
-
-    def __enter__(self) -> 'Out':
-        if self.path is not None:
-            check_out(self.path)
-            try:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-                self.file = open(os.open(partial(self.path), flags, 0o666), 'w', encoding='utf-8')
-            except OSError as error:
-                raise UserError(f'--out {self.path}: {error.strerror}') from None
-        return self
-
-    def write(self, line: str) -> None:
-        if self.file is not None:
-            self.file.write(line + '\n')
-            self.file.flush()
-
-    def __exit__(self, kind, error, trace) -> None:
-        if self.file is None:
-            return
-        if kind is None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-        if kind is None:
-            check_out(self.path)
-            os.replace(partial(self.path), self.path)
-        elif partial(self.path).stat().st_size:
-            print(f'what was done until then stands in {partial(self.path)}', file=sys.stderr)
-        else:
-            partial(self.path).unlink()
+            yield write
+    finally:
+        if output.kept:
+            print(f'what was done until then stands in {partial(output.path)}', file=sys.stderr)
 
 
 class Screen:

@@ -4,10 +4,9 @@ python scripts/evaluate.py runs/demo --data notes.md src/ 'more/*.jsonl'
 """
 
 import argparse
-import json
 import sys
 
-from scripts.entry import run
+from scripts.entry import as_json, run
 from scripts.options import Parser
 
 
@@ -43,7 +42,8 @@ def main() -> None:
     if (folder / 'data').exists() or found is None:
         with closing(Mirror(folder)) as mirror:
             mirror.fetch()
-            dataset = load(mirror.local)  # of a bucket's, mapped files stay readable without a name
+            # What it says is none of the results; of a bucket's, mapped files stay readable without a name.
+            dataset = load(mirror.local, lambda line: print(line, file=sys.stderr))
 
     from decoding.run import open_run
 
@@ -75,7 +75,7 @@ def main() -> None:
         'step': opened.step,
     }
     if options.json:
-        print(json.dumps(figures))
+        print(as_json(figures))
         return
     print(f'{read.tokens:,} tokens of {read.bytes:,} bytes, after step {opened.step}')
     print(f'  model                       {read.bits_per_byte:.4f} bits/byte   ({read.nats_per_token:.4f} nats/token)')

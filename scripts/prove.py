@@ -12,14 +12,23 @@ from pathlib import Path
 from scripts.entry import run
 from scripts.options import Parser
 
+RESULTS = Path('.cache/proof.jsonl')
+
 
 def main() -> int:
     parser = Parser(description=__doc__)
     parser.add_argument('--only', metavar='PATTERN', default='*', help='cases to run, such as initial/* or *stage=8*')
     parser.add_argument('--list', action='store_true', help='names of the cases, none of them run')
     parser.add_argument('--page', type=Path, default=Path('benchmarks/sharding.md'), help='where the page goes')
-    parser.add_argument('--results', type=Path, default=Path('.cache/proof.jsonl'), help='where figures are kept')
+    parser.add_argument('--results', type=Path, default=RESULTS, help='where figures are kept')
     options = parser.parse_args()
+
+    from storage.files import Output, check_output
+
+    if not options.list:
+        if options.results != RESULTS or RESULTS.parent.exists():  # else it is made
+            check_output('--results', options.results)
+        check_output('--page', options.page, [options.results])
 
     from sharding.mesh import start
 
@@ -52,7 +61,8 @@ def main() -> int:
             f'{number}/{len(chosen)}  {case}  {proof_cases.tell(found)}  {verdict}{"  (kept)" if known else ""}',
             flush=True,
         )
-    options.page.write_text(proof_page.page(results, cases), encoding='utf-8')
+    with Output('--page', options.page) as file:
+        file.write(proof_page.page(results, cases).encode())
     print(f'{options.page}: {sum(case in results.found for case in cases)} of {len(cases)} cases')
     for case in failed:
         print(f'FAILED: {case}: {proof_cases.tell(results.found[case])}')
@@ -60,4 +70,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    run(main)
+    run(main, lasting=True)

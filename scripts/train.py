@@ -81,4 +81,4 @@ def check_imported(folder, runs, name: str, fresh: bool) -> None:
 
 
 if __name__ == '__main__':
-    run(main)
+    run(main, lasting=True)

@@ -145,6 +145,19 @@ class Bucket:
             except FileNotFoundError as error:
                 raise UserError(f'{self}: cannot be written: {error}; is there such a bucket?') from None
 
+    def create(self, content: bytes) -> bool:
+        """Writes an object that is not there, in one step: False where one is. (Stores that cannot tell write in any case.)"""
+        with _reaching(self):
+            try:
+                self.store.pipe_file(self.key, content, mode='create')
+            except FileExistsError:
+                return False
+            except Exception:
+                if self.store.isfile(self.key):  # some clients say in their own words that it is there
+                    return False
+                raise
+        return True
+
     def upload(self, source: Path) -> None:
         """Writes one object from a file."""
         with _reaching(self):

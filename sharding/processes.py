@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 import socket
@@ -28,7 +29,7 @@ from jax import P
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from sharding import peers
+from sharding import peers, streams
 from sharding.errors import NotTogether, UserError, shown
 
 TOLD = {
@@ -112,8 +113,10 @@ def begin(launch: Launch, devices: int) -> None:
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM, which means save and stop
     method = 'deactivate' if launch.coordinator else None  # what was told is all, wherever this runs
+    # JAX aborts with a stack trace when it loses a process: `peers` is to be first.
+    beats = max(100, math.ceil(2 * peers.patience()))
     try:
-        jax.distributed.initialize(*launch, cluster_detection_method=method)
+        jax.distributed.initialize(*launch, cluster_detection_method=method, heartbeat_timeout_seconds=beats)
         if jax.process_count() > 1:
             if jax.default_backend() == 'cpu':
                 _hush()
@@ -132,7 +135,7 @@ def begin(launch: Launch, devices: int) -> None:
 def _hush() -> None:
     """Gloo, which connects CPUs, tells of each connection on standard output: only Python's own lines go there from now on."""
     sys.stdout.flush()
-    real = os.fdopen(os.dup(1), 'w', buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    real = streams.moved(sys.stdout, os.dup(1))
     with open(os.devnull, 'wb') as nowhere:
         os.dup2(nowhere.fileno(), 1)
     sys.stdout = real

@@ -4,8 +4,9 @@ from typing import Any
 
 from data.published.built import finished, placed
 from data.published.json_tokenizer import JsonTokenizer
-from data.published.side_files import LARGEST_VOCABULARY, Said, read_object, short
-from sharding.errors import UserError
+from data.published.side_files import LARGEST_VOCABULARY, Said
+from sharding.errors import UserError, shown
+from storage.foreign import read_object, shown_value
 
 VOCAB, MERGES = 'vocab.json', 'merges.txt'
 END = '<|endoftext|>'
@@ -27,14 +28,15 @@ def byte_pair_tokenizer(vocab: bytes, merges: bytes, said: Said) -> JsonTokenize
     if kind is None:
         what = said.kind or said.model or 'no class that a file names'
         raise UserError(
-            f'{said.where}: {VOCAB} and {MERGES} are of {what}: supported are {" and ".join(DEFAULTS)}; others need a '
+            f'{said.where}: {VOCAB} and {MERGES} are of {shown(what, 60)}: supported are {" and ".join(DEFAULTS)}; others '
+            'need a '
             'tokenizer.json, as transformers’ AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes'
         )
     ids = read_object(vocab, f'{said.where}/{VOCAB}')
     for token, i in ids.items():
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < LARGEST_VOCABULARY:
             rule = f'it must be a whole number from 0 to {LARGEST_VOCABULARY - 1}'
-            raise UserError(f'{said.where}/{VOCAB}: token {short(token)} has id {short(i)}: {rule}')
+            raise UserError(f'{said.where}/{VOCAB}: token {shown_value(token)} has id {shown_value(i)}: {rule}')
     spaced = said.tokenizer.get('add_prefix_space') is True
     byte_level = {'type': 'ByteLevel', 'add_prefix_space': spaced, 'trim_offsets': True, 'use_regex': True}
     fields: dict[str, Any] = {
@@ -66,6 +68,6 @@ def read_merges(content: bytes, where: str) -> list[list[str]]:
         if line.startswith('#version') or pair == ['']:
             continue
         if len(pair) != 2:
-            raise UserError(f'{where}:{number}: {short(line)} must be two tokens with a space between them')
+            raise UserError(f'{where}:{number}: {shown_value(line)} must be two tokens with a space between them')
         found.append(pair)
     return found

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from data.tokenizer import SPACE
-from sharding.errors import UserError
+from sharding.errors import UserError, shown
 
 BYTE = re.compile('<0x([0-9A-Fa-f]{2})>')
 
@@ -39,7 +39,7 @@ def decoder_of(said: Any, name: str) -> Decoder:
         return Decoder(lambda token: (token.removesuffix(end) + ' ' if token.endswith(end) else token).encode())
     mark = _space(decoders)
     if mark is None:
-        has = ', '.join(sorted(set(kinds))) or 'nothing'
+        has = shown(', '.join(sorted(set(kinds))) or 'nothing', 100)
         raise UserError(
             f'{name}: its decoder has {has}; supported: ByteLevel, Metaspace, Replace of {SPACE} with a space, ByteFallback, '
             'WordPiece, BPEDecoder'

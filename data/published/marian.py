@@ -8,10 +8,11 @@ from typing import Any
 
 import sentencepiece
 
-from data.published.side_files import LARGEST_VOCABULARY, Said, one_line, read_object, short
+from data.published.side_files import LARGEST_VOCABULARY, Said, one_line
 from data.published.special_tokens import SPECIAL, PublishedTokenizer, missing, special_ids
 from data.tokenizer import SPACE, StreamDecoder, check_unicode
 from sharding.errors import UserError
+from storage.foreign import read_object, shown_value
 
 SOURCE, TARGET, VOCAB = 'source.spm', 'target.spm', 'vocab.json'
 DEFAULTS = {'unk_token': '<unk>', 'eos_token': '</s>', 'pad_token': '<pad>'}
@@ -131,7 +132,7 @@ def marian_tokenizer(files: Mapping[str, bytes], said: Said) -> MarianTokenizer:
     find = {**ids, **added}.get
     unk = dict(said.names(DEFAULTS))['unk_token']['content']
     if ids.get(unk) is None:
-        raise UserError(f'{said.where}/{VOCAB}: lacks {unk!r}, which stands for what it does not know')
+        raise UserError(f'{said.where}/{VOCAB}: lacks {shown_value(unk)}, which stands for what it does not know')
     special = special_ids(said, find, [*ids, *added], DEFAULTS, ([], []))
     special |= {
         'suffix': [special['eos']],
@@ -148,7 +149,7 @@ def read_vocabulary(content: bytes, where: str) -> dict[str, int]:
     for token, i in ids.items():
         if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < LARGEST_VOCABULARY:
             rule = f'it must be a whole number from 0 to {LARGEST_VOCABULARY - 1}'
-            raise UserError(f'{where}: token {short(token)} has id {short(i)}: {rule}')
+            raise UserError(f'{where}: token {shown_value(token)} has id {shown_value(i)}: {rule}')
     if not ids:
         raise UserError(f'{where}: has no tokens')
     return ids

@@ -14,9 +14,10 @@ from typing import Any
 
 from data.published.built import finished, placed
 from data.published.json_tokenizer import JsonTokenizer
-from data.published.side_files import LARGEST_VOCABULARY, Said, short
+from data.published.side_files import LARGEST_VOCABULARY, Said
 from data.tokenizer import SPACE
 from sharding.errors import UserError
+from storage.foreign import shown_value
 
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
 
@@ -81,7 +82,7 @@ def read_model(content: bytes, where: str) -> Model:
     for piece in pieces:
         if piece.text in seen or not piece.text:
             raise UserError(
-                f'{where}: not a readable sentencepiece model: piece {short(piece.text)} is there twice or empty'
+                f'{where}: not a readable sentencepiece model: piece {shown_value(piece.text)} is there twice or empty'
             )
         seen.add(piece.text)
     if (kind := trainer.get(3, UNIGRAM)) not in (UNIGRAM, BPE):
@@ -199,7 +200,7 @@ def _t5(model: Model, said: Said) -> JsonTokenizer:
     """As T5Tokenizer reads it: words, however they are spaced, and sentinels `<extra_id_99>` … `<extra_id_0>` at the end."""
     extra = said.tokenizer.get('extra_ids', 100)
     if isinstance(extra, bool) or not isinstance(extra, int) or not 0 <= extra <= 10_000:
-        raise UserError(f'{said.where}: extra_ids is {short(extra)}: it must be a whole number from 0 to 10000')
+        raise UserError(f'{said.where}: extra_ids is {shown_value(extra)}: it must be a whole number from 0 to 10000')
     have = {piece.text for piece in model.pieces}
     sentinels = [name for i in reversed(range(extra)) if (name := f'<extra_id_{i}>') not in have]
     pieces = [*model.pieces, *(Piece(name, 0.0, Kind.CONTROL) for name in sentinels)]

@@ -1,18 +1,15 @@
 """The JSON files beside a published tokenizer, read within bounds, and what they say of it."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sharding.errors import UserError
+from sharding.errors import UserError, shown
+from storage.foreign import read_object, shown_value
 
 CONFIG, MAP, ADDED = 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json'
 GENERATION, MODEL = 'generation_config.json', 'config.json'
 LARGEST_VOCABULARY = 2**22  # ids of the tokenizers that are read: a mistake rather than a model
-MOST_VALUES = (
-    2**23
-)  # of a JSON file, for each is an object of Python's: Gemma's tokenizer.json, the largest, has a third
 FLAGS = ('single_word', 'lstrip', 'rstrip', 'normalized', 'special')
 # The fields that name a special token, in the order in which transformers adds those that no other file has.
 NAMED = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
@@ -46,7 +43,7 @@ class Said:
                 yield field, token
             elif value is not None and field in ('bos_token', 'eos_token'):
                 rule = 'it must be the name of a token, such as "</s>"'
-                raise UserError(f'{self.where}: {field} is {short(value)}: {rule}')
+                raise UserError(f'{self.where}: {field} is {shown_value(value)}: {rule}')
         for field in MORE:
             for token in all_named(fields.get(field)):
                 yield field, token
@@ -110,13 +107,13 @@ def _added(
             place = f'{where}/{CONFIG}: added_tokens_decoder'
             if not isinstance(value, dict) or not isinstance(value.get('content'), str):
                 raise UserError(
-                    f'{place}: {key} is {short(value)}: it must be an object with "content", the token’s text'
+                    f'{place}: {shown(key, 60)} is {shown_value(value)}: it must be an object with "content", the token’s text'
                 )
             i = int(key) if key.isascii() and key.isdecimal() and len(key) < 10 else key
             found[_id(i, value['content'], place)] = _token(value['content'], value, value.get('special') is True)
     elif decoder is not None:
         raise UserError(
-            f'{where}/{CONFIG}: added_tokens_decoder is {short(decoder)}: it must be an object of tokens by id'
+            f'{where}/{CONFIG}: added_tokens_decoder is {shown_value(decoder)}: it must be an object of tokens by id'
         )
     elif old:
         special = {token['content'] for field in (*NAMED, *MORE) for token in all_named(tokenizer.get(field))}
@@ -135,31 +132,10 @@ def all_named(value: Any) -> list[AddedToken]:
 def _id(i: Any, content: str, place: str) -> int:
     if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < LARGEST_VOCABULARY:
         raise UserError(
-            f'{place}: token {content!r} has id {short(i)}: it must be a whole number from 0 to {LARGEST_VOCABULARY - 1}'
+            f'{place}: token {shown_value(content)} has id {shown_value(i)}: it must be a whole number from 0 to '
+            f'{LARGEST_VOCABULARY - 1}'
         )
     return i
-
-
-def read_object(content: bytes, where: str) -> dict[str, Any]:
-    """The JSON object that a file holds. Raises UserError for what is none, or has more than MOST_VALUES values."""
-    values = sum(map(content.count, (b',', b'[', b'{')))
-    if values > MOST_VALUES:
-        raise UserError(f'{where}: has {values} lists, objects and commas: at most {MOST_VALUES} are read')
-    try:
-        found = json.loads(content)
-    except RecursionError:
-        raise UserError(f'{where}: not readable as JSON: lists or objects stand within each other too deep') from None
-    except ValueError as error:
-        raise UserError(f'{where}: not readable as JSON: {one_line(str(error))}') from None
-    if not isinstance(found, dict):
-        raise UserError(f'{where}: must be a JSON object, not {type(found).__name__}')
-    return found
-
-
-def short(value: Any) -> str:
-    """A value of a file as a message may show it: quoted, and not all of it where it is long."""
-    text = repr(value[:200] if isinstance(value, str) else value)
-    return text if len(text) <= 200 else f'{text[:199]}…'
 
 
 def one_line(text: str) -> str:

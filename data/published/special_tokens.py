@@ -5,9 +5,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from data.published.side_files import LARGEST_VOCABULARY, AddedToken, Said, read_object, short
+from data.published.side_files import LARGEST_VOCABULARY, AddedToken, Said
 from data.tokenizer import Tokenizer, is_unicode
 from sharding.errors import UserError, nearest
+from storage.foreign import read_object, shown_value
 
 SPECIAL = 'tokenizer.special.json'  # in a run, beside the tokenizer
 ENDS = ('</s>', '<|endoftext|>', '<eos>', '<|end_of_text|>')  # what an end is called where no file names one
@@ -69,14 +70,18 @@ def missing(
         if name in known:
             continue
         if not is_unicode(name):
-            raise UserError(f'{said.where}: token {name!r}: a lone surrogate is not Unicode text; leave it out')
+            raise UserError(
+                f'{said.where}: token {shown_value(name)}: a lone surrogate is not Unicode text; leave it out'
+            )
         here = find(name)
         if here is None and field in ('bos_token', 'eos_token'):
             continue
         i = following if here is None else here
         if token.get('id', i) != i:
             rule = 'ids of added tokens go on from the vocabulary, without a gap'
-            raise UserError(f'{said.where}: added token {name!r} has id {token["id"]} and would get {i}: {rule}')
+            raise UserError(
+                f'{said.where}: added token {shown_value(name)} has id {token["id"]} and would get {i}: {rule}'
+            )
         known.add(name)
         found.append(token | {'id': i})
         following = max(following, i + 1)
@@ -115,7 +120,7 @@ def special_ids(
         if eos is None:
             name = token_of['eos_token']['content']
             raise UserError(
-                f'{said.where}: eos_token is {short(name)}, which is no token of its tokenizer, and no file has an '
+                f'{said.where}: eos_token is {shown_value(name)}, which is no token of its tokenizer, and no file has an '
                 f'eos_token_id{near(name, names)}'
             )
     elif eos is None:
@@ -134,7 +139,7 @@ def special_ids(
         for i in ids:
             if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < LARGEST_VOCABULARY:
                 rule = f'it must be a whole number from 0 to {LARGEST_VOCABULARY - 1}'
-                raise UserError(f'{said.where}: {field} is {short(i)}: {rule}')
+                raise UserError(f'{said.where}: {field} is {shown_value(i)}: {rule}')
     found = {'bos': bos, 'eos': eos, 'prefix': [*prefix], 'ends': sorted(set(ends))}
     return found | ({'suffix': [*suffix]} if suffix else {})
 

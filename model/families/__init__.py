@@ -23,7 +23,8 @@ from flax import nnx
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.families.fields import Fields
-from sharding.errors import UserError
+from sharding.errors import NAMED, UserError, shown
+from storage.foreign import shown_value
 
 # fmt: off
 FAMILIES = (  # their files
@@ -124,7 +125,8 @@ class Family:
         copies: tensors of the layers of `mtp` that repeat another, by name.
         prefix: of the published names, where a publisher's files may leave it out; part of `names`.
         old_names: patterns of names in older files, and what stands for each match in `names`.
-        fixed: published tensors that follow from the model: files need not have them, but if so with these numbers.
+        fixed: published tables of positions, [max_positions, model_dim], that follow from the model: files need not have them,
+            but if so with these numbers.
         tied: published names that files may hold beside those in `names`: equal copies of the tensor named.
         told: fields of the model that a file's having a tensor sets, where config.json does not say so; by its name.
         headless: the architecture without an LM head, whose files begin no name with `prefix`; None: there is none.
@@ -213,12 +215,14 @@ def family_of(fields: Fields) -> Family:
     known = {name: family for family in families() for name in (*family.architectures, family.headless) if name}
     names = fields('architectures', None)
     if not names:
-        said = json.dumps(fields.values.get('architectures')) if 'architectures' in fields.values else 'missing'
+        said = (
+            shown(json.dumps(fields.values.get('architectures')), 60) if 'architectures' in fields.values else 'missing'
+        )
         raise UserError(
             f'{fields.source}: architectures is {said}: it must name the class of the model, such as ["LlamaForCausalLM"]'
         )
     if names[0] not in known:
-        raise UserError(f'{fields.source}: architectures is {names}: not supported{near(names[0], known)}')
+        raise UserError(f'{fields.source}: architectures is {shown_value(names)}: not supported{near(names[0], known)}')
     return known[names[0]]
 
 
@@ -232,6 +236,7 @@ def near(name: str, known: Iterable[str]) -> str:
 
     Not that of another model: of a name's letters before its task, nearly all are the same, and all digits.
     """
+    name = name[:NAMED]
     stem = lambda name: re.sub(r'(For[A-Z]|LMHead|MTModel).*', '', name).lower()
     digits = lambda name: re.sub(r'\D', '', name)
     by_stem = {stem(other): other for other in known if digits(other) == digits(name)}
@@ -374,6 +379,4 @@ def check_filled(found: list[Tensor], c: ModelConfig, shapes: Mapping[str, jax.S
 def pattern(layers: Iterable[bool]) -> tuple[bool, ...]:
     """The shortest row of flags that, over and over, gives those of all layers."""
     flags = tuple(layers)
-    return next(
-        flags[:n] for n in range(1, len(flags) + 1) if all(flag == flags[i % n] for i, flag in enumerate(flags))
-    )
+    return next(flags[:n] for n in range(1, len(flags) + 1) if flags[n:] == flags[: len(flags) - n])

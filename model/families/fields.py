@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 import math
 import re
-import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from model.config import MOST_LAYERS
-from sharding.errors import UserError, nearest
+from sharding.errors import UserError, nearest, shown
+from storage.foreign import shown_value
 
 # Fields of config.json that change no logit, in three parts: what transformers says of any model and of its files, what it
 # says of training, and what of generating text (its PreTrainedConfig and GenerationConfig, versions 4 and 5).
@@ -63,9 +63,6 @@ IDLE: dict[str, tuple[Any, ...]] = {
     'pruned_heads': ({},),
 }
 # fmt: on
-SHORT = reprlib.Repr()  # of values in messages: a file can hold any
-SHORT.maxstring = SHORT.maxother = 60
-SHORT.maxlevel = SHORT.maxdict = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +221,7 @@ class Fields:
         self.seen.add(name)
         value, kind = self.values.get(name), KIND_OF.get(name)
         if value is not None and kind is not None and not kind.fits(value):
-            raise UserError(f'{self.source}: {name} is {value!r}: it must be {kind.told}')
+            raise UserError(f'{self.source}: {name} is {shown_value(value)}: it must be {kind.told}')
         return value
 
     def either(self, names: tuple[str, ...], default: Any = ...) -> Any:
@@ -234,7 +231,8 @@ class Fields:
             if value != next(iter(found.values())):
                 first = next(iter(found))
                 raise UserError(
-                    f'{self.source}: {first} is {found[first]!r} and {name} {value!r}: they mean the same, and must agree'
+                    f'{self.source}: {first} is {shown_value(found[first])} and {name} {shown_value(value)}: they mean '
+                    'the same, and must agree'
                 )
         return next(iter(found.values())) if found else self(names[0], default)
 
@@ -243,7 +241,8 @@ class Fields:
         value = self(name, works[0] if default is ... else default)
         if value not in works:
             raise UserError(
-                f'{self.source}: {name} is {value!r}, which is not supported; supported: {", ".join(map(repr, works))}'
+                f'{self.source}: {name} is {shown_value(value)}, which is not supported; supported: '
+                f'{", ".join(map(repr, works))}'
             )
         return value
 
@@ -279,8 +278,9 @@ class Fields:
             known = name in self.seen or name in HARMLESS or name.startswith(HARMLESS_BEGIN)
             if not (known or idle or value is None):
                 raise UserError(
-                    f'{self.source}: {name} is {SHORT.repr(value)}: this family does not know the field, and it may change '
-                    f'the result; --ignore {self.path}{name} passes it over{nearest(name, self.seen)}'
+                    f'{self.source}: {shown(name, 60)} is {shown_value(value)}: this family does not know the field, and '
+                    'it may change '
+                    f'the result; --ignore {shown(self.path + name, 60)} passes it over{nearest(name, self.seen)}'
                 )
 
 
@@ -293,7 +293,7 @@ def passed_over(values: Mapping[str, Any], names: Sequence[str], source: str) ->
     for name in dict.fromkeys(names):
         less = _without(left, name)
         if less is None:
-            raise UserError(f'--ignore {name}: {source} has no such field{nearest(name, _names(values))}')
+            raise UserError(f'--ignore {shown(name, 60)}: {source} has no such field{nearest(name, _names(values))}')
         left = less
     return left
 

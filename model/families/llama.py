@@ -9,6 +9,7 @@ from model.config import ModelConfig
 from model.families import Family, Fields
 from model.families.rope import read_rope, write_rope
 from sharding.errors import UserError
+from storage.foreign import shown_value
 
 ATTENTION = {
     'model.layers.{i}.self_attn.q_proj.weight': 'attention.q_DN',
@@ -72,7 +73,9 @@ def no_windows(f: Fields) -> None:
     """That layer_types, which configs of models without windows may have too, tells of none."""
     types = f('layer_types', ['full_attention'])
     if set(types) != {'full_attention'}:
-        raise UserError(f'{f.source}: layer_types is {types}: this family has full_attention in all layers')
+        raise UserError(
+            f'{f.source}: layer_types is {shown_value(types)}: this family has full_attention in all layers'
+        )
 
 
 def biases(f: Fields) -> dict[str, Any]:

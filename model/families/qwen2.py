@@ -7,6 +7,7 @@ from model.families import Family, Fields, pattern
 from model.families.llama import ATTENTION, MLP, NORMS, OUTER, common, write_common
 from model.families.rope import read_rope, write_rope
 from sharding.errors import UserError
+from storage.foreign import shown_value
 
 
 def read(f: Fields) -> ModelConfig:
@@ -38,7 +39,9 @@ def read_types(f: Fields, types: list[str]) -> list[bool]:
     known = ('full_attention', 'sliding_attention')
     wrong = [name for name in types if name not in known]
     if wrong or len(types) != f('num_hidden_layers'):
-        raise UserError(f'{f.source}: layer_types is {types}: one of {" and ".join(known)} is needed for each layer')
+        raise UserError(
+            f'{f.source}: layer_types is {shown_value(types)}: one of {" and ".join(known)} is needed for each layer'
+        )
     return [name == 'sliding_attention' for name in types]
 
 

@@ -5,7 +5,8 @@ from typing import Any
 from model.config import ModelConfig, RopeScaling
 from model.families import Fields
 from model.rope import yarn_gain
-from sharding.errors import UserError
+from sharding.errors import UserError, shown
+from storage.foreign import shown_value
 
 
 def read_rope(
@@ -38,7 +39,8 @@ def rope_part(f: Fields) -> Fields | None:
         for name in sorted((one.keys() | other.keys()) - (beside - other.keys())):
             if one.get(name) != other.get(name):
                 raise UserError(
-                    f'{f.source}: rope_parameters has {name} {one.get(name)!r} and rope_scaling {other.get(name)!r}: they mean '
+                    f'{f.source}: rope_parameters has {shown(name, 60)} {shown_value(one.get(name))} and rope_scaling '
+                    f'{shown_value(other.get(name))}: they mean '
                     'the same, and must agree'
                 )
     return new or old
@@ -89,7 +91,7 @@ def read_scaling(f: Fields, p: Fields, original: int | None = None, scores: bool
         scaling['attention_factor'] = p('attention_factor', None)
     else:
         known = 'default, linear, dynamic, yarn, llama3, longrope'
-        raise UserError(f'{p.source}: rope_type is {kind!r}, which is not supported; supported: {known}')
+        raise UserError(f'{p.source}: rope_type is {shown_value(kind)}, which is not supported; supported: {known}')
     factor = p('factor', None) if kind in ('yarn', 'longrope') else p('factor')
     if factor is None:
         factor = f('max_position_embeddings') / scaling['original_positions']

@@ -8,6 +8,7 @@ from model.families.llama import ATTENTION, MLP, NORMS, OUTER, biases, sizes, wr
 from model.families.qwen2 import read_types
 from model.families.rope import read_rope, write_rope
 from sharding.errors import UserError
+from storage.foreign import shown_value
 
 
 def read(f: Fields) -> ModelConfig:
@@ -26,7 +27,8 @@ def read_turned(f: Fields) -> list[bool]:
         return [(i + 1) % every != 0 for i in range(layers)]
     if len(said) < layers or not set(said) <= {0, 1}:
         raise UserError(
-            f'{f.source}: no_rope_layers is {said}: a 1 is needed for each of the {layers} layers with rotary positions, a 0 '
+            f'{f.source}: no_rope_layers is {shown_value(said)}: a 1 is needed for each of the {layers} layers with '
+            'rotary positions, a 0 '
             'for each without'
         )
     return [bool(one) for one in said[:layers]]

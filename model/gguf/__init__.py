@@ -21,8 +21,9 @@ from model.families import Tensor
 from model.gguf.architectures import ARCHITECTURES, Architecture, Changed, Entry, Experts, Pair, Second
 from model.gguf.keys import Keys
 from model.gguf.sources import Expert, Narrowed, Undone
-from model.gguf_file import Blocks, Contents, Numbers, told
+from model.gguf_file import Blocks, Contents, Numbers
 from sharding.errors import UserError, nearest
+from storage.foreign import shown_value
 
 SUFFIX = '.gguf'
 Found = Numbers | Undone | Narrowed
@@ -109,13 +110,14 @@ def read(path: Path) -> Model:
     kind = values.get('general.type', 'model')
     if not isinstance(kind, str) or kind != 'model':
         raise UserError(
-            f'{path}: general.type is {told(kind)}: only files of whole models are read, which have "model"'
+            f'{path}: general.type is {shown_value(kind)}: only files of whole models are read, which have "model"'
         )
     name = values.get('general.architecture')
     if not isinstance(name, str) or name not in ARCHITECTURES:
         near = nearest(name[:64], ARCHITECTURES) if isinstance(name, str) else ''
         raise UserError(
-            f'{path}: general.architecture is {told(name)}, which is not supported{near}; supported: {", ".join(ARCHITECTURES)}'
+            f'{path}: general.architecture is {shown_value(name)}, which is not supported{near}; '
+            f'supported: {", ".join(ARCHITECTURES)}'
         )
     if not contents.tensors:
         raise UserError(f'{path}: has no tensors: it is a vocabulary alone, not a model')

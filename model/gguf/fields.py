@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from model.gguf.keys import LARGEST, Config, Keys
-from model.gguf_file import told
 from sharding.errors import UserError
+from storage.foreign import shown_value
 
 GATES = {1: 'softmax', 2: 'sigmoid'}  # how experts are scored, by llama.cpp's numbers
 
@@ -56,7 +56,7 @@ def scaling(k: Keys, fields: Config, width: int) -> dict[str, Any]:
     if factors is not None and not np.allclose(factors, 1):
         if kind != 'none':
             raise UserError(
-                f'{k.path}: has both rope_freqs.weight and {name}.type {told(kind)}: only one of them is supported'
+                f'{k.path}: has both rope_freqs.weight and {name}.type {shown_value(kind)}: only one of them is supported'
             )
         return {'rope_scaling': llama3_scaling(factors, fields['rope_theta'], width, k.path)}
     if kind == 'none':
@@ -66,7 +66,7 @@ def scaling(k: Keys, fields: Config, width: int) -> dict[str, Any]:
         return {'rope_scaling': {'rope_type': 'linear', 'factor': k.positive('rope.scaling.factor')}}
     if kind != 'yarn':
         raise UserError(
-            f'{k.path}: key {name}.type is {told(kind)}, which is not supported; supported: none, linear, yarn'
+            f'{k.path}: key {name}.type is {shown_value(kind)}, which is not supported; supported: none, linear, yarn'
         )
     found: dict[str, Any] = {
         'rope_type': 'yarn',
@@ -284,7 +284,7 @@ def phi3(k: Keys) -> dict[str, Any]:
     kind = k('rope.scaling.type', 'none')
     if kind not in ('none', 'longrope') or (kind == 'longrope' and long is None):
         raise UserError(
-            f'{k.path}: key {k.architecture}.rope.scaling.type is {told(kind)}: supported: none, and longrope '
+            f'{k.path}: key {k.architecture}.rope.scaling.type is {shown_value(kind)}: supported: none, and longrope '
             'with its two tensors of factors'
         )
     k('rope.scaling.attn_factor', None)  # follows from the two contexts

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from model.gguf_file import Numbers, told
+from model.gguf_file import Numbers
 from sharding.errors import UserError
+from storage.foreign import shown_value
 
 Config = Mapping[str, Any]
 LARGEST = 2**31 - 1
@@ -58,8 +59,8 @@ class Keys:
         value = self(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
             raise UserError(
-                f'{self.path}: key {self.architecture}.{name} is {told(value)}: it must be a whole number from {least} to '
-                f'{LARGEST}'
+                f'{self.path}: key {self.architecture}.{name} is {shown_value(value)}: it must be a whole number from '
+                f'{least} to {LARGEST}'
             )
         return value
 
@@ -74,7 +75,7 @@ class Keys:
         """A key that holds a number."""
         value = self(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f'{self.path}: key {self.architecture}.{name} is {told(value)}: it must be a number')
+            raise UserError(f'{self.path}: key {self.architecture}.{name} is {shown_value(value)}: it must be a number')
         return value
 
     def layers(self) -> int:
@@ -103,7 +104,7 @@ class Keys:
     def unread(self) -> dict[str, Any]:
         """The architecture's keys that nothing has read."""
         mine = [key for key in self.values if key.startswith(f'{self.architecture}.') and key not in self.seen]
-        short = lambda value: value if isinstance(value, int | float) else told(value)
+        short = lambda value: value if isinstance(value, int | float) else shown_value(value)
         return {key: short(self.values[key]) for key in mine}
 
 

@@ -66,7 +66,7 @@ def test_a_file_that_cannot_be_prompts_is_told(tmp_path: Path, monkeypatch: pyte
         tmp_path / 'twice.jsonl': "twice.jsonl:2: not JSON (field 'prompt' stands twice",
         tmp_path: 'is a folder',
         tmp_path / 'none': 'No such file',
-        Path('/dev/zero'): 'more than 2,097,152 characters',
+        Path('/dev/zero'): 'a text of more than 2,097,152 characters',
         Path('a\0b'): 'null byte',
         Path('x' * 300): 'File name too long',
     }.items():

@@ -208,7 +208,7 @@ MISTAKES = {
         lambda f: (f / hub.SINGLE).write_bytes(b'\xff' * 7 + b'\0' + b'{}'),
         [str(2**56 - 1), '100000000'],
     ),
-    'header is no JSON': (lambda f: rehead(f, lambda text: 'x' + text[1:]), ['header is not JSON']),
+    'header is no JSON': (lambda f: rehead(f, lambda text: 'x' + text[1:]), ['header is not a JSON object']),
     'header is a list': (lambda f: rehead(f, lambda text: '[]'), ['not a JSON object']),
     'a name twice': (lambda f: rehead(f, lambda text: text.replace('layers.0', 'layers.1')), ['twice', 'layers.1']),
     'unknown dtype': (lambda f: rehead(f, lambda text: text.replace('"F32"', '"F31"', 1)), ["'F31'", 'F32']),

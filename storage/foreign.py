@@ -1,0 +1,224 @@
+"""Files that come from strangers, read within bounds: files alone, as many bytes as were allowed, JSON of bounded size.
+
+A file is refused in one line that names it, the value and the limit, before memory is taken for what it says.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import reprlib
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sharding.errors import UserError, shown
+
+MOST_VALUES = 2**23  # of a JSON file, each an object of Python's: Gemma's tokenizer.json, the largest, has a third
+MOST_DEPTH = 64  # lists and objects within each other: no published file has ten
+MOST_DIGITS = 64  # of a whole number
+HALF = re.compile(rb'\\u[dD][89abAB]|\\u[dD][c-fC-F]')  # of a surrogate pair, as JSON writes it
+KINDS = {
+    stat.S_IFDIR: 'a folder',
+    stat.S_IFIFO: 'a pipe',
+    stat.S_IFSOCK: 'a socket',
+    stat.S_IFCHR: 'a device',
+    stat.S_IFBLK: 'a device',
+}
+VALUE = reprlib.Repr()
+VALUE.maxstring = VALUE.maxother = 60
+VALUE.maxlevel = VALUE.maxdict = 4
+
+
+def shown_path(path: Path) -> str:
+    """A path for a message: all of what a user calls a folder, and of a file's own name as much as names have."""
+    return shown(str(path)[: len(str(path)) - len(path.name)], 1000) + shown(path.name, 100)
+
+
+def shown_value(value: Any) -> str:
+    """A value that a file holds for a message, as Python writes it, without what would make it long."""
+    return shown(VALUE.repr(value))
+
+
+# Files ----------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A descriptor of a file, closed in the end. Raises UserError for what is none or cannot be read, and never waits."""
+    try:
+        _check_kind(path, path.stat())
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:
+        raise UserError(f'{shown_path(path)}: cannot be read: {error.strerror}') from None
+    try:
+        _check_kind(path, os.fstat(descriptor))
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _check_kind(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f'{shown_path(path)}: is {KINDS.get(stat.S_IFMT(found.st_mode), "no file")}: it must be a file')
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """All of a file of at most so many bytes."""
+    with opened(path) as descriptor:
+        size = os.fstat(descriptor).st_size
+        if size > most:
+            raise UserError(f'{shown_path(path)}: has {size} bytes: at most {most} are read of such a file')
+        content = bytearray(size + 1)
+        found = _read_into(path, descriptor, 0, memoryview(content))
+    if found != size:
+        raise changed(path)
+    del content[size:]
+    return bytes(content)
+
+
+def _read_into(path: Path, descriptor: int, begin: int, out: memoryview) -> int:
+    """Fills `out` with the bytes from `begin` on; how many there were."""
+    done = 0
+    try:
+        while done < len(out) and (count := os.preadv(descriptor, [out[done:]], begin + done)):
+            done += count
+    except OSError as error:
+        raise UserError(f'{shown_path(path)}: cannot be read: {error.strerror}') from None
+    return done
+
+
+def changed(path: Path) -> UserError:
+    return UserError(f'{shown_path(path)}: changed while it was read: try again when nothing writes to it')
+
+
+@dataclasses.dataclass(frozen=True)
+class SteadyFile:
+    """A file that is read by parts, all of them as it was when its header was read.
+
+    It is not mapped into memory, where a file that is cut off meanwhile would end the process.
+    """
+
+    path: Path
+    state: tuple[int, int, int, int]  # size, device, number, time of the last change
+
+    @classmethod
+    def of(cls, path: Path, descriptor: int) -> 'SteadyFile':
+        return cls(path, _state(descriptor))
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self.state[0]
+
+    def read_into(self, out: np.ndarray, *begins: int) -> None:
+        """Fills each row of `out` with the bytes from one of `begins` on. Raises UserError where the file has changed."""
+        rows = out.reshape(len(begins), -1).view(np.uint8)
+        with opened(self.path) as descriptor:
+            for row, begin in zip(rows, begins, strict=True):
+                if _read_into(self.path, descriptor, begin, row.data) < len(row):
+                    raise changed(self.path)
+            if _state(descriptor) != self.state:
+                raise changed(self.path)
+
+    def read(self, begin: int, size: int) -> bytes:
+        """The bytes from `begin` on."""
+        out = np.empty(size, np.uint8)
+        self.read_into(out, begin)
+        return out.tobytes()
+
+
+def _state(descriptor: int) -> tuple[int, int, int, int]:
+    found = os.fstat(descriptor)
+    return found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+# JSON -----------------------------------------------------------------------------------------------------------------------
+
+
+def read_object(content: bytes, where: str, most_values: int = MOST_VALUES) -> dict[str, Any]:
+    """The JSON object that a file holds, as `read_json` reads it."""
+    found = read_json(content, where, most_values)
+    if not isinstance(found, dict):
+        raise UserError(f'{where}: must be a JSON object, not {type(found).__name__}')
+    return found
+
+
+def read_json(content: bytes, where: str, most_values: int = MOST_VALUES) -> Any:
+    """What a file of JSON says. Raises UserError for what is not readable, or no published file has.
+
+    Refused are more than `most_values` values, MOST_DEPTH lists and objects within each other, MOST_DIGITS digits, a name that
+    an object has twice, and half of a surrogate pair, which no file or text can hold. `where` names the file.
+    """
+    values = sum(map(content.count, (b',', b'[', b'{')))
+    if values > most_values:
+        raise UserError(f'{where}: has {values} lists, objects and commas: at most {most_values} are read')
+    try:
+        found = json.loads(
+            content.removeprefix(b'\xef\xbb\xbf').decode(), object_pairs_hook=_unique, parse_int=_whole_number
+        )
+    except RecursionError:
+        raise UserError(f'{where}: {_too_deep()}') from None
+    except UserError as error:
+        raise UserError(f'{where}: {error}') from None
+    except ValueError as error:
+        raise UserError(f'{where}: not readable as JSON: {shown(error)}') from None
+    _check_depth(found, where)
+    if HALF.search(content):
+        _check_halves(found, where)
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise UserError(f'an object in it has {shown(twice, 100, quoted=True)} twice')
+    return found
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise UserError(f'has a whole number of {len(digits)} digits: at most {MOST_DIGITS} are read')
+    return int(digits)
+
+
+def _too_deep() -> str:
+    return f'not readable as JSON: lists or objects stand within each other too deep: at most {MOST_DEPTH} are read'
+
+
+def _check_depth(found: Any, where: str) -> None:
+    level = [found] if isinstance(found, (dict, list)) else []
+    for _ in range(MOST_DEPTH):
+        level = [
+            inner
+            for one in level
+            for inner in (one.values() if isinstance(one, dict) else one)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return
+    raise UserError(f'{where}: {_too_deep()}')
+
+
+def _check_halves(found: Any, where: str) -> None:
+    """Raises UserError for a text with half of a surrogate pair."""
+    left = [found]
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            try:
+                one.encode()
+            except UnicodeEncodeError:
+                raise UserError(
+                    f'{where}: has the text {shown(one, 60, quoted=True)}: a lone surrogate is not Unicode text; leave it out'
+                ) from None
+        elif isinstance(one, dict):
+            left += [*one.keys(), *one.values()]
+        elif isinstance(one, list):
+            left += one
