@@ -38,6 +38,7 @@ NUMBERS = {
     'SIGTERM': [signal.SIGTERM],
     'SIGPIPE': [signal.SIGPIPE],
     'SIGUSR1': [signal.SIGUSR1],
+    'SIGKILL': [signal.SIGKILL],
 }
 CODES = {
     'SIGHUP': {129},
@@ -163,7 +164,7 @@ def signalled(phase: Phase, sent: str, name: str, scratch: Path, base: Path) -> 
 def checkpointed(found: list[int], phase: Phase, sent: str, scratch: Path) -> str | None:
     """What is wrong with the steps of a run's checkpoints; the one of step 2 was there before."""
     new = [step for step in found if step > 2]
-    if sent == 'SIGINT twice':
+    if sent in ('SIGINT twice', 'SIGKILL'):  # at once
         return None
     if sent in ('SIGPIPE', 'SIGUSR1') and LAST not in new:
         return f'exit code 0, and its checkpoints are {found}'
