@@ -22,6 +22,7 @@ from decoding.run import open_run
 from sharding.errors import UserError
 from sharding.mesh import MeshConfig, make_mesh
 from storage.sealed import sealed, unsealed
+from tests.data.test_tokenizer_goldens import files_of
 from tests.families import folders
 from tests.families.cases import CASES
 from tests.fuzz import Case, note, rng
@@ -191,6 +192,9 @@ def prepare(place: Path) -> None:
     train(config_of(place), place / 'runs', console=Console(quiet=True))
     (place / 'runs' / 'run').rename(place / 'runs' / 'trained')
     source = folders.write(place / 'source', CASES['llama-grouped'], folders.named('llama-grouped'))
+    for file, content in files_of('json_template_PreTrainedTokenizerFast_True').items():
+        if file != 'config.json':
+            (source / file).write_bytes(content)
     import_run(source, place / 'runs' / 'imported', MeshConfig(), say=str)
     weights = []
     for name in 'trained', 'imported':
