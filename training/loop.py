@@ -321,7 +321,10 @@ class Run:
         began = time.perf_counter()
         rows = self.dataset.validation
         numbers = spread(len(rows) if everything else self.config.metrics.validation_rows, len(rows))
-        found = evaluate(self.state.model, self.dataset.tokenizer, rows, numbers, self.config.training.batch)
+        try:
+            found = evaluate(self.state.model, self.dataset.tokenizer, rows, numbers, self.config.training.batch)
+        except Diverged as error:
+            raise self.diverged(f'validation after step {self.last}: {error}') from None
         return {
             'validation_loss': found.nats_per_token,
             'validation_bits_per_byte': found.bits_per_byte,
