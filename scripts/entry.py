@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sharding import background, peers, signals, streams
@@ -14,6 +15,10 @@ from sharding.errors import MachineError, UserError, machine_fault, shown
 GONE = 141  # whoever read standard output has gone, as in `… | head`: what a shell tells of a program that SIGPIPE ends
 MOST = 2000  # characters of an error's line, which may hold what came out of a file
 FAULT = 'error: this is a fault of Weft, not of what you asked for: please report it, with the lines above'
+
+# A script begins with this import: what it imports after it takes a second or more, in which a signal may come.
+if Path(getattr(sys.modules['__main__'], '__file__', None) or '').parent == Path(__file__).parent:
+    signals.begin()
 
 
 def run(main: Callable[[], int | None], lasting: bool = False) -> None:
@@ -31,13 +36,16 @@ def run(main: Callable[[], int | None], lasting: bool = False) -> None:
     own = main.__module__ == '__main__'  # a script that another program has imported changes nothing of that one
     if own:
         streams.begin(lasting)
-        signals.begin(saves=lasting)
+        signals.enter(saves=lasting)
     code, line, failed = 0, '', True
     try:
-        code = main() or 0
-        peers.leave()
-        sys.stdout.flush()
-        failed = False
+        try:
+            code = main() or 0
+            peers.leave()
+            sys.stdout.flush()
+            failed = False
+        finally:
+            signals.leave()
     except BaseException as error:
         code, line = told(error)
     if failed and peers.several():

@@ -7,14 +7,14 @@ V is the real vocabulary. Of a model without an LM head --logits writes its last
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from scripts.entry import run
+from scripts.options import Parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('run', metavar='RUN', help='a folder such as runs/demo')
     parser.add_argument(
         '--tokens',
@@ -57,6 +57,7 @@ def main() -> None:
 
 def embed_texts(options: argparse.Namespace) -> None:
     """Writes a vector for each line of a file."""
+    from sharding.errors import MachineError
     from storage.files import Output, check_output
 
     target = Path(options.embeddings)
@@ -76,6 +77,9 @@ def embed_texts(options: argparse.Namespace) -> None:
     tell = 'out of memory on a device: activations of some texts at once; give shorter ones, or use --mesh'
     with jax.set_mesh(opened.mesh), explaining(lambda: tell):
         vectors = embed(opened, texts, options.pooling)
+    if not np.isfinite(vectors).all():
+        row = int(np.argmin(np.isfinite(vectors).all(1)))
+        raise MachineError(f'the vector of line {row + 1} is not finite: none are written')
     with Output('--embeddings', target) as file:
         np.save(file, vectors)
     print(f'{target}: float32 {list(vectors.shape)} (step {opened.step})')
@@ -85,8 +89,8 @@ def score_tokens(options: argparse.Namespace) -> None:
     """Writes the logits of rows of token ids."""
     from data.ids import read_ids
     from decoding.run import open_run
-    from sharding.errors import UserError, shown
-    from storage.files import check_output
+    from sharding.errors import MachineError, UserError, shown
+    from storage.files import Output, check_output
 
     target = Path(options.logits)
     check_output('--logits', target, [options.tokens, *filter(None, [options.sources])])
@@ -116,15 +120,18 @@ def score_tokens(options: argparse.Namespace) -> None:
     from sharding.memory import explaining
 
     what, width = ('logits', c.vocabulary) if c.head else ('last hidden states', c.model_dim)
-    partial = target.with_name(target.name + '.partial')
-    out = np.lib.format.open_memmap(partial, mode='w+', dtype=np.float32, shape=(*tokens_BT.shape, width))
+    shape = (*tokens_BT.shape, width)
     tell = f'out of memory on a device: {what} of {tokens_BT.shape[1]} tokens a row; give shorter rows, or use --mesh'
-    with jax.set_mesh(opened.mesh), explaining(lambda: tell):
+    # Written and not mapped: where a disk is full, writing is an error and a mapping ends the process.
+    with Output('--logits', target) as file, jax.set_mesh(opened.mesh), explaining(lambda: tell):
+        np.lib.format.write_array_header_1_0(file, {'descr': '<f4', 'fortran_order': False, 'shape': shape})
         for begin, logit_BTV in score(opened.model, tokens_BT, source_BS):
-            out[begin : begin + len(logit_BTV)] = logit_BTV
-    out.flush()
-    os.replace(partial, target)
-    print(f'{target}: {what}, float32 {list(out.shape)} (step {opened.step})')
+            if not np.isfinite(logit_BTV).all():
+                raise MachineError(
+                    f'{what} of rows {begin} to {begin + len(logit_BTV) - 1} are not all finite: none are written'
+                )
+            file.write(np.ascontiguousarray(logit_BTV, '<f4'))
+    print(f'{target}: {what}, float32 {list(shape)} (step {opened.step})')
 
 
 def read_texts(path: str) -> list[str]:

@@ -41,7 +41,8 @@ class Output(io.RawIOBase):
             except BlockingIOError:  # whoever shares it has asked for that
                 select.select([], [self.descriptor], [])
             except OSError as error:
-                found = OSError(error.errno, error.strerror, self.called)
+                reason = 'it is closed' if error.errno == errno.EBADF else error.strerror
+                found = OSError(error.errno, reason, self.called)
                 if not self.lasting:
                     self.failed = found
                     raise found from None

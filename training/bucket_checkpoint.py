@@ -54,7 +54,7 @@ class BucketCheckpoints(Checkpoints):
     def save(self, step: int, items: Mapping[str, Any], meta: dict, files: Mapping[str, bytes] | None = None) -> None:
         """As in a local folder; a step that is taken again is not there until it is published again."""
         self.wait()
-        self.check()
+        self._check_lock()
         files = contents(items, meta, files)
         if peers.first():
             published = self.steps()
@@ -80,6 +80,13 @@ class BucketCheckpoints(Checkpoints):
 
     def _publish_shards(self, step: int, arrays: dict, mine: dict[str, bytes], files: Mapping[str, bytes]) -> None:
         """Writes this process' shards, and process 0 the rest when all have. Runs in a thread of its own."""
+        with self._told(step):
+            self._write(step, arrays, mine, files)
+
+    def _clear(self) -> None:
+        """The next save does it: a bucket that fails now is not asked for more."""
+
+    def _write(self, step: int, arrays: dict, mine: dict[str, bytes], files: Mapping[str, bytes]) -> None:
         path = self.folder / str(step)
         prints = {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in mine.items()}
         at_once(lambda name: (path / name).write_bytes(mine[name]), mine)
@@ -93,6 +100,7 @@ class BucketCheckpoints(Checkpoints):
             path.delete(others)
             at_once(lambda name: (path / name).write_bytes(files[name]), files)
             prints |= {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in files.items()}
+            self._check_lock()
             manifest = {'format': SHARDS, 'arrays': arrays, 'files': dict(sorted(prints.items()))}
             (path / MANIFEST).write_bytes(sealed(manifest))
             for old in self.steps()[: -self.keep]:
@@ -109,11 +117,11 @@ class BucketCheckpoints(Checkpoints):
         path.delete([MANIFEST])
         path.delete(path.files())
 
-    def _sizes(self, step: int) -> dict[str, int | None]:
-        return dict((self.folder / str(step)).files())
+    def _sizes(self, path: Any) -> dict[str, int | None]:
+        return dict(path.files()) if isinstance(path, Bucket) else super()._sizes(path)
 
-    def _hashed(self, step: int, name: str) -> str:
-        return hashlib.sha256(self._content(step, name)).hexdigest()
+    def _hashed(self, path: Any) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
 
     def _read(self, step: int, name: str, into: memoryview) -> str:
         content = self._content(step, name)[: len(into)]
@@ -121,9 +129,13 @@ class BucketCheckpoints(Checkpoints):
         return hashlib.sha256(content).hexdigest()
 
     @contextlib.contextmanager
-    def _on_disk(self, step: int) -> Iterator[Path]:
-        """A copy of a checkpoint, for Orbax to read."""
+    def _pinned(self, step: int, manifest: dict, wanted: set[str]) -> Iterator[Any]:
+        """A copy of what is to be read, where Orbax is to read it."""
+        source = self.folder / str(step)
+        if not manifest or manifest.get('format') == SHARDS:
+            yield source
+            return
         with tempfile.TemporaryDirectory(prefix='weft-') as folder:
-            source = self.folder / str(step)
-            source.download(Path(folder), source.files())
+            skipped = set(manifest['arrays']) - wanted
+            source.download(Path(folder), [name for name in source.files() if name.split('/')[0] not in skipped])
             yield Path(folder)

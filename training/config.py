@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from training import yaml_text
 from training.overrides import apply, unknown
 
 LARGEST_NUMBER = 1 << 48  # no size is larger, and all arithmetic with one stays exact
+FLOAT32 = 3.4028234663852886e38  # its largest number
 LONGEST_NAME = 100  # characters of a run's name: the names of its files are longer
 
 
@@ -221,8 +221,10 @@ def parse(content: str | bytes, path: str, overrides: Sequence[str] = ()) -> Run
 def validate(tree: dict, source: str) -> RunConfig:
     """A mapping as a RunConfig; `source` names where it came from in the message of a UserError."""
     for key, value in _leaves(tree):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f'{source}: {key} is {value}: it must be a finite number')
+        if isinstance(value, float) and not abs(value) <= FLOAT32:
+            raise UserError(
+                f'{source}: {key} is {value}: it must be a finite number, also in float32: at most {FLOAT32:.6g}'
+            )
         if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
             raise UserError(f'{source}: {key} is {value}: whole numbers are at most 2^48')
         for text in value if isinstance(value, list) else [value]:
