@@ -207,7 +207,9 @@ def wrong(ended: Ended, codes: Container[int], lines: int | None = None) -> str 
     if ended.code == 141 and b'error' in ended.err:
         return f'exit code 141, which is to be quiet; stderr: {told}'
     if ended.code in (1, 2, 75):
-        said = [line for line in ended.err.splitlines() if line.startswith(b'error: ')]
+        # Training tells a save that failed, goes on, and says it once more if it stays so.
+        before = b'error: a save failed: '
+        said = [line for line in ended.err.splitlines() if line.startswith(b'error: ') and not line.startswith(before)]
         if len(said) != 1 or ended.err.splitlines()[-1] != said[0]:
             return f'exit code {ended.code} without one line that says why; stderr: {told}'
         if len(said[0]) > 1500:
