@@ -26,7 +26,7 @@ from tests.fuzz import Case, rng
 from training.config import RunConfig, dump, parse
 from training.overrides import keys
 
-NAME, COUNT, QUICK, SECONDS, IN_PROCESS = 'sources', 300, 40, 10.0, True
+NAME, COUNT, QUICK, SECONDS, IN_PROCESS = 'sources', 300, 200, 10.0, True
 LONGEST = 700  # characters of a message, without the folder's own name
 
 
