@@ -28,7 +28,7 @@ from storage import files as disk
 from storage.lock import Lock
 from training import config as configs
 from training.bucket_checkpoint import checkpoints_of
-from training.checkpoint import Checkpoints
+from training.checkpoint import Checkpoints, SaveFailed
 from training.config import RECORD, RunConfig
 from training.evaluation import evaluate, spread
 from training.finite import RULE, check_saved, diverged, listed, not_finite
@@ -230,7 +230,7 @@ class Run:
 
     def failed(self, error: Exception) -> None:
         """A save has failed by what the machine refused. Raises anything else."""
-        fault = machine_fault(error)
+        fault = str(error) if isinstance(error, SaveFailed) else machine_fault(error)
         if fault is None or peers.several():
             raise error
         self.unsaved = fault

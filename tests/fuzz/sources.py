@@ -14,7 +14,6 @@ import random
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import zstandard
 
@@ -23,24 +22,17 @@ from data.sources import texts
 from data.walk import LeftOut
 from decoding.questions import read_prompts
 from sharding.errors import UserError
+from tests.fuzz import Case, rng
 from training.config import RunConfig, dump, parse
 from training.overrides import keys
 
-NAME, COUNT, QUICK, SECONDS, IN_PROCESS = 'sources', 300, 40, 10.0, True
+NAME, COUNT, QUICK, SECONDS, IN_PROCESS = 'sources', 300, 200, 10.0, True
 LONGEST = 700  # characters of a message, without the folder's own name
-
-
-class Case(NamedTuple):
-    """One odd input, which follows from the seed and its number."""
-
-    number: int
-    name: str
-    content: Any
 
 
 def cases(seed: int, count: int) -> Iterator[Case]:
     for number in range(count):
-        draw = random.Random(f'{NAME} {seed} {number}')
+        draw = rng(seed, number, NAME)
         way = draw.choices([_texts, _pairs, _prompts, _folder, _config, _overrides], [8, 2, 2, 2, 4, 2])[0]
         yield Case(number, way.__name__.strip('_'), (way, draw))
 
