@@ -14,6 +14,7 @@ from typing import Any
 
 from scripts.entry import as_json
 from scripts.entry import run as run_script
+from scripts.options import Parser
 from sharding.errors import LONGEST, shown
 from sharding.mesh import BATCH, MeshConfig
 from storage.files import Output, check_output
@@ -57,7 +58,7 @@ def main() -> None:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options of a command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('config', help='a YAML file, such as configs/models/llama-3.1-8b.yaml')
     parser.add_argument('overrides', nargs='*', metavar='key=value', help='such as training.batch=512')
     parser.add_argument('--chip', required=True, help='h100, h200, b200, gb200, a100, mi300x, v4, v5e, v5p, v6e, v7x …')

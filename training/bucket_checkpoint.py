@@ -54,7 +54,7 @@ class BucketCheckpoints(Checkpoints):
     def save(self, step: int, items: Mapping[str, Any], meta: dict, files: Mapping[str, bytes] | None = None) -> None:
         """As in a local folder; a step that is taken again is not there until it is published again."""
         self.wait()
-        self.check()
+        self._check_lock()
         files = contents(items, meta, files)
         if peers.first():
             published = self.steps()
@@ -80,6 +80,13 @@ class BucketCheckpoints(Checkpoints):
 
     def _publish_shards(self, step: int, arrays: dict, mine: dict[str, bytes], files: Mapping[str, bytes]) -> None:
         """Writes this process' shards, and process 0 the rest when all have. Runs in a thread of its own."""
+        with self._told(step):
+            self._write(step, arrays, mine, files)
+
+    def _clear(self) -> None:
+        """The next save does it: a bucket that fails now is not asked for more."""
+
+    def _write(self, step: int, arrays: dict, mine: dict[str, bytes], files: Mapping[str, bytes]) -> None:
         path = self.folder / str(step)
         prints = {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in mine.items()}
         at_once(lambda name: (path / name).write_bytes(mine[name]), mine)
@@ -93,6 +100,7 @@ class BucketCheckpoints(Checkpoints):
             path.delete(others)
             at_once(lambda name: (path / name).write_bytes(files[name]), files)
             prints |= {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in files.items()}
+            self._check_lock()
             manifest = {'format': SHARDS, 'arrays': arrays, 'files': dict(sorted(prints.items()))}
             (path / MANIFEST).write_bytes(sealed(manifest))
             for old in self.steps()[: -self.keep]:

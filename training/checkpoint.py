@@ -66,6 +66,10 @@ OF_THE_SYSTEM = re.compile(
 T = TypeVar('T')
 
 
+class SaveFailed(MachineError):
+    """A checkpoint could not be written; what was published before stands, and the next save may work."""
+
+
 class Gone(UserError):
     """A checkpoint was deleted or replaced while it was read: the run goes on, and has a newer one."""
 
@@ -155,7 +159,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp  # here and below: it takes a while, and imported weights are not in its format
 
         self.wait()
-        self.check()
+        self._check_lock()
         files = contents(items, meta, files)
         if peers.first():
             disk.remove(self._saving)  # an earlier process was killed, or a save failed
@@ -206,6 +210,11 @@ class Checkpoints:
             self.lock.check()
         if self._last is not None and self._last.done():
             self.wait()
+
+    def _check_lock(self) -> None:
+        """Raises MachineError where another process has taken the run over by now."""
+        if self.lock is not None:
+            self.lock.check(look=True)
 
     def close(self) -> None:
         """Waits for the last save, raises its error if it failed, and ends the threads."""
@@ -366,14 +375,18 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if peers.first():
-                with contextlib.suppress(UserError, MachineError):  # the next save clears it, if this disk cannot
-                    disk.remove(self._saving)
+            self._clear()
             said = OF_THE_SYSTEM.search(str(error))
-            if isinstance(error, OSError | MachineError) or said:
+            if isinstance(error, OSError | MachineError | UserError) or said:
                 why = os.strerror(int(said[1] or said[2])) if said else getattr(error, 'strerror', None) or str(error)
-                raise MachineError(f'{self.run}: checkpoint {step} could not be saved: {shown(why, 300)}') from error
+                raise SaveFailed(f'{self.run}: checkpoint {step} could not be saved: {shown(why, 500)}') from error
             raise
+
+    def _clear(self) -> None:
+        """Removes what is half made, after a save that failed."""
+        if peers.first() and not (self.lock is not None and self.lock.lost):
+            with contextlib.suppress(UserError, MachineError):  # the next save clears it, if this disk cannot
+                disk.remove(self._saving)
 
     def _complete(self, step: int, arrays: dict, files: Mapping[str, bytes], format: str | None = None) -> None:
         """Completes the folder, gives it its name, deletes the oldest."""
@@ -386,6 +399,7 @@ class Checkpoints:
         }
         manifest |= {'format': format} if format else {}
         disk.put(path / MANIFEST, sealed(manifest))
+        self._check_lock()
         # The rename may reach the disk before what it names, unless all of that is there already.
         disk.sync_tree(path)
         if os.path.lexists(target):  # a step taken again, from an earlier checkpoint

@@ -7,7 +7,7 @@ from typing import Any
 from sharding.buckets import Bucket
 from sharding.errors import UserError, shown
 from storage import files as disk
-from storage.sealed import read_object
+from storage.foreign import read_object
 from training.config import RECORD, RunConfig
 
 SOURCE = 'source'  # an imported run's folder of the published files
@@ -37,13 +37,13 @@ def object_of(path: Path | Bucket) -> dict[str, Any]:
     """The JSON object of a file that an import wrote. Raises UserError where it is missing or damaged."""
     mend = 'restore it from a copy, or import the model again'
     try:
-        return read_object(content_of(path))
+        content = content_of(path)
     except FileNotFoundError:
         raise UserError(f'{shown(path)}: is missing; {mend}') from None
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f'{shown(path)}: is damaged ({shown(error)}); {mend}') from None
+    try:
+        return read_object(content, shown(path))
+    except UserError as error:
+        raise UserError(f'{error}; {mend}') from None
 
 
 def content_of(path: Path | Bucket) -> bytes:

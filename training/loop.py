@@ -28,7 +28,7 @@ from storage import files as disk
 from storage.lock import Lock
 from training import config as configs
 from training.bucket_checkpoint import checkpoints_of
-from training.checkpoint import Checkpoints
+from training.checkpoint import Checkpoints, SaveFailed
 from training.config import RECORD, RunConfig
 from training.evaluation import evaluate, spread
 from training.finite import RULE, check_saved, diverged, listed, not_finite
@@ -232,7 +232,8 @@ class Run:
 
     def failed(self, error: Exception) -> None:
         """A save has failed by what the machine refused. Raises anything else."""
-        fault, lock = machine_fault(error), self.checkpoints.lock
+        fault = str(error) if isinstance(error, SaveFailed) else machine_fault(error)
+        lock = self.checkpoints.lock
         if fault is None or peers.several() or (lock is not None and lock.lost):  # the run is another process' now
             raise error
         self.unsaved = fault

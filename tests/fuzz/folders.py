@@ -119,7 +119,7 @@ def _in_fp8(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def outcome(folder: Path, run: Path) -> str:
     """What an import does before it writes, and the numbers that it would write."""
-    one = conversion.examined(folder, run, MeshConfig())
+    one = conversion.examined(folder, run.name, MeshConfig())
     chat_templates(one.files, str(folder))
     if one.tokenizer:
         with contextlib.suppress(UserError):  # a text may have tokens that the model does not know

@@ -17,6 +17,7 @@ from sharding.errors import MachineError, UserError
 from storage import lock
 from storage.lock import Lock, Taken
 from tests.training.store import Store, bucket, everything
+from training.checkpoint import Checkpoints
 
 CHILD = """
 import sys
@@ -256,6 +257,19 @@ def test_a_holder_that_was_taken_for_dead_writes_no_more(tmp_path, without_locks
         with pytest.raises(MachineError, match=r'demo is no longer this process’s to write: process 7 of host far'):
             held.check()
     assert path.exists(), 'the lock is the other’s'
+
+
+def test_a_process_that_stood_still_saves_nothing_into_anothers_run(tmp_path, without_locks, monkeypatch):
+    """Its beat has not looked again when it wakes up."""
+    monkeypatch.setattr(lock, 'BEAT', 1000.0)
+    with Lock(tmp_path / 'demo') as held:
+        elsewhere(tmp_path / '.demo.lock')
+        held.check()
+        checkpoints = Checkpoints(tmp_path / 'demo', lock=held)
+        with pytest.raises(MachineError, match=r'no longer this process’s to write: process 7 of host far'):
+            checkpoints.save(1, {}, {})
+        checkpoints.close()
+    assert not (tmp_path / 'demo').exists()
 
 
 def test_a_run_in_a_bucket(monkeypatch, quick, capsys):

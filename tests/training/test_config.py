@@ -91,6 +91,7 @@ REFUSED = {
     'a key that is null': ('~: a', ['key None is no text']),
     'an unknown key with signs': (BASE + '"na\\e[2Jme\\n": a', ['no key']),
     'half a pair': (BASE + 'data: {source: "\\ud800"}', ['data.source is', 'not UTF-8', 'glob']),
+    'a long key of no number': (BASE + 'x' * 1000 + ': .nan', ['… is nan: it must be a finite number']),
     'far too long': ('#' * 300_000, ['300,000 characters', 'at most 262,144']),
     'a number that is no size': (BASE.replace('steps: 2', f'steps: {10**20}'), ['training.steps is 1', 'at most 2^48']),
     'a batch without divisors': (BASE.replace('batch: 4', 'batch: 1000000000039, accumulation: 7'), ['accumulation is 7']),
@@ -170,7 +171,7 @@ OVERRIDES = {
     '.steps=1': ['dotted.key=value'],
     'tra\x1bining.steps=1': [r'tra\x1bining', 'dotted.key=value'],
     '--steps=1': ['dotted.key=value'],
-    'training.steps=': ['training.steps=: has no value', 'null'],
+    'training.steps=': ['training.steps=: has no value; null is for none'],
     'name=': ['name=: has no value'],
     'name.x=1': ['name is a value'],
     'training.steps.x=1': ['training.steps is a value'],
@@ -229,7 +230,8 @@ def test_every_key_is_known_and_its_typo_is_found() -> None:
 def test_what_is_no_file_is_no_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'configs').mkdir()
-    (tmp_path / 'configs/demo.yaml').write_text(BASE)
+    for name in ('demo', 'llama-3.1-8b', 'llama-3.1-70b'):
+        (tmp_path / f'configs/{name}.yaml').write_text(BASE)
     (tmp_path / 'huge.yaml').write_text('#' * 2_000_000)
     (tmp_path / 'loop.yaml').symlink_to('loop.yaml')
     os.mkfifo(tmp_path / 'pipe.yaml')
@@ -242,6 +244,9 @@ def test_what_is_no_file_is_no_config(tmp_path: Path, monkeypatch: pytest.Monkey
         'config/demo.yaml': ["no such config; did you mean 'configs/demo.yaml'?"],
         'demo.yaml': ["did you mean 'configs/demo.yaml'?"],
         'configs/dmeo.yaml': ["did you mean 'configs/demo.yaml'?"],
+        'configs/llama-3.1-70b': ["did you mean 'configs/llama-3.1-70b.yaml'?"],
+        'llama-3.1-70': ["did you mean 'configs/llama-3.1-70b.yaml'?"],
+        'configs/zzz.yaml': ['no such config; known: configs/demo.yaml, configs/llama'],
         'configs/demo': ["did you mean 'configs/demo.yaml'?"],
         'a\0b': [r'a\x00b: no such config'],
         'x' * 300: ['no such config'],
