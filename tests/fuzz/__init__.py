@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-PARTS = ('folders', 'streams', 'signals', 'disks', 'pairs')  # modules of this folder, in turn
+PARTS = ('folders', 'run_files', 'streams', 'signals', 'disks', 'pairs')  # modules of this folder, in turn
 
 
 @dataclass(frozen=True)
