@@ -325,23 +325,26 @@ class Checkpoints:
     def _pinned(self, step: int, manifest: dict, wanted: set[str]) -> Iterator[Any]:
         """A folder of what is to be read of a checkpoint, which stays readable where the run deletes that meanwhile.
 
-        It is made of links to open files, where the system has such links and allows so many; else it is the checkpoint.
+        It is made of links to open files, where the system has such links and allows so many, and somewhere to make them;
+        else it is the checkpoint. Several processes read that: theirs is a run that they train, which nobody else deletes from.
         """
         path = self.folder / str(step)
-        if not manifest or manifest.get('format') == SHARDS or not (most := open_files()):
-            yield path
-            return
-        skipped = set(manifest['arrays']) - wanted
-        names = [name for name in files_below(path) if name.split('/')[0] not in skipped]
-        if len(names) > most:
-            yield path
-            return
+        skipped = set(manifest.get('arrays', ())) - wanted
         with contextlib.ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='weft-')))
-            for name in names:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                (folder / name).symlink_to(stack.enter_context(pinned(path / name)))
-            yield folder
+            folder = None
+            if manifest and manifest.get('format') != SHARDS and not peers.several():
+                names = [name for name in files_below(path) if name.split('/')[0] not in skipped]
+                with contextlib.suppress(OSError):  # no room for them: what goes meanwhile is told then
+                    folder = self._links(stack, path, names) if len(names) <= open_files() else None
+            yield folder or path
+
+    def _links(self, stack: contextlib.ExitStack, path: Path, names: Iterable[str]) -> Path:
+        """A folder of links to a checkpoint's files, which are open until the stack ends."""
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='weft-')))
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to(stack.enter_context(pinned(path / name)))
+        return folder
 
     def _read_shards(self, step: int, manifest: dict, wanted: dict[str, dict[str, Any]]) -> Mapping[str, Any]:
         """Arrays by item and name; each shard is hashed as it is read."""

@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -135,6 +136,17 @@ def test_a_checkpoint_that_goes_at_any_moment_is_read_anew(form, moment, tmp_pat
         assert step == (1 if form == 'orbax, no links to open files' else 2)
     else:
         assert step == 1
+
+
+def test_where_no_links_can_be_made_the_checkpoint_itself_is_read(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, small(1), {'step': 1}, {'config.yaml': b'x'})
+    checkpoints.close()
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'absent'))
+    assert opened(checkpoints) == 1
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    assert opened(checkpoints) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ['checkpoints'], 'no link is left'
 
 
 def test_a_step_that_is_asked_for_and_goes_is_one_line(tmp_path, monkeypatch):
