@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from analysis.layouts import divisors
 from analysis.memory import training_memory
 from analysis.roofline import train_time
-from analysis.search import divisors
 from model.sizes import batch_sizes, sizes
 from sharding import chips
 from sharding.errors import UserError

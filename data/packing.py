@@ -5,6 +5,7 @@ Legend: N rows of a batch, T inputs of a row, S tokens of a split's documents on
 """
 
 import abc
+import contextlib
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable
@@ -148,21 +149,28 @@ def pack(stream_S: np.ndarray, length_D: np.ndarray, sequence_length: int, bytes
     return Rows(stream_S, start_P[order_P], length_P[order_P], first_R, sequence_length, bytes)
 
 
-def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray, int]:
-    """The stream [S], the documents' lengths in tokens [D] and their UTF-8 bytes in all."""
+def encode_documents(
+    tokenizer: Tokenizer, texts: Iterable[str], names: bool = False
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """The stream [S], the documents' lengths in tokens [D] and their UTF-8 bytes in all.
+
+    The name of a special token in a text is text, unless `names` has it be that token.
+    """
     token = np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.int32)
     tokenizer.check([tokenizer.bos, tokenizer.eos])
     texts = iter(texts)
     parts, lengths, size = [np.empty(0, token)], [], 0
     while some := list(islice(texts, 256)):  # at a time, because Python's lists of ints need twenty times the memory
-        for ids in tokenizer.encode_batch(some):
+        with contextlib.nullcontext() if names else tokenizer.names_as_text():
+            encoded = tokenizer.encode_batch(some)
+        for ids in encoded:
             parts.append(np.array([tokenizer.bos, *ids, tokenizer.eos], token))
             lengths.append(len(parts[-1]))
         size += sum(len(text.encode()) for text in some)
     return np.concatenate(parts), np.array(lengths, np.int64), size
 
 
-def pack_documents(tokenizer: Tokenizer, texts: Iterable[str], sequence_length: int) -> Rows:
-    """Rows of `texts`, each a document, for evaluation."""
-    stream_S, length_D, size = encode_documents(tokenizer, texts)
+def pack_documents(tokenizer: Tokenizer, texts: Iterable[str], sequence_length: int, names: bool = False) -> Rows:
+    """Rows of `texts`, each a document, for evaluation; `names` as `encode_documents` has it."""
+    stream_S, length_D, size = encode_documents(tokenizer, texts, names)
     return pack(stream_S, length_D, sequence_length, size)

@@ -3,6 +3,7 @@
 Legend: N rows of a batch, T tokens of a row, on each side; S tokens of all pairs one after another, P pairs, R rows.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -122,9 +123,12 @@ def first_token(tokenizer: Tokenizer, start: int | None) -> int:
 
 
 def pack_pairs(
-    tokenizer: Tokenizer, pairs: Iterable[Pair], sequence_length: int, start: int | None = None
+    tokenizer: Tokenizer, pairs: Iterable[Pair], sequence_length: int, start: int | None = None, names: bool = False
 ) -> tuple[PairRows, int]:
-    """The rows, and how many pairs are left out because one side has more tokens than a row."""
+    """The rows, and how many pairs are left out because one side has more tokens than a row.
+
+    The name of a special token in a text is text, unless `names` has it be that token.
+    """
     begin = first_token(tokenizer, start)
     tokenizer.check([begin, tokenizer.eos])
     token = np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.int32)
@@ -132,7 +136,8 @@ def pack_pairs(
     pairs = iter(pairs)
     while some := list(islice(pairs, 256)):
         sources, targets = zip(*some, strict=True)
-        encoded = zip(some, tokenizer.encode_batch(sources), tokenizer.encode_targets(targets), strict=True)
+        with contextlib.nullcontext() if names else tokenizer.names_as_text():
+            encoded = zip(some, tokenizer.encode_batch(sources), tokenizer.encode_targets(targets), strict=True)
         for one, source, target in encoded:
             if max(len(source), len(target)) + 1 > sequence_length:
                 left_out += 1

@@ -70,6 +70,8 @@ def prepare(
             'data.vocabulary is null: say how many pieces the tokenizer that is learnt may have, such as 4096'
         )
     key = {'format': FORMAT, 'sequence_length': sequence_length, **asdict(config), 'source': list(config.paths)}
+    if not config.special_tokens:  # runs that were prepared before there was a choice
+        del key['special_tokens']
     key |= {'pairs': True, 'start': start} if pairs else {}
     folder = Path(folder)
     prepared.clear(folder)
@@ -109,7 +111,8 @@ def _build(
     group_of: dict[bytes, str] = {}  # by the text's hash, so that copies of a text fall on the same side
     size_of_group: Counter[str] = Counter()
     size_of_text: Counter[bytes] = Counter()
-    characters = count = ends = 0
+    characters = count = ends = named = 0
+    names = tokenizer.special_names if tokenizer else None
     for document in documents(config, skipped):
         data = document.text.encode()
         digest = hashlib.sha256(data).digest()
@@ -117,6 +120,7 @@ def _build(
         size_of_group[group_of.setdefault(digest, document.group)] += len(data)
         size_of_text[digest] += len(data)
         characters += len(document.text)
+        named += bool(names and names.search(document.text))
         ends += bytes_after(document.text, cut(document.text, config.validation_share))
         count += 1
     size_of_text_hex = {digest.hex(): size for digest, size in size_of_text.items()}
@@ -124,6 +128,8 @@ def _build(
     size = size_of_group.total()
     say(f'data: {count} documents, {size / 1e6:.2f} MB; sha256 {sha256.hexdigest()[:16]}{told(skipped)}')
     say(f'data: {held:.1%} of the bytes held out for validation, {TELL[split.by]} ({split.share:.1%} asked for)')
+    if named:
+        say(f'data: {named} documents have {_names_told(config)}')
 
     def texts(part: str) -> Iterator[str]:
         again = hashlib.sha256()
@@ -144,7 +150,7 @@ def _build(
         tokenizer = Tokenizer.train(_sample(texts('train'), every), config.vocabulary)
     else:
         learnt = 'elsewhere: it was imported'
-    streams = {part: encode_documents(tokenizer, texts(part)) for part in SPLITS}
+    streams = {part: encode_documents(tokenizer, texts(part), config.special_tokens) for part in SPLITS}
     rows = {
         part: pack(stream_S, length_D, sequence_length, size) for part, (stream_S, length_D, size) in streams.items()
     }
@@ -195,7 +201,9 @@ def _build_pairs(
     sha256, size_of_source, count = hashlib.sha256(), Counter[str](), 0
     digest = lambda text: hashlib.sha256(text.encode()).hexdigest()
     skipped: list[LeftOut] = []
+    names, named = tokenizer.special_names if tokenizer else None, 0
     for pair in read_pairs(config.paths, 'data.source', skipped):
+        named += bool(names and any(map(names.search, pair)))
         sha256.update('\t'.join(map(digest, pair)).encode())
         size_of_source[digest(pair.source)] += len(''.join(pair).encode())
         count += 1
@@ -218,7 +226,7 @@ def _build_pairs(
         tokenizer = Tokenizer.train(_sample((side for pair in of('train') for side in pair), every), config.vocabulary)
     rows, facts = {}, {'source': list(config.paths), 'sha256': sha256.hexdigest(), 'pairs': count, 'bytes': size}
     for part in SPLITS:
-        rows[part], left_out = pack_pairs(tokenizer, of(part), sequence_length, start)
+        rows[part], left_out = pack_pairs(tokenizer, of(part), sequence_length, start, config.special_tokens)
         if len(rows[part]) == 0:
             raise UserError(
                 f'data.source={config.source!r}: {count} pairs leave none for {part}, {left_out} of them for having more than '
@@ -236,6 +244,15 @@ def _build_pairs(
         say(f'data: {part}: {pairs} pairs, {rows[part].tokens} target tokens in {len(rows[part])} rows{long}')
     facts['tokenizer'] = {'vocabulary': tokenizer.vocabulary}
     return Dataset(tokenizer, rows['train'], rows['validation'], facts)
+
+
+def _names_told(config: DataConfig) -> str:
+    """What becomes of the names of special tokens that are in the text."""
+    other = 'data.special_tokens=true reads them as those tokens'
+    if config.special_tokens:
+        other = 'data.special_tokens=false reads them as text'
+    read = 'those tokens' if config.special_tokens else 'text'
+    return f'names of special tokens in them, which are read as {read}; {other}'
 
 
 def _sample(texts: Iterator[str], every: int, block: int = 1 << 16) -> Iterator[str]:

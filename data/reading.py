@@ -138,11 +138,6 @@ def plain_name(path: Path) -> Path:
     return Path(name)
 
 
-def text_of(path: Path, told: str = '', streams: bool = False) -> str:
-    """All of a file. `told` stands before its name in messages; with `streams` it may be a pipe, as of `<(…)`."""
-    return joined(pieces(path, told, streams), f'{told}{shown(path)}')
-
-
 def joined(pieces: Iterator[str], name: str) -> str:
     """A whole text. Raises UserError for one of more than DOCUMENT characters."""
     found, size = [], 0
@@ -187,8 +182,9 @@ def _check_length(length: int, name: str) -> None:
 def pieces(path: Path, told: str = '', streams: bool = False) -> Iterator[str]:
     """The text of a file, piece by piece, without a byte order mark.
 
-    Raises UserError for what is no regular file, cannot be read, is damaged, unpacks to far more than text would, is longer
-    than a document may be, or is no UTF-8: with the byte, or with what the file is, where that can be told.
+    `told` stands before its name in messages; with `streams` it may be a pipe, as of `<(…)`. Raises UserError for what is no
+    regular file, cannot be read, is damaged, unpacks to far more than text would, or is no UTF-8: with the byte, or with what
+    the file is, where that can be told.
     """
     name = f'{told}{shown(path)}'
     decoder, done = codecs.getincrementaldecoder('utf-8')(), 0

@@ -110,13 +110,13 @@ SPACES = re.compile(r'[ \t\r\n]*')
 LINES = ('.jsonl', '.ndjson', '.jsonlines', '.jl', '.ldjson')  # endings of JSON Lines
 
 
-def kind_of_text(path: Path, fields: Sequence[str]) -> tuple[Kind, Iterator[str]]:
-    """What a file holds, by its name, and where that is silent by its content; and its text.
+def kind_of_text(path: Path, fields: Sequence[str], text: Iterator[str] | None = None) -> tuple[Kind, Iterator[str]]:
+    """What a file holds, by its name, and where that is silent by its content; and its text, which may be given.
 
     `lines`: JSON Lines. `array`: an array of objects in JSON. `text`: anything else, as it stands. Code and settings in .json
     are text: they are neither an array of objects, nor lines of objects, nor an object that has the fields.
     """
-    text, suffix = pieces(path), plain_name(path).suffix
+    text, suffix = text or pieces(path), plain_name(path).suffix
     if suffix in LINES:
         return 'lines', text
     if suffix not in ('.json', ''):
@@ -234,7 +234,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _whole(digits: str) -> int | float:
-    return int(digits) if len(digits) < 20 else float(digits)
+    return int(digits) if len(digits) <= 4000 else float('inf')
 
 
 # No text is a number: one of thousands of digits, which Python's own reading refuses, is of no concern.

@@ -6,13 +6,14 @@ space as U+2581, so a literal U+2581 would come back as a space; it is cut out o
 """
 
 import codecs
+import contextlib
 import functools
 import hashlib
 import io
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -138,6 +139,16 @@ class Tokenizer:
                 ids += self._space if part == SPACE else part_ids
             ids_of.append(ids)
         return ids_of
+
+    @contextlib.contextmanager
+    def names_as_text(self) -> Iterator[None]:
+        """Within it the names of special tokens in a text are text as any other, as a learnt tokenizer has it everywhere."""
+        yield
+
+    @property
+    def special_names(self) -> re.Pattern[str] | None:
+        """Finds the names that `encode_batch` would read as special tokens; None if there are none."""
+        return None
 
     def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each target of a pair, which may be written in another language than its source."""

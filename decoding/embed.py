@@ -21,9 +21,9 @@ from decoding.run import TrainedRun
 from model.forward import hidden_states, place, row_ways
 from sharding.buckets import Bucket
 from sharding.collectives import wide
-from sharding.errors import UserError
+from sharding.errors import UserError, shown
 from sharding.mesh import BATCH, SEQUENCE
-from storage.foreign import read_json, shown_value
+from storage.foreign import read_json
 from training.conversion import SOURCE
 
 Pooling = Literal['mean', 'cls', 'last']  # over a text's tokens; its first; its last
@@ -105,7 +105,7 @@ def published_pooling(run: TrainedRun) -> Pooling | None:
         kind = str(one.get('type') if isinstance(one, dict) else one).rpartition('.')[2]
         if kind not in ('Transformer', 'Pooling', 'Normalize'):
             raise UserError(
-                f'{source / MODULES}: names {shown_value(kind)}, which is not supported; --pooling mean, cls or last '
+                f'{source / MODULES}: names {shown(kind, 60)}, which is not supported; --pooling mean, cls or last '
                 'embeds without it'
             )
     if not isinstance(pooling, dict):
@@ -114,7 +114,7 @@ def published_pooling(run: TrainedRun) -> Pooling | None:
     modes += [str(pooling['pooling_mode'])] if 'pooling_mode' in pooling else []
     if len(modes) != 1 or modes[0] not in MODES:
         raise UserError(
-            f'{source / POOLING}: {shown_value(" and ".join(modes)) if modes else "no pooling at all"} is not supported; '
+            f'{source / POOLING}: {shown(" and ".join(modes) or "no pooling at all", 60)} is not supported; '
             'say one with --pooling mean, '
             'cls or last'
         )

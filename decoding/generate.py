@@ -35,9 +35,14 @@ class Completion:
     logprobs: list[dict[str, Any]] | None = None  # of each token, where it was asked for: see `told`
 
     @property
+    def timed_tokens(self) -> int:
+        """How many `seconds` are of: all but the first two, for the prefill gives one, and the next step may compile."""
+        return max(len(self.tokens) - 2, 0)
+
+    @property
     def tokens_per_second(self) -> float:
-        """Decoded tokens a second, but for the first two: the prefill gives one, and the next step may compile."""
-        return max(len(self.tokens) - 2, 0) / self.seconds if self.seconds else 0.0
+        """Decoded tokens a second of this row alone, whichever others are decoded beside it."""
+        return self.timed_tokens / self.seconds if self.seconds else 0.0
 
 
 class TextStream:

@@ -18,8 +18,8 @@ from model.decoder import Decoder
 from model.layers import is_matrix
 from model.sizes import sizes
 from sharding import background
-from sharding.buckets import Bucket, at
-from sharding.errors import UserError, nearest
+from sharding.buckets import Bucket
+from sharding.errors import UserError
 from sharding.memory import explaining
 from sharding.mesh import Divides, MeshConfig, check_divides, make_mesh, nearest_meshes, parse_mesh, start
 from training.bucket_checkpoint import checkpoints_of
@@ -27,6 +27,7 @@ from training.checkpoint import Checkpoints, read_newest
 from training.config import RunConfig
 from training.context import context, published_files
 from training.finite import check_saved
+from training.run_folder import run_folder
 from training.state import abstract_model, restore_newest, saved_config
 
 SAID = re.compile(
@@ -84,10 +85,7 @@ def open_run(
     Raises UserError where the folder is not a run, has no whole checkpoint, or the mesh cannot hold the model; what is wrong
     with the weights comes with the first use of `model`.
     """
-    folder = at(folder)
-    if not (folder / 'config.yaml').is_file():
-        runs = _runs(folder.parent)
-        raise UserError(f'{folder}: not a run, for it has no config.yaml{nearest(str(folder), runs) if runs else ""}')
+    folder = run_folder(folder)
     checkpoints = checkpoints_of(folder)
     check_step(checkpoints, step)
     first, config, files = read_newest(
@@ -138,14 +136,6 @@ def check_step(checkpoints: Checkpoints, step: int | None) -> None:
 def said_beside(folder: Path | Bucket) -> dict[str, bytes]:
     """Of an imported run, the published files that say how it is to be asked: chat templates, special tokens, sampling."""
     return published_files(folder, SAID.fullmatch)
-
-
-def _runs(folder: Path | Bucket) -> list[str]:
-    """The runs in a folder."""
-    if isinstance(folder, Bucket):
-        names = folder.names() if '/' in folder.key else []  # all of a bucket is not a folder of runs
-        return [str(folder / name) for name in names if (folder / name / 'config.yaml').is_file()]
-    return [str(path.parent) for path in folder.glob('*/config.yaml')] if folder.is_dir() else []
 
 
 # A token would wait for each stage in turn.

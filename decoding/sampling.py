@@ -12,6 +12,7 @@ from sharding.errors import MachineError, UserError
 from sharding.mesh import BATCH
 
 NO_TOKEN = -1  # where logits choose none
+HOTTEST = 10_000.0  # beyond it all tokens are as likely as each other
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,9 +29,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float('inf'):
+        if not 0 <= self.temperature <= HOTTEST:
             raise UserError(
-                f'temperature is {self.temperature}: it must be at least 0; 0 always takes the most likely token'
+                f'temperature is {self.temperature}: it must be at least 0 and at most {HOTTEST:g}; 0 always takes the most '
+                'likely token'
             )
         if not 0 <= self.top_k < 2**31:
             raise UserError(f'top-k is {self.top_k}: it must be at least 0 and less than 2^31; 0 keeps all tokens')
@@ -38,9 +40,10 @@ class Sampling:
             raise UserError(f'top-p is {self.top_p}: it must be above 0 and at most 1; 1 keeps all tokens')
         if not 0 <= self.min_p <= 1:
             raise UserError(f'min-p is {self.min_p}: it must be between 0 and 1; 0 keeps all tokens')
-        if not 0 < self.repetition_penalty < float('inf'):
+        if not 0 < self.repetition_penalty <= HOTTEST:
             raise UserError(
-                f'repetition-penalty is {self.repetition_penalty}: it must be above 0; 1 leaves all logits as they are'
+                f'repetition-penalty is {self.repetition_penalty}: it must be above 0 and at most {HOTTEST:g}; 1 leaves '
+                'all logits as they are'
             )
         if not 0 <= self.seed < 2**32:
             raise UserError(f'seed is {self.seed}: it must be at least 0 and less than 2^32')

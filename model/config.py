@@ -19,6 +19,9 @@ from model.config_parts import (
 from sharding.errors import UserError
 
 MOST_LAYERS = 10_000  # a mistake rather than a model
+MOST_COMPUTED = (
+    2**28
+)  # numbers of a table of positions that no file holds: it is computed as often as a program is traced
 VOCABULARY_MULTIPLE = 128  # the embedding's rows are rounded up to it, on every mesh alike, so that they split evenly
 
 
@@ -135,6 +138,11 @@ class ModelConfig:
         if self.positions in ('learned', 'sinusoidal') and (self.max_positions or 0) < 1:
             raise UserError(
                 f'model.max_positions is {self.max_positions}: {self.positions} positions need a table of that many rows'
+            )
+        if self.positions == 'sinusoidal' and self.max_positions * self.model_dim > MOST_COMPUTED:
+            raise UserError(
+                f'model.max_positions is {self.max_positions}: a table of sinusoidal positions is computed for them all; '
+                f'nearest that works: {max(MOST_COMPUTED // self.model_dim, 1)}'
             )
         if self.positions == 'sinusoidal' and self.model_dim % 2:
             raise UserError(

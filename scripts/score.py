@@ -10,10 +10,11 @@ import argparse
 from pathlib import Path
 
 from scripts.entry import run
+from scripts.options import Parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('run', metavar='RUN', help='a folder such as runs/demo')
     parser.add_argument(
         '--tokens',

@@ -268,7 +268,8 @@ class _File:
     def read(self) -> bytes | None:
         """What the file of that name says now."""
         try:
-            return files.read(self.path, LONG)
+            with files.reading(self.path) as descriptor:
+                return os.pread(descriptor, LONG, 0)
         except FileNotFoundError:
             return None
 

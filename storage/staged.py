@@ -70,8 +70,6 @@ class staged:
                 refuse_existing(self.folder)
                 files.sync_tree(self.place)
                 files.rename(self.place, self.folder)
-            elif isinstance(error, OSError):
-                raise files.fault(error.filename or self.folder, error) from error
         finally:
             try:
                 files.remove(self.place)

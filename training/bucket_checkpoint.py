@@ -109,11 +109,11 @@ class BucketCheckpoints(Checkpoints):
         path.delete([MANIFEST])
         path.delete(path.files())
 
-    def _sizes(self, step: int) -> dict[str, int | None]:
-        return dict((self.folder / str(step)).files())
+    def _sizes(self, path: Any) -> dict[str, int | None]:
+        return dict(path.files()) if isinstance(path, Bucket) else super()._sizes(path)
 
-    def _hashed(self, step: int, name: str) -> str:
-        return hashlib.sha256(self._content(step, name)).hexdigest()
+    def _hashed(self, path: Any) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
 
     def _read(self, step: int, name: str, into: memoryview) -> str:
         content = self._content(step, name)[: len(into)]
@@ -121,9 +121,13 @@ class BucketCheckpoints(Checkpoints):
         return hashlib.sha256(content).hexdigest()
 
     @contextlib.contextmanager
-    def _on_disk(self, step: int) -> Iterator[Path]:
-        """A copy of a checkpoint, for Orbax to read."""
+    def _pinned(self, step: int, manifest: dict, wanted: set[str]) -> Iterator[Any]:
+        """A copy of what is to be read, where Orbax is to read it."""
+        source = self.folder / str(step)
+        if not manifest or manifest.get('format') == SHARDS:
+            yield source
+            return
         with tempfile.TemporaryDirectory(prefix='weft-') as folder:
-            source = self.folder / str(step)
-            source.download(Path(folder), source.files())
+            skipped = set(manifest['arrays']) - wanted
+            source.download(Path(folder), [name for name in source.files() if name.split('/')[0] not in skipped])
             yield Path(folder)

@@ -24,6 +24,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,6 +52,8 @@ from training.manifest import (
     kind_of,
     kinds,
     named,
+    open_files,
+    pinned,
     size_of,
 )
 
@@ -177,17 +180,16 @@ class Checkpoints:
         For one process and a local folder; published when it returns.
         """
         path = self._saving / str(step)
+        disk.remove(self._saving)
+        disk.make_folder(path)
         kinds = {}
-        with self._told(step):
-            disk.remove(self._saving)
-            disk.make_folder(path)
-            for name, x in arrays:
-                kinds[name] = kind_of(x)
-                for shard, content in shards.written(f'{item}/{name}', x):
-                    disk.make_folder((path / shard).parent)
-                    disk.put(path / shard, content)
-                del x, content  # before the next is made
-            self._complete(step, {item: kinds}, contents({item: None}, meta, files), SHARDS)
+        for name, x in arrays:
+            kinds[name] = kind_of(x)
+            for shard, content in shards.written(f'{item}/{name}', x):
+                disk.make_folder((path / shard).parent)
+                disk.put(path / shard, content)
+            del x, content  # before the next is made
+        self._complete(step, {item: kinds}, contents({item: None}, meta, files), SHARDS)
 
     def wait(self) -> None:
         """Returns when the last save is published; raises its error if it failed."""
@@ -256,8 +258,6 @@ class Checkpoints:
             if isinstance(error, OSError):
                 raise disk.fault(error.filename or self.folder / str(step), error) from error
             raise
-        # Where files went after they were hashed, a reader may have taken them for zeros.
-        self._check_there(step, manifest)
 
     def _check_there(self, step: int, manifest: dict) -> None:
         """Raises Gone where a step that was published is not now, or is another."""
@@ -286,17 +286,22 @@ class Checkpoints:
             if peers.first():
                 for item, arrays in wanted.items():
                     self._compare(step, item, manifest['arrays'], arrays)
-                self._verify(step, manifest, set(wanted))
-            if peers.meet('verified', manifest.get('format')) == SHARDS:
-                found = self._read_shards(step, manifest or self._manifest(step), wanted)
-            else:
-                found = self._read_orbax(step, wanted)
+            with self._pinned(step, manifest, set(wanted)) as path:
+                if peers.first():
+                    self._verify(step, manifest, set(wanted), path)
+                if peers.meet('verified', manifest.get('format')) == SHARDS:
+                    found = self._read_shards(step, manifest or self._manifest(step), wanted)
+                else:
+                    found = self._read_orbax(path, wanted)
+                    if path == self.folder / str(step) and manifest:
+                        # Where files went after they were hashed, a reader may have taken them for zeros.
+                        self._check_there(step, manifest)
         return {
             item: jax.tree.unflatten(jax.tree.structure(tree), [found[item][name] for name in wanted[item]])
             for item, tree in abstract.items()
         }
 
-    def _read_orbax(self, step: int, wanted: dict[str, dict[str, Any]]) -> Mapping[str, Any]:
+    def _read_orbax(self, path: Any, wanted: dict[str, dict[str, Any]]) -> Mapping[str, Any]:
         """Arrays by item and name."""
         import orbax.checkpoint as ocp
 
@@ -304,8 +309,30 @@ class Checkpoints:
         if not reads:
             return {}
         reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-        with self._on_disk(step) as path, contextlib.closing(reader):
+        with contextlib.closing(reader):
             return reader.restore(path, ocp.args.Composite(**reads))
+
+    @contextlib.contextmanager
+    def _pinned(self, step: int, manifest: dict, wanted: set[str]) -> Iterator[Any]:
+        """A folder of what is to be read of a checkpoint, which stays readable where the run deletes that meanwhile.
+
+        It is made of links to open files, where the system has such links and allows so many; else it is the checkpoint.
+        """
+        path = self.folder / str(step)
+        if not manifest or manifest.get('format') == SHARDS or not (most := open_files()):
+            yield path
+            return
+        skipped = set(manifest['arrays']) - wanted
+        names = [name for name in files_below(path) if name.split('/')[0] not in skipped]
+        if len(names) > most:
+            yield path
+            return
+        with contextlib.ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='weft-')))
+            for name in names:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).symlink_to(stack.enter_context(pinned(path / name)))
+            yield folder
 
     def _read_shards(self, step: int, manifest: dict, wanted: dict[str, dict[str, Any]]) -> Mapping[str, Any]:
         """Arrays by item and name; each shard is hashed as it is read."""
@@ -393,11 +420,12 @@ class Checkpoints:
             raise self._damaged(step, MANIFEST, 'was altered: it lists no arrays and files as a checkpoint has them')
         return manifest
 
-    def _verify(self, step: int, manifest: dict, wanted: set[str]) -> None:
-        """That the wanted items, and all files beside the items, are byte for byte what was saved."""
+    def _verify(self, step: int, manifest: dict, wanted: set[str], path: Any = None) -> None:
+        """That the wanted items, and all files beside the items, are byte for byte what was saved; at `path` if it is given."""
+        path = path or self.folder / str(step)
         skipped = set(manifest['arrays']) - wanted
         known = {name: entry for name, entry in manifest['files'].items() if name.split('/')[0] not in skipped}
-        sizes = {name: size for name, size in self._sizes(step).items() if name.split('/')[0] not in skipped}
+        sizes = {name: size for name, size in self._sizes(path).items() if name.split('/')[0] not in skipped}
         for name in sorted(set(sizes) - {MANIFEST} - set(known)):
             raise self._damaged(step, name, 'is not part of the checkpoint (the manifest does not list it)')
         for name, (size, sha256) in known.items():
@@ -408,22 +436,21 @@ class Checkpoints:
                 raise self._damaged(step, name, 'is no regular file')
             if found < size:
                 raise self._damaged(step, name, f'was truncated: it has {found} bytes of {size}')
-            if found > size or self._digest(step, name, manifest) not in (sha256, None):
+            if found > size or self._digest(path, name, manifest) not in (sha256, None):
                 raise self._altered(step, name)
 
-    def _sizes(self, step: int) -> dict[str, int | None]:
+    def _sizes(self, path: Any) -> dict[str, int | None]:
         """Every file of a checkpoint, and its size in bytes; None for a link that leads nowhere, a FIFO and the like."""
-        path = self.folder / str(step)
         return {name: size_of(path / name) for name in files_below(path)}
 
-    def _digest(self, step: int, name: str, manifest: dict) -> str | None:
+    def _digest(self, path: Any, name: str, manifest: dict) -> str | None:
         """A file's SHA-256; None for a shard: it is hashed when it is read, and need not come from the disk twice."""
         shard = manifest.get('format') == SHARDS and name.split('/')[0] in manifest['arrays']
-        return None if shard else self._hashed(step, name)
+        return None if shard else self._hashed(path / name)
 
-    def _hashed(self, step: int, name: str) -> str:
+    def _hashed(self, path: Any) -> str:
         """A file's SHA-256."""
-        return fingerprint(self.folder / str(step) / name)[1]
+        return fingerprint(path)[1]
 
     def _read(self, step: int, name: str, into: memoryview) -> str:
         """A file's first bytes, as many as there is room for, and the SHA-256 of what is there then."""
@@ -437,10 +464,6 @@ class Checkpoints:
                     filled += count
                 digest.update(chunk[:filled])
         return digest.hexdigest()
-
-    def _on_disk(self, step: int) -> contextlib.AbstractContextManager[Path]:
-        """Where Orbax can read a checkpoint."""
-        return contextlib.nullcontext(self.folder / str(step))
 
     def _altered(self, step: int, name: str) -> UserError:
         return self._damaged(step, name, 'was altered: its SHA-256 is not the one in the manifest')

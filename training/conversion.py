@@ -47,6 +47,7 @@ from training.checkpoint import Checkpoints, named, read_newest
 from training.config import RECORD, RunConfig, TrainingConfig
 from training.context import SOURCE, context_of, object_of, published_config, published_files
 from training.finite import RULE, check_saved, not_finite
+from training.run_folder import run_folder
 from training.state import abstract_model, abstract_state, restore_newest, saved_config
 
 CONTEXT = 2048  # tokens, where a config says nothing of it
@@ -83,7 +84,7 @@ def make_run(
     say: Callable[[str], None],
 ) -> None:
     """As `import_run`, for whoever has the run's lock."""
-    found, files, config, tokenizer = examined(source, run, mesh, dtype, without_remote_code, ignore)
+    found, files, config, tokenizer = examined(source, run.name, mesh, dtype, without_remote_code, ignore)
     start(mesh.size, config.model.dtype)
     devices = make_mesh(mesh)
     kept = {'config.yaml': configs.dump(config).encode()} | (tokenizer.files() if tokenizer else {})
@@ -137,19 +138,18 @@ class Examined(NamedTuple):
 
 def examined(
     source: Path,
-    run: Path,
+    name: str,
     mesh: MeshConfig,
     dtype: str | None = None,
     without_remote_code: bool = False,
     ignore: Sequence[str] = (),
 ) -> Examined:
-    """All of a published folder or GGUF file but its numbers. Raises UserError if it cannot be this run."""
-    refuse_existing(run)
+    """All of a published folder or GGUF file but its numbers. Raises UserError if it cannot be a run of this name."""
     found = hub.read(source, dtype, without_remote_code, ignore)
     with found.fields.told():
         check_divides(mesh, sizes(found.model))
     files = files_beside(source, found)
-    config = run_config(run.name, found, mesh)
+    config = run_config(name, found, mesh)
     return Examined(found, files, config, published_tokenizer(files, shown_path(source), found.model.vocabulary))
 
 
@@ -255,8 +255,7 @@ def export_run(
     """
     check_local(target)
     refuse_existing(target)
-    if not (run / 'config.yaml').is_file():
-        raise UserError(f'{run}: not a run, for it has no config.yaml')
+    run = run_folder(run)
     checkpoints = checkpoints_of(run)
     first, config, files = read_newest(
         checkpoints, lambda newest: (newest, saved_config(checkpoints, newest), checkpoints.files(newest))

@@ -1,20 +1,16 @@
 """What a run writes down about itself: metrics.jsonl, TensorBoard, loss.png."""
 
-import io
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
 from tensorboardX import SummaryWriter
 
 from sharding.errors import UserError, shown
 from storage import files as disk
+from training.picture import draw
 
 MOST = 2**31  # bytes of a metrics.jsonl
 DRAWN = ('step', 'loss', 'router.max_share', 'validation_loss', 'validation_bits_per_byte')
@@ -135,42 +131,3 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 def _is_nan(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
-
-
-def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Training and validation loss by step, and with experts the largest share of each step below."""
-    routed = [row for row in rows if 'router.max_share' in row]
-    figure, axes = plt.subplots(
-        2 if routed else 1,
-        1,
-        figsize=(8, 6.5 if routed else 4.5),
-        sharex=True,
-        squeeze=False,
-        height_ratios=[3, 1][: 2 if routed else 1],
-    )
-    loss = axes[0, 0]
-    loss.plot(
-        [row['step'] for row in rows], [row['loss'] for row in rows], color='#4477aa', linewidth=1, label='training'
-    )
-    checked = [row for row in rows if 'validation_loss' in row]
-    if checked:
-        steps, values = [row['step'] for row in checked], [row['validation_loss'] for row in checked]
-        loss.plot(steps, values, 'o-', color='#ee6677', markersize=4, label='validation')
-        note = f'{values[-1]:.3f} nats = {checked[-1]["validation_bits_per_byte"]:.3f} bits/byte'
-        loss.annotate(note, (steps[-1], values[-1]), textcoords='offset points', xytext=(-6, 10), ha='right')
-    loss.set(title=title, ylabel='loss, nats a token')
-    loss.legend(frameon=False)
-    if routed:
-        steps = [row['step'] for row in routed]
-        axes[1, 0].plot(steps, [row['router.max_share'] for row in routed], color='#228833', linewidth=1)
-        axes[1, 0].axhline(1 / routed[-1]['experts'], color='gray', linestyle=':', linewidth=1)
-        axes[1, 0].set(ylabel='largest share\nof an expert', ylim=(0, None))
-    axes[-1, 0].set_xlabel('step')
-    for axis in axes[:, 0]:
-        axis.grid(alpha=0.2)
-        axis.spines[['top', 'right']].set_visible(False)
-    figure.tight_layout()
-    picture = io.BytesIO()
-    figure.savefig(picture, format='png', dpi=120)
-    plt.close(figure)
-    disk.write(path, picture.getvalue())

@@ -379,6 +379,4 @@ def check_filled(found: list[Tensor], c: ModelConfig, shapes: Mapping[str, jax.S
 def pattern(layers: Iterable[bool]) -> tuple[bool, ...]:
     """The shortest row of flags that, over and over, gives those of all layers."""
     flags = tuple(layers)
-    return next(
-        flags[:n] for n in range(1, len(flags) + 1) if all(flag == flags[i % n] for i, flag in enumerate(flags))
-    )
+    return next(flags[:n] for n in range(1, len(flags) + 1) if flags[n:] == flags[: len(flags) - n])

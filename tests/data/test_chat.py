@@ -116,7 +116,7 @@ def test_no_template():
     [
         ('tokenizer_config.json', b'{"chat_template": 3}', 'chat_template is 3: it must be a text'),
         ('tokenizer_config.json', b'{"chat_template": [{"name": "a"}]}', 'must be a text, or a list'),
-        ('tokenizer_config.json', b'[]', 'must be an object'),
+        ('tokenizer_config.json', b'[]', 'must be a JSON object'),
         ('tokenizer_config.json', b'{"a', 'not readable as JSON'),
         ('tokenizer_config.json', b'[' * 100_000, 'not readable as JSON'),
         ('chat_template.jinja', b'ab\xff', 'chat_template.jinja: not UTF-8 at byte 2'),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-PARTS = ('streams', 'signals', 'disks', 'pairs')  # modules of this folder, in turn
+PARTS = ('folders', 'streams', 'signals', 'disks', 'pairs')  # modules of this folder, in turn
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Part(Protocol):
         """None if all is as it should be; otherwise what is wrong, in one line.
 
         `scratch` is a new empty folder of this case's own. `scratch.parent` stays as long as the fuzzer runs and is one
-        worker's: what cases share, such as a base folder or a trained run, is made there on first use.
+        worker's: what cases share, such as a base folder or a trained run, is there. A part that has `prepare(folder)` makes
+        it with that, before the first case and outside its limits; it is called again when another worker follows.
 
         What it raises is a fault of the case, too: let through what Weft must not raise, and catch only what is right
         (UserError, whose message is one line and not long). It runs under a limit of time (SIGALRM raises `TooLong`, which

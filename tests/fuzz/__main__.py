@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.fuzz import PARTS, page, workers
+from tests.fuzz import PARTS, commands, page, workers
 
 FOLDER = workers.ROOT / '.cache' / 'fuzz'
 
@@ -50,6 +50,8 @@ def part(name: str, seed: int, count: int | None, only: list[str] | None) -> pag
     chosen = {number: one for number, one in names.items() if only is None or any(meant(number, one, x) for x in only)}
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(folder)
+    if not module.IN_PROCESS:
+        commands.made(FOLDER)  # where it cannot be made, no case is at fault
     tell = workers.progress(name, len(chosen), say)
     results = workers.run(name, seed, chosen, folder, tell=tell)
     return page.Found(module, results, time.monotonic() - began)

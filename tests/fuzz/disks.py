@@ -41,7 +41,7 @@ AFTER = {
     'prove': (4,),
     'sample': (24,),
 }
-INODES = 6
+INODES = 3
 SIZE = 64 * 2**20  # bytes of a disk
 NEWNS, NEWUSER, PRIVATE, REC = 0x20000, 0x10000000, 1 << 18, 1 << 14
 WAYS: dict[str, set[int]] = {

@@ -193,7 +193,12 @@ def reached(phase: Phase, process: subprocess.Popen, scratch: Path) -> bool:
     printed = scratch / 'stdout'
     said: Callable[[], bool] = lambda: phase.said.encode() in printed.read_bytes()
     there: Callable[[], bool] = lambda: (
-        not phase.there or any(re.fullmatch(phase.there, str(path.relative_to(scratch))) for path in scratch.rglob('*'))
+        not phase.there
+        or any(
+            re.fullmatch(phase.there, os.path.relpath(os.path.join(folder, name), scratch))
+            for folder, folders, names in os.walk(scratch)  # what is gone meanwhile is passed over
+            for name in (*folders, *names)
+        )
     )
     if not until(lambda: said() and there(), process):
         return False

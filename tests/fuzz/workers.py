@@ -69,6 +69,12 @@ def check(part: Any, case: Case, folder: Path) -> Result:
     return Result(case.number, case.name, noted() if wrong is None else 'wrong', wrong, time.perf_counter() - began)
 
 
+def prepare(part: Any, folder: Path) -> None:
+    """What a part's cases share, where there is something."""
+    if hasattr(part, 'prepare'):
+        part.prepare(folder)
+
+
 @contextlib.contextmanager
 def limited(seconds: float) -> Iterator[None]:
     """Raises TooLong in the main thread when the time is over, and each second again: something may swallow it."""
@@ -90,13 +96,14 @@ def described(error: BaseException) -> str:
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(str(ROOT))]
     frames = [frame for frame in frames if f'{os.sep}.venv' not in frame.filename]
     places = ' < '.join(f'{os.path.relpath(one.filename, ROOT)}:{one.lineno}' for one in reversed(frames[-3:]))
-    text = ' '.join(str(error).split())
+    text = ' '.join(' '.join([*getattr(error, '__notes__', []), str(error)]).split())
     return f'{type(error).__name__}: {text[:500]} ({places or "no place in Weft"})'
 
 
 def work(part: str, seed: int, count: int, folder: Path, says: int) -> None:
     """A worker's life: it ends when its stdin does, and after a case that left it without memory or time."""
     module = load(part)
+    prepare(module, folder)
     if module.IN_PROCESS:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -294,6 +301,7 @@ def progress(title: str, total: int, say: Callable[[str], None], every: float = 
 def in_process(part: Any, seed: int, numbers: Iterable[int], count: int, folder: Path) -> Iterator[Result]:
     """Checks cases in this process, one after the other."""
     wanted = set(numbers)
+    prepare(part, folder)
     for case in part.cases(seed, count):
         if case.number in wanted:
             yield check(part, case, folder)
