@@ -58,7 +58,7 @@ def main() -> None:
 def embed_texts(options: argparse.Namespace) -> None:
     """Writes a vector for each line of a file."""
     from sharding.errors import MachineError
-    from storage.files import Output, check_output
+    from storage.files import Output, check_output, writing
 
     target = Path(options.embeddings)
     check_output('--embeddings', target, [options.texts])
@@ -80,7 +80,7 @@ def embed_texts(options: argparse.Namespace) -> None:
     if not np.isfinite(vectors).all():
         row = int(np.argmin(np.isfinite(vectors).all(1)))
         raise MachineError(f'the vector of line {row + 1} is not finite: none are written')
-    with Output('--embeddings', target) as file:
+    with Output('--embeddings', target) as file, writing(target):
         np.save(file, vectors)
     print(f'{target}: float32 {list(vectors.shape)} (step {opened.step})')
 
@@ -90,7 +90,7 @@ def score_tokens(options: argparse.Namespace) -> None:
     from data.ids import read_ids
     from decoding.run import open_run
     from sharding.errors import MachineError, UserError, shown
-    from storage.files import Output, check_output
+    from storage.files import Output, check_output, writing
 
     target = Path(options.logits)
     check_output('--logits', target, [options.tokens, *filter(None, [options.sources])])
@@ -123,7 +123,7 @@ def score_tokens(options: argparse.Namespace) -> None:
     shape = (*tokens_BT.shape, width)
     tell = f'out of memory on a device: {what} of {tokens_BT.shape[1]} tokens a row; give shorter rows, or use --mesh'
     # Written and not mapped: where a disk is full, writing is an error and a mapping ends the process.
-    with Output('--logits', target) as file, jax.set_mesh(opened.mesh), explaining(lambda: tell):
+    with Output('--logits', target) as file, writing(target), jax.set_mesh(opened.mesh), explaining(lambda: tell):
         np.lib.format.write_array_header_1_0(file, {'descr': '<f4', 'fortran_order': False, 'shape': shape})
         for begin, logit_BTV in score(opened.model, tokens_BT, source_BS):
             if not np.isfinite(logit_BTV).all():

@@ -76,6 +76,8 @@ def machine_fault(error: BaseException) -> str | None:
     """The line for an error that is the machine's, whatever library brings it; None for one that is a fault of the code."""
     if isinstance(error, MemoryError):
         return 'out of memory: this machine has no more of it for this process'
+    if isinstance(error, MachineError):
+        return str(error)
     if isinstance(error, OSError):
         return _of_system(error)
     for cause in _causes(error):
@@ -86,7 +88,7 @@ def machine_fault(error: BaseException) -> str | None:
             if isinstance(cause, Exception) and text in (said := str(cause)):
                 # Such a library tells the file, and its own lines of source: what stands before the reason is cut short.
                 before = ' '.join(said.partition(text)[0].split())
-                return f'{before[-FILE:]}{text}'
+                return f'{before[-FILE:]} {text}'.strip()
     return None
 
 

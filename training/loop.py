@@ -20,7 +20,7 @@ from data.tokenizer import Tokenizer
 from model.forward import place_rows
 from sharding import peers, signals, streams
 from sharding.buckets import Bucket
-from sharding.errors import Diverged, MachineError, UserError, machine_fault, shown
+from sharding.errors import Diverged, MachineError, OutOfMemory, UserError, machine_fault, shown
 from sharding.memory import explaining
 from sharding.mesh import make_mesh, platform
 from sharding.processes import Agreement
@@ -199,7 +199,9 @@ class Run:
                 self.loop(first)
                 self.asked = Agreement(late=0)(self.noted.stop)  # the signal may have come to another process
                 self.settle(wait=True)
-        except OSError as error:  # of the files beside the checkpoints
+        except (Diverged, OutOfMemory):
+            raise
+        except (MachineError, OSError) as error:  # of the files beside the checkpoints
             raise MachineError(f'{machine_fault(error)}; {self.newest()}') from error
         if self.unsaved:
             raise MachineError(f'the last save failed: {self.unsaved}; {self.newest()}')
@@ -230,8 +232,8 @@ class Run:
 
     def failed(self, error: Exception) -> None:
         """A save has failed by what the machine refused. Raises anything else."""
-        fault = str(error) if isinstance(error, SaveFailed) else machine_fault(error)
-        if fault is None or peers.several():
+        fault, lock = str(error) if isinstance(error, SaveFailed) else machine_fault(error), self.checkpoints.lock
+        if fault is None or peers.several() or (lock is not None and lock.lost):  # the run is another process' now
             raise error
         self.unsaved = fault
         streams.say(f'error: a save failed: {shown(fault, 500)}; {self.newest()}; training goes on, to the next save')
