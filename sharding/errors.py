@@ -4,6 +4,7 @@ import difflib
 import errno
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import PurePath
 
 CLOSE = 0.7  # how alike two names must be, of 1, for one to be meant by the other
 NAMED = 64  # characters of a name that are compared
@@ -57,6 +58,13 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     full = {one[:NAMED]: one for one in sorted(known)[:SEARCHED]}
     close = difflib.get_close_matches(name[:NAMED], full, n=1, cutoff=CLOSE)
     return full[close[0]] if close else None
+
+
+def nearest_path(path: str, known: Iterable[str]) -> str:
+    """As `nearest`, of files and folders: by their names alone, without endings, for what paths share says nothing."""
+    stems = {PurePath(one).stem.casefold()[:NAMED]: one for one in sorted(known, reverse=True)}
+    stem = closest(PurePath(path).stem.casefold(), stems)
+    return nearest('', stems.values()) if stem is None else f'; did you mean {shown(stems[stem], quoted=True)}?'
 
 
 def shown(text: object, most: int = 200, quoted: bool = False) -> str:

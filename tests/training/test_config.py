@@ -170,7 +170,7 @@ OVERRIDES = {
     '.steps=1': ['dotted.key=value'],
     'tra\x1bining.steps=1': [r'tra\x1bining', 'dotted.key=value'],
     '--steps=1': ['dotted.key=value'],
-    'training.steps=': ['training.steps=: has no value', 'null'],
+    'training.steps=': ['training.steps=: has no value; null is for none'],
     'name=': ['name=: has no value'],
     'name.x=1': ['name is a value'],
     'training.steps.x=1': ['training.steps is a value'],
