@@ -72,6 +72,7 @@ def embed_texts(options: argparse.Namespace) -> None:
     import numpy as np
 
     from decoding.embed import embed
+    from sharding.errors import LONGEST, shown
     from sharding.memory import explaining
 
     tell = 'out of memory on a device: activations of some texts at once; give shorter ones, or use --mesh'
@@ -82,14 +83,14 @@ def embed_texts(options: argparse.Namespace) -> None:
         raise MachineError(f'the vector of line {row + 1} is not finite: none are written')
     with Output('--embeddings', target) as file, writing(target):
         np.save(file, vectors)
-    print(f'{target}: float32 {list(vectors.shape)} (step {opened.step})')
+    print(f'{shown(target, LONGEST)}: float32 {list(vectors.shape)} (step {opened.step})')
 
 
 def score_tokens(options: argparse.Namespace) -> None:
     """Writes the logits of rows of token ids."""
     from data.ids import read_ids
     from decoding.run import open_run
-    from sharding.errors import MachineError, UserError, shown
+    from sharding.errors import LONGEST, MachineError, UserError, shown
     from storage.files import Output, check_output, writing
 
     target = Path(options.logits)
@@ -131,7 +132,7 @@ def score_tokens(options: argparse.Namespace) -> None:
                     f'{what} of rows {begin} to {begin + len(logit_BTV) - 1} are not all finite: none are written'
                 )
             file.write(np.ascontiguousarray(logit_BTV, '<f4'))
-    print(f'{target}: {what}, float32 {list(shape)} (step {opened.step})')
+    print(f'{shown(target, LONGEST)}: {what}, float32 {list(shape)} (step {opened.step})')
 
 
 def read_texts(path: str) -> list[str]:

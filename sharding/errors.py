@@ -9,6 +9,7 @@ from pathlib import PurePath
 CLOSE = 0.7  # how alike two names must be, of 1, for one to be meant by the other
 NAMED = 64  # characters of a name that are compared
 SEARCHED = 2000  # names that are compared with
+LONGEST = 4096  # characters of a path that is told whole
 LISTED = 24  # names that a message lists
 # What a disk or a system may refuse, whatever library was asked for it: libraries that are not Python say it in words.
 REFUSED = tuple(
