@@ -12,6 +12,8 @@ from pathlib import Path
 from scripts.entry import run
 from scripts.options import Parser
 
+MOST_TEXTS = 1 << 26  # characters of a file of texts: all of them are held
+
 
 def main() -> None:
     parser = Parser(description=__doc__)
@@ -137,14 +139,10 @@ def score_tokens(options: argparse.Namespace) -> None:
 
 def read_texts(path: str) -> list[str]:
     """The lines of a file, empty ones among them, so that each has its row. Only line feeds end a line."""
+    from data.reading import joined, pieces
     from sharding.errors import UserError, shown
 
-    try:
-        text = Path(path).read_bytes().decode('utf-8-sig')
-    except UnicodeDecodeError as error:
-        raise UserError(f'--texts {shown(path)}: not UTF-8 at byte {error.start}') from None
-    except OSError as error:
-        raise UserError(f'--texts {shown(path)}: {error.strerror}') from None
+    text = joined(pieces(Path(path), '--texts ', streams=True), f'--texts {shown(path)}', MOST_TEXTS)
     if not text:
         raise UserError(f'--texts {shown(path)}: is empty; write a text a line')
     return text.removesuffix('\n').split('\n')

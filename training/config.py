@@ -220,6 +220,7 @@ def parse(content: str | bytes, path: str, overrides: Sequence[str] = ()) -> Run
 def validate(tree: dict, source: str) -> RunConfig:
     """A mapping as a RunConfig; `source` names where it came from in the message of a UserError."""
     for key, value in _leaves(tree):
+        key = shown(key, 80)
         if isinstance(value, float) and not abs(value) <= FLOAT32:
             raise UserError(
                 f'{source}: {key} is {value}: it must be a finite number, also in float32: at most {FLOAT32:.6g}'

@@ -91,6 +91,7 @@ REFUSED = {
     'a key that is null': ('~: a', ['key None is no text']),
     'an unknown key with signs': (BASE + '"na\\e[2Jme\\n": a', ['no key']),
     'half a pair': (BASE + 'data: {source: "\\ud800"}', ['data.source is', 'not UTF-8', 'glob']),
+    'a long key of no number': (BASE + 'x' * 1000 + ': .nan', ['… is nan: it must be a finite number']),
     'far too long': ('#' * 300_000, ['300,000 characters', 'at most 262,144']),
     'a number that is no size': (BASE.replace('steps: 2', f'steps: {10**20}'), ['training.steps is 1', 'at most 2^48']),
     'a batch without divisors': (BASE.replace('batch: 4', 'batch: 1000000000039, accumulation: 7'), ['accumulation is 7']),
