@@ -13,6 +13,8 @@ from sharding.errors import shown
 from sharding.memory import gib
 from training.tables import Fitted, wrapped
 
+STRATEGIES = 12  # that are told
+
 
 def show(plan: dict[str, Any], console: Console) -> None:
     """Prints all of a plan."""
@@ -129,24 +131,24 @@ def rules_table(plan: dict[str, Any]) -> Table:
 
 def search_table(search: dict[str, Any]) -> Table:
     """The best of each strategy, and why it is not the first."""
+    best, every = search['ranked'][:STRATEGIES], len(search['ranked'])
+    serving = 'rows' in best[0]['settings']
+    which = 'of each set of axes' if every <= STRATEGIES else f'{STRATEGIES} of {every} sets of axes'
     table = _table(
-        f'Search: {search["meshes"]:,} meshes divide model and batch; the best of each set of axes',
-        'mesh',
-        'remat',
-        'parts',
-        's/step',
-        'GiB',
-        'why',
+        f'Search: {search["meshes"]:,} meshes divide model and {"rows" if serving else "batch"}; the best {which}',
+        *('mesh', *(('rows',) if serving else ('remat', 'parts')), 's/step', 'GiB', 'why'),
     )
-    serving = 'rows' in search['ranked'][0]['settings']
-    for choice in search['ranked'][:12]:
+    for choice in best:
         settings = choice['settings']
-        parts = str(settings['rows'] if serving else settings['training.accumulation'])
-        if 'training.microbatches' in settings:
-            parts += f' × {settings["training.microbatches"]}'
+        if serving:
+            how = [f'{settings["rows"]:,}']
+        else:
+            parts = f'{settings["training.accumulation"]:,}'
+            if 'training.microbatches' in settings:
+                parts += f' × {settings["training.microbatches"]}'
+            how = [settings['model.remat'], parts]
         seconds = f'{choice["step_seconds"]:.3g}' if choice['fits'] else '–'
-        memory = in_gib(choice['memory_bytes'])
-        table.add_row(choice['mesh'], settings.get('model.remat', ''), parts, seconds, memory, choice['why'])
+        table.add_row(choice['mesh'], *how, seconds, in_gib(choice['memory_bytes']), choice['why'])
     return table
 
 
@@ -248,7 +250,7 @@ def verdict(plan: dict[str, Any]) -> list[str]:
     if plan['what'] == 'train':
         r = plan['training']
         lines.append(
-            f'{plan["tokens_per_second"]:,.0f} tokens/s on all chips, {count(plan["tokens_per_day"])} a day, MFU '
+            f'{plan["tokens_per_second"]:,.0f} tokens/s on all chips, {count(plan["tokens_per_day"])} tokens a day, MFU '
             f'{plan["mfu"]:.1%} (at most {plan["mfu_at_most"]:.1%}).'
         )
         money = [f'{count(r["tokens"])} tokens take {r["days"]:.3g} days, {figure(r["chip_hours"])} chip-hours']

@@ -197,13 +197,13 @@ def why(choice: Any, best: Any) -> str:
     if best is None or choice is best:
         return 'the best that fits'
     theirs, mine = best.time, choice.time
-    more = {f'works {mine.work:.3g} s instead of {theirs.work:.3g}': mine.work - theirs.work}
+    more = {f'works {mine.work:.3g} s instead of {theirs.work:.3g} s': mine.work - theirs.work}
     unhidden = lambda time: max(0.0, time.sending('anywhere') - time.work)
     more[f'its weights take {mine.sending("anywhere"):.3g} s to send'] = unhidden(mine) - unhidden(theirs)
     axes = '+'.join(
         dict.fromkeys(send.axes for send in mine.sends if send.hides != 'anywhere' and send.seconds > 0.1 * mine.waits)
     )
-    more[f'waits {mine.waits:.3g} s for {axes} instead of {theirs.waits:.3g}'] = mine.waits - theirs.waits
+    more[f'waits {mine.waits:.3g} s for {axes} instead of {theirs.waits:.3g} s'] = mine.waits - theirs.waits
     text, most = max(more.items(), key=lambda one: one[1])
     ratio = choice.cost / best.cost
     if ratio <= ALIKE:

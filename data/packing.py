@@ -8,15 +8,16 @@ import abc
 import contextlib
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import ClassVar
 
 import numpy as np
 
 from data.order import row_ids
 from data.tokenizer import Tokenizer
+
+LONG = 1 << 20  # characters of a document from which on its tokens are made a part at a time
 
 
 class Samples(abc.ABC):
@@ -158,16 +159,31 @@ def encode_documents(
     """
     token = np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.int32)
     tokenizer.check([tokenizer.bos, tokenizer.eos])
-    texts = iter(texts)
-    parts, lengths, size = [np.empty(0, token)], [], 0
-    while some := list(islice(texts, 256)):  # at a time, because Python's lists of ints need twenty times the memory
+    parts, lengths, size = [np.empty(0, token)], list[int](), 0
+    for some in groups(texts):
         with contextlib.nullcontext() if names else tokenizer.names_as_text():
-            encoded = tokenizer.encode_batch(some)
-        for ids in encoded:
-            parts.append(np.array([tokenizer.bos, *ids, tokenizer.eos], token))
-            lengths.append(len(parts[-1]))
+            if len(some[0]) < LONG:
+                found = [np.array([tokenizer.bos, *ids, tokenizer.eos], token) for ids in tokenizer.encode_batch(some)]
+            else:
+                ids = (np.array(part, token) for part in tokenizer.encode_long(some[0]))
+                found = [np.concatenate([np.array([tokenizer.bos], token), *ids, np.array([tokenizer.eos], token)])]
+        parts += found
+        lengths += map(len, found)
         size += sum(len(text.encode()) for text in some)
     return np.concatenate(parts), np.array(lengths, np.int64), size
+
+
+def groups(texts: Iterable[str], most: int = 256) -> Iterator[list[str]]:
+    """The texts by some that are encoded at once, for lists of ints need twenty times their memory. A long one is alone."""
+    some, size = list[str](), 0
+    for text in texts:
+        if some and (len(some) == most or size + len(text) >= LONG):
+            yield some
+            some, size = [], 0
+        some.append(text)
+        size += len(text)
+    if some:
+        yield some
 
 
 def pack_documents(tokenizer: Tokenizer, texts: Iterable[str], sequence_length: int, names: bool = False) -> Rows:

@@ -91,7 +91,8 @@ AS_LINES = (
     "in Python: import pandas; pandas.read_{}('{}').to_json('data.jsonl', orient='records', lines=True) makes .jsonl"
 )
 UNPACK = 'unpack it, and name the folder with what was in it'
-LEAVE_OUT = 'name text, or leave it out by a glob such as *.txt'
+GIVE_TEXT = 'give a file of text'
+LEAVE_OUT = ', or leave it out by a glob such as *.txt'
 # What some files begin with, what they are, and what to do with them.
 NO_TEXT = (
     (b'PAR1', 'Parquet', AS_LINES.replace('{}', 'parquet', 1)),
@@ -111,10 +112,10 @@ NO_TEXT = (
     (b'\x1f\x9d', 'packed by compress', 'unpack it: uncompress'),
     (b'\xff\x06\0\0sNaPpY', 'packed by snappy', 'unpack it'),
     (b'GGUF', 'a GGUF model', 'scripts/convert.py import reads it'),
-    (b'\x89PNG\r\n\x1a\n', 'a PNG picture', LEAVE_OUT),
-    (b'\xff\xd8\xff', 'a JPEG picture', LEAVE_OUT),
-    (b'GIF8', 'a GIF picture', LEAVE_OUT),
-    (b'\x7fELF', 'a program', LEAVE_OUT),
+    (b'\x89PNG\r\n\x1a\n', 'a PNG picture', GIVE_TEXT),
+    (b'\xff\xd8\xff', 'a JPEG picture', GIVE_TEXT),
+    (b'GIF8', 'a GIF picture', GIVE_TEXT),
+    (b'\x7fELF', 'a program', GIVE_TEXT),
     *((b'\x80' + bytes([i]), 'a pickle', 'it is never read, for it may run code; write JSON Lines') for i in range(2, 6)),
 )  # fmt: skip
 TAR = 257, b'ustar'
@@ -138,16 +139,16 @@ def plain_name(path: Path) -> Path:
     return Path(name)
 
 
-def joined(pieces: Iterator[str], name: str) -> str:
-    """A whole text. Raises UserError for one of more than DOCUMENT characters."""
-    found, size = [], 0
+def joined(pieces: Iterator[str], name: str, most: int = 0) -> str:
+    """A whole text. Raises UserError for one of more than `most` characters; 0: than DOCUMENT."""
+    found, size, most = [], 0, most or DOCUMENT
     for piece in pieces:
         found.append(piece)
         size += len(piece)
-        if size > DOCUMENT:
+        if size > most:
             raise UserError(
-                f'{name}: a text of more than {DOCUMENT:,} characters; at most so many are one document: split it '
-                '(split --line-bytes=500M), or make JSON Lines of it'
+                f'{name}: a text of more than {most:,} characters; at most so many are read at once: split it '
+                f'(split --line-bytes={most // 2}), or make JSON Lines of it'
             )
     return ''.join(found)
 
@@ -186,25 +187,28 @@ def pieces(path: Path, told: str = '', streams: bool = False) -> Iterator[str]:
     regular file, cannot be read, is damaged, unpacks to far more than text would, or is no UTF-8: with the byte, or with what
     the file is, where that can be told.
     """
-    name = f'{told}{shown(path)}'
+    # What an option names is one file; of a folder others may be left out.
+    name, others = f'{told}{shown(path)}', '' if told else LEAVE_OUT
     decoder, done = codecs.getincrementaldecoder('utf-8')(), 0
     for block in _with_head(_unpacked(path, name, streams)):
         if not done:
-            _check_text(block, name, path)
+            _check_text(block, name, path, others)
             done = len(codecs.BOM_UTF8) if block.startswith(codecs.BOM_UTF8) else 0
             block = block[done:]
-        yield _decoded(decoder, block, done, name)
+        yield _decoded(decoder, block, done, name, others)
         done += len(block)
-    yield _decoded(decoder, b'', done, name, final=True)
+    yield _decoded(decoder, b'', done, name, others, final=True)
 
 
-def _decoded(decoder: codecs.IncrementalDecoder, block: bytes, done: int, name: str, final: bool = False) -> str:
+def _decoded(
+    decoder: codecs.IncrementalDecoder, block: bytes, done: int, name: str, others: str, final: bool = False
+) -> str:
     held = decoder.getstate()[0]  # the beginning of a character that the last block ended in
     try:
         return decoder.decode(block, final)
     except UnicodeDecodeError as error:
         at = done - len(held) + error.start
-        rule = 'text must be UTF-8; convert the file (iconv -t utf-8), or leave it out by a glob such as *.txt'
+        rule = f'text must be UTF-8; convert the file (iconv -t utf-8){others}'
         raise UserError(f'{name}: byte {at} is 0x{error.object[error.start]:02x}, {error.reason}; {rule}') from None
 
 
@@ -221,13 +225,13 @@ def _with_head(blocks: Iterator[bytes], least: int = 512) -> Iterator[bytes]:
         yield head
 
 
-def _check_text(head: bytes, name: str, path: Path) -> None:
+def _check_text(head: bytes, name: str, path: Path, others: str) -> None:
     """Raises UserError where a file's beginning says that it is no text, or text in another encoding."""
     for begins, what, instead in NO_TEXT:
         if head.startswith(begins) and not (begins.isascii() and begins.isalnum() and _is_text(head)):
-            raise UserError(f'{name}: is {what}, not text; {instead.replace("{}", shown(path.name))}')
+            raise UserError(f'{name}: is {what}, not text; {instead.replace("{}", shown(path.name))}{others}')
     if head[TAR[0] : TAR[0] + len(TAR[1])] == TAR[1]:
-        raise UserError(f'{name}: is a tar archive, not text; {UNPACK}')
+        raise UserError(f'{name}: is a tar archive, not text; {UNPACK}{others}')
     for packing in PACKINGS:
         if packing.begins.match(head):
             raise UserError(f'{name}: is packed twice, by {packing.name} within; unpack it once')

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.reading import kind_of
-from sharding.errors import UserError, nearest, shown
+from sharding.errors import UserError, nearest_path, shown
 
 MOST_FILES = 2_000_000  # of a folder or glob: a list of them is held
 COMPILED = frozenset({'__pycache__'})
@@ -66,8 +66,8 @@ def _matches(path: str, name: str, left_out: list[LeftOut]) -> list[Path]:
     if files:
         return files
     beside = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), '*'))
-    leaf = {os.path.basename(one): one for one in islice(beside, MOST_FILES)}
-    hint = nearest(os.path.basename(path), leaf) if leaf else ''
+    hint = nearest_path(path, beside) if len(beside) <= MOST_FILES else ''
+    hint = hint if hint.startswith('; did') else ''  # a list of whatever stands there says little
     raise UserError(f'{name}: no such file or folder, and no file matches it as a glob{hint}')
 
 
@@ -79,11 +79,12 @@ def _glob(path: str) -> Iterator[str]:
         return
     first = parts.index('**')
     pattern = re.compile(''.join(map(_part, parts[first:-1])) + (_last(parts[-1])))
+    hidden = any(part.startswith('.') for part in parts[first:])
     for base in sorted(glob.glob(os.path.join(*parts[:first]))) if first else ['']:
         root = Path(base)
         yield from (
             str(root / file)
-            for file in _relative(root, frozenset(), [], hidden=True)
+            for file in _relative(root, frozenset(), [], hidden, every_link=True)
             if pattern.fullmatch(file.as_posix())
         )
 
@@ -102,16 +103,27 @@ def _name(part: str) -> str:
     return ('' if part.startswith('.') else r'(?!\.)') + f'(?:{translated.replace(".*", "[^/]*")})'
 
 
-def _relative(root: Path, skip: frozenset[str], left_out: list[LeftOut], hidden: bool) -> list[Path]:
+def _relative(
+    root: Path, skip: frozenset[str], left_out: list[LeftOut], hidden: bool, every_link: bool = False
+) -> list[Path]:
     """The files under a folder as paths from there, sorted within each folder."""
-    found = [path.relative_to(root) for path in walk(root, skip, left_out, hidden, follow=True)]
+    found = [path.relative_to(root) for path in walk(root, skip, left_out, hidden, True, every_link)]
     return sorted(found, key=lambda path: [(len(path.parts) - 1 > at, part) for at, part in enumerate(path.parts)])
 
 
 def walk(
-    root: Path, skip: frozenset[str], left_out: list[LeftOut], hidden: bool = True, follow: bool = False
+    root: Path,
+    skip: frozenset[str],
+    left_out: list[LeftOut],
+    hidden: bool = True,
+    follow: bool = False,
+    every_link: bool = False,
 ) -> Iterator[Path]:
-    """Files under `root`, sorted within each folder, without folders that `skip` names; those in linked folders come last."""
+    """Files under `root`, sorted within each folder, without folders that `skip` names; those in linked folders come last.
+
+    With `follow` each linked folder is entered that has not been; with `every_link` the others too, but not the links in them,
+    so that a file is found under each link's name.
+    """
 
     def fail(error: OSError) -> None:
         raise UserError(
@@ -125,13 +137,14 @@ def walk(
         begin = linked.popleft()
         for folder, folders, names in os.walk(begin, onerror=fail):
             here = os.stat(folder)
-            if (here.st_dev, here.st_ino) in seen:
+            known = (here.st_dev, here.st_ino) in seen
+            if known and not every_link:
                 folders[:] = []
                 continue
             seen.add((here.st_dev, here.st_ino))
             # Those that os.walk enters, in this order.
             folders[:] = sorted(name for name in set(folders) - skip if hidden or not name.startswith('.'))
-            if follow:
+            if follow and not known:
                 linked += [link for name in folders if os.path.islink(link := os.path.join(folder, name))]
             for name in sorted(name for name in names if hidden or not name.startswith('.')):
                 count += 1

@@ -1,12 +1,12 @@
 """What a user asks a model: plain prompts and conversations, from flags and files."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data.chat import conversation, read_conversation
-from data.reading import pieces
+from data.reading import joined, pieces
 from data.sources import kind_of_text, objects
 from sharding.errors import UserError, nearest, shown
 
@@ -34,23 +34,11 @@ def read_questions(
     for text in messages:
         questions.append(Question('--message', conversation={'messages': [{'role': 'user', 'content': text}]}))
     for path in chats:
-        text = ''.join(_bounded('--chat', path))
+        text = joined(pieces(Path(path), '--chat ', streams=True), f'--chat {shown(path)}', LONGEST)
         questions.append(Question(shown(path), conversation=read_conversation(text, shown(path))))
     if not questions:
         raise UserError('no prompt: give --prompt TEXT, --prompts-file FILE, --message TEXT or --chat FILE.json')
     return questions
-
-
-def _bounded(flag: str, path: str) -> Iterator[str]:
-    """A file's text, which may come through a pipe."""
-    size = 0
-    for piece in pieces(Path(path), f'{flag} ', streams=True):
-        size += len(piece)
-        if size > LONGEST:
-            raise UserError(
-                f'{flag} {shown(path)}: more than {LONGEST:,} characters; at most so many are read: split it'
-            )
-        yield piece
 
 
 def read_prompts(path: str) -> list[Question]:
@@ -58,7 +46,8 @@ def read_prompts(path: str) -> list[Question]:
 
     A prompt of several lines is one of JSON.
     """
-    kind, text = kind_of_text(Path(path), ('prompt', 'messages'), _bounded('--prompts-file', path))
+    whole = joined(pieces(Path(path), '--prompts-file ', streams=True), f'--prompts-file {shown(path)}', LONGEST)
+    kind, text = kind_of_text(Path(path), ('prompt', 'messages'), iter([whole]))
     if kind == 'text':
         lines = [(number, line.removesuffix('\r')) for number, line in enumerate(''.join(text).split('\n'), 1)]
         return [Question(shown(f'{path}:{number}'), line) for number, line in lines if line]

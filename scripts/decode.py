@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from scripts.answering import Written, add_sampling, sampling_of
 from scripts.entry import as_json, run
 from scripts.options import Parser, finite, whole
-from sharding.errors import UserError
+from sharding.errors import LONGEST, UserError, shown
 from storage.files import Output, check_output, partial
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ def answers_in(path: str | None) -> Iterator[Callable[[str], None]]:
             yield write
     finally:
         if output.kept:
-            print(f'what was done until then stands in {partial(output.path)}', file=sys.stderr)
+            print(f'what was done until then stands in {shown(partial(output.path), LONGEST)}', file=sys.stderr)
 
 
 class Screen:

@@ -1,8 +1,10 @@
 """What every script does around its work: one line for what a user can mend, and the exit codes of the contract."""
 
+import functools
 import gc
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,6 +16,8 @@ from sharding.errors import MachineError, UserError, machine_fault, shown
 
 GONE = 141  # whoever read standard output has gone, as in `… | head`: what a shell tells of a program that SIGPIPE ends
 MOST = 2000  # characters of an error's line, which may hold what came out of a file
+# What JAX says where a collective over several processes has failed.
+COLLECTIVE = re.compile(r'[Gg]loo|NCCL|[Cc]oordination|UNAVAILABLE|DEADLINE_EXCEEDED')
 FAULT = 'error: this is a fault of Weft, not of what you asked for: please report it, with the lines above'
 
 # A script begins with this import: what it imports after it takes a second or more, in which a signal may come.
@@ -35,6 +39,7 @@ def run(main: Callable[[], int | None], lasting: bool = False) -> None:
     gc.set_threshold(100_000, 20, 20)
     own = main.__module__ == '__main__'  # a script that another program has imported changes nothing of that one
     if own:
+        sys.unraisablehook = functools.partial(_aside, sys.unraisablehook)
         streams.begin(lasting)
         signals.enter(saves=lasting)
     code, line, failed = 0, '', True
@@ -76,10 +81,11 @@ def told(error: BaseException) -> tuple[int, str]:
         return GONE, 'its output is closed'
     elif isinstance(error, UserError):
         line, code = f'error: {shown(error, MOST)}', 2
-    elif isinstance(error, MachineError):
-        line = f'error: {shown(error, MOST)}'
     elif fault := machine_fault(error):
         line = f'error: {shown(fault, MOST)}'
+    elif peers.several() and COLLECTIVE.search(str(error)):
+        again = 'started again, the run goes on from its last checkpoint'
+        line, code = f'error: the processes do not reach each other any more: {shown(error)}; {again}', peers.LOSS
     if isinstance(error, Exception) and not (peers.first() and isinstance(error, (UserError, MachineError))):
         # A mistake that all make is the first's to tell; and when a process is lost, collectives fail in all others.
         peers.give_word()
@@ -90,6 +96,14 @@ def told(error: BaseException) -> tuple[int, str]:
     traceback.print_exception(error)
     print(FAULT, file=sys.stderr, flush=True)
     return code, f'{type(error).__name__}: {shown(error)}'
+
+
+def _aside(otherwise: Callable[[Any], object], about: Any) -> None:
+    """What a library's own thread reports. Of a save that failed, tensorstore has parts that end after it, and find nobody
+    waiting: the failure is told by who asked for the save.
+    """
+    if not (about.exc_type is RuntimeError and str(about.exc_value) == 'Event loop is closed'):
+        otherwise(about)
 
 
 def flushed(code: int) -> tuple[int, str]:

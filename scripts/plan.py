@@ -15,6 +15,7 @@ from typing import Any
 from scripts.entry import as_json
 from scripts.entry import run as run_script
 from scripts.options import Parser
+from sharding.errors import LONGEST, shown
 from sharding.mesh import BATCH, MeshConfig
 from storage.files import Output, check_output
 
@@ -52,7 +53,7 @@ def main() -> None:
 
     show(plan, Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160))
     if options.html is not None:
-        print(options.html)
+        print(shown(options.html, LONGEST))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -100,11 +101,8 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
     for name, most in MOST.items():
         value = getattr(options, name)
         if value is not None and not 0 < value <= most:
-            raise UserError(
-                f'--{name} is {value:g}: it must be above 0'
-                if not value > 0
-                else f'--{name} is {value:g}: it must be at most {most:g}'
-            )
+            least_or_most = 'above 0' if not value > 0 else f'at most {told(most)}'
+            raise UserError(f'--{name} is {shown(told(value), 40)}: it must be {least_or_most}')
 
     from analysis import plan
     from training.config import load
@@ -132,6 +130,11 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
     fits_from = None if fits_from is None else fits_from._asdict()
     search = {'search': plan.search_part(found) if found else None}
     return bill | search | chosen | {'mesh_is': mesh, 'fits_from': fits_from} | more
+
+
+def told(value: float) -> str:
+    """An option's number as a user writes it."""
+    return str(value) if isinstance(value, int) else f'{value:g}'
 
 
 def compiling(options, config, chosen: dict[str, Any]) -> dict[str, Any]:
@@ -202,10 +205,12 @@ def settle_mesh(options: argparse.Namespace, config):
         config = dataclasses.replace(config, mesh=parse_mesh(options.mesh))
     elif not given and (options.serve or config.mesh.size != options.chips):  # a config's mesh is one to train on
         return config, SEARCHED
-    if config.mesh.size != options.chips:
+    size = config.mesh.size
+    if size != options.chips:
+        works = f'--chips {size}, or --mesh auto' if size <= MOST['chips'] else '--mesh auto'
         raise UserError(
-            f'--chips is {options.chips} and the mesh ({config.mesh}) has {config.mesh.size} devices: they must be as many; '
-            f'nearest that works: --chips {config.mesh.size}, or --mesh auto'
+            f'--chips is {options.chips} and the mesh ({config.mesh}) has {size} devices: they must be as many; nearest that '
+            f'works: {works}'
         )
     return config, GIVEN if given else OWN
 

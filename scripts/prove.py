@@ -40,7 +40,7 @@ def main() -> int:
     jax.config.update('jax_default_matmul_precision', 'highest')
 
     from analysis import proof_cases, proof_page
-    from sharding.errors import UserError, nearest
+    from sharding.errors import LONGEST, UserError, nearest, shown
 
     cases = proof_cases.cases()
     chosen = fnmatch.filter(cases, options.only)
@@ -63,7 +63,7 @@ def main() -> int:
         )
     with Output('--page', options.page) as file:
         file.write(proof_page.page(results, cases).encode())
-    print(f'{options.page}: {sum(case in results.found for case in cases)} of {len(cases)} cases')
+    print(f'{shown(options.page, LONGEST)}: {sum(case in results.found for case in cases)} of {len(cases)} cases')
     for case in failed:
         print(f'FAILED: {case}: {proof_cases.tell(results.found[case])}')
     return 1 if failed else 0

@@ -12,6 +12,8 @@ from pathlib import Path
 from scripts.entry import run
 from scripts.options import Parser
 
+MOST_TEXTS = 1 << 26  # characters of a file of texts: all of them are held
+
 
 def main() -> None:
     parser = Parser(description=__doc__)
@@ -58,7 +60,7 @@ def main() -> None:
 def embed_texts(options: argparse.Namespace) -> None:
     """Writes a vector for each line of a file."""
     from sharding.errors import MachineError
-    from storage.files import Output, check_output
+    from storage.files import Output, check_output, writing
 
     target = Path(options.embeddings)
     check_output('--embeddings', target, [options.texts])
@@ -72,6 +74,7 @@ def embed_texts(options: argparse.Namespace) -> None:
     import numpy as np
 
     from decoding.embed import embed
+    from sharding.errors import LONGEST, shown
     from sharding.memory import explaining
 
     tell = 'out of memory on a device: activations of some texts at once; give shorter ones, or use --mesh'
@@ -80,17 +83,17 @@ def embed_texts(options: argparse.Namespace) -> None:
     if not np.isfinite(vectors).all():
         row = int(np.argmin(np.isfinite(vectors).all(1)))
         raise MachineError(f'the vector of line {row + 1} is not finite: none are written')
-    with Output('--embeddings', target) as file:
+    with Output('--embeddings', target) as file, writing(target):
         np.save(file, vectors)
-    print(f'{target}: float32 {list(vectors.shape)} (step {opened.step})')
+    print(f'{shown(target, LONGEST)}: float32 {list(vectors.shape)} (step {opened.step})')
 
 
 def score_tokens(options: argparse.Namespace) -> None:
     """Writes the logits of rows of token ids."""
     from data.ids import read_ids
     from decoding.run import open_run
-    from sharding.errors import MachineError, UserError, shown
-    from storage.files import Output, check_output
+    from sharding.errors import LONGEST, MachineError, UserError, shown
+    from storage.files import Output, check_output, writing
 
     target = Path(options.logits)
     check_output('--logits', target, [options.tokens, *filter(None, [options.sources])])
@@ -123,7 +126,7 @@ def score_tokens(options: argparse.Namespace) -> None:
     shape = (*tokens_BT.shape, width)
     tell = f'out of memory on a device: {what} of {tokens_BT.shape[1]} tokens a row; give shorter rows, or use --mesh'
     # Written and not mapped: where a disk is full, writing is an error and a mapping ends the process.
-    with Output('--logits', target) as file, jax.set_mesh(opened.mesh), explaining(lambda: tell):
+    with Output('--logits', target) as file, writing(target), jax.set_mesh(opened.mesh), explaining(lambda: tell):
         np.lib.format.write_array_header_1_0(file, {'descr': '<f4', 'fortran_order': False, 'shape': shape})
         for begin, logit_BTV in score(opened.model, tokens_BT, source_BS):
             if not np.isfinite(logit_BTV).all():
@@ -131,19 +134,15 @@ def score_tokens(options: argparse.Namespace) -> None:
                     f'{what} of rows {begin} to {begin + len(logit_BTV) - 1} are not all finite: none are written'
                 )
             file.write(np.ascontiguousarray(logit_BTV, '<f4'))
-    print(f'{target}: {what}, float32 {list(shape)} (step {opened.step})')
+    print(f'{shown(target, LONGEST)}: {what}, float32 {list(shape)} (step {opened.step})')
 
 
 def read_texts(path: str) -> list[str]:
     """The lines of a file, empty ones among them, so that each has its row. Only line feeds end a line."""
+    from data.reading import joined, pieces
     from sharding.errors import UserError, shown
 
-    try:
-        text = Path(path).read_bytes().decode('utf-8-sig')
-    except UnicodeDecodeError as error:
-        raise UserError(f'--texts {shown(path)}: not UTF-8 at byte {error.start}') from None
-    except OSError as error:
-        raise UserError(f'--texts {shown(path)}: {error.strerror}') from None
+    text = joined(pieces(Path(path), '--texts ', streams=True), f'--texts {shown(path)}', MOST_TEXTS)
     if not text:
         raise UserError(f'--texts {shown(path)}: is empty; write a text a line')
     return text.removesuffix('\n').split('\n')

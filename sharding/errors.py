@@ -4,10 +4,12 @@ import difflib
 import errno
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import PurePath
 
 CLOSE = 0.7  # how alike two names must be, of 1, for one to be meant by the other
 NAMED = 64  # characters of a name that are compared
 SEARCHED = 2000  # names that are compared with
+LONGEST = 4096  # characters of a path that is told whole
 LISTED = 24  # names that a message lists
 # What a disk or a system may refuse, whatever library was asked for it: libraries that are not Python say it in words.
 REFUSED = tuple(
@@ -59,6 +61,13 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     return full[close[0]] if close else None
 
 
+def nearest_path(path: str, known: Iterable[str]) -> str:
+    """As `nearest`, of files and folders: by their names alone, without endings, for what paths share says nothing."""
+    stems = {PurePath(one).stem.casefold()[:NAMED]: one for one in sorted(known, reverse=True)}
+    stem = closest(PurePath(path).stem.casefold(), stems)
+    return nearest('', stems.values()) if stem is None else f'; did you mean {shown(stems[stem], quoted=True)}?'
+
+
 def shown(text: object, most: int = 200, quoted: bool = False) -> str:
     """Text of unknown origin for a message: on one line, no control characters, at most `most` characters.
 
@@ -76,6 +85,8 @@ def machine_fault(error: BaseException) -> str | None:
     """The line for an error that is the machine's, whatever library brings it; None for one that is a fault of the code."""
     if isinstance(error, MemoryError):
         return 'out of memory: this machine has no more of it for this process'
+    if isinstance(error, MachineError):
+        return str(error)
     if isinstance(error, OSError):
         return _of_system(error)
     for cause in _causes(error):
@@ -86,7 +97,7 @@ def machine_fault(error: BaseException) -> str | None:
             if isinstance(cause, Exception) and text in (said := str(cause)):
                 # Such a library tells the file, and its own lines of source: what stands before the reason is cut short.
                 before = ' '.join(said.partition(text)[0].split())
-                return f'{before[-FILE:]}{text}'
+                return f'{before[-FILE:]} {text}'.strip()
     return None
 
 

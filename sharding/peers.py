@@ -127,7 +127,7 @@ class _Peers:
         self.values: dict[str, Any] = {}  # other processes: what a meeting gave
         self.left: set[int] = set()  # who has said goodbye
         self.links: dict[int, _Link] = {}
-        self.ending = threading.Lock()
+        self.ending, self.told = threading.Lock(), threading.Lock()
         if process == 0:
             self._listen(exchange)
         else:
@@ -236,7 +236,10 @@ class _Peers:
                 link.send(message)
 
     def _end(self, message: dict[str, Any]) -> NoReturn:
-        """Ends this process because another did."""
+        """Ends this process because another did. The first reason is the one that is told."""
+        if not self.told.acquire(blocking=False):
+            threading.Event().wait()
+        self.left.update(self.links)  # who ends because of this is not lost
         again = 'started again, the run goes on from its last checkpoint'
         if 'lost' in message:
             line, code = f'error: {message["lost"]} was lost; {again}', LOSS
@@ -257,14 +260,13 @@ class _Peers:
         """The last word: returns when the others have heard it, or after two seconds."""
         if not self.ending.acquire(blocking=False):
             return time.sleep(2)  # another thread is at it, and ends the process
+        self.left.update(self.links)  # who ends because of this word is not lost
         self._send(message)
         # A process that ends with something unread resets its connections, and its last word may be lost with them.
         until = time.monotonic() + 2
         for link in self.links.values():
             with contextlib.suppress(OSError):
                 link.socket.shutdown(socket.SHUT_WR)
-        for number in self.links:
-            self.left.add(number)
         alive = [thread for thread in threading.enumerate() if thread.name.startswith('peer ')]
         for thread in alive:
             if thread is not threading.current_thread():

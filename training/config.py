@@ -15,7 +15,7 @@ from data.reading import decoded, opened
 from model.config import ModelConfig, needs_head
 from model.config_parts import nearest_divisor
 from model.sizes import batch_sizes, sizes
-from sharding.errors import UserError, nearest, shown
+from sharding.errors import UserError, nearest_path, shown
 from sharding.mesh import BATCH, MeshConfig, check_divides
 from training import yaml_text
 from training.overrides import apply, unknown
@@ -203,8 +203,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def _near_config(path: Path) -> str:
     """A config of that name, or one like it, beside it or in configs/."""
     known = [str(file) for file in (*path.parent.glob('*.yaml'), *Path('configs').glob('**/*.yaml'))]
-    same = [one for one in known if Path(one).stem == path.stem]
-    return f'; did you mean {shown(same[0], quoted=True)}?' if same else nearest(str(path), known) if known else ''
+    return nearest_path(str(path), known) if known else ''
 
 
 def parse(content: str | bytes, path: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -221,6 +220,7 @@ def parse(content: str | bytes, path: str, overrides: Sequence[str] = ()) -> Run
 def validate(tree: dict, source: str) -> RunConfig:
     """A mapping as a RunConfig; `source` names where it came from in the message of a UserError."""
     for key, value in _leaves(tree):
+        key = shown(key, 80)
         if isinstance(value, float) and not abs(value) <= FLOAT32:
             raise UserError(
                 f'{source}: {key} is {value}: it must be a finite number, also in float32: at most {FLOAT32:.6g}'

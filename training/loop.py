@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from data.prepare import Dataset, load, prepare
 from data.published_tokenizer import load_tokenizer
@@ -20,7 +20,7 @@ from data.tokenizer import Tokenizer
 from model.forward import place_rows
 from sharding import peers, signals, streams
 from sharding.buckets import Bucket
-from sharding.errors import Diverged, MachineError, UserError, machine_fault, shown
+from sharding.errors import Diverged, MachineError, OutOfMemory, UserError, machine_fault, shown
 from sharding.memory import explaining
 from sharding.mesh import make_mesh, platform
 from sharding.processes import Agreement
@@ -199,7 +199,9 @@ class Run:
                 self.loop(first)
                 self.asked = Agreement(late=0)(self.noted.stop)  # the signal may have come to another process
                 self.settle(wait=True)
-        except OSError as error:  # of the files beside the checkpoints
+        except (Diverged, OutOfMemory):
+            raise
+        except (MachineError, OSError) as error:  # of the files beside the checkpoints
             raise MachineError(f'{machine_fault(error)}; {self.newest()}') from error
         if self.unsaved:
             raise MachineError(f'the last save failed: {self.unsaved}; {self.newest()}')
@@ -230,8 +232,8 @@ class Run:
 
     def failed(self, error: Exception) -> None:
         """A save has failed by what the machine refused. Raises anything else."""
-        fault = str(error) if isinstance(error, SaveFailed) else machine_fault(error)
-        if fault is None or peers.several():
+        fault, lock = str(error) if isinstance(error, SaveFailed) else machine_fault(error), self.checkpoints.lock
+        if fault is None or peers.several() or (lock is not None and lock.lost):  # the run is another process' now
             raise error
         self.unsaved = fault
         streams.say(f'error: a save failed: {shown(fault, 500)}; {self.newest()}; training goes on, to the next save')
@@ -249,7 +251,7 @@ class Run:
         if first == t.steps:
             self.console.print(f'{self.folder} has taken all of its {t.steps} steps already')
             return
-        with progress_bar(self.console) as bar:
+        with progress_bar(self.console, t.steps) as bar:
             self.console.print('compiling the first step')
             task = bar.add_task('compiling', total=t.steps, completed=first, loss='', speed='')
             self.clock, self.clock_tokens = self.begun = time.perf_counter(), self.tokens
@@ -307,13 +309,14 @@ class Run:
     def log(self, row: dict[str, Any]) -> None:
         """Writes a row, with the speed since the last one; time spent validating and saving is not counted."""
         # A process' first step alone has no span but the one in which it compiled.
-        clock, tokens = (self.clock, self.clock_tokens) if self.tokens > self.clock_tokens else self.begun
+        steady = self.tokens > self.clock_tokens
+        clock, tokens = (self.clock, self.clock_tokens) if steady else self.begun
         row['tokens_per_second'] = (self.tokens - tokens) / (time.perf_counter() - clock - row.pop('seconds', 0))
         self.metrics.log(row)
         if 'validation_loss' in row:
             self.push()
         if not self.console.is_terminal or 'validation_loss' in row:
-            self.console.print(line(row, self.config.training.steps), highlight=False)
+            self.console.print(line(row, self.config.training.steps, steady), highlight=False)
         self.clock, self.clock_tokens = time.perf_counter(), self.tokens
 
     def validate(self, everything: bool) -> dict[str, float]:
@@ -384,23 +387,33 @@ def write_config(config: RunConfig, folder: Path) -> None:
     disk.write(folder / 'config.yaml', configs.dump(config).encode())
 
 
-def progress_bar(console: Console) -> Progress:
-    """Where the run is; a log file gets lines instead (see Run.log)."""
+def progress_bar(console: Console, steps: int) -> Progress:
+    """Where the run is; a log file gets lines instead (see Run.log). What has no room on the line is left out, none is cut."""
+    columns: dict[str, tuple[ProgressColumn, int]] = {  # with the most cells that each takes
+        'what': (TextColumn('{task.description}'), len('compiling')),
+        'bar': (BarColumn(bar_width=30), 30),
+        'count': (MofNCompleteColumn(), 2 * len(str(steps)) + 1),
+        'loss': (TextColumn('{task.fields[loss]}'), len('loss 12.3456')),
+        'speed': (TextColumn('{task.fields[speed]}'), len('1,234,567 tokens/s')),
+        'remaining': (TimeRemainingColumn(), len('12:34:56')),
+    }
+    room, kept = console.width, set[str]()
+    for name in ('count', 'loss', 'speed', 'remaining', 'what', 'bar'):  # the first is needed most
+        room -= columns[name][1] + 1
+        if room < -1:  # nothing follows the last
+            break
+        kept.add(name)
     return Progress(
-        TextColumn('{task.description}'),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TextColumn('{task.fields[loss]}'),
-        TextColumn('{task.fields[speed]}'),
-        TimeRemainingColumn(),
+        *(column for name, (column, _) in columns.items() if name in kept),
         console=console,
         disable=not console.is_terminal or console.quiet,
     )
 
 
-def line(row: dict[str, Any], steps: int) -> str:
-    """A row of metrics as a line for a person."""
+def line(row: dict[str, Any], steps: int, steady: bool = True) -> str:
+    """A row of metrics as a line for a person; `steady`: its speed is without the time that compiling took."""
     text = f'step {row["step"]}/{steps}  loss {row["loss"]:.4f}  {row["tokens_per_second"]:,.0f} tokens/s'
+    text += '' if steady else ' with compiling'
     if 'router.max_share' in row:
         text += f'  largest expert share {row["router.max_share"]:.2f}'
     if 'validation_loss' in row:

@@ -24,14 +24,14 @@ def apply(tree: dict[str, Any], overrides: Sequence[str], root: type) -> None:
                 f'{shown(override, quoted=True)}: an override is dotted.key=value, as in training.steps=100'
             )
         if not value:
-            raise UserError(f'{key}=: has no value; {key}=null is for none')
+            raise UserError(f'{shown(override)}: has no value; null is for none')
         node = tree
         *parents, last = key.split('.')
         for depth, parent in enumerate(parents):
             kind = kind_of(root, parents[: depth + 1])
             if kind is not None and section_of(kind) is None:
                 raise UserError(
-                    f'{shown(override)}: {".".join(parents[: depth + 1])} is a value and has no keys of its own'
+                    f'{shown(override)}: {shown(".".join(parents[: depth + 1]))} is a value and has no keys of its own'
                 )
             if not isinstance(node.get(parent), dict):
                 node[parent] = {}

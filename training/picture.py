@@ -15,7 +15,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox, BboxBase
 
-from storage import files as disk
+from storage.files import write
 
 PLACES = 25  # across and up, at which a label is tried
 NEAR = 14  # points from what it names: no line leads there
@@ -58,10 +58,10 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     if checked and math.isfinite(values[-1]):
         note = f'{values[-1]:.3f} nats = {checked[-1]["validation_bits_per_byte"]:.3f} bits/byte'
         label(loss, note, (steps[-1], values[-1]), legend)
-    picture = io.BytesIO()
-    figure.savefig(picture, format='png')
+    content = io.BytesIO()
+    figure.savefig(content, format='png')
     plt.close(figure)
-    disk.write(path, picture.getvalue())
+    write(path, content.getvalue())
 
 
 def label(axes: Axes, text: str, point: tuple[float, float], legend: Artist) -> None:

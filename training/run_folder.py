@@ -5,7 +5,7 @@ import stat
 from pathlib import Path
 
 from sharding.buckets import Bucket, at
-from sharding.errors import UserError, nearest, shown
+from sharding.errors import UserError, nearest_path, shown
 
 
 def run_folder(given: str | Path | Bucket) -> Path | Bucket:
@@ -21,7 +21,9 @@ def run_folder(given: str | Path | Bucket) -> Path | Bucket:
             raise UserError(f'{name}: is a file; a run is a folder such as runs/demo')
     if not (folder / 'config.yaml').is_file():
         runs = _runs(folder.parent)
-        raise UserError(f'{name}: not a run, for it has no config.yaml{nearest(str(folder), runs) if runs else ""}')
+        raise UserError(
+            f'{name}: not a run, for it has no config.yaml{nearest_path(str(folder), runs) if runs else ""}'
+        )
     return folder
 
 

@@ -66,7 +66,9 @@ def _represent(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
         quoted = not isinstance(scalar(text), str)
     except ValueError:
         quoted = True
-    return dumper.represent_scalar('tag:yaml.org,2002:str', text, style="'" if quoted else None)
+    # Other line ends would become spaces, but for escapes.
+    style = '"' if not text.isprintable() else "'" if quoted else None
+    return dumper.represent_scalar('tag:yaml.org,2002:str', text, style=style)
 
 
 _Dumper.add_representer(str, _represent)

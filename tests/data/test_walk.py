@@ -39,6 +39,16 @@ def test_linked_folders_are_read_once_each(place: Path) -> None:
     assert names == [str(place / 'real/b.txt'), str(place / 'real/deep/c.txt')]
 
 
+def test_a_glob_finds_a_linked_folder_under_its_own_name(place: Path) -> None:
+    (place / 'linked').symlink_to('real')
+    (place / '.hidden').mkdir()
+    (place / 'shown').symlink_to('.hidden')
+    (place / '.hidden/e.txt').write_text('e')
+    assert read(f'{place}/**/linked/*.txt')[0] == ['real/b.txt']
+    assert read(f'{place}/**/linked/**')[0] == ['real/b.txt', 'real/deep/c.txt']
+    assert read(f'{place}/**')[0].count('e') == read(place)[0].count('e') == 1
+
+
 def test_links_in_circles_end_soon(place: Path) -> None:
     for number in range(30):
         (place / f'plain/up{number}').symlink_to('.')
@@ -107,7 +117,11 @@ def test_paths_that_are_no_files_are_told_at_once(place: Path) -> None:
         assert len(line) < 600
     with pytest.raises(UserError) as caught:
         read(place / 'plian')
-    assert "did you mean 'plain'?" in str(caught.value)
+    assert f"did you mean '{place}/plain'?" in str(caught.value)
+    for name, near in (('A.TXT', 'a.txt'), ('a.text', 'a.txt'), ('nope.txt', None), ('b.txt', None)):
+        with pytest.raises(UserError) as caught:
+            read(place / 'plain' / name)
+        assert (f"did you mean '{place}/plain/{near}'?" in str(caught.value)) is (near is not None)
 
 
 def test_names_that_are_no_utf_8_are_read_and_shown_escaped(tmp_path: Path) -> None:

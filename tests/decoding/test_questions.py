@@ -10,6 +10,7 @@ import pytest
 
 from decoding import questions
 from decoding.questions import read_prompts, read_questions
+from scripts import score
 from sharding.errors import UserError
 
 
@@ -66,7 +67,7 @@ def test_a_file_that_cannot_be_prompts_is_told(tmp_path: Path, monkeypatch: pyte
         tmp_path / 'twice.jsonl': "twice.jsonl:2: not JSON (field 'prompt' stands twice",
         tmp_path: 'is a folder',
         tmp_path / 'none': 'No such file',
-        Path('/dev/zero'): 'more than 2,097,152 characters',
+        Path('/dev/zero'): 'a text of more than 2,097,152 characters',
         Path('a\0b'): 'null byte',
         Path('x' * 300): 'File name too long',
     }.items():
@@ -78,3 +79,11 @@ def test_a_file_that_cannot_be_prompts_is_told(tmp_path: Path, monkeypatch: pyte
         assert len(line) < 500
     with pytest.raises(UserError, match='no prompt: give --prompt TEXT'):
         read_questions([], ['/dev/null'], [], [])
+
+
+def test_texts_to_embed_are_bounded_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(score, 'MOST_TEXTS', 1 << 20)
+    with pytest.raises(UserError, match='--texts /dev/zero: a text of more than 1,048,576 characters'):
+        score.read_texts('/dev/zero')
+    (tmp_path / 'a.txt').write_bytes(b'\xef\xbb\xbfone\rand\n\ntwo\n')
+    assert score.read_texts(str(tmp_path / 'a.txt')) == ['one\rand', '', 'two']

@@ -191,7 +191,7 @@ def wrong(ended: Ended, codes: Container[int], lines: int | None = None) -> str 
     """What is wrong with how a command ended, or None.
 
     `codes` are the exit codes that are right. After a mistake (2), a machine's trouble (1) or a lost process (75) stderr has
-    one line, `error: …`, and what was said before; after 141 nothing; `lines`: how many lines it may have otherwise.
+    one line, `error: …`, and what was said before; after 141 no such line; `lines`: how many lines it may have at all.
     """
     told = ' | '.join(line for line in ended.err.decode('utf-8', 'replace').splitlines() if line.strip())[-400:]
     if ended.hung:
@@ -204,10 +204,12 @@ def wrong(ended: Ended, codes: Container[int], lines: int | None = None) -> str 
     if ended.code not in codes:
         return f'exit code {ended.code} where {codes} is right; stderr: {told}'
     count = len(ended.err.splitlines())
-    if ended.code == 141 and ended.err:
+    if ended.code == 141 and b'error' in ended.err:
         return f'exit code 141, which is to be quiet; stderr: {told}'
     if ended.code in (1, 2, 75):
-        said = [line for line in ended.err.splitlines() if line.startswith(b'error: ')]
+        # Training tells a save that failed, goes on, and says it once more if it stays so.
+        before = b'error: a save failed: '
+        said = [line for line in ended.err.splitlines() if line.startswith(b'error: ') and not line.startswith(before)]
         if len(said) != 1 or ended.err.splitlines()[-1] != said[0]:
             return f'exit code {ended.code} without one line that says why; stderr: {told}'
         if len(said[0]) > 1500:

@@ -4,6 +4,7 @@ The moment is known by what the script has printed, what stands in its folder, a
 A run that was told to end has a checkpoint if it had begun to train; it and all else is complete after the next start.
 """
 
+import dataclasses
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 from tests.fuzz import Case, commands, note
 from tests.fuzz.commands import (
     Command,
+    Ended,
     base_of,
     copied,
     finish,
@@ -38,6 +40,7 @@ NUMBERS = {
     'SIGTERM': [signal.SIGTERM],
     'SIGPIPE': [signal.SIGPIPE],
     'SIGUSR1': [signal.SIGUSR1],
+    'SIGKILL': [signal.SIGKILL],
 }
 CODES = {
     'SIGHUP': {129},
@@ -95,7 +98,9 @@ PHASES = {
         ),
         said='"prompt"',
     ),
-    'chatting': Phase(Command('chat', ('chat', '{base}/runs/talks', '--max-new-tokens', '5'), None, 'Hi\n'), said='\n'),
+    'chatting': Phase(
+        Command('chat', ('chat', '{base}/runs/talks', '--max-new-tokens', '5'), None, 'Hi\n'), said='ends here)'
+    ),
     'importing': Phase(
         Command('import', ('convert', 'import', '{base}/large', '{scratch}/runs/made'), 'runs/made'),
         there=r'runs/\.made\.\w+\.partial/checkpoints/saving/0/model/.+',
@@ -125,14 +130,14 @@ def signalled(phase: Phase, sent: str, name: str, scratch: Path, base: Path) -> 
     command = phase.command
     if command.name == 'train' and name != 'preparing':
         copied(base / 'runs' / 'many', scratch / command.result)
-    out = scratch / 'stdout'
-    with out.open('wb') as file:
+    with (scratch / 'stdout').open('wb') as out, (scratch / 'stderr').open('wb') as err:
         process = start(
             command.line(base, scratch),
             scratch,
             base,
             stdin=subprocess.PIPE if command.typed else subprocess.DEVNULL,
-            stdout=file,
+            stdout=out,
+            stderr=err,
             grouped=sent == 'Ctrl-C',
             PYTHONUNBUFFERED='1',
             **dict(phase.variables),
@@ -141,7 +146,7 @@ def signalled(phase: Phase, sent: str, name: str, scratch: Path, base: Path) -> 
             process.stdin.write(command.typed.encode())
             process.stdin.flush()
         if not reached(phase, process, scratch):
-            ended = finish(process, limit=5)
+            ended = finished(process, scratch, limit=5)
             return f'it was not seen {name}: {wrong(ended, {0}) or "it came to its end"}'
         for index, number in enumerate(NUMBERS[sent]):
             time.sleep(0.02 * index)
@@ -149,7 +154,7 @@ def signalled(phase: Phase, sent: str, name: str, scratch: Path, base: Path) -> 
                 os.killpg(process.pid, number)
             else:
                 process.send_signal(number)
-        ended = finish(process)
+        ended = finished(process, scratch)
     note(f'exit code {ended.code}')
     codes = CODES[sent]
     if sent == 'SIGUSR1' and command.name != 'train':
@@ -160,10 +165,16 @@ def signalled(phase: Phase, sent: str, name: str, scratch: Path, base: Path) -> 
     return fault or after(command, ended.code, scratch, base)
 
 
+def finished(process: subprocess.Popen, scratch: Path, limit: float | None = None) -> Ended:
+    """How a command ended whose streams are files."""
+    ended = finish(process, limit=limit)
+    return dataclasses.replace(ended, out=(scratch / 'stdout').read_bytes(), err=(scratch / 'stderr').read_bytes())
+
+
 def checkpointed(found: list[int], phase: Phase, sent: str, scratch: Path) -> str | None:
     """What is wrong with the steps of a run's checkpoints; the one of step 2 was there before."""
     new = [step for step in found if step > 2]
-    if sent == 'SIGINT twice':
+    if sent in ('SIGINT twice', 'SIGKILL'):  # at once
         return None
     if sent in ('SIGPIPE', 'SIGUSR1') and LAST not in new:
         return f'exit code 0, and its checkpoints are {found}'
@@ -190,8 +201,8 @@ def after(command: Command, code: int, scratch: Path, base: Path) -> str | None:
 
 def reached(phase: Phase, process: subprocess.Popen, scratch: Path) -> bool:
     """Waits until a command is in a phase; False if it ended before."""
-    printed = scratch / 'stdout'
-    said: Callable[[], bool] = lambda: phase.said.encode() in printed.read_bytes()
+    printed = scratch / 'stdout', scratch / 'stderr'
+    said: Callable[[], bool] = lambda: any(phase.said.encode() in path.read_bytes() for path in printed)
     there: Callable[[], bool] = lambda: (
         not phase.there
         or any(

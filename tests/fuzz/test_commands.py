@@ -77,7 +77,8 @@ def test_a_fault_of_a_script_that_takes_a_signal_is_reported(tmp_path, monkeypat
         (Ended(2, b'', b'error: one\nand more\n'), {2}, 'exit code 2 without one line'),
         (Ended(75, b'', b'lost\n'), {75}, 'exit code 75 without one line'),
         (Ended(2, b'', b'error: ' + b'x' * 9000), {2}, 'a line of 9007 bytes'),
-        (Ended(141, b'', b'gone\n'), {141}, 'exit code 141, which is to be quiet'),
+        (Ended(141, b'', b'error: gone\n'), {141}, 'exit code 141, which is to be quiet'),
+        (Ended(141, b'', b'said before\n'), {141}, None),
         (Ended(0, b'Traceback (most recent call last):\n', b''), {0}, 'exit code 0, and on stdout: Traceback'),
         (
             Ended(0, b'', b'Exception ignored in: <x>\nOSError: 28\n'),
@@ -97,6 +98,10 @@ def test_a_fault_of_a_script_that_takes_a_signal_is_reported(tmp_path, monkeypat
 def test_what_is_wrong_with_how_a_command_ended(ended, codes, told):
     found = commands.wrong(ended, codes)
     assert found is None if told is None else found.startswith(told), found
+
+
+def test_lines_on_stderr_are_counted_where_there_is_to_be_none():
+    assert commands.wrong(Ended(141, b'', b'gone\n'), {141}, 0) == '1 lines on stderr where 0 are right: gone'
 
 
 def test_exit_codes_are_those_of_a_shell():

@@ -35,12 +35,10 @@ def test_a_case_is_a_function_of_its_seed_and_number(name):
     assert importlib.util.find_spec(f'tests.fuzz.{name}').origin == part.__file__
     cases = list(part.cases(5, part.COUNT))
     assert [case.number for case in cases] == list(range(part.COUNT))
-    few = list(part.cases(5, 10))
-    assert [(one.number, one.name, one.content) for one in few] == [
-        (one.number, one.name, one.content) for one in cases[: len(few)]
-    ]
+    few = [(one.number, one.name) for one in part.cases(5, 10)]
+    assert few == [(one.number, one.name) for one in cases[:10]]
     if part.IN_PROCESS:
-        assert [one.name for one in few] != [one.name for one in part.cases(6, 10)]
+        assert few != [(one.number, one.name) for one in part.cases(6, 10)]
 
 
 def test_the_page_lists_every_failure_in_full_and_nothing_in_it_is_markup(tmp_path):

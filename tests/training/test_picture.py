@@ -23,8 +23,7 @@ CURVES = {
 }
 
 
-@pytest.mark.parametrize('experts', [0, 8])
-@pytest.mark.parametrize('name', CURVES)
+@pytest.mark.parametrize(('name', 'experts'), [*((name, 0) for name in CURVES), ('falling', 8)])
 def test_the_last_value_is_written_where_no_curve_and_no_legend_is(tmp_path, monkeypatch, name, experts):
     closed = []
     monkeypatch.setattr(picture.plt, 'close', closed.append)

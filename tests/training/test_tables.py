@@ -12,6 +12,7 @@ from model.config import ModelConfig, MoEConfig
 from sharding.mesh import MeshConfig, make_mesh
 from tests.scripts.runs import ROOT
 from training.config import RunConfig, TrainingConfig
+from training.loop import progress_bar
 from training.report import layout, mesh_table, weights_table
 from training.state import abstract_state
 from training.tables import Fitted, wrapped
@@ -68,6 +69,21 @@ def test_a_table_that_has_room_is_as_wide_as_its_cells():
 
 def test_a_number_keeps_its_unit():
     assert wrapped('it needs 12.08 GB of them', 14) == ['it needs', '12.08 GB of', 'them']
+
+
+@pytest.mark.parametrize('width', [20, *WIDTHS])
+def test_the_bar_of_a_run_cuts_no_number(width):
+    bar = progress_bar(Console(file=io.StringIO(), width=width, force_terminal=True), 400_000)
+    bar.add_task('compiling', total=400_000, completed=123_456, loss='loss 12.2579', speed='1,234,567 tokens/s')
+    said = printed(bar.get_renderable(), width)
+    assert len(said.splitlines()) == 1
+    assert '123456/400000' in said
+    parts = ('loss 12.2579', '1,234,567 tokens/s', '-:--:--', 'compiling', '━' * 9)
+    found = [part in said for part in parts]
+    assert found == sorted(found, reverse=True), said  # what is needed more is not left out for what is needed less
+    assert '…' not in said
+    assert not re.sub(r'123456/400000|loss 12.2579|1,234,567 tokens/s|-:--:--|compiling|[━╸╺ \n]', '', said)
+    assert width < 120 or all(found)
 
 
 def test_every_table_of_the_project_is_fitted():
