@@ -2,7 +2,7 @@
 
 SIGHUP and SIGTERM raise `Stopped` in the main thread, SIGINT KeyboardInterrupt as Python has it. Training only has them noted
 (`noted`), and SIGUSR1 too, and looks after each step. Modules written in C are not made for exceptions while they are being
-imported (some end in a segmentation fault): an exception waits until no import is under way.
+imported (some end in a segmentation fault): an exception waits until no import is under way, and nothing is being written.
 
 The system's handler writes each number into a pipe, and a thread here reads it. It does what a handler cannot: a handler of
 Python waits while the main thread is in a compiler, and may have interrupted the very print that it wants to make. So the
@@ -135,7 +135,7 @@ def _handle(number: int, frame: FrameType | None) -> None:
         _saves = True
     elif _over or not _entered:
         os._exit(128 + number)
-    elif not _raised and not _importing(frame):
+    elif not _raised and not streams.writing and not _importing(frame):
         _raised = True
         raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
 

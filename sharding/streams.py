@@ -15,6 +15,9 @@ from typing import IO
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, which may have room again: others are gone for good
 OUTPUT = 'standard output'
+AT_ONCE = select.PIPE_BUF  # bytes that a pipe takes without waiting, where it takes any
+# Whether something is being written: an exception between that and its being known would have it written once more.
+writing = False
 
 
 class Output(io.RawIOBase):
@@ -23,6 +26,9 @@ class Output(io.RawIOBase):
     def __init__(self, descriptor: int, name: str, lasting: bool) -> None:
         self.descriptor, self.called, self.lasting = descriptor, name, lasting
         self.failed: OSError | None = None
+        self.ready = select.poll()
+        if descriptor >= 0:
+            self.ready.register(descriptor, select.POLLOUT)
 
     def writable(self) -> bool:
         return True
@@ -34,12 +40,17 @@ class Output(io.RawIOBase):
         return self.descriptor >= 0 and os.isatty(self.descriptor)
 
     def write(self, data, /) -> int:
-        size = memoryview(data).nbytes
+        global writing
+        bytes_ = memoryview(data).cast('B')
+        size = bytes_.nbytes
         while self.failed is None:
             try:
-                return os.write(self.descriptor, data)
-            except BlockingIOError:  # whoever shares it has asked for that
-                select.select([], [self.descriptor], [])
+                if self.descriptor >= 0:
+                    self.ready.poll()  # here a reader that reads nothing is waited for, and a signal may end that
+                writing = True
+                return os.write(self.descriptor, bytes_[:AT_ONCE])
+            except BlockingIOError:  # whoever shares the descriptor has asked for that, and took the room
+                continue
             except OSError as error:
                 reason = 'it is closed' if error.errno == errno.EBADF else error.strerror
                 found = OSError(error.errno, reason, self.called)
@@ -49,6 +60,8 @@ class Output(io.RawIOBase):
                 if error.errno in FULL:
                     return size
                 self.failed = found
+            finally:
+                writing = False
         return size
 
 

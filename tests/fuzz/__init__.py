@@ -2,7 +2,7 @@
 
     make fuzz                                         all parts, with today as the seed; writes benchmarks/fuzz.md
     make fuzz SEED=7 ONLY=folders                     one part, other cases
-    python -m tests.fuzz folders --seed 7 --only 31   one case once more, in this process, with the whole traceback
+    python -m tests.fuzz folders --seed 7 --only 31   one case once more, or those whose name has a text
 
 A part is a module of this folder with the attributes of `Part`. Parts whose cases are read in process (`IN_PROCESS`) are in
 `make test` too, with their first `QUICK` cases of seed 0 (test_parts.py).
@@ -32,8 +32,8 @@ class Part(Protocol):
     """What a module of this folder has.
 
     COUNT: how many cases `make fuzz` tries; QUICK: how many of them `make test` does (about 15 s on an idle core; 0: none).
-    SECONDS: what one case may take. IN_PROCESS: its cases are read by Weft's functions in the worker, under a limit of
-    memory; otherwise they start whole commands.
+    IN_PROCESS: its cases are read by Weft's functions in the worker, under a limit of memory; otherwise they start whole
+    commands. SECONDS: what one case may take, in process of the processor's time.
     """
 
     NAME: str
@@ -53,7 +53,7 @@ class Part(Protocol):
         it with that, before the first case and outside its limits; it is called again when another worker follows.
 
         What it raises is a fault of the case, too: let through what Weft must not raise, and catch only what is right
-        (UserError, whose message is one line and not long). It runs under a limit of time (SIGALRM raises `TooLong`, which
+        (UserError, whose message is one line and not long). It runs under a limit of time (a signal raises `TooLong`, which
         is no Exception) and of memory (MemoryError). A worker that dies or hangs is a fault of its case, and another begins.
         """
 

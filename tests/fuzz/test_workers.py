@@ -9,14 +9,14 @@ PART = 'tests.fuzz.fakes.part'
 WRONG = {
     'said': 'SCRATCH/file is not as it should be',
     'raises': 'ValueError: two lines (tests/fuzz/fakes/part.py:',
-    'swallows': 'took more than 0.5 s',
+    'swallows': 'took more than 1.5 s',
     'panics': 'Panic: index out of bounds',
     'leaves': 'SystemExit: 0',
-    'loops': 'took more than 0.5 s',
+    'loops': 'took more than 0.5 s of the processor',
     'memory': 'MemoryError: ',
     'dies': 'the worker died of SIGSEGV: ',
     'exits': 'the worker died of exit code 3: terminate called',
-    'hangs': 'hangs: nothing came within 1 s',
+    'hangs': 'hangs: nothing came within 2 s',
 }
 
 

@@ -25,7 +25,8 @@ from tests.fuzz import Case, TooLong, noted
 
 ROOT = Path(__file__).parents[2]
 MEMORY = 4 * 2**30  # bytes of address space of a worker whose cases are read in process
-GRACE = 5.0  # seconds after a case's own limit until its worker is killed
+GRACE = 20.0  # seconds after a case's own limit until its worker is killed
+IDLE = 3  # so many times longer may a case take whose processor is busy with others
 BEGINNING = 180.0  # seconds that a worker may take for its imports
 LONGEST = 2000  # characters that are kept of what is wrong
 
@@ -54,10 +55,10 @@ def check(part: Any, case: Case, folder: Path) -> Result:
     noted()
     began = time.perf_counter()
     try:
-        with limited(part.SECONDS):
+        with limited(part.SECONDS, longest(part)):
             wrong = part.check(case, scratch)
-    except TooLong:
-        wrong = f'took more than {part.SECONDS:g} s'
+    except TooLong as error:
+        wrong = f'took more than {error}'
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a panic of a Rust library and SystemExit are no Exception
@@ -75,20 +76,29 @@ def prepare(part: Any, folder: Path) -> None:
         part.prepare(folder)
 
 
+def longest(part: Any) -> float:
+    """Seconds that a case may take: of one that is read in process the processor's are counted, and others are many more."""
+    return IDLE * part.SECONDS if part.IN_PROCESS else part.SECONDS
+
+
 @contextlib.contextmanager
-def limited(seconds: float) -> Iterator[None]:
-    """Raises TooLong in the main thread when the time is over, and each second again: something may swallow it."""
+def limited(processor: float, wall: float) -> Iterator[None]:
+    """Raises TooLong in the main thread when so many seconds are over, and each second again: something may swallow it."""
 
-    def over(*_: Any) -> None:
-        raise TooLong
+    def over(number: int, _: Any) -> None:
+        raise TooLong(f'{wall:g} s' if number == signal.SIGALRM else f'{processor:g} s of the processor')
 
-    before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+    timers = {signal.SIGALRM: (signal.ITIMER_REAL, wall), signal.SIGPROF: (signal.ITIMER_PROF, processor)}
+    before = {number: signal.signal(number, over) for number in timers}
+    for timer, seconds in timers.values():
+        signal.setitimer(timer, seconds, 1.0)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for timer, _ in timers.values():
+            signal.setitimer(timer, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def described(error: BaseException) -> str:
@@ -241,7 +251,7 @@ def run(
                         worker.number, lives = None, not said['leaves']
                     if lives and waiting:
                         fruitless = 0
-                        worker.ask(waiting.pop(), module.SECONDS + GRACE)
+                        worker.ask(waiting.pop(), longest(module) + GRACE)
                         continue
                     code = end(worker)
                     if worker.number is not None:
@@ -256,7 +266,7 @@ def run(
                     end(worker)
                     if worker.number is None:
                         raise RuntimeError(f'a worker of {part} took more than {BEGINNING:g} s to begin')
-                    done(failed(worker, names, f'hangs: nothing came within {module.SECONDS + GRACE:g} s'))
+                    done(failed(worker, names, f'hangs: nothing came within {longest(module) + GRACE:g} s'))
                     if waiting:
                         begin(worker.folder)
         finally:
