@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sharding.errors import shown
 from tests.fuzz import Case, TooLong, noted
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +67,7 @@ def check(part: Any, case: Case, folder: Path) -> Result:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if wrong is not None:
-        wrong = wrong.replace(str(scratch), 'SCRATCH').replace(str(ROOT) + os.sep, '')[:LONGEST]
+        wrong = shown(wrong.replace(str(scratch), 'SCRATCH').replace(str(ROOT) + os.sep, ''), LONGEST)
     return Result(case.number, case.name, noted() if wrong is None else 'wrong', wrong, time.perf_counter() - began)
 
 
@@ -277,7 +278,7 @@ def run(
 
 def failed(worker: Worker, names: dict[int, str], wrong: str) -> Result:
     """What is said of the case that a worker did not survive."""
-    return Result(worker.number, names[worker.number], 'wrong', wrong[:LONGEST], time.monotonic() - worker.began)
+    return Result(worker.number, names[worker.number], 'wrong', shown(wrong, LONGEST), time.monotonic() - worker.began)
 
 
 def ended(code: int) -> str:

@@ -30,7 +30,7 @@ def check(case: Case, scratch: Path) -> str | None:
     assert not any(scratch.iterdir())
     way = case.name
     if way == 'said':
-        return f'{scratch}/file is not as it should be'
+        return f'{scratch}/file is not as it should be\x1b[2J'
     if way == 'raises':
         raise ValueError('two\nlines')
     if way == 'panics':
