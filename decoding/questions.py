@@ -52,7 +52,7 @@ def read_prompts(path: str) -> list[Question]:
         lines = [(number, line.removesuffix('\r')) for number, line in enumerate(''.join(text).split('\n'), 1)]
         return [Question(shown(f'{path}:{number}'), line) for number, line in lines if line]
     rule = 'an object with either "prompt" or "messages"'
-    return [_question(shown(name), value, rule) for name, value in objects(Path(path), kind, text, rule)]
+    return [_question(shown(name), value, rule) for name, value in objects(Path(path), kind, text, rule, FIELDS)]
 
 
 def _question(where: str, said: dict[str, Any], rule: str) -> Question:
