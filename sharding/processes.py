@@ -50,7 +50,11 @@ class Launch(NamedTuple):
 
 def add_options(parser) -> None:
     """The options of a script that may run as several processes."""
-    group = parser.add_argument_group('several processes', 'found by themselves under SLURM and on TPUs of many hosts')
+    group = parser.add_argument_group(
+        'several processes',
+        'found by themselves under SLURM and on TPUs of many hosts; where one is lost, or gives no sign of life for '
+        f'{peers.PATIENCE:g} seconds ({peers.VARIABLE}=SECONDS says otherwise), all end with {peers.LOSS}, to be started again',
+    )
     group.add_argument('--coordinator', metavar='HOST:PORT', help='where process 0 runs, and a free port there')
     group.add_argument('--processes', metavar='N', help='how many processes there are')
     group.add_argument('--process', metavar='I', help='which one this is, from 0')
