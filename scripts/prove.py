@@ -7,6 +7,7 @@ A run that was interrupted goes on where it was: figures are kept with a hash of
 """
 
 import fnmatch
+import sys
 from pathlib import Path
 
 from scripts.entry import run
@@ -70,4 +71,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    run(main, lasting=True)
+    run(main, lasting='--list' not in sys.argv)  # a list is the result itself
