@@ -6,6 +6,7 @@ is read as the folder that it stands for (model/gguf).
 """
 
 import dataclasses
+import difflib
 import functools
 import math
 import os
@@ -27,7 +28,7 @@ from model.families.fields import passed_over
 from model.quantised import unpacked
 from model.streaming import arrays
 from model.tensor_files import Stored
-from sharding.errors import UserError, nearest, shown
+from sharding.errors import CLOSE, SEARCHED, UserError, nearest, shown
 from sharding.mesh import AXES
 from storage.foreign import read_file, read_object, shown_path
 
@@ -350,7 +351,9 @@ def _match(
     }
     tail = lambda names: f' (and {len(names) - 1} more)' if len(names) > 1 else ''
     if missing:
-        near = nearest(missing[0], left) if left else ''
+        others = sorted(left)
+        close = difflib.get_close_matches(missing[0], others[:SEARCHED], n=1, cutoff=CLOSE)
+        near = nearest(missing[0], close or others[:3]) if left else ''
         of_layer = [re.match(r'model\.layers\.(\d+)\.', name) for name in missing]
         if c.mtp_layers and all(at and int(at[1]) >= c.layers for at in of_layer):
             near = '; it predicts further ahead, and the files have a part of what does'

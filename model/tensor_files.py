@@ -150,7 +150,7 @@ def header(path: Path) -> dict[str, Stored]:
         )
     entries = _parse(file.read(8, length), where)
     end = 8 + length
-    found = {name: _stored(name, entry, file, end) for name, entry in entries.items()}
+    found = {name: _stored(f'{where}: tensor {name}', entry, file, end) for name, entry in entries.items()}
     for name, stored in sorted(found.items(), key=lambda item: (item[1].begin, item[1].bytes)):
         if stored.begin != end:
             what = 'overlaps another' if stored.begin < end else f'leaves {stored.begin - end} bytes before it unused'
@@ -176,9 +176,8 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
     return entries
 
 
-def _stored(name: str, entry: Any, file: SteadyFile, start: int) -> Stored:
-    """An entry of the header, the numbers beginning at `start`."""
-    where = f'{shown_path(file.path)}: tensor {name}'
+def _stored(where: str, entry: Any, file: SteadyFile, start: int) -> Stored:
+    """An entry of the header, the numbers beginning at `start`; `where` names it."""
     whole = lambda values: isinstance(values, list) and all(type(n) is int and 0 <= n < 2**63 for n in values)
     if not isinstance(entry, dict) or set(entry) != {'dtype', 'shape', 'data_offsets'}:
         raise UserError(f'{where}: its entry must have dtype, shape and data_offsets, and nothing else')
