@@ -19,7 +19,9 @@ from model.config_parts import (
 from sharding.errors import UserError
 
 MOST_LAYERS = 10_000  # a mistake rather than a model
-MOST_COMPUTED = 2**28  # numbers of a table of positions that no file holds: it is computed as often as a program is traced
+MOST_COMPUTED = (
+    2**28
+)  # numbers of a table of positions that no file holds: it is computed as often as a program is traced
 VOCABULARY_MULTIPLE = 128  # the embedding's rows are rounded up to it, on every mesh alike, so that they split evenly
 
 

@@ -220,11 +220,11 @@ def runs_of(kinds: tuple[Kind, ...]) -> tuple[Run, ...]:
         length = left - int(np.argmin(cost[::-1]))  # the longest of those that cost the least
         written[first], runs[first] = divmod(int(cost[length - 1]), L + 1)
         unit_of[first], length_of[first] = unit[length], length
-    found, first = list[Run](), 0
-    while first < L:
-        unit, length = int(unit_of[first]), int(length_of[first])
-        found.append(Run(kinds[first : first + unit], length // unit))
-        first += length
+    found, at = list[Run](), 0
+    while at < L:
+        length = int(length_of[at])
+        found.append(Run(kinds[at : at + int(unit_of[at])], length // int(unit_of[at])))
+        at += length
     return tuple(found)
 
 

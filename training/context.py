@@ -1,12 +1,11 @@
 """What an imported run's published files say of its use: how many tokens a row may have, and whatever else is asked for."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sharding.buckets import Bucket
-from sharding.errors import UserError
-from storage.foreign import read_object
 from training.config import RECORD, RunConfig
 
 SOURCE = 'source'  # an imported run's folder of the published files
@@ -18,15 +17,7 @@ def context(run: Path | Bucket, config: RunConfig) -> int:
     trained = config.training.sequence_length
     if not (run / RECORD).is_file():
         return trained
-    return max(trained, context_of(published_config(run)) or 0)
-
-
-def published_config(run: Path | Bucket) -> dict[str, Any]:
-    """An imported run's config.json, as it was published."""
-    path = run / SOURCE / 'config.json'
-    if not path.is_file():
-        raise UserError(f'{path}: is missing: import the run again')
-    return read_object(path.read_bytes(), str(path))
+    return max(trained, context_of(json.loads((run / SOURCE / 'config.json').read_bytes())) or 0)
 
 
 def context_of(published: Mapping[str, Any]) -> int | None:

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,19 +30,19 @@ from data.published_tokenizer import published_tokenizer, run_tokenizer
 from data.tokenizer import Tokenizer
 from model import hub, publish
 from model.config import ModelConfig
-from model.families import OPTIONAL, Tensor, families, tensors
+from model.families import OPTIONAL, Tensor, tensors
 from model.sizes import sizes
 from model.streaming import narrowed, published
 from sharding.buckets import Bucket
 from sharding.errors import UserError, shown
 from sharding.memory import told_bytes
 from sharding.mesh import BATCH, SEQUENCE, MeshConfig, check_divides, make_mesh, start
-from storage.foreign import read_object, shown_path
+from storage.foreign import shown_path
 from training import config as configs
 from training.bucket_checkpoint import checkpoints_of
 from training.checkpoint import Checkpoints, named
 from training.config import RECORD, RunConfig, TrainingConfig
-from training.context import SOURCE, context_of, published_config, published_files
+from training.context import SOURCE, context_of, published_files
 from training.state import abstract_state, restore_model, saved_config
 
 CONTEXT = 2048  # tokens, where a config says nothing of it
@@ -63,7 +63,8 @@ def import_run(
 
     The arguments are those of `hub.read`.
     """
-    found, files, config, tokenizer = examined(source, run, mesh, dtype, without_remote_code, ignore)
+    publish.refuse_existing(run)
+    found, files, config, tokenizer = examined(source, run.name, mesh, dtype, without_remote_code, ignore)
     start(mesh.size, config.model.dtype)
     devices = make_mesh(mesh)
     kept = {'config.yaml': configs.dump(config).encode()} | (tokenizer.files() if tokenizer else {})
@@ -106,19 +107,18 @@ class Examined(NamedTuple):
 
 def examined(
     source: Path,
-    run: Path,
+    name: str,
     mesh: MeshConfig,
     dtype: str | None = None,
     without_remote_code: bool = False,
     ignore: Sequence[str] = (),
 ) -> Examined:
-    """All of a published folder or GGUF file but its numbers. Raises UserError if it cannot be this run."""
-    publish.refuse_existing(run)
+    """All of a published folder or GGUF file but its numbers. Raises UserError if it cannot be a run of this name."""
     found = hub.read(source, dtype, without_remote_code, ignore)
     with found.fields.told():
         check_divides(mesh, sizes(found.model))
     files = files_beside(source, found)
-    config = run_config(run.name, found, mesh)
+    config = run_config(name, found, mesh)
     return Examined(found, files, config, published_tokenizer(files, shown_path(source), found.model.vocabulary))
 
 
@@ -310,20 +310,6 @@ def imported(run: Path | Bucket) -> Imported | None:
     """Of a run; None where it was not imported."""
     if not (run / RECORD).is_file():
         return None
-    record = read_object((run / RECORD).read_bytes(), f'{run}/{RECORD}')
-    texts = lambda said: isinstance(said, dict) and all(isinstance(text, str) for text in said.values())
-    names = lambda said: isinstance(said, list) and all(isinstance(name, str) for name in said)
-    text = lambda said: isinstance(said, str)
-    fits = {'family': text, 'files': texts, 'dtype': text, 'dtypes': texts, 'copies': texts, 'fixed': texts}
-    fits |= {'absent': names, 'ignored': names}
-    if record.keys() - fits.keys() or not all(fit(record.get(name)) for name, fit in fits.items() if name in record):
-        raise UserError(f'{run}/{RECORD}: damaged: import the run again')
-    needed = [name for name in ('family', 'files', 'dtype', 'dtypes', 'copies', 'fixed') if name not in record]
-    if (
-        needed
-        or record['family'] not in (family.name for family in families())
-        or record['dtype'] not in get_args(hub.Kept)
-    ):
-        raise UserError(f'{run}/{RECORD}: damaged: import the run again')
-    files = published_files(run, lambda path: path != hub.CONFIG)
-    return Imported(config=published_config(run), beside=files, **record)
+    record = json.loads((run / RECORD).read_text(encoding='utf-8'))
+    files = published_files(run)
+    return Imported(config=json.loads(files.pop(hub.CONFIG)), beside=files, **record)

@@ -493,13 +493,13 @@ WAYS: dict[Callable[[Path, random.Random], str], int] = {
 
 def check(case: Case, bases: Path, place: Path) -> str:
     """'accepted' or 'refused'. Raises Fault for what no folder may lead to."""
-    folder, run = place / 'folder', place / 'runs' / 'run'
+    folder = place / 'folder'
     what = case.make(bases, folder)
     before, held = _state(place), _held()
     began = time.monotonic()
     try:
         with _within(SECONDS):
-            came = outcome(folder, run)
+            came = outcome(folder)
     except UserError as error:
         if fault := _wrong_with(str(error), folder):
             raise Fault(f'{case}: {what}: {fault}') from None
@@ -517,9 +517,9 @@ def check(case: Case, bases: Path, place: Path) -> str:
     return came
 
 
-def outcome(folder: Path, run: Path) -> str:
+def outcome(folder: Path) -> str:
     """What an import does before it writes, and the numbers that it would write."""
-    one = conversion.examined(folder, run, MeshConfig())
+    one = conversion.examined(folder, 'run', MeshConfig())
     chat_templates(one.files, str(folder))
     if one.tokenizer:
         with contextlib.suppress(UserError):  # a text may have tokens that the model does not know
