@@ -55,7 +55,7 @@ def run_tokenizer(files: Mapping[str, bytes], where: str) -> Tokenizer | None:
     if special is None and (JSON in files or marian.SOURCE in files):
         raise UserError(f'{where}: lacks {SPECIAL}, which belongs to its tokenizer: import the run again')
     if JSON in files:
-        return JsonTokenizer(files[JSON], special)
+        return JsonTokenizer(files[JSON], special, f'{where}/{JSON}')
     if special is not None and marian.SOURCE in files:
         return marian.MarianTokenizer(files, special, where)
     if Tokenizer.name not in files:

@@ -56,7 +56,7 @@ def finished(
         'post_processor': _template(*({name: find(name)} if name and find(name) is not None else {} for name in sides)),
         'model': fields['model'] | {'vocab': vocab},
     }  # fmt: skip
-    found = JsonTokenizer(json.dumps(whole, ensure_ascii=False).encode())
+    found = JsonTokenizer(json.dumps(whole, ensure_ascii=False).encode(), where=said.where)
     found.settle(special_ids(said, found.ids.get, found.ids, defaults, found.around))
     return found
 

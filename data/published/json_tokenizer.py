@@ -23,19 +23,22 @@ class JsonTokenizer(PublishedTokenizer):
 
     name = JSON
 
-    def __init__(self, model: bytes, special: Mapping[str, Any] | None = None) -> None:
-        """`special` is what tokenizer.special.json keeps; where it is still to be found, `settle` takes it."""
-        fields = read_object(model, JSON)
+    def __init__(self, model: bytes, special: Mapping[str, Any] | None = None, where: str = JSON) -> None:
+        """`special` is what tokenizer.special.json keeps; where it is still to be found, `settle` takes it.
+
+        `where` names the file in messages.
+        """
+        fields = read_object(model, where)
         self.model = model
-        self._tokenizer = library(model, fields)
+        self._tokenizer = library(model, fields, where)
         self.ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocabulary = _vocabulary(self.ids)
-        self._decoder = decoder_of(fields.get('decoder'), JSON)
-        self.around = around(fields.get('post_processor'))
-        self._read_pieces(fields.get('added_tokens') or ())
+        self.vocabulary = _vocabulary(self.ids, where)
+        self._decoder = decoder_of(fields.get('decoder'), where)
+        self.around = around(fields.get('post_processor'), where)
+        self._read_pieces(fields.get('added_tokens') or (), where)
         self.settle({'bos': 0, 'eos': 0, 'prefix': [], 'ends': []} if special is None else special)
 
-    def _read_pieces(self, tokens: Sequence[AddedToken]) -> None:
+    def _read_pieces(self, tokens: Sequence[AddedToken], where: str) -> None:
         """The bytes that each id stands for, by the decoder; none for special tokens."""
         self.pieces = [b''] * self.vocabulary
         for token, i in self.ids.items():
@@ -46,7 +49,7 @@ class JsonTokenizer(PublishedTokenizer):
             # The library gives an added token that stands in its vocabulary the id that it has there.
             if self.ids.get(name) != i:
                 raise UserError(
-                    f'{JSON}: added token {shown_value(name)} has id {i} and is read as {self.ids.get(name)}: ids of '
+                    f'{where}: added token {shown_value(name)} has id {i} and is read as {self.ids.get(name)}: ids of '
                     'added tokens go on '
                     'from the vocabulary, without a gap'
                 )
@@ -86,10 +89,11 @@ class JsonTokenizer(PublishedTokenizer):
 
 def published_json(content: bytes, said: Said) -> JsonTokenizer:
     """The tokenizer of a published tokenizer.json and the files beside it."""
-    found = JsonTokenizer(content)
+    where = f'{said.where}/{JSON}'
+    found = JsonTokenizer(content, where=where)
     names = [name.decode() for name in found.added.values()]
     if new := missing(said, names, found.ids.get, found.ids.values(), {}):
-        found = JsonTokenizer(with_tokens(read_object(content, JSON), new))
+        found = JsonTokenizer(with_tokens(read_object(content, where), new), where=where)
     found.settle(special_ids(said, found.ids.get, found.ids, {}, found.around))
     return found
 
@@ -100,18 +104,18 @@ def with_tokens(fields: Mapping[str, Any], new: Sequence[AddedToken]) -> bytes:
     return json.dumps({**fields, 'added_tokens': added}, ensure_ascii=False).encode()
 
 
-def around(processor: Any) -> tuple[list[int], list[int]]:
+def around(processor: Any, where: str) -> tuple[list[int], list[int]]:
     """The ids that a post-processor puts before and after a text. Raises UserError where it does anything else to it."""
     kind = processor.get('type') if isinstance(processor, dict) else None
     if kind == 'Sequence':
         prefix: list[int] = []
         suffix: list[int] = []
         for one in processor.get('processors') or ():
-            before, after = around(one)
+            before, after = around(one, where)
             prefix, suffix = before + prefix, suffix + after
         return prefix, suffix
     if kind in ('BertProcessing', 'RobertaProcessing'):
-        return [_id(processor['cls'][1])], [_id(processor['sep'][1])]
+        return [_id(processor['cls'][1], where)], [_id(processor['sep'][1], where)]
     if kind != 'TemplateProcessing':
         return [], []
     tokens = processor['special_tokens']
@@ -122,26 +126,28 @@ def around(processor: Any) -> tuple[list[int], list[int]]:
         else:
             name = piece['SpecialToken']['id']
             if name not in tokens:
-                raise UserError(f'{JSON}: its post_processor writes {shown_value(name)}, which its special_tokens lack')
-            parts[-1] += [_id(i) for i in tokens[name]['ids']]
+                raise UserError(
+                    f'{where}: its post_processor writes {shown_value(name)}, which its special_tokens lack'
+                )
+            parts[-1] += [_id(i, where) for i in tokens[name]['ids']]
     if len(parts) != 2:
-        raise UserError(f'{JSON}: its post_processor writes the text {len(parts) - 1} times: supported is once')
+        raise UserError(f'{where}: its post_processor writes the text {len(parts) - 1} times: supported is once')
     return parts[0], parts[1]
 
 
-def _id(i: Any) -> int:
+def _id(i: Any, where: str) -> int:
     if not isinstance(i, int) or not 0 <= i < LARGEST_VOCABULARY:
-        raise UserError(f'{JSON}: its post_processor adds id {shown_value(i)}: at most {LARGEST_VOCABULARY - 1} works')
+        raise UserError(f'{where}: its post_processor adds id {shown_value(i)}: at most {LARGEST_VOCABULARY - 1} works')
     return i
 
 
-def library(content: bytes, fields: Mapping[str, Any]) -> Any:
+def library(content: bytes, fields: Mapping[str, Any], where: str) -> Any:
     """The library's tokenizer of a tokenizer.json whose fields were read. Raises UserError for one that it cannot run."""
     import tokenizers  # it takes a while, and most runs have no use for it
 
-    _check_growth(fields)
-    _check_halves(fields.get('model'))
-    with told_by_library(f'{JSON}: not readable by tokenizers {tokenizers.__version__}'):
+    _check_growth(fields, where)
+    _check_halves(fields.get('model'), where)
+    with told_by_library(f'{where}: not readable by tokenizers {tokenizers.__version__}'):
         found = tokenizers.Tokenizer.from_str(content.decode())
     found.no_truncation()
     found.no_padding()
@@ -163,7 +169,7 @@ def told_by_library(what: str) -> Iterator[None]:
         raise UserError(f'{what}: {one_line(str(error))}') from None
 
 
-def _check_growth(fields: Mapping[str, Any]) -> None:
+def _check_growth(fields: Mapping[str, Any], where: str) -> None:
     """Raises UserError where normalizers would make a text MOST_GROWTH times as long: few of them would fill any memory."""
     growth = 1.0
     for step in [*_steps(fields.get('normalizer')), *_steps(fields.get('pre_tokenizer'))]:
@@ -177,14 +183,14 @@ def _check_growth(fields: Mapping[str, Any]) -> None:
         elif kind == 'ByteLevel':
             growth *= 4  # bytes of a character
         elif kind == 'Precompiled':
-            _check_characters(step.get('precompiled_charsmap'))
+            _check_characters(step.get('precompiled_charsmap'), where)
         if growth > MOST_GROWTH:
             raise UserError(
-                f'{JSON}: its normalizers may make a text {growth:,.0f} times as long: at most {MOST_GROWTH} times is read'
+                f'{where}: its normalizers may make a text {growth:,.0f} times as long: at most {MOST_GROWTH} times is read'
             )
 
 
-def _check_halves(model: Any) -> None:
+def _check_halves(model: Any, where: str) -> None:
     """Raises UserError for merges whose second half lacks the continuing_subword_prefix: the library takes it off unseen."""
     prefix = model.get('continuing_subword_prefix') if isinstance(model, dict) else None
     for merge in model.get('merges') or () if isinstance(prefix, str) and prefix else ():
@@ -193,7 +199,7 @@ def _check_halves(model: Any) -> None:
         )
         if not str(half).startswith(prefix):
             raise UserError(
-                f'{JSON}: merge {shown_value(merge)} does not go on with continuing_subword_prefix {shown_value(prefix)}'
+                f'{where}: merge {shown_value(merge)} does not go on with continuing_subword_prefix {shown_value(prefix)}'
             )
 
 
@@ -208,7 +214,7 @@ def _steps(said: Any) -> Iterator[Mapping[str, Any]]:
             yield said
 
 
-def _check_characters(charsmap: Any) -> None:
+def _check_characters(charsmap: Any, where: str) -> None:
     """Raises UserError for a precompiled_charsmap that is none: its length, a trie of that many bytes, and UTF-8."""
     try:
         content = base64.b64decode(charsmap or '', validate=True)
@@ -219,17 +225,17 @@ def _check_characters(charsmap: Any) -> None:
         whole = False
     if not whole:
         raise UserError(
-            f'{JSON}: precompiled_charsmap is not readable: it must be base64 of a trie and the texts it names'
+            f'{where}: precompiled_charsmap is not readable: it must be base64 of a trie and the texts it names'
         )
 
 
-def _vocabulary(ids: Mapping[str, int]) -> int:
+def _vocabulary(ids: Mapping[str, int], where: str) -> int:
     """One more than the largest id. Raises UserError where that is no size: a table of all ids is made."""
     if not ids:
-        raise UserError(f'{JSON}: has no tokens')
+        raise UserError(f'{where}: has no tokens')
     token = max(ids, key=ids.__getitem__)
     if ids[token] >= LARGEST_VOCABULARY:
         raise UserError(
-            f'{JSON}: token {shown_value(token)} has id {ids[token]}: at most {LARGEST_VOCABULARY - 1} works'
+            f'{where}: token {shown_value(token)} has id {ids[token]}: at most {LARGEST_VOCABULARY - 1} works'
         )
     return ids[token] + 1
