@@ -14,7 +14,7 @@ from typing import Any
 
 from data.published.built import finished, placed
 from data.published.json_tokenizer import JsonTokenizer
-from data.published.side_files import LARGEST_VOCABULARY, Said
+from data.published.side_files import LARGEST_VOCABULARY, LONGEST_PIECE, MOST_CHARACTERS, Said
 from data.tokenizer import SPACE
 from sharding.errors import UserError
 from storage.foreign import shown_value
@@ -60,6 +60,7 @@ def read_model(content: bytes, where: str) -> Model:
     """Reads a model. Raises UserError for a file that is none."""
     try:
         pieces: list[Piece] = []
+        characters = 0
         trainer: dict[int, Any] = {}
         normalizer: dict[int, Any] = {}
         for field, value in _fields(content):
@@ -67,12 +68,20 @@ def read_model(content: bytes, where: str) -> Model:
                 said = dict(_fields(value))
                 score = struct.unpack('<f', said.get(2, b'\0\0\0\0'))[0]
                 pieces.append(Piece(said.get(1, b'').decode(), score, said.get(3, Kind.NORMAL)))
+                characters += len(pieces[-1].text)
+                if (
+                    len(pieces) > LARGEST_VOCABULARY
+                    or len(pieces[-1].text) > LONGEST_PIECE
+                    or characters > MOST_CHARACTERS
+                ):
+                    raise ValueError(
+                        f'piece {len(pieces) - 1} has {len(pieces[-1].text)} characters, with those before it {characters}: at '
+                        f'most {LARGEST_VOCABULARY} pieces of {LONGEST_PIECE} and {MOST_CHARACTERS} in all are read'
+                    )
             elif field in (2, 3):
                 (trainer if field == 2 else normalizer).update(_fields(value))
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f'{where}: not a readable sentencepiece model: piece {len(pieces)} is not UTF-8: {error}'
-        ) from None
+    except UnicodeDecodeError:
+        raise UserError(f'{where}: not a readable sentencepiece model: piece {len(pieces)} is not UTF-8') from None
     except (ValueError, TypeError, AttributeError, struct.error) as error:
         raise UserError(f'{where}: not a readable sentencepiece model: {error}') from None
     if not 0 < len(pieces) <= LARGEST_VOCABULARY:

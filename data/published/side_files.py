@@ -10,6 +10,8 @@ from storage.foreign import read_object, shown_value
 CONFIG, MAP, ADDED = 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json'
 GENERATION, MODEL = 'generation_config.json', 'config.json'
 LARGEST_VOCABULARY = 2**22  # ids of the tokenizers that are read: a mistake rather than a model
+LONGEST_PIECE = 256  # characters of one whose merges are derived; 31 in Gemma's
+MOST_CHARACTERS = 2**23  # of all of these; Gemma's 262,144 have 1.5 million
 FLAGS = ('single_word', 'lstrip', 'rstrip', 'normalized', 'special')
 # The fields that name a special token, in the order in which transformers adds those that no other file has.
 NAMED = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
