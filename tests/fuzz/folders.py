@@ -565,7 +565,10 @@ def outcome(folder: Path) -> str:
 def _numbers(folder: Path) -> dict[str, np.ndarray]:
     """The tensors of a folder, read without Weft."""
     found = {}
-    for path in [folder / hub.SINGLE] if (folder / hub.SINGLE).exists() else _files(folder, '.safetensors'):
+    names = {hub.SINGLE}
+    if not (folder / hub.SINGLE).exists():
+        names = set(json.loads((folder / hub.INDEX).read_text(encoding='utf-8-sig'))['weight_map'].values())
+    for path in (folder / name for name in names):
         raw = path.read_bytes()
         start = 8 + int.from_bytes(raw[:8], 'little')
         for name, entry in json.loads(raw[8:start]).items():
