@@ -181,7 +181,8 @@ def long_piece(size: int) -> bytes:
 
 
 MODELS = {  # of sentencepiece, and words of the refusal
-    'empty': (b'', ['0 pieces']),
+    'empty': (b'', ['it has no pieces']),
+    'empty piece': (pieces(b'a', b''), ['a piece of 0 characters']),
     'text': (b'no', ['not a readable sentencepiece model']),
     'tiktoken': (b'IQ== 0\nIg== 1\n', ['is in tiktoken’s format, which is not read', 'save_pretrained']),
     'piece that is not UTF-8': (pieces(b'a', b'\xff\xfe'), ['piece 1 is not UTF-8']),
@@ -189,7 +190,7 @@ MODELS = {  # of sentencepiece, and words of the refusal
     'piece beyond the end': (pieces(b'a') + b'\x0a\xff\xff\xff\xff\x0f', ['4294967295 bytes and 0 are left']),
     'number without an end': (b'\x0a' + b'\xff' * 20, ['number', 'no end']),
     'words': (pieces(b'a') + b'\x12\x02\x18\x03', ['model_type is 3']),
-    'long piece': (long_piece(2**20), ['piece 0 has 1048576 characters', 'pieces of 256 and 8388608 in all']),
+    'long piece': (long_piece(2**20), ['a piece of 1048576 characters: from 1 to 256 are read']),
 }
 
 
