@@ -64,7 +64,7 @@ def import_run(
     The arguments are those of `hub.read`.
     """
     publish.refuse_existing(run)
-    found, files, config, tokenizer = examined(source, run.name, mesh, dtype, without_remote_code, ignore)
+    found, files, config, tokenizer = examined(source, run, mesh, dtype, without_remote_code, ignore)
     start(mesh.size, config.model.dtype)
     devices = make_mesh(mesh)
     kept = {'config.yaml': configs.dump(config).encode()} | (tokenizer.files() if tokenizer else {})
@@ -107,18 +107,18 @@ class Examined(NamedTuple):
 
 def examined(
     source: Path,
-    name: str,
+    run: Path,
     mesh: MeshConfig,
     dtype: str | None = None,
     without_remote_code: bool = False,
     ignore: Sequence[str] = (),
 ) -> Examined:
-    """All of a published folder or GGUF file but its numbers. Raises UserError if it cannot be a run of this name."""
+    """All of a published folder or GGUF file but its numbers. Raises UserError if it cannot be this run."""
     found = hub.read(source, dtype, without_remote_code, ignore)
     with found.fields.told():
         check_divides(mesh, sizes(found.model))
     files = files_beside(source, found)
-    config = run_config(name, found, mesh)
+    config = run_config(run.name, found, mesh)
     return Examined(found, files, config, published_tokenizer(files, shown_path(source), found.model.vocabulary))
 
 

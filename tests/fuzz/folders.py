@@ -525,7 +525,7 @@ def check(case: Case, bases: Path, place: Path) -> str:
     began = time.process_time()
     try:
         with _within(SECONDS):
-            came = outcome(folder)
+            came = outcome(folder, place / 'run')
     except UserError as error:
         if fault := _wrong_with(str(error), folder):
             raise Fault(f'{case}: {what}: {fault}') from None
@@ -543,9 +543,9 @@ def check(case: Case, bases: Path, place: Path) -> str:
     return came
 
 
-def outcome(folder: Path) -> str:
+def outcome(folder: Path, run: Path) -> str:
     """What an import does before it writes, and the numbers that it would write."""
-    one = conversion.examined(folder, 'run', MeshConfig())
+    one = conversion.examined(folder, run, MeshConfig())
     chat_templates(one.files, str(folder))
     if one.tokenizer:
         with contextlib.suppress(UserError):  # a text may have tokens that the model does not know

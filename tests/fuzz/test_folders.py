@@ -17,8 +17,8 @@ def bases(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize('base', folders.BASES)
-def test_a_folder_that_nobody_spoiled_becomes_a_run(base, bases):
-    assert folders.outcome(bases / base) == 'accepted'
+def test_a_folder_that_nobody_spoiled_becomes_a_run(base, bases, tmp_path):
+    assert folders.outcome(bases / base, tmp_path / 'run') == 'accepted'
 
 
 def test_a_spoiled_folder_becomes_what_it_says_or_one_line_says_why_not(bases, tmp_path):
