@@ -187,7 +187,13 @@ def _other(value: Any, draw: random.Random) -> Any:
             elif isinstance(here, list):
                 here.append(copy.deepcopy(draw.choice(VALUES)))
             elif isinstance(here, int) and not isinstance(here, bool):
-                value = _put(value, path, draw.choice((here * 2, here + 1, here - 1, -here, here * 10**6, here / 2)))
+                value = _put(
+                    value,
+                    path,
+                    draw.choice(
+                        (here * 2, here + 1, here - 1, -here, here * 10**6, here / 2.5 if abs(here) < 2**60 else 0.5)
+                    ),
+                )
             elif isinstance(here, str):
                 value = _put(value, path, here + draw.choice(('x', ESCAPES, '\ud800', '\0')))
         else:
