@@ -218,6 +218,7 @@ PARTS = {  # changes of folders of other kinds, and words of the refusal
     'no vocabulary': ('marian', {'vocab.json': None}, ['has source.spm and lacks vocab.json']),
     'two vocabularies': ('marian', {'tokenizer_config.json': b'{"separate_vocabs": true}'}, ['separate_vocabs is true']),
     'broken model': ('marian', {'target.spm': b'x'}, ['target.spm: not a readable sentencepiece model']),
+    'broken piece': ('marian', {'target.spm': pieces(b'a', b'\xff')}, ['target.spm: not a readable sentencepiece model']),
     'no unknown': ('marian', {'vocab.json': b'{"</s>": 0}'}, ["vocab.json: lacks '<unk>'"]),
 }  # fmt: skip
 
