@@ -5,6 +5,7 @@ Nothing in a folder is ever run or unpickled, and no name in it leads out of it.
 
 import os
 import re
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,17 @@ MOST_SIDES = 2**10
 def config_of(folder: Path) -> dict[str, Any]:
     """The fields of config.json."""
     where = shown_path(folder)
-    if os.path.isfile(folder):
+    try:
+        kind = stat.S_IFMT(folder.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        kind = 0
+    except OSError as error:
+        raise UserError(f'{where}: cannot be read: {error.strerror}') from None
+    if kind not in (0, stat.S_IFDIR):
         raise UserError(
             f'{where}: is a file, and no GGUF file; a published model is such a file, or a folder with {CONFIG}'
         )
-    if not os.path.isdir(folder):
+    if not kind:
         if ON_HUB.fullmatch(str(folder)):
             raise UserError(
                 f'{folder}: there is no such folder; if it is a model of the Hugging Face hub, fetch it first: '
@@ -153,7 +160,8 @@ def side_files(folder: Path) -> dict[str, bytes]:
     file.
     """
     paths = [folder / name for name in names_in(folder)]
-    paths += [path / CONFIG for path in paths if POOLING.fullmatch(path.name) and os.path.lexists(path / CONFIG)]
+    pooling = [path for path in paths if POOLING.fullmatch(path.name) and os.path.isdir(path)]
+    paths += [path / CONFIG for path in pooling if CONFIG in names_in(path)]
     if os.path.isdir(folder / TEMPLATES):
         paths += [folder / TEMPLATES / name for name in names_in(folder / TEMPLATES) if name.endswith('.jinja')]
     paths = [

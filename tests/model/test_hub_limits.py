@@ -1,5 +1,6 @@
 """Small folders that ask for much: refused in one line, before memory or time is taken for what they say."""
 
+import errno
 import itertools
 import json
 import os
@@ -251,6 +252,26 @@ def test_what_a_folder_asks_for_is_held_against_what_it_holds(name, tmp_path):
 
 def most_held() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.mark.parametrize('kind', ['folder', 'file'])
+def test_what_may_not_be_read_is_told(kind, tmp_path, monkeypatch):
+    """As a folder or file without permission does to all but root."""
+    folder = folders.write(tmp_path / 'source', cases.CASES['llama-grouped'], folders.named('llama-grouped'))
+    (folder / '1_Pooling').mkdir()
+    (folder / 'tokenizer.json').write_text('{}')
+    refused = folder / ('1_Pooling' if kind == 'folder' else 'tokenizer.json')
+    function = 'listdir' if kind == 'folder' else 'open'
+    allowed = getattr(os, function)
+
+    def refuse(path, *rest):
+        if Path(path) == refused:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return allowed(path, *rest)
+
+    monkeypatch.setattr(os, function, refuse)
+    with pytest.raises(UserError, match=f'/{refused.name}: cannot be read: Permission denied'):
+        hub.side_files(folder)
 
 
 def test_a_folder_of_licences_is_left_out(tmp_path):
