@@ -1,8 +1,9 @@
-# The targets others call: install, demo, chat, test, lint, bench, compilers, compiled, goldens, parity.
+# The targets others call: install, demo, chat, test, lint, bench, fuzz, compilers, compiled, goldens, parity.
 # Needed beforehand: python3 (3.11 or newer), make, git.
 #   PYTHON=python3.12 make test     another interpreter: an environment made with another version is made anew, and kept
 #   VENV=.venv312 make test         another place for the environment
 #   make test ARGS='-k causal'      arguments for pytest
+#   make fuzz SEED=3 ONLY=streams   odd folders, files, streams, signals, disks by a seed (today's by default); all, or a part
 #   make compilers                  what compiles for TPUs and NVIDIA GPUs where there are none: scripts/plan.py --compile
 #   make compiled                   tests of steps and kernels with those compilers
 #   echo 'Hi' | make chat           messages from a pipe, a line each
@@ -18,7 +19,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 STAMP := $(VENV)/installed-$(VERSION)
 ARGS ?=
 
-.PHONY: install demo chat test lint bench compilers compiled goldens parity parity-gguf
+.PHONY: install demo chat test lint bench fuzz compilers compiled goldens parity parity-gguf
 
 install: $(STAMP)
 
@@ -59,6 +60,10 @@ lint: install
 
 bench: install
 	$(BIN)/python scripts/benchmark.py standard
+
+# About half an hour on two cores. A day's result is benchmarks/fuzz.md, if all parts were run.
+fuzz: install
+	$(BIN)/python -m tests.fuzz $(ONLY) --seed $(SEED) --page benchmarks/fuzz.md
 
 # With a compiler for accelerators installed, what runs on a CPU starts slower: each has an environment of its own. Of NVIDIA's
 # packages the plugin is enough, for nothing runs.

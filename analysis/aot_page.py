@@ -17,6 +17,7 @@ from analysis.memory import Memory, serving_memory, training_memory
 from analysis.roofline import Time, decode_time, mfu, prefill_time, run_traffic, train_time
 from analysis.traffic import Traffic
 from sharding.chips import CHIPS
+from storage.files import write
 
 PAGE = ROOT / 'benchmarks' / 'plan.md'
 
@@ -221,5 +222,5 @@ def page(found: list[Row], of_search: list[Searched]) -> str:
 
 
 if __name__ == '__main__':
-    PAGE.write_text(page(rows(), searched()), encoding='utf-8')
+    write(PAGE, page(rows(), searched()).encode())
     print('\n'.join(summary(rows())))

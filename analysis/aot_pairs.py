@@ -15,6 +15,7 @@ from typing import Any
 from analysis.aot import ROOT, Compiled, compile_step
 from analysis.traffic import rows_of, table
 from sharding.mesh import AXES
+from storage import files
 from training import config as configs
 from training.config import RunConfig
 
@@ -110,7 +111,7 @@ def write(path: Path, request: dict[str, Any], found: Compiled) -> None:
     record = {'request': request, **plain, 'fits': found.fits, 'unplanned': found.unplanned()}
     record |= {'sent': rows_of(found.sent), 'asked': rows_of(found.asked)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
+    files.write(path, (json.dumps(record, indent=1) + '\n').encode())
 
 
 def known(pair: Pair) -> Path | None:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from analysis.layouts import divisors
 from analysis.memory import training_memory
 from analysis.roofline import train_time
-from analysis.search import divisors
 from model.sizes import batch_sizes, sizes
 from sharding import chips
 from sharding.errors import UserError
@@ -39,10 +39,13 @@ def plan_first(run: RunConfig, device: Any, processes: int = 1, force: bool = Fa
     line = f'plan: {gib(memory.total)} a device'
     if room:
         line += f' of {gib(room.bytes)}'
-    if chip:
+    fits = room is None or memory.total <= room.bytes
+    if not fits:
+        line += ': does not fit, and is tried as --force says'
+    elif chip:
         time = train_time(run, chip)
         line += f', {time.bound:.3g} s a step at least, {time.predicted:.3g} s predicted'
-    if room and memory.total > room.bytes and not force:
+    if room and not fits and not force:
         name, size = max(memory.parts().items(), key=lambda part: part[1])
         works = nearest_that_fits(run, platform, room)
         raise UserError(

@@ -21,13 +21,7 @@ class Kernel(NamedTuple):
 
 
 def kernels(step: Callable[[], Any], count: int = 3) -> list[Kernel]:
-    """The kernels of `step`, which has run before, the longest first: averages over `count` runs.
-
-    Raises:
-        UserError: on a CPU, whose operations are threads', not a device's.
-    """
-    if jax.default_backend() == 'cpu':
-        raise UserError('--profile: a CPU has no kernels to list; use an accelerator, or py-spy and perf')
+    """The kernels of `step`, which has run before, the longest first: averages over `count` runs. See `check_profiled`."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(count):
@@ -43,6 +37,12 @@ def kernels(step: Callable[[], Any], count: int = 3) -> list[Kernel]:
                         seconds[event.name] += event.duration_ns / 1e9 / count  # type: ignore[assignment]
                         calls[event.name] += 1
     return [Kernel(name, time, calls[name] / count) for name, time in seconds.most_common()]
+
+
+def check_profiled() -> None:
+    """Raises UserError on a CPU, whose operations are threads', not a device's. To be asked before the work."""
+    if jax.default_backend() == 'cpu':
+        raise UserError('--profile: a CPU has no kernels to list; use an accelerator, or py-spy and perf')
 
 
 def table(found: list[Kernel], step_seconds: float, rows: int) -> str:

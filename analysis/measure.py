@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.kernels import kernels, table
+from analysis.kernels import check_profiled, kernels, table
 from decoding.generate import next_token
 from decoding.run import in_compute_dtype
 from decoding.step import empty_cache, prefill
@@ -60,9 +60,14 @@ class Trainer:
 
 
 def measure_training(config: RunConfig, steps: int, profile: int = 0) -> dict[str, Any]:
-    """The training figures of the command-line contract, and what they rest on; `profile` kernels are listed on stderr."""
+    """The training figures of the command-line contract, and what they rest on; `profile` kernels are listed on stderr.
+
+    Tokens a second are those of all rows on all devices.
+    """
     config = measurable(config)
     config.check_sizes()
+    if profile:
+        check_profiled()
     t = config.training
     with jax.set_mesh(make_mesh(config.mesh)):
         step = Trainer(config).step
@@ -91,6 +96,8 @@ def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int, profil
     `recompute_seconds` is a token's cost without a cache: the full forward pass over as many tokens as the median step sees.
     """
     config = measurable(config)
+    if profile:
+        check_profiled()
     c, mesh = config.model, make_mesh(config.mesh)
     check_divides(
         config.mesh, [*sizes(c), Divides(BATCH, '--rows', rows), Divides(SEQUENCE, '--prompt + --new', prompt + new)]
@@ -125,6 +132,7 @@ def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int, profil
     return {
         'step_seconds': seconds,
         'tokens_per_second': rows / seconds,
+        'tokens_per_second_per_row': 1 / seconds,
         'flops_per_token': sum(cost.flops_per_token(c, 'decode', prompt + new / 2).values()),
         'bytes_per_token': bytes_,
         'bandwidth_share': bytes_ * rows / seconds / bandwidth if bandwidth else None,

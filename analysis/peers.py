@@ -153,6 +153,7 @@ def beside_transformers(
         **compared(ours, theirs, 'transformers'),
         'tokens_per_second': rows / statistics.median(ours),
         'transformers_tokens_per_second': rows / statistics.median(theirs),
+        'tokens_per_second_per_row': 1 / statistics.median(ours),
         'same_tokens': same,
         'rows': rows,
         'prompt': prompt,

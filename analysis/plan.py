@@ -29,7 +29,8 @@ class Terms:
     """What a run is planned for beside its config."""
 
     tokens: float | None = None  # to train on; None: the config's steps
-    price: float | None = None  # of a chip for an hour, in any currency
+    price: float | None = None  # of a chip for an hour
+    currency: str = 'USD'  # of the price
     watts: float | None = None  # of a chip; None: the data sheet's
 
 
@@ -86,6 +87,7 @@ def training_part(choice: Choice, chip: Chip, terms: Terms) -> dict[str, Any]:
             'days': days,
             'chip_hours': days * 24 * chips,
             'cost': None if terms.price is None else days * 24 * chips * terms.price,
+            'currency': terms.currency,
             'energy_kwh': None if watts is None else days * 24 * chips * watts / 1e3,
             'watts_per_chip': watts,
         },
@@ -119,9 +121,30 @@ def serving_part(serving: Serving, chip: Chip, terms: Terms) -> dict[str, Any]:
             'prefill_seconds': serving.prefill.predicted,
             'prefill_bound_seconds': serving.prefill.bound,
             'cost_per_million_tokens': None if terms.price is None else terms.price * chips / 3600 / per_second * 1e6,
+            'currency': terms.currency,
             'joules_per_token': None if watts is None else watts * chips / per_second,
         },
     }
+
+
+SPEED = ('time', 'step_seconds', 'mfu', 'mfu_at_most', 'tokens_per_second', 'tokens_per_day')
+OF_TRAINING = ('days', 'chip_hours', 'cost', 'energy_kwh')
+OF_SERVING = (
+    'tokens_per_second_per_row',
+    'prefill_seconds',
+    'prefill_bound_seconds',
+    'cost_per_million_tokens',
+    'joules_per_token',
+)
+
+
+def without_speed(part: Mapping[str, Any]) -> dict[str, Any]:
+    """The part on training or serving of what does not fit: no chip runs it, so it has no speed and costs nothing."""
+    left = {name: None if name in SPEED else value for name, value in part.items()}
+    for name, fields in (('training', OF_TRAINING), ('serving', OF_SERVING)):
+        if name in left:
+            left[name] = {field: None if field in fields else value for field, value in left[name].items()}
+    return left
 
 
 def mesh_part(mesh: MeshConfig) -> dict[str, int]:
@@ -206,7 +229,7 @@ def search_part(found: Found) -> dict[str, Any]:
                 'settings': choice.knobs,
                 'mesh': str(choice.mesh),
                 'fits': choice.fits,
-                'step_seconds': choice.seconds,
+                'step_seconds': choice.seconds if choice.fits else None,
                 'memory_bytes': choice.total,
                 'why': why(choice, found.best),
             }

@@ -9,29 +9,41 @@ from rich.text import Text
 
 from analysis.bill import BYTES
 from sharding.chips import CHIPS
+from sharding.errors import shown
 from sharding.memory import gib
+from training.tables import Fitted, wrapped
+
+STRATEGIES = 12  # that are told
 
 
 def show(plan: dict[str, Any], console: Console) -> None:
     """Prints all of a plan."""
     run, chip = plan['run'], plan['chip']
     torus = ' × '.join(map(str, chip['torus_shape']))
-    console.print(
-        f'{run["name"]} on {chip["count"]} {chip["name"]}{f" ({torus} torus)" if torus else ""}, {run["dtype"]}: '
-        f'{flops(chip["bfloat16_flops"])}FLOP/s, {gib(chip["memory_bytes"])} at {amount(chip["bandwidth"])}B/s, links '
-        f'{amount(chip["links"])}B/s, beyond {chip["domain"]:,} chips {amount(chip["network"])}B/s a chip ({chip["source"]})\n',
-        markup=False,
-        highlight=False,
+    say(
+        console,
+        f'{shown(run["name"])} on {chip["count"]} {chip["name"]}{f" ({torus} torus)" if torus else ""}, {run["dtype"]}: '
+        f'{flops(peak(plan))}FLOP/s, {gib(chip["memory_bytes"])} at {amount(chip["bandwidth"])}B/s, links '
+        f'{amount(chip["links"])}B/s, beyond {chip["domain"]:,} chips {amount(chip["network"])}B/s a chip ({chip["source"]})',
     )
+    console.print()
     for table in tables(plan):
         # A table's own title would be no wider than the table.
         title, table.title = table.title, None
-        console.print(Text(str(title), style='bold'))
-        console.print(table)
+        say(console, str(title), style='bold')
+        console.print(Fitted(table))
         console.print()
-    console.print(Text(flops_line(plan)))
-    if 'time' in plan:
-        console.print(Text(f'\n{verdict(plan)}'))
+    say(console, flops_line(plan))
+    if plan['what'] != 'bill':
+        console.print()
+        for line in verdict(plan):
+            say(console, line, style='' if plan['fits'] else 'bold red')
+
+
+def say(console: Console, line: str, style: str = '') -> None:
+    """Prints text in lines of whole words."""
+    for part in wrapped(line, console.width):
+        console.print(Text(part, style=style), soft_wrap=True)
 
 
 def tables(plan: dict[str, Any]) -> Iterator[Table]:
@@ -39,13 +51,14 @@ def tables(plan: dict[str, Any]) -> Iterator[Table]:
     yield bill_table(plan)
     yield flops_table(plan)
     yield rules_table(plan)
-    if 'time' not in plan:
+    if plan['what'] == 'bill':
         return
     if plan['search']:
         yield search_table(plan['search'])
     yield memory_table(plan)
-    yield time_table(plan)
-    yield links_table(plan)
+    if plan['fits']:
+        yield time_table(plan)
+        yield links_table(plan)
     if 'compiled' in plan:
         yield compiled_table(plan)
 
@@ -118,37 +131,39 @@ def rules_table(plan: dict[str, Any]) -> Table:
 
 def search_table(search: dict[str, Any]) -> Table:
     """The best of each strategy, and why it is not the first."""
+    best, every = search['ranked'][:STRATEGIES], len(search['ranked'])
+    serving = 'rows' in best[0]['settings']
+    which = 'of each set of axes' if every <= STRATEGIES else f'{STRATEGIES} of {every} sets of axes'
     table = _table(
-        f'Search: {search["meshes"]:,} meshes divide model and batch; the best of each set of axes',
-        'mesh',
-        'remat',
-        'parts',
-        's/step',
-        'GiB',
-        'why',
+        f'Search: {search["meshes"]:,} meshes divide model and {"rows" if serving else "batch"}; the best {which}',
+        *('mesh', *(('rows',) if serving else ('remat', 'parts')), 's/step', 'GiB', 'why'),
     )
-    serving = 'rows' in search['ranked'][0]['settings']
-    for choice in search['ranked'][:12]:
+    for choice in best:
         settings = choice['settings']
-        parts = str(settings['rows'] if serving else settings['training.accumulation'])
-        if 'training.microbatches' in settings:
-            parts += f' × {settings["training.microbatches"]}'
+        if serving:
+            how = [f'{settings["rows"]:,}']
+        else:
+            parts = f'{settings["training.accumulation"]:,}'
+            if 'training.microbatches' in settings:
+                parts += f' × {settings["training.microbatches"]}'
+            how = [settings['model.remat'], parts]
         seconds = f'{choice["step_seconds"]:.3g}' if choice['fits'] else '–'
-        memory = f'{choice["memory_bytes"] / 2**30:.1f}'
-        table.add_row(choice['mesh'], settings.get('model.remat', ''), parts, seconds, memory, choice['why'])
+        table.add_row(choice['mesh'], *how, seconds, in_gib(choice['memory_bytes']), choice['why'])
     return table
 
 
 def memory_table(plan: dict[str, Any]) -> Table:
     """Bytes of one chip."""
     m, room = plan['memory_per_chip_bytes'], plan['memory_available_bytes']
-    table = _table(f'Memory of a chip, mesh {mesh_text(plan["mesh"])}', 'part', 'GiB', 'share of the chip')
+    table = _table(
+        f'Memory of a chip, mesh {mesh_text(plan["mesh"])} ({plan["mesh_is"]})', 'part', 'GiB', 'share of the chip'
+    )
     for part, size in m.items():
         if part == 'total':
             table.add_section()
         if size:
-            table.add_row(part, f'{size / 2**30:.2f}', f'{size / room:.1%}')
-    table.add_row('fits' if plan['fits'] else 'DOES NOT FIT', f'{room / 2**30:.2f}', 'of the chip')
+            table.add_row(part, in_gib(size), f'{size / room:.1%}')
+    table.add_row('fits' if plan['fits'] else 'DOES NOT FIT', in_gib(room), 'of the chip')
     return table
 
 
@@ -156,7 +171,7 @@ def time_table(plan: dict[str, Any]) -> Table:
     """A step's parts: multiplying and moving."""
     t = plan['time']
     table = _table(
-        'Time of a step on a chip, at its peaks', 'part', 'FLOPs', 'seconds', 'bytes', 'seconds', 'FLOPs a byte'
+        'Time of a step on a chip, at its peaks', 'part', 'FLOPs', 's multiplying', 'bytes', 's moving', 'FLOPs a byte'
     )
     for part in t['parts']:
         intensity = part['flops'] / part['bytes'] if part['bytes'] else 0
@@ -223,8 +238,10 @@ def _gist(message: str) -> str:
     return next((line for line in reversed(lines) if 'Error' in line or 'EXHAUSTED' in line), lines[-1])
 
 
-def verdict(plan: dict[str, Any]) -> str:
-    """The figures that one came for."""
+def verdict(plan: dict[str, Any]) -> list[str]:
+    """The figures that one came for, a line each; of what does not fit, what would."""
+    if not plan['fits']:
+        return [misfit(plan)]
     t = plan['time']
     lines = [
         f'Step: at least {t["bound_seconds"]:.4g} s (limit: {t["limit"]}), {t["apart_seconds"]:.4g} s if nothing overlaps; '
@@ -233,25 +250,51 @@ def verdict(plan: dict[str, Any]) -> str:
     if plan['what'] == 'train':
         r = plan['training']
         lines.append(
-            f'{plan["tokens_per_second"]:,.0f} tokens/s, {count(plan["tokens_per_day"])} a day, MFU {plan["mfu"]:.1%} '
-            f'(at most {plan["mfu_at_most"]:.1%}).'
+            f'{plan["tokens_per_second"]:,.0f} tokens/s on all chips, {count(plan["tokens_per_day"])} tokens a day, MFU '
+            f'{plan["mfu"]:.1%} (at most {plan["mfu_at_most"]:.1%}).'
         )
-        money = [f'{count(r["tokens"])} tokens take {r["days"]:.3g} days, {r["chip_hours"]:,.0f} chip-hours']
-        money += [] if r['cost'] is None else [f'cost {r["cost"]:,.0f}']
+        money = [f'{count(r["tokens"])} tokens take {r["days"]:.3g} days, {figure(r["chip_hours"])} chip-hours']
+        money += [] if r['cost'] is None else [f'cost {shown(r["currency"], 20)} {figure(r["cost"])}']
         money += (
-            [] if r['energy_kwh'] is None else [f'{r["energy_kwh"]:,.0f} kWh at {r["watts_per_chip"]:.0f} W a chip']
+            [] if r['energy_kwh'] is None else [f'{figure(r["energy_kwh"])} kWh at {r["watts_per_chip"]:.0f} W a chip']
         )
         lines.append(', '.join(money) + f'. Chinchilla: {count(r["chinchilla_tokens"])} tokens.')
     else:
         s = plan['serving']
+        many, length = s['prefill_rows'], f'{s["prompt"]:,}'
+        reading = f'{many:,} prompts of {length} are read' if many > 1 else f'a prompt of {length} is read'
         lines.append(
-            f'{s["rows"]} rows of {s["length"]:,} tokens: {plan["tokens_per_second"]:,.0f} tokens/s together, '
-            f'{s["tokens_per_second_per_row"]:.1f} each; {s["prefill_rows"]} prompts of {s["prompt"]:,} are read in '
-            f'{s["prefill_seconds"]:.3g} s (at least {s["prefill_bound_seconds"]:.3g}).'
+            f'{s["rows"]:,} rows of {s["length"]:,} tokens: {plan["tokens_per_second"]:,.0f} tokens/s of all rows together, '
+            f'{s["tokens_per_second_per_row"]:.3g} of each; {reading} in '
+            f'{s["prefill_seconds"]:.3g} s (at least {s["prefill_bound_seconds"]:.3g} s).'
         )
         if s['cost_per_million_tokens'] is not None:
-            lines.append(f'A million tokens cost {s["cost_per_million_tokens"]:.3g}.')
-    return '\n'.join(lines)
+            cost = figure(s['cost_per_million_tokens'])
+            lines.append(f'A million tokens cost {shown(s["currency"], 20)} {cost}.')
+    return lines
+
+
+def misfit(plan: dict[str, Any]) -> str:
+    """That a plan does not fit, why, and how many chips would do."""
+    memory, room, chips = plan['memory_per_chip_bytes'], plan['memory_available_bytes'], plan['chip']['count']
+    name, size = max(((part, size) for part, size in memory.items() if part != 'total'), key=lambda one: one[1])
+    says = f'DOES NOT FIT: a chip needs {gib(memory["total"])}, {gib(size)} of it {name}, and has {gib(room)}. '
+    found = plan['fits_from']
+    if found is None:
+        return (
+            says + 'No number of chips that divides it was found to hold it: it needs a smaller model, batch or length.'
+        )
+    if found['chips'] == chips:
+        how = ', '.join(f'{key}={value}' for key, value in found['settings'].items() if value != 1)
+        return says + f'On as many chips this fits: {how}; --mesh auto finds the fastest that does.'
+    where = 'from' if found['chips'] > chips else 'on'
+    return says + f'It fits {where} {found["chips"]:,} chips: --chips {found["chips"]} --mesh auto plans that.'
+
+
+def peak(plan: dict[str, Any]) -> float:
+    """FLOP/s of a chip in the run's dtype."""
+    chip = plan['chip']
+    return chip['float32_flops'] if plan['run']['dtype'] == 'float32' else chip['bfloat16_flops']
 
 
 def mesh_text(mesh: dict[str, int]) -> str:
@@ -278,16 +321,28 @@ def count(x: float) -> str:
     return f'{x:.0f}'
 
 
+def figure(x: float) -> str:
+    """A number of hours or of money: whole where it is large, with three digits where it is small."""
+    return f'{x:,.0f}' if x >= 100 else f'{x:.3g}'
+
+
 def gb(x: float) -> str:
-    """Bytes as decimal gigabytes, as model sizes are told."""
-    return f'{x / 1e9:,.2f} GB'
+    """Bytes as decimal gigabytes, as model sizes are told; what is small in a smaller unit, with three digits."""
+    return f'{x / 1e9:,.2f} GB' if x >= 1e9 else f'{amount(x)}B'
+
+
+def in_gib(x: float) -> str:
+    """Bytes in GiB without the unit, three digits of what is small."""
+    return f'{x / 2**30:.2f}' if x >= 2**30 else f'{x / 2**30:.3g}'
+
+
+WORDS = ('part', 'rule', 'mesh', 'over', 'what', 'why', 'why it differs', 'of what', 'is said to be', 'hides behind')
+LEFT = (*WORDS, 'kind', 'remat')
 
 
 def _table(title: str, *columns: str) -> Table:
+    """An empty table: words may be folded, numbers and names not."""
     table = Table(title=title, pad_edge=False, box=None)
-    for number, column in enumerate(columns):
-        words = column in ('why', 'why it differs', 'of what', 'is said to be', 'kind', 'hides behind', 'remat')
-        table.add_column(
-            column, justify='left' if number == 0 or words else 'right', no_wrap=not column.startswith('why')
-        )
+    for column in columns:
+        table.add_column(column, justify='left' if column in LEFT else 'right', no_wrap=column not in WORDS)
     return table

@@ -28,6 +28,8 @@ from analysis.proof import (
     losses_error,
 )
 from analysis.proof_faults import FAULTS, caught, fault_error
+from sharding.errors import UserError, shown
+from storage.files import write
 
 ROOT = Path(__file__).parents[1]
 CODE = (  # what a result rests on
@@ -112,11 +114,21 @@ class Results:
     def __init__(self, path: Path):
         self.path, self.code = path, fingerprint()
         self.found: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            for line in path.read_text(encoding='utf-8').splitlines():
+        if not path.exists():
+            return
+        whole, end, cut = path.read_bytes().rpartition(b'\n')
+        if cut:  # a kill while it was written
+            write(path, whole + end)
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
                 row = json.loads(line)
-                if row.pop('code') == self.code:
-                    self.found[row.pop('case')] = row
+                code, case = row.pop('code'), row.pop('case')
+            except (ValueError, LookupError, AttributeError, TypeError):
+                raise UserError(
+                    f'--results {shown(str(path))}:{number}: no figures of a case; take the file away, and all is computed anew'
+                ) from None
+            if code == self.code:
+                self.found[case] = row
 
     def run(self, case: str, compute: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
         """The case's figures, and whether they were there already."""

@@ -20,6 +20,7 @@ from analysis.roofline import Time, mfu, train_time
 from model.cost import forward_flops
 from sharding.chips import CHIPS, Chip
 from sharding.mesh import parse_mesh
+from storage.files import write
 from training.config import RunConfig, load
 
 FOLDER = Path(__file__).parents[1]
@@ -176,7 +177,7 @@ def main() -> None:
     runs = read()
     for chip, value in fitted(runs).items():
         print(f'{chip}: {value:.3f} (sharding/chips.py: {CHIPS[chip].efficiency})')
-    PAGE.write_text(page(runs), encoding='utf-8')
+    write(PAGE, page(runs).encode())
     print(PAGE.relative_to(FOLDER))
 
 

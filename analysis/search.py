@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
+from analysis.layouts import divisors, meshes, nearest_count
 from analysis.memory import Memory, stored, training_memory
 from analysis.roofline import Time, least_time, train_time
 from model.config import ModelConfig
@@ -20,7 +21,7 @@ from model.sizes import batch_sizes, sizes
 from sharding.chips import Chip
 from sharding.errors import UserError
 from sharding.memory import gib
-from sharding.mesh import AXES, BATCH, Divides, MeshConfig
+from sharding.mesh import AXES, BATCH, MeshConfig
 from training.config import RunConfig
 
 FAR = 2.0  # times as long as the fastest: not looked at any closer
@@ -127,7 +128,7 @@ def search(run: RunConfig, chip: Chip, chips: int) -> Found:
     if not options:
         raise UserError(
             f'--chips {chips}: no mesh of {chips} devices divides this model and a batch of {run.training.batch} rows of '
-            f'{run.training.sequence_length} tokens; nearest that works: {_nearest(run, chips)}'
+            f'{run.training.sequence_length} tokens; nearest that works: {nearest_count(run, chips)}'
         )
     tried: dict[tuple[str, ...], list[Choice]] = {strategy(mesh): [] for mesh in options}
     fastest: dict[tuple[str, ...], float] = dict.fromkeys(tried, math.inf)  # of what fits
@@ -196,13 +197,13 @@ def why(choice: Any, best: Any) -> str:
     if best is None or choice is best:
         return 'the best that fits'
     theirs, mine = best.time, choice.time
-    more = {f'works {mine.work:.3g} s instead of {theirs.work:.3g}': mine.work - theirs.work}
+    more = {f'works {mine.work:.3g} s instead of {theirs.work:.3g} s': mine.work - theirs.work}
     unhidden = lambda time: max(0.0, time.sending('anywhere') - time.work)
     more[f'its weights take {mine.sending("anywhere"):.3g} s to send'] = unhidden(mine) - unhidden(theirs)
     axes = '+'.join(
         dict.fromkeys(send.axes for send in mine.sends if send.hides != 'anywhere' and send.seconds > 0.1 * mine.waits)
     )
-    more[f'waits {mine.waits:.3g} s for {axes} instead of {theirs.waits:.3g}'] = mine.waits - theirs.waits
+    more[f'waits {mine.waits:.3g} s for {axes} instead of {theirs.waits:.3g} s'] = mine.waits - theirs.waits
     text, most = max(more.items(), key=lambda one: one[1])
     ratio = choice.cost / best.cost
     if ratio <= ALIKE:
@@ -229,18 +230,24 @@ def _in_one_part(run: RunConfig, mesh: MeshConfig) -> list[RunConfig]:
 def best_of_mesh(run: RunConfig, mesh: MeshConfig, chip: Chip) -> Choice:
     """The fastest way on one mesh that fits; where none does, the one that needs least memory."""
     found = []
-    for microbatches in _microbatches(run, mesh):
-        parts = [n for n in divisors(run.training.batch) if _works(run, mesh, n, microbatches)]
-        options = lambda remat: [Choice(_with(run, mesh, remat, n, microbatches), chip) for n in parts]  # noqa: B023
-        smallest = _fewest_parts(options(REMAT[-1]))
+    all_ways = (ways(run, mesh, chip, remat) for remat in REMAT)
+    for *kept, frugal in zip(*all_ways, strict=True):  # for each number of microbatches
+        smallest = _fewest_parts(frugal)
         found.append(smallest)
         if smallest.fits:
-            found += [choice for choice in map(_fewest_parts, map(options, REMAT[:-1])) if choice.fits]
+            found += [choice for choice in map(_fewest_parts, kept) if choice.fits]
     best = found[0]
     for choice in sorted(found, key=lambda choice: least_time(choice.run, chip)):
         if not (best.fits and least_time(choice.run, chip) >= best.seconds):
             best = min(best, choice, key=_key)
     return best
+
+
+def ways(run: RunConfig, mesh: MeshConfig, chip: Chip, remat: Remat) -> Iterator[list[Choice]]:
+    """Ways to train on one mesh: for each number of microbatches the parts that a step may have, the fewest first."""
+    for microbatches in _microbatches(run, mesh):
+        parts = [n for n in divisors(run.training.batch) if _works(run, mesh, n, microbatches)]
+        yield [Choice(_with(run, mesh, remat, n, microbatches), chip) for n in parts]
 
 
 def _fewest_parts(options: list[Choice]) -> Choice:
@@ -262,43 +269,6 @@ def everything(run: RunConfig, chip: Chip, among: Iterable[MeshConfig]) -> Itera
                 if _works(run, mesh, accumulation, microbatches):
                     for remat in REMAT:
                         yield Choice(_with(run, mesh, remat, accumulation, microbatches), chip)
-
-
-def meshes(run: RunConfig, chips: int) -> Iterator[MeshConfig]:
-    """Meshes of so many devices that divide the model and the batch."""
-    return meshes_of(run.model, chips, batch_sizes(run.training.batch, run.training.sequence_length))
-
-
-def meshes_of(c: ModelConfig, chips: int, more: Iterable[Divides]) -> Iterator[MeshConfig]:
-    """Meshes that divide a model and keep more rules. A dense model's `expert` is `data` by another name."""
-    rules = [*sizes(c), *more]
-    if not c.moe:
-        rules.append(Divides(('expert',), 'the one expert', 1))
-    alone = {axis: [rule for rule in rules if rule.axes == (axis,)] for axis in AXES}
-    allowed = {
-        axis: [n for n in divisors(chips) if all(rule.holds(MeshConfig(**{axis: n})) for rule in alone[axis])]
-        for axis in AXES
-    }
-    for shape in _shapes(chips, [allowed[axis] for axis in AXES]):
-        mesh = MeshConfig(**dict(zip(AXES, shape, strict=True)))
-        if all(rule.holds(mesh) for rule in rules):
-            yield mesh
-
-
-def _shapes(chips: int, allowed: list[list[int]]) -> Iterator[tuple[int, ...]]:
-    if len(allowed) == 1:
-        if chips in allowed[0]:
-            yield (chips,)
-        return
-    for first in allowed[0]:
-        if chips % first == 0:
-            yield from ((first, *rest) for rest in _shapes(chips // first, allowed[1:]))
-
-
-def divisors(n: int) -> list[int]:
-    """Of n, ascending."""
-    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return low + [n // d for d in reversed(low) if d * d != n]
 
 
 def _microbatches(run: RunConfig, mesh: MeshConfig) -> Iterable[int | None]:
@@ -324,12 +294,3 @@ def _with(run: RunConfig, mesh: MeshConfig, remat: Remat, accumulation: int, mic
 @functools.lru_cache(maxsize=64)
 def _rematerialized(c: ModelConfig, remat: Remat) -> ModelConfig:
     return dataclasses.replace(c, remat=remat)
-
-
-def _nearest(run: RunConfig, chips: int) -> int:
-    """The number of chips nearest to `chips` that some mesh has."""
-    for distance in range(1, chips):
-        for n in (chips - distance, chips + distance):
-            if next(meshes(run, n), None):
-                return n
-    return 1

@@ -5,9 +5,10 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 
+from analysis.layouts import meshes_of
 from analysis.memory import Memory, serving_memory
 from analysis.roofline import Time, decode_time, prefill_time
-from analysis.search import Found, Planned, meshes_of, rank, strategy
+from analysis.search import Found, Planned, rank, strategy
 from model.config import ModelConfig
 from model.sizes import sizes
 from sharding.chips import Chip
@@ -118,22 +119,25 @@ def search_serving(
         raise UserError(
             f'{_asked(target)}: no mesh of {chips} chips reaches it{f" with {rows} rows" if rows else ""}; nearest: '
             f'{nearest.mesh} with {nearest.rows} rows, {nearest.seconds * 1e3:.3g} ms between tokens, '
-            f'{nearest.tokens_per_second:,.0f} tokens/s'
+            f'{nearest.tokens_per_second:,.0f} tokens/s of all rows together'
         )
     return rank(tried.values(), count)
 
 
 def check_serves(serving: Serving) -> None:
     """Raises UserError where the mesh cannot hold the model or the rows."""
-    rows = Divides(BATCH, '--rows', serving.rows)
-    no_pipeline = Divides(('stage',), 'decoding, which has no pipeline', 1)
-    check_divides(serving.mesh, [*sizes(serving.model), rows, no_pipeline])
+    check_divides(serving.mesh, [*sizes(serving.model), *rules_of_serving(serving.rows)])
 
 
 def serving_meshes(c: ModelConfig, chips: int, rows: int | None) -> Iterator[MeshConfig]:
     """Meshes that can decode the model, and so many rows."""
+    return meshes_of(c, chips, rules_of_serving(rows))
+
+
+def rules_of_serving(rows: int | None) -> list[Divides]:
+    """What a mesh must divide to decode so many rows."""
     rules = [Divides(('stage',), 'decoding, which has no pipeline', 1)]
-    return meshes_of(c, chips, [*rules, Divides(BATCH, '--rows', rows)] if rows else rules)
+    return [*rules, Divides(BATCH, '--rows', rows)] if rows else rules
 
 
 def _rows(mesh: MeshConfig) -> Iterator[int]:

@@ -13,16 +13,19 @@ LARGEST_VOCABULARY = 262_144
 class DataConfig:
     """`source` is 'stdlib' (the running Python's own standard library), or files, folders and globs of UTF-8 text.
 
-    Text is plain text, Markdown, code, or JSON Lines (`.jsonl`), each also compressed (`.gz`, `.zst`).
+    Text is plain text, Markdown, code, JSON Lines (`.jsonl`) or an array of objects (`.json`), each also packed by gzip, zstd,
+    xz or bzip2.
     """
 
     source: str | tuple[str, ...] | None = 'stdlib'  # None: nothing to learn from has been named
-    field: str = 'text'  # of a JSONL object: the one that holds the text
+    field: str = 'text'  # of an object in JSON: the one that holds the text
+    # Whether the name of a special token in the text, such as <|endoftext|>, is that token; else it is text as any other.
+    special_tokens: bool = False
     # Pieces at most of a tokenizer that is learnt, 256 byte pieces and 3 control pieces included; None: none is learnt.
     vocabulary: int | None = 4096
-    validation_share: float = (
-        0.05  # of bytes: whole top-level packages (stdlib) or files, where they come in such sizes
-    )
+    # Of bytes, from half to one and a half times: whole top-level packages (stdlib) or files, where they come in such sizes,
+    # else whole documents, else the end of each document.
+    validation_share: float = 0.05
 
     def __post_init__(self) -> None:
         if self.source is not None and (not self.source or not all(self.paths)):

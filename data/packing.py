@@ -5,17 +5,19 @@ Legend: N rows of a batch, T inputs of a row, S tokens of a split's documents on
 """
 
 import abc
+import contextlib
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import ClassVar
 
 import numpy as np
 
 from data.order import row_ids
 from data.tokenizer import Tokenizer
+
+LONG = 1 << 20  # characters of a document from which on its tokens are made a part at a time
 
 
 class Samples(abc.ABC):
@@ -85,7 +87,7 @@ class Rows(Samples):
         assert ((row_N >= 0) & (row_N < len(self))).all(), f'rows {row_N} of {len(self)}'
         shape = len(row_N), self.sequence_length
         tokens_NT, targets_NT, positions_NT, segments_NT = (np.zeros(shape, np.int32) for _ in range(4))
-        stream_S = np.asarray(self.stream_S)
+        stream_S = self.stream_S
         count_T = np.arange(self.sequence_length, dtype=np.int32)
         for n, row in enumerate(row_N):
             begin = 0
@@ -148,21 +150,43 @@ def pack(stream_S: np.ndarray, length_D: np.ndarray, sequence_length: int, bytes
     return Rows(stream_S, start_P[order_P], length_P[order_P], first_R, sequence_length, bytes)
 
 
-def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray, int]:
-    """The stream [S], the documents' lengths in tokens [D] and their UTF-8 bytes in all."""
+def encode_documents(
+    tokenizer: Tokenizer, texts: Iterable[str], names: bool = False
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """The stream [S], the documents' lengths in tokens [D] and their UTF-8 bytes in all.
+
+    The name of a special token in a text is text, unless `names` has it be that token.
+    """
     token = np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.int32)
     tokenizer.check([tokenizer.bos, tokenizer.eos])
-    texts = iter(texts)
-    parts, lengths, size = [np.empty(0, token)], [], 0
-    while some := list(islice(texts, 256)):  # at a time, because Python's lists of ints need twenty times the memory
-        for ids in tokenizer.encode_batch(some):
-            parts.append(np.array([tokenizer.bos, *ids, tokenizer.eos], token))
-            lengths.append(len(parts[-1]))
+    parts, lengths, size = [np.empty(0, token)], list[int](), 0
+    for some in groups(texts):
+        with contextlib.nullcontext() if names else tokenizer.names_as_text():
+            if len(some[0]) < LONG:
+                found = [np.array([tokenizer.bos, *ids, tokenizer.eos], token) for ids in tokenizer.encode_batch(some)]
+            else:
+                ids = (np.array(part, token) for part in tokenizer.encode_long(some[0]))
+                found = [np.concatenate([np.array([tokenizer.bos], token), *ids, np.array([tokenizer.eos], token)])]
+        parts += found
+        lengths += map(len, found)
         size += sum(len(text.encode()) for text in some)
     return np.concatenate(parts), np.array(lengths, np.int64), size
 
 
-def pack_documents(tokenizer: Tokenizer, texts: Iterable[str], sequence_length: int) -> Rows:
-    """Rows of `texts`, each a document, for evaluation."""
-    stream_S, length_D, size = encode_documents(tokenizer, texts)
+def groups(texts: Iterable[str], most: int = 256) -> Iterator[list[str]]:
+    """The texts by some that are encoded at once, for lists of ints need twenty times their memory. A long one is alone."""
+    some, size = list[str](), 0
+    for text in texts:
+        if some and (len(some) == most or size + len(text) >= LONG):
+            yield some
+            some, size = [], 0
+        some.append(text)
+        size += len(text)
+    if some:
+        yield some
+
+
+def pack_documents(tokenizer: Tokenizer, texts: Iterable[str], sequence_length: int, names: bool = False) -> Rows:
+    """Rows of `texts`, each a document, for evaluation; `names` as `encode_documents` has it."""
+    stream_S, length_D, size = encode_documents(tokenizer, texts, names)
     return pack(stream_S, length_D, sequence_length, size)

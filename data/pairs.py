@@ -3,19 +3,21 @@
 Legend: N rows of a batch, T tokens of a row, on each side; S tokens of all pairs one after another, P pairs, R rows.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from data.packing import Samples, best_fit
-from data.sources import field_of, files_of, text_of
+from data.reading import lines_of, plain_name
+from data.sources import kind_of_text, objects, text_in
 from data.tokenizer import Tokenizer
-from sharding.errors import UserError
-
-KINDS = '.tsv', '.jsonl'
+from data.walk import LeftOut, files_of
+from sharding.errors import UserError, shown
 
 
 class Pair(NamedTuple):
@@ -23,28 +25,36 @@ class Pair(NamedTuple):
     target: str
 
 
-def read_pairs(paths: Sequence[str], option: str) -> Iterator[Pair]:
-    """The pairs of files, folders and globs: lines `source<TAB>target` of .tsv, objects {"source": …, "target": …} of .jsonl.
+def read_pairs(paths: Sequence[str], option: str, left_out: list[LeftOut] | None = None) -> Iterator[Pair]:
+    """The pairs of files, folders and globs: lines `source<TAB>target` of .tsv, objects {"source": …, "target": …} of JSON.
 
-    Both may be compressed (.gz, .zst). UserError for a line that is no pair, naming file and line, and for other files.
+    JSON comes as JSON Lines or as an array; files may be packed. UserError for a line that is no pair, naming file and line,
+    and for other files.
     """
+    left_out = [] if left_out is None else left_out
     for given in paths:
         if given == 'stdlib':
             raise UserError(f'{option}=stdlib holds no pairs: an encoder–decoder learns from .tsv or .jsonl files')
-        for path in files_of(given, option):
-            kind = next((kind for kind in KINDS if path.name.endswith((kind, f'{kind}.gz', f'{kind}.zst'))), None)
-            if kind is None:
-                raise UserError(f'{path}: an encoder–decoder learns from pairs, in {" or ".join(KINDS)} files')
-            for number, line in enumerate(text_of(path).split('\n'), start=1):
-                if line.strip():
-                    yield pair(line, kind, f'{path}:{number}')
+        for path in files_of(given, option, left_out):
+            yield from _pairs_of(path)
 
 
-def pair(line: str, kind: str, name: str) -> Pair:
-    """The pair of a line."""
-    if kind == '.jsonl':
-        return Pair(*(field_of(line, field, name, repr(field)) for field in Pair._fields))
-    sides = line.rstrip('\r').split('\t')
+def _pairs_of(path: Path) -> Iterator[Pair]:
+    kind, text = kind_of_text(path, Pair._fields)
+    suffix = plain_name(path).suffix
+    if kind != 'text':
+        for name, value in objects(path, kind, text, 'an object with a source and a target'):
+            yield Pair(*(text_in(value, field, shown(name), repr(field)) for field in Pair._fields))
+    elif suffix in ('.tsv', ''):
+        for number, line in lines_of(text, shown(path)):
+            yield pair(line, shown(f'{path}:{number}'))
+    else:
+        raise UserError(f'{shown(path)}: an encoder–decoder learns from pairs, in .tsv or .jsonl files')
+
+
+def pair(line: str, name: str) -> Pair:
+    """The pair of a line of .tsv."""
+    sides = line.split('\t')
     if len(sides) != 2:
         raise UserError(f'{name}: {len(sides) - 1} tabs; a line must be a source, one tab, and a target')
     return Pair(*sides)
@@ -113,9 +123,12 @@ def first_token(tokenizer: Tokenizer, start: int | None) -> int:
 
 
 def pack_pairs(
-    tokenizer: Tokenizer, pairs: Iterable[Pair], sequence_length: int, start: int | None = None
+    tokenizer: Tokenizer, pairs: Iterable[Pair], sequence_length: int, start: int | None = None, names: bool = False
 ) -> tuple[PairRows, int]:
-    """The rows, and how many pairs are left out because one side has more tokens than a row."""
+    """The rows, and how many pairs are left out because one side has more tokens than a row.
+
+    The name of a special token in a text is text, unless `names` has it be that token.
+    """
     begin = first_token(tokenizer, start)
     tokenizer.check([begin, tokenizer.eos])
     token = np.dtype(np.uint16 if tokenizer.vocabulary <= 1 << 16 else np.int32)
@@ -123,7 +136,8 @@ def pack_pairs(
     pairs = iter(pairs)
     while some := list(islice(pairs, 256)):
         sources, targets = zip(*some, strict=True)
-        encoded = zip(some, tokenizer.encode_batch(sources), tokenizer.encode_targets(targets), strict=True)
+        with contextlib.nullcontext() if names else tokenizer.names_as_text():
+            encoded = zip(some, tokenizer.encode_batch(sources), tokenizer.encode_targets(targets), strict=True)
         for one, source, target in encoded:
             if max(len(source), len(target)) + 1 > sequence_length:
                 left_out += 1

@@ -1,14 +1,10 @@
 """From a source of text to a run's data, once: split, tokenizer, tokens, packed rows, all in the run's folder.
 
-A run that goes on later reads what is there, even if the source has changed since. Everything is written beside its
-place and then renamed, the folder `data` last, so that a kill at any moment leaves a whole or nothing.
+A run that goes on later reads what is there (data/prepared.py), even if the source has changed since.
 """
 
 import hashlib
-import json
-import os
 import platform
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,19 +12,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import sentencepiece
 
+from data import prepared
 from data.config import DataConfig
-from data.packing import Rows, Samples, encode_documents, pack
-from data.pairs import Pair, PairRows, pack_pairs, read_pairs
-from data.published_tokenizer import load_tokenizer
-from data.sources import Document, documents
+from data.packing import Samples, encode_documents, pack
+from data.pairs import Pair, pack_pairs, read_pairs
+from data.prepared import SPLITS
+from data.sources import documents
+from data.split import TELL, bytes_after, checked, cut, held_out, split_of
 from data.tokenizer import Tokenizer
+from data.walk import LeftOut, told
 from sharding.errors import UserError
 
 FORMAT = 1
-SPLITS = 'train', 'validation'
 # The tokenizer learns from about this many characters, spread over the training text: more takes long, changes little.
 TOKENIZER_CHARACTERS = 32_000_000
 
@@ -47,24 +44,6 @@ class Dataset:
     def validation_bytes(self) -> bytes:
         """The UTF-8 text that is held out."""
         return self.tokenizer.decode_bytes(self.validation.predicted())
-
-
-@dataclass(frozen=True)
-class Split:
-    """Which part of the text is held out: whole groups, or whole documents, or the end of every document."""
-
-    by: str  # 'package', 'file', 'document' or 'end'
-    share: float
-    held_out: frozenset[str] = frozenset()  # names of groups
-
-    def parts(self, document: Document, group: str) -> dict[str, str]:
-        """The document's text, by split."""
-        if self.by != 'end':
-            return {'validation' if group in self.held_out else 'train': document.text}
-        # At the last line end before the share begins; a text of a single line is cut inside it.
-        place = int(len(document.text) * (1 - self.share))
-        place = document.text.rfind('\n', 0, place) + 1 or place
-        return {'train': document.text[:place], 'validation': document.text[place:]}
 
 
 def prepare(
@@ -91,13 +70,13 @@ def prepare(
             'data.vocabulary is null: say how many pieces the tokenizer that is learnt may have, such as 4096'
         )
     key = {'format': FORMAT, 'sequence_length': sequence_length, **asdict(config), 'source': list(config.paths)}
+    if not config.special_tokens:  # runs that were prepared before there was a choice
+        del key['special_tokens']
     key |= {'pairs': True, 'start': start} if pairs else {}
     folder = Path(folder)
-    for leftover in folder / 'data.partial', folder / 'data.old':  # of a process that was killed
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    if (saved := _load(folder)) and saved[0] == key:
-        return saved[1]
+    prepared.clear(folder)
+    if (saved := prepared.load(folder, say)) and saved[0] == key:
+        return _dataset(saved)
     begin = time.perf_counter()
     if pairs:
         dataset = _build_pairs(config, sequence_length, say, tokenizer, start)
@@ -105,28 +84,35 @@ def prepare(
         dataset = _build(config, sequence_length, say, tokenizer)
     if check:
         check(dataset)  # raises while nothing is written
-    _save(dataset, folder, key)
+    rows = {'train': dataset.train, 'validation': dataset.validation}
+    prepared.save(folder, key, dataset.facts, dataset.tokenizer, rows)
     say(f'data: prepared in {time.perf_counter() - begin:.1f} s')
     return dataset
 
 
-def load(folder: Path) -> Dataset:
+def load(folder: Path, say: Callable[[str], None] = print) -> Dataset:
     """The data of a run as it was prepared; nothing is written. UserError where there is none or it is damaged."""
-    saved = _load(Path(folder))
+    saved = prepared.load(Path(folder), say)
     if saved is None:
         raise UserError(f'{Path(folder) / "data"}: not there; a run that scripts/train.py made holds its data')
-    return saved[1]
+    return _dataset(saved)
+
+
+def _dataset(saved: tuple[dict[str, Any], dict[str, Any], Tokenizer, dict[str, Samples]]) -> Dataset:
+    _, facts, tokenizer, rows = saved
+    return Dataset(tokenizer, rows['train'], rows['validation'], facts)
 
 
 def _build(
     config: DataConfig, sequence_length: int, say: Callable[[str], None], tokenizer: Tokenizer | None = None
 ) -> Dataset:
-    skipped: list[str] = []
+    skipped: list[LeftOut] = []
     sha256 = hashlib.sha256()
     group_of: dict[bytes, str] = {}  # by the text's hash, so that copies of a text fall on the same side
     size_of_group: Counter[str] = Counter()
     size_of_text: Counter[bytes] = Counter()
-    characters = count = 0
+    characters = count = ends = named = 0
+    names = tokenizer.special_names if tokenizer else None
     for document in documents(config, skipped):
         data = document.text.encode()
         digest = hashlib.sha256(data).digest()
@@ -134,10 +120,16 @@ def _build(
         size_of_group[group_of.setdefault(digest, document.group)] += len(data)
         size_of_text[digest] += len(data)
         characters += len(document.text)
+        named += bool(names and names.search(document.text))
+        ends += bytes_after(document.text, cut(document.text, config.validation_share))
         count += 1
-    split = _split(config, size_of_group, {digest.hex(): size for digest, size in size_of_text.items()})
+    size_of_text_hex = {digest.hex(): size for digest, size in size_of_text.items()}
+    split, held = split_of(config, size_of_group, size_of_text_hex, ends)
     size = size_of_group.total()
-    say(f'data: {count} documents, {size / 1e6:.2f} MB, {len(skipped)} files skipped; sha256 {sha256.hexdigest()[:16]}')
+    say(f'data: {count} documents, {size / 1e6:.2f} MB; sha256 {sha256.hexdigest()[:16]}{told(skipped)}')
+    say(f'data: {held:.1%} of the bytes held out for validation, {TELL[split.by]} ({split.share:.1%} asked for)')
+    if named:
+        say(f'data: {named} documents have {_names_told(config)}')
 
     def texts(part: str) -> Iterator[str]:
         again = hashlib.sha256()
@@ -158,7 +150,7 @@ def _build(
         tokenizer = Tokenizer.train(_sample(texts('train'), every), config.vocabulary)
     else:
         learnt = 'elsewhere: it was imported'
-    streams = {part: encode_documents(tokenizer, texts(part)) for part in SPLITS}
+    streams = {part: encode_documents(tokenizer, texts(part), config.special_tokens) for part in SPLITS}
     rows = {
         part: pack(stream_S, length_D, sequence_length, size) for part, (stream_S, length_D, size) in streams.items()
     }
@@ -172,8 +164,13 @@ def _build(
         'bytes': size,
         'characters': characters,
         'tokens': sum(rows[part].tokens for part in SPLITS),
-        'skipped': {'count': len(skipped), 'first': skipped[:5]},
-        'split': {'by': split.by, 'groups': len(size_of_group), 'validation_groups': sorted(split.held_out)[:50]},
+        'skipped': {'count': len(skipped), 'first': [one.path for one in skipped[:5]]},
+        'split': {
+            'by': split.by,
+            'share': held,
+            'groups': len(size_of_group),
+            'validation_groups': sorted(split.held_out)[:50],
+        },
         'tokenizer': {
             'vocabulary': tokenizer.vocabulary,
             'bytes_per_token': rows['validation'].bytes / rows['validation'].tokens,
@@ -203,17 +200,24 @@ def _build_pairs(
     """As `_build`, of pairs: those of one source stay on one side."""
     sha256, size_of_source, count = hashlib.sha256(), Counter[str](), 0
     digest = lambda text: hashlib.sha256(text.encode()).hexdigest()
-    for pair in read_pairs(config.paths, 'data.source'):
+    skipped: list[LeftOut] = []
+    names, named = tokenizer.special_names if tokenizer else None, 0
+    for pair in read_pairs(config.paths, 'data.source', skipped):
+        named += bool(names and any(map(names.search, pair)))
         sha256.update('\t'.join(map(digest, pair)).encode())
         size_of_source[digest(pair.source)] += len(''.join(pair).encode())
         count += 1
     if not count:
         raise UserError(f'data.source={config.source!r}: holds no pairs; a line must be a source, a tab, and a target')
-    held_out = _held_out(size_of_source, config.validation_share)
+    held = held_out(size_of_source, config.validation_share)
+    share = checked(sum(size_of_source[source] for source in held), size_of_source.total(), config)
+    say(
+        f'data: {count} pairs, {share:.1%} of their bytes held out ({config.validation_share:.1%} asked for){told(skipped)}'
+    )
 
     def of(part: str) -> Iterator[Pair]:
         for pair in read_pairs(config.paths, 'data.source'):
-            if (digest(pair.source) in held_out) == (part == 'validation'):
+            if (digest(pair.source) in held) == (part == 'validation'):
                 yield pair
 
     size = size_of_source.total()
@@ -222,7 +226,7 @@ def _build_pairs(
         tokenizer = Tokenizer.train(_sample((side for pair in of('train') for side in pair), every), config.vocabulary)
     rows, facts = {}, {'source': list(config.paths), 'sha256': sha256.hexdigest(), 'pairs': count, 'bytes': size}
     for part in SPLITS:
-        rows[part], left_out = pack_pairs(tokenizer, of(part), sequence_length, start)
+        rows[part], left_out = pack_pairs(tokenizer, of(part), sequence_length, start, config.special_tokens)
         if len(rows[part]) == 0:
             raise UserError(
                 f'data.source={config.source!r}: {count} pairs leave none for {part}, {left_out} of them for having more than '
@@ -242,25 +246,13 @@ def _build_pairs(
     return Dataset(tokenizer, rows['train'], rows['validation'], facts)
 
 
-def _split(config: DataConfig, size_of_group: Counter[str], size_of_text: dict[str, int]) -> Split:
-    """By groups if whole ones come near the share that is wanted, else by documents, else the end of each document."""
-    share = config.validation_share
-    for by, sizes in ('package' if config.paths == ('stdlib',) else 'file', size_of_group), ('document', size_of_text):
-        held_out = _held_out(sizes, share)
-        if sum(sizes[name] for name in held_out) >= share / 2 * sum(sizes.values()):
-            return Split(by, share, held_out)
-    return Split('end', share)
-
-
-def _held_out(sizes: dict[str, int], share: float) -> frozenset[str]:
-    """Names in an order that depends on nothing but themselves, taken while they fit into `share` of all."""
-    room = share * sum(sizes.values())
-    names = []
-    for name in sorted(sizes, key=lambda name: hashlib.blake2b(name.encode(), key=b'weft validation').digest()):
-        if sizes[name] <= room:
-            names.append(name)
-            room -= sizes[name]
-    return frozenset(names)
+def _names_told(config: DataConfig) -> str:
+    """What becomes of the names of special tokens that are in the text."""
+    other = 'data.special_tokens=true reads them as those tokens'
+    if config.special_tokens:
+        other = 'data.special_tokens=false reads them as text'
+    read = 'those tokens' if config.special_tokens else 'text'
+    return f'names of special tokens in them, which are read as {read}; {other}'
 
 
 def _sample(texts: Iterator[str], every: int, block: int = 1 << 16) -> Iterator[str]:
@@ -271,58 +263,3 @@ def _sample(texts: Iterator[str], every: int, block: int = 1 << 16) -> Iterator[
             if number % every == 0:
                 yield text[begin : begin + block]
             number += 1
-
-
-def _save(dataset: Dataset, folder: Path, key: dict[str, Any]) -> None:
-    new, old, data = folder / 'data.partial', folder / 'data.old', folder / 'data'
-    new.mkdir(parents=True)
-    sizes = {}
-    for part, rows in zip(SPLITS, (dataset.train, dataset.validation), strict=True):
-        for name in rows.ARRAYS:
-            path = new / f'{part}.{name}.npy'
-            np.save(path, getattr(rows, name), allow_pickle=False)
-            sizes[path.name] = path.stat().st_size
-    description = {
-        'key': key,
-        'facts': dataset.facts,
-        'sizes': sizes,
-        'tokenizer_sha256': dataset.tokenizer.sha256,
-    }
-    (new / 'data.json').write_text(json.dumps(description, indent=1) + '\n', encoding='utf-8')
-    if data.exists():  # of another config; out of the way first, because its tokenizer is about to go
-        os.replace(data, old)
-    dataset.tokenizer.save(folder)
-    os.replace(new, data)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def _load(folder: Path) -> tuple[dict[str, Any], Dataset] | None:
-    """What is saved and the config that it was made from, the arrays left on disk; None if nothing is."""
-    data = folder / 'data'
-    if not data.exists():
-        return None
-    mend = 'restore the run folder from a copy, or start over with --fresh'
-    try:
-        description = json.loads((data / 'data.json').read_text(encoding='utf-8'))
-        key, facts, sizes, sha256 = (description[name] for name in ('key', 'facts', 'sizes', 'tokenizer_sha256'))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{data / "data.json"}: damaged ({error}); {mend}') from None
-    for name, size in sizes.items():
-        path = data / name
-        found = path.stat().st_size if path.exists() else 'no'
-        if found != size:
-            raise UserError(f'{path}: {found} bytes where {size} were written; {mend}')
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        raise UserError(f'{folder / Tokenizer.name}: missing beside {data}; {mend}')
-    if tokenizer.sha256 != sha256:
-        raise UserError(f'{folder / tokenizer.name}: not the tokenizer that made {data}; {mend}')
-
-    kind: Any = PairRows if key.get('pairs') else Rows
-
-    def rows(part: str) -> Samples:
-        arrays = {name: np.load(data / f'{part}.{name}.npy', mmap_mode='r', allow_pickle=False) for name in kind.ARRAYS}
-        return kind(sequence_length=key['sequence_length'], bytes=facts[part]['bytes'], **arrays)
-
-    return key, Dataset(tokenizer, rows('train'), rows('validation'), facts)

@@ -50,7 +50,16 @@ def has_tokenizer(files: Mapping[str, bytes]) -> bool:
 
 
 def run_tokenizer(files: Mapping[str, bytes], where: str) -> Tokenizer | None:
-    """The tokenizer among a run's files; None for an imported model without one."""
+    """The tokenizer among a run's files; None for an imported model without one. UserError for a damaged one."""
+    found = _run_tokenizer(files, where)
+    for i in (*found.prefix, *found.suffix) if found else ():
+        if i >= max(found.vocabulary, found.embedded):
+            rule = f'the tokenizer has {found.vocabulary} tokens: import the run again'
+            raise UserError(f'{where}/{SPECIAL}: id {i} stands before or after texts, and {rule}')
+    return found
+
+
+def _run_tokenizer(files: Mapping[str, bytes], where: str) -> Tokenizer | None:
     special = read_special(files[SPECIAL], f'{where}/{SPECIAL}') if SPECIAL in files else None
     if special is None and (JSON in files or marian.SOURCE in files):
         raise UserError(f'{where}: lacks {SPECIAL}, which belongs to its tokenizer: import the run again')

@@ -3,20 +3,20 @@
 Mistakes in the user's files are named by file and line or byte offset.
 """
 
-import glob
-import gzip
+import itertools
 import json
-import os
+import re
 import sysconfig
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-import zstandard
-
+from data import reading
 from data.config import DataConfig
-from sharding.errors import UserError, nearest
+from data.reading import lines_of, pieces, plain_name
+from data.walk import LeftOut, files_of, walk
+from sharding.errors import UserError, nearest, shown
 
 # Not the standard library's own: what was installed beside it. Not like the rest: tests, with their tables of cases.
 LEFT_OUT = frozenset({'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'})
@@ -26,14 +26,14 @@ TABLE_MARKS = '_table = ', '_table=', 'import _codecs_'
 
 @dataclass(frozen=True)
 class Document:
-    name: str  # of its file, and the line in a JSONL file
+    name: str  # of its file, and the line or number in a file of several
     group: str  # documents of one group stay on the same side of the split: a top-level package, or a file
     text: str
 
 
-def stdlib(root: Path, skipped: list[str]) -> Iterator[Document]:
+def stdlib(root: Path, skipped: list[LeftOut]) -> Iterator[Document]:
     """The Python files under `root`, sorted, grouped by top-level package; undecodable ones are added to `skipped`."""
-    for path in _walk(root, LEFT_OUT):
+    for path in walk(root, LEFT_OUT, []):
         relative = path.relative_to(root)
         # _sysconfigdata is not source but this machine's build settings.
         if path.suffix != '.py' or path.name.startswith('_sysconfigdata'):
@@ -41,7 +41,7 @@ def stdlib(root: Path, skipped: list[str]) -> Iterator[Document]:
         try:
             text = path.read_bytes().decode()
         except UnicodeDecodeError:
-            skipped.append(relative.as_posix())
+            skipped.append(LeftOut(relative.as_posix(), 'not UTF-8'))
             continue
         if relative.parts[0] == 'encodings' and any(mark in text for mark in TABLE_MARKS):
             continue
@@ -49,7 +49,7 @@ def stdlib(root: Path, skipped: list[str]) -> Iterator[Document]:
             yield Document(relative.as_posix(), relative.parts[0], text)
 
 
-def documents(config: DataConfig, skipped: list[str]) -> Iterator[Document]:
+def documents(config: DataConfig, skipped: list[LeftOut]) -> Iterator[Document]:
     """The documents of `config.source`, none of them empty, in the same order each time."""
     if config.paths == ('stdlib',):
         root = Path(sysconfig.get_path('stdlib'))
@@ -61,128 +61,198 @@ def documents(config: DataConfig, skipped: list[str]) -> Iterator[Document]:
         yield Document(name, str(path), text)
 
 
-def texts(paths: Sequence[str], field: str = 'text') -> Iterator[tuple[str, str]]:
-    """(name, text) of each document in files, folders and globs: a file, or a line of JSONL; empty ones are left out.
+def texts(paths: Sequence[str], field: str = 'text', skipped: list[LeftOut] | None = None) -> Iterator[tuple[str, str]]:
+    """(name, text) of each document in files, folders and globs: a file, or an object in JSON; empty ones are left out.
 
     UserError for a path that matches nothing, holds no text or cannot be read; for text that is not UTF-8, with file
-    and byte offset; for a damaged .gz or .zst; for a line of JSONL that is no object with `field`, with its number.
+    and byte offset; for a damaged packed file; for a line of JSON Lines that is no object with `field`, with its number.
+    What is left out is added to `skipped`.
     """
-    for _, name, text in _read(paths, field, '--data', []):
+    for _, name, text in _read(paths, field, '--data', [] if skipped is None else skipped):
         yield name, text
 
 
-def _read(paths: Sequence[str], field: str, option: str, skipped: list[str]) -> Iterator[tuple[Path, str, str]]:
+def _read(paths: Sequence[str], field: str, option: str, skipped: list[LeftOut]) -> Iterator[tuple[Path, str, str]]:
     seen: set[Path] = set()
     for given in paths:
         found = False
-        for path in files_of(given, option):
-            if path.resolve() in seen:
+        for path in files_of(given, option, skipped):
+            if (real := path.resolve()) in seen:
                 found = True
                 continue
-            seen.add(path.resolve())
+            seen.add(real)
             empty = True
-            for name, text in _documents_of(path, field):
+            for name, text in _documents_of(path, field, 'data.field=' if option == 'data.source' else '--field '):
                 found, empty = True, False
                 yield path, name, text
             if empty:
-                skipped.append(str(path))
+                skipped.append(LeftOut(str(path), 'an empty file'))
         if not found:
             raise UserError(
-                f'{option}={given}: holds no text; a file must not be empty, and a folder must hold one that is not'
+                f'{option}={shown(given)}: holds no text; a file must not be empty, and a folder must hold one that is not'
             )
 
 
-def files_of(given: str, option: str) -> list[Path]:
-    """The files that a path, a folder (without hidden files) or a glob names, sorted. A name that exists is no glob."""
-    path = os.path.expanduser(given)
-    if os.path.isdir(path):
-        files = [file.relative_to(path) for file in _walk(Path(path))]
-        return [Path(path) / file for file in files if not any(part.startswith('.') for part in file.parts)]
-    if os.path.isfile(path):
-        return [Path(path)]
-    if os.path.exists(path):
-        raise UserError(f'{option}={given}: must be a regular file, a folder or a glob')
-    matches = sorted(glob.glob(path, recursive=True))
-    # A folder that `**` matches comes with its files, which match too.
-    files = [Path(match) for match in matches if os.path.isfile(match)]
-    if not files:
-        beside = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), '*'))
-        hint = nearest(path, beside) if beside else ''
-        raise UserError(f'{option}={given}: no such file or folder, and no file matches it as a glob{hint}')
-    return files
-
-
-def _walk(root: Path, left_out: frozenset[str] = frozenset({'__pycache__'})) -> Iterator[Path]:
-    """Files under `root`, sorted within each folder, without the folders named in `left_out`."""
-
-    def fail(error: OSError) -> None:
-        raise UserError(
-            f'{error.filename}: cannot be read ({error.strerror}); make it readable or name other paths'
-        ) from None
-
-    for folder, folders, names in os.walk(root, onerror=fail):
-        folders[:] = sorted(set(folders) - left_out)  # those that os.walk enters, in this order
-        yield from (path for name in sorted(names) if os.path.isfile(path := Path(folder) / name))
-
-
-def _documents_of(path: Path, field: str) -> Iterator[tuple[str, str]]:
-    text = text_of(path)
-    if not path.name.endswith(('.jsonl', '.jsonl.gz', '.jsonl.zst')):
-        if text:
-            yield str(path), text
+def _documents_of(path: Path, field: str, key: str) -> Iterator[tuple[str, str]]:
+    asked = f'{key}{field!r}'
+    kind, text = kind_of_text(path, (field,))
+    if kind == 'text':
+        if whole := reading.joined(text, shown(path)):
+            yield str(path), whole
         return
-    for number, line in enumerate(text.split('\n'), start=1):
-        if line.strip():
-            name = f'{path}:{number}'
-            if document := field_of(line, field, name, f'data.field={field!r}'):
-                yield name, document
+    for name, value in objects(path, kind, text, f'an object with the text in {asked}'):
+        if document := text_in(value, field, shown(name), asked):
+            yield name, document
 
 
-def text_of(path: Path) -> str:
-    """All of a file, which may be compressed."""
+Kind = Literal['text', 'lines', 'array']
+SPACES = re.compile(r'[ \t\r\n]*')
+LINES = ('.jsonl', '.ndjson', '.jsonlines', '.jl', '.ldjson')  # endings of JSON Lines
+
+
+def kind_of_text(path: Path, fields: Sequence[str], text: Iterator[str] | None = None) -> tuple[Kind, Iterator[str]]:
+    """What a file holds, by its name, and where that is silent by its content; and its text, which may be given.
+
+    `lines`: JSON Lines. `array`: an array of objects in JSON. `text`: anything else, as it stands. Code and settings in .json
+    are text: they are neither an array of objects, nor lines of objects, nor an object that has the fields.
+    """
+    text, suffix = text or pieces(path), plain_name(path).suffix
+    if suffix in LINES:
+        return 'lines', text
+    if suffix not in ('.json', ''):
+        return 'text', text
+    begin = ''
+    for piece in text:
+        begin += piece
+        first, second = begin.lstrip()[:1], begin.lstrip()[1:].lstrip()[:1]
+        if second and (first != '{' or '\n' in begin.strip() or len(begin) > reading.LINE):
+            break
+    text, begin = itertools.chain([begin], text), begin.strip()
+    if begin.startswith('['):
+        return ('array' if suffix and begin[1:].lstrip().startswith('{') else 'text'), text
+    line, _, rest = begin.partition('\n')
+    if not line.startswith('{'):
+        return 'text', text
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f'{path}: cannot be read ({error.strerror}); make it readable or name other paths') from None
+        value = parsed(line)
+    except (ValueError, RecursionError):
+        return 'text', text
+    several = bool(suffix) and rest.lstrip().startswith('{')
+    return ('lines' if several or any(field in value for field in fields) else 'text'), text
+
+
+def objects(path: Path, kind: Kind, text: Iterator[str], rule: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects in a file of `lines` or an `array`, each with its name for messages; `rule` says what each must be."""
+    if kind == 'array':
+        yield from _elements(path, text, rule)
+        return
+    for number, line in lines_of(text, shown(path)):
+        name = f'{path}:{number}'
+        yield name, _object(line, shown(name), f'every line must be {rule}')
+
+
+def _object(line: str, name: str, rule: str) -> dict[str, Any]:
     try:
-        if path.suffix == '.gz':
-            data = gzip.decompress(data)
-        elif path.suffix == '.zst':
-            data = _unzstd(data)
-    except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise UserError(f'{path}: not a whole {path.suffix} file ({error}); make it again from the original') from None
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        rule = 'text must be UTF-8; convert the file (iconv -t utf-8), or leave it out by a glob such as *.txt'
-        raise UserError(f'{path}: byte {error.start} is 0x{data[error.start]:02x}, {error.reason}; {rule}') from None
-
-
-def _unzstd(data: bytes) -> bytes:
-    """All frames of `data`; zstandard itself takes a frame that is cut short for a whole one."""
-    frames = []
-    while data:
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        frames.append(frame.decompress(data))
-        if not frame.eof:
-            raise EOFError('it ends before its last frame does')
-        data = frame.unused_data
-    return b''.join(frames)
-
-
-def field_of(line: str, field: str, name: str, shown: str) -> str:
-    """The text in a field of a line of JSONL, which messages call `shown`."""
-    try:
-        value = json.loads(line)
+        value = parsed(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f'{name}: not JSON ({error}); every line must be one JSON object') from None
+        raise UserError(f'{name}: not JSON ({_why(error)}); {rule}') from None
     if not isinstance(value, dict):
-        raise UserError(f'{name}: JSON, but no object; every line must be an object with the text in {shown}')
+        raise UserError(f'{name}: JSON, but no object; {rule}')
+    return value
+
+
+def _elements(path: Path, text: Iterator[str], rule: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of an array, which is held a piece at a time."""
+    rule = f'the file must be an array, and every element {rule}'
+    held, at, number = '', 0, 0
+    expected = '['
+
+    def more() -> bool:
+        nonlocal held, at
+        wanted = max(
+            reading.BLOCK, len(held) - at
+        )  # twice as much each time, so that an element is not tried too often
+        new = []
+        while wanted > 0 and (piece := next(text, None)) is not None:
+            new.append(piece)
+            wanted -= len(piece)
+        held, at = held[at:] + ''.join(new), 0
+        return bool(new)
+
+    def next_letter() -> str:
+        nonlocal at
+        while True:
+            at = SPACES.match(held, at).end()
+            if at < len(held):
+                return held[at]
+            if not more():
+                return ''
+
+    while True:
+        name = f'{path}[{number}]'
+        letter = next_letter()
+        if letter == ']' and (expected == ',' or number == 0):
+            at += 1
+            if next_letter():
+                raise UserError(f'{shown(path)}: not JSON (more follows after its array); {rule}')
+            return
+        if letter != expected:
+            what = f'{expected} expected, {letter!r} found' if letter else 'it ends before its array does'
+            raise UserError(f'{shown(name)}: not JSON ({what}); {rule}')
+        at += 1
+        if expected == '[' and next_letter() == ']':
+            continue
+        next_letter()
+        while True:
+            try:
+                value, end = DECODER.raw_decode(held, at)
+                break
+            except (ValueError, RecursionError) as error:
+                if len(held) - at > reading.LINE:
+                    raise UserError(
+                        f'{shown(name)}: not JSON, or a value of more than {reading.LINE:,} characters ({_why(error)}); {rule}'
+                    ) from None
+                if not more():
+                    raise UserError(f'{shown(name)}: not JSON ({_why(error)}); {rule}') from None
+        if not isinstance(value, dict):
+            raise UserError(f'{shown(name)}: JSON, but no object; {rule}')
+        yield name, value
+        at, number, expected = end, number + 1, ','
+
+
+def _why(error: Exception) -> str:
+    return 'nested too deeply' if isinstance(error, RecursionError) else shown(error, 100)
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f'field {shown(twice, 40, quoted=True)} stands twice in an object')
+    return found
+
+
+def _whole(digits: str) -> int | float:
+    return int(digits) if len(digits) <= 4000 else float('inf')
+
+
+# No text is a number: one of thousands of digits, which Python's own reading refuses, is of no concern.
+DECODER = json.JSONDecoder(parse_int=_whole, object_pairs_hook=_pairs)
+
+
+def parsed(line: str) -> Any:
+    """The value that a line of JSON holds. Raises ValueError or RecursionError."""
+    return DECODER.decode(line)
+
+
+def text_in(value: dict[str, Any], field: str, name: str, asked: str) -> str:
+    """The text in a field of an object, which messages call `asked`."""
     if field not in value:
-        raise UserError(f'{name}: no field {shown}{nearest(field, value)}')
+        raise UserError(f'{name}: no field {asked}{nearest(field, value)}')
     text = value[field]
     if not isinstance(text, str):
-        raise UserError(f'{name}: field {field!r} is {text!r:.40}; it must be text')
+        raise UserError(f'{name}: field {field!r} is {shown(repr(text)[:200], 40)}; it must be text')
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -6,21 +6,25 @@ space as U+2581, so a literal U+2581 would come back as a space; it is cut out o
 """
 
 import codecs
+import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
 
 from sharding.errors import UserError, shown
+from storage import files as disk
 
 SPACE = '\u2581'
 PART = 65536  # characters: a longer text is cut where no piece can span the cut, for sentencepiece holds many bytes for each
+SOME_PARTS = 64  # that are encoded at once
 # The trainer aborts on a word (between two spaces) of more than 65,535 characters, so it sees shorter samples.
 SAMPLE_CHARACTERS = 4096
 CONTROL_PIECES = 3
@@ -127,16 +131,30 @@ class Tokenizer:
         """Ids of each text, on all cores. UserError for half of a surrogate pair, which UTF-8 cannot write."""
         check_unicode(texts)
         parts_of = [self._parts(text) for text in texts]
-        encoded = iter(
-            self._processor.encode([part for parts in parts_of for part in parts], num_threads=os.cpu_count() or 1)
-        )
-        ids_of = []
-        for parts in parts_of:
-            ids: list[int] = []
-            for part, part_ids in zip(parts, encoded, strict=False):
-                ids += self._space if part == SPACE else part_ids
-            ids_of.append(ids)
-        return ids_of
+        encoded = iter(self._encoded([part for parts in parts_of for part in parts]))
+        return [list(itertools.chain.from_iterable(itertools.islice(encoded, len(parts)))) for parts in parts_of]
+
+    def encode_long(self, text: str) -> Iterator[Sequence[int]]:
+        """Ids of a text, some at a time: those of a book, as Python has them, need forty times its memory."""
+        check_unicode([text])
+        parts = self._parts(text)
+        for begin in range(0, len(parts), SOME_PARTS):
+            yield from self._encoded(parts[begin : begin + SOME_PARTS])
+
+    def _encoded(self, parts: Sequence[str]) -> list[Sequence[int]]:
+        """The ids of each part."""
+        found = self._processor.encode(list(parts), num_threads=os.cpu_count() or 1)
+        return [self._space if part == SPACE else ids for part, ids in zip(parts, found, strict=True)]
+
+    @contextlib.contextmanager
+    def names_as_text(self) -> Iterator[None]:
+        """Within it the names of special tokens in a text are text as any other, as a learnt tokenizer has it everywhere."""
+        yield
+
+    @property
+    def special_names(self) -> re.Pattern[str] | None:
+        """Finds the names that `encode_batch` would read as special tokens; None if there are none."""
+        return None
 
     def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each target of a pair, which may be written in another language than its source."""
@@ -220,9 +238,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write each of its files so that the folder holds all of it or what it held before."""
         for name, content in self.files().items():
-            partial = folder / f'{name}.partial'
-            partial.write_bytes(content)
-            os.replace(partial, folder / name)
+            disk.write(folder / name, content)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocabulary: int) -> 'Tokenizer':

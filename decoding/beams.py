@@ -18,6 +18,7 @@ from jax import P
 from data.tokenizer import Tokenizer
 from decoding.generate import Completion, begin
 from decoding.prompts import Prompts, read_prompts
+from decoding.sampling import NO_TOKEN, check_token
 from decoding.step import cache_specs, decode, jit_step
 from model.decoder import Decoder
 from model.forward import TOKENS, place
@@ -141,6 +142,8 @@ def search(
         for b, (one, *at) in enumerate(zip(found, *map(np.asarray, best), strict=True)):
             if not one.open:
                 continue
+            if not np.isfinite(at[0][0]):  # the best one's score
+                check_token(NO_TOKEN)
             parents = one.step(*(numbers.tolist() for numbers in at))
             for n, (was, (total, tokens)) in enumerate(zip(parents, one.running, strict=True)):
                 parent[b, n], token[b, n], score[b, n] = was, tokens[-1], total

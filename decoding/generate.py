@@ -13,7 +13,7 @@ import numpy as np
 from data.chat import Rendered
 from data.tokenizer import Tokenizer
 from decoding.prompts import Prompts, read_prompts
-from decoding.sampling import Beside, Choice, Likely, Sampling, choose, describe
+from decoding.sampling import Beside, Choice, Likely, Sampling, check_token, choose, describe
 from decoding.step import Program, decode, empty_cache, encode, jit_step, prefill
 from model.decoder import Decoder
 from model.forward import place
@@ -35,9 +35,14 @@ class Completion:
     logprobs: list[dict[str, Any]] | None = None  # of each token, where it was asked for: see `told`
 
     @property
+    def timed_tokens(self) -> int:
+        """How many `seconds` are of: all but the first two, for the prefill gives one, and the next step may compile."""
+        return max(len(self.tokens) - 2, 0)
+
+    @property
     def tokens_per_second(self) -> float:
-        """Decoded tokens a second, but for the first two: the prefill gives one, and the next step may compile."""
-        return max(len(self.tokens) - 2, 0) / self.seconds if self.seconds else 0.0
+        """Decoded tokens a second of this row alone, whichever others are decoded beside it."""
+        return self.timed_tokens / self.seconds if self.seconds else 0.0
 
 
 class TextStream:
@@ -70,6 +75,7 @@ class TextStream:
 
 def follow(completion: Completion, stream: TextStream, token: int, ends: AbstractSet[int], room: int) -> str:
     """Adds a token to a completion that may have `room` of them, and ends it where it does; its new certain text."""
+    check_token(token)
     if token in ends:
         completion.finish_reason = 'stop'
         piece = stream.add(None)

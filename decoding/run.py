@@ -18,15 +18,17 @@ from model.decoder import Decoder
 from model.layers import is_matrix
 from model.sizes import sizes
 from sharding import background
-from sharding.buckets import Bucket, at
-from sharding.errors import UserError, nearest
+from sharding.buckets import Bucket
+from sharding.errors import UserError
 from sharding.memory import explaining
 from sharding.mesh import Divides, MeshConfig, check_divides, make_mesh, nearest_meshes, parse_mesh, start
 from training.bucket_checkpoint import checkpoints_of
-from training.checkpoint import Checkpoints
+from training.checkpoint import Checkpoints, read_newest
 from training.config import RunConfig
 from training.context import context, published_files
-from training.state import abstract_model, saved_config
+from training.finite import check_saved
+from training.run_folder import run_folder
+from training.state import abstract_model, restore_newest, saved_config
 
 SAID = re.compile(
     r'(tokenizer_config|special_tokens_map|generation_config|chat_template)\.json|chat_template\.jinja'
@@ -46,14 +48,18 @@ class TrainedRun:
     mesh: jax.sharding.Mesh
     tokenizer: Tokenizer | None  # an imported model may have none
     kind: Decoder  # shapes, dtypes and layouts of the weights
-    reading: Future[Decoder]
-    step: int
+    reading: Future[tuple[Decoder, int]]
     context: int  # the most tokens of a row: as it was trained, or as published
 
     @property
     def model(self) -> Decoder:
         """The weights, matrices in the compute dtype. Waits until all are there, and raises what went wrong with them."""
-        return self.reading.result()
+        return self.reading.result()[0]
+
+    @property
+    def step(self) -> int:
+        """Of the checkpoint. Waits as `model` does: where the run deletes one that is being read, the newest is taken."""
+        return self.reading.result()[1]
 
 
 def open_run(
@@ -74,22 +80,22 @@ def open_run(
     Like layers are stacked in one array for each weight, if that is asked for (programs of a loop compile sooner) or where
     decoding keeps its loop over them; else each is a module of its own in a list.
 
-    A machine with only a CPU simulates as many devices as the mesh has, unless JAX has started before.
+    A machine with only a CPU simulates as many devices as the mesh has, unless JAX has started before. The run may be
+    trained meanwhile.
     Raises UserError where the folder is not a run, has no whole checkpoint, or the mesh cannot hold the model; what is wrong
     with the weights comes with the first use of `model`.
     """
-    folder = at(folder)
-    if not (folder / 'config.yaml').is_file():
-        runs = _runs(folder.parent)
-        raise UserError(f'{folder}: not a run, for it has no config.yaml{nearest(str(folder), runs) if runs else ""}')
+    folder = run_folder(folder)
     checkpoints = checkpoints_of(folder)
-    step = of_step(checkpoints, step)
-    config = saved_config(checkpoints, step)
+    check_step(checkpoints, step)
+    first, config, files = read_newest(
+        checkpoints, lambda newest: (newest, saved_config(checkpoints, newest), checkpoints.files(newest)), step
+    )
     wanted = own_mesh(config) if mesh is None else parse_mesh(mesh)
     check_divides(wanted, [*sizes(config.model), NO_PIPELINE])
     start(wanted.size, config.model.dtype)
     devices = make_mesh(wanted)
-    files, rows = checkpoints.files(step), context(folder, config)
+    rows = context(folder, config)
     if needs_text and not has_tokenizer(files):
         raise UserError(f'{folder} was imported without a tokenizer: it takes token ids alone (scripts/score.py)')
     with jax.set_mesh(devices):
@@ -100,27 +106,27 @@ def open_run(
         apart = not stacked and is_written_out(computed)
         kind = unstacked(computed, kinds) if apart else computed
 
-    def read() -> Decoder:
+    def read() -> tuple[Decoder, int]:
         count = sum(parameters(config.model).values())
         tell = f'out of memory on a device: {count:,} parameters; split them over more with --mesh'
         with jax.set_mesh(devices), explaining(lambda: tell):
-            model = checkpoints.restore(step, {'model': stored})['model']
+            model, found = restore_newest(checkpoints, first, config, files, stored, step)
+            check_saved(checkpoints, found, {'model': model}, 'with which nothing can be computed')
             if jax.tree.leaves(computed) != jax.tree.leaves(stored):
                 model = jax.jit(in_compute_dtype, donate_argnums=0)(model)
-            return unstacked(model, divided) if apart else model
+            return unstacked(model, divided) if apart else model, found
 
     thread = ThreadPoolExecutor(1, 'weights')
     reading = background.begin(thread, read)
     thread.shutdown(wait=False)  # takes no more work, and ends when this is done
     tokenizer = run_tokenizer(files, str(folder))
-    return TrainedRun(folder, config, devices, tokenizer, kind, reading, step, rows)
+    return TrainedRun(folder, config, devices, tokenizer, kind, reading, rows)
 
 
-def of_step(checkpoints: Checkpoints, step: int | None) -> int:
-    """A step that a run has a checkpoint of, the newest where none is asked for. Raises UserError where it has none."""
-    newest = checkpoints.newest()
-    if step is None or step in (steps := checkpoints.steps()):
-        return newest if step is None else step
+def check_step(checkpoints: Checkpoints, step: int | None) -> None:
+    """Raises UserError where a run has no checkpoint of a step that is asked for."""
+    if step is None or step in (steps := checkpoints.steps() or [checkpoints.newest()]):
+        return
     near = min(steps, key=lambda there: (abs(there - step), there))
     raise UserError(
         f'--step {step}: {checkpoints.run} has no checkpoint of this step; the nearest that it has is {near}'
@@ -130,14 +136,6 @@ def of_step(checkpoints: Checkpoints, step: int | None) -> int:
 def said_beside(folder: Path | Bucket) -> dict[str, bytes]:
     """Of an imported run, the published files that say how it is to be asked: chat templates, special tokens, sampling."""
     return published_files(folder, SAID.fullmatch)
-
-
-def _runs(folder: Path | Bucket) -> list[str]:
-    """The runs in a folder."""
-    if isinstance(folder, Bucket):
-        names = folder.names() if '/' in folder.key else []  # all of a bucket is not a folder of runs
-        return [str(folder / name) for name in names if (folder / name / 'config.yaml').is_file()]
-    return [str(path.parent) for path in folder.glob('*/config.yaml')] if folder.is_dir() else []
 
 
 # A token would wait for each stage in turn.

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import P
 
-from sharding.errors import UserError
+from sharding.errors import MachineError, UserError
 from sharding.mesh import BATCH
+
+NO_TOKEN = -1  # where logits choose none
+HOTTEST = 10_000.0  # beyond it all tokens are as likely as each other
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,9 +29,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float('inf'):
+        if not 0 <= self.temperature <= HOTTEST:
             raise UserError(
-                f'temperature is {self.temperature}: it must be at least 0; 0 always takes the most likely token'
+                f'temperature is {self.temperature}: it must be at least 0 and at most {HOTTEST:g}; 0 always takes the most '
+                'likely token'
             )
         if not 0 <= self.top_k < 2**31:
             raise UserError(f'top-k is {self.top_k}: it must be at least 0 and less than 2^31; 0 keeps all tokens')
@@ -36,9 +40,10 @@ class Sampling:
             raise UserError(f'top-p is {self.top_p}: it must be above 0 and at most 1; 1 keeps all tokens')
         if not 0 <= self.min_p <= 1:
             raise UserError(f'min-p is {self.min_p}: it must be between 0 and 1; 0 keeps all tokens')
-        if not 0 < self.repetition_penalty < float('inf'):
+        if not 0 < self.repetition_penalty <= HOTTEST:
             raise UserError(
-                f'repetition-penalty is {self.repetition_penalty}: it must be above 0; 1 leaves all logits as they are'
+                f'repetition-penalty is {self.repetition_penalty}: it must be above 0 and at most {HOTTEST:g}; 1 leaves '
+                'all logits as they are'
             )
         if not 0 <= self.seed < 2**32:
             raise UserError(f'seed is {self.seed}: it must be at least 0 and less than 2^32')
@@ -100,16 +105,32 @@ def describe(
 def choose(logit_BV: jax.Array, position_B: jax.Array, choice: Choice | None) -> jax.Array:
     """The token that follows each row's position, int32 [B]. Rows are split over BATCH, V is whole; logits are float32.
 
+    `NO_TOKEN` where a row's largest logit is no finite number: such a model chooses nothing.
+
     Without a choice the most likely one: the program of a draw takes as long to compile as a small model's step.
     """
     if choice is None:
-        return jnp.argmax(logit_BV, axis=-1).astype(jnp.int32)
+        return likeliest(logit_BV)
     return jax.shard_map(one_device, in_specs=P(BATCH), out_specs=P(BATCH))(logit_BV, position_B, choice)
+
+
+def likeliest(logit_BV: jax.Array) -> jax.Array:
+    """The most likely token, or `NO_TOKEN`: the largest of numbers with a NaN among them is a NaN."""
+    return jnp.where(jnp.isfinite(logit_BV.max(-1)), jnp.argmax(logit_BV, axis=-1), NO_TOKEN).astype(jnp.int32)
+
+
+def check_token(token: int) -> None:
+    """Raises MachineError for `NO_TOKEN`."""
+    if token == NO_TOKEN:
+        raise MachineError(
+            'the logits of the next token are not finite: the weights are, so a number between them is too large for the '
+            'dtype that the model computes in (model.dtype)'
+        )
 
 
 def one_device(logit_BV: jax.Array, position_B: jax.Array, choice: Choice) -> jax.Array:
     """`choose` for the rows of one device."""
-    greedy_B = jnp.argmax(logit_BV, axis=-1).astype(jnp.int32)
+    greedy_B = likeliest(logit_BV)
 
     def sampled():
         warm_B = jnp.where(choice.temperature_B > 0, choice.temperature_B, 1)
@@ -126,6 +147,6 @@ def one_device(logit_BV: jax.Array, position_B: jax.Array, choice: Choice) -> ja
         noise_BV = jax.vmap(draw)(choice.seed_B, position_B)
         best_B1 = jnp.argmax(jnp.where(keep_BV, sorted_BV + noise_BV, -jnp.inf), axis=-1)[:, None]
         picked_B = jnp.take_along_axis(order_BV, best_B1, axis=-1)[:, 0].astype(jnp.int32)
-        return jnp.where(choice.temperature_B > 0, picked_B, greedy_B)
+        return jnp.where((choice.temperature_B > 0) & (greedy_B != NO_TOKEN), picked_B, greedy_B)
 
     return jax.lax.cond((choice.temperature_B > 0).any(), sampled, lambda: greedy_B)

@@ -6,9 +6,14 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.forward import Source, hidden_states, logits, place, row_ways
-from sharding.mesh import SEQUENCE
+from sharding.mesh import SEQUENCE, platform
+
+TOKENS = {'cpu': 512}  # that a device works on at once; of these, rows of 32 take 0.45 of their time one by one
+TOKENS_ELSEWHERE = 8192
+BYTES = 2**28  # of a device's results at once, unless one row has more
 
 
 def score(
@@ -20,9 +25,10 @@ def score(
     float32 [b, T, V]) block by block, so that not all logits exist at once; of a model without an LM head its last hidden
     states, [b, T, D].
     """
-    rows, ways = row_ways(), math.prod(jax.sharding.get_mesh().shape[axis] for axis in SEQUENCE)
+    ways = math.prod(jax.sharding.get_mesh().shape[axis] for axis in SEQUENCE)
     count, T = tokens_BT.shape
     padded = -(-T // ways) * ways
+    rows = row_ways() * rows_at_once(model.config, -(-count // row_ways()), padded)
     run = jax.jit(logits if model.config.head else hidden_states)
     position = place(np.broadcast_to(np.arange(padded, dtype=np.int32), (rows, padded)))
     document = place(np.broadcast_to((np.arange(padded) < T).astype(np.int32), (rows, padded)))
@@ -33,6 +39,18 @@ def score(
         more = {} if source_BS is None else {'source': place(source_of(source_BS[begin : begin + rows], rows))}
         found = run(model, place(filled), position, document, **more)
         yield begin, np.asarray(found, np.float32)[: len(block), :T]
+
+
+def rows_at_once(c: ModelConfig, rows: int, length: int) -> int:
+    """How many of its rows of so many tokens a device scores at once: in as few turns as its memory is for, all alike.
+
+    One alone where rows compete for room at experts (`dispatch: all_to_all`): its logits are then those of no other's company.
+    """
+    if c.moe and c.moe.dispatch == 'all_to_all':
+        return 1
+    width = c.vocabulary if c.head else c.model_dim
+    most = max(1, min(TOKENS.get(platform(), TOKENS_ELSEWHERE) // length, BYTES // (4 * length * width)))
+    return -(-rows // -(-rows // most))
 
 
 def source_of(tokens_BS: np.ndarray, rows: int) -> Source:

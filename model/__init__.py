@@ -1,0 +1,3 @@
+from sharding.rooms import check_rooms
+
+check_rooms()

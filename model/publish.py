@@ -1,14 +1,8 @@
 """Folders of published models, written: the counterpart of model/hub.py."""
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import math
-import os
-import re
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +15,8 @@ from model.families import Family, Fields, families, tensors
 from model.families.fields import passed_over
 from model.hub import CONFIG, INDEX, SINGLE, shapes_of
 from sharding.errors import UserError, nearest
+from storage import files as disk
+from storage.staged import staged
 
 FILE_BYTES = 5 * 10**9  # of tensors in one file that is written
 NOT_EXPORTED = ('quantization_config', 'auto_map', 'transformers_version')
@@ -63,8 +59,8 @@ def write(
             **files,
             CONFIG: json.dumps(config, indent=2, ensure_ascii=False).encode() + b'\n',
         }.items():
-            (place / name).parent.mkdir(exist_ok=True)
-            (place / name).write_bytes(contents)
+            disk.make_folder((place / name).parent)
+            disk.put(place / name, contents)
         if len(parts) == 1:
             tensor_files.write(place / SINGLE, parts[0], content)
         else:
@@ -73,105 +69,7 @@ def write(
             total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds.values())
             where = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
             index = {'metadata': {'total_size': total}, 'weight_map': where}
-            (place / INDEX).write_text(json.dumps(index, indent=2) + '\n', encoding='utf-8')
-
-
-class staged:
-    """A new folder that gets its name when the block ends well, and is gone when it does not.
-
-    What a process that was killed left of it is gone when the next begins.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.lock: int | None = None
-
-    def __enter__(self) -> Path:
-        refuse_existing(self.folder)
-        try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self.clear()
-            self.make()
-        except OSError as error:
-            raise UserError(f'{self.folder}: cannot be made: {error.strerror}: {error.filename}') from None
-        return self.place
-
-    def make(self) -> None:
-        """A folder of this process alone, whoever else makes one of that name; locked while the process lives."""
-        while True:
-            prefix, suffix = f'.{self.folder.name}.', '.partial'
-            self.place = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=self.folder.parent))
-            with contextlib.suppress(OSError):  # a file system without locks: what is killed there stays
-                self.lock = locked(self.place)
-            if self.place.exists():  # nobody took it for a leftover before it was locked
-                self.place.chmod(0o777 & ~umask())
-                return
-            self.unlock()
-
-    def clear(self) -> None:
-        """Removes what processes that were killed left of this name."""
-        ours = re.compile(rf'\.{re.escape(self.folder.name)}\.\w{{8}}\.partial')  # as tempfile names them
-        for path in self.folder.parent.iterdir():
-            if ours.fullmatch(path.name):
-                with contextlib.suppress(OSError):  # a living process has it
-                    lock = locked(path)
-                    shutil.rmtree(path, ignore_errors=True)
-                    os.close(lock)
-
-    def unlock(self) -> None:
-        if self.lock is not None:
-            os.close(self.lock)
-        self.lock = None
-
-    def __exit__(self, kind, error, trace) -> None:
-        try:
-            if kind is None:
-                refuse_existing(self.folder)
-                for path in [*self.place.rglob('*'), self.place]:
-                    flush(path)
-                self.place.rename(self.folder)
-                flush(self.folder.parent)
-        finally:
-            shutil.rmtree(self.place, ignore_errors=True)
-            self.unlock()
-
-
-def locked(folder: Path) -> int:
-    """A lock on a folder, which ends when it is closed or the process does.
-
-    Raises OSError where another process has it, the folder is gone, or its file system has no locks.
-    """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def flush(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def umask() -> int:
-    """Which rights this process does not give to what it makes."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def refuse_existing(folder: Path) -> None:
-    """Raises UserError where there is something of that name."""
-    try:
-        there = folder.exists() or folder.is_symlink()
-    except OSError as error:
-        raise UserError(f'{folder}: cannot be made: {error.strerror}') from None
-    if there:
-        raise UserError(f'{folder}: exists already, and nothing is overwritten; choose another name, or move it away')
+            disk.put(place / INDEX, (json.dumps(index, indent=2) + '\n').encode())
 
 
 def published_config(

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from scripts.options import finite, whole
 from sharding.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,12 +23,12 @@ def add_sampling(parser: argparse.ArgumentParser, seeds: str) -> None:
     """The flags that say how tokens are chosen; `seeds`: the help of --seed."""
     of_run = f'an imported run’s {GENERATION} says the default, otherwise'
     add = lambda flag, kind, letter, text: parser.add_argument(flag, type=kind, metavar=letter, help=text)
-    add('--temperature', float, 'T', f'0 takes the most likely token; {of_run} it is 0')
-    add('--top-k', int, 'K', f'only the K most likely; 0: all; {of_run} 0')
-    add('--top-p', float, 'P', f'only the most likely that together reach P; {of_run} 1')
-    add('--min-p', float, 'P', f'only those with at least P of the best one’s probability; {of_run} 0')
-    add('--repetition-penalty', float, 'R', f'of tokens that were there: 1 is none; {of_run} 1')
-    parser.add_argument('--seed', type=int, default=0, metavar='S', help=seeds)
+    add('--temperature', finite, 'T', f'0 takes the most likely token; {of_run} it is 0')
+    add('--top-k', whole(0), 'K', f'only the K most likely; 0: all; {of_run} 0')
+    add('--top-p', finite, 'P', f'only the most likely that together reach P; {of_run} 1')
+    add('--min-p', finite, 'P', f'only those with at least P of the best one’s probability; {of_run} 0')
+    add('--repetition-penalty', finite, 'R', f'of tokens that were there: 1 is none; {of_run} 1')
+    parser.add_argument('--seed', type=whole(0, 2**32 - 1), default=0, metavar='S', help=seeds)
     parser.add_argument(
         '--stop', action='append', default=[], metavar='TEXT', help='ends an answer; may be given again'
     )

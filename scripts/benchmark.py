@@ -7,6 +7,8 @@ python scripts/benchmark.py experts
 python scripts/benchmark.py nanogpt configs/nanogpt-cpu.yaml --repository nanoGPT/ --python torchenv/bin/python
 python scripts/benchmark.py transformers runs/smollm2 --python torchenv/bin/python --rows 1
 python scripts/benchmark.py standard             the set of benchmarks/, as Markdown
+
+Tokens a second are those of all rows on all devices together, but for tokens_per_second_per_row.
 """
 
 import argparse
@@ -16,10 +18,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from scripts.entry import run
+from scripts.entry import as_json, run
+from scripts.options import Parser, whole
 from sharding.errors import UserError
 
-LEAST = {'turns': 1, 'steps': 1, 'rows': 1, 'prompt': 1, 'new': 8, 'experts': 1, 'dim': 1, 'hidden': 1}
+LEAST = {'profile': 0, 'turns': 1, 'steps': 1, 'rows': 1, 'prompt': 1, 'new': 8, 'experts': 1, 'dim': 1, 'hidden': 1}
 CPU = (
     ('train', 'configs/demo.yaml', '--steps', '10'),
     ('train', 'configs/demo.yaml', 'mesh.expert=1', 'mesh.tensor=1', '--steps', '10'),
@@ -45,37 +48,39 @@ ACCELERATOR = (  # one device with 80 GB or more
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     what = parser.add_subparsers(dest='what', required=True)
     kinds = ('train', 'decode', 'start', 'experts', 'nanogpt', 'transformers', 'standard')
     options = {name: what.add_parser(name) for name in kinds}
     for name in ('train', 'decode', 'nanogpt'):
         options[name].add_argument('config')
         options[name].add_argument('overrides', nargs='*', metavar='key=value')
-    options['train'].add_argument('--steps', type=int, default=20, help='whose median is reported')
-    options['decode'].add_argument('--rows', type=int, default=1, help='sequences decoded together')
-    options['decode'].add_argument('--prompt', type=int, default=128, help='tokens of each prompt')
-    options['decode'].add_argument('--new', type=int, default=64, help='tokens decoded after it')
+    options['train'].add_argument('--steps', type=whole(0), default=20, help='whose median is reported')
+    options['decode'].add_argument('--rows', type=whole(0), default=1, help='sequences decoded together')
+    options['decode'].add_argument('--prompt', type=whole(0), default=128, help='tokens of each prompt')
+    options['decode'].add_argument('--new', type=whole(0), default=64, help='tokens decoded after it')
     for name in ('train', 'decode'):
-        options[name].add_argument('--profile', type=int, default=0, metavar='N', help='list the N longest kernels too')
+        options[name].add_argument(
+            '--profile', type=whole(0), default=0, metavar='N', help='list the N longest kernels too'
+        )
     options['start'].add_argument('run', metavar='RUN', help='a folder such as runs/demo')
     options['start'].add_argument('--prompt', default='The capital of France is', metavar='TEXT')
-    options['start'].add_argument('--turns', type=int, default=3, help='whose median is reported')
+    options['start'].add_argument('--turns', type=whole(0), default=3, help='whose median is reported')
     for name, default in (('rows', 8192), ('experts', 8), ('dim', 256), ('hidden', 512)):
-        options['experts'].add_argument(f'--{name}', type=int, default=default)
+        options['experts'].add_argument(f'--{name}', type=whole(0), default=default)
     options['experts'].add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
     options['experts'].add_argument('--backend', default='auto', help='of the grouped matmul, as model.experts')
     options['nanogpt'].add_argument('--repository', type=Path, required=True, help='a checkout of nanoGPT')
     options['nanogpt'].add_argument('--python', default=sys.executable, help='an interpreter that has torch')
     options['transformers'].add_argument('run', metavar='RUN', help='a folder such as runs/smollm2')
     options['transformers'].add_argument('--python', default=sys.executable, help='one that has torch and transformers')
-    options['transformers'].add_argument('--rows', type=int, default=1, help='sequences decoded together')
-    options['transformers'].add_argument('--prompt', type=int, default=64, help='tokens of each prompt')
-    options['transformers'].add_argument('--new', type=int, default=33, help='tokens decoded after it')
-    options['transformers'].add_argument('--turns', type=int, default=7, help='whose median is reported')
+    options['transformers'].add_argument('--rows', type=whole(0), default=1, help='sequences decoded together')
+    options['transformers'].add_argument('--prompt', type=whole(0), default=64, help='tokens of each prompt')
+    options['transformers'].add_argument('--new', type=whole(0), default=33, help='tokens decoded after it')
+    options['transformers'].add_argument('--turns', type=whole(0), default=7, help='whose median is reported')
     options['transformers'].add_argument('--mesh', metavar='AXES', help='such as tensor=2; the run’s own otherwise')
     for option in options.values():
-        option.add_argument('--json', action='store_true')
+        option.add_argument('--json', action='store_true', help='one JSON object')
     given = _parse(parser)
     for name, least in LEAST.items():
         value = getattr(given, name, least)
@@ -85,7 +90,7 @@ def main() -> None:
     figures = others.get(given.what, configured)(given)
     if figures is not None:
         print(
-            json.dumps(figures)
+            as_json(figures)
             if given.json
             else '\n'.join(f'{name:>20}  {_show(name, value)}' for name, value in figures.items())
         )
@@ -157,11 +162,11 @@ def standard(given: argparse.Namespace) -> None:
             print(f'| {name} | ' + ' | '.join(_show(name, figures[name]) for _, figures in found) + ' |')
 
 
-def _parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+def _parse(parser: Parser) -> argparse.Namespace:
     # argparse stops reading overrides at the first option; what follows it is gathered here.
     given, rest = parser.parse_known_args()
-    if rest and (not hasattr(given, 'overrides') or any(part.startswith('-') for part in rest)):
-        parser.error(f'unrecognized arguments: {" ".join(rest)}')
+    if not hasattr(given, 'overrides') or any(part.startswith('-') for part in rest):
+        parser.none_left(rest)
     if rest:
         given.overrides += rest
     return given

@@ -4,7 +4,6 @@ python scripts/chat.py runs/smollm2 --system 'You are a pirate.'
 echo 'What is the capital of France?' | python scripts/chat.py runs/smollm2
 """
 
-import argparse
 import contextlib
 import signal
 import sys
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from scripts.answering import Written, add_sampling, sampling_of
 from scripts.entry import run
+from scripts.options import Parser, whole
 from sharding.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,30 +28,26 @@ Ctrl-C ends an answer; where you are to write, it leaves. A line that begins wit
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=HELP)
     parser.add_argument('run', metavar='RUN', help='a folder such as runs/smollm2, of a model with a chat template')
     parser.add_argument('--system', metavar='TEXT', help='what the model is told before all else')
-    parser.add_argument('--max-new-tokens', type=int, default=1024, metavar='N', help='of an answer; %(default)s')
-    add_sampling(parser, 'answer i, from 0, draws with seed S + i; 0')
-    parser.add_argument('--step', type=int, metavar='N', help='the checkpoint of this step; the newest otherwise')
+    parser.add_argument('--max-new-tokens', type=whole(1), default=1024, metavar='N', help='of an answer')
+    add_sampling(parser, 'answer i, from 0, draws with seed S + i')
+    parser.add_argument('--step', type=whole(0), metavar='N', help='the checkpoint of this step; the newest otherwise')
     parser.add_argument('--mesh', metavar='AXES', help='such as expert=2,tensor=2; the run’s own otherwise')
     options = parser.parse_args()
-    if options.max_new_tokens < 1:
-        raise UserError(f'max-new-tokens is {options.max_new_tokens}: it must be at least 1')
 
     from data.chat import RENDERER, chat_templates
 
     RENDERER.start()
 
     from decoding.run import open_run, said_beside
-    from sharding.buckets import at
+    from training.run_folder import run_folder
 
-    folder = at(options.run)
+    folder = run_folder(options.run)
     files = said_beside(folder)
     templates = chat_templates(files, options.run)
-    if templates is None and (folder / 'config.yaml').is_file():
+    if templates is None:
         raise UserError(
             f'{options.run} has no chat template, as models that were made to converse have; one that predicts the next token '
             f'goes on with a text: python scripts/decode.py {options.run} --prompt TEXT'

@@ -5,14 +5,14 @@ python scripts/convert.py import ~/models/model.Q4_K_M.gguf runs/llama  the same
 python scripts/convert.py export runs/llama ~/models/mine              a folder that transformers loads
 """
 
-import argparse
 from pathlib import Path
 
 from scripts.entry import run
+from scripts.options import Parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     ways = parser.add_subparsers(dest='way', required=True)
     dtypes = ('float32', 'bfloat16', 'float16')
 
@@ -61,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    run(main)
+    run(main, lasting=True)

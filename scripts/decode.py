@@ -6,41 +6,30 @@ python scripts/decode.py runs/smollm2 --prompts-file questions.jsonl --out answe
 """
 
 import argparse
-import dataclasses
-import json
-import os
-import stat
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from scripts.answering import Written, add_sampling, sampling_of
-from scripts.entry import run
-from sharding.errors import UserError, nearest
+from scripts.entry import as_json, run
+from scripts.options import Parser, finite, whole
+from sharding.errors import LONGEST, UserError, shown
+from storage.files import Output, check_output, partial
 
 if TYPE_CHECKING:
     from decoding.generate import Completion
-
-LINES = ('.jsonl', '.ndjson')  # of a --prompts-file that is JSON Lines
-FIELDS = ('prompt', 'messages', 'tools', 'documents', 'chat_template_kwargs', 'id')  # of such a line
-
-
-@dataclasses.dataclass
-class Question:
-    """A plain prompt, or a conversation that the model is to go on with."""
-
-    where: str  # the flag or the line of a file, for messages
-    prompt: str = ''
-    conversation: dict[str, Any] | None = None  # arguments of `ChatTemplates.render`
-    id: Any = None  # of a line that has one: its answers have it too
-
+    from decoding.questions import Question
 
 MOST_ANSWERS = 10_000  # to a prompt: all of them are kept until they can be told in order
+MOST_BEAMS = 1024  # each has a cache of its own
+MOST_ROWS = 65_536  # answers at once
+MOST_PENALTY = 10  # lengths to the power of it are still numbers
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('run', metavar='RUN', help='a folder such as runs/demo')
     asked = parser.add_argument_group('what is gone on with', 'each may be given several times')
     asked.add_argument('--prompt', action='append', default=[], metavar='TEXT', help='a text, as it stands')
@@ -61,36 +50,48 @@ def main() -> None:
         metavar='FILE.json',
         help='a conversation by its chat template: a list of messages, or {"messages": …, "tools": …}',
     )
-    parser.add_argument('--max-new-tokens', type=int, default=128, metavar='N', help='of an answer; %(default)s')
-    parser.add_argument('-n', type=int, default=1, metavar='N', dest='answers', help='answers to each prompt; 1')
-    add_sampling(parser, 'answer j of N to prompt i, both from 0, draws with seed S + i N + j; 0')
+    parser.add_argument('--max-new-tokens', type=whole(1), default=128, metavar='N', help='of an answer')
     parser.add_argument(
-        '--beams', type=int, default=0, metavar='N', help='the likeliest continuation of N that are followed at once'
+        '-n', type=whole(1, MOST_ANSWERS), default=1, metavar='N', dest='answers', help='answers to each prompt'
+    )
+    add_sampling(parser, 'answer j of N to prompt i, both from 0, draws with seed S + i N + j')
+    parser.add_argument(
+        '--beams',
+        type=whole(0, MOST_BEAMS),
+        default=0,
+        metavar='N',
+        help='the likeliest continuation of N that are followed at once',
     )
     parser.add_argument(
         '--length-penalty',
-        type=float,
+        type=finite,
         default=1.0,
         metavar='P',
         help='of --beams: a continuation’s log-probability is divided by its length to the power of P',
     )
     parser.add_argument(
         '--logprobs',
-        type=int,
+        type=whole(0),
         default=0,
         metavar='K',
         help='with --json or --out: each token’s log-probability and the K most likely tokens, as the model gives them',
     )
-    parser.add_argument('--batch', type=int, default=16, metavar='N', help='answers at once; %(default)s')
-    parser.add_argument('--step', type=int, metavar='N', help='the checkpoint of this step; the newest otherwise')
+    parser.add_argument('--batch', type=whole(1, MOST_ROWS), default=16, metavar='N', help='answers at once')
+    parser.add_argument('--step', type=whole(0), metavar='N', help='the checkpoint of this step; the newest otherwise')
     parser.add_argument('--mesh', metavar='AXES', help='such as expert=2,tensor=2; the run’s own otherwise')
-    parser.add_argument('--json', action='store_true', help='one JSON object an answer')
+    parser.add_argument(
+        '--json',
+        action='store_true',
+        help='one JSON object an answer; its tokens_per_second are those of that answer alone',
+    )
     parser.add_argument(
         '--out', metavar='FILE.jsonl', help='write these objects there, whole or not at all; nothing is shown'
     )
     options = parser.parse_args()
     check(options)
-    questions = read_questions(options)
+    from decoding.questions import read_questions
+
+    questions = read_questions(options.prompt, options.prompts_file, options.message, options.chat)
 
     from data.chat import RENDERER, chat_templates
 
@@ -98,10 +99,10 @@ def main() -> None:
         RENDERER.start()
 
     from decoding.run import open_run, said_beside
-    from sharding.buckets import at
+    from training.run_folder import run_folder
 
-    files = said_beside(at(options.run))
-    texts = render(questions, chat_templates(files, options.run), at(options.run))
+    files = said_beside(run_folder(options.run))
+    texts = render(questions, chat_templates(files, options.run), options.run)
     sampling = sampling_of(options, {} if options.beams else files, options.run)
     opened = open_run(options.run, options.mesh, step=options.step)
 
@@ -121,7 +122,7 @@ def main() -> None:
         'give a smaller --batch, lower --max-new-tokens, or split them over more devices with --mesh'
     )
     done: list[Completion] = []
-    with Out(options.out) as out, jax.set_mesh(opened.mesh), explaining(lambda: tell):
+    with answers_in(options.out) as write, jax.set_mesh(opened.mesh), explaining(lambda: tell):
         check_prompts(opened.config.model, opened.tokenizer, texts, opened.context)
         like = options.batch if len(spans) > 1 else 0
         if not options.beams:
@@ -168,24 +169,24 @@ def main() -> None:
             screen.finish()
             for i, completion in zip(span, completions, strict=True):
                 question = questions[order[i]]
-                line = json.dumps(told(completion, question, i % options.answers, options))
+                line = as_json(told(completion, question, i % options.answers, options))
                 if options.json:
                     print(line, flush=True)
-                out.write(line)
+                write(line)
             done += completions
             if len(spans) > 1:
                 print(f'{len(done)} of {len(order)} answers', file=sys.stderr)
     if not options.json:
-        summary(done, len(questions), options.max_new_tokens, opened.context, opened.step)
+        speed = speed_together([done[span.start : span.stop] for span in spans])
+        summary(done, len(questions), options.max_new_tokens, opened.context, opened.step, speed)
 
 
 def check(options: argparse.Namespace) -> None:
     """Raises UserError for flags that do not go together or are out of range."""
-    for name, flag in (('max_new_tokens', 'max-new-tokens'), ('answers', 'n'), ('batch', 'batch')):
-        if getattr(options, name) < 1:
-            raise UserError(f'{flag} is {getattr(options, name)}: it must be at least 1')
-    if options.answers > MOST_ANSWERS:
-        raise UserError(f'n is {options.answers}: it must be at most {MOST_ANSWERS}; another --seed gives others')
+    if abs(options.length_penalty) > MOST_PENALTY:
+        raise UserError(
+            f'--length-penalty {options.length_penalty}: it must be between {-MOST_PENALTY} and {MOST_PENALTY}; 1 is usual'
+        )
     if options.logprobs and not (options.json or options.out):
         raise UserError(f'--logprobs {options.logprobs}: they are told in objects; add --json or --out FILE.jsonl')
     if options.beams:
@@ -196,66 +197,10 @@ def check(options: argparse.Namespace) -> None:
                 flag = '-n' if name == 'answers' else f'--{name.replace("_", "-")}'
                 raise UserError(f'--beams {options.beams}: it chooses by itself; leave out {flag}')
     if options.out is not None:
-        check_out(Path(options.out))
+        check_output('--out', Path(options.out), [*options.prompts_file, *options.chat])
 
 
-def read_questions(options: argparse.Namespace) -> list[Question]:
-    """What the flags ask, in the order of --help."""
-    from data.chat import read_conversation
-
-    questions = [Question('--prompt', text) for text in options.prompt]
-    for path in options.prompts_file:
-        questions += read_prompts(path)
-    for text in options.message:
-        questions.append(Question('--message', conversation={'messages': [{'role': 'user', 'content': text}]}))
-    for path in options.chat:
-        text = read_text('--chat', path)
-        questions.append(Question(path, conversation=read_conversation(text, path)))
-    if not questions:
-        raise UserError('no prompt: give --prompt TEXT, --prompts-file FILE, --message TEXT or --chat FILE.json')
-    return questions
-
-
-def read_text(flag: str, path: str) -> str:
-    """A file's text, without a byte order mark."""
-    try:
-        return Path(path).read_bytes().decode('utf-8-sig')
-    except UnicodeDecodeError as error:
-        raise UserError(f'{flag} {path}: not UTF-8 at byte {error.start}') from None
-    except OSError as error:
-        raise UserError(f'{flag} {path}: {error.strerror}') from None
-
-
-def read_prompts(path: str) -> list[Question]:
-    """The lines of a file, empty ones left out. Only line feeds end a line: a prompt may hold any other character."""
-    lines = [(n, line.removesuffix('\r')) for n, line in enumerate(read_text('--prompts-file', path).split('\n'), 1)]
-    if not path.lower().endswith(LINES):
-        return [Question(f'{path}:{n}', line) for n, line in lines if line]
-    return [read_line(f'{path}:{n}', line) for n, line in lines if line.strip()]
-
-
-def read_line(where: str, line: str) -> Question:
-    """The question of a line of JSON Lines."""
-    from data.chat import conversation
-
-    try:
-        said = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{where}: not readable as JSON: {error}') from None
-    if not isinstance(said, dict) or ('prompt' in said) == ('messages' in said):
-        raise UserError(f'{where}: a line is an object with either "prompt" or "messages"')
-    for name in said:
-        if name not in FIELDS:
-            raise UserError(f'{where}: no field {name!r} in a line{nearest(name, FIELDS)}')
-    number = said.pop('id', None)
-    if 'messages' in said:
-        return Question(where, conversation=conversation(said, where), id=number)
-    if not isinstance(said['prompt'], str) or len(said) > 1:
-        raise UserError(f'{where}: prompt must be a text, and alone but for an id')
-    return Question(where, said['prompt'], id=number)
-
-
-def render(questions: Sequence[Question], templates: Any, run: Any) -> list[str]:
+def render(questions: Sequence['Question'], templates: Any, run: str) -> list[str]:
     """The texts that questions are for the model; one that ends with the assistant's message is to go on with that.
 
     Raises UserError for a conversation where the run has no chat template.
@@ -265,20 +210,19 @@ def render(questions: Sequence[Question], templates: Any, run: Any) -> list[str]
         if question.conversation is None:
             texts.append(question.prompt)
             continue
-        if templates is None and (run / 'config.yaml').is_file():
+        if templates is None:
             raise UserError(
                 f'{question.where}: {run} has no chat template; --prompt TEXT has its model go on with a text as it stands'
             )
         try:
             goes_on = question.conversation['messages'][-1]['role'] == 'assistant'
-            rendered = templates and templates.render(**question.conversation, continue_final_message=goes_on)
-            texts.append(rendered or '')  # what is no run is told when it is opened
+            texts.append(templates.render(**question.conversation, continue_final_message=goes_on))
         except UserError as error:
             raise UserError(f'{question.where}: {error}') from None
     return texts
 
 
-def told(completion: 'Completion', question: Question, answer: int, options: argparse.Namespace) -> dict[str, Any]:
+def told(completion: 'Completion', question: 'Question', answer: int, options: argparse.Namespace) -> dict[str, Any]:
     """An answer as an object of JSON."""
     fields = ['prompt', 'text', 'tokens', 'finish_reason', 'tokens_per_second']
     fields += ['score'] if options.beams else []
@@ -288,73 +232,43 @@ def told(completion: 'Completion', question: Question, answer: int, options: arg
     return found | ({'answer': answer} if options.answers > 1 else {})
 
 
-def summary(done: Sequence['Completion'], prompts: int, most: int, context: int, step: int) -> None:
+def speed_together(batches: Sequence[Sequence['Completion']]) -> float:
+    """Tokens a second of batches one after another, each as long as its longest answer took."""
+    seconds = sum(max(completion.seconds for completion in batch) for batch in batches)
+    return sum(completion.timed_tokens for batch in batches for completion in batch) / seconds if seconds else 0.0
+
+
+def summary(done: Sequence['Completion'], prompts: int, most: int, context: int, step: int, speed: float) -> None:
     """Says on stderr how it went."""
-    speed = sum(completion.tokens_per_second for completion in done)
     tokens = sum(len(completion.tokens) for completion in done)
     full = sum(one.finish_reason == 'length' and len(one.tokens) < most for one in done)
     if full:
         print(f'{full} of them ended where the context of {context} tokens is full', file=sys.stderr)
     answers = f', answers: {len(done)}' if len(done) > prompts else ''
-    print(f'prompts: {prompts}{answers}, tokens: {tokens}, {speed:,.0f} tokens/s (step {step})', file=sys.stderr)
+    print(f'prompts: {prompts}{answers}, tokens: {tokens}, {speed:,.0f} tokens/s in all (step {step})', file=sys.stderr)
 
 
-def check_out(path: Path) -> None:
-    """Raises UserError where a file cannot be made, or something else than a file has its name."""
-    for one in (path, partial(path)):
-        try:
-            kind = one.lstat().st_mode
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise UserError(f'--out {one}: {error.strerror}') from None
-        if not stat.S_ISREG(kind):
-            raise UserError(f'--out {one}: is there and is no regular file; name another')
-    if not path.parent.is_dir():
-        raise UserError(f'--out {path}: there is no folder {path.parent}')
+@contextlib.contextmanager
+def answers_in(path: str | None) -> Iterator[Callable[[str], None]]:
+    """Writes lines to a file that gets its name when the block ends well; to none where `path` is None.
 
+    What was written before a failure stays in FILE.partial, line by line, and stderr says so.
+    """
+    if path is None:
+        yield lambda line: None
+        return
+    output = Output('--out', path, 'w', keep=True)
+    try:
+        with output as file:
 
-def partial(path: Path) -> Path:
-    """What a file is called until it is whole."""
-    return path.with_name(f'{path.name}.partial')
+            def write(line: str) -> None:
+                file.write(line + '\n')
+                file.flush()
 
-
-class Out:
-    """A file that gets its name when the block ends well. What is written before stands in FILE.partial, line by line."""
-
-    def __init__(self, path: str | None) -> None:
-        self.path = None if path is None else Path(path)
-        self.file: IO[str] | None = None
-
-    def __enter__(self) -> 'Out':
-        if self.path is not None:
-            check_out(self.path)
-            try:
-                flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-                self.file = open(os.open(partial(self.path), flags, 0o666), 'w', encoding='utf-8')
-            except OSError as error:
-                raise UserError(f'--out {self.path}: {error.strerror}') from None
-        return self
-
-    def write(self, line: str) -> None:
-        if self.file is not None:
-            self.file.write(line + '\n')
-            self.file.flush()
-
-    def __exit__(self, kind, error, trace) -> None:
-        if self.file is None:
-            return
-        if kind is None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-        if kind is None:
-            check_out(self.path)
-            os.replace(partial(self.path), self.path)
-        elif partial(self.path).stat().st_size:
-            print(f'what was done until then stands in {partial(self.path)}', file=sys.stderr)
-        else:
-            partial(self.path).unlink()
+            yield write
+    finally:
+        if output.kept:
+            print(f'what was done until then stands in {shown(partial(output.path), LONGEST)}', file=sys.stderr)
 
 
 class Screen:

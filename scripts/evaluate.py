@@ -4,13 +4,14 @@ python scripts/evaluate.py runs/demo --data notes.md src/ 'more/*.jsonl'
 """
 
 import argparse
-import json
+import sys
 
-from scripts.entry import run
+from scripts.entry import as_json, run
+from scripts.options import Parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('run', metavar='RUN', help='a folder such as runs/demo')
     parser.add_argument(
         '--data', nargs='+', metavar='PATH', help='files, folders or globs; the run’s own validation split otherwise'
@@ -20,21 +21,20 @@ def main() -> None:
     parser.add_argument('--json', action='store_true', help='one JSON object')
     options = parser.parse_args()
 
-    from data.sources import texts
+    from training.run_folder import run_folder
 
-    found = (
-        list(texts(options.data, options.field)) if options.data else None
-    )  # a wrong path is told before a model is read
+    folder = run_folder(options.run)
+    # A wrong path is told before a model is read.
+    found = read_data(options, folder) if options.data else None
 
     from contextlib import closing
 
     from data.prepare import load
-    from sharding.buckets import at
     from sharding.errors import UserError
     from training.config import RECORD
     from training.mirror import Mirror
 
-    dataset, folder = None, at(options.run)
+    dataset = None
     if found is None and (folder / RECORD).is_file() and not (folder / 'data').exists():
         raise UserError(
             f'{folder} is an imported model, which no validation split comes with: give text to predict with --data PATH'
@@ -42,7 +42,8 @@ def main() -> None:
     if (folder / 'data').exists() or found is None:
         with closing(Mirror(folder)) as mirror:
             mirror.fetch()
-            dataset = load(mirror.local)  # of a bucket's, mapped files stay readable without a name
+            # What it says is none of the results; of a bucket's, mapped files stay readable without a name.
+            dataset = load(mirror.local, lambda line: print(line, file=sys.stderr))
 
     from decoding.run import open_run
 
@@ -59,7 +60,7 @@ def main() -> None:
     if found is None:
         rows, content = dataset.validation, dataset.validation_bytes()
     else:
-        rows, content = read_anew(opened, options.data, found)
+        rows, content = packed(opened, found)
     tell = f'out of memory on a device: activations of {t.batch} rows of {t.sequence_length} tokens; split them with --mesh'
     with jax.set_mesh(opened.mesh), explaining(lambda: tell):
         read = evaluate(opened.model, opened.tokenizer, rows, np.arange(len(rows)), t.batch)
@@ -74,7 +75,7 @@ def main() -> None:
         'step': opened.step,
     }
     if options.json:
-        print(json.dumps(figures))
+        print(as_json(figures))
         return
     print(f'{read.tokens:,} tokens of {read.bytes:,} bytes, after step {opened.step}')
     print(f'  model                       {read.bits_per_byte:.4f} bits/byte   ({read.nats_per_token:.4f} nats/token)')
@@ -83,23 +84,39 @@ def main() -> None:
         print(f'  xz -9, given the training   {figures["xz_given_training_bits_per_byte"]:.4f} bits/byte')
 
 
-def read_anew(opened, paths: list[str], found: list[tuple[str, str]]):
+def read_data(options: argparse.Namespace, folder) -> list:
+    """The texts of --data, or its pairs where the run is an encoder–decoder; says on stderr what is left out of folders."""
+    from data.pairs import read_pairs
+    from data.sources import texts
+    from data.walk import LeftOut, told
+    from training.config import parse
+
+    skipped: list[LeftOut] = []
+    config = folder / 'config.yaml'
+    if parse(config.read_bytes(), str(config)).model.encoder is not None:
+        found: list = list(read_pairs(options.data, '--data', skipped))
+    else:
+        found = [text for _, text in texts(options.data, options.field, skipped)]
+    if skipped:
+        print(f'--data: {len(found)} texts{told(skipped)}', file=sys.stderr)
+    return found
+
+
+def packed(opened, found: list):
     """The rows and the bytes that the model is to predict of other files than the run's own."""
     from data.packing import pack_documents
-    from data.pairs import pack_pairs, read_pairs
+    from data.pairs import pack_pairs
     from sharding.errors import UserError
 
-    length = opened.config.training.sequence_length
+    length, names = opened.config.training.sequence_length, opened.config.data.special_tokens
     if opened.config.model.encoder is None:
-        rows = pack_documents(opened.tokenizer, [text for _, text in found], length)
-        return rows, b''.join(text.encode() for _, text in found)
-    pairs = list(read_pairs(paths, '--data'))
-    packed, too_long = pack_pairs(opened.tokenizer, pairs, length, opened.config.model.encoder.start_token)
+        return pack_documents(opened.tokenizer, found, length, names), ''.join(found).encode()
+    rows, too_long = pack_pairs(opened.tokenizer, found, length, opened.config.model.encoder.start_token, names)
     if too_long:
         raise UserError(
-            f'--data: {too_long} of {len(pairs)} pairs have more than {length} tokens on a side; leave them out'
+            f'--data: {too_long} of {len(found)} pairs have more than {length} tokens on a side; leave them out'
         )
-    return packed, b''.join(pair.target.encode() for pair in pairs)
+    return rows, ''.join(pair.target for pair in found).encode()
 
 
 if __name__ == '__main__':

@@ -8,49 +8,69 @@ python scripts/plan.py configs/models/llama-3.1-8b.yaml --chip v6e --chips 64 --
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from scripts.entry import as_json
 from scripts.entry import run as run_script
+from scripts.options import Parser
+from sharding.errors import LONGEST, shown
 from sharding.mesh import BATCH, MeshConfig
+from storage.files import Output, check_output
 
-POSITIVE = ('chips', 'tokens', 'price', 'watts', 'rows', 'length', 'prompt', 'latency', 'throughput', 'timeout')
+MOST = {  # of an option at most: beyond it figures mean nothing
+    'chips': 2**18,  # no machine has more
+    'tokens': 1e18,
+    'price': 1e6,
+    'watts': 1e6,
+    'rows': 2**24,
+    'length': 2**30,
+    'prompt': 2**30,
+    'latency': 1e9,
+    'throughput': 1e15,
+    'timeout': 1e7,
+}
+OWN, GIVEN, SEARCHED = 'the config’s; --mesh auto searches', 'as given', 'found by a search'  # which mesh a plan has
 
 
 def main() -> None:
     options = parse()
+    if options.html is not None:
+        check_output('--html', options.html, [options.config])
     plan = make(options)
-    if options.html:
+    if options.html is not None:
         from analysis.plan_page import page
 
-        options.html.write_text(page(plan), encoding='utf-8')
+        with Output('--html', options.html) as file:
+            file.write(page(plan).encode())
     if options.json:
-        print(json.dumps(plan))
+        print(as_json(plan))
         return
     from rich.console import Console
 
     from analysis.plan_text import show
 
     show(plan, Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160))
-    if options.html:
-        print(options.html)
+    if options.html is not None:
+        print(shown(options.html, LONGEST))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The options of a command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('config', help='a YAML file, such as configs/models/llama-3.1-8b.yaml')
     parser.add_argument('overrides', nargs='*', metavar='key=value', help='such as training.batch=512')
     parser.add_argument('--chip', required=True, help='h100, h200, b200, gb200, a100, mi300x, v4, v5e, v5p, v6e, v7x …')
     parser.add_argument('--chips', type=int, required=True, help='how many (of v7x: devices, two a chip)')
     parser.add_argument(
         '--mesh',
-        help="such as data=8,tensor=4; auto searches; left out: to train the config's where it has as many devices, else auto",
+        help="such as data=8,tensor=4; auto searches; left out: to train the config's where it has as many devices and fits, "
+        'else auto',
     )
     parser.add_argument('--tokens', type=float, help="to train on (default: the config's steps)")
     parser.add_argument('--price', type=float, help='of a chip for an hour')
+    parser.add_argument('--currency', default='USD', metavar='NAME', help='of --price; %(default)s')
     parser.add_argument('--watts', type=float, help='of a chip (default: its data sheet)')
     serving = parser.add_argument_group('serving')
     serving.add_argument('--serve', action='store_true', help='plans decoding instead of training')
@@ -78,34 +98,43 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
     from sharding.errors import UserError
 
     chip = named(options.chip)
-    for name in POSITIVE:
+    for name, most in MOST.items():
         value = getattr(options, name)
-        if value is not None and not value > 0:
-            raise UserError(f'--{name} is {value:g}: it must be above 0')
+        if value is not None and not 0 < value <= most:
+            least_or_most = 'above 0' if not value > 0 else f'at most {told(most)}'
+            raise UserError(f'--{name} is {shown(told(value), 40)}: it must be {least_or_most}')
 
     from analysis import plan
     from training.config import load
 
     config = load(options.config, options.overrides)
     config = config if config.model.vocabulary else config.with_vocabulary(config.data.vocabulary)
-    config, searched = settle_mesh(options, config)
-    terms = plan.Terms(tokens=options.tokens, price=options.price, watts=options.watts)
+    config, mesh = settle_mesh(options, config)
+    terms = plan.Terms(tokens=options.tokens, price=options.price, currency=options.currency, watts=options.watts)
     length = (options.length if options.serve else None) or config.training.sequence_length
-    if not (config.model.causal and config.model.head):  # what is only scored, nobody waits for
-        found, chosen = None, {'what': 'bill'}
-    elif options.serve:
-        found, chosen = serve(options, config, chip, length, terms, searched)
-    else:
-        found, chosen = train(options, config, chip, terms, searched)
-    compiled = compiling(options, config, chosen) if options.compile and 'time' in chosen else None
-    return {
+    bill = {
         'run': plan.run_part(config),
         'chip': plan.chip_part(options.chip.lower(), chip, options.chips),
         **plan.model_part(config.model, length),
-        'search': plan.search_part(found) if found else None,
-        **chosen,
-        **({'compiled': compiled} if compiled else {}),
+        'search': None,
     }
+    if not (config.model.causal and config.model.head):  # what is only scored, nobody waits for
+        return bill | {'what': 'bill'}
+    if options.serve:
+        mesh, found, chosen, fits_from = serve(options, config, chip, length, terms, mesh)
+    else:
+        mesh, found, chosen, fits_from = train(options, config, chip, terms, mesh)
+    more = {'compiled': compiling(options, config, chosen)} if options.compile else {}
+    if not chosen['fits']:
+        chosen = plan.without_speed(chosen)
+    fits_from = None if fits_from is None else fits_from._asdict()
+    search = {'search': plan.search_part(found) if found else None}
+    return bill | search | chosen | {'mesh_is': mesh, 'fits_from': fits_from} | more
+
+
+def told(value: float) -> str:
+    """An option's number as a user writes it."""
+    return str(value) if isinstance(value, int) else f'{value:g}'
 
 
 def compiling(options, config, chosen: dict[str, Any]) -> dict[str, Any]:
@@ -119,51 +148,71 @@ def compiling(options, config, chosen: dict[str, Any]) -> dict[str, Any]:
     return compiled_part(compile_step(run, options.chip.lower(), what, timeout=options.timeout, **sizes), chosen)
 
 
-def train(options, config, chip, terms, searched: bool):
-    """What a search found, if there was one, and the plan's part on training."""
+def train(options, config, chip, terms, mesh: str):
+    """Which mesh it is, what a search found, the plan's part on training, and how many chips hold it where these do not."""
+    from analysis.fewest import fewest_to_train
     from analysis.plan import training_part
     from analysis.search import Choice, search
 
-    dataclasses.replace(config, mesh=MeshConfig() if searched else config.mesh).check_sizes()
-    found = search(config, chip, options.chips) if searched else None
-    return found, training_part(found.ranked[0] if found else Choice(config, chip), chip, terms)
+    if mesh != SEARCHED:
+        config.check_sizes()
+        chosen, found = Choice(config, chip), None
+        if mesh == OWN and not chosen.fits:
+            mesh = SEARCHED
+    if mesh == SEARCHED:
+        dataclasses.replace(config, mesh=MeshConfig()).check_sizes()
+        found = search(config, chip, options.chips)
+        chosen = found.ranked[0]
+    fits_from = None if chosen.fits else fewest_to_train(config, chip)
+    return mesh, found, training_part(chosen, chip, terms), fits_from
 
 
-def serve(options, config, chip, length: int, terms, searched: bool):
+def serve(options, config, chip, length: int, terms, mesh: str):
     """The same on serving."""
+    from analysis.fewest import fewest_to_serve
     from analysis.plan import serving_part
     from analysis.serving import Serving, Target, check_serves, search_serving
+    from sharding.errors import UserError
 
+    most = config.model.max_positions
+    if most is not None and length > most:
+        raise UserError(f'--length is {length}: this model has {most} positions (model.max_positions)')
+    prompt = options.prompt or max(1, length // 2)
+    if prompt > length:
+        raise UserError(f'--prompt is {prompt}: it must be at most --length, which is {length}')
     target = Target(latency=None if options.latency is None else options.latency / 1e3, throughput=options.throughput)
     rows = options.rows or (None if options.latency or options.throughput else 64)
-    prompt = options.prompt or max(1, length // 2)
-    if searched:
-        ways = search_serving(config.model, chip, options.chips, rows, length, prompt, target)
-        return ways, serving_part(ways.ranked[0], chip, terms)
-    one = Serving(config.model, config.mesh, chip, rows or config.mesh.span(BATCH), length, prompt, target)
-    check_serves(one)
-    return None, serving_part(one, chip, terms)
+    if mesh == SEARCHED:
+        found = search_serving(config.model, chip, options.chips, rows, length, prompt, target)
+        chosen = found.ranked[0]
+    else:
+        found = None
+        chosen = Serving(config.model, config.mesh, chip, rows or config.mesh.span(BATCH), length, prompt, target)
+        check_serves(chosen)
+    fits_from = None if chosen.fits else fewest_to_serve(chosen, rows)
+    return mesh, found, serving_part(chosen, chip, terms), fits_from
 
 
 def settle_mesh(options: argparse.Namespace, config):
-    """The config with its mesh, and whether one is to be searched. Raises UserError for one of another size."""
+    """The config with its mesh, and which that is. Raises UserError for one of another size."""
     from sharding.errors import UserError
     from sharding.mesh import parse_mesh
 
     if options.mesh == 'auto':
-        return config, True
+        return config, SEARCHED
+    given = options.mesh is not None or any(key.startswith('mesh.') for key in options.overrides)
     if options.mesh is not None:
         config = dataclasses.replace(config, mesh=parse_mesh(options.mesh))
-    elif not any(key.startswith('mesh.') for key in options.overrides) and (
-        options.serve or config.mesh.size != options.chips  # a config's mesh is one to train on
-    ):
-        return config, True
-    if config.mesh.size != options.chips:
+    elif not given and (options.serve or config.mesh.size != options.chips):  # a config's mesh is one to train on
+        return config, SEARCHED
+    size = config.mesh.size
+    if size != options.chips:
+        works = f'--chips {size}, or --mesh auto' if size <= MOST['chips'] else '--mesh auto'
         raise UserError(
-            f'--chips is {options.chips} and the mesh ({config.mesh}) has {config.mesh.size} devices: they must be as many; '
-            f'nearest that works: --chips {config.mesh.size}, or --mesh auto'
+            f'--chips is {options.chips} and the mesh ({config.mesh}) has {size} devices: they must be as many; nearest that '
+            f'works: {works}'
         )
-    return config, False
+    return config, GIVEN if given else OWN
 
 
 if __name__ == '__main__':

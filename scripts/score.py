@@ -7,14 +7,16 @@ V is the real vocabulary. Of a model without an LM head --logits writes its last
 """
 
 import argparse
-import os
 from pathlib import Path
 
 from scripts.entry import run
+from scripts.options import Parser
+
+MOST_TEXTS = 1 << 26  # characters of a file of texts: all of them are held
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('run', metavar='RUN', help='a folder such as runs/demo')
     parser.add_argument(
         '--tokens',
@@ -55,18 +57,14 @@ def main() -> None:
         )
 
 
-def check_folder(option: str, target: Path) -> None:
-    """Raises UserError where there is no folder to write into."""
-    from sharding.errors import UserError
-
-    if not target.parent.is_dir():
-        raise UserError(f'{option} {target}: there is no folder {target.parent}')
-
-
 def embed_texts(options: argparse.Namespace) -> None:
     """Writes a vector for each line of a file."""
-    texts, target = read_texts(options.texts), Path(options.embeddings)
-    check_folder('--embeddings', target)
+    from sharding.errors import MachineError
+    from storage.files import Output, check_output, writing
+
+    target = Path(options.embeddings)
+    check_output('--embeddings', target, [options.texts])
+    texts = read_texts(options.texts)
 
     from decoding.run import open_run
 
@@ -76,33 +74,37 @@ def embed_texts(options: argparse.Namespace) -> None:
     import numpy as np
 
     from decoding.embed import embed
+    from sharding.errors import LONGEST, shown
     from sharding.memory import explaining
 
     tell = 'out of memory on a device: activations of some texts at once; give shorter ones, or use --mesh'
     with jax.set_mesh(opened.mesh), explaining(lambda: tell):
         vectors = embed(opened, texts, options.pooling)
-    partial = target.with_name(target.name + '.partial')
-    with open(partial, 'wb') as file:
+    if not np.isfinite(vectors).all():
+        row = int(np.argmin(np.isfinite(vectors).all(1)))
+        raise MachineError(f'the vector of line {row + 1} is not finite: none are written')
+    with Output('--embeddings', target) as file, writing(target):
         np.save(file, vectors)
-    os.replace(partial, target)
-    print(f'{target}: float32 {list(vectors.shape)} (step {opened.step})')
+    print(f'{shown(target, LONGEST)}: float32 {list(vectors.shape)} (step {opened.step})')
 
 
 def score_tokens(options: argparse.Namespace) -> None:
     """Writes the logits of rows of token ids."""
+    from data.ids import read_ids
     from decoding.run import open_run
-    from sharding.errors import UserError
+    from sharding.errors import LONGEST, MachineError, UserError, shown
+    from storage.files import Output, check_output, writing
 
+    target = Path(options.logits)
+    check_output('--logits', target, [options.tokens, *filter(None, [options.sources])])
     tokens_BT = read_ids('--tokens', options.tokens)
     source_BS = read_ids('--sources', options.sources) if options.sources else None
-    target = Path(options.logits)
-    check_folder('--logits', target)
     opened = open_run(options.run, options.mesh, needs_text=False, stacked=True)
     c = opened.config.model
     check_ids('--tokens', options.tokens, tokens_BT, 0, c)
     if (source_BS is None) != (c.encoder is None):
         raise UserError(
-            f'--sources {options.sources}: {options.run} has no encoder, which alone reads sources; leave it out'
+            f'--sources {shown(options.sources)}: {options.run} has no encoder, which alone reads sources; leave it out'
             if source_BS is not None
             else f'{options.run} is an encoder–decoder: --tokens is what its decoder reads, and --sources FILE, whole numbers '
             '[B, S], what its encoder reads'
@@ -111,7 +113,7 @@ def score_tokens(options: argparse.Namespace) -> None:
         check_ids('--sources', options.sources, source_BS, -1, c)
         if len(source_BS) != len(tokens_BT):
             raise UserError(
-                f'--sources {options.sources}: {len(source_BS)} rows; --tokens has {len(tokens_BT)}: one each'
+                f'--sources {shown(options.sources)}: {len(source_BS)} rows; --tokens has {len(tokens_BT)}: one each'
             )
 
     import jax
@@ -121,65 +123,44 @@ def score_tokens(options: argparse.Namespace) -> None:
     from sharding.memory import explaining
 
     what, width = ('logits', c.vocabulary) if c.head else ('last hidden states', c.model_dim)
-    partial = target.with_name(target.name + '.partial')
-    out = np.lib.format.open_memmap(partial, mode='w+', dtype=np.float32, shape=(*tokens_BT.shape, width))
+    shape = (*tokens_BT.shape, width)
     tell = f'out of memory on a device: {what} of {tokens_BT.shape[1]} tokens a row; give shorter rows, or use --mesh'
-    with jax.set_mesh(opened.mesh), explaining(lambda: tell):
+    # Written and not mapped: where a disk is full, writing is an error and a mapping ends the process.
+    with Output('--logits', target) as file, writing(target), jax.set_mesh(opened.mesh), explaining(lambda: tell):
+        np.lib.format.write_array_header_1_0(file, {'descr': '<f4', 'fortran_order': False, 'shape': shape})
         for begin, logit_BTV in score(opened.model, tokens_BT, source_BS):
-            out[begin : begin + len(logit_BTV)] = logit_BTV
-    out.flush()
-    os.replace(partial, target)
-    print(f'{target}: {what}, float32 {list(out.shape)} (step {opened.step})')
+            if not np.isfinite(logit_BTV).all():
+                raise MachineError(
+                    f'{what} of rows {begin} to {begin + len(logit_BTV) - 1} are not all finite: none are written'
+                )
+            file.write(np.ascontiguousarray(logit_BTV, '<f4'))
+    print(f'{shown(target, LONGEST)}: {what}, float32 {list(shape)} (step {opened.step})')
 
 
 def read_texts(path: str) -> list[str]:
     """The lines of a file, empty ones among them, so that each has its row. Only line feeds end a line."""
-    from sharding.errors import UserError
+    from data.reading import joined, pieces
+    from sharding.errors import UserError, shown
 
-    try:
-        text = Path(path).read_bytes().decode('utf-8')
-    except UnicodeDecodeError as error:
-        raise UserError(f'--texts {path}: not UTF-8 at byte {error.start}') from None
-    except OSError as error:
-        raise UserError(f'--texts {path}: {error.strerror}') from None
+    text = joined(pieces(Path(path), '--texts ', streams=True), f'--texts {shown(path)}', MOST_TEXTS)
     if not text:
-        raise UserError(f'--texts {path}: is empty; write a text a line')
+        raise UserError(f'--texts {shown(path)}: is empty; write a text a line')
     return text.removesuffix('\n').split('\n')
-
-
-def read_ids(option: str, path: str):
-    """The whole numbers of a .npy file, [B, T]."""
-    import numpy as np
-
-    from sharding.errors import UserError
-
-    try:
-        found = np.load(path, allow_pickle=False)
-    except OSError as error:
-        raise UserError(f'{option} {path}: {error.strerror or error}') from None
-    except (ValueError, EOFError):  # what NumPy says is of pickles, whatever the file is
-        raise UserError(f'{option} {path}: not a whole .npy file of numbers; np.save writes one') from None
-    if not isinstance(found, np.ndarray):
-        raise UserError(f'{option} {path}: an archive of several arrays; save the one with np.save')
-    if found.ndim != 2 or found.dtype.kind not in 'iu' or not found.size:
-        raise UserError(
-            f'{option} {path}: {found.dtype} {list(found.shape)}: it must hold whole numbers [B, T], not none'
-        )
-    return found
 
 
 def check_ids(option: str, path: str, ids, least: int, c) -> None:
     """Raises UserError for an id that the run does not have, and for a row that is longer than its table of positions."""
-    from sharding.errors import UserError
+    from sharding.errors import UserError, shown
 
     if ids.min() < least or ids.max() >= c.vocabulary:
         bad = ids[(ids < least) | (ids >= c.vocabulary)][0]
-        raise UserError(f'{option} {path}: token {bad}: ids of this run are 0 to {c.vocabulary - 1}')
+        raise UserError(f'{option} {shown(path)}: token {bad}: ids of this run are 0 to {c.vocabulary - 1}')
     if c.max_positions is not None and ids.shape[1] > c.max_positions:
         raise UserError(
-            f'{option} {path}: rows of {ids.shape[1]} tokens: this run has {c.max_positions} positions (model.max_positions)'
+            f'{option} {shown(path)}: rows of {ids.shape[1]} tokens: this run has {c.max_positions} '
+            'positions (model.max_positions)'
         )
 
 
 if __name__ == '__main__':
-    run(main)
+    run(main, lasting=True)

@@ -5,14 +5,14 @@ python scripts/train.py configs/demo.yaml training.steps=100 mesh.data=2
 Several processes train one run, each on its own devices: scripts/launch/ has ready files.
 """
 
-import argparse
 from pathlib import Path
 
 from scripts.entry import run
+from scripts.options import Parser
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument('config', help='a YAML file, such as configs/demo.yaml')
     parser.add_argument('overrides', nargs='*', metavar='key=value', help='such as training.steps=100')
     parser.add_argument('--fresh', action='store_true', help='move a run of that name aside and begin anew')
@@ -21,7 +21,7 @@ def main() -> int:
         '--runs',
         metavar='PATH',
         default='runs',
-        help='the folder of all runs, gs://BUCKET/… and s3://BUCKET/… too (default: runs)',
+        help='the folder of all runs, gs://BUCKET/… and s3://BUCKET/… too',
     )
     from sharding.processes import add_options
 
@@ -31,9 +31,11 @@ def main() -> int:
     from sharding.buckets import at
     from sharding.processes import begin, check_devices, find
     from training.config import load
+    from training.run_folder import check_new
 
     runs = at(options.runs)
     config = load(options.config, options.overrides)
+    check_new(runs, config.name)
     check_imported(Path(options.config).parent, runs, config.name, options.fresh)
     launch = find(vars(options))
     processes = (launch and launch.processes) or 1
@@ -79,4 +81,4 @@ def check_imported(folder, runs, name: str, fresh: bool) -> None:
 
 
 if __name__ == '__main__':
-    run(main)
+    run(main, lasting=True)

@@ -10,12 +10,13 @@ Credentials and the endpoint are the clients' own matter (AWS_PROFILE, AWS_ENDPO
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sharding.errors import UserError
+from sharding.errors import UserError, shown
 
 EXTRAS = {'gs': 'gcs', 's3': 's3'}  # what pyproject.toml calls the client of a protocol
 CONNECTIONS = 16  # objects under way at once
@@ -23,12 +24,20 @@ CONNECTIONS = 16  # objects under way at once
 
 def at(path: 'str | Path | Bucket') -> 'Path | Bucket':
     """The folder that a path or a URL names. Raises UserError for a URL of no known kind, and where its client is missing."""
-    if not isinstance(path, str) or '://' not in path:
-        return Path(path) if isinstance(path, str) else path
+    if isinstance(path, Bucket):
+        return path
+    if isinstance(path, Path) or '://' not in path:
+        try:
+            os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            pass  # the caller's matter
+        except (OSError, ValueError) as error:  # a name that is too long, goes in circles or has a NUL in it
+            raise UserError(f'{shown(path)}: {getattr(error, "strerror", None) or error}') from None
+        return Path(path)
     protocol, _, rest = path.partition('://')
     key = '/'.join(part for part in rest.split('/') if part)
     if protocol not in EXTRAS or not key:
-        raise UserError(f'{path}: a run folder is a local path, gs://BUCKET/… or s3://BUCKET/…')
+        raise UserError(f'{shown(path)}: a run folder is a local path, gs://BUCKET/… or s3://BUCKET/…')
     _store(protocol)  # a missing client is told before any work
     return Bucket(protocol, key)
 
@@ -135,6 +144,19 @@ class Bucket:
                 self.store.pipe_file(self.key, content)
             except FileNotFoundError as error:
                 raise UserError(f'{self}: cannot be written: {error}; is there such a bucket?') from None
+
+    def create(self, content: bytes) -> bool:
+        """Writes an object that is not there, in one step: False where one is. (Stores that cannot tell write in any case.)"""
+        with _reaching(self):
+            try:
+                self.store.pipe_file(self.key, content, mode='create')
+            except FileExistsError:
+                return False
+            except Exception:
+                if self.store.isfile(self.key):  # some clients say in their own words that it is there
+                    return False
+                raise
+        return True
 
     def upload(self, source: Path) -> None:
         """Writes one object from a file."""

@@ -25,7 +25,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
 from sharding import program_cache
-from sharding.errors import UserError
+from sharding.errors import UserError, shown
 
 AXES = ('replica', 'stage', 'data', 'context', 'expert', 'tensor')
 BATCH = ('replica', 'data', 'expert')  # axes that split the rows of a batch
@@ -37,6 +37,8 @@ FSDP = (
 SEQUENCE = ('context', 'tensor')  # axes that split the sequence between blocks
 IN_ORDER = '--xla_cpu_enable_concurrency_optimized_scheduler=false'
 SEARCHED = 1024  # devices at most of a mesh that is proposed in an error
+SIMULATED = 1024  # devices at most that one CPU plays: from about 4,000 on JAX ends without a word
+LARGEST = 1 << 24  # devices at most of a mesh
 
 # A layout then names the axes that split something alone, and nothing varies over one device (see sharding/collectives.py).
 jax.config.update('jax_remove_size_one_mesh_axis_from_type', True)
@@ -59,6 +61,8 @@ class MeshConfig:
                 raise UserError(
                     f'mesh.{axis} is {getattr(self, axis)}; an axis needs at least 1 device, and 1 turns it off'
                 )
+        if self.size > LARGEST:
+            raise UserError(f'mesh ({self}) asks for {self.size} devices; at most {LARGEST} work')
 
     @functools.cached_property
     def size(self) -> int:
@@ -76,14 +80,17 @@ class MeshConfig:
 
 def parse_mesh(text: str, option: str = '--mesh') -> MeshConfig:
     """`'expert=2,tensor=2'` as a MeshConfig; axes left out are 1."""
-    sizes = {}
-    for part in filter(None, text.split(',')):
-        axis, _, size = part.partition('=')
-        if axis.strip() not in AXES:
-            raise UserError(f'{option} {text!r}: no axis {axis.strip()!r}; the axes are {", ".join(AXES)}')
-        if not size.strip().isdecimal():
-            raise UserError(f'{option} {text!r}: {axis.strip()} needs a whole number, as in {axis.strip()}=2')
-        sizes[axis.strip()] = int(size)
+    sizes: dict[str, int] = {}
+    given = shown(text, quoted=True)
+    for part in filter(None, map(str.strip, text.split(','))):
+        axis, equals, size = (word.strip() for word in part.partition('='))
+        if axis not in AXES:
+            raise UserError(f'{option} {given}: no axis {shown(axis, 60, quoted=True)}; the axes are {", ".join(AXES)}')
+        if not equals or not (size.isascii() and size.isdecimal()) or len(size) > 9:
+            raise UserError(f'{option} {given}: {axis} needs a whole number of at most 9 digits, as in {axis}=2')
+        if axis in sizes:
+            raise UserError(f'{option} {given}: {axis} stands twice; leave one of them out')
+        sizes[axis] = int(size)
     return MeshConfig(**sizes)
 
 
@@ -157,6 +164,11 @@ def start(devices: int, dtype: str, processes: int = 1) -> None:
     its own devices. Where JAX has started already (a notebook), it keeps those that it has, and `make_mesh` judges whether
     they suffice.
     """
+    if devices // processes > SIMULATED:
+        raise UserError(
+            f'the mesh asks for {devices // processes:,} devices of this machine: at most {SIMULATED:,} work; choose sizes '
+            'whose product is no more, or run on several machines'
+        )
     if dtype == 'float64':
         jax.config.update('jax_enable_x64', True)
     run_in_order()

@@ -3,9 +3,12 @@
 Process 0 listens, each other process keeps one connection to it, and a thread of each reads what comes. Over it go
 meetings (a barrier that hands everyone a value of process 0; without a time limit, because process 0 may prepare data
 for an hour) and the end of any process: one that fails says so and all others end with its exit code; one that
-disappears is lost, and all others say so in one line and end with 1, whatever they are doing. A connection that ends
-without a word, or a host whose kernel answers no longer (TCP's keepalive, not ours: a process that computes need not find time
-for it), is a loss.
+disappears is lost, and all others say so in one line and end with 75, whatever they are doing: the run can be started again.
+A connection that ends without a word, or a host whose kernel answers no longer (TCP's keepalive), is a loss.
+
+A process may be there and do nothing: stopped, or stuck on a disk. So a thread of each sends a beat every second or so, and one
+that has not been heard for `patience()` seconds is as good as lost. The thread needs Python's lock for a moment only, which
+compilers, collectives and tracing give it. A process that finds that it stood still itself waits for the word of the others.
 
 Nothing here knows JAX. In a process that has joined nobody, every function does its work alone and at once.
 """
@@ -13,19 +16,42 @@ Nothing here knows JAX. In a process that has joined nobody, every function does
 import contextlib
 import hmac
 import json
+import math
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from sharding import streams
+from sharding.errors import UserError, shown
+
 SILENCE = 30  # seconds without an answer of a host's kernel after which its process is lost
-LOSS = 1  # exit code after a loss
+PATIENCE = 50.0  # seconds without a beat after which a process hangs: JAX aborts some 60 seconds after it has stopped
+LEAST, MOST = 2.0, 86_400.0  # that may be asked for
+VARIABLE = 'WEFT_PATIENCE'
+LOSS = 75  # exit code after a loss: EX_TEMPFAIL, try again
 WORD = 5  # seconds in which the loss that made a collective fail is known here too
 
 _peers: '_Peers | None' = None
+
+
+def patience() -> float:
+    """Seconds for which a process may give no sign of life: WEFT_PATIENCE, or `PATIENCE`."""
+    said = os.environ.get(VARIABLE)
+    if not said:
+        return PATIENCE
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = math.nan
+    if not LEAST <= seconds <= MOST:
+        raise UserError(
+            f'{VARIABLE} is {shown(said, 40, quoted=True)}: it must be a number of seconds, at least {LEAST:g} and at most '
+            f'{MOST:g}, for which a process may give no sign of life'
+        )
+    return seconds
 
 
 def join(
@@ -70,9 +96,14 @@ def leave() -> None:
         _peers.leave()
 
 
+def stay() -> None:
+    """Waits for the word of the others where this process has stood still: they may have ended without it."""
+    if _peers is not None and time.monotonic() - _peers.beaten > _peers.patience:
+        time.sleep(WORD)
+
+
 def fail(code: int, line: str) -> NoReturn:
     """Ends this process with `code`, and all others too; `line` says why, where nobody sees what this process printed."""
-    _flush()
     if _peers is not None:
         _peers.say_and_close({'failed': code, 'who': _peers.name, 'line': line})
     os._exit(code)
@@ -90,18 +121,22 @@ class _Peers:
     def __init__(self, process: int, count: int, exchange: Callable, goodbye: Callable[[], object]):
         self.process, self.count, self.goodbye = process, count, goodbye
         self.name = f'process {process} (host {socket.gethostname()})'
+        self.patience = patience()
         self.changed = threading.Condition()
         self.came: dict[str, set[int]] = {}  # process 0: who is at a meeting
         self.values: dict[str, Any] = {}  # other processes: what a meeting gave
         self.left: set[int] = set()  # who has said goodbye
         self.links: dict[int, _Link] = {}
-        self.ending = threading.Lock()
+        self.ending, self.told = threading.Lock(), threading.Lock()
         if process == 0:
             self._listen(exchange)
         else:
             self._connect(exchange)
+        self.beaten = time.monotonic()  # when this process gave its last sign of life
         for number, link in self.links.items():
+            link.heard = self.beaten
             threading.Thread(target=self._read, args=(number, link), name=f'peer {number}', daemon=True).start()
+        threading.Thread(target=self._beat, name='beat', daemon=True).start()
 
     def _listen(self, exchange: Callable) -> None:
         family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
@@ -150,7 +185,10 @@ class _Peers:
                 if number not in self.left:
                     self._end({'lost': link.name})
                 return
-            if 'failed' in message or 'lost' in message:
+            link.heard = time.monotonic()
+            if 'beat' in message:
+                continue
+            if not message.keys().isdisjoint(('failed', 'lost', 'hangs')):
                 self._end(message)
             with self.changed:
                 if 'bye' in message:
@@ -160,6 +198,20 @@ class _Peers:
                 else:
                     self.values[message['meet']] = message['value']
                 self.changed.notify_all()
+
+    def _beat(self) -> None:
+        """Gives signs of life, and ends the process where another gives none."""
+        while True:
+            time.sleep(min(1.0, self.patience / 8))
+            now = time.monotonic()
+            if now - self.beaten > self.patience / 2:  # this one stood still: it has heard nobody meanwhile
+                for link in self.links.values():
+                    link.heard = now
+            self.beaten = now
+            self._send({'beat': self.process})
+            for number, link in self.links.items():
+                if number not in self.left and now - link.heard > self.patience:
+                    self._end({'hangs': link.name, 'seconds': now - link.heard})
 
     def meet(self, name: str, value: Any) -> Any:
         if self.process:
@@ -184,19 +236,22 @@ class _Peers:
                 link.send(message)
 
     def _end(self, message: dict[str, Any]) -> NoReturn:
-        """Ends this process because another did."""
+        """Ends this process because another did. The first reason is the one that is told."""
+        if not self.told.acquire(blocking=False):
+            threading.Event().wait()
+        self.left.update(self.links)  # who ends because of this is not lost
+        again = 'started again, the run goes on from its last checkpoint'
         if 'lost' in message:
-            line = f'error: {message["lost"]} was lost; started again, the run goes on from its last checkpoint'
-            code = LOSS
+            line, code = f'error: {message["lost"]} was lost; {again}', LOSS
+        elif 'hangs' in message:
+            seconds = f'has given no sign of life for {message["seconds"]:.0f} seconds'
+            line, code = f'error: {message["hangs"]} hangs: it {seconds}; {again}', LOSS
         else:
             code = message['failed']
             # What process 0 had to say it has said; any other's output may be on a machine that nobody looks at.
             line = f'{message["who"]}: {message["line"]}' if self.process == 0 else ''
         with contextlib.suppress(Exception):
-            if sys.stdout.isatty():
-                os.write(sys.stdout.fileno(), b'\x1b[?25h\n')  # the progress bar hid the cursor
-            if line:
-                os.write(2, f'{line}\n'.encode())
+            streams.say(line)
             if self.process == 0:
                 self.say_and_close(message)
         os._exit(code)
@@ -205,14 +260,13 @@ class _Peers:
         """The last word: returns when the others have heard it, or after two seconds."""
         if not self.ending.acquire(blocking=False):
             return time.sleep(2)  # another thread is at it, and ends the process
+        self.left.update(self.links)  # who ends because of this word is not lost
         self._send(message)
         # A process that ends with something unread resets its connections, and its last word may be lost with them.
         until = time.monotonic() + 2
         for link in self.links.values():
             with contextlib.suppress(OSError):
                 link.socket.shutdown(socket.SHUT_WR)
-        for number in self.links:
-            self.left.add(number)
         alive = [thread for thread in threading.enumerate() if thread.name.startswith('peer ')]
         for thread in alive:
             if thread is not threading.current_thread():
@@ -228,6 +282,7 @@ class _Link:
         self.file = connection.makefile('rb')
         self.sending = threading.Lock()
         self.name = ''
+        self.heard = 0.0  # when the other process last said something
 
     def ready(self) -> None:
         """From now on it may be silent for as long as the other host's kernel answers."""
@@ -256,9 +311,3 @@ def _addresses() -> list[str]:
         probe.connect(('10.255.255.255', 1))  # sends nothing: it asks the kernel which address it would use
         found.append(probe.getsockname()[0])
     return [*found, socket.gethostname(), 'localhost']
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()

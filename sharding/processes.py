@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+import math
 import os
 import re
 import socket
@@ -28,8 +29,8 @@ from jax import P
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-from sharding import peers
-from sharding.errors import NotTogether, UserError
+from sharding import peers, streams
+from sharding.errors import NotTogether, UserError, shown
 
 TOLD = {
     'coordinator': ('--coordinator', 'WEFT_COORDINATOR'),
@@ -72,18 +73,27 @@ def find(told: Mapping[str, str | None], environment: Mapping[str, str] | None =
     if missing:
         given = ', '.join(names[key] for key, value in values.items() if value)
         raise UserError(f'{given} without {", ".join(missing)}: a process among several must be told all three')
-    if not re.fullmatch(r'(\[[0-9a-fA-F:.]+\]|[^\s:]+):\d{1,5}', values['coordinator']):
-        raise UserError(f'{names["coordinator"]} is {values["coordinator"]!r}: it must be HOST:PORT, as in host-0:9876')
-    for key, least in ('processes', 1), ('process', 0):
-        if not values[key].isascii() or not values[key].isdecimal() or int(values[key]) < least:
-            raise UserError(f'{names[key]} is {values[key]!r}: it must be a whole number of at least {least}')
-    processes, process = int(values['processes']), int(values['process'])
+    place = re.fullmatch(r'(\[[0-9a-fA-F:.]+\]|[^\s:]+):([0-9]{1,5})', values['coordinator'])
+    if not place or not 0 < int(place[2]) < 1 << 16:
+        given = shown(values['coordinator'], 80, quoted=True)
+        raise UserError(f'{names["coordinator"]} is {given}: it must be HOST:PORT, as in host-0:9876')
+    processes = _number(names['processes'], values['processes'], 1)
+    process = _number(names['process'], values['process'], 0)
     if process >= processes:
         raise UserError(
             f'{names["process"]} is {process} and {names["processes"]} is {processes}: processes count from 0; '
             f'nearest that works: {processes - 1}'
         )
     return Launch(values['coordinator'], processes, process) if processes > 1 else None
+
+
+def _number(name: str, text: str, least: int) -> int:
+    """What an option or a variable says. Raises UserError for what is no number of processes."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 10) or int(text) < least:
+        raise UserError(
+            f'{name} is {shown(text, 40, quoted=True)}: it must be a whole number of at least {least} and at most 9 digits'
+        )
+    return int(text)
 
 
 def check_devices(devices: int, processes: int, mesh: object) -> None:
@@ -103,8 +113,10 @@ def begin(launch: Launch, devices: int) -> None:
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM, which means save and stop
     method = 'deactivate' if launch.coordinator else None  # what was told is all, wherever this runs
+    # JAX aborts with a stack trace when it loses a process: `peers` is to be first.
+    beats = max(100, math.ceil(2 * peers.patience()))
     try:
-        jax.distributed.initialize(*launch, cluster_detection_method=method)
+        jax.distributed.initialize(*launch, cluster_detection_method=method, heartbeat_timeout_seconds=beats)
         if jax.process_count() > 1:
             if jax.default_backend() == 'cpu':
                 _hush()
@@ -123,7 +135,7 @@ def begin(launch: Launch, devices: int) -> None:
 def _hush() -> None:
     """Gloo, which connects CPUs, tells of each connection on standard output: only Python's own lines go there from now on."""
     sys.stdout.flush()
-    real = os.fdopen(os.dup(1), 'w', buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors)
+    real = streams.moved(sys.stdout, os.dup(1))
     with open(os.devnull, 'wb') as nowhere:
         os.dup2(nowhere.fileno(), 1)
     sys.stdout = real
@@ -191,14 +203,17 @@ def _exchange(message: dict[str, Any]) -> dict[str, Any]:
 def _detect(environment: Mapping[str, str]) -> Launch | None:
     """Where JAX would find several processes."""
     if all(name in environment for name in SLURM):
-        tasks = int(environment['SLURM_NTASKS'])
+        for name in 'SLURM_PROCID', 'SLURM_LOCALID':  # which JAX reads
+            _number(name, environment[name], 0)
+        tasks = _number('SLURM_NTASKS', environment['SLURM_NTASKS'], 1)
         return Launch(processes=tasks) if tasks > 1 else None
     if environment.get('JAX_PLATFORMS', 'tpu') not in ('', 'tpu', 'tpu,cpu') or not _has_tpu():
         return None
     hosts = environment.get('TPU_PROCESS_ADDRESSES') or environment.get('TPU_WORKER_HOSTNAMES')
     if hosts is None and 'TPU_SKIP_MDS_QUERY' not in environment:
         hosts = _metadata('worker-network-endpoints')
-    several = ',' in (hosts or '') or int(environment.get('MEGASCALE_NUM_SLICES') or 1) > 1
+    slices = _number('MEGASCALE_NUM_SLICES', environment.get('MEGASCALE_NUM_SLICES') or '1', 0)
+    several = ',' in (hosts or '') or slices > 1
     return Launch() if several else None
 
 

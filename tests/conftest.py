@@ -61,6 +61,7 @@ SLOW += (
     'test_beams',
     'test_mtp',
     'test_encoder_mutations',
+    'test_parts',
 )
 
 

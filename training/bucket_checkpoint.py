@@ -22,13 +22,15 @@ import jax
 
 from sharding import peers
 from sharding.buckets import CONNECTIONS, Bucket, at_once
+from storage.lock import Lock
+from storage.sealed import sealed
 from training import shards
-from training.checkpoint import MANIFEST, SHARDS, Checkpoints, contents, kinds, named, sealed
+from training.checkpoint import MANIFEST, SHARDS, Checkpoints, contents, is_step, kinds, named
 
 
-def checkpoints_of(folder: Path | Bucket, keep: int = 2) -> Checkpoints:
+def checkpoints_of(folder: Path | Bucket, keep: int = 2, lock: Lock | None = None) -> Checkpoints:
     """The checkpoints of a run, wherever it is."""
-    return BucketCheckpoints(folder, keep) if isinstance(folder, Bucket) else Checkpoints(folder, keep)
+    return BucketCheckpoints(folder, keep, lock) if isinstance(folder, Bucket) else Checkpoints(folder, keep, lock)
 
 
 class BucketCheckpoints(Checkpoints):
@@ -38,9 +40,9 @@ class BucketCheckpoints(Checkpoints):
     folder: Any
     readers = CONNECTIONS  # most of their time they wait
 
-    def __init__(self, folder: Bucket, keep: int = 2):
+    def __init__(self, folder: Bucket, keep: int = 2, lock: Lock | None = None):
         assert keep >= 1, keep
-        self.run, self.folder, self.keep = folder, folder / 'checkpoints', keep
+        self.run, self.folder, self.keep, self.lock = folder, folder / 'checkpoints', keep, lock
         self._orbax = None
         self._thread = ThreadPoolExecutor(1, 'checkpoint')
         self._last: Future[None] | None = None
@@ -52,6 +54,7 @@ class BucketCheckpoints(Checkpoints):
     def save(self, step: int, items: Mapping[str, Any], meta: dict, files: Mapping[str, bytes] | None = None) -> None:
         """As in a local folder; a step that is taken again is not there until it is published again."""
         self.wait()
+        self._check_lock()
         files = contents(items, meta, files)
         if peers.first():
             published = self.steps()
@@ -69,12 +72,21 @@ class BucketCheckpoints(Checkpoints):
                 mine.update(shards.written(f'{item}/{name}', x))
         self._last = self._thread.submit(self._publish_shards, step, kinds(items), mine, files)
 
-    def file(self, step: int, name: str) -> bytes:
-        """A file of a checkpoint."""
+    def _content(self, step: int, name: str) -> bytes:
         return (self.folder / str(step) / name).read_bytes()
+
+    def _may_come(self) -> bool:
+        return False
 
     def _publish_shards(self, step: int, arrays: dict, mine: dict[str, bytes], files: Mapping[str, bytes]) -> None:
         """Writes this process' shards, and process 0 the rest when all have. Runs in a thread of its own."""
+        with self._told(step):
+            self._write(step, arrays, mine, files)
+
+    def _clear(self) -> None:
+        """The next save does it: a bucket that fails now is not asked for more."""
+
+    def _write(self, step: int, arrays: dict, mine: dict[str, bytes], files: Mapping[str, bytes]) -> None:
         path = self.folder / str(step)
         prints = {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in mine.items()}
         at_once(lambda name: (path / name).write_bytes(mine[name]), mine)
@@ -88,15 +100,16 @@ class BucketCheckpoints(Checkpoints):
             path.delete(others)
             at_once(lambda name: (path / name).write_bytes(files[name]), files)
             prints |= {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in files.items()}
+            self._check_lock()
             manifest = {'format': SHARDS, 'arrays': arrays, 'files': dict(sorted(prints.items()))}
-            (path / MANIFEST).write_bytes(sealed(manifest).encode())
+            (path / MANIFEST).write_bytes(sealed(manifest))
             for old in self.steps()[: -self.keep]:
                 self._delete(old)
         peers.meet('published')
 
     def _folders(self) -> list[int]:
         """The steps of which there is anything, ascending."""
-        return sorted(int(name) for name in self.folder.names() if name.isascii() and name.isdecimal())
+        return sorted(int(name) for name in self.folder.names() if is_step(name))
 
     def _delete(self, step: int) -> None:
         """Its manifest first: from then on it is no checkpoint."""
@@ -104,21 +117,25 @@ class BucketCheckpoints(Checkpoints):
         path.delete([MANIFEST])
         path.delete(path.files())
 
-    def _sizes(self, step: int) -> dict[str, int]:
-        return (self.folder / str(step)).files()
+    def _sizes(self, path: Any) -> dict[str, int | None]:
+        return dict(path.files()) if isinstance(path, Bucket) else super()._sizes(path)
 
-    def _hashed(self, step: int, name: str) -> str:
-        return hashlib.sha256(self.file(step, name)).hexdigest()
+    def _hashed(self, path: Any) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
 
     def _read(self, step: int, name: str, into: memoryview) -> str:
-        content = self.file(step, name)[: len(into)]
+        content = self._content(step, name)[: len(into)]
         into[: len(content)] = content
         return hashlib.sha256(content).hexdigest()
 
     @contextlib.contextmanager
-    def _on_disk(self, step: int) -> Iterator[Path]:
-        """A copy of a checkpoint, for Orbax to read."""
+    def _pinned(self, step: int, manifest: dict, wanted: set[str]) -> Iterator[Any]:
+        """A copy of what is to be read, where Orbax is to read it."""
+        source = self.folder / str(step)
+        if not manifest or manifest.get('format') == SHARDS:
+            yield source
+            return
         with tempfile.TemporaryDirectory(prefix='weft-') as folder:
-            source = self.folder / str(step)
-            source.download(Path(folder), source.files())
+            skipped = set(manifest['arrays']) - wanted
+            source.download(Path(folder), [name for name in source.files() if name.split('/')[0] not in skipped])
             yield Path(folder)

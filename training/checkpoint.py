@@ -11,7 +11,8 @@
 Of several processes each writes and reads its own arrays through Orbax; process 0 does all else, and none goes on before
 it is done: nobody restores, or begins the next save, before the last one is published.
 
-A reader changes nothing. What was killed in the middle is cleared by the next save.
+A reader changes nothing, and asks for no lock: a checkpoint that is deleted while it is read is told as `Gone`, and
+`read_newest` then reads the next. What was killed in the middle is cleared by the next save.
 
 Object stores have no rename: training/bucket_checkpoint.py does the same there, with the arrays as in training/shards.py.
 """
@@ -19,60 +20,135 @@ Object stores have no rename: training/bucket_checkpoint.py does the same there,
 import contextlib
 import hashlib
 import json
+import logging
 import os
-import shutil
-from collections.abc import Iterable, Mapping
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from sharding import peers
 from sharding.buckets import CONNECTIONS, at_once
-from sharding.errors import UserError
+from sharding.errors import MachineError, UserError, shown
+from storage import files as disk
+from storage.lock import Lock
+from storage.sealed import sealed, unsealed
 from training import shards
+from training.manifest import (
+    MANIFEST,
+    META,
+    SHARDS,
+    contents,
+    files_below,
+    fingerprint,
+    is_manifest,
+    is_step,
+    kind_of,
+    kinds,
+    named,
+    open_files,
+    pinned,
+    size_of,
+)
 
-MANIFEST = 'manifest.json'
-META = 'meta.json'
 CHUNK = 2**20  # bytes that are read and hashed at once
-SHARDS = 'shards'  # the manifest's format where the arrays are as in training/shards.py; where Orbax wrote it says none
+AGAIN = 100  # checkpoints that a reader tries one after another, each deleted while it was read
+BETWEEN = 0.1  # seconds in which one that is replaced may not be there
+OF_THE_SYSTEM = re.compile(
+    r"os_error_code='(\d+)'|\[OS error (\d+)"
+)  # in what Orbax says when the operating system refuses
+T = TypeVar('T')
+
+
+class SaveFailed(MachineError):
+    """A checkpoint could not be written; what was published before stands, and the next save may work."""
+
+
+class Gone(UserError):
+    """A checkpoint was deleted or replaced while it was read: the run goes on, and has a newer one."""
+
+
+def read_newest(
+    checkpoints: 'Checkpoints', read: Callable[[int], T], step: int | None = None, first: int | None = None
+) -> T:
+    """What `read` gives of the newest checkpoint, and of the next where that is deleted meanwhile.
+
+    Args:
+        step: the one to read instead, and no other.
+        first: the one to read unless it is deleted.
+
+    Raises UserError where there is none, or the one that was asked for goes away.
+    """
+    if step is not None:
+        try:
+            return read(step)
+        except Gone as gone:
+            raise UserError(f'--step {step}: {gone}') from None
+    for _ in range(AGAIN):
+        try:
+            return read(checkpoints.newest() if first is None else first)
+        except Gone as gone:
+            first = None
+            print(f'{gone}: reading the newest', file=sys.stderr, flush=True)
+    raise UserError(
+        f'{checkpoints.run}: {AGAIN} checkpoints in a row were deleted while they were read: train with a larger '
+        'checkpoint.keep or checkpoint.every, so that one lasts as long as it takes to read it'
+    )
 
 
 class Checkpoints:
     """The checkpoints of one run: `folder`/checkpoints/STEP/. The newest `keep` are kept; `folder` need not exist yet.
 
-    One run at a time may save; of several processes all call `save`, `wait`, `restore` and `close` alike. Nothing is
+    Whoever saves holds the run's `lock`; of several processes all call `save`, `wait`, `restore` and `close` alike. Nothing is
     created before the first save.
     """
 
     # Arrays that are read and hashed at once: one core is left to what is compiled meanwhile.
     readers = min(max(len(os.sched_getaffinity(0)) - 1, 1), CONNECTIONS) if hasattr(os, 'sched_getaffinity') else 4
 
-    def __init__(self, folder: str | Path, keep: int = 2):
+    def __init__(self, folder: str | Path, keep: int = 2, lock: Lock | None = None):
         assert keep >= 1, keep
         self.run = Path(folder)
         self.folder = self.run.absolute() / 'checkpoints'  # Orbax refuses a relative path, and late
-        self.keep = keep
+        self.keep, self.lock = keep, lock
         self._saving = self.folder / 'saving'
         self._orbax: Any = None  # an orbax.checkpoint.AsyncCheckpointer, from the first save on
         self._thread = ThreadPoolExecutor(1, 'checkpoint')
         self._last: Future[None] | None = None
 
     def steps(self) -> list[int]:
-        """The published steps, ascending."""
-        if not self.folder.is_dir():
+        """The published steps, ascending. Raises UserError where no folder has the folder's name."""
+        try:
+            names = os.listdir(self.folder)
+        except FileNotFoundError:
+            if self.folder.is_symlink():
+                raise UserError(f'{self.run / "checkpoints"}: is a link that leads nowhere; move it away') from None
             return []
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isascii() and path.name.isdecimal())
+        except OSError as error:
+            raise UserError(f'{self.run / "checkpoints"}: {error.strerror}') from None
+        return sorted(int(name) for name in names if is_step(name))
 
     def newest(self) -> int:
         """The last published step. Raises UserError where there is none."""
         steps = self.steps()
+        if not steps and self._may_come():
+            time.sleep(BETWEEN)
+            steps = self.steps()
         if not steps:
             raise UserError(
                 f'{self.run} has no checkpoint; a run has one after its first checkpoint.every steps and at its end'
             )
         return steps[-1]
+
+    def _may_come(self) -> bool:
+        """Whether the only checkpoint may be about to be replaced."""
+        return self._saving.is_dir()
 
     def save(self, step: int, items: Mapping[str, Any], meta: dict, files: Mapping[str, bytes] | None = None) -> None:
         """Begins to save, and returns when the arrays are copied off the devices: they may be donated right after.
@@ -83,19 +159,21 @@ class Checkpoints:
         import orbax.checkpoint as ocp  # here and below: it takes a while, and imported weights are not in its format
 
         self.wait()
+        self._check_lock()
         files = contents(items, meta, files)
         if peers.first():
-            if self._saving.exists():
-                shutil.rmtree(self._saving)  # an earlier process was killed, or a save failed
-            self._saving.mkdir(parents=True)
+            disk.remove(self._saving)  # an earlier process was killed, or a save failed
+            disk.make_folder(self._saving)
         peers.meet('a folder to save into')
         if self._orbax is None:
             options = ocp.options.AsyncOptions(create_directories_asynchronously=False)  # else errors come minutes late
+            logging.getLogger('absl').addFilter(_is_news)
             self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
         leaves = {item: named(tree) for item, tree in items.items()}
         # Orbax cannot save an item without arrays (the state of plain gradient descent); the manifest still lists it.
         saves = {item: ocp.args.StandardSave(arrays) for item, arrays in leaves.items() if arrays}
-        self._orbax.save(self._saving / str(step), ocp.args.Composite(**saves))
+        with self._told(step):
+            self._orbax.save(self._saving / str(step), ocp.args.Composite(**saves))
         self._last = self._thread.submit(self._publish, self._orbax, step, kinds(items), files)
 
     def save_weights(
@@ -106,14 +184,14 @@ class Checkpoints:
         For one process and a local folder; published when it returns.
         """
         path = self._saving / str(step)
-        shutil.rmtree(self._saving, ignore_errors=True)
-        path.mkdir(parents=True)
+        disk.remove(self._saving)
+        disk.make_folder(path)
         kinds = {}
         for name, x in arrays:
-            kinds[name] = _kind(x)
+            kinds[name] = kind_of(x)
             for shard, content in shards.written(f'{item}/{name}', x):
-                (path / shard).parent.mkdir(parents=True, exist_ok=True)
-                (path / shard).write_bytes(content)
+                disk.make_folder((path / shard).parent)
+                disk.put(path / shard, content)
             del x, content  # before the next is made
         self._complete(step, {item: kinds}, contents({item: None}, meta, files), SHARDS)
 
@@ -122,6 +200,21 @@ class Checkpoints:
         last, self._last = self._last, None
         if last is not None:
             last.result()
+
+    def check(self) -> None:
+        """Raises the last save's error as soon as it is known, and MachineError where another process has taken the run over.
+
+        Costs nothing, for every step.
+        """
+        if self.lock is not None:
+            self.lock.check()
+        if self._last is not None and self._last.done():
+            self.wait()
+
+    def _check_lock(self) -> None:
+        """Raises MachineError where another process has taken the run over by now."""
+        if self.lock is not None:
+            self.lock.check(look=True)
 
     def close(self) -> None:
         """Waits for the last save, raises its error if it failed, and ends the threads."""
@@ -133,18 +226,60 @@ class Checkpoints:
                 self._orbax.close()
 
     def meta(self, step: int) -> dict:
-        """What `save` was told about the step. Raises UserError where it is not there or not whole."""
-        self._verify(step, self._manifest(step), set())
-        return json.loads(self.file(step, META))
+        """What `save` was told about the step. Raises UserError where it is not whole, Gone where it is not there."""
+        with self._reading(step) as manifest:
+            self._verify(step, manifest, set())
+            try:
+                found = json.loads(self.file(step, META))
+            except (ValueError, RecursionError):
+                raise self._damaged(step, META, 'is no JSON') from None
+            if not isinstance(found, dict):
+                raise self._damaged(step, META, 'is no JSON object')
+            return found
 
     def file(self, step: int, name: str) -> bytes:
-        """A file of a checkpoint."""
-        return (self.folder / str(step) / name).read_bytes()
+        """A file of a checkpoint. Raises UserError where it is not there."""
+        try:
+            return self._content(step, name)
+        except FileNotFoundError:
+            raise self._damaged(step, name, 'is missing') from None
 
     def files(self, step: int) -> dict[str, bytes]:
         """The files of a checkpoint beside its arrays."""
-        names = [name for name in self._manifest(step)['files'] if '/' not in name]
-        return {name: self.file(step, name) for name in names}
+        with self._reading(step) as manifest:
+            return {name: self.file(step, name) for name in manifest['files'] if '/' not in name}
+
+    def _content(self, step: int, name: str) -> bytes:
+        """Of a file that may be missing."""
+        return disk.read(self.folder / str(step) / name)
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[dict]:
+        """The manifest of a step. What goes wrong meanwhile is Gone where the checkpoint is not there any more as it was."""
+        manifest: dict = {}
+        try:
+            manifest = self._manifest(step)
+            yield manifest
+        except Gone:
+            raise
+        except Exception as error:
+            self._check_there(step, manifest)
+            if isinstance(error, OSError):
+                raise disk.fault(error.filename or self.folder / str(step), error) from error
+            raise
+
+    def _check_there(self, step: int, manifest: dict) -> None:
+        """Raises Gone where a step that was published is not now, or is another."""
+        try:
+            now = self._manifest(step)
+        except Gone:
+            raise
+        except UserError:  # damaged, unless it went just now
+            if step in self.steps():
+                return
+            now = {}
+        if now != manifest or not now:
+            raise Gone(f'{self.run} has deleted or replaced its checkpoint of step {step} while it was read')
 
     def restore(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
         """The named items of a checkpoint, bit for bit, in the layouts asked for: any mesh, whatever mesh saved them.
@@ -152,24 +287,30 @@ class Checkpoints:
         `abstract` has a tree of `jax.ShapeDtypeStruct` with a sharding for each item wanted; no other item is read.
         Raises UserError where a file is missing, truncated, altered or extra, or where a name, shape or dtype differs (Orbax
         would cast in silence): before any array is read, but for a shard that was altered, which is hashed as it is read.
+        Raises Gone where the run deletes or replaces the checkpoint meanwhile.
         """
         wanted = {item: named(tree) for item, tree in abstract.items()}
-        manifest: dict = {}
-        if peers.first():
-            manifest = self._manifest(step)
-            for item, arrays in wanted.items():
-                self._compare(step, item, manifest['arrays'], arrays)
-            self._verify(step, manifest, set(wanted))
-        if peers.meet('verified', manifest.get('format')) == SHARDS:
-            found = self._read_shards(step, manifest or self._manifest(step), wanted)
-        else:
-            found = self._read_orbax(step, wanted)
+        others: contextlib.AbstractContextManager[dict] = contextlib.nullcontext({})
+        with self._reading(step) if peers.first() else others as manifest:
+            if peers.first():
+                for item, arrays in wanted.items():
+                    self._compare(step, item, manifest['arrays'], arrays)
+            with self._pinned(step, manifest, set(wanted)) as path:
+                if peers.first():
+                    self._verify(step, manifest, set(wanted), path)
+                if peers.meet('verified', manifest.get('format')) == SHARDS:
+                    found = self._read_shards(step, manifest or self._manifest(step), wanted)
+                else:
+                    found = self._read_orbax(path, wanted)
+                    if path == self.folder / str(step) and manifest:
+                        # Where files went after they were hashed, a reader may have taken them for zeros.
+                        self._check_there(step, manifest)
         return {
             item: jax.tree.unflatten(jax.tree.structure(tree), [found[item][name] for name in wanted[item]])
             for item, tree in abstract.items()
         }
 
-    def _read_orbax(self, step: int, wanted: dict[str, dict[str, Any]]) -> Mapping[str, Any]:
+    def _read_orbax(self, path: Any, wanted: dict[str, dict[str, Any]]) -> Mapping[str, Any]:
         """Arrays by item and name."""
         import orbax.checkpoint as ocp
 
@@ -177,8 +318,30 @@ class Checkpoints:
         if not reads:
             return {}
         reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
-        with contextlib.closing(reader), self._on_disk(step) as path:
+        with contextlib.closing(reader):
             return reader.restore(path, ocp.args.Composite(**reads))
+
+    @contextlib.contextmanager
+    def _pinned(self, step: int, manifest: dict, wanted: set[str]) -> Iterator[Any]:
+        """A folder of what is to be read of a checkpoint, which stays readable where the run deletes that meanwhile.
+
+        It is made of links to open files, where the system has such links and allows so many; else it is the checkpoint.
+        """
+        path = self.folder / str(step)
+        if not manifest or manifest.get('format') == SHARDS or not (most := open_files()):
+            yield path
+            return
+        skipped = set(manifest['arrays']) - wanted
+        names = [name for name in files_below(path) if name.split('/')[0] not in skipped]
+        if len(names) > most:
+            yield path
+            return
+        with contextlib.ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='weft-')))
+            for name in names:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).symlink_to(stack.enter_context(pinned(path / name)))
+            yield folder
 
     def _read_shards(self, step: int, manifest: dict, wanted: dict[str, dict[str, Any]]) -> Mapping[str, Any]:
         """Arrays by item and name; each shard is hashed as it is read."""
@@ -198,103 +361,123 @@ class Checkpoints:
 
     def _publish(self, orbax: Any, step: int, arrays: dict, files: Mapping[str, bytes]) -> None:
         """Waits for Orbax in all processes, and publishes. Runs in a thread of its own."""
-        orbax.wait_until_finished()
-        peers.meet('saved')
-        if peers.first():
-            self._complete(step, arrays, files)
-        peers.meet('published')
+        with self._told(step):
+            orbax.wait_until_finished()
+            peers.meet('saved')
+            if peers.first():
+                disk.declare(self._saving)
+                self._complete(step, arrays, files)
+            peers.meet('published')
+
+    @contextlib.contextmanager
+    def _told(self, step: int) -> Iterator[None]:
+        """A save that fails leaves nothing, and what the disk says to it is one line."""
+        try:
+            yield
+        except Exception as error:
+            self._clear()
+            said = OF_THE_SYSTEM.search(str(error))
+            if isinstance(error, OSError | MachineError | UserError) or said:
+                why = os.strerror(int(said[1] or said[2])) if said else getattr(error, 'strerror', None) or str(error)
+                raise SaveFailed(f'{self.run}: checkpoint {step} could not be saved: {shown(why, 500)}') from error
+            raise
+
+    def _clear(self) -> None:
+        """Removes what is half made, after a save that failed."""
+        if peers.first() and not (self.lock is not None and self.lock.lost):
+            with contextlib.suppress(UserError, MachineError):  # the next save clears it, if this disk cannot
+                disk.remove(self._saving)
 
     def _complete(self, step: int, arrays: dict, files: Mapping[str, bytes], format: str | None = None) -> None:
         """Completes the folder, gives it its name, deletes the oldest."""
         path, target = self._saving / str(step), self.folder / str(step)
         for name, content in files.items():
-            (path / name).write_bytes(content)
+            disk.put(path / name, content)
         manifest: dict[str, Any] = {
             'arrays': arrays,
-            'files': {name: _fingerprint(path / name) for name in _files(path)},
+            'files': {name: fingerprint(path / name) for name in files_below(path)},
         }
         manifest |= {'format': format} if format else {}
-        (path / MANIFEST).write_text(sealed(manifest), encoding='utf-8')
+        disk.put(path / MANIFEST, sealed(manifest))
+        self._check_lock()
         # The rename may reach the disk before what it names, unless all of that is there already.
-        for inner in [path, *path.rglob('*')]:
-            _sync(inner)
-        if target.exists():  # a step taken again, from an earlier checkpoint
+        disk.sync_tree(path)
+        if os.path.lexists(target):  # a step taken again, from an earlier checkpoint
             self._delete(step)
-        path.rename(target)
-        _sync(self.folder)
+        disk.rename(path, target)
         for old in self.steps()[: -self.keep]:
             self._delete(old)
 
     def _delete(self, step: int) -> None:
         """Takes away the name first: a kill in between leaves no half of a published checkpoint."""
         doomed = self._saving / f'{step}.deleted'
-        (self.folder / str(step)).rename(doomed)
-        shutil.rmtree(doomed)
+        disk.rename(self.folder / str(step), doomed)
+        disk.remove(doomed)
 
     def _manifest(self, step: int) -> dict:
-        """The manifest of a published step, or UserError where it is not as it was written."""
+        """The manifest of a published step. Raises Gone where there is none, UserError where it is not as it was written."""
         if step not in self.steps():
             published = ', '.join(map(str, self.steps()))
-            raise UserError(
+            raise Gone(
                 f'{self.run} has no checkpoint of step {step}; '
                 + (f'it has {published}' if published else 'it has none at all')
             )
         try:
-            manifest = json.loads(self.file(step, MANIFEST))
+            manifest = unsealed(self._content(step, MANIFEST))
         except FileNotFoundError:
             raise self._damaged(step, MANIFEST, 'is missing') from None
-        except ValueError:
+        except json.JSONDecodeError:
             raise self._damaged(step, MANIFEST, 'was altered or truncated (it is not JSON)') from None
-        if not isinstance(manifest, dict) or manifest.pop('sha256', None) != _sha256(manifest):
-            raise self._damaged(step, MANIFEST, 'was altered')
+        except ValueError as error:
+            raise self._damaged(step, MANIFEST, f'was altered ({error})') from None
+        if not is_manifest(manifest):
+            raise self._damaged(step, MANIFEST, 'was altered: it lists no arrays and files as a checkpoint has them')
         return manifest
 
-    def _verify(self, step: int, manifest: dict, wanted: set[str]) -> None:
-        """That the wanted items, and all files beside the items, are byte for byte what was saved."""
+    def _verify(self, step: int, manifest: dict, wanted: set[str], path: Any = None) -> None:
+        """That the wanted items, and all files beside the items, are byte for byte what was saved; at `path` if it is given."""
+        path = path or self.folder / str(step)
         skipped = set(manifest['arrays']) - wanted
         known = {name: entry for name, entry in manifest['files'].items() if name.split('/')[0] not in skipped}
-        sizes = {name: size for name, size in self._sizes(step).items() if name.split('/')[0] not in skipped}
+        sizes = {name: size for name, size in self._sizes(path).items() if name.split('/')[0] not in skipped}
         for name in sorted(set(sizes) - {MANIFEST} - set(known)):
             raise self._damaged(step, name, 'is not part of the checkpoint (the manifest does not list it)')
         for name, (size, sha256) in known.items():
             if name not in sizes:
                 raise self._damaged(step, name, 'is missing')
-            if sizes[name] < size:
-                raise self._damaged(step, name, f'was truncated: it has {sizes[name]} bytes of {size}')
-            if sizes[name] > size or self._digest(step, name, manifest) not in (sha256, None):
+            found = sizes[name]
+            if found is None:
+                raise self._damaged(step, name, 'is no regular file')
+            if found < size:
+                raise self._damaged(step, name, f'was truncated: it has {found} bytes of {size}')
+            if found > size or self._digest(path, name, manifest) not in (sha256, None):
                 raise self._altered(step, name)
 
-    def _sizes(self, step: int) -> dict[str, int]:
-        """Every file of a checkpoint, and its size in bytes."""
-        path = self.folder / str(step)
-        return {name: (path / name).stat().st_size for name in _files(path)}
+    def _sizes(self, path: Any) -> dict[str, int | None]:
+        """Every file of a checkpoint, and its size in bytes; None for a link that leads nowhere, a FIFO and the like."""
+        return {name: size_of(path / name) for name in files_below(path)}
 
-    def _digest(self, step: int, name: str, manifest: dict) -> str | None:
+    def _digest(self, path: Any, name: str, manifest: dict) -> str | None:
         """A file's SHA-256; None for a shard: it is hashed when it is read, and need not come from the disk twice."""
         shard = manifest.get('format') == SHARDS and name.split('/')[0] in manifest['arrays']
-        return None if shard else self._hashed(step, name)
+        return None if shard else self._hashed(path / name)
 
-    def _hashed(self, step: int, name: str) -> str:
+    def _hashed(self, path: Any) -> str:
         """A file's SHA-256."""
-        return _fingerprint(self.folder / str(step) / name)[1]
+        return fingerprint(path)[1]
 
     def _read(self, step: int, name: str, into: memoryview) -> str:
         """A file's first bytes, as many as there is room for, and the SHA-256 of what is there then."""
         digest = hashlib.sha256()
-        with (self.folder / str(step) / name).open('rb', buffering=0) as file:
+        with disk.reading(self.folder / str(step) / name) as descriptor:
             for begin in range(0, len(into), CHUNK):
                 chunk = into[begin : begin + CHUNK]  # hashed while the processor's cache still has it
                 filled = 0
-                while filled < len(chunk) and (
-                    count := file.readinto(chunk[filled:])
-                ):  # a network's disk may give less
+                # A network's disk may give less.
+                while filled < len(chunk) and (count := os.readv(descriptor, [chunk[filled:]])):
                     filled += count
                 digest.update(chunk[:filled])
         return digest.hexdigest()
-
-    def _on_disk(self, step: int) -> contextlib.AbstractContextManager[Path]:
-        """Where Orbax can read a checkpoint."""
-        return contextlib.nullcontext(self.folder / str(step))
 
     def _altered(self, step: int, name: str) -> UserError:
         return self._damaged(step, name, 'was altered: its SHA-256 is not the one in the manifest')
@@ -315,7 +498,7 @@ class Checkpoints:
         if item not in stored:
             raise UserError(f'{where} has no item {item!r}; it has {", ".join(stored)}')
         for name in [*wanted, *stored[item]]:
-            has, wants = stored[item].get(name, 'absent'), _kind(wanted[name]) if name in wanted else 'none'
+            has, wants = stored[item].get(name, 'absent'), kind_of(wanted[name]) if name in wanted else 'none'
             if has != wants:
                 raise UserError(
                     f'{item}/{name} is {has} in {where} and {wants} is wanted: use the config that made the checkpoint'
@@ -325,58 +508,6 @@ class Checkpoints:
             assert not isinstance(getattr(layout, 'mesh', None), jax.sharding.AbstractMesh), f'{name} is on no devices'
 
 
-def contents(items: Mapping[str, Any], meta: dict, files: Mapping[str, bytes] | None) -> dict[str, bytes]:
-    """The files of a checkpoint beside its items and its manifest."""
-    files = {META: (json.dumps(meta, indent=1) + '\n').encode(), **(files or {})}
-    taken = {MANIFEST, *items}
-    assert all(name not in taken and Path(name).name == name for name in files), (list(files), taken)
-    return files
-
-
-def sealed(manifest: dict) -> str:
-    """The content of manifest.json, with its own hash."""
-    return json.dumps({**manifest, 'sha256': _sha256(manifest)}, indent=1) + '\n'
-
-
-def named(tree: Any) -> dict[str, Any]:
-    """A tree's leaves by their paths, as in `blocks/0/up_DF`, in the tree's order."""
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator='/'): x
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    assert len(leaves) == len(jax.tree.leaves(tree)), 'two leaves of one path'
-    return leaves
-
-
-def kinds(items: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Dtype and shape of each array, by item and name."""
-    return {item: {name: _kind(x) for name, x in named(tree).items()} for item, tree in items.items()}
-
-
-def _kind(x: Any) -> str:
-    """Dtype and shape, as in `float32[4, 8]`."""
-    return f'{x.dtype}{list(x.shape)}'
-
-
-def _files(path: Path) -> Iterable[str]:
-    """Every file below a folder, by its path from there, sorted."""
-    return sorted(file.relative_to(path).as_posix() for file in path.rglob('*') if not file.is_dir())
-
-
-def _fingerprint(path: Path) -> list:
-    """Size in bytes and SHA-256 of a file."""
-    with path.open('rb') as file:
-        return [os.fstat(file.fileno()).st_size, hashlib.file_digest(file, 'sha256').hexdigest()]
-
-
-def _sha256(manifest: dict) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Returns when a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a log record says what is not said elsewhere: the errors of Orbax' threads are raised by `wait`, in one line."""
+    return record.levelno < logging.ERROR or 'orbax' not in Path(record.pathname).parts

@@ -2,20 +2,27 @@
 
 import dataclasses
 import json
-import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pydantic
-import yaml
 
 from data.config import DataConfig
+from data.reading import decoded, opened
 from model.config import ModelConfig, needs_head
+from model.config_parts import nearest_divisor
 from model.sizes import batch_sizes, sizes
-from sharding.errors import UserError, nearest
+from sharding.errors import UserError, nearest_path, shown
 from sharding.mesh import BATCH, MeshConfig, check_divides
+from training import yaml_text
+from training.overrides import apply, unknown
+
+LARGEST_NUMBER = 1 << 48  # no size is larger, and all arithmetic with one stays exact
+FLOAT32 = 3.4028234663852886e38  # its largest number
+LONGEST_NAME = 100  # characters of a run's name: the names of its files are longer
 
 
 def _at_least(section: str, config: Any, field: str, least: float) -> None:
@@ -52,9 +59,7 @@ class TrainingConfig:
         if self.microbatches is not None:
             _at_least('training', self, 'microbatches', 1)
         if self.batch % self.accumulation:
-            works = min(
-                (d for d in range(1, self.batch + 1) if self.batch % d == 0), key=lambda d: abs(d - self.accumulation)
-            )
+            works = nearest_divisor(self.batch, self.accumulation)
             raise UserError(
                 f'training.accumulation is {self.accumulation} and training.batch {self.batch}: the first must divide the '
                 f'second; nearest that works: {works}'
@@ -109,11 +114,11 @@ class RunConfig:
     metrics: MetricsConfig = MetricsConfig()
 
     def __post_init__(self):
-        if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]*', self.name):
-            clean = re.sub(r'[^A-Za-z0-9._-]+', '-', self.name).strip('.-') or 'run'
+        if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]*', self.name) or len(self.name) > LONGEST_NAME:
+            clean = re.sub(r'[^A-Za-z0-9._-]+', '-', self.name).strip('.-')[:LONGEST_NAME] or 'run'
             raise UserError(
-                f'name is {self.name!r}: a run is a folder directly in runs/, so letters, digits, dots, dashes and '
-                f'underscores, a letter or digit first; for example {clean!r}'
+                f'name is {shown(self.name, quoted=True)}: a run is a folder directly in runs/, so letters, digits, dots, '
+                f'dashes and underscores, a letter or digit first, {LONGEST_NAME} of them at most; for example {clean!r}'
             )
         if not 0 <= self.seed < 2**32:
             raise UserError(f'seed is {self.seed}: it must be at least 0 and less than 2^32')
@@ -187,51 +192,60 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises UserError naming the file, the key, and what is wrong with it.
     """
-    try:
-        text = Path(path).read_text(encoding='utf-8')
-    except FileNotFoundError:
-        others = [str(file) for file in Path(path).parent.glob('*.yaml')]
-        raise UserError(f'{path}: no such config{nearest(str(path), others) if others else ""}') from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f'{path}: cannot be read as a config: {error}') from None
-    return parse(text, str(path), overrides)
+    path = Path(path)
+    if not os.path.lexists(path):
+        raise UserError(f'{shown(path)}: no such config{_near_config(path)}')
+    with opened(path, shown(path)) as file:
+        content = file.read(yaml_text.LARGEST * 4 + 1)
+    return parse(content, str(path), overrides)
 
 
-def parse(text: str, path: str, overrides: Sequence[str] = ()) -> RunConfig:
+def _near_config(path: Path) -> str:
+    """A config of that name, or one like it, beside it or in configs/."""
+    known = [str(file) for file in (*path.parent.glob('*.yaml'), *Path('configs').glob('**/*.yaml'))]
+    return nearest_path(str(path), known) if known else ''
+
+
+def parse(content: str | bytes, path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The config that a YAML text from `path` holds."""
-    tree = _parse(text, path)
+    source = shown(path)
+    tree = yaml_text.read(decoded(content, source) if isinstance(content, bytes) else content, source)
     if not isinstance(tree, dict):
-        raise UserError(f'{path}: a config is a mapping of keys to values, not {type(tree).__name__}')
-    for override in overrides:
-        key, equals, value = override.partition('=')
-        if not equals or not key:
-            raise UserError(f'{override!r}: an override is dotted.key=value, as in training.steps=100')
-        node = tree
-        *parents, last = key.split('.')
-        for parent in parents:
-            if not isinstance(node.get(parent), dict):
-                node[parent] = {}
-            node = node[parent]
-        node[last] = _parse(value, override)
-    return validate(tree, f'{path} with {" ".join(overrides)}' if overrides else path)
+        what = 'is empty' if tree is None else f'holds {"a list" if isinstance(tree, list) else shown(repr(tree), 60)}'
+        raise UserError(f'{source}: {what}; a config is a mapping of keys to values, such as name: demo')
+    apply(tree, overrides, RunConfig)
+    return validate(tree, f'{source} with {shown(" ".join(overrides))}' if overrides else source)
 
 
 def validate(tree: dict, source: str) -> RunConfig:
     """A mapping as a RunConfig; `source` names where it came from in the message of a UserError."""
     for key, value in _leaves(tree):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f'{source}: {key} is {value}: it must be a finite number')
+        key = shown(key, 80)
+        if isinstance(value, float) and not abs(value) <= FLOAT32:
+            raise UserError(
+                f'{source}: {key} is {value}: it must be a finite number, also in float32: at most {FLOAT32:.6g}'
+            )
+        if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+            raise UserError(f'{source}: {key} is {value}: whole numbers are at most 2^48')
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not text.isascii() and not _is_unicode(text):
+                raise UserError(
+                    f'{source}: {key} is {shown(text, 60, quoted=True)}, which is not UTF-8: rename the file, or name it by a '
+                    'glob with a star for such a letter'
+                )
     try:
         return pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(tree), strict=True, extra='forbid')
     except pydantic.ValidationError as error:
         raise UserError(f'{source}: {_explain(error.errors()[0])}') from None
-    except TypeError as error:  # YAML knows dates, JSON does not
-        raise UserError(f'{source}: {error}') from None
+
+
+def _is_unicode(text: str) -> bool:
+    return not any('\ud800' <= letter <= '\udfff' for letter in text)
 
 
 def dump(config: RunConfig) -> str:
     """The complete config as YAML; `load` gives it back."""
-    return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(config))), sort_keys=False, allow_unicode=True)
+    return yaml_text.dump(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def check_continues(saved: RunConfig, wanted: RunConfig, begun: bool = True) -> None:
@@ -252,42 +266,20 @@ def check_continues(saved: RunConfig, wanted: RunConfig, begun: bool = True) -> 
             )
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML with 1e-3 as a number, which YAML 1.1 reads as text."""
-
-
-_Loader.add_implicit_resolver(
-    'tag:yaml.org,2002:float', re.compile(r'[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+'), list('-+.0123456789')
-)
-
-
-def _parse(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # _Loader is a SafeLoader: it builds plain values only
-    except yaml.YAMLError as error:
-        raise UserError(f'{source}: not valid YAML: {" ".join(str(error).split())}') from None
-
-
 def _explain(error: Any) -> str:
-    key = '.'.join(str(part) for part in error['loc'])
+    key = '.'.join(shown(part, 60) for part in error['loc'])
     if error['type'] == 'unexpected_keyword_argument':
-        parents = ''.join(f'{part}.' for part in error['loc'][:-1])
-        return f'no key {key!r}{nearest(key, [parents + name for name in _keys(error["loc"][:-1])])}'
+        return f'no key {key!r}{unknown(RunConfig, error["loc"])}'
     if error['type'] in ('missing', 'missing_argument', 'missing_keyword_only_argument'):
         return f'{key} is missing: it has no default'
     cause = error.get('ctx', {}).get('error')
     if isinstance(cause, UserError):
         return str(cause)
-    return f'{key} is {json.dumps(error["input"])}: {error["msg"].replace("Input should be", "it must be")}'
-
-
-def _keys(path: Sequence[Any]) -> list[str]:
-    """The keys of the section at `path`."""
-    kind: Any = RunConfig
-    for part in path:
-        kind = next(field.type for field in dataclasses.fields(kind) if field.name == part)
-        kind = next(option for option in getattr(kind, '__args__', (kind,)) if dataclasses.is_dataclass(option))
-    return [field.name for field in dataclasses.fields(kind)]
+    given = error['input']
+    rule = error['msg'].replace('Input should be', 'it must be')
+    if isinstance(given, float) and given.is_integer() and 'integer' in rule:
+        rule += f', written as one: {int(given)}'
+    return f'{key} is {shown(json.dumps(given), 80)}: {rule}'
 
 
 def _leaves(tree: Any, prefix: str = ''):

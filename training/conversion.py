@@ -30,20 +30,25 @@ from data.published_tokenizer import published_tokenizer, run_tokenizer
 from data.tokenizer import Tokenizer
 from model import hub, publish
 from model.config import ModelConfig
-from model.families import OPTIONAL, Tensor, tensors
+from model.families import OPTIONAL, Tensor, families, tensors
 from model.sizes import sizes
 from model.streaming import narrowed, published
 from sharding.buckets import Bucket
 from sharding.errors import UserError, shown
 from sharding.memory import told_bytes
 from sharding.mesh import BATCH, SEQUENCE, MeshConfig, check_divides, make_mesh, start
+from storage import files as disk
 from storage.foreign import shown_path
+from storage.lock import Lock
+from storage.staged import refuse_existing, staged
 from training import config as configs
 from training.bucket_checkpoint import checkpoints_of
-from training.checkpoint import Checkpoints, named
+from training.checkpoint import Checkpoints, named, read_newest
 from training.config import RECORD, RunConfig, TrainingConfig
-from training.context import SOURCE, context_of, published_files
-from training.state import abstract_state, restore_model, saved_config
+from training.context import SOURCE, context_of, object_of, published_config, published_files
+from training.finite import RULE, check_saved, not_finite
+from training.run_folder import run_folder
+from training.state import abstract_model, abstract_state, restore_newest, saved_config
 
 CONTEXT = 2048  # tokens, where a config says nothing of it
 MOST_TO_TRAIN = 4096  # tokens of a row, however long a context is: what fits in memory
@@ -63,25 +68,40 @@ def import_run(
 
     The arguments are those of `hub.read`.
     """
-    publish.refuse_existing(run)
-    found, files, config, tokenizer = examined(source, run, mesh, dtype, without_remote_code, ignore)
+    check_local(run)
+    with Lock(run):
+        refuse_existing(run)
+        make_run(source, run, mesh, dtype, without_remote_code, ignore, say)
+
+
+def make_run(
+    source: Path,
+    run: Path,
+    mesh: MeshConfig,
+    dtype: str | None,
+    without_remote_code: bool,
+    ignore: Sequence[str],
+    say: Callable[[str], None],
+) -> None:
+    """As `import_run`, for whoever has the run's lock."""
+    found, files, config, tokenizer = examined(source, run.name, mesh, dtype, without_remote_code, ignore)
     start(mesh.size, config.model.dtype)
     devices = make_mesh(mesh)
     kept = {'config.yaml': configs.dump(config).encode()} | (tokenizer.files() if tokenizer else {})
     beside = kept | {'config.yaml': configs.dump(trained_on(config)).encode()}
-    with publish.staged(run) as place:
+    with staged(run) as place:
         with jax.set_mesh(devices):
             names = dict(zip(found.shapes, named(abstract_state(config).model), strict=True))
-        arrays = told(found.arrays(devices), names, found.bytes, say)
+        arrays = told(checked(found.arrays(devices), names, str(source)), names, found.bytes, say)
         facts = {'step': 0, 'tokens': 0, 'corpus': None, 'seed': config.seed, 'next_sample': 0}
         Checkpoints(place).save_weights(0, 'model', arrays, facts, kept)
         for name, content in beside.items():
-            (place / name).write_bytes(content)
-        (place / SOURCE).mkdir()
+            disk.put(place / name, content)
+        disk.make_folder(place / SOURCE)
         for name, content in files.items():
-            (place / SOURCE / name).parent.mkdir(exist_ok=True)
-            (place / SOURCE / name).write_bytes(content)
-        (place / RECORD).write_text(json.dumps(record(found, dtype), indent=1) + '\n', encoding='utf-8')
+            disk.make_folder((place / SOURCE / name).parent)
+            disk.put(place / SOURCE / name, content)
+        disk.put(place / RECORD, (json.dumps(record(found, dtype), indent=1) + '\n').encode())
     say(f'{run}: {found.family.name}, {parameters(found):,} parameters, weights in {found.model.weight_dtype}')
     for line in left_out(found):
         say(line)
@@ -96,6 +116,17 @@ def import_run(
         say(f'{source} has no tokenizer: the run can be scored with token ids, but neither decode nor evaluate text')
 
 
+def check_local(run: Path) -> None:
+    """Raises UserError for a URL: what is made is made under another name and renamed, which only a local folder can be."""
+    scheme, slashes, rest = str(run).partition(':/')  # a Path has lost one of its two slashes
+    if slashes and scheme.isalnum() and len(scheme) > 1:
+        name = rest.rstrip('/').rpartition('/')[2] or 'NAME'
+        raise UserError(
+            f'{shown(run)}: models are imported and exported into local folders; give one, such as runs/{shown(name)}: it '
+            'may be copied with your store’s own tool'
+        )
+
+
 class Examined(NamedTuple):
     """What an import knows before it writes anything."""
 
@@ -107,18 +138,18 @@ class Examined(NamedTuple):
 
 def examined(
     source: Path,
-    run: Path,
+    name: str,
     mesh: MeshConfig,
     dtype: str | None = None,
     without_remote_code: bool = False,
     ignore: Sequence[str] = (),
 ) -> Examined:
-    """All of a published folder or GGUF file but its numbers. Raises UserError if it cannot be this run."""
+    """All of a published folder or GGUF file but its numbers. Raises UserError if it cannot be a run of this name."""
     found = hub.read(source, dtype, without_remote_code, ignore)
     with found.fields.told():
         check_divides(mesh, sizes(found.model))
     files = files_beside(source, found)
-    config = run_config(run.name, found, mesh)
+    config = run_config(name, found, mesh)
     return Examined(found, files, config, published_tokenizer(files, shown_path(source), found.model.vocabulary))
 
 
@@ -146,6 +177,17 @@ def files_beside(source: Path, found: hub.Published) -> dict[str, bytes]:
 def parameters(found: hub.Published) -> int:
     """Numbers in all tensors."""
     return sum(math.prod(one.shape) for one in found.table)
+
+
+def checked(
+    arrays: Iterable[tuple[str, jax.Array]], names: Mapping[str, str], source: str
+) -> Iterator[tuple[str, jax.Array]]:
+    """The same. Raises UserError for one that is not finite: nothing could be computed with it."""
+    for leaf, x in arrays:
+        if not_finite({names[leaf]: x}):
+            raise UserError(f'{shown(source)}: what becomes {names[leaf]} holds {RULE}: such a model computes nothing')
+        yield leaf, x
+        del x  # before the next is made
 
 
 def told(
@@ -211,12 +253,13 @@ def export_run(
 
     `family` is for a run that was not imported; the first that can say this model otherwise. Raises UserError where none can.
     """
-    publish.refuse_existing(target)
-    if not (run / 'config.yaml').is_file():
-        raise UserError(f'{run}: not a run, for it has no config.yaml')
+    check_local(target)
+    refuse_existing(target)
+    run = run_folder(run)
     checkpoints = checkpoints_of(run)
-    step = checkpoints.newest()
-    config = saved_config(checkpoints, step)
+    first, config, files = read_newest(
+        checkpoints, lambda newest: (newest, saved_config(checkpoints, newest), checkpoints.files(newest))
+    )
     c = config.model
     known = imported(run)
     if known and family not in (None, known.family):
@@ -226,8 +269,11 @@ def export_run(
     if known:
         chosen, fields = publish.published_config(c, context, known.family, known.config, known.absent, known.ignored)
     else:
-        tokenizer = run_tokenizer(checkpoints.files(step), str(run))
-        assert tokenizer is not None, 'a run that was not imported has learnt one'
+        tokenizer = run_tokenizer(files, str(run))
+        if tokenizer is None:
+            raise UserError(
+                f'{run}: its checkpoint {first} holds no tokenizer, and {RECORD} does not say that it was imported'
+            )
         if c.encoder:  # a published config names the token that a decoder reads first
             start_token = first_token(tokenizer, c.encoder.start_token)
             c = dataclasses.replace(c, encoder=dataclasses.replace(c.encoder, start_token=start_token))
@@ -244,7 +290,8 @@ def export_run(
     start(wanted.size, c.dtype)
     shapes = hub.shapes_of(c)
     with jax.set_mesh(make_mesh(wanted)):
-        model = restore_model(checkpoints, step, config)
+        model, step = restore_newest(checkpoints, first, config, files, abstract_model(config))
+        check_saved(checkpoints, step, {'model': model}, 'which are not to be published')
     found = dict(zip(shapes, jax.tree.leaves(model), strict=True))
     kinds: dict[str, tuple[np.dtype, Sequence[int]]] = {}
     makers: dict[str, Callable[[], np.ndarray]] = {}
@@ -254,6 +301,10 @@ def export_run(
         kinds[file], makers[file] = (np.dtype(kept), shape), make
 
     table = {one.name: one for one in tensors(chosen, c, shapes)}
+    if known and (odd := {*known.copies.values()} - {*table} or {*known.fixed} - {*chosen.fixed}):
+        raise UserError(
+            f'{run / RECORD}: is damaged ({shown(min(odd))} is no tensor of {chosen.name}); import the model again'
+        )
     for one in table.values():
         if not (known and one.copy_of):  # the copies are those that there were
             kept = dtype_of(one, c, shapes, known, dtype)
@@ -306,10 +357,37 @@ class Imported:
     ignored: Sequence[str] = ()  # fields of config.json that were passed over
 
 
+# What `record` writes, each text or texts.
+RECORDED: dict[str, type] = {'family': str, 'files': dict, 'dtype': str, 'dtypes': dict, 'copies': dict, 'fixed': dict}
+RECORDED |= {'absent': list, 'ignored': list}
+
+
 def imported(run: Path | Bucket) -> Imported | None:
     """Of a run; None where it was not imported."""
     if not (run / RECORD).is_file():
         return None
-    record = json.loads((run / RECORD).read_text(encoding='utf-8'))
-    files = published_files(run)
-    return Imported(config=json.loads(files.pop(hub.CONFIG)), beside=files, **record)
+    record: dict[str, Any] = {'absent': [], 'ignored': []} | object_of(run / RECORD)
+    for field, kind in RECORDED.items():
+        value = record.get(field)
+        texts = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        right = type(value) is kind and all(isinstance(text, str) for text in texts)
+        if not right or (field in ('dtype', 'dtypes', 'fixed') and not all(map(_is_dtype, texts))):
+            damaged = f'{field} is {"missing" if value is None else shown(repr(value))}'
+            raise UserError(
+                f'{run / RECORD}: is damaged ({damaged}); restore it from a copy, or import the model again'
+            )
+    if record['family'] not in (family.name for family in families()):
+        raise UserError(
+            f'{run / RECORD}: is damaged (family is {shown(record["family"], 60, quoted=True)}, which is none)'
+        )
+    files = published_files(run, lambda path: path != hub.CONFIG)
+    config = published_config(run)
+    return Imported(config=config, beside=files, **{field: record[field] for field in RECORDED})
+
+
+def _is_dtype(name: str) -> bool:
+    """Whether tensors may be of it."""
+    try:
+        return bool(jnp.issubdtype(jnp.dtype(name), jnp.number))
+    except TypeError:
+        return False

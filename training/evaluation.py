@@ -12,6 +12,7 @@ from data.packing import Samples
 from data.tokenizer import Tokenizer
 from model.decoder import Decoder
 from model.forward import needs_causal, place_rows, row_ways
+from sharding.errors import Diverged
 from training.loss import loss_sums
 
 _sums = jax.jit(loss_sums, static_argnames='microbatches')
@@ -39,7 +40,10 @@ class Evaluation(NamedTuple):
 def evaluate(
     model: Decoder, tokenizer: Tokenizer, rows: Samples, numbers: Sequence[int] | np.ndarray, batch: int
 ) -> Evaluation:
-    """Reads the rows of those numbers, about `batch` at a time, without dropout. Use it under `jax.set_mesh`."""
+    """Reads the rows of those numbers, about `batch` at a time, without dropout. Use it under `jax.set_mesh`.
+
+    Raises Diverged where the loss is no finite number.
+    """
     needs_causal(model, 'evaluating')
     bytes_V = np.array([len(piece) for piece in tokenizer.pieces], np.int32)
     stages = jax.sharding.get_mesh().shape['stage']  # a pipeline takes as many microbatches at least
@@ -51,6 +55,11 @@ def evaluate(
         block = place_rows(batch, functools.partial(_padded, rows, taken, bytes_V))
         bytes_B = block.pop('bytes')
         found = jax.device_get({**_sums(model, block, microbatches=stages), 'bytes': _total(bytes_B)})
+        if not math.isfinite(found['nats']):
+            first, last = taken[0], taken[-1]
+            raise Diverged(
+                f'the loss of rows {first} to {last} is {float(found["nats"])}: the model gives no finite number'
+            )
         nats, tokens, bytes_ = nats + float(found['nats']), tokens + int(found['tokens']), bytes_ + int(found['bytes'])
     if not tokenizer.lossless and len(numbers) == len(rows):
         bytes_ = rows.bytes  # what an imported tokenizer decodes may be longer or shorter than the text

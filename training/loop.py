@@ -4,8 +4,6 @@ import collections
 import contextlib
 import functools
 import math
-import os
-import shutil
 import signal
 import sys
 import time
@@ -14,26 +12,29 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from data.prepare import Dataset, load, prepare
 from data.published_tokenizer import load_tokenizer
 from data.tokenizer import Tokenizer
 from model.forward import place_rows
-from sharding import peers
+from sharding import peers, signals, streams
 from sharding.buckets import Bucket
-from sharding.errors import Diverged, UserError
+from sharding.errors import Diverged, MachineError, OutOfMemory, UserError, machine_fault, shown
 from sharding.memory import explaining
 from sharding.mesh import make_mesh, platform
 from sharding.processes import Agreement
+from storage import files as disk
+from storage.lock import Lock
 from training import config as configs
 from training.bucket_checkpoint import checkpoints_of
-from training.checkpoint import Checkpoints
+from training.checkpoint import Checkpoints, SaveFailed
 from training.config import RECORD, RunConfig
 from training.evaluation import evaluate, spread
+from training.finite import RULE, check_saved, diverged, listed, not_finite
 from training.metrics import Metrics, Unwritten
 from training.mirror import Mirror, set_aside
-from training.report import layout, memory_line
+from training.report import layout, memory_line, rate_line
 from training.state import abstract_state, items, restore, restore_imported, saved_config
 from training.step import init, train_step
 
@@ -43,14 +44,18 @@ AHEAD = 2  # steps that an accelerator may be given before the host reads the fi
 def train(config: RunConfig, runs: Path | Bucket, fresh: bool = False, console: Console | None = None) -> int:
     """Trains `runs/NAME` to its last step, continuing it where it has a checkpoint.
 
-    Returns the exit code: 0 done, 130 or 143 after Ctrl-C or SIGTERM, with a checkpoint saved.
-    Raises UserError, before anything is touched, where the config cannot run here or does not continue what is there.
+    Returns the exit code: 0 done; 129, 130 or 143 after SIGHUP, Ctrl-C or SIGTERM, with a checkpoint saved.
+    Raises UserError, before anything is touched, where the config cannot run here or does not continue what is there;
+    Diverged where its numbers are not finite any more, MachineError where the last save failed.
     """
     width = None if sys.stdout.isatty() else 120
     console = console or Console(soft_wrap=True, width=width, quiet=not peers.first())
     config.check_sizes()
     mesh = make_mesh(config.mesh)
-    with contextlib.closing(Mirror(runs / config.name)) as mirror:
+    folder = runs / config.name
+    # One process of one run writes; readers need no lock.
+    lock = Lock(folder) if peers.first() else contextlib.nullcontext()
+    with lock as held, contextlib.closing(Mirror(folder)) as mirror:
         if peers.first():
             config, dataset = make_ready(config, mirror, fresh, console)
         # Where process 0 finds something wrong, all processes end with its exit code, here or wherever they are.
@@ -58,7 +63,7 @@ def train(config: RunConfig, runs: Path | Bucket, fresh: bool = False, console: 
         if not peers.first():
             config, dataset = read_ready(config, mirror, corpus)
         with jax.set_mesh(mesh), explaining(lambda: memory_line(config, abstract_state(config))):
-            return Run(config, mirror, dataset, console).go()
+            return Run(config, mirror, dataset, console, held).go()
 
 
 def make_ready(config: RunConfig, mirror: Mirror, fresh: bool, console: Console) -> tuple[RunConfig, Dataset]:
@@ -67,7 +72,7 @@ def make_ready(config: RunConfig, mirror: Mirror, fresh: bool, console: Console)
     if fresh and folder.exists():
         # The new run is made beside the old one, which stays where it is until nothing can be wrong any more.
         staging = Mirror(folder.with_name(f'.{folder.name}.new'))
-        shutil.rmtree(staging.local, ignore_errors=True)
+        disk.remove(staging.local)
         try:
             config, dataset = ready(config, staging, console)
             aside = set_aside(folder)
@@ -86,7 +91,7 @@ def read_ready(config: RunConfig, mirror: Mirror, corpus: str) -> tuple[RunConfi
     folder = mirror.folder
     mirror.fetch()
     try:
-        dataset = load(mirror.local)
+        dataset = load(mirror.local, lambda line: None)  # process 0 has said it
     except UserError as error:
         raise UserError(f'{error}; the processes of a run need one run folder that all of them see') from None
     if dataset.facts['sha256'] != corpus:
@@ -128,10 +133,10 @@ def ready(config: RunConfig, mirror: Mirror, console: Console) -> tuple[RunConfi
     )
     if steps and steps[-1] > 0:
         meta = checkpoints.meta(steps[-1])
-        if meta['corpus'] != dataset.facts['sha256']:
+        if meta.get('corpus') != dataset.facts['sha256']:
             raise UserError(
                 f'{mirror.folder / "data"} was made from corpus {dataset.facts["sha256"][:12]} and checkpoint {steps[-1]} from '
-                f'{meta["corpus"][:12]}: the prepared data was replaced; restore it, or begin anew with --fresh'
+                f'{shown(meta.get("corpus"), 12)}: the prepared data was replaced; restore it, or begin anew with --fresh'
             )
     return complete(dataset), dataset
 
@@ -151,11 +156,12 @@ def imported_tokenizer(folder: Path) -> Tokenizer | None:
 class Run:
     """One process' life with a run. Use it under `jax.set_mesh`."""
 
-    def __init__(self, config: RunConfig, mirror: Mirror, dataset: Dataset, console: Console):
+    def __init__(self, config: RunConfig, mirror: Mirror, dataset: Dataset, console: Console, lock: Lock | None = None):
         self.config, self.mirror, self.dataset, self.console = config, mirror, dataset, console
         self.folder = mirror.folder
-        self.checkpoints = checkpoints_of(mirror.folder, config.checkpoint.keep)
-        self.stopped_by = 0
+        self.checkpoints = checkpoints_of(mirror.folder, config.checkpoint.keep, lock)
+        self.unsaved: str | None = None  # why the last save failed, if it did
+        self.asked = 0  # the signal that stops it
         self.step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
 
     def go(self) -> int:
@@ -166,53 +172,86 @@ class Run:
         first, self.tokens = saved or 0, 0
         if first:
             self.state = restore(self.checkpoints, first, config)
-            self.tokens = peers.at_first('tokens so far', lambda: self.checkpoints.meta(first)['tokens'])
+            check_saved(self.checkpoints, first, items(self.state), 'from which no training goes on')
+            self.tokens = peers.at_first('tokens so far', lambda: tokens_so_far(self.checkpoints, first))
             console.print(f'continuing {self.folder} after step {first}')
+            if peers.first() and (joined := rate_line(saved_config(self.checkpoints, first), config, first)):
+                console.print(joined)
         elif saved == 0:
             model = restore_imported(self.checkpoints, config)
+            check_saved(self.checkpoints, 0, model, 'from which no training begins')
             self.state = jax.jit(functools.partial(init, config), donate_argnums=0)(model)
             console.print(f'beginning from the weights imported into {self.folder}{widened(self.checkpoints, config)}')
         else:
             self.state = jax.jit(functools.partial(init, config))()
         if peers.first():
-            self.mirror.local.mkdir(parents=True, exist_ok=True)
+            disk.make_folder(self.mirror.local)
             write_config(config, self.mirror.local)
         console.print(layout(config, self.state.model))
-        self.metrics = Metrics(self.mirror.local, first) if peers.first() else Unwritten()
+        self.metrics = Metrics(self.mirror.local, first, console.print) if peers.first() else Unwritten()
         self.push()
         self.agree = Agreement(late=0 if platform() == 'cpu' else AHEAD)
-        handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self.loop(first)
-            self.stopped_by = Agreement(late=0)(self.stopped_by)  # the signal may have come to another process
-            self.checkpoints.wait()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            self.metrics.close()
-            try:
-                self.push()
-            finally:
-                self.checkpoints.close()
-        if self.stopped_by:
-            name = signal.Signals(self.stopped_by).name
-            console.print(f'stopped by {name} after step {self.last}, saved; run again to continue')
-            return 128 + self.stopped_by
+            with signals.noted(self.heard) as self.noted, contextlib.ExitStack() as last:
+                last.callback(self.checkpoints.close)
+                last.callback(self.push)
+                last.callback(self.metrics.close)
+                self.loop(first)
+                self.asked = Agreement(late=0)(self.noted.stop)  # the signal may have come to another process
+                self.settle(wait=True)
+        except (Diverged, OutOfMemory):
+            raise
+        except (MachineError, OSError) as error:  # of the files beside the checkpoints
+            raise MachineError(f'{machine_fault(error)}; {self.newest()}') from error
+        if self.unsaved:
+            raise MachineError(f'the last save failed: {self.unsaved}; {self.newest()}')
+        if self.asked:
+            name, rest = signal.Signals(self.asked).name, config.training.steps - self.last
+            then = 'run again to continue' if rest else 'it was the last one'
+            console.print(f'stopped by {name} after step {self.last}, saved; {then}')
+            return 128 + self.asked
         console.print(f'done: {self.folder}')
         return 0
 
-    def stop(self, number: int, _frame: Any) -> None:
-        """Ends the run after the step under way; the same signal again ends it at once."""
-        self.stopped_by = number
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    def heard(self, number: int) -> None:
+        """A signal asks for the end of the run. Called in another thread, whatever this one does."""
         self.console.print(f'{signal.Signals(number).name}: saving after this step; once more to stop at once')
+
+    def settle(self, wait: bool = False) -> None:
+        """Looks whether the save under way has failed, and says so: the run goes on, and tries again at the next one.
+
+        Of several processes one that cannot save ends all: the others cannot know of it.
+        """
+        try:
+            if wait:
+                self.checkpoints.wait()
+            else:
+                self.checkpoints.check()
+        except Exception as error:
+            self.failed(error)
+
+    def failed(self, error: Exception) -> None:
+        """A save has failed by what the machine refused. Raises anything else."""
+        fault, lock = str(error) if isinstance(error, SaveFailed) else machine_fault(error), self.checkpoints.lock
+        if fault is None or peers.several() or (lock is not None and lock.lost):  # the run is another process' now
+            raise error
+        self.unsaved = fault
+        streams.say(f'error: a save failed: {shown(fault, 500)}; {self.newest()}; training goes on, to the next save')
+
+    def newest(self) -> str:
+        """What a run that goes on will begin with."""
+        steps = self.checkpoints.steps()
+        return f'the newest whole checkpoint is of step {steps[-1]}' if steps else 'there is no whole checkpoint'
 
     def loop(self, first: int) -> None:
         """Steps `first` + 1 to the last."""
         config, t = self.config, self.config.training
         self.last = first
         waiting: collections.deque[tuple[int, dict]] = collections.deque()
-        with progress_bar(self.console) as bar:
+        if first == t.steps:
+            self.console.print(f'{self.folder} has taken all of its {t.steps} steps already')
+            return
+        with progress_bar(self.console, t.steps) as bar:
             self.console.print('compiling the first step')
             task = bar.add_task('compiling', total=t.steps, completed=first, loss='', speed='')
             self.clock, self.clock_tokens = self.begun = time.perf_counter(), self.tokens
@@ -221,10 +260,13 @@ class Run:
                 self.state, figures = self.step(self.state, place_rows(t.batch, take))
                 self.last = step
                 waiting.append((step, figures))
-                stop = self.agree(self.stopped_by)  # once a step: a signal that comes later ends the next one
-                due = step == t.steps or bool(stop)
+                told = self.agree(self.noted.take())  # once a step: a signal that comes later ends the next one
+                stop, asked = told not in (0, signal.SIGUSR1), told == signal.SIGUSR1
+                due = step == t.steps or stop
                 validate = step % config.metrics.validate_every == 0 or step == t.steps
-                save = step % config.checkpoint.every == 0 or due
+                save = step % config.checkpoint.every == 0 or due or asked
+                self.settle()
+                peers.stay()
                 # A CPU that simulates devices aborts when many steps wait for each other; a checkpoint wants all figures in.
                 ahead = 0 if platform() == 'cpu' or validate or save else AHEAD
                 while len(waiting) > ahead:
@@ -240,12 +282,12 @@ class Run:
                     if speed:
                         bar.update(task, speed=f'{speed:,.0f} tokens/s')
                     bar.update(task, completed=row['step'], description='training', loss=f'loss {row["loss"]:.4f}')
+                if asked:
+                    self.console.print(f'SIGUSR1: saving step {step}, and going on')
                 if save:
                     self.save(step)
                 if stop:
                     break
-        if first == t.steps:
-            self.console.print(f'{self.folder} has taken all of its {t.steps} steps already')
 
     def figures(self, step: int, figures: dict) -> dict[str, Any]:
         """The row of a step, once the device has it."""
@@ -254,10 +296,7 @@ class Run:
         row = {name: float(figures[name]) for name in ('loss', 'grad_norm', 'learning_rate')}
         row = {'step': step, **row, 'tokens': self.tokens}
         if not math.isfinite(row['loss']) or not math.isfinite(row['grad_norm']):
-            raise Diverged(
-                f'step {step} has loss {row["loss"]} and gradient norm {row["grad_norm"]}: lower training.learning_rate (now '
-                f'{self.config.training.learning_rate}) or raise training.warmup_steps; the last checkpoint is from before'
-            )
+            raise self.diverged(f'step {step} has loss {row["loss"]} and gradient norm {row["grad_norm"]}')
         if 'mtp_loss' in figures:
             row['mtp_loss'] = float(figures['mtp_loss'])
         if 'router' in figures:
@@ -270,13 +309,14 @@ class Run:
     def log(self, row: dict[str, Any]) -> None:
         """Writes a row, with the speed since the last one; time spent validating and saving is not counted."""
         # A process' first step alone has no span but the one in which it compiled.
-        clock, tokens = (self.clock, self.clock_tokens) if self.tokens > self.clock_tokens else self.begun
+        steady = self.tokens > self.clock_tokens
+        clock, tokens = (self.clock, self.clock_tokens) if steady else self.begun
         row['tokens_per_second'] = (self.tokens - tokens) / (time.perf_counter() - clock - row.pop('seconds', 0))
         self.metrics.log(row)
         if 'validation_loss' in row:
             self.push()
         if not self.console.is_terminal or 'validation_loss' in row:
-            self.console.print(line(row, self.config.training.steps), highlight=False)
+            self.console.print(line(row, self.config.training.steps, steady), highlight=False)
         self.clock, self.clock_tokens = time.perf_counter(), self.tokens
 
     def validate(self, everything: bool) -> dict[str, float]:
@@ -284,7 +324,10 @@ class Run:
         began = time.perf_counter()
         rows = self.dataset.validation
         numbers = spread(len(rows) if everything else self.config.metrics.validation_rows, len(rows))
-        found = evaluate(self.state.model, self.dataset.tokenizer, rows, numbers, self.config.training.batch)
+        try:
+            found = evaluate(self.state.model, self.dataset.tokenizer, rows, numbers, self.config.training.batch)
+        except Diverged as error:
+            raise self.diverged(f'validation after step {self.last}: {error}') from None
         return {
             'validation_loss': found.nats_per_token,
             'validation_bits_per_byte': found.bits_per_byte,
@@ -297,9 +340,16 @@ class Run:
             self.metrics.flush()
             self.mirror.push()
 
+    def diverged(self, what: str) -> Diverged:
+        """What to raise where numbers are not finite any more."""
+        self.settle(wait=True)  # the last one from before may be under way
+        return diverged(what, self.checkpoints, self.config)
+
     def save(self, step: int) -> None:
         """Begins a checkpoint; it is written while training goes on."""
         began = time.perf_counter()
+        if names := not_finite(items(self.state)):
+            raise self.diverged(f'after step {step} {listed(names)} holds {RULE}, and is not saved')
         self.push()  # a run that goes on from this checkpoint has the rows up to it
         facts = {'step': step, 'tokens': self.tokens, 'corpus': self.dataset.facts['sha256'], 'seed': self.config.seed}
         # Step N's rows follow from (seed, N): the next sample is the data's whole position.
@@ -307,8 +357,21 @@ class Run:
         files = {}
         if peers.first():
             files = {'config.yaml': (self.mirror.local / 'config.yaml').read_bytes(), **self.dataset.tokenizer.files()}
-        self.checkpoints.save(step, items(self.state), facts, files)
+        self.settle(wait=True)
+        try:
+            self.checkpoints.save(step, items(self.state), facts, files)
+            self.unsaved = None
+        except Exception as error:
+            self.failed(error)
         self.clock += time.perf_counter() - began
+
+
+def tokens_so_far(checkpoints: Checkpoints, step: int) -> int:
+    """How many tokens a run had seen at a checkpoint."""
+    found = checkpoints.meta(step).get('tokens')
+    if type(found) is not int:
+        raise UserError(f'{checkpoints.run}/checkpoints/{step}/meta.json does not say how many tokens the run had seen')
+    return found
 
 
 def widened(checkpoints: Checkpoints, config: RunConfig) -> str:
@@ -321,28 +384,36 @@ def widened(checkpoints: Checkpoints, config: RunConfig) -> str:
 
 def write_config(config: RunConfig, folder: Path) -> None:
     """folder/config.yaml, whole or not at all."""
-    temporary = folder / 'config.yaml.tmp'
-    temporary.write_text(configs.dump(config), encoding='utf-8')
-    os.replace(temporary, folder / 'config.yaml')
+    disk.write(folder / 'config.yaml', configs.dump(config).encode())
 
 
-def progress_bar(console: Console) -> Progress:
-    """Where the run is; a log file gets lines instead (see Run.log)."""
+def progress_bar(console: Console, steps: int) -> Progress:
+    """Where the run is; a log file gets lines instead (see Run.log). What has no room on the line is left out, none is cut."""
+    columns: dict[str, tuple[ProgressColumn, int]] = {  # with the most cells that each takes
+        'what': (TextColumn('{task.description}'), len('compiling')),
+        'bar': (BarColumn(bar_width=30), 30),
+        'count': (MofNCompleteColumn(), 2 * len(str(steps)) + 1),
+        'loss': (TextColumn('{task.fields[loss]}'), len('loss 12.3456')),
+        'speed': (TextColumn('{task.fields[speed]}'), len('1,234,567 tokens/s')),
+        'remaining': (TimeRemainingColumn(), len('12:34:56')),
+    }
+    room, kept = console.width, set[str]()
+    for name in ('count', 'loss', 'speed', 'remaining', 'what', 'bar'):  # the first is needed most
+        room -= columns[name][1] + 1
+        if room < -1:  # nothing follows the last
+            break
+        kept.add(name)
     return Progress(
-        TextColumn('{task.description}'),
-        BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TextColumn('{task.fields[loss]}'),
-        TextColumn('{task.fields[speed]}'),
-        TimeRemainingColumn(),
+        *(column for name, (column, _) in columns.items() if name in kept),
         console=console,
         disable=not console.is_terminal or console.quiet,
     )
 
 
-def line(row: dict[str, Any], steps: int) -> str:
-    """A row of metrics as a line for a person."""
+def line(row: dict[str, Any], steps: int, steady: bool = True) -> str:
+    """A row of metrics as a line for a person; `steady`: its speed is without the time that compiling took."""
     text = f'step {row["step"]}/{steps}  loss {row["loss"]:.4f}  {row["tokens_per_second"]:,.0f} tokens/s'
+    text += '' if steady else ' with compiling'
     if 'router.max_share' in row:
         text += f'  largest expert share {row["router.max_share"]:.2f}'
     if 'validation_loss' in row:

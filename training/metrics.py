@@ -1,16 +1,18 @@
 """What a run writes down about itself: metrics.jsonl, TensorBoard, loss.png."""
 
 import json
-import os
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
 from tensorboardX import SummaryWriter
 
+from sharding.errors import UserError, shown
+from storage import files as disk
+from training.picture import draw
+
+MOST = 2**31  # bytes of a metrics.jsonl
 DRAWN = ('step', 'loss', 'router.max_share', 'validation_loss', 'validation_bits_per_byte')
 
 
@@ -18,23 +20,34 @@ class Metrics:
     """Appends rows to folder/metrics.jsonl and folder/tensorboard, and draws folder/loss.png.
 
     Rows after `step` belong to steps that a restored checkpoint does not know: they are cut, so that no step stands
-    there twice.
+    there twice. Damaged rows are left out, and `say` is told how many. Raises UserError where something else than a file or a
+    folder has one of the names.
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int, say: Callable[[str], None] = print):
         self.folder = folder
         self.path = folder / 'metrics.jsonl'
-        rows = [row for row in read(self.path) if row['step'] <= step]
-        _replace(self.path, ''.join(json.dumps(row) + '\n' for row in rows))
+        for path, is_right, kind in (
+            (folder / 'loss.png', Path.is_file, 'file'),
+            (folder / 'tensorboard', Path.is_dir, 'folder'),
+        ):
+            if (path.exists() or path.is_symlink()) and not is_right(path):
+                raise UserError(f'{shown(path)}: is no {kind}; move away what stands there')
+        rows, damaged = read(self.path)
+        if damaged:
+            say(f'{self.path}: {damaged} damaged row{"s" * (damaged > 1)} left out')
+        rows = [row for row in rows if row['step'] <= step]
+        disk.write(self.path, ''.join(json.dumps(row) + '\n' for row in rows).encode())
         self.rows = [brief(row) for row in rows]
-        self.file = self.path.open('a', encoding='utf-8')
-        self.board = SummaryWriter(str(folder / 'tensorboard'), purge_step=step + 1)
+        self.file = disk.Appended(self.path)
+        with disk.writing(folder / 'tensorboard'):
+            self.board = SummaryWriter(str(folder / 'tensorboard'), purge_step=step + 1)
+        disk.declare(folder / 'tensorboard')
 
     def log(self, row: dict[str, Any]) -> None:
         """One row; all of its numbers go to TensorBoard too."""
         self.rows.append(brief(row))
-        self.file.write(json.dumps(row) + '\n')
-        self.file.flush()
+        self.file.write((json.dumps(row) + '\n').encode())
         for name, value in row.items():
             if name == 'router.load':
                 for layer, shares in enumerate(value):
@@ -44,14 +57,18 @@ class Metrics:
                 self.board.add_scalar(name, value, row['step'])
 
     def flush(self) -> None:
-        """Writes what is pending."""
+        """Returns when all rows are on the disk."""
         if not self.file.closed:
-            self.board.flush()
+            self.file.sync()
+            with disk.writing(self.folder / 'tensorboard'):
+                self.board.flush()
 
     def close(self) -> None:
         """Writes what is pending, and the picture."""
         self.file.close()
-        self.board.close()
+        with disk.writing(self.folder / 'tensorboard'):
+            self.board.close()
+        disk.declare(self.folder / 'tensorboard')
         if self.rows:
             draw(self.rows, self.folder / 'loss.png', self.folder.name)
 
@@ -75,54 +92,42 @@ def brief(row: dict[str, Any]) -> dict[str, Any]:
     return kept | ({'experts': len(row['router.load'][0])} if 'router.load' in row else {})
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a metrics.jsonl; a last line that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding='utf-8').split('\n')
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is not whole
+def read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The whole rows of a metrics.jsonl, and how many are damaged; a last line that a kill cut short is none of either.
+
+    Raises UserError where what has the name is no file.
+    """
+    try:
+        lines = disk.read(path, MOST).split(b'\n')[:-1]
+    except FileNotFoundError:
+        return [], 0
+    rows = [row for row in map(_row, lines) if row is not None]
+    return rows, len(lines) - len(rows)
 
 
-def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Training and validation loss by step, and with experts the largest share of each step below."""
-    routed = [row for row in rows if 'router.max_share' in row]
-    figure, axes = plt.subplots(
-        2 if routed else 1,
-        1,
-        figsize=(8, 6.5 if routed else 4.5),
-        sharex=True,
-        squeeze=False,
-        height_ratios=[3, 1][: 2 if routed else 1],
-    )
-    loss = axes[0, 0]
-    loss.plot(
-        [row['step'] for row in rows], [row['loss'] for row in rows], color='#4477aa', linewidth=1, label='training'
-    )
-    checked = [row for row in rows if 'validation_loss' in row]
-    if checked:
-        steps, values = [row['step'] for row in checked], [row['validation_loss'] for row in checked]
-        loss.plot(steps, values, 'o-', color='#ee6677', markersize=4, label='validation')
-        note = f'{values[-1]:.3f} nats = {checked[-1]["validation_bits_per_byte"]:.3f} bits/byte'
-        loss.annotate(note, (steps[-1], values[-1]), textcoords='offset points', xytext=(-6, 10), ha='right')
-    loss.set(title=title, ylabel='loss, nats a token')
-    loss.legend(frameon=False)
-    if routed:
-        steps = [row['step'] for row in routed]
-        axes[1, 0].plot(steps, [row['router.max_share'] for row in routed], color='#228833', linewidth=1)
-        axes[1, 0].axhline(1 / routed[-1]['experts'], color='gray', linestyle=':', linewidth=1)
-        axes[1, 0].set(ylabel='largest share\nof an expert', ylim=(0, None))
-    axes[-1, 0].set_xlabel('step')
-    for axis in axes[:, 0]:
-        axis.grid(alpha=0.2)
-        axis.spines[['top', 'right']].set_visible(False)
-    figure.tight_layout()
-    temporary = path.with_suffix('.tmp.png')
-    figure.savefig(temporary, dpi=120)
-    plt.close(figure)
-    os.replace(temporary, path)
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A row that has what is needed of one: its step, the loss and whatever else is drawn. None for a damaged one."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if (
+        not isinstance(row, dict)
+        or type(row.get('step')) is not int
+        or not 0 < row['step'] < 2**63
+        or 'loss' not in row
+    ):
+        return None
+    drawn = [row.get(name, 0) for name in DRAWN[1:]]
+    if 'validation_loss' in row:
+        drawn.append(row.get('validation_bits_per_byte'))
+    if 'router.max_share' in row or 'router.load' in row:
+        load = row.get('router.load')
+        drawn.append(row.get('router.max_share'))
+        drawn.append(len(load[0]) if isinstance(load, list) and load and isinstance(load[0], list) else None)
+    right = all((type(value) in (int, float) and abs(value) < 2**63) or _is_nan(value) for value in drawn)
+    return row if right else None
 
 
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix('.tmp')
-    temporary.write_text(text, encoding='utf-8')
-    os.replace(temporary, path)
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from sharding.buckets import Bucket, at_once
+from storage import files as disk
 
 VOUCHER = 'data/data.json'  # data is there if this is: deleted before data changes, uploaded after all of it
 LEFT = ('checkpoints/', 'tensorboard/')  # what nobody needs here of what is there
@@ -53,8 +54,9 @@ class Mirror:
 
     def adopt(self, other: 'Mirror') -> None:
         """Takes over the files of another, whose folder was never written to; this one's folder is empty or away."""
-        shutil.rmtree(self.local, ignore_errors=True)
-        other.local.rename(self.local)
+        if self._temporary:
+            disk.remove(self.local)
+        disk.rename(other.local, self.local)
         self._known = {}
         other.close()
 
@@ -73,7 +75,8 @@ def set_aside(folder: Path | Bucket) -> Path | Bucket:
     number = next(n for n in range(1, 10**6) if not folder.with_name(f'{folder.name}.old-{n}').exists())
     name = f'{folder.name}.old-{number}'
     if isinstance(folder, Path):
-        return folder.rename(folder.with_name(name))
+        disk.rename(folder, folder.with_name(name))
+        return folder.with_name(name)
     # Copied and deleted: what vouches for others is the last to be there and the first to go, wherever this is killed.
     target, names = folder.with_name(name), list(folder.files())
     vouchers = [name for name in names if name == VOUCHER or name.endswith('/manifest.json')]

@@ -14,6 +14,20 @@ from sharding.memory import gib, shard_bytes
 from sharding.mesh import AXES, BATCH, SEQUENCE
 from sharding.pipeline import bubble, ticks
 from training.config import RunConfig
+from training.step import schedule
+from training.tables import Fitted
+
+
+def rate_line(before: RunConfig, now: RunConfig, step: int) -> str | None:
+    """What another number of steps does to the learning rate of a run that goes on after `step`; None where it is the same."""
+    was, will = before.training.steps, now.training.steps
+    if was == will or step >= will:
+        return None
+    rate, next_rate = float(schedule(before.training)(step - 1)), float(schedule(now.training)(step))
+    return (
+        f'training.steps was {was} and is {will}: the schedule is of all steps, and the learning rate goes from {rate:.3g} at '
+        f'step {step} to {next_rate:.3g} at step {step + 1}'
+    )
 
 
 def named(tree: Any) -> Iterator[tuple[str, Any]]:
@@ -35,15 +49,15 @@ SPLITS = {
 
 def layout(config: RunConfig, model: Any) -> Group:
     """What the mesh splits, and each weight's layout."""
-    return Group(mesh_table(config), '', weights_table(model))
+    return Group(Fitted(mesh_table(config)), '', Fitted(weights_table(model)))
 
 
 def mesh_table(config: RunConfig) -> Table:
     """All axes of the mesh: devices along each, and what they split."""
     table = Table(title='Mesh', title_justify='left', pad_edge=False, box=None)
-    table.add_column('axis')
-    table.add_column('devices', justify='right')
-    table.add_column('splits', no_wrap=True, overflow='ignore')
+    table.add_column('axis', no_wrap=True)
+    table.add_column('devices', justify='right', no_wrap=True)
+    table.add_column('splits')
     for axis in AXES:
         what = SPLITS[axis] + (f': {pipeline_line(config)}' if axis == 'stage' and config.mesh.stage > 1 else '')
         table.add_row(axis, str(getattr(config.mesh, axis)), what)
@@ -80,7 +94,7 @@ def weights_table(model: Any) -> Table:
     """Each weight's shape, layout and bytes per device."""
     table = Table(title='Weights', title_justify='left', pad_edge=False, box=None)
     for column in ('weight', 'shape', 'layout'):
-        table.add_column(column, no_wrap=True, overflow='ignore')
+        table.add_column(column, no_wrap=column != 'layout')
     table.add_column('bytes/device', justify='right', no_wrap=True)
     count = bytes_ = padding = 0
     for name, leaf in named(model):
@@ -89,8 +103,9 @@ def weights_table(model: Any) -> Table:
         count, bytes_ = count + leaf.size, bytes_ + shard_bytes(leaf)
         padding += leaf.size - math.prod(unpadded(name, leaf.shape, model.config))
     table.add_section()
-    more = f', and {padding:,} that fill up the vocabulary' if padding else ''
-    table.add_row(f'all {count - padding:,} parameters{more}', '', '', f'{bytes_:,}')
+    table.add_row('all', f'{count - padding:,}', 'parameters', f'{bytes_:,}')
+    if padding:
+        table.add_row('', f'{padding:,}', 'more, which fill up the vocabulary', '')
     return table
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from sharding.errors import UserError
 from training import config as configs
-from training.checkpoint import Checkpoints
+from training.checkpoint import META, Checkpoints, read_newest
 from training.config import RunConfig
 from training.step import State, init
 
@@ -42,7 +42,7 @@ def saved_config(checkpoints: Checkpoints, step: int) -> RunConfig:
     """The config that a checkpoint was saved with: its own copy, which its manifest vouches for."""
     checkpoints.meta(step)
     source = checkpoints.folder / str(step) / 'config.yaml'
-    return configs.parse(checkpoints.file(step, 'config.yaml').decode(), str(source))
+    return configs.parse(checkpoints.file(step, 'config.yaml'), str(source))
 
 
 def items(state: State) -> dict[str, Any]:
@@ -59,6 +59,33 @@ def restore(checkpoints: Checkpoints, step: int, config: RunConfig) -> State:
 def restore_model(checkpoints: Checkpoints, step: int, config: RunConfig) -> Any:
     """Only the weights."""
     return checkpoints.restore(step, {'model': abstract_model(config)})['model']
+
+
+def restore_newest(
+    checkpoints: Checkpoints,
+    first: int,
+    config: RunConfig,
+    files: Mapping[str, bytes],
+    abstract: Any,
+    step: int | None = None,
+) -> tuple[Any, int]:
+    """The weights of checkpoint `first`, whose config and files are known, or of a newer one if that is deleted meanwhile.
+
+    And the step that they are of. `abstract` is `abstract_model`; with `step` no other is taken. Raises UserError where the
+    newer checkpoint is of another model.
+    """
+
+    def read(found: int) -> tuple[Any, int]:
+        if found != first:
+            same = saved_config(checkpoints, found).model == config.model
+            if not same or fixed(checkpoints.files(found)) != fixed(files):
+                raise UserError(f'{checkpoints.run} became another model while it was read: begin again')
+        return checkpoints.restore(found, {'model': abstract})['model'], found
+
+    def fixed(files: Mapping[str, bytes]) -> dict[str, bytes]:
+        return {name: content for name, content in files.items() if name not in (META, 'config.yaml')}
+
+    return read_newest(checkpoints, read, step, first)
 
 
 def restore_imported(checkpoints: Checkpoints, config: RunConfig) -> Any:

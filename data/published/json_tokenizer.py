@@ -3,7 +3,9 @@
 import base64
 import binascii
 import contextlib
+import functools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from sharding.errors import UserError
 from storage.foreign import read_object, shown_value
 
 JSON = 'tokenizer.json'
+NOWHERE = '\U000f7357'  # a private character, which no text has
 MOST_GROWTH = 64  # how many times as long as a text its normalizers and pre-tokenizers may make it
 UNICODE = 18  # characters that Unicode's own normalization makes of one, which counts for none
 
@@ -65,6 +68,44 @@ class JsonTokenizer(PublishedTokenizer):
         for ids in found:
             self.check(ids)
         return found
+
+    @contextlib.contextmanager
+    def names_as_text(self) -> Iterator[None]:
+        own = self._tokenizer
+        if self._hidden is not None:
+            self._tokenizer = self._hidden
+        own.encode_special_tokens = True
+        try:
+            yield
+        finally:
+            own.encode_special_tokens = False
+            self._tokenizer = own
+
+    @functools.cached_property
+    def _hidden(self) -> Any:
+        """The library's tokenizer where no text has the name of a special token; None where it needs no other.
+
+        The pieces of a Unigram model are found in any text, those of special tokens among them.
+        """
+        fields = read_object(self.model, JSON)
+        if fields['model'].get('type') != 'Unigram':
+            return None
+        special = {name.decode() for i, name in self.added.items() if not self.pieces[i]}
+        hide = lambda name: NOWHERE + name if name in special else name
+        vocab = [[hide(name), score] for name, score in fields['model']['vocab']]
+        added = [{**token, 'content': hide(token['content'])} for token in fields.get('added_tokens') or ()]
+        changed = {
+            **fields,
+            'model': {**fields['model'], 'vocab': vocab},
+            'added_tokens': added,
+            'post_processor': None,
+        }
+        return library(json.dumps(changed, ensure_ascii=False).encode(), changed, JSON)
+
+    @functools.cached_property
+    def special_names(self) -> re.Pattern[str] | None:  # type: ignore[override]
+        names = sorted((name.decode() for i, name in self.added.items() if not self.pieces[i]), key=len, reverse=True)
+        return re.compile('|'.join(map(re.escape, names))) if names else None
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Of each of `encode(text)`, which characters it stands for: [begin, end)."""

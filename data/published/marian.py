@@ -1,8 +1,9 @@
 """Marian's tokenizers: one model of sentencepiece for sources and one for targets, whose pieces vocab.json gives ids."""
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sentencepiece
@@ -45,6 +46,18 @@ class MarianTokenizer(PublishedTokenizer):
 
     def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
         return self._encode(self._target, texts)
+
+    @contextlib.contextmanager
+    def names_as_text(self) -> Iterator[None]:
+        own, self._split = self._split, re.compile('(?!)')
+        try:
+            yield
+        finally:
+            self._split = own
+
+    @property
+    def special_names(self) -> re.Pattern[str] | None:
+        return self._split
 
     def _encode(self, processor: Any, texts: Sequence[str]) -> list[list[int]]:
         check_unicode(texts)

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from data.published.side_files import LARGEST_VOCABULARY, AddedToken, Said
@@ -39,6 +39,9 @@ class PublishedTokenizer(Tokenizer):
         self.prefix, self.suffix = tuple(special['prefix']), tuple(special.get('suffix', ()))
         self.ends = frozenset(special['ends'])
         self.embedded = special.get('embedded', self.vocabulary)
+
+    def encode_long(self, text: str) -> Iterator[Sequence[int]]:
+        yield self.encode(text)  # where such a tokenizer could be cut, no file says
 
     def files(self) -> dict[str, bytes]:
         return super().files() | {SPECIAL: json.dumps(self.special).encode() + b'\n'}

@@ -4,22 +4,35 @@
 # The repository, its .venv and runs/ have the same path on each (a shared file system); HOST:PORT of the first is reached by
 # all; so is one more port of it, which the system chooses. Without ssh, on one machine that simulates devices:
 #     HOSTS='localhost localhost' SSH=local scripts/launch/hosts.sh configs/demo.yaml mesh.data=2
-# Ctrl-C, or SIGTERM to any one of the processes, makes all save and stop.
+# Ctrl-C, or SIGTERM to any one of the processes, makes all save and stop. Where a process is lost or hangs, all end with 75, and
+# are started again from the last checkpoint, RESTARTS times at most (10); where its machine is gone for good, begin with the
+# others: HOSTS without it, and a mesh of as many devices.
 read -ra hosts <<<"${HOSTS:?the names of the machines, as in HOSTS='gpu-a gpu-b'}"
 coordinator=${hosts[0]#*@}:${PORT:-9876}
 
-trap '' INT # the terminal sends it to all of them
-for process in "${!hosts[@]}"; do
-    command=(.venv/bin/python scripts/train.py "$@"
-        --coordinator "$coordinator" --processes "${#hosts[@]}" --process "$process")
-    if [[ $SSH == local ]]; then
-        (trap - INT && exec "${PYTHON:-.venv/bin/python}" "${command[@]:1}") &
-    else # -tt: the remote process ends with the connection
-        (trap - INT && exec ssh -tt "${hosts[process]}" "cd $(printf %q "$PWD") && exec $(printf '%q ' "${command[@]}")") &
-    fi
-    first=${first:-$!}
+stopped=
+trap stopped=1 INT # the terminal sends it to all of them
+for ((turn = 0; turn <= ${RESTARTS:-10}; turn++)); do
+    first=
+    for process in "${!hosts[@]}"; do
+        command=(.venv/bin/python scripts/train.py "$@"
+            --coordinator "$coordinator" --processes "${#hosts[@]}" --process "$process")
+        if [[ $SSH == local ]]; then
+            (trap - INT && exec "${PYTHON:-.venv/bin/python}" "${command[@]:1}") &
+        else # -tt: the remote process ends with the connection
+            (trap - INT && exec ssh -tt "${hosts[process]}" "cd $(printf %q "$PWD") && exec $(printf '%q ' "${command[@]}")") &
+        fi
+        first=${first:-$!}
+    done
+    wait "$first"
+    code=$?
+    while kill -0 "$first" 2>/dev/null; do # a trapped signal ended the wait, not the process
+        wait "$first"
+        code=$?
+    done
+    wait
+    # 137, 139: the system has killed process 0, and the others have ended with 75; 255: ssh has lost its machine.
+    if [[ -n $stopped || ($code != 75 && $code != 137 && $code != 139 && $code != 255) ]]; then break; fi
+    echo "started again: code $code" >&2
 done
-wait "$first"
-code=$?
-wait
 exit $code

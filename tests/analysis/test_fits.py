@@ -42,7 +42,8 @@ def test_a_run_that_does_not_is_refused_with_what_fits(share):
     changes = dict(part.split('=') for part in told.split())
     tried = changed(RUN, {key: value if key == 'model.remat' else int(value) for key, value in changes.items()})
     assert training_memory(tried, 'gpu').total <= needed * share
-    assert plan_first(RUN, device(needed * share), force=True)
+    line = plan_first(RUN, device(needed * share), force=True)
+    assert re.fullmatch(r'plan: .* GiB a device of .* GiB: does not fit, and is tried as --force says', line)
 
 
 def test_the_least_change_comes_first():

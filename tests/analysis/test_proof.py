@@ -5,6 +5,7 @@ import json
 import pytest
 
 from analysis import proof, proof_cases, proof_faults, proof_page
+from sharding.errors import UserError
 from sharding.mesh import MeshConfig, factorizations
 
 # Every axis is on in two of them or more, and every two of neighbouring axes in one.
@@ -62,6 +63,21 @@ def test_a_result_is_kept_for_the_code_that_it_came_from(tmp_path):
     row = json.loads(path.read_text())
     path.write_text(json.dumps(row | {'code': 'other'}) + '\n')
     assert proof_cases.Results(path).run(case, compute)[1] is False
+
+
+def test_a_result_that_a_kill_cut_short_is_computed_again(tmp_path):
+    path = tmp_path / 'proof.jsonl'
+    first, second = proof_cases.Results(path), {'error': 1e-15, 'loss': 0.0}
+    first.run('a', lambda: second)
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole.replace(b'"a"', b'"b"')[:-9])
+    again = proof_cases.Results(path)
+    assert [*again.found] == ['a']
+    again.run('b', lambda: second)
+    assert [*proof_cases.Results(path).found] == ['a', 'b']
+    path.write_bytes(whole + b'[]\n')
+    with pytest.raises(UserError, match=r'--results .*proof\.jsonl:2: no figures of a case; take the file away'):
+        proof_cases.Results(path)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from analysis.search import ALIKE, divisors, everything, meshes, search, why
+from analysis.layouts import divisors, meshes
+from analysis.search import ALIKE, everything, search, why
 from analysis.search_cases import CASES, LARGE, MIXTURE, SMALL, WIDE, run_of
 from analysis.serving import Serving, Target, search_serving, serving_meshes
 from sharding.chips import CHIPS

@@ -5,7 +5,8 @@ import random
 import numpy as np
 import pytest
 
-from data.packing import Rows, best_fit, pack, pack_documents
+from data import packing
+from data.packing import Rows, best_fit, encode_documents, pack, pack_documents
 from data.tokenizer import Tokenizer
 
 LENGTH = 16
@@ -122,3 +123,14 @@ def test_packed_documents_give_back_their_text() -> None:
         assert every['targets'][place][-1] == tokenizer.eos
         assert tokenizer.decode(every['targets'][place][:-1]) == text
     assert len(pack_documents(tokenizer, [], 8)) == 0
+
+
+def test_long_documents_have_the_tokens_that_they_have_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer.train(['the cat sat on the mat and the cat ' * 300], 300)
+    texts = ['the cat', 'on the mat \u2581 ' * 20_000, '', 'sat', ' ' * 140_000, 'the mat']
+    wanted = encode_documents(tokenizer, texts)
+    for long in (1 << 10, 1 << 17):
+        monkeypatch.setattr(packing, 'LONG', long)
+        found = encode_documents(tokenizer, texts)
+        assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+        assert all(len(some) == 1 or sum(map(len, some)) < long for some in packing.groups(texts))

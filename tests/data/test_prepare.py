@@ -1,9 +1,7 @@
 """A run's data is made once, whole or not at all, and its held-out part is not in its training part."""
 
 import json
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from data.baseline import xz_bits_per_byte
 from data.config import DataConfig
 from data.prepare import Dataset, prepare
 from sharding.errors import UserError
+from storage import files as disk
 
 LENGTH = 32
 
@@ -121,7 +120,7 @@ def test_loaded_data_is_what_was_prepared_even_if_the_source_changed(tmp_path: P
     assert content(loaded) == content(prepared)
     assert loaded.facts == prepared.facts
     assert (loaded.train.bytes, loaded.validation.bytes) == (prepared.train.bytes, prepared.validation.bytes)
-    assert isinstance(loaded.train.stream_S, np.memmap)
+    assert isinstance(loaded.train.stream_S.base, np.memmap)
 
 
 def test_the_same_text_gives_the_same_data_elsewhere(tmp_path: Path, corpus: Path) -> None:
@@ -147,44 +146,28 @@ def test_a_kill_at_any_moment_leaves_a_whole_or_nothing(
 ) -> None:
     wanted = content(make(tmp_path / 'wanted', corpus))
     run = tmp_path / 'run'
-    calls_left = 0
+    changes_left = 0
 
-    def fragile(call: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(*arguments: Any, **options: Any) -> Any:
-            nonlocal calls_left
-            calls_left -= 1
-            if calls_left < 0:
-                raise KilledError
-            return call(*arguments, **options)
+    def kill(action: str, path: Path, _: object) -> None:
+        nonlocal changes_left
+        changes_left -= 1
+        if changes_left < 0:
+            if action == 'remove' and path.is_dir():  # a part of it may have gone; data.json is the part that matters
+                next(iter(sorted(path.iterdir()))).unlink()
+            raise KilledError
 
-        return wrapped
-
-    # A killed rmtree may have removed a part; data.json is the part that matters.
-    def half_rmtree(folder: Path) -> None:
-        next(iter(sorted(folder.iterdir()))).unlink()
-        remove()
-        rmtree(folder)
-
-    rmtree = shutil.rmtree
-    remove = fragile(lambda: None)
     moments = 0
     while True:
-        rmtree(run, ignore_errors=True)
+        shutil.rmtree(run, ignore_errors=True)
         if before:
             make(run, corpus, vocabulary=before)
-        with monkeypatch.context() as patch:
-            patch.setattr(os, 'replace', fragile(os.replace))
-            patch.setattr(np, 'save', fragile(np.save))
-            patch.setattr(Path, 'write_text', fragile(Path.write_text))
-            patch.setattr(Path, 'write_bytes', fragile(Path.write_bytes))
-            patch.setattr(Path, 'mkdir', fragile(Path.mkdir))
-            patch.setattr(data.prepare.shutil, 'rmtree', half_rmtree)
-            calls_left = moments
-            try:
+        changes_left = moments
+        try:
+            with disk.watched(kill):
                 make(run, corpus)
-                break
-            except KilledError:
-                moments += 1
+            break
+        except KilledError:
+            moments += 1
         assert content(make(run, corpus)) == wanted
         assert not list(run.glob('data.*'))
         assert content(make(run, corpus)) == wanted
@@ -224,13 +207,13 @@ def test_too_little_text_touches_nothing(tmp_path: Path) -> None:
 def test_a_source_that_changes_under_way_is_noticed(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    split = data.prepare._split
+    split = data.prepare.split_of
 
     def split_and_change(*arguments: Any) -> Any:
         (corpus / '05.txt').write_text('changed', encoding='utf-8')
         return split(*arguments)
 
-    monkeypatch.setattr(data.prepare, '_split', split_and_change)
+    monkeypatch.setattr(data.prepare, 'split_of', split_and_change)
     with pytest.raises(UserError, match='changed while it was read'):
         make(tmp_path / 'run', corpus)
     assert not (tmp_path / 'run').exists()

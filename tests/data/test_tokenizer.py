@@ -3,7 +3,9 @@
 import random
 
 import pytest
+import tokenizers
 
+from data.exported_tokenizer import exported_tokenizer
 from data.published_tokenizer import load_tokenizer
 from data.tokenizer import Tokenizer
 from sharding.errors import UserError
@@ -129,6 +131,14 @@ def test_a_long_text_has_the_ids_of_its_whole(tokenizer: Tokenizer) -> None:
         assert len(tokenizer.encode(text)) < len(text) / 2
     rare = '\u03b1' * 70_000 + 'x\u2581' + '\u03b2' * 70_000  # characters without a piece
     assert tokenizer.decode(tokenizer.encode(rare)) == rare
+
+
+def test_a_long_text_has_the_ids_that_its_export_has(tokenizer: Tokenizer) -> None:
+    exported = tokenizers.Tokenizer.from_str(exported_tokenizer(tokenizer, 128)['tokenizer.json'].decode())
+    for text in ('self.width ' * 20_000, 'ab ' * 30_000, ' ' * 70_000, 'é文😀\r\n' * 15_000, 'a' * 140_000):
+        ids = exported.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text) == ids
+        assert [i for part in tokenizer.encode_long(text) for i in part] == ids
 
 
 def test_names_of_special_tokens_are_shown_on_demand(tokenizer: Tokenizer) -> None:

@@ -136,7 +136,7 @@ def test_score_writes_embeddings_a_line_each_and_hidden_states(place, capsys):
     with pytest.raises(UserError, match=r'give --tokens FILE and --logits FILE, or .*; given: --tokens, --embeddings'):
         called(run, '--tokens', place / 'ids.npy', '--embeddings', out)
     lines.write_bytes(b'caf\xe9')
-    with pytest.raises(UserError, match=r'not UTF-8 at byte 3'):
+    with pytest.raises(UserError, match=r'byte 3 is 0xe9'):
         called(run, '--texts', lines, '--embeddings', out)
 
 

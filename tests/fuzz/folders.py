@@ -1,32 +1,11 @@
-"""Published folders that a stranger spoiled: any of them becomes a run that holds what its files say, or one line says why not.
+"""Published folders that a stranger spoiled: each becomes a run that holds what its files say, or one line says why not."""
 
-    python -m tests.fuzz.folders --seed 1 --count 3000
-
-Cases run in processes with little memory, each within SECONDS; what a case does to its folder follows from seed and number.
-tests/fuzz/test_folders.py takes a few of them in its own process.
-"""
-
-import argparse
 import contextlib
-import copy
 import json
-import os
-import random
-import re
 import resource
-import select
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,13 +18,13 @@ from sharding.mesh import MeshConfig, make_mesh
 from tests.data.test_tokenizer_goldens import files_of
 from tests.families import cases as families
 from tests.families import folders
+from tests.fuzz import Case, note, rng
+from tests.fuzz.spoiled import TEMPLATE, WAYS
 from training import conversion
 
-SECONDS = 10  # of a processor, for a case
-PATIENCE = 6  # times as long a case may wait
-MEMORY = 4 * 2**30  # bytes of address space of a process that runs cases
+NAME, COUNT, QUICK, SECONDS, IN_PROCESS = 'folders', 3000, 120, 10.0, True
 GROWTH = 3 * 2**29  # bytes by which one case may raise what a process has held in memory
-LONGEST = 800  # characters of a message, without the name that the user gave the folder
+LONGEST = 1000  # characters of a message, without the folder's own name
 TEXT = 'the cat  sat on\tthe mat, 12.5 été\n'
 BASES = {  # a family's case, the golden folder whose tokenizer it has, and in how many files its weights are
     'llama': ('llama-grouped', 'json_template_PreTrainedTokenizerFast_True', 2),
@@ -60,33 +39,48 @@ BASES = {  # a family's case, the golden folder whose tokenizer it has, and in h
     'phi3': ('phi3-longrope-long', 'unigram', 2),
     'fp8': ('qwen3-plain', 'qwen2', 1),
 }
-TEMPLATE = '{% for m in messages %}{{ m.content }}{% endfor %}'
 
 
 class Fault(AssertionError):
     """What no folder may lead to."""
 
 
-class Case(NamedTuple):
-    """A spoiled folder, before it is made."""
-
-    seed: int
-    number: int
-
-    def __str__(self) -> str:
-        return f'seed {self.seed}, case {self.number}'
-
-    def make(self, bases: Path, folder: Path) -> str:
-        """Makes the folder; what was done to it."""
-        draw = random.Random(f'{self.seed} {self.number}')
-        base = draw.choice(list(BASES))
-        shutil.copytree(bases / base, folder)
-        how = draw.choices(list(WAYS), list(WAYS.values()))[0]
-        return f'{base}: {how.__name__}: {how(folder, draw)}'
+def cases(seed: int, count: int) -> Iterator[Case]:
+    """A family's folder, and the way in which it is spoiled."""
+    for number in range(count):
+        draw = rng(seed, number, NAME)
+        base, way = draw.choice(list(BASES)), draw.choices(list(WAYS), list(WAYS.values()))[0]
+        yield Case(number, f'{base}: {way.__name__.replace("_", " ")}', (base, way, seed))
 
 
-def cases(seed: int, count: int, begin: int = 0) -> Iterator[Case]:
-    yield from (Case(seed, number) for number in range(begin, count))
+def check(case: Case, scratch: Path) -> str | None:
+    base, way, seed = case.content
+    folder, run = scratch / 'folder', scratch / 'runs' / 'run'
+    shutil.copytree(scratch.parent / 'bases' / base, folder)
+    what = way(folder, rng(seed, case.number, way.__name__))
+    before, held = _state(scratch), _held()
+    try:
+        came = outcome(folder, run)
+    except UserError as error:
+        if fault := _wrong_with(str(error), folder):
+            return f'{what}: {fault}'
+        came = 'refused'
+    except BaseException as error:  # a panic of a Rust library is no Exception
+        error.add_note(what)
+        raise
+    note(came)
+    if (grown := _held() - held) > GROWTH:
+        return f'{what}: {came} with {grown >> 20} MiB more memory'
+    if _state(scratch) != before:
+        return f'{what}: {came}, and something was written'
+    return None
+
+
+def prepare(place: Path) -> None:
+    """Writes the folders that are spoiled, once."""
+    if not (place / 'bases').exists():
+        shutil.rmtree(place / 'bases.new', ignore_errors=True)
+        write_bases(place / 'bases.new').rename(place / 'bases')
 
 
 def write_bases(root: Path) -> Path:
@@ -123,435 +117,9 @@ def _in_fp8(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return packed
 
 
-# What is done to a folder ------------------------------------------------------------------------------------------------
-
-ESCAPES = '\x1b[2J\x1b]0;x\x07\nerror: all is well\r\u202e\x00'
-VALUES: list[Any] = [
-    0, -1, 1, 2, 3, -5, 2**31 - 1, 2**31, 10**9, 2**53, 2**63 - 1, 2**63, 2**64, 10**400, 1.5, -0.0, 1e308, 1e-320,
-    float('nan'), float('inf'), -float('inf'), True, False, None, '', 'x', '\ud800', ESCAPES, '\0', [], {}, [[]], [1],
-    ['x'], {'a': 1}, [None], '9' * 50, [2**62] * 400, [0.5], [True], {'rope_type': 'yarn'}, {'type': 3},
-    'LlamaForCausalLM', {'content': None}, {'content': '</s>'}, ['</s>'], 'y' * 3_000_000, {ESCAPES: 1}, [ESCAPES],
-    {'type': 'Replace'}, '<0xZZ>', {'type': 'Sequence', 'decoders': None}, [[[1]]], list(range(3000)),
-]  # fmt: skip
-FIELDS = (
-    'auto_map', 'quantization_config', 'ends', 'rope_scaling', 'architectures', 'x', '__metadata__', 'bos_token',
-    'eos_token', 'eos_token_id', 'add_bos_token', 'layer_types', 'decoder', 'chat_template', 'added_tokens_decoder',
-    'extra_ids', 'tokenizer_class', 'normalizer', 'post_processor', 'mlp_only_layers', ESCAPES, '\ud800',
-)  # fmt: skip
-COUNTS = re.compile(r'"(\w+)": (\d+)')
-CHARSMAPS = ('AAAA', '/////w==', 'BAAAAP////8A', 'BAAAAAAAAIAA', 3)
-SIZES = (0, 7, 300, 4096, 9999, 10**4, 10**6, 10**9, 2**31 - 1)
-
-
-def _paths(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    yield path
-    if isinstance(value, dict):
-        for key in value:
-            yield from _paths(value[key], (*path, key))
-    elif isinstance(value, list):
-        for i in range(min(len(value), 6)):
-            yield from _paths(value[i], (*path, i))
-
-
-def _get(value: Any, path: tuple) -> Any:
-    for key in path:
-        value = value[key]
-    return value
-
-
-def _put(value: Any, path: tuple, new: Any) -> Any:
-    if not path:
-        return new
-    _get(value, path[:-1])[path[-1]] = new
-    return value
-
-
-def _other(value: Any, draw: random.Random) -> Any:
-    """JSON with a few values changed, taken out, moved, nested or added."""
-    value = copy.deepcopy(value)
-    for _ in range(draw.choice((1, 1, 1, 2, 3))):
-        paths = list(_paths(value))
-        # Near the root as often as far below it, where a vocabulary's hundreds of tokens are.
-        deep = draw.choice([len(path) for path in paths])
-        path = draw.choice([path for path in paths if len(path) == min(deep, draw.randrange(5))] or paths)
-        here, how = _get(value, path), draw.random()
-        if how < 0.55:
-            value = _put(value, path, copy.deepcopy(draw.choice(VALUES)))
-        elif how < 0.7 and path:
-            del _get(value, path[:-1])[path[-1]]
-        elif how < 0.78:
-            value = _put(value, path, copy.deepcopy(_get(value, draw.choice(paths))))
-        elif how < 0.92:
-            if isinstance(here, dict):
-                here[draw.choice(FIELDS)] = copy.deepcopy(draw.choice(VALUES))
-            elif isinstance(here, list):
-                here.append(copy.deepcopy(draw.choice(VALUES)))
-            elif isinstance(here, int) and not isinstance(here, bool):
-                value = _put(
-                    value,
-                    path,
-                    draw.choice(
-                        (here * 2, here + 1, here - 1, -here, here * 10**6, here / 2.5 if abs(here) < 2**60 else 0.5)
-                    ),
-                )
-            elif isinstance(here, str):
-                value = _put(value, path, here + draw.choice(('x', ESCAPES, '\ud800', '\0')))
-        else:
-            for _ in range(draw.choice((5, 60, 400))):
-                here = [here] if draw.random() < 0.5 else {'a': here}
-            value = _put(value, path, here)
-    return value
-
-
-def _text(value: Any, draw: random.Random) -> bytes:
-    return json.dumps(value, ensure_ascii=draw.random() < 0.5).encode('utf-8', 'surrogatepass')
-
-
-def _spoiled(content: bytes, draw: random.Random) -> bytes:
-    """Bytes with a few turned, left out, put in, doubled, or cut off."""
-    raw = bytearray(content)
-    for _ in range(draw.choice((1, 1, 2, 8))):
-        if not raw:
-            break
-        how, i = draw.random(), draw.randrange(len(raw))
-        if how < 0.4:
-            raw[i] ^= 1 << draw.randrange(8)
-        elif how < 0.55:
-            del raw[i : i + draw.choice((1, 2, 16, 500))]
-        elif how < 0.7:
-            more = (
-                b'\0',
-                b'"',
-                b'{',
-                b'[',
-                b'}',
-                b'\xff',
-                b'NaN',
-                b'-',
-                b'e999',
-                b'9' * 5000,
-                b'\\ud800',
-                b'\x1b[31m',
-                b'\xef\xbb\xbf',
-            )
-            raw[i:i] = draw.choice(more)
-        elif how < 0.85:
-            del raw[i:]
-        else:
-            j = draw.randrange(len(raw))
-            raw[i:i] = raw[j : j + draw.choice((4, 40, 400))]
-    return bytes(raw)
-
-
-def _files(folder: Path, *endings: str) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name.endswith(endings))
-
-
-def _weights(folder: Path, draw: random.Random) -> tuple[Path, bytes, bytes]:
-    """A file of weights, its header and its numbers."""
-    path = draw.choice(_files(folder, '.safetensors'))
-    raw = path.read_bytes()
-    length = int.from_bytes(raw[:8], 'little')
-    return path, raw[8 : 8 + length], raw[8 + length :]
-
-
-def _write_weights(path: Path, header: bytes, numbers: bytes) -> str:
-    path.write_bytes(len(header).to_bytes(8, 'little') + header + numbers)
-    return path.name
-
-
-def a_field(folder: Path, draw: random.Random) -> str:
-    path = draw.choice(_files(folder, '.json'))
-    path.write_bytes(_text(_other(json.loads(path.read_bytes()), draw), draw))
-    return path.name
-
-
-def a_field_of_config(folder: Path, draw: random.Random) -> str:
-    path = folder / 'config.json'
-    path.write_bytes(_text(_other(json.loads(path.read_bytes()), draw), draw))
-    return path.name
-
-
-def a_count(folder: Path, draw: random.Random) -> str:
-    """Sizes in config.json that nothing in the files stands for."""
-    path = folder / 'config.json'
-    text = path.read_text()
-    for _ in range(draw.choice((1, 1, 2))):
-        found = draw.choice(list(COUNTS.finditer(text)))
-        text = f'{text[: found.start(2)]}{draw.choice(SIZES)}{text[found.end(2) :]}'
-    path.write_text(text)
-    return found[1]
-
-
-def bytes_of_a_file(folder: Path, draw: random.Random) -> str:
-    path = draw.choice([path for path in folder.iterdir() if path.suffix != '.safetensors'])
-    path.write_bytes(_spoiled(path.read_bytes(), draw))
-    return path.name
-
-
-def a_tokenizer(folder: Path, draw: random.Random) -> str:
-    """A part of a tokenizer that the library would take, or choke on."""
-    path = folder / 'tokenizer.json'
-    if not path.exists():
-        return a_model_of_sentencepiece(folder, draw)
-    said = json.loads(path.read_bytes())
-    replace = {'type': 'Replace', 'pattern': {'String': 'a'}, 'content': 'a' * 10}
-    text, odd = {'Sequence': {'id': 'A', 'type_id': 0}}, {'SpecialToken': {'id': ESCAPES, 'type_id': 0}}
-    template = {'type': 'TemplateProcessing', 'pair': [text], 'special_tokens': {}}
-    split = {'type': 'Split', 'behavior': 'Isolated', 'invert': False}
-    unigram = draw.choice(([], [['', 0.0]], [['a', 0.0], ['b', -1e308]]))
-    pieces = {'continuing_subword_prefix': '##', 'max_input_chars_per_word': 3}
-    padding = {'strategy': {'Fixed': 10**9}, 'direction': 'Right', 'pad_id': 0, 'pad_type_id': 0, 'pad_token': 'x'}
-    field, value = draw.choice((
-        ('normalizer', {'type': 'Sequence', 'normalizers': [replace] * 10}),
-        ('normalizer', replace | {'pattern': {'Regex': ''}, 'content': 'b' * 200}),
-        ('normalizer', {'type': 'Precompiled', 'precompiled_charsmap': draw.choice(CHARSMAPS)}),
-        ('pre_tokenizer', split | {'pattern': {'Regex': draw.choice(('(', '(a+)+$', ''))}}),
-        ('model', {'type': 'Unigram', 'vocab': unigram, 'unk_id': draw.choice((0, None, 7))}),
-        ('model', {'type': 'WordLevel', 'vocab': {'<s>': 1, 'x': 0}, 'unk_token': 'nope'}),
-        ('model', {'type': 'WordPiece', 'vocab': {'<s>': 1, '</s>': 0}, 'unk_token': 'nope'} | pieces),
-        ('post_processor', template | {'single': [text, text]}),
-        ('post_processor', template | {'single': [odd]}),
-        ('decoder', draw.choice((None, {'type': 'Fuse'}, {}, {'type': 'WordPiece'}))),
-        ('decoder', {'type': 'Sequence', 'decoders': [{}]}),
-        ('truncation', {'direction': 'Right', 'max_length': 0, 'strategy': 'LongestFirst', 'stride': 5}),
-        ('padding', padding | {'pad_to_multiple_of': 0}),
-        ('added_tokens', [{'id': 0, 'content': draw.choice((ESCAPES, '', '\ud800', 'q' * 2_000_000))}]),
-        ('added_tokens', draw.choice((None, {}, [None], [{}], [{'id': 10**9, 'content': 'x', 'special': True}]))),
-    ))  # fmt: skip
-    said[field] = value
-    if draw.random() < 0.3 and isinstance(said.get('model', {}).get('vocab'), dict):
-        said['model']['vocab'][draw.choice(('<0xZZ>', ESCAPES, '', 'far'))] = draw.choice(
-            (len(said['model']['vocab']), 4_000_000, 2**33, -1)
-        )
-    path.write_bytes(_text(said, draw))
-    return f'{field} {str(value)[:60]}'
-
-
-def a_model_of_sentencepiece(folder: Path, draw: random.Random) -> str:
-    """More pieces, or others, in a file that is no JSON; the lengths in it are right."""
-    files = _files(folder, '.model', '.spm')
-    if not files:
-        return bytes_of_a_file(folder, draw)
-    path = draw.choice(files)
-    field = lambda number, content: bytes([number << 3 | 2]) + _varint(len(content)) + content
-    text = draw.choice(
-        (b'', b'a' * 300, b'a' * 3_000_000, b'\xff', ESCAPES.encode(), b'<0xZZ>', b'</s>', b'\xe2\x96\x81')
-    )
-    piece = field(1, field(1, text))
-    more = draw.choice(
-        (piece, piece * 2, field(1, b'') * 500_000, field(3, field(2, b'\4\0\0\0')), field(2, b'\x18\7'))
-    )
-    path.write_bytes(path.read_bytes() + more)
-    return f'{path.name} {text[:20]!r} {len(more)}'
-
-
-def _varint(number: int) -> bytes:
-    found = b''
-    while number > 127:
-        found, number = found + bytes([number & 127 | 128]), number >> 7
-    return found + bytes([number])
-
-
-def a_header(folder: Path, draw: random.Random) -> str:
-    path, header, numbers = _weights(folder, draw)
-    return _write_weights(path, _text(_other(json.loads(header), draw), draw), numbers)
-
-
-def a_shape(folder: Path, draw: random.Random) -> str:
-    """A tensor's entry in the header that says what cannot be."""
-    path, header, numbers = _weights(folder, draw)
-    entries = json.loads(header)
-    name = draw.choice([name for name in entries if name != '__metadata__'])
-    shape = draw.choice(
-        ([2**62] * 400, [2**62] * 100_000, [0, 2**62], [1] * 65 + entries[name]['shape'], [0], [], [2**63], [1] * 40)
-    )
-    entries[name]['shape'] = shape
-    if draw.random() < 0.3:
-        entries[draw.choice((ESCAPES, 'n' * 3_000_000, '../x', ''))] = entries.pop(name)
-    return _write_weights(path, json.dumps(entries).encode(), numbers)
-
-
-def bytes_of_a_header(folder: Path, draw: random.Random) -> str:
-    path, header, numbers = _weights(folder, draw)
-    path.write_bytes(_spoiled(len(header).to_bytes(8, 'little') + header, draw) + numbers)
-    return path.name
-
-
-def the_length_of_a_header(folder: Path, draw: random.Random) -> str:
-    path = draw.choice(_files(folder, '.safetensors'))
-    raw = path.read_bytes()
-    length = draw.choice((0, 1, 7, 8, 2**31, 2**63, 2**64 - 1, len(raw), len(raw) - 8, 10**8, 10**8 + 1))
-    path.write_bytes(length.to_bytes(8, 'little') + raw[8:])
-    return f'{path.name} {length}'
-
-
-def the_length_of_weights(folder: Path, draw: random.Random) -> str:
-    path = draw.choice(_files(folder, '.safetensors'))
-    size = path.stat().st_size
-    os.truncate(path, draw.choice((draw.randrange(size), size - 1, size + 1, 2**33)))
-    return f'{path.name} {size} as {path.stat().st_size}'
-
-
-def a_number(folder: Path, draw: random.Random) -> str:
-    """Other weights: they are what the file now says."""
-    path, header, numbers = _weights(folder, draw)
-    raw = bytearray(numbers)
-    for _ in range(9):
-        raw[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
-    return _write_weights(path, header, bytes(raw))
-
-
-def an_index(folder: Path, draw: random.Random) -> str:
-    names = [path.name for path in _files(folder, '.safetensors')]
-    index = folder / hub.INDEX
-    if index.exists():
-        said = json.loads(index.read_text())['weight_map']
-    else:
-        names = ['a.safetensors']
-        (folder / hub.SINGLE).rename(folder / 'a.safetensors')
-        _, header, _ = _weights(folder, draw)
-        said = {name: 'a.safetensors' for name in json.loads(header) if name != '__metadata__'}
-    tensor = draw.choice(list(said))
-    lie = draw.choice((
-        '../llama/model.safetensors', '/etc/passwd', 'a\0b', '\ud800.safetensors', ESCAPES, '', '.', '..', 'x' * 300,
-        'config.json', 'x' * 3_000_000, 'none.safetensors', 5, None, [], names[0], 'a\\b',
-    ))  # fmt: skip
-    how = draw.randrange(4)
-    if how == 0:
-        said = dict.fromkeys(said, lie)
-    elif how == 1:
-        said[tensor] = lie
-    elif how == 2:
-        said[draw.choice((ESCAPES, 'more', 'm' * 1_000_000))] = said.pop(tensor)
-    else:
-        said |= {f'tensor {i}': f'{i}.safetensors' for i in range(20_000)}
-    index.write_text(json.dumps({'weight_map': said}))
-    return f'{how} {str(lie)[:40]!r}'
-
-
-def the_kind_of_a_file(folder: Path, draw: random.Random) -> str:
-    path = draw.choice(sorted(folder.iterdir()))
-    how = draw.choice(('folder', 'pipe', 'zero', 'null', 'outside', 'loop', 'nowhere', 'socket', 'empty', 'gone'))
-    path.unlink()
-    if how == 'folder':
-        path.mkdir()
-    elif how == 'pipe':
-        os.mkfifo(path)
-    elif how == 'socket':
-        with contextlib.closing(socket.socket(socket.AF_UNIX)) as one, contextlib.chdir(folder):
-            one.bind(path.name)
-    elif how == 'empty':
-        path.touch()
-    elif how != 'gone':
-        to = {'zero': '/dev/zero', 'null': '/dev/null', 'outside': '/etc/passwd', 'loop': path.name, 'nowhere': 'none'}
-        path.symlink_to(to[how])
-    return f'{path.name} as {how}'
-
-
-def a_large_file(folder: Path, draw: random.Random) -> str:
-    """Files without blocks on the disk, or few bytes of JSON that take many in memory."""
-    name = draw.choice((*[path.name for path in sorted(folder.iterdir())], 'more.txt', 'LICENSE', 'vocab.json'))
-    path, how = folder / name, draw.randrange(5)
-    if how == 0:
-        os.truncate(path, 120_000_000) if path.exists() else path.touch()
-    elif how == 1:
-        for i in range(200):
-            path = folder / f'more{i}.txt'
-            path.touch()
-            os.truncate(path, 120_000_000)
-    else:
-        many = draw.choice((3_000_000, 20_000_000))
-        content = b'{"a":[' + (b'[],', b'1,', b'{},')[how - 2] * many + b'0]}'
-        if path.suffix == '.safetensors':
-            content = len(content).to_bytes(8, 'little') + content
-        path.write_bytes(content)
-    return f'{name} {how}'
-
-
-def a_deep_or_double_file(folder: Path, draw: random.Random) -> str:
-    path = draw.choice(_files(folder, '.json'))
-    text = path.read_text()
-    deep = draw.choice((60, 900, 100_000))
-    first = next(iter(json.loads(text)), 'x')
-    path.write_text(draw.choice((
-        '[' * deep, '{"a":' * deep + '1' + '}' * deep, '[' * deep + ']' * deep,
-        f'{{{json.dumps(first)}: 3,{text.lstrip()[1:]}', text.replace('{', '{"_x": ' + '9' * 5000 + ', ', 1),
-        text.replace('{', '{"_y": ' + '[' * deep + ']' * deep + ',', 1),
-        '\ufeff' + text, 'null', '[]', '"x"', '3', '', '{}', text + text, 'NaN',
-    )))  # fmt: skip
-    return path.name
-
-
-def a_name(folder: Path, draw: random.Random) -> str:
-    """A file whose name troubles a terminal, with nothing else to read instead of it."""
-    name = draw.choice((b'\x1b[2J\nerror', b'\xff\xfe', b'\xe2\x80\xae')) + draw.choice(
-        (b'.txt', b'.json', b'.bin', b'.safetensors', b'.jinja')
-    )
-    if draw.random() < 0.7:
-        for path in _files(folder, '.safetensors', '.index.json'):
-            path.unlink()
-    with open(os.fsencode(folder) + b'/' + name, 'wb') as file:
-        file.write(b'{')
-    if draw.random() < 0.3:
-        more = folder / hub.TEMPLATES
-        more.mkdir()
-        (more / f'{draw.choice(("tool", ESCAPES[:-1], "ü" * 100))}.jinja').write_text(TEMPLATE)
-    return repr(name)
-
-
-WAYS: dict[Callable[[Path, random.Random], str], int] = {
-    a_field: 24,
-    a_field_of_config: 12,
-    a_count: 8,
-    bytes_of_a_file: 9,
-    a_tokenizer: 11,
-    a_header: 8,
-    a_shape: 4,
-    bytes_of_a_header: 6,
-    the_length_of_a_header: 2,
-    the_length_of_weights: 3,
-    a_number: 3,
-    an_index: 5,
-    the_kind_of_a_file: 8,
-    a_large_file: 2,
-    a_deep_or_double_file: 6,
-    a_name: 2,
-}
-
-
-# What may come of it ---------------------------------------------------------------------------------------------------------
-
-
-def check(case: Case, bases: Path, place: Path) -> str:
-    """'accepted' or 'refused'. Raises Fault for what no folder may lead to."""
-    folder = place / 'folder'
-    what = case.make(bases, folder)
-    before, held = _state(place), _held()
-    began = time.process_time()
-    try:
-        with _within(SECONDS):
-            came = outcome(folder, place / 'run')
-    except UserError as error:
-        if fault := _wrong_with(str(error), folder):
-            raise Fault(f'{case}: {what}: {fault}') from None
-        came = 'refused'
-    except BaseException as error:  # a panic of Rust's is no Exception
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        raise Fault(f'{case}: {what}: {"".join(traceback.format_exception(error)[-3:])[-900:]}') from error
-    if (grown := _held() - held) > GROWTH:
-        raise Fault(f'{case}: {what}: {came} with {grown >> 20} MiB more memory')
-    if (seconds := time.process_time() - began) > SECONDS:
-        raise Fault(f'{case}: {what}: {came} after {seconds:.1f} s')
-    if _state(place) != before:
-        raise Fault(f'{case}: {what}: {came}, and something was written')
-    return came
-
-
 def outcome(folder: Path, run: Path) -> str:
     """What an import does before it writes, and the numbers that it would write."""
-    one = conversion.examined(folder, run, MeshConfig())
+    one = conversion.examined(folder, run.name, MeshConfig())
     chat_templates(one.files, str(folder))
     if one.tokenizer:
         with contextlib.suppress(UserError):  # a text may have tokens that the model does not know
@@ -571,10 +139,9 @@ def outcome(folder: Path, run: Path) -> str:
 
 def _numbers(folder: Path) -> dict[str, np.ndarray]:
     """The tensors of a folder, read without Weft."""
-    found = {}
-    names = {hub.SINGLE}
+    found, names = {}, {hub.SINGLE}
     if not (folder / hub.SINGLE).exists():
-        names = set(json.loads((folder / hub.INDEX).read_text(encoding='utf-8-sig'))['weight_map'].values())
+        names = set(json.loads((folder / hub.INDEX).read_bytes())['weight_map'].values())
     for path in (folder / name for name in names):
         raw = path.read_bytes()
         start = 8 + int.from_bytes(raw[:8], 'little')
@@ -603,116 +170,3 @@ def _state(place: Path) -> list[tuple]:
 def _held() -> int:
     """The most bytes that this process has held in memory."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-class Slow(BaseException):
-    """A case takes too long."""
-
-
-@contextlib.contextmanager
-def _within(seconds: float) -> Iterator[None]:
-    def late(*_: Any) -> None:
-        raise Slow(f'more than {seconds} s')
-
-    # What computes too long is told by its own time, whatever else the machine does; what waits, by the clock. Once more every
-    # second, for an exception in a callback of the collector's is lost.
-    timers = ((signal.SIGPROF, signal.ITIMER_PROF, seconds), (signal.SIGALRM, signal.ITIMER_REAL, PATIENCE * seconds))
-    before = {number: signal.signal(number, late) for number, _, _ in timers}
-    for _, timer, most in timers:
-        signal.setitimer(timer, most, 1)
-    try:
-        yield
-    finally:
-        for number, timer, _ in timers:
-            signal.setitimer(timer, 0)
-            signal.signal(number, before[number])
-
-
-# Many of them, in processes with little memory -------------------------------------------------------------------------------
-
-
-def child(seed: int, begin: int, count: int, root: Path) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for case in cases(seed, count, begin):
-        print(f'begin {case.number}', flush=True)
-        place = root / 'place'
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
-        try:
-            said = check(case, root / 'bases', place)
-        except Fault as error:
-            said = 'FAULT ' + json.dumps(str(error))
-        print(f'end {case.number} {said}', flush=True)
-    print(f'done {count}', flush=True)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--seed', type=int, default=1)
-    parser.add_argument('--count', type=int, default=3000)
-    parser.add_argument('--only', type=int, help='one case')
-    parser.add_argument('--child', nargs=2, metavar=('BEGIN', 'ROOT'), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        child(options.seed, int(options.child[0]), options.count, Path(options.child[1]))
-        return 0
-    with tempfile.TemporaryDirectory(prefix='weft-folders-') as name:
-        faults = run(options.seed, options.count, options.only, Path(name))
-    return 1 if faults else 0
-
-
-def run(seed: int, count: int, only: int | None, root: Path) -> list[str]:
-    """Prints what came of the cases; those that are faults."""
-    write_bases(root / 'bases')
-    outcomes: Counter[str] = Counter()
-    faults: list[str] = []
-    number, until = (0, count) if only is None else (only, only + 1)
-    began = time.monotonic()
-    while number < until:
-        command = [sys.executable, '-m', 'tests.fuzz.folders', '--seed', str(seed), '--count', str(until)]
-        environment = os.environ | {'JAX_PLATFORMS': 'cpu'}
-        process = subprocess.Popen(
-            [*command, '--child', str(number), str(root)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment,
-        )
-        number = _watch(process, number, outcomes, faults)
-    print(f'seed {seed}: {sum(outcomes.values())} folders in {time.monotonic() - began:.0f} s: {dict(outcomes)}')
-    return faults
-
-
-def _watch(process: subprocess.Popen, number: int, outcomes: Counter[str], faults: list[str]) -> int:
-    """The case that the next process begins with."""
-    assert process.stdout
-    left = b''
-    while True:
-        ready, _, _ = select.select([process.stdout], [], [], 2 * PATIENCE * SECONDS)
-        part = os.read(process.stdout.fileno(), 65536) if ready else b''
-        if not part:
-            break
-        *lines, left = (left + part).split(b'\n')
-        for line in lines:
-            what, _, said = line.decode().partition(' ')
-            if what == 'done':
-                process.communicate()
-                return int(said)
-            if what == 'end':
-                at, outcome, *fault = said.split(' ', 2)
-                number = int(at) + 1
-                outcomes[outcome] += 1
-                for one in fault:
-                    faults.append(json.loads(one))
-                    print(faults[-1], flush=True)
-    process.kill()
-    _, error = process.communicate()
-    told = error.decode(errors='replace')[-900:]
-    faults.append(f'case {number}: its process {"ended" if ready else "hangs"} ({process.returncode}): {told}')
-    print(faults[-1], flush=True)
-    outcomes['HANG' if not ready else 'CRASH'] += 1
-    return number + 1
-
-
-if __name__ == '__main__':
-    sys.exit(main())

@@ -59,11 +59,12 @@ def run(folder: Path, script: str, *arguments: str, code: int = 0, **variables: 
     return subprocess.CompletedProcess(arguments, code, out, err)
 
 
-def start_together(folder: Path, processes: int, *arguments: str) -> list[subprocess.Popen]:
+def start_together(folder: Path, processes: int, *arguments: str, **variables: str) -> list[subprocess.Popen]:
     """scripts/train.py under way as several processes of one machine, told so by the environment, as launch files do."""
     with socket.create_server(('localhost', 0)) as server:
         port = server.getsockname()[1]
     told = {'WEFT_COORDINATOR': f'localhost:{port}', 'WEFT_PROCESSES': str(processes)}
+    told |= variables
     return [start(folder, 'train', *arguments, **told, WEFT_PROCESS=str(process)) for process in range(processes)]
 
 

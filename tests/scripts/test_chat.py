@@ -1,6 +1,7 @@
 """Conversations and decode.py's options, by the scripts as a user calls them but in this process, of a tiny model."""
 
 import builtins
+import contextlib
 import io
 import json
 import os
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from data.chat import RENDERER
+from decoding.generate import Completion
+from decoding.questions import read_prompts
 from model import hub
 from model.families import tensors
 from scripts import answering, chat, convert, decode, sample
@@ -116,14 +119,17 @@ MISTAKES = {
     'no template': (['runs/mute', '--message', 'x'], ['--message: runs/mute has no chat template', '--prompt TEXT']),
     'no run': (['runs/talk', '--message', 'x'], ["did you mean 'runs/talks'"]),
     'no such step': (['runs/talks', '--prompt', 'x', '--step', '7'], ['--step 7', 'the nearest that it has is 0']),
-    'no file': (['runs/talks', '--chat', 'none.json'], ['--chat none.json: No such file']),
-    'no answers': (['runs/talks', '--prompt', 'x', '-n', '0'], ['n is 0: it must be at least 1']),
+    'no file': (['runs/talks', '--chat', 'none.json'], ['--chat none.json: cannot be read (No such file']),
+    'no answers': (['runs/talks', '--prompt', 'x', '-n', '0'], ['-n: 0: it must be at least 1']),
     'logprobs unseen': (['runs/talks', '--prompt', 'x', '--logprobs', '2'], ['add --json or --out']),
     'beams that draw': (['runs/talks', '--prompt', 'x', '--beams', '2', '--top-k', '3'], ['leave out --top-k']),
     'beams several times': (['runs/talks', '--prompt', 'x', '--beams', '2', '-n', '3'], ['leave out -n']),
-    'a folder to write': (['runs/talks', '--prompt', 'x', '--out', 'runs'], ['runs: is there and is no regular file']),
+    'a folder to write': (
+        ['runs/talks', '--prompt', 'x', '--out', 'runs'],
+        ['--out runs: is a folder; name a file in it'],
+    ),
     'nowhere to write': (['runs/talks', '--prompt', 'x', '--out', 'no/x'], ['there is no folder no']),
-    'a line that is none': (['runs/talks', '--prompts-file', 'bad.jsonl'], ['bad.jsonl:2: not readable as JSON']),
+    'a line that is none': (['runs/talks', '--prompts-file', 'bad.jsonl'], ['bad.jsonl:2: not JSON']),
     'a long one of many': (
         ['runs/talks', '--prompt', 'x', '--prompt', 'y' * 99, '--batch', '1'],
         ['prompt 2 has 99 tokens', 'the context is 96'],
@@ -149,37 +155,29 @@ def test_a_mistake_is_one_line(place, call, name):
         ('{"message": []}', 'either "prompt" or "messages"'),
         ('{"messages": [{"role": "user"}], "tool": 1}', "no field 'tool' in a line; did you mean 'tools'"),
         ('{"messages": []}', 'at least one message'),
-        ('["x"]', 'a line is an object'),
+        ('["x"]', 'every line must be an object'),
     ],
 )
-def test_lines_that_are_none(line, said):
-    with pytest.raises(UserError, match=f'^f.jsonl:4: .*{said}'):
-        decode.read_line('f.jsonl:4', line)
+def test_lines_that_are_none(tmp_path, line, said):
+    file = tmp_path / 'f.jsonl'
+    file.write_text('\n' * 3 + line)
+    with pytest.raises(UserError, match=f'f.jsonl:4: .*{said}'):
+        read_prompts(str(file))
 
 
-def test_only_regular_files_are_replaced_and_only_by_whole_ones(tmp_path, capsys):
+def test_an_answer_file_has_its_name_once_it_is_whole(tmp_path, capsys):
     there = tmp_path / 'there.jsonl'
     there.write_text('before')
-    out = decode.Out(str(there)).__enter__()
-    out.write('{}')
-    out.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    with contextlib.suppress(KeyboardInterrupt), decode.answers_in(str(there)) as write:
+        write('{}')
+        raise KeyboardInterrupt
     assert there.read_text() == 'before'
-    assert f'what was done until then stands in {there}.partial' in capsys.readouterr().err
-    with decode.Out(str(there)) as out:
-        out.write('{}')
-    assert there.read_text() == '{}\n'
-    (tmp_path / 'link').symlink_to(there)
-    os.mkfifo(tmp_path / 'pipe')
-    for name in ('link', 'pipe', '.'):
-        with pytest.raises(UserError, match='is no regular file'), decode.Out(str(tmp_path / name)):
-            pass
-    (tmp_path / 'new.partial').symlink_to(there)
-    with (
-        pytest.raises(UserError, match=r'new\.partial: is there and is no regular file'),
-        decode.Out(f'{tmp_path}/new'),
-    ):
-        pass
-    assert there.read_text() == '{}\n'
+    assert (tmp_path / 'there.jsonl.partial').read_text() == '{}\n'
+    assert capsys.readouterr().err == f'what was done until then stands in {there}.partial\n'
+    with decode.answers_in(str(there)) as write:
+        write('[]')
+    assert there.read_text() == '[]\n'
+    assert [*tmp_path.iterdir()] == [there]
 
 
 @pytest.mark.parametrize(
@@ -321,3 +319,12 @@ def test_a_sample_that_is_not_installed_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(sample, 'PACKAGE', 'no-such-package-at-all')
     with pytest.raises(UserError, match='is not installed: `make chat` fetches it'):
         sample.installed()
+
+
+def test_the_speed_of_batches_one_after_another_is_not_the_sum_of_theirs():
+    answer = lambda tokens, seconds: Completion('', tokens=[1] * tokens, seconds=seconds)
+    batch = [answer(12, 2.0), answer(7, 1.0)]
+    assert [one.tokens_per_second for one in batch] == [5.0, 5.0]
+    assert decode.speed_together([batch]) == 7.5
+    assert decode.speed_together([batch] * 9) == 7.5
+    assert decode.speed_together([[answer(2, 0.0)]]) == 0

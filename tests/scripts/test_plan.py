@@ -1,19 +1,27 @@
 """scripts/plan.py: its figures as JSON, its page, its time, and mistakes."""
 
+import io
 import json
 import re
 import resource
+import time
 from html.parser import HTMLParser
 
 import pytest
+from rich.console import Console
 
+from analysis.aot import Compiled
+from analysis.plan import compiled_part
 from analysis.plan_page import memory_picture, page
+from analysis.plan_text import flops_line, show, tables, verdict
+from analysis.traffic import Traffic
 from model import cost
 from scripts.plan import make, parse
 from sharding.errors import UserError
 from tests.scripts.runs import ROOT, run
 from training.config import load
 
+SMALL = ('configs/demo.yaml', '--chip', 'h100', '--chips', '4')
 LLAMA = 'configs/models/llama-3.1-70b.yaml'
 
 
@@ -87,6 +95,135 @@ def test_serving_searches_where_no_mesh_is_given():
     assert found['mesh']['tensor'] == 8
 
 
+MISFIT = ('configs/models/mixtral-8x7b.yaml', '--chip', 'h100', '--chips', '8', '--price', '2', '--tokens', '1e12')
+
+
+def test_what_does_not_fit_has_no_speed_and_no_price():
+    found = plan(*MISFIT)
+    assert not found['fits']
+    speed = ('time', 'step_seconds', 'mfu', 'mfu_at_most', 'tokens_per_second', 'tokens_per_day')
+    assert {found[name] for name in speed} == {None}
+    training = found['training']
+    assert {training[name] for name in ('days', 'chip_hours', 'cost', 'energy_kwh')} == {None}
+    assert training['tokens'] == 1e12
+    assert {choice['step_seconds'] for choice in found['search']['ranked']} == {None}
+    served = plan(*MISFIT[:3], '--chips', '1', '--price', '2', '--serve')
+    assert (served['fits'], served['mfu'], served['tokens_per_second']) == (False, None, None)
+    assert {served['serving'][name] for name in ('prefill_seconds', 'cost_per_million_tokens', 'joules_per_token')} == {
+        None
+    }
+    for one, chips in ((found, 8), (served, 1)):
+        text, shown = page(one), terminal(one, 120)
+        for said in (text, shown):
+            assert 'DOES NOT FIT' in said
+            assert f'--chips {one["fits_from"]["chips"]}' in re.sub(
+                '<.*?>|\xa0', lambda m: ' ' * (m[0] == '\xa0'), said
+            )
+            assert not re.search(r'\bMFU\b|tokens/s|\bdays\b|kWh|predicted', said)
+        assert one['fits_from']['chips'] > chips
+
+
+@pytest.mark.parametrize('more', [(), ('--serve',)], ids=['train', 'serve'])
+def test_the_number_of_chips_that_is_named_is_the_first_that_fits(more):
+    arguments = (*MISFIT[:3], '--chips', '1', *more)
+    needed = plan(*arguments)['fits_from']['chips']
+    fits = {}
+    for chips in (2, 4, 8, 16):
+        fits[chips] = plan(*MISFIT[:3], '--chips', str(chips), '--mesh', 'auto', *more)['fits']
+    assert min(chips for chips, one in fits.items() if one) == needed
+
+
+def test_a_mesh_that_does_not_fit_on_chips_of_which_another_does_is_answered_with_that():
+    found = plan('configs/models/llama-3.1-8b.yaml', '--chip', 'h100', '--chips', '8', '--mesh', 'replica=8')
+    assert not found['fits']
+    assert found['fits_from']['chips'] <= 8
+    assert '--mesh auto' in terminal(found, 100)
+
+
+def test_a_plan_says_which_mesh_it_has():
+    arguments = ('configs/demo.yaml', '--chip', 'h100', '--chips', '4')
+    assert plan(*arguments)['mesh_is'] == 'the config’s; --mesh auto searches'
+    assert plan(*arguments, '--mesh', 'auto')['mesh_is'] == 'found by a search'
+    assert plan(*arguments, '--mesh', 'data=4')['mesh_is'] == 'as given'
+    assert plan(*arguments, 'mesh.data=2', 'mesh.expert=1')['mesh_is'] == 'as given'
+    assert '(the config’s; --mesh auto searches)' in terminal(plan(*arguments), 200)
+
+
+def test_a_config_s_own_mesh_that_does_not_fit_is_searched_for():
+    found = plan(
+        'configs/demo.yaml', '--chip', 'v5e', '--chips', '4', 'training.batch=65536', 'training.sequence_length=512'
+    )
+    assert found['mesh_is'] == 'found by a search'
+    assert found['fits']
+
+
+def test_costs_have_a_currency():
+    arguments = ('configs/demo.yaml', '--chip', 'h100', '--chips', '4', '--price', '2.5', '--tokens', '1e15')
+    assert re.search(r'cost USD [\d,]{5,}', terminal(plan(*arguments), 200))
+    assert re.search(r'cost EUR [\d,]{5,}', terminal(plan(*arguments, '--currency', 'EUR'), 200))
+    assert re.search(
+        r'A million tokens cost CHF [\d.]+', terminal(plan(*arguments, '--serve', '--currency', 'CHF'), 200)
+    )
+
+
+def terminal(plan: dict, width: int) -> str:
+    """What a terminal of so many columns shows."""
+    console = Console(file=io.StringIO(), width=width)
+    show(plan, console)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize('kind', ['train', 'misfit', 'serve', 'compiled'])
+def test_numbers_stand_whole_with_their_units_in_a_terminal_of_any_width(kind):
+    found = plan(*MISFIT) if kind == 'misfit' else plan(*SMALL, *(('--serve',) if kind == 'serve' else ()))
+    if kind == 'compiled':
+        sent = Traffic()
+        sent.add('all_gather', 'data', 1.25e9, 7)
+        made = Compiled('compiled', {'all': 3.0}, {'total': 2 * 10**9, 'temporaries': 10**9}, 80 * 10**9, sent, sent)
+        found['compiled'] = compiled_part(made, found)
+    told = [f'{cell}' for table in tables(found) for column in table.columns for cell in column.cells]
+    told += [flops_line(found), *verdict(found)]
+    numbers = {one for text in told for one in re.findall(r'[\d,.e+-]*\d(?: [kMGTP]?i?B\b| GiB\b| s\b)?', text)}
+    for width in (40, 57, 79, 80, 100, 120, 160, 200):
+        said = terminal(found, width)
+        assert max(map(len, said.splitlines())) <= width
+        lines = ' '.join(re.findall(r'[^\s]+(?: [^\s]+)*', said))
+        assert not [number for number in numbers if number not in lines]
+        assert '…' not in said
+
+
+def test_more_chips_than_there_are_and_figures_that_are_none_are_refused():
+    for option, value in (
+        ('--chips', '1000003'),
+        ('--chips', '1000000000000'),
+        ('--tokens', 'inf'),
+        ('--tokens', 'nan'),
+        ('--price', '1e308'),
+        ('--watts', 'inf'),
+        ('--rows', '1000000000000'),
+        ('--length', str(10**21)),
+        ('--latency', 'inf'),
+        ('--timeout', 'inf'),
+    ):
+        arguments = [*SMALL[:3], *(('--chips', '4') if option != '--chips' else ()), '--serve', option, value]
+        with pytest.raises(UserError, match=rf'^{option} is (1e.308|{value}): it must be (at most \d|above 0)'):
+            make(parse(arguments))
+
+
+@pytest.mark.parametrize('chips', [262_144, 166_320, 65_537])
+def test_many_chips_and_primes_take_seconds(chips):
+    began = time.process_time()
+    with pytest.raises(UserError, match=r'no mesh of .* devices divides this model .*; nearest that works: \d+$'):
+        make(parse(['configs/demo.yaml', '--chip', 'h100', '--chips', str(chips)]))
+    assert time.process_time() - began < 10
+
+
+def test_ten_thousand_layers_take_seconds():
+    began = time.process_time()
+    assert plan(*SMALL, 'model.layers=10000')['parameters']['total'] > 1e10
+    assert time.process_time() - began < 20
+
+
 class Checker(HTMLParser):
     """Fails on tags that do not close, and gathers what is loaded from elsewhere."""
 
@@ -134,6 +271,14 @@ def test_text_is_escaped_in_the_page():
         (('--chip', 'h100', '--chips', '7'), '--chips 7: no mesh of 7 devices divides this model'),
         (('--chip', 'h100', '--chips', '16', '--mesh', 'tensor=16'), 'mesh.tensor is 16 and'),
         (('--chip', 'h100', '--chips', '8', '--serve', '--mesh', 'stage=2,data=4'), 'decoding, which has no pipeline'),
+        (
+            ('--chip', 'h100', '--chips', '8', '--serve', '--length', '2048'),
+            '--length is 2048: this model has 1024 positions',
+        ),
+        (
+            ('--chip', 'h100', '--chips', '8', '--serve', '--length', '64', '--prompt', '65'),
+            '--prompt is 65: it must be at',
+        ),
     ],
 )
 def test_mistakes_are_named(arguments, says):

@@ -37,9 +37,9 @@ def figures(found: list[dict]) -> np.ndarray:
     return np.array([[row['tokens'], row['loss'], row['grad_norm']] for row in found])
 
 
-def together(place: Path, *arguments: str, until: int = 0) -> list[subprocess.Popen]:
-    """Two processes at work, past step `until`."""
-    pair = start_together(place, 2, *ARGUMENTS, *arguments)
+def together(place: Path, *arguments: str, until: int = 0, **variables: str) -> list[subprocess.Popen]:
+    """Two processes at work, past step `until`, with more environment variables."""
+    pair = start_together(place, 2, *ARGUMENTS, *arguments, **variables)
     name = next(word.removeprefix('name=') for word in arguments if word.startswith('name='))
     deadline = time.time() + 200
     log = place / 'runs' / name / 'metrics.jsonl'
@@ -83,9 +83,22 @@ def test_disturbed_in_every_way_it_ends_as_one_process_undisturbed(place, alone)
         killed = time.time()
         code, _, err = ends(pair)[1 - lost]
         assert time.time() - killed < 60
-        assert code == 1, err
+        assert code == 75, err
         assert err.startswith(f'error: process {lost} (host {socket.gethostname()}) was lost'), err
         assert len(err.splitlines()) == 1, err
+    # A process that is stopped ends the other in the time that it may be silent, and itself once it goes on.
+    pair = together(place, name, until=len(rows(place, 'pair')) + 2, WEFT_PATIENCE='8')
+    pair[1].send_signal(signal.SIGSTOP)
+    stopped = time.time()
+    _, err = pair[0].communicate(timeout=120)
+    assert time.time() - stopped < 60
+    assert pair[0].returncode == 75, err
+    assert err.startswith(f'error: process 1 (host {socket.gethostname()}) hangs: it has given no sign of life for '), (
+        err
+    )
+    assert len(err.splitlines()) == 1, err
+    pair[1].send_signal(signal.SIGCONT)
+    assert [code for code, *_ in ends(pair[1:])] == [75]
     # One process of eight devices goes on with what two of four have left.
     run(place, 'train', *ARGUMENTS, name)
     found = rows(place, 'pair')

@@ -19,6 +19,7 @@ from sharding import peers
 from sharding.errors import UserError
 from sharding.mesh import MeshConfig, make_mesh
 from sharding.processes import Agreement, Launch, check_devices, find
+from tests.sharding.one_of_several import play
 
 SLURM = {
     'SLURM_JOB_ID': '1',
@@ -127,37 +128,12 @@ def test_alone_everything_is_agreed_at_once():
     peers.leave()
 
 
-def _process(number: int, count: int, box, action: str) -> None:
-    """One of several processes that JAX knows nothing of; `box` carries what JAX would."""
-
-    def exchange(message):
-        if number == 0:
-            for _ in range(count - 1):
-                box.put(message)
-            return message
-        return box.get(timeout=30)
-
-    peers.join(number, count, exchange)
-    assert peers.meet('begin', number * 10) == 0, 'all have the value of process 0'
-    assert peers.at_first('work', lambda: [number, 'done']) == [0, 'done']
-    match action.split():
-        case ['leave']:
-            time.sleep(0.2 * number)
-            peers.leave()
-            return
-        case ['kill', who] if int(who) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        case ['fail', who] if int(who) == number:
-            peers.fail(2, 'error: of its own')
-    peers.meet('never') if number else threading.Event().wait(60)
-
-
 @pytest.mark.parametrize(
     ('action', 'codes'),
     [
         ('leave', [0, 0, 0]),
-        ('kill 0', [-9, 1, 1]),
-        ('kill 2', [1, 1, -9]),
+        ('kill 0', [-9, 75, 75]),
+        ('kill 2', [75, 75, -9]),
         ('fail 0', [2, 2, 2]),
         ('fail 1', [2, 2, 2]),
     ],
@@ -166,7 +142,7 @@ def test_an_end_is_an_end_for_all(action, codes, capfd):
     context = multiprocessing.get_context('spawn')
     box = context.Queue()
     began = time.monotonic()
-    team = [context.Process(target=_process, args=(n, 3, box, action)) for n in range(3)]
+    team = [context.Process(target=play, args=(n, 3, box, action)) for n in range(3)]
     for process in team:
         process.start()
     for process in team:
@@ -183,6 +159,59 @@ def test_an_end_is_an_end_for_all(action, codes, capfd):
         assert lines[0].endswith('error: of its own')
     else:
         assert lines == []
+
+
+@pytest.mark.parametrize('who', [0, 2])
+def test_a_process_that_stands_still_ends_all_in_time(who, capfd, monkeypatch):
+    """It is named, with its host; and it ends too, once it goes on."""
+    monkeypatch.setenv(peers.VARIABLE, str(peers.LEAST))
+    context = multiprocessing.get_context('spawn')
+    box = context.Queue()
+    team = [context.Process(target=play, args=(n, 3, box, f'stop {who}')) for n in range(3)]
+    for process in team:
+        process.start()
+    others = [process for n, process in enumerate(team) if n != who]
+    for process in others:
+        process.join(60)
+    assert [process.exitcode for process in others] == [75, 75]
+    assert team[who].is_alive()
+    lines = capfd.readouterr().err.splitlines()
+    wanted = f'error: process {who} (host {socket.gethostname()}) hangs: it has given no sign of life for '
+    assert len(lines) == 2
+    assert all(line.startswith(wanted) for line in lines), lines
+    os.kill(team[who].pid, signal.SIGCONT)
+    team[who].join(60)
+    assert team[who].exitcode == 75
+
+
+def test_a_process_that_works_is_not_taken_for_one_that_hangs(monkeypatch):
+    monkeypatch.setenv(peers.VARIABLE, str(peers.LEAST))
+    context = multiprocessing.get_context('spawn')
+    box = context.Queue()
+    team = [context.Process(target=play, args=(n, 2, box, 'work 1')) for n in range(2)]
+    for process in team:
+        process.start()
+    for process in team:
+        process.join(60)
+    assert [process.exitcode for process in team] == [2, 2], (
+        'its own code, after three times as long as it may be silent'
+    )
+
+
+@pytest.mark.parametrize('text', ['', '60', '2.5'])
+def test_how_long_a_process_may_be_silent_can_be_said(monkeypatch, text):
+    monkeypatch.setenv(peers.VARIABLE, text)
+    assert peers.patience() == (float(text) if text else peers.PATIENCE) < 61
+
+
+@pytest.mark.parametrize('text', ['0', '-1', 'nan', 'inf', 'long', '1e9', '1' * 5000])
+def test_how_long_is_a_number_of_seconds(monkeypatch, text):
+    monkeypatch.setenv(peers.VARIABLE, text)
+    with pytest.raises(
+        UserError, match=r'WEFT_PATIENCE is .{,45}: it must be a number of seconds, at least 2'
+    ) as raised:
+        peers.patience()
+    assert len(str(raised.value)) < 200
 
 
 def test_a_stranger_is_not_let_in():

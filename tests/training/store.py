@@ -46,7 +46,7 @@ class Store(MemoryFileSystem):
         raise AssertionError('an object store has no rename')
 
     def _open(self, path, mode='rb', **kwargs):
-        assert mode in ('rb', 'wb'), 'an object store has no append'
+        assert mode in ('rb', 'wb', 'xb'), 'an object store has no append'
         return super()._open(path, mode, **kwargs)
 
     def mkdir(self, *arguments, **kwargs):

@@ -1,7 +1,6 @@
 """What is published is whole and restores bit for bit onto any mesh; damage is named; kills and errors spoil none."""
 
 import functools
-import itertools
 import json
 import os
 import random
@@ -11,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -23,9 +21,9 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sharding.errors import UserError
+from sharding.errors import MachineError, UserError
 from sharding.mesh import MeshConfig, make_mesh
-from training import checkpoint
+from storage import files as disk
 from training.checkpoint import Checkpoints
 
 MESHES = MeshConfig(data=2, expert=2, tensor=2), MeshConfig(data=1, expert=4, tensor=2)
@@ -281,48 +279,36 @@ def test_a_name_shape_or_dtype_that_differs_is_an_error(run):
         checkpoints.restore(20, {'model': model})
 
 
-def fails_at(number: int, real: Callable) -> tuple[Callable, Iterator[int]]:
-    """A function whose call `number` (from 0) finds the disk full, and the counter of its calls."""
-    calls = itertools.count()
+class Full:
+    """A disk whose change number `number` (from 0) of one kind finds it full."""
 
-    def function(*args, **kwargs):
-        if next(calls) == number:
-            raise OSError(28, 'No space left on device')
-        return real(*args, **kwargs)
+    def __init__(self, action: str, number: int):
+        self.action, self.number, self.calls = action, number, 0
 
-    return function, calls
+    def __call__(self, action: str, path: Path, what: object) -> None:
+        if action == self.action:
+            self.calls += 1
+            if self.calls == self.number + 1:
+                raise OSError(28, 'No space left on device')
 
 
-@pytest.mark.parametrize(
-    ('place', 'name'),
-    [
-        (checkpoint, '_sync'),
-        (checkpoint, '_fingerprint'),
-        (Path, 'write_bytes'),
-        (Path, 'write_text'),
-        (Path, 'rename'),
-        (shutil, 'rmtree'),
-        (os, 'unlink'),
-    ],
-    ids=lambda x: x if isinstance(x, str) else '',
-)
-def test_a_disk_error_surfaces_and_spoils_nothing(tmp_path, monkeypatch, place, name):
+@pytest.mark.parametrize('action', ['write', 'sync', 'folder', 'rename', 'remove'])
+def test_a_disk_error_surfaces_and_spoils_nothing(tmp_path, action):
     """Each step of a save fails in turn: the error comes out, what is published stays whole, the next save works."""
     checkpoints = Checkpoints(tmp_path, keep=1)
     checkpoints.save(1, small(1), {})
     checkpoints.wait()
     failures = 0
     for step, number in enumerate([0, 1, 5, 10**6], start=2):
-        errors = []
-        with monkeypatch.context() as patch:
-            function, calls = fails_at(number, getattr(place, name))
-            patch.setattr(place, name, function)
+        full, errors = Full(action, number), []
+        with disk.watched(full):
             try:
                 checkpoints.save(step, small(step), {})
                 checkpoints.wait()
-            except OSError as error:
+            except MachineError as error:
                 errors.append(str(error))
-        assert errors == (['[Errno 28] No space left on device'] if next(calls) > number else [])
+        assert all('No space left on device' in line and '\n' not in line for line in errors)
+        assert len(errors) == (full.calls > number)
         failures += len(errors)
         assert errors or checkpoints.steps() == [step]
         for published in checkpoints.steps():
@@ -341,8 +327,10 @@ def test_a_full_disk_under_orbax_surfaces(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         checkpoints.save(2, noise, {})
-        with pytest.raises(Exception, match='File too large'):
+        with pytest.raises(MachineError, match=r'checkpoint 2 could not be saved: File too large') as caught:
             checkpoints.wait()
+        assert '\n' not in str(caught.value)
+        assert not (tmp_path / 'checkpoints' / 'saving').exists(), 'what is half made is removed at once'
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert checkpoints.steps() == [1]
@@ -351,22 +339,25 @@ def test_a_full_disk_under_orbax_surfaces(tmp_path):
     assert checkpoints.steps() == [1, 3]
 
 
-def test_an_error_comes_with_the_next_save(tmp_path, monkeypatch):
+def test_a_failed_save_is_told_at_once_and_at_the_next_save(tmp_path):
     checkpoints = Checkpoints(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, 'write_bytes', lambda *_: (_ for _ in ()).throw(OSError('disk is gone')))
-        checkpoints.save(1, small(1), {})
-        checkpoints._last.exception()
-    with pytest.raises(OSError, match='disk is gone'):
-        checkpoints.save(2, small(2), {})
+    checkpoints.check()
+    for tell in checkpoints.check, checkpoints.wait, lambda: checkpoints.save(2, small(2), {}):
+        with disk.watched(Full('rename', 0)):
+            checkpoints.save(1, small(1), {})
+            checkpoints._last.exception()
+        with pytest.raises(MachineError, match='No space left'):
+            tell()
+        checkpoints.check()  # once
     checkpoints.save(2, small(2), {})
     checkpoints.close()
+    checkpoints.check()
     assert checkpoints.steps() == [2]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / 'run').write_text('a file where the folder should be')
-    with pytest.raises(OSError, match='run'):
+    with pytest.raises(UserError, match='run'):
         Checkpoints(tmp_path / 'run').save(1, small(1), {})
 
 

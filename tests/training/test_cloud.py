@@ -17,7 +17,7 @@ from tests.training.store import Killed, Store, bucket, everything
 from tests.training.test_checkpoint import FILES, MESHES, bits, restored_small, small, state, wanted
 from training import config as configs
 from training.bucket_checkpoint import checkpoints_of
-from training.checkpoint import MANIFEST, Checkpoints
+from training.checkpoint import MANIFEST, Checkpoints, SaveFailed
 from training.loop import train
 from training.mirror import Mirror
 
@@ -118,6 +118,25 @@ def test_a_kill_at_any_change_leaves_whole_checkpoints_and_the_next_save_clears_
             assert {key.split('/checkpoints/')[1].split('/')[0] for key in everything()} == {str(2 * number + 2)}
             break
     assert number > 5
+
+
+def test_a_save_that_a_bucket_refuses_is_told_at_once_and_the_next_one_works(runs):
+    checkpoints = checkpoints_of(runs / 'run')
+    checkpoints.save(1, small(1), {})
+    checkpoints.wait()
+    Store.before = staticmethod(lambda change, key: (_ for _ in ()).throw(PermissionError('Access Denied')))
+    checkpoints.save(2, small(2), {})
+    checkpoints._last.exception()
+    with pytest.raises(
+        SaveFailed, match=r'run: checkpoint 2 could not be saved: teststore://.*Access Denied'
+    ) as caught:
+        checkpoints.check()
+    assert '\n' not in str(caught.value)
+    Store.before = staticmethod(lambda change, key: None)
+    checkpoints.save(3, small(3), {})
+    checkpoints.close()
+    assert checkpoints.steps() == [1, 3]
+    assert not [key for key in everything() if '/checkpoints/2/' in key]
 
 
 def test_damage_is_named(runs):

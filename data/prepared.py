@@ -1,0 +1,207 @@
+"""A run's prepared data on the disk: written whole, and read only as it was written.
+
+    runs/NAME/data/
+      data.json            what it was made from, facts, and of each file the size and the SHA-256 of its blocks; its own hash
+      train.stream_S.npy …  the arrays of data/packing.py or data/pairs.py, by split
+
+Files are hashed when a run starts, up to AT_ONCE bytes in all. Of more than that the tokens, which are by far the most, are
+hashed a block at a time, each when a row of it is first read.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.packing import Rows, Samples
+from data.pairs import PairRows
+from data.published_tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer
+from sharding.errors import UserError, shown
+from storage import files as disk
+from storage.sealed import sealed, unsealed
+
+SPLITS = 'train', 'validation'
+DESCRIPTION = 'data.json'
+BLOCK = 2**24  # bytes that are hashed at once
+AT_ONCE = 2**28  # bytes that are hashed at the start: about a quarter of a second
+MEND = 'restore the run folder from a copy, or start over with --fresh'
+
+
+def save(
+    folder: Path, key: Mapping[str, Any], facts: Mapping[str, Any], tokenizer: Tokenizer, rows: Mapping[str, Samples]
+) -> None:
+    """Writes `folder`/data and the tokenizer beside it. A kill, or a power cut, at any moment leaves a whole or nothing."""
+    new, old, data = folder / 'data.partial', folder / 'data.old', folder / 'data'
+    disk.make_folder(new)
+    sizes, blocks = {}, {}
+    for part, samples in rows.items():
+        for name in samples.ARRAYS:
+            path = new / f'{part}.{name}.npy'
+            with disk.new(path) as file:
+                np.save(file, np.asarray(getattr(samples, name)), allow_pickle=False)
+            sizes[path.name], blocks[path.name] = path.stat().st_size, hashes(path)
+    description = {'key': key, 'facts': facts, 'sizes': sizes, 'blocks': blocks, 'tokenizer_sha256': tokenizer.sha256}
+    disk.put(new / DESCRIPTION, sealed(description))
+    disk.sync_tree(new)
+    if os.path.lexists(data):  # of another config; out of the way first, because its tokenizer is about to go
+        disk.rename(data, old)
+    tokenizer.save(folder)
+    disk.rename(new, data)
+    disk.remove(old)
+
+
+def clear(folder: Path) -> None:
+    """Removes what a process that was killed in `save` has left."""
+    for leftover in folder / 'data.partial', folder / 'data.old':
+        disk.remove(leftover)
+
+
+def load(
+    folder: Path, say: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, Any], Tokenizer, dict[str, Samples]] | None:
+    """Of saved data the config that it was made from, its facts, the tokenizer, and the rows by split, left on the disk.
+
+    None if there is none. Raises UserError where anything is not as it was written.
+    """
+    data = folder / 'data'
+    if not data.exists():
+        return None
+    key, facts, sizes, blocks, sha256 = _description(data / DESCRIPTION)
+    kind: Any = PairRows if key.get('pairs') else Rows
+    names = [f'{part}.{name}.npy' for part in SPLITS for name in kind.ARRAYS]
+    if blocks is None:
+        say(f'{data}: prepared before files were hashed: their sizes are checked, and not what they hold')
+    for name in names:
+        _check_size(data / name, sizes.get(name))
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise UserError(f'{folder / Tokenizer.name}: missing beside {data}; {MEND}')
+    if tokenizer.sha256 != sha256:
+        raise UserError(f'{folder / tokenizer.name}: not the tokenizer that made {data}; {MEND}')
+    later = sum(sizes.values()) > AT_ONCE
+
+    def array(name: str) -> Any:
+        path, known = data / f'{name}.npy', None if blocks is None else blocks.get(f'{name}.npy')
+        if blocks is not None and (not isinstance(known, list) or len(known) != -(-sizes[path.name] // BLOCK)):
+            raise UserError(f'{data / DESCRIPTION}: damaged (no hashes of {path.name}); {MEND}')
+        if known is not None and later and name.endswith('.stream_S'):
+            return Hashed(path, known)
+        if known is not None:
+            for number, digest in enumerate(hashes(path)):
+                if digest != known[number]:
+                    raise altered(path, number)
+        return _mapped(path)[0]
+
+    def rows(part: str) -> Samples:
+        arrays = {name: array(f'{part}.{name}') for name in kind.ARRAYS}
+        return kind(sequence_length=key['sequence_length'], bytes=facts[part]['bytes'], **arrays)
+
+    return key, facts, tokenizer, {part: rows(part) for part in SPLITS}
+
+
+def _description(path: Path) -> tuple[dict, dict, dict[str, int], dict[str, list[str]] | None, str]:
+    """Key, facts, sizes, hashes of blocks (None: it is from before there were any) and the tokenizer's hash."""
+    try:
+        fields = unsealed(disk.read(path), needs_seal=False)
+    except FileNotFoundError:
+        raise UserError(f'{path}: missing; {MEND}') from None
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f'{path}: damaged ({shown(error)}); {MEND}') from None
+    key, facts, sizes, sha256 = (fields.get(name) for name in ('key', 'facts', 'sizes', 'tokenizer_sha256'))
+    right = (
+        isinstance(key, dict)
+        and type(key.get('sequence_length')) is int
+        and key['sequence_length'] > 0
+        and isinstance(facts, dict)
+        and isinstance(facts.get('sha256'), str)
+        and all(isinstance(facts.get(part), dict) and type(facts[part].get('bytes')) is int for part in SPLITS)
+        and isinstance(sizes, dict)
+        and all(type(size) is int for size in sizes.values())
+        and isinstance(sha256, str)
+        and isinstance(fields.get('blocks', {}), dict)
+    )
+    if not right:
+        raise UserError(f'{path}: damaged (it does not say what data/prepared.py writes); {MEND}')
+    return key, facts, sizes, fields.get('blocks'), sha256
+
+
+def _check_size(path: Path, size: int | None) -> None:
+    """Raises UserError where a file has another size than was written, or is none."""
+    try:
+        with disk.reading(path) as descriptor:
+            found: Any = os.fstat(descriptor).st_size
+    except FileNotFoundError:
+        found = 'no'
+    if found != size:
+        raise UserError(f'{path}: {found} bytes where {size} were written; {MEND}')
+
+
+def hashes(path: Path) -> list[str]:
+    """The SHA-256 of each block of a file."""
+    with disk.reading(path) as descriptor, os.fdopen(os.dup(descriptor), 'rb', buffering=0) as file:
+        found = []
+        while block := file.read(BLOCK):
+            while len(block) < BLOCK and (more := file.read(BLOCK - len(block))):  # a network's disk may give less
+                block += more
+            found.append(hashlib.sha256(block).hexdigest())
+        return found
+
+
+def altered(path: Path, number: int) -> UserError:
+    """Of a block of a file."""
+    return UserError(
+        f'{path}: block {number} (of {BLOCK >> 20} MiB) is not what was written: the data was altered; {MEND}'
+    )
+
+
+def _mapped(path: Path) -> tuple[np.ndarray, int]:
+    """A file's array on the disk, and the byte where its numbers begin."""
+    try:
+        found = np.load(path, mmap_mode='r', allow_pickle=False)
+    except (OSError, ValueError, EOFError, OverflowError) as error:
+        raise UserError(f'{path}: damaged ({shown(error)}); {MEND}') from None
+    if found.ndim != 1 or found.dtype.kind not in 'iu':
+        raise UserError(f'{path}: damaged (it holds {found.dtype}{list(found.shape)}); {MEND}')
+    return np.asarray(found), found.offset
+
+
+class Hashed:
+    """An array in a file, of which each block is hashed when something of it is first read: as a NumPy array, in slices."""
+
+    def __init__(self, path: Path, blocks: list[str]):
+        self.path, self.blocks = path, blocks
+        self.known: set[int] = set()
+        self.array, self.begin = _mapped(path)
+        self.bytes = np.memmap(path, np.uint8, 'r')
+        self.dtype, self.shape = self.array.dtype, self.array.shape
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        first, last, _ = part.indices(len(self.array))
+        size = self.array.itemsize
+        self._check((self.begin + first * size) // BLOCK, (self.begin + max(last, first + 1) * size - 1) // BLOCK)
+        return self.array[part]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype)
+
+    def tolist(self) -> list[int]:
+        """All of it."""
+        return self[:].tolist()
+
+    def _check(self, first: int, last: int) -> None:
+        """Hashes the blocks that nothing was read of yet. Raises UserError for one that was altered."""
+        for number in range(first, last + 1):
+            if number not in self.known:
+                content = self.bytes[number * BLOCK : (number + 1) * BLOCK]
+                if hashlib.sha256(content.data).hexdigest() != self.blocks[number]:
+                    raise altered(self.path, number)
+                self.known.add(number)

@@ -1,0 +1,111 @@
+"""Which part of the text is held out: about the share that is asked for, in whole groups or documents, or by their ends.
+
+What is held out is at least half of the share and at most one and a half times it; else the source is refused.
+"""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from data.config import DataConfig
+from data.sources import Document
+from sharding.errors import UserError, shown
+
+LEAST, MOST = 0.5, 1.5  # of the share that is asked for
+TELL = {
+    'package': 'whole packages',
+    'file': 'whole files',
+    'document': 'whole documents',
+    'end': 'the end of each document',
+}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Whole groups are held out, or whole documents, or the end of every document."""
+
+    by: str  # 'package', 'file', 'document' or 'end'
+    share: float
+    held_out: frozenset[str] = frozenset()  # names of groups
+
+    def parts(self, document: Document, group: str) -> dict[str, str]:
+        """The document's text, by split."""
+        if self.by != 'end':
+            return {'validation' if group in self.held_out else 'train': document.text}
+        place = cut(document.text, self.share)
+        return {'train': document.text[:place], 'validation': document.text[place:]}
+
+
+def split_of(
+    config: DataConfig, size_of_group: Mapping[str, int], size_of_text: Mapping[str, int], ends: int
+) -> tuple[Split, float]:
+    """By groups if whole ones come near the share that is wanted, else by documents, else the end of each document.
+
+    Returns the split and the share of bytes that is held out. `ends` are the bytes of all documents' ends. Raises UserError
+    where the share is far from what was asked for.
+    """
+    share = config.validation_share
+    for by, sizes in ('package' if config.paths == ('stdlib',) else 'file', size_of_group), ('document', size_of_text):
+        names, whole = held_out(sizes, share), sum(sizes.values())
+        if (held := sum(sizes[name] for name in names)) >= LEAST * share * whole:
+            return Split(by, share, names), held / whole
+    return Split('end', share), checked(ends, sum(size_of_group.values()), config)
+
+
+def held_out(sizes: Mapping[str, int], share: float) -> frozenset[str]:
+    """Names in an order that depends on nothing but themselves, taken while they fit into `share` of all."""
+    room = share * sum(sizes.values())
+    names = []
+    # As bytes: a file's name need not be UTF-8.
+    for name in sorted(sizes, key=lambda name: hashlib.blake2b(os.fsencode(name), key=b'weft validation').digest()):
+        if sizes[name] <= room:
+            names.append(name)
+            room -= sizes[name]
+    return frozenset(names)
+
+
+def cut(text: str, share: float) -> int:
+    """Where the end of a text that is held out begins.
+
+    At the last line end before the share begins (a text of a single line is cut inside it), if the rest is at most MOST times
+    the share of the text's bytes; else at the first line end after it, if the rest is at least LEAST times that; else at a
+    space, before or after; else between two characters. Of a text of a few characters the number that comes nearest to the
+    share is held out, which may be none.
+    """
+    place = int(len(text) * (1 - share))
+    whole = len(text.encode())
+    fits = lambda at: LEAST * share * whole <= bytes_after(text, at) <= MOST * share * whole
+    if fits(line := text.rfind('\n', 0, place) + 1 or place):
+        return line
+    if not text.isascii():  # characters have different lengths: the share is one of bytes
+        place = _place(text, share, whole)
+    for end in '\n', ' ':
+        for at in text.rfind(end, 0, place) + 1, text.find(end, place) + 1:
+            if at and fits(at):
+                return at
+    options = [at for at in (place - 1, place, place + 1) if 0 <= at <= len(text)]
+    options = [at for at in options if text[at - 1 : at + 1] != '\r\n'] or options
+    return min(options, key=lambda at: abs(bytes_after(text, at) - share * whole))
+
+
+def bytes_after(text: str, at: int) -> int:
+    return len(text[at:].encode())
+
+
+def _place(text: str, share: float, whole: int) -> int:
+    """The character at which the share of bytes begins."""
+    return len(text.encode()[: int(whole * (1 - share))].decode(errors='ignore'))
+
+
+def checked(held: int, whole: int, config: DataConfig) -> float:
+    """The share that came out. Raises UserError where it is far from what was asked for."""
+    share, found = config.validation_share, held / whole
+    if not LEAST * share <= found <= MOST * share:
+        near = f', or data.validation_share={found:.2g}, which they allow' if 0 < found <= 0.5 else ''
+        raise UserError(
+            f'data.source={shown(", ".join(config.paths))}: {held:,} of {whole:,} bytes can be held out where '
+            f'data.validation_share={share:g} asks for {share * whole:,.0f}, and {LEAST:g} to {MOST:g} times as many '
+            f'are taken: give more or longer texts{near}'
+        )
+    return found

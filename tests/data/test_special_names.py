@@ -1,0 +1,69 @@
+"""The name of a special token that stands in training text is text, unless the config says otherwise; and it is said."""
+
+from pathlib import Path
+
+import pytest
+
+from data.config import DataConfig
+from data.packing import encode_documents
+from data.pairs import Pair, pack_pairs
+from data.prepare import prepare
+from data.tokenizer import Tokenizer
+from tests.data.test_tokenizer_goldens import FOLDERS, read
+
+# What a folder's tokenizer writes otherwise: it knows no signs, or takes spaces away.
+LOSSY = {'unigram', 't5', 't5_by_its_config', 'marian'}
+
+
+@pytest.mark.parametrize('folder', FOLDERS)
+def test_a_name_in_data_is_text_and_in_a_prompt_the_token(folder: str) -> None:
+    tokenizer = read(folder)
+    special = {
+        i for i, piece in enumerate(tokenizer.pieces) if not piece and tokenizer.id_of(tokenizer.name_of(i)) == i
+    }
+    special &= {i for i in special if tokenizer.special_names.fullmatch(tokenizer.name_of(i))}
+    unknown = {tokenizer.id_of(name) for name in ('<unk>', '[UNK]')}
+    assert tokenizer.eos in special
+    for i in special:
+        for text in (f'a {tokenizer.name_of(i)} b', tokenizer.name_of(i), f'x{tokenizer.name_of(i)}'):
+            stream_S, length_D, size = encode_documents(tokenizer, [text])
+            assert not special & set(stream_S[1:-1].tolist()) - unknown, text
+            assert length_D.tolist() == [len(stream_S)]
+            assert size == len(text.encode())
+            if folder not in LOSSY and not unknown & set(stream_S[1:-1].tolist()):
+                assert text.replace(' ', '') in tokenizer.decode(stream_S.tolist()).replace(' ', '')
+            assert i in encode_documents(tokenizer, [text], names=True)[0][1:-1]
+            assert i in tokenizer.encode(text), 'afterwards everything is as it was'
+
+
+def test_a_name_in_pairs_is_text_too() -> None:
+    tokenizer = read('t5')
+    pairs = [Pair('a </s> b', 'b </s> a')]
+    as_text, _ = pack_pairs(tokenizer, pairs, 64, start=0)
+    as_token, _ = pack_pairs(tokenizer, pairs, 64, start=0, names=True)
+    count = lambda rows: rows.stream_S.tolist().count(tokenizer.eos)
+    assert (count(as_text), count(as_token)) == (2, 4)
+
+
+def test_a_learnt_tokenizer_has_no_names() -> None:
+    tokenizer = Tokenizer.train(['<s> and </s> are names of its pieces ' * 100], 300)
+    assert tokenizer.special_names is None
+    stream_S, _, _ = encode_documents(tokenizer, ['<s> a </s>'])
+    assert tokenizer.decode(stream_S.tolist()) == '<s> a </s>'
+    assert stream_S.tolist().count(tokenizer.eos) == 1
+
+
+@pytest.mark.parametrize('names', [False, True])
+def test_preparing_says_what_becomes_of_names(tmp_path: Path, names: bool) -> None:
+    tokenizer = read('gpt2')
+    (tmp_path / 'a.txt').write_text('one two <|endoftext|> three\n' * 200)
+    (tmp_path / 'b.txt').write_text('four five six\n' * 200)
+    said: list[str] = []
+    config = DataConfig(source=str(tmp_path / '*.txt'), vocabulary=None, special_tokens=names)
+    dataset = prepare(config, tmp_path / 'run', 64, said.append, tokenizer=tokenizer)
+    line = next(line for line in said if 'special tokens' in line)
+    assert line.startswith('data: 1 documents have names of special tokens')
+    assert f'data.special_tokens={str(not names).lower()}' in line
+    found = dataset.train_bytes() + dataset.validation_bytes()
+    assert (b'<|endoftext|>' in found) is not names
+    assert (len(found) == dataset.facts['bytes']) is not names

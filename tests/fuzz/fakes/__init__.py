@@ -1,0 +1,1 @@
+"""Parts and scripts with known faults, by which tests show that the fuzzers report them."""

@@ -1,0 +1,44 @@
+"""The code of docs/research.md runs as it stands."""
+
+import re
+import types
+
+import jax
+import numpy as np
+
+from model.config import ModelConfig
+from sharding.mesh import make_mesh, parse_mesh
+from tests.scripts.runs import ROOT
+from training.config import RunConfig, TrainingConfig
+from training.loss import loss_and_gradient
+from training.step import init
+
+MODEL = ModelConfig(vocabulary=64, layers=2, model_dim=32, heads=4, mlp_dim=48, tied_embedding=False)
+
+
+def test_the_page_on_research_runs():
+    page = (ROOT / 'docs' / 'research.md').read_text(encoding='utf-8')
+    first, *blocks = re.findall(r'^```python\n(.*?)^```$', page, re.DOTALL | re.MULTILINE)
+    mesh = re.search(r"open_run\('runs/demo', '(.*?)', stacked=True\)", first)[1]
+    config = RunConfig(
+        name='x',
+        mesh=parse_mesh(mesh),
+        model=MODEL,
+        training=TrainingConfig(steps=1, batch=4, sequence_length=32),
+    )
+    devices = make_mesh(config.mesh)
+    with jax.set_mesh(devices):
+        model = jax.jit(init, static_argnums=0)(config).model
+        before = np.asarray(model.groups[0].attention.o_DN[...])
+        here = {'jax': jax, 'run': types.SimpleNamespace(config=config, mesh=devices, model=model)}
+        for block in blocks:
+            exec(block, here)
+        assert here['logit_BTV'].shape == (4, 32, 64)
+        np.testing.assert_array_equal(here['by_index'], here['by_mask'])
+        assert not np.asarray(here['by_mask'])[0, :, 8:16].any()
+        np.testing.assert_array_equal(model.groups[0].attention.o_DN[...], before)
+        assert jax.typeof(here['by_mask']).sharding == jax.typeof(model.groups[0].attention.o_DN[...]).sharding
+        assert here['losses'][2] < here['losses'][1] < here['losses'][0]
+        (_, figures), _ = jax.jit(loss_and_gradient)(model, here['batch'])
+        np.testing.assert_allclose(here['nats'], figures['loss'], rtol=1e-5)
+        assert here['total'] > here['nats']

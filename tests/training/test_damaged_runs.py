@@ -1,0 +1,199 @@
+"""Run folders in which something is of the wrong kind or says the wrong thing: one line, no waiting, nothing else touched."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data.published_tokenizer import load_tokenizer
+from sharding.errors import UserError
+from sharding.mesh import MeshConfig
+from storage.sealed import sealed, unsealed
+from tests.data.test_tokenizer_goldens import files_of
+from tests.families import folders
+from tests.families.cases import CASES
+from tests.training.test_checkpoint import bits, restored_small, small
+from training.checkpoint import Checkpoints
+from training.config import load
+from training.context import context
+from training.conversion import export_run, import_run, imported
+
+KINDS = 'folder', 'fifo', 'loop', 'nowhere', 'device'
+
+
+def put(path: Path, kind: str) -> None:
+    """Something else in a file's or folder's place."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    match kind:
+        case 'folder':
+            path.mkdir()
+        case 'file':
+            path.write_text('x')
+        case 'fifo':
+            os.mkfifo(path)
+        case 'loop':
+            path.symlink_to(path.name)
+        case 'nowhere':
+            path.symlink_to('nowhere')
+        case 'device':
+            path.symlink_to('/dev/zero')
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp('runs') / 'run'
+    checkpoints = Checkpoints(folder)
+    for step in 1, 2:
+        checkpoints.save(step, small(step), {'tokens': step}, {'config.yaml': b'name: x\n'})
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture
+def run(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / 'run'))
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('name', ['manifest.json', 'meta.json', 'config.yaml', 'model/manifest.ocdbt', 'model'])
+def test_a_part_of_a_checkpoint_that_is_no_file(run, name, kind):
+    if (name, kind) == ('model', 'folder'):
+        kind = 'file'
+    put(run / 'checkpoints' / '2' / name, kind)
+    with pytest.raises(UserError, match=rf'checkpoints/2/{name}') as caught:
+        restored_small(Checkpoints(run), 2)
+    assert '\n' not in str(caught.value)
+    if name not in ('model', 'model/manifest.ocdbt'):
+        with pytest.raises(UserError, match=rf'checkpoints/2/{name}'):
+            Checkpoints(run).meta(2)
+
+
+@pytest.mark.parametrize('kind', ['file', 'fifo', 'loop', 'nowhere', 'device'])
+def test_a_checkpoint_that_is_no_folder_is_named_and_the_next_save_takes_it_away(run, kind):
+    put(run / 'checkpoints' / '7', kind)
+    checkpoints = Checkpoints(run, keep=1)
+    with pytest.raises(UserError, match=r'checkpoints/7'):
+        checkpoints.meta(checkpoints.newest())
+    checkpoints.save(7, small(7), {})
+    checkpoints.close()
+    assert checkpoints.steps() == [7]
+    assert bits(restored_small(checkpoints, 7)) == bits(small(7))
+
+
+@pytest.mark.parametrize('kind', ['file', *KINDS])
+def test_where_saves_are_made_may_be_anything_and_no_link_is_followed(run, kind, tmp_path):
+    saving = run / 'checkpoints' / 'saving'
+    (tmp_path / 'outside').mkdir()
+    (tmp_path / 'outside' / 'theirs').write_text('x')
+    put(saving, kind)
+    if kind == 'loop':
+        saving.unlink()
+        saving.symlink_to(tmp_path / 'outside')
+    checkpoints = Checkpoints(run, keep=1)
+    checkpoints.save(3, small(3), {})
+    checkpoints.close()
+    assert checkpoints.steps() == [3]
+    assert (tmp_path / 'outside' / 'theirs').read_text() == 'x'
+
+
+@pytest.mark.parametrize('kind', ['file', 'fifo', 'loop', 'nowhere'])
+def test_checkpoints_that_are_no_folder_are_not_taken_for_none(run, kind):
+    put(run / 'checkpoints', kind)
+    with pytest.raises(UserError, match='run/checkpoints: '):
+        Checkpoints(run).steps()
+
+
+def test_names_that_no_checkpoint_has_are_passed_over(run):
+    for name in '0009', '٣', '-1', '9.5', 'x':
+        (run / 'checkpoints' / name).mkdir()
+    assert Checkpoints(run).steps() == [1, 2]
+
+
+def test_a_manifest_that_lists_the_wrong_things_is_damaged_whatever_its_hash(run):
+    path = run / 'checkpoints' / '2' / 'manifest.json'
+    fields = unsealed(path.read_bytes())
+    entry = fields['files']['meta.json']
+    odd = [
+        {},
+        {'arrays': {}},
+        fields | {'arrays': []},
+        fields | {'arrays': {'model': 5}},
+        fields | {'arrays': {'model': {'w': None}}},
+        fields | {'files': {}},
+        fields | {'files': []},
+        fields | {'files': {**fields['files'], 'meta.json': [entry[0]]}},
+        fields | {'files': {**fields['files'], 'meta.json': [True, entry[1]]}},
+        fields | {'files': {**fields['files'], '../1/meta.json': entry}},
+        fields | {'files': {**fields['files'], '/etc/passwd': entry}},
+    ]
+    for content in [*map(sealed, odd), b'', b'{}', b'null', b'[' * 10**5, b'[' + b'{},' * 10**6, b'\xff', bytes(100)]:
+        path.write_bytes(content)
+        for read in Checkpoints(run).meta, Checkpoints(run).files, lambda step: restored_small(Checkpoints(run), step):
+            with pytest.raises(UserError, match=r'checkpoints/2/manifest\.json was altered') as caught:
+                read(2)
+            assert '\n' not in str(caught.value)
+            assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize('content', [b'', b'[]', b'5', b'\xff', b'[' * 10**5])
+def test_a_meta_that_says_nothing_is_damaged_whatever_its_hash(run, content):
+    path = run / 'checkpoints' / '2' / 'meta.json'
+    path.write_bytes(content)
+    manifest = path.with_name('manifest.json')
+    fields = unsealed(manifest.read_bytes())
+    fields['files']['meta.json'] = [len(content), hashlib.sha256(content).hexdigest()]
+    manifest.write_bytes(sealed(fields))
+    with pytest.raises(UserError, match=r'2/meta\.json is no JSON'):
+        Checkpoints(run).meta(2)
+
+
+@pytest.fixture(scope='module')
+def published(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp('imported')
+    source = folders.write(place / 'source', CASES['llama-grouped'], folders.named('llama-grouped'))
+    for file, content in files_of('json_template_PreTrainedTokenizerFast_True').items():
+        if file != 'config.json':
+            (source / file).write_bytes(content)
+    import_run(source, place / 'run', MeshConfig(), say=str)
+    return place / 'run'
+
+
+@pytest.mark.parametrize('name', ['source.json', 'source/config.json', 'tokenizer.special.json'])
+def test_a_damaged_file_of_an_import_is_one_line_with_a_way_out(published, tmp_path, name):
+    run = Path(shutil.copytree(published, tmp_path / 'run'))
+    path = run / name
+    whole = path.read_bytes()
+    fields = json.loads(whole)
+    odd = [b'', b'null', b'[]', b'{}', b'\xff', bytes(50), whole[:-5], b'[' * 10**5, b'[' + b'{},' * 10**6]
+    if name == 'source.json':
+        odd += [json.dumps({**fields, field: value}).encode() for field in fields for value in (None, 5, [5], {'a': 5})]
+        odd += [
+            json.dumps({**fields, 'dtype': 'float31'}).encode(),
+            json.dumps({**fields, 'copies': {'a': 'b'}}).encode(),
+        ]
+    if name == 'tokenizer.special.json':
+        odd += [json.dumps({**fields, 'prefix': [99999]}).encode(), json.dumps({**fields, 'suffix': [-1]}).encode()]
+    if name == 'source/config.json':
+        odd.remove(b'{}')  # which says nothing of the context, and need not
+    reads = {
+        'source.json': lambda: export_run(run, tmp_path / 'target', say=str),
+        'source/config.json': lambda: context(run, config),
+        'tokenizer.special.json': lambda: load_tokenizer(run),
+    }
+    config = load(run / 'config.yaml')
+    for content in odd:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=path.name) as caught:
+            reads[name]()
+        assert '\n' not in str(caught.value)
+        assert len(str(caught.value)) < 600
+        assert not (tmp_path / 'target').exists()
+    for kind in ('missing', *KINDS) if name == 'source/config.json' else ():
+        put(path, kind)
+        with pytest.raises(UserError, match=r'source/config\.json'):
+            imported(run)

@@ -1,0 +1,64 @@
+"""Whether arrays hold numbers: a NaN or an infinity in a weight makes all that is computed with it none.
+
+A state is looked at before it is saved, weights as they are read, imported or exported: what is not finite never gets out. The
+look is a program of its own, so that the step's stays as it is.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sharding.errors import Diverged, UserError, shown
+from training.checkpoint import Checkpoints, named
+from training.config import RECORD, RunConfig
+
+RULE = 'numbers that are not finite (NaN or infinite)'
+
+
+@jax.jit
+def _finite(leaves: list[jax.Array]) -> jax.Array:
+    """bool [leaves]."""
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves])
+
+
+def not_finite(tree: Any) -> list[str]:
+    """The paths of arrays with a NaN or an infinity, in the tree's order. Of several processes all call it alike."""
+    leaves = {name: x for name, x in named(tree).items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    if not leaves:
+        return []
+    finite = jax.device_get(_finite(list(leaves.values()))).tolist()
+    return [name for name, right in zip(leaves, finite, strict=True) if not right]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Paths of arrays for a message."""
+    return shown(names[0]) + (f' and {len(names) - 1} more' if len(names) > 1 else '')
+
+
+def check_saved(checkpoints: Checkpoints, step: int, tree: Any, why: str) -> None:
+    """Raises UserError where arrays read off a checkpoint are not finite; `why` says what they are not good for."""
+    if names := not_finite(tree):
+        others = [other for other in checkpoints.steps() if other != step]
+        folder = checkpoints.run / 'checkpoints' / str(step)
+        way = f'remove {folder} to use that of step {others[-1]}' if others else 'the run has no other: make it anew'
+        raise UserError(f'{folder}: {listed(names)} holds {RULE}, {why}; {way}')
+
+
+def diverged(what: str, checkpoints: Checkpoints, config: RunConfig) -> Diverged:
+    """The error of a run whose numbers are not finite any more: what stands, and what to do that a continuation allows."""
+    steps = checkpoints.steps()
+    rate = config.training.learning_rate
+    lower = f'training.learning_rate={float(f"{rate / 3:.1e}"):g}'
+    stands = f'checkpoint {steps[-1]}, from before, is finite' if steps else 'nothing was saved before'
+    if not (checkpoints.run / RECORD).is_file():
+        way = f'begin anew with --fresh {lower}'
+    elif steps == [0]:
+        way = f'begin again from the imported weights with {lower}'
+    else:
+        way = f'import the model again under another name and train it with {lower}'
+    return Diverged(
+        f'{what}; {stands}; a continuation takes the same steps to the same end: {way} (it is {rate:g}) or a larger '
+        f'training.warmup_steps (it is {config.training.warmup_steps})'
+    )
