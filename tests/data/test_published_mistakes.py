@@ -52,7 +52,7 @@ BESIDE = {  # files beside the tokenizer, and words of the refusal
     'a text': ({'generation_config': 'x'}, ['folder/generation_config.json', 'JSON object']),
     'deep': ({'tokenizer_config': b'[' * 100_000}, ['folder/tokenizer_config.json', 'too deep']),
     'not UTF-8': ({'tokenizer_config': b'{"x": "\xe9"}'}, ['folder/tokenizer_config.json', 'not readable as JSON']),
-    'large': ({'config': b'[' + b'[],' * 2**23}, ['folder/config.json', f'at most {2**23} are read']),
+    'large': ({'config': b'[' + b'[],' * 2**19}, ['folder/config.json', f'at most {2**20} are read']),
     'eos a list': (
         {'tokenizer_config': NAMES | {'eos_token': ['</s>']}},
         ["eos_token is ['</s>']", 'the name of a token'],
