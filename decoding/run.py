@@ -23,7 +23,8 @@ from sharding.errors import UserError
 from sharding.memory import explaining
 from sharding.mesh import Divides, MeshConfig, check_divides, make_mesh, nearest_meshes, parse_mesh, start
 from training.bucket_checkpoint import checkpoints_of
-from training.checkpoint import Checkpoints, read_newest
+from training.checkpoint import Checkpoints
+from training.checkpoint_reader import read_newest
 from training.config import RunConfig
 from training.context import context, published_files
 from training.finite import check_saved

@@ -25,10 +25,10 @@ def score(
     float32 [b, T, V]) block by block, so that not all logits exist at once; of a model without an LM head its last hidden
     states, [b, T, D].
     """
-    ways = math.prod(jax.sharding.get_mesh().shape[axis] for axis in SEQUENCE)
+    split, ways = row_ways(), math.prod(jax.sharding.get_mesh().shape[axis] for axis in SEQUENCE)
     count, T = tokens_BT.shape
     padded = -(-T // ways) * ways
-    rows = row_ways() * rows_at_once(model.config, -(-count // row_ways()), padded)
+    rows = split * rows_at_once(model.config, -(-count // split), padded)
     run = jax.jit(logits if model.config.head else hidden_states)
     position = place(np.broadcast_to(np.arange(padded, dtype=np.int32), (rows, padded)))
     document = place(np.broadcast_to((np.arange(padded) < T).astype(np.int32), (rows, padded)))

@@ -21,7 +21,7 @@ from model.decoder import Decoder, backends, to_vocabulary
 from model.layers import View, specs
 from sharding.collectives import axis_index, join, vary
 from sharding.errors import UserError
-from sharding.mesh import BATCH, SEQUENCE
+from sharding.mesh import BATCH, SEQUENCE, check_mesh_is_set
 from sharding.order import contiguous
 
 TOKENS = P(BATCH)  # of a [B, T] array of integers: its rows are split; each device takes its own columns of them
@@ -39,6 +39,7 @@ def place_rows(count: int, take: Callable[[int, int], Any]):
 
     `take(begin, end)` gives a tree of host arrays [end - begin, …]; it is called once for each of `local_rows(count)`.
     """
+    check_mesh_is_set()
     split = NamedSharding(jax.sharding.get_mesh(), TOKENS)
     spans = local_rows(count)
     blocks = [take(*span) for span in spans]
@@ -69,6 +70,7 @@ def local_rows(count: int) -> list[tuple[int, int]]:
 
 def row_ways() -> int:
     """Into how many parts the current mesh splits the rows of a batch."""
+    check_mesh_is_set()
     return math.prod(jax.sharding.get_mesh().shape[axis] for axis in BATCH)
 
 
@@ -77,6 +79,7 @@ def one_device(body, model: Decoder, in_specs, out_specs):
 
     check_vma finds a missing sum; attention kernels that cannot say what varies turn it off.
     """
+    check_mesh_is_set()
     on = backends(model.config)
     checked = not (
         attention.needs_unchecked(on['backend']) or (model.config.moe and grouped_matmul.needs_unchecked(on['experts']))
@@ -92,6 +95,7 @@ def columns(T: int, order) -> jax.Array:
 
 def needs_no_stages(what: str) -> None:
     """Raises UserError where the current mesh has a pipeline, which is for training."""
+    check_mesh_is_set()
     stages = jax.sharding.get_abstract_mesh().shape['stage']
     if stages > 1:
         raise UserError(

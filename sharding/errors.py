@@ -3,6 +3,7 @@
 import difflib
 import errno
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 
@@ -11,6 +12,7 @@ NAMED = 64  # characters of a name that are compared
 SEARCHED = 2000  # names that are compared with
 LONGEST = 4096  # characters of a path that is told whole
 LISTED = 24  # names that a message lists
+ENDINGS = re.compile(r'(?<=.)(\.[a-z][a-z0-9]{0,6})+$')  # of files, but not what follows the dot of a version
 # What a disk or a system may refuse, whatever library was asked for it: libraries that are not Python say it in words.
 REFUSED = tuple(
     getattr(errno, name)
@@ -63,9 +65,13 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 
 def nearest_path(path: str, known: Iterable[str]) -> str:
     """As `nearest`, of files and folders: by their names alone, without endings, for what paths share says nothing."""
-    stems = {PurePath(one).stem.casefold()[:NAMED]: one for one in sorted(known, reverse=True)}
-    stem = closest(PurePath(path).stem.casefold(), stems)
+    stems = {_stem(one)[:NAMED]: one for one in sorted(known, reverse=True)}
+    stem = closest(_stem(path), stems)
     return nearest('', stems.values()) if stem is None else f'; did you mean {shown(stems[stem], quoted=True)}?'
+
+
+def _stem(path: str) -> str:
+    return ENDINGS.sub('', PurePath(path).name.casefold())
 
 
 def shown(text: object, most: int = 200, quoted: bool = False) -> str:

@@ -155,6 +155,12 @@ def platform() -> str:
     return 'gpu' if name in ('cuda', 'rocm') else name
 
 
+def check_mesh_is_set() -> None:
+    """Raises UserError where work on a model is begun without a mesh of all axes."""
+    if not set(AXES) <= set(jax.sharding.get_abstract_mesh().shape):
+        raise UserError('no mesh of this project is set: work on a model stands under `with jax.set_mesh(run.mesh):`')
+
+
 def start(devices: int, dtype: str, processes: int = 1) -> None:
     """Settles what JAX must know before anything asks it for devices: 64 bits, how many devices a CPU plays, what it keeps.
 

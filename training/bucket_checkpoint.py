@@ -25,7 +25,8 @@ from sharding.buckets import CONNECTIONS, Bucket, at_once
 from storage.lock import Lock
 from storage.sealed import sealed
 from training import shards
-from training.checkpoint import MANIFEST, SHARDS, Checkpoints, contents, is_step, kinds, named
+from training.checkpoint import Checkpoints
+from training.manifest import MANIFEST, SHARDS, contents, is_step, kinds, named
 
 
 def checkpoints_of(folder: Path | Bucket, keep: int = 2, lock: Lock | None = None) -> Checkpoints:

@@ -43,10 +43,12 @@ from storage.lock import Lock
 from storage.staged import refuse_existing, staged
 from training import config as configs
 from training.bucket_checkpoint import checkpoints_of
-from training.checkpoint import Checkpoints, named, read_newest
+from training.checkpoint import Checkpoints
+from training.checkpoint_reader import read_newest
 from training.config import RECORD, RunConfig, TrainingConfig
 from training.context import SOURCE, context_of, object_of, published_config, published_files
 from training.finite import RULE, check_saved, not_finite
+from training.manifest import named
 from training.run_folder import run_folder
 from training.state import abstract_model, abstract_state, restore_newest, saved_config
 

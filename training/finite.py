@@ -1,7 +1,7 @@
 """Whether arrays hold numbers: a NaN or an infinity in a weight makes all that is computed with it none.
 
 A state is looked at before it is saved, weights as they are read, imported or exported: what is not finite never gets out. The
-look is a program of its own, so that the step's stays as it is.
+look is apart from the step, whose program stays as it is.
 """
 
 from collections.abc import Sequence
@@ -9,11 +9,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sharding.errors import Diverged, UserError, shown
 from training.checkpoint import Checkpoints, named
 from training.config import RECORD, RunConfig
 
+AT_ONCE = 1 << 20  # numbers
+# Bits that are all set in a NaN or an infinity, of dtypes that NumPy itself asks three times slower.
+EXPONENTS = {'bfloat16': 0x7F80, 'float16': 0x7C00}
 RULE = 'numbers that are not finite (NaN or infinite)'
 
 
@@ -28,8 +32,30 @@ def not_finite(tree: Any) -> list[str]:
     leaves = {name: x for name, x in named(tree).items() if jnp.issubdtype(x.dtype, jnp.floating)}
     if not leaves:
         return []
-    finite = jax.device_get(_finite(list(leaves.values()))).tolist()
+    finite = (
+        [on_host(x) for x in leaves.values()] if is_host() else jax.device_get(_finite(list(leaves.values()))).tolist()
+    )
     return [name for name, right in zip(leaves, finite, strict=True) if not right]
+
+
+def is_host() -> bool:
+    """Whether all arrays lie in this process' own memory: it reads them where they are, and compiles nothing."""
+    return jax.default_backend() == 'cpu' and jax.process_count() == 1
+
+
+def on_host(x: jax.Array) -> bool:
+    """Whether an array is finite, by this process alone."""
+    exponent = EXPONENTS.get(x.dtype.name)
+    for shard in x.addressable_shards:
+        if shard.replica_id:
+            continue
+        flat = np.asarray(shard.data).reshape(-1)
+        for begin in range(0, flat.size, AT_ONCE):
+            part = flat[begin : begin + AT_ONCE]
+            finite = np.isfinite(part) if exponent is None else part.view(np.uint16) & exponent != exponent
+            if not finite.all():
+                return False
+    return True
 
 
 def listed(names: Sequence[str]) -> str:

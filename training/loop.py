@@ -232,7 +232,8 @@ class Run:
 
     def failed(self, error: Exception) -> None:
         """A save has failed by what the machine refused. Raises anything else."""
-        fault, lock = str(error) if isinstance(error, SaveFailed) else machine_fault(error), self.checkpoints.lock
+        fault = str(error) if isinstance(error, SaveFailed) else machine_fault(error)
+        lock = self.checkpoints.lock
         if fault is None or peers.several() or (lock is not None and lock.lost):  # the run is another process' now
             raise error
         self.unsaved = fault

@@ -15,7 +15,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox, BboxBase
 
-from storage.files import write
+from storage import files as disk
 
 PLACES = 25  # across and up, at which a label is tried
 NEAR = 14  # points from what it names: no line leads there
@@ -58,10 +58,10 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     if checked and math.isfinite(values[-1]):
         note = f'{values[-1]:.3f} nats = {checked[-1]["validation_bits_per_byte"]:.3f} bits/byte'
         label(loss, note, (steps[-1], values[-1]), legend)
-    content = io.BytesIO()
-    figure.savefig(content, format='png')
+    picture = io.BytesIO()
+    figure.savefig(picture, format='png')
     plt.close(figure)
-    write(path, content.getvalue())
+    disk.write(path, picture.getvalue())
 
 
 def label(axes: Axes, text: str, point: tuple[float, float], legend: Artist) -> None:

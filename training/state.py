@@ -12,8 +12,10 @@ from jax.sharding import NamedSharding
 
 from sharding.errors import UserError
 from training import config as configs
-from training.checkpoint import META, Checkpoints, read_newest
+from training.checkpoint import Checkpoints
+from training.checkpoint_reader import read_newest
 from training.config import RunConfig
+from training.manifest import META
 from training.step import State, init
 
 

@@ -9,8 +9,11 @@ import pytest
 from decoding import score as scoring
 from decoding.score import rows_at_once, score
 from model.config import ModelConfig, MoEConfig
+from model.forward import logits, place
+from sharding.errors import UserError
 from sharding.mesh import MeshConfig, make_mesh
 from training.config import RunConfig, TrainingConfig
+from training.loss import loss_and_gradient
 from training.step import init
 
 MODEL = ModelConfig(vocabulary=320, layers=2, model_dim=32, heads=4, mlp_dim=48)
@@ -45,3 +48,19 @@ def test_rows_together_have_the_logits_of_each_alone(monkeypatch, mesh):
     found = np.concatenate([logit_BTV for _, logit_BTV in together])
     assert found.shape == alone.shape == (7, 40, 320)
     np.testing.assert_allclose(found, alone, atol=1e-5 * np.abs(alone).max())
+
+
+def test_work_without_a_mesh_says_what_is_missing():
+    ids = np.zeros((2, 8), np.int32)
+    run = RunConfig(name='x', model=MODEL, training=TrainingConfig(steps=1, batch=2, sequence_length=8))
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        model = jax.jit(init, static_argnums=0)(run).model
+    ways = (
+        lambda: list(score(model, ids)),
+        lambda: place(ids),
+        lambda: jax.jit(logits)(model, ids, ids, ids),
+        lambda: jax.jit(loss_and_gradient)(model, dict.fromkeys(('tokens', 'targets', 'positions', 'segments'), ids)),
+    )
+    for way in ways:
+        with pytest.raises(UserError, match=r'stands under `with jax\.set_mesh\(run\.mesh\):`'):
+            way()

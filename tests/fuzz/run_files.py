@@ -28,7 +28,8 @@ from tests.families.cases import CASES
 from tests.fuzz import Case, note, rng
 from training import config as configs
 from training import state
-from training.checkpoint import Checkpoints, read_newest
+from training.checkpoint import Checkpoints
+from training.checkpoint_reader import read_newest
 from training.conversion import import_run, imported
 from training.loop import Run, ready, train
 from training.manifest import MANIFEST, META, fingerprint

@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +15,10 @@ from sharding.errors import UserError
 from storage.lock import Lock
 from tests.training.store import bucket
 from tests.training.test_checkpoint import bits, restored_small, small
-from training import checkpoint
+from training import checkpoint_reader
 from training.bucket_checkpoint import checkpoints_of
-from training.checkpoint import Checkpoints, Gone, read_newest
+from training.checkpoint import Checkpoints
+from training.checkpoint_reader import Gone, read_newest
 
 
 @contextmanager
@@ -123,7 +125,7 @@ def test_a_checkpoint_that_goes_at_any_moment_is_read_anew(form, moment, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(kind, name, wrapped)
         if 'no links' in form:
-            patch.setattr(checkpoint, 'open_files', lambda: 0)
+            patch.setattr(checkpoint_reader, 'open_files', lambda: 0)
         found = read_newest(checkpoints, lambda step: (step, checkpoints.meta(step), checkpoints.restore(step, shapes)))
     step = found[0]
     assert found[1] == {'step': step}
@@ -135,6 +137,17 @@ def test_a_checkpoint_that_goes_at_any_moment_is_read_anew(form, moment, tmp_pat
         assert step == (1 if form == 'orbax, no links to open files' else 2)
     else:
         assert step == 1
+
+
+def test_where_no_links_can_be_made_the_checkpoint_itself_is_read(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, small(1), {'step': 1}, {'config.yaml': b'x'})
+    checkpoints.close()
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'absent'))
+    assert opened(checkpoints) == 1
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+    assert opened(checkpoints) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ['checkpoints'], 'no link is left'
 
 
 def test_a_step_that_is_asked_for_and_goes_is_one_line(tmp_path, monkeypatch):
@@ -151,7 +164,7 @@ def test_a_step_that_is_asked_for_and_goes_is_one_line(tmp_path, monkeypatch):
         read_newest(checkpoints, read, 1)
     assert '\n' not in str(caught.value)
 
-    monkeypatch.setattr(checkpoint, 'AGAIN', 3)
+    monkeypatch.setattr(checkpoint_reader, 'AGAIN', 3)
     with pytest.raises(UserError, match=r'3 checkpoints in a row were deleted .* larger checkpoint\.keep'):
         read_newest(checkpoints, lambda step: (_ for _ in ()).throw(Gone('gone')))
 

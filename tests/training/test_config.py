@@ -230,7 +230,8 @@ def test_every_key_is_known_and_its_typo_is_found() -> None:
 def test_what_is_no_file_is_no_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'configs').mkdir()
-    (tmp_path / 'configs/demo.yaml').write_text(BASE)
+    for name in ('demo', 'llama-3.1-8b', 'llama-3.1-70b'):
+        (tmp_path / f'configs/{name}.yaml').write_text(BASE)
     (tmp_path / 'huge.yaml').write_text('#' * 2_000_000)
     (tmp_path / 'loop.yaml').symlink_to('loop.yaml')
     os.mkfifo(tmp_path / 'pipe.yaml')
@@ -243,6 +244,9 @@ def test_what_is_no_file_is_no_config(tmp_path: Path, monkeypatch: pytest.Monkey
         'config/demo.yaml': ["no such config; did you mean 'configs/demo.yaml'?"],
         'demo.yaml': ["did you mean 'configs/demo.yaml'?"],
         'configs/dmeo.yaml': ["did you mean 'configs/demo.yaml'?"],
+        'configs/llama-3.1-70b': ["did you mean 'configs/llama-3.1-70b.yaml'?"],
+        'llama-3.1-70': ["did you mean 'configs/llama-3.1-70b.yaml'?"],
+        'configs/zzz.yaml': ['no such config; known: configs/demo.yaml, configs/llama'],
         'configs/demo': ["did you mean 'configs/demo.yaml'?"],
         'a\0b': [r'a\x00b: no such config'],
         'x' * 300: ['no such config'],

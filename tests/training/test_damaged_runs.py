@@ -1,5 +1,6 @@
 """Run folders in which something is of the wrong kind or says the wrong thing: one line, no waiting, nothing else touched."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -7,9 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from data.published_tokenizer import load_tokenizer
-from sharding.errors import UserError
+from sharding.errors import MachineError, UserError
 from sharding.mesh import MeshConfig
 from storage.sealed import sealed, unsealed
 from tests.data.test_tokenizer_goldens import files_of
@@ -17,9 +19,10 @@ from tests.families import folders
 from tests.families.cases import CASES
 from tests.training.test_checkpoint import bits, restored_small, small
 from training.checkpoint import Checkpoints
-from training.config import load
+from training.config import load, parse
 from training.context import context
 from training.conversion import export_run, import_run, imported
+from training.loop import train
 
 KINDS = 'folder', 'fifo', 'loop', 'nowhere', 'device'
 
@@ -150,6 +153,38 @@ def test_a_meta_that_says_nothing_is_damaged_whatever_its_hash(run, content):
     manifest.write_bytes(sealed(fields))
     with pytest.raises(UserError, match=r'2/meta\.json is no JSON'):
         Checkpoints(run).meta(2)
+
+
+def test_a_place_where_no_run_can_be_is_one_line_and_nothing_is_left(tmp_path):
+    (tmp_path / 'text.txt').write_text('Some lines of text.\n' * 500)
+    config = parse(TINY.replace('SOURCE', str(tmp_path / 'text.txt')), 'tiny.yaml')
+    (tmp_path / 'file').write_text('x')
+    (tmp_path / 'loop').symlink_to('loop')
+    before = sorted(path.name for path in tmp_path.iterdir())
+    console = Console(quiet=True)
+    for runs, name in (
+        (tmp_path / 'file', 'run'),
+        (tmp_path / 'file' / 'more', 'run'),
+        (tmp_path / 'loop', 'run'),
+        (tmp_path, 'loop'),
+        (tmp_path, 'file'),
+        (tmp_path / ('x' * 300), 'run'),
+        (Path('/proc'), 'run'),
+    ):
+        with pytest.raises((UserError, MachineError)) as caught:
+            train(dataclasses.replace(config, name=name), runs, console=console)
+        assert str(runs)[:150] in str(caught.value)
+        assert '\n' not in str(caught.value)
+        assert len(str(caught.value)) < 700
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+TINY = """
+name: run
+model: {layers: 1, model_dim: 16, heads: 2, kv_heads: 1, mlp_dim: 16}
+data: {source: SOURCE, vocabulary: 300}
+training: {steps: 4, batch: 2, sequence_length: 16, warmup_steps: 1}
+"""
 
 
 @pytest.fixture(scope='module')

@@ -18,7 +18,7 @@ from sharding.errors import Diverged, MachineError, UserError
 from sharding.mesh import MeshConfig, make_mesh
 from tests.scripts.runs import workplace
 from training import config as configs
-from training import loop
+from training import finite, loop
 from training.checkpoint import Checkpoints
 from training.config import RunConfig
 from training.conversion import export_run, import_run
@@ -158,15 +158,38 @@ def test_published_weights_that_are_no_numbers_are_not_imported(place, sound):
     assert [path.name for path in (place / 'runs').iterdir() if 'theirs' in path.name] == []
 
 
-def test_every_array_that_is_no_number_is_found_and_no_other():
+@pytest.mark.parametrize('host', [True, False])
+def test_every_array_that_is_no_number_is_found_and_no_other(monkeypatch, host):
+    monkeypatch.setattr(finite, 'is_host', lambda: host)
+    monkeypatch.setattr(finite, 'AT_ONCE', 5)
     numbers = np.ones((4, 3), np.float32)
     spoiled = numbers.copy()
     spoiled[3, 2] = np.nan
-    tree = {'a': numbers, 'b': spoiled, 'c': -np.inf * numbers, 'd': numbers.astype(jnp.bfloat16), 'n': np.arange(3)}
+    halves = {
+        f'{dtype}{value}': spoiled_as(dtype, value) for dtype in HALVES for value in (1, 3e38, np.nan, np.inf, -np.inf)
+    }
+    tree = halves | {
+        'a': numbers,
+        'b': spoiled,
+        'c': -np.inf * numbers,
+        'd': numbers.astype(jnp.bfloat16),
+        'n': np.arange(3),
+    }
     with jax.set_mesh(make_mesh(MeshConfig(data=2))):
         placed = {name: jax.device_put(x) for name, x in tree.items()} | {'key': jax.random.key(0)}
-        assert not_finite(placed) == ['b', 'c']
+        wrong = [f'{dtype}{value}' for dtype in HALVES for value in (np.nan, np.inf, -np.inf)]
+        wrong += [f'float16{3e38}']  # is an infinity there
+        wrong += [name for name in halves if name.startswith('float8') and (name.endswith('3e+38'))]  # and a NaN here
+        assert not_finite(placed) == sorted([*wrong, 'b', 'c'])
         assert not_finite({'n': placed['n']}) == []
+
+
+HALVES = ('bfloat16', 'float16', 'float8_e4m3fn')
+
+
+def spoiled_as(dtype: str, value: float) -> np.ndarray:
+    with np.errstate(over='ignore'):
+        return np.array([*range(7), value], np.float32).astype(jnp.dtype(dtype))
 
 
 @pytest.mark.parametrize('temperature', [None, 0.0, 1.0])
