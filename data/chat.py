@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data import chat_template
+from data.published.side_files import MOST_SAID
 from sharding.errors import UserError, nearest, shown
 from storage.foreign import read_object
 
@@ -257,7 +258,7 @@ def _object(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]
     """What a file of JSON says; nothing where it is not there."""
     if name not in files:
         return {}
-    return read_object(files[name], f'{where}/{name}')
+    return read_object(files[name], f'{where}/{name}', MOST_SAID)
 
 
 def _text(content: bytes, where: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.published.side_files import LONGEST_PIECE, MOST_CHARACTERS
 from data.tokenizer import SPACE
 from sharding.errors import UserError, nearest
 from storage.foreign import shown_value
@@ -21,8 +22,6 @@ from storage.foreign import shown_value
 KEY = 'tokenizer.ggml.'
 MODELS = ('gpt2', 'llama')  # byte-level BPE, sentencepiece's
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # a token's type
-LONGEST_PIECE = 256  # characters of one whose merges are derived; 31 in Gemma's
-MOST_CHARACTERS = 2**23  # of all of these; Gemma's 262,144 have 1.5 million
 MOST_MERGES = 2**21  # of pieces by sentencepiece; a vocabulary of 262,144 has about half as many
 # Tokens that end a turn, which count where the chat template speaks of them.
 TURN_ENDS = ('<|eot_id|>', '<|im_end|>', '<end_of_turn>', '<|end|>', '<|eom_id|>', '<|return|>', '<|call|>', '<|user|>')

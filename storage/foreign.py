@@ -5,6 +5,7 @@ A file is refused in one line that names it, the value and the limit, before mem
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -83,9 +84,10 @@ def read_file(path: Path, most: int) -> bytes:
 
 def _read_into(path: Path, descriptor: int, begin: int, out: memoryview) -> int:
     """Fills `out` with the bytes from `begin` on; how many there were."""
-    done = 0
+    done, file = 0, io.FileIO(descriptor, closefd=False)
     try:
-        while done < len(out) and (count := os.preadv(descriptor, [out[done:]], begin + done)):
+        file.seek(begin)
+        while done < len(out) and (count := file.readinto(out[done:])):
             done += count
     except OSError as error:
         raise UserError(f'{shown_path(path)}: cannot be read: {error.strerror}') from None

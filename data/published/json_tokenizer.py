@@ -18,7 +18,8 @@ from storage.foreign import read_object, shown_value
 
 JSON = 'tokenizer.json'
 NOWHERE = '\U000f7357'  # a private character, which no text has
-MOST_GROWTH = 64  # how many times as long as a text its normalizers and pre-tokenizers may make it: Unicode's own is 18
+MOST_GROWTH = 64  # how many times as long as a text its normalizers and pre-tokenizers may make it
+UNICODE = 18  # characters that Unicode's own normalization makes of one, which counts for none
 
 
 class JsonTokenizer(PublishedTokenizer):
@@ -224,7 +225,7 @@ def _check_growth(fields: Mapping[str, Any], where: str) -> None:
         elif kind == 'ByteLevel':
             growth *= 4  # bytes of a character
         elif kind == 'Precompiled':
-            _check_characters(step.get('precompiled_charsmap'), where)
+            growth *= max(1.0, _longest(step.get('precompiled_charsmap'), where) / UNICODE)
         if growth > MOST_GROWTH:
             raise UserError(
                 f'{where}: its normalizers may make a text {growth:,.0f} times as long: at most {MOST_GROWTH} times is read'
@@ -255,19 +256,24 @@ def _steps(said: Any) -> Iterator[Mapping[str, Any]]:
             yield said
 
 
-def _check_characters(charsmap: Any, where: str) -> None:
-    """Raises UserError for a precompiled_charsmap that is none: its length, a trie of that many bytes, and UTF-8."""
+def _longest(charsmap: Any, where: str) -> int:
+    """Characters of the longest text that a precompiled_charsmap makes of another.
+
+    Raises UserError for one that is none: its length, a trie of that many bytes, and texts of UTF-8 with a NUL after each.
+    """
+    texts = ['']
     try:
         content = base64.b64decode(charsmap or '', validate=True)
         size = int.from_bytes(content[:4], 'little')
         whole = not content or (len(content) >= 4 + size and size % 4 == 0)
-        content[4 + size :].decode()
+        texts = content[4 + size :].decode().split('\0')
     except (TypeError, ValueError, binascii.Error):
         whole = False
     if not whole:
         raise UserError(
             f'{where}: precompiled_charsmap is not readable: it must be base64 of a trie and the texts it names'
         )
+    return max(map(len, texts))
 
 
 def _vocabulary(ids: Mapping[str, int], where: str) -> int:

@@ -160,5 +160,5 @@ def _processor(model: bytes, where: str) -> Any:
         if not model:
             raise RuntimeError('it is empty')
         return sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:  # the second where its message holds the file's bytes
         raise UserError(f'{where}: not a readable sentencepiece model: {one_line(str(error))}') from None

@@ -14,7 +14,7 @@ from typing import Any
 
 from data.published.built import finished, placed
 from data.published.json_tokenizer import JsonTokenizer
-from data.published.side_files import LARGEST_VOCABULARY, Said
+from data.published.side_files import LARGEST_VOCABULARY, LONGEST_PIECE, MOST_CHARACTERS, Said
 from data.tokenizer import SPACE
 from sharding.errors import UserError
 from storage.foreign import shown_value
@@ -60,31 +60,28 @@ def read_model(content: bytes, where: str) -> Model:
     """Reads a model. Raises UserError for a file that is none."""
     try:
         pieces: list[Piece] = []
+        characters, seen = 0, set[str]()
         trainer: dict[int, Any] = {}
         normalizer: dict[int, Any] = {}
         for field, value in _fields(content):
             if field == 1:
-                said = dict(_fields(value))
-                score = struct.unpack('<f', said.get(2, b'\0\0\0\0'))[0]
-                pieces.append(Piece(said.get(1, b'').decode(), score, said.get(3, Kind.NORMAL)))
+                pieces.append(_piece(value))
+                text = pieces[-1].text
+                if text in seen:
+                    raise ValueError(f'piece {shown_value(text)} is there twice')
+                seen.add(text)
+                characters += len(text)
+                if len(pieces) > LARGEST_VOCABULARY or characters > MOST_CHARACTERS:
+                    rule = f'at most {LARGEST_VOCABULARY} and {MOST_CHARACTERS} are read'
+                    raise ValueError(f'it has {len(pieces)} pieces of {characters} characters and more: {rule}')
             elif field in (2, 3):
                 (trainer if field == 2 else normalizer).update(_fields(value))
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f'{where}: not a readable sentencepiece model: piece {len(pieces)} is not UTF-8: {error}'
-        ) from None
+    except UnicodeDecodeError:
+        raise UserError(f'{where}: not a readable sentencepiece model: piece {len(pieces)} is not UTF-8') from None
     except (ValueError, TypeError, AttributeError, struct.error) as error:
         raise UserError(f'{where}: not a readable sentencepiece model: {error}') from None
-    if not 0 < len(pieces) <= LARGEST_VOCABULARY:
-        rule = f'1 to {LARGEST_VOCABULARY} are read'
-        raise UserError(f'{where}: not a readable sentencepiece model: it has {len(pieces)} pieces; {rule}')
-    seen: set[str] = set()
-    for piece in pieces:
-        if piece.text in seen or not piece.text:
-            raise UserError(
-                f'{where}: not a readable sentencepiece model: piece {shown_value(piece.text)} is there twice or empty'
-            )
-        seen.add(piece.text)
+    if not pieces:
+        raise UserError(f'{where}: not a readable sentencepiece model: it has no pieces')
     if (kind := trainer.get(3, UNIGRAM)) not in (UNIGRAM, BPE):
         raise UserError(f'{where}: its model_type is {kind}: supported are 1 (unigram) and 2 (BPE)')
     return Model(
@@ -97,6 +94,16 @@ def read_model(content: bytes, where: str) -> Model:
         removes_spaces=bool(normalizer.get(4, 1)),
         escapes_spaces=bool(normalizer.get(5, 1)),
     )
+
+
+def _piece(content: bytes) -> Piece:
+    """A piece of a model. Raises ValueError for one that no text can have, or that is as long as none is."""
+    said = dict(_fields(content))
+    score = struct.unpack('<f', said.get(2, b'\0\0\0\0'))[0]
+    text = said.get(1, b'').decode()
+    if not 0 < len(text) <= LONGEST_PIECE:
+        raise ValueError(f'a piece of {len(text)} characters: from 1 to {LONGEST_PIECE} are read')
+    return Piece(text, score, said.get(3, Kind.NORMAL))
 
 
 def _fields(content: bytes) -> Iterator[tuple[int, Any]]:

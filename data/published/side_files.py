@@ -9,7 +9,10 @@ from storage.foreign import read_object, shown_value
 
 CONFIG, MAP, ADDED = 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json'
 GENERATION, MODEL = 'generation_config.json', 'config.json'
+MOST_SAID = 2**20  # values of a file beside a tokenizer, several of which are held at a time
 LARGEST_VOCABULARY = 2**22  # ids of the tokenizers that are read: a mistake rather than a model
+LONGEST_PIECE = 256  # characters of one whose merges are derived; 31 in Gemma's
+MOST_CHARACTERS = 2**23  # of all of these; Gemma's 262,144 have 1.5 million
 FLAGS = ('single_word', 'lstrip', 'rstrip', 'normalized', 'special')
 # The fields that name a special token, in the order in which transformers adds those that no other file has.
 NAMED = ('bos_token', 'eos_token', 'unk_token', 'sep_token', 'pad_token', 'cls_token', 'mask_token')
@@ -52,7 +55,7 @@ class Said:
 def said_of(files: Mapping[str, bytes], where: str) -> Said:
     """What the files beside a tokenizer say. Raises UserError for one that cannot be read, or says something impossible."""
     read = {
-        name: read_object(files[name], f'{where}/{name}')
+        name: read_object(files[name], f'{where}/{name}', MOST_SAID)
         for name in (CONFIG, MAP, ADDED, GENERATION, MODEL)
         if name in files
     }

@@ -34,7 +34,7 @@ def read(f: Fields) -> ModelConfig:
 
 def read_sparse(f: Fields) -> list[bool]:
     """Which layers are mixtures: every so many, without those that have an MLP anyhow."""
-    step, dense = f('decoder_sparse_step', 1), f('mlp_only_layers', [])
+    step, dense = f('decoder_sparse_step', 1), set(f('mlp_only_layers', []))
     return [i not in dense and (i + 1) % step == 0 for i in range(f('num_hidden_layers'))]
 
 

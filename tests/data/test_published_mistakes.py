@@ -52,7 +52,7 @@ BESIDE = {  # files beside the tokenizer, and words of the refusal
     'a text': ({'generation_config': 'x'}, ['folder/generation_config.json', 'JSON object']),
     'deep': ({'tokenizer_config': b'[' * 100_000}, ['folder/tokenizer_config.json', 'too deep']),
     'not UTF-8': ({'tokenizer_config': b'{"x": "\xe9"}'}, ['folder/tokenizer_config.json', 'not readable as JSON']),
-    'large': ({'config': b'[' + b'[],' * 2**23}, ['folder/config.json', f'at most {2**23} are read']),
+    'large': ({'config': b'[' + b'[],' * 2**19}, ['folder/config.json', f'at most {2**20} are read']),
     'eos a list': (
         {'tokenizer_config': NAMES | {'eos_token': ['</s>']}},
         ["eos_token is ['</s>']", 'the name of a token'],
@@ -88,6 +88,13 @@ def test_a_mistake_beside_the_tokenizer_is_told(name):
     assert all(word in line for word in words), line
 
 
+class Twice(dict):
+    """An object whose first name is there twice when it is written."""
+
+    def items(self):
+        return [*super().items(), *[*super().items()][:1]]
+
+
 def growing(fields: dict) -> None:
     replace = {'type': 'Replace', 'pattern': {'String': 'a'}, 'content': 'a' * 10}
     fields['normalizer'] = {'type': 'Sequence', 'normalizers': [replace] * 10}
@@ -99,6 +106,7 @@ def template(*pieces: str) -> Callable[[dict], None]:
     return lambda fields: fields['post_processor'].update(single=[write(name) for name in pieces])
 
 
+FAR = b'\4\0\0\0\0\0\0\0' + b'x' * 2000 + b'\0'  # a charsmap that makes 2,000 characters of one
 CHARACTERS = {'trie beyond the end': b'\xff\0\0\0abc', 'not UTF-8': b'\4\0\0\0\0\0\0\0\xff\xfe', 'short': b'\1'}
 TOKENIZER = {  # changes of a tokenizer.json, and words of the refusal
     'a list': (lambda fields: fields.update(model=[]), ['tokenizer.json', 'not readable by tokenizers']),
@@ -116,6 +124,16 @@ TOKENIZER = {  # changes of a tokenizer.json, and words of the refusal
     'growth by a prefix of every part': (
         lambda fields: fields.update(normalizer={'type': 'Prepend', 'prepend': 'y' * 1000}),
         ['normalizers', '1,001 times as long'],
+    ),
+    'growth by characters': (
+        lambda fields: fields.update(
+            normalizer={'type': 'Precompiled', 'precompiled_charsmap': base64.b64encode(FAR).decode()}
+        ),
+        ['normalizers may make a text 111 times as long', 'at most 64'],
+    ),
+    'a name twice': (
+        lambda fields: fields.update(model=Twice(fields['model'])),
+        ["folder/tokenizer.json: an object in it has 'type' twice"],
     ),
     'growth by pre-tokenizers': (
         lambda fields: fields.update(
@@ -156,8 +174,15 @@ def pieces(*names: bytes, kind: int = 1) -> bytes:
     return b''.join(b'\x0a' + bytes([len(message)]) + message for message in messages)
 
 
+def long_piece(size: int) -> bytes:
+    number = lambda n: bytes([n & 127 | 128, n >> 7 & 127 | 128, n >> 14 & 127 | 128, n >> 21])
+    message = b'\x0a' + number(size) + b'a' * size
+    return b'\x0a' + number(len(message)) + message
+
+
 MODELS = {  # of sentencepiece, and words of the refusal
-    'empty': (b'', ['0 pieces']),
+    'empty': (b'', ['it has no pieces']),
+    'empty piece': (pieces(b'a', b''), ['a piece of 0 characters']),
     'text': (b'no', ['not a readable sentencepiece model']),
     'tiktoken': (b'IQ== 0\nIg== 1\n', ['is in tiktoken’s format, which is not read', 'save_pretrained']),
     'piece that is not UTF-8': (pieces(b'a', b'\xff\xfe'), ['piece 1 is not UTF-8']),
@@ -165,6 +190,7 @@ MODELS = {  # of sentencepiece, and words of the refusal
     'piece beyond the end': (pieces(b'a') + b'\x0a\xff\xff\xff\xff\x0f', ['4294967295 bytes and 0 are left']),
     'number without an end': (b'\x0a' + b'\xff' * 20, ['number', 'no end']),
     'words': (pieces(b'a') + b'\x12\x02\x18\x03', ['model_type is 3']),
+    'long piece': (long_piece(2**20), ['a piece of 1048576 characters: from 1 to 256 are read']),
 }
 
 
@@ -192,6 +218,7 @@ PARTS = {  # changes of folders of other kinds, and words of the refusal
     'no vocabulary': ('marian', {'vocab.json': None}, ['has source.spm and lacks vocab.json']),
     'two vocabularies': ('marian', {'tokenizer_config.json': b'{"separate_vocabs": true}'}, ['separate_vocabs is true']),
     'broken model': ('marian', {'target.spm': b'x'}, ['target.spm: not a readable sentencepiece model']),
+    'broken piece': ('marian', {'target.spm': pieces(b'a', b'\xff')}, ['target.spm: not a readable sentencepiece model']),
     'no unknown': ('marian', {'vocab.json': b'{"</s>": 0}'}, ["vocab.json: lacks '<unk>'"]),
 }  # fmt: skip
 

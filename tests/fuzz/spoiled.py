@@ -30,7 +30,7 @@ FIELDS = (
     'eos_token', 'eos_token_id', 'add_bos_token', 'layer_types', 'decoder', 'chat_template', 'added_tokens_decoder',
     'extra_ids', 'tokenizer_class', 'normalizer', 'post_processor', 'mlp_only_layers', ESCAPES, '\ud800',
 )  # fmt: skip
-COUNTS = re.compile(r'"(num_\w*|n_\w+|\w+_layers|\w*experts\w*|\w*size|\w*dim|\w*positions|d_\w+|\w+_rank)": (\d+)')
+COUNTS = re.compile(r'"(\w+)": (\d+)')
 CHARSMAPS = ('AAAA', '/////w==', 'BAAAAP////8A', 'BAAAAAAAAIAA', 3)
 SIZES = (0, 7, 300, 4096, 9999, 10**4, 10**6, 10**9, 2**31 - 1)
 
@@ -79,7 +79,13 @@ def _other(value: Any, draw: random.Random) -> Any:
             elif isinstance(here, list):
                 here.append(copy.deepcopy(draw.choice(VALUES)))
             elif isinstance(here, int) and not isinstance(here, bool):
-                value = _put(value, path, draw.choice((here * 2, here + 1, here - 1, -here, here * 10**6, here / 2)))
+                value = _put(
+                    value,
+                    path,
+                    draw.choice(
+                        (here * 2, here + 1, here - 1, -here, here * 10**6, here / 2.5 if abs(here) < 2**60 else 0.5)
+                    ),
+                )
             elif isinstance(here, str):
                 value = _put(value, path, here + draw.choice(('x', ESCAPES, '\ud800', '\0')))
         else:
@@ -180,7 +186,7 @@ def a_tokenizer(folder: Path, draw: random.Random) -> str:
     """A part of a tokenizer that the library would take, or choke on."""
     path = folder / 'tokenizer.json'
     if not path.exists():
-        return bytes_of_a_file(folder, draw)
+        return a_model_of_sentencepiece(folder, draw)
     said = json.loads(path.read_bytes())
     replace = {'type': 'Replace', 'pattern': {'String': 'a'}, 'content': 'a' * 10}
     text, odd = {'Sequence': {'id': 'A', 'type_id': 0}}, {'SpecialToken': {'id': ESCAPES, 'type_id': 0}}
@@ -213,6 +219,31 @@ def a_tokenizer(folder: Path, draw: random.Random) -> str:
         )
     path.write_bytes(_text(said, draw))
     return f'{field} {str(value)[:60]}'
+
+
+def a_model_of_sentencepiece(folder: Path, draw: random.Random) -> str:
+    """More pieces, or others, in a file that is no JSON; the lengths in it are right."""
+    files = files_of(folder, '.model', '.spm')
+    if not files:
+        return bytes_of_a_file(folder, draw)
+    path = draw.choice(files)
+    field = lambda number, content: bytes([number << 3 | 2]) + _varint(len(content)) + content
+    text = draw.choice(
+        (b'', b'a' * 300, b'a' * 3_000_000, b'\xff', ESCAPES.encode(), b'<0xZZ>', b'</s>', b'\xe2\x96\x81')
+    )
+    piece = field(1, field(1, text))
+    more = draw.choice(
+        (piece, piece * 2, field(1, b'') * 500_000, field(3, field(2, b'\4\0\0\0')), field(2, b'\x18\7'))
+    )
+    path.write_bytes(path.read_bytes() + more)
+    return f'{path.name} {text[:20]!r} {len(more)}'
+
+
+def _varint(number: int) -> bytes:
+    found = b''
+    while number > 127:
+        found, number = found + bytes([number & 127 | 128]), number >> 7
+    return found + bytes([number])
 
 
 def a_header(folder: Path, draw: random.Random) -> str:
@@ -367,7 +398,7 @@ WAYS: dict[Callable[[Path, random.Random], str], int] = {
     a_field_of_config: 12,
     a_count: 8,
     bytes_of_a_file: 9,
-    a_tokenizer: 9,
+    a_tokenizer: 11,
     a_header: 8,
     a_shape: 4,
     bytes_of_a_header: 6,

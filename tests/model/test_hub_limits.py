@@ -1,5 +1,6 @@
 """Small folders that ask for much: refused in one line, before memory or time is taken for what they say."""
 
+import errno
 import itertools
 import json
 import os
@@ -253,6 +254,26 @@ def most_held() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+@pytest.mark.parametrize('kind', ['folder', 'file'])
+def test_what_may_not_be_read_is_told(kind, tmp_path, monkeypatch):
+    """As a folder or file without permission does to all but root."""
+    folder = folders.write(tmp_path / 'source', cases.CASES['llama-grouped'], folders.named('llama-grouped'))
+    (folder / '1_Pooling').mkdir()
+    (folder / 'tokenizer.json').write_text('{}')
+    refused = folder / ('1_Pooling' if kind == 'folder' else 'tokenizer.json')
+    function = 'listdir' if kind == 'folder' else 'open'
+    allowed = getattr(os, function)
+
+    def refuse(path, *rest):
+        if Path(path) == refused:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return allowed(path, *rest)
+
+    monkeypatch.setattr(os, function, refuse)
+    with pytest.raises(UserError, match=f'/{refused.name}: cannot be read: Permission denied'):
+        hub.side_files(folder)
+
+
 def test_a_folder_of_licences_is_left_out(tmp_path):
     folder = folders.write(tmp_path / 'source', cases.CASES['llama-grouped'], folders.named('llama-grouped'))
     (folder / 'LICENSES').mkdir()
@@ -291,7 +312,7 @@ def test_weights_that_change_during_an_import_leave_no_run(form, change, after, 
         import_run(source, tmp_path / 'runs' / 'run', MeshConfig(), say=str)
     said = 'cannot be read: No such file' if change == 'gone' else 'changed while it was read'
     assert str(error.value).startswith(f'{path}: {said}')
-    assert not list((tmp_path / 'runs').iterdir())
+    assert not (tmp_path / 'runs').exists()
 
 
 def test_a_file_that_changes_between_its_header_and_its_numbers_is_told(tmp_path, monkeypatch):
