@@ -18,7 +18,7 @@ import jax
 
 from sharding import peers
 from sharding.buckets import CONNECTIONS, at_once
-from sharding.errors import UserError
+from sharding.errors import UserError, shown
 from storage import files as disk
 from storage.sealed import unsealed
 from training import shards
@@ -247,7 +247,16 @@ class Reader:
                 raise self._altered(step, path)
 
         leaves = {f'{item}/{name}': x for item, arrays in wanted.items() for name, x in arrays.items()}
-        parts = at_once(lambda name: shards.gather(name, leaves[name], paths[name], read), leaves, self.readers)
+
+        def gather(name: str) -> Any:
+            try:
+                return shards.gather(name, leaves[name], paths.get(name, ()), read)
+            except ValueError as error:
+                if isinstance(error, UserError):
+                    raise
+                raise self._damaged(step, MANIFEST, f'was altered ({shown(error)})') from None
+
+        parts = at_once(gather, leaves, self.readers)
         whole = {name: shards.place(x, part) for (name, x), part in zip(leaves.items(), parts, strict=True)}
         return {item: {name: whole[f'{item}/{name}'] for name in arrays} for item, arrays in wanted.items()}
 
@@ -327,7 +336,7 @@ class Reader:
             if others
             else 'the run has no other checkpoint: restore the file, or train anew'
         )
-        return UserError(f'{folder / name} {what}; {way}')
+        return UserError(f'{shown(folder / name, 1000)} {what}; {way}')
 
     def _compare(self, step: int, item: str, stored: dict[str, dict[str, str]], wanted: dict[str, Any]) -> None:
         """That an item holds exactly the arrays that are wanted: the first difference is a UserError."""

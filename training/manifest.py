@@ -99,9 +99,10 @@ def fingerprint(path: Path) -> list:
 
 def is_manifest(fields: dict) -> bool:
     """Whether a manifest has what is read of it: dtype and shape of arrays, size and hash of files in the folder."""
-    arrays, files = fields.get('arrays'), fields.get('files')
+    arrays, files, form = fields.get('arrays'), fields.get('files'), fields.get('format')
     return (
-        isinstance(arrays, dict)
+        (form is None or form == SHARDS)
+        and isinstance(arrays, dict)
         and all(
             isinstance(item, dict) and all(isinstance(kind, str) for kind in item.values()) for item in arrays.values()
         )
@@ -114,4 +115,6 @@ def is_manifest(fields: dict) -> bool:
             and [type(value) for value in entry] == [int, str]
             for name, entry in files.items()
         )
+        # What Orbax has written it cannot read without this file.
+        and (form == SHARDS or all(f'{item}/_METADATA' in files for item, found in arrays.items() if found))
     )

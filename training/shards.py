@@ -41,7 +41,7 @@ def gather(
 ) -> dict[Box, np.ndarray]:
     """What the devices of this process hold of an array in the layout of `x`, out of the shards that it lies in.
 
-    `read(path, into)` fills memory of a shard's size with it.
+    `read(path, into)` fills memory of a shard's size with it. Raises ValueError where the paths do not make up the array.
     """
     shape, dtype, layout = _raw_kind(x)
     boxes = {_box(index, shape) for index in layout.addressable_devices_indices_map(shape).values()}
@@ -49,6 +49,8 @@ def gather(
     filled = dict.fromkeys(parts, 0)
     for path in paths:
         stored = _parse(path.removeprefix(f'{name}/').removesuffix('.bin'))
+        if not all(0 <= begin < end <= size for (begin, end), size in zip(stored, shape, strict=True)):
+            raise ValueError(f'{path} is no part of {list(shape)}')
         shared = {box: both for box in parts if (both := _both(box, stored)) is not None}
         if not shared:
             continue
@@ -59,7 +61,8 @@ def gather(
             if straight is None:
                 parts[box][_within(both, box)] = content[_within(both, stored)]
             filled[box] += math.prod(sizes(both))
-    assert all(filled[box] == part.size for box, part in parts.items()), f'{name}: the shards do not cover it'
+    if not all(filled[box] == part.size for box, part in parts.items()):
+        raise ValueError(f'{name}: its shards do not make it up')
     return parts
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 from rich.console import Console
 
@@ -132,6 +133,9 @@ def test_a_manifest_that_lists_the_wrong_things_is_damaged_whatever_its_hash(run
         fields | {'files': {**fields['files'], 'meta.json': [entry[0]]}},
         fields | {'files': {**fields['files'], 'meta.json': [True, entry[1]]}},
         fields | {'files': {**fields['files'], '../1/meta.json': entry}},
+        fields | {'format': 'shards', 'files': {'meta.json': entry}} | {'arrays': 5},
+        fields | {'format': 0},
+        fields | {'files': {name: one for name, one in fields['files'].items() if name != 'model/_METADATA'}},
         fields | {'files': {**fields['files'], '/etc/passwd': entry}},
     ]
     for content in [*map(sealed, odd), b'', b'{}', b'null', b'[' * 10**5, b'[' + b'{},' * 10**6, b'\xff', bytes(100)]:
@@ -141,6 +145,29 @@ def test_a_manifest_that_lists_the_wrong_things_is_damaged_whatever_its_hash(run
                 read(2)
             assert '\n' not in str(caught.value)
             assert len(str(caught.value)) < 500
+
+
+def test_shards_that_do_not_make_up_an_array_are_damage_whatever_the_hash(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save_weights(1, 'model', iter(small(1)['model'].items()), {}, {})
+    path = tmp_path / 'checkpoints' / '1' / 'manifest.json'
+    fields = unsealed(path.read_bytes())
+    (shard,) = (name for name in fields['files'] if name.endswith('.bin'))
+    entry = fields['files'].pop(shard)
+    folder = path.parent / 'model' / 'w'
+    wanted = {
+        'model': jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), small(0)['model'])
+    }
+    for name in 'all', '0-64', '0-64,0-63', '0-64,0-99999999999999', '0-64,0-64,0-64', 'x', '0-64,64-0', '-1-64,0-64':
+        next(folder.glob('*.bin')).rename(folder / f'{name}.bin')
+        path.write_bytes(sealed(fields | {'files': {**fields['files'], f'model/w/{name}.bin': entry}}))
+        with pytest.raises(UserError, match=r'checkpoints/1/(manifest\.json|model/w/.*\.bin) was altered') as caught:
+            checkpoints.restore(1, wanted)
+        assert '\n' not in str(caught.value)
+    next(folder.glob('*.bin')).unlink()
+    path.write_bytes(sealed(fields))
+    with pytest.raises(UserError, match=r'its shards do not make it up'):
+        checkpoints.restore(1, wanted)
 
 
 @pytest.mark.parametrize('content', [b'', b'[]', b'5', b'\xff', b'[' * 10**5])
