@@ -18,7 +18,7 @@ import jax
 
 from sharding import peers
 from sharding.buckets import CONNECTIONS, at_once
-from sharding.errors import UserError, shown
+from sharding.errors import UserError, nearest, shown
 from storage import files as disk
 from storage.sealed import unsealed
 from training import shards
@@ -342,12 +342,13 @@ class Reader:
         """That an item holds exactly the arrays that are wanted: the first difference is a UserError."""
         where = self.run / 'checkpoints' / str(step)
         if item not in stored:
-            raise UserError(f'{where} has no item {item!r}; it has {", ".join(stored)}')
+            raise UserError(f'{shown(where)} has no item {item!r}{nearest(item, stored)}')
         for name in [*wanted, *stored[item]]:
             has, wants = stored[item].get(name, 'absent'), kind_of(wanted[name]) if name in wanted else 'none'
             if has != wants:
                 raise UserError(
-                    f'{item}/{name} is {has} in {where} and {wants} is wanted: use the config that made the checkpoint'
+                    f'{item}/{shown(name)} is {shown(has)} in {shown(where)} and {wants} is wanted: use the config that made '
+                    'the checkpoint'
                 )
             layout = wanted[name].sharding
             assert isinstance(layout, jax.sharding.Sharding), f'{name} has no layout'
