@@ -251,7 +251,7 @@ def test_an_extra_file_is_named(copy, name):
 def test_a_checkpoint_that_is_not_there(run):
     with pytest.raises(UserError, match='no checkpoint of step 15; it has 10, 20'):
         Checkpoints(run).restore(15, {})
-    with pytest.raises(UserError, match=r"20 has no item 'weights'; it has model, optimizer, random"):
+    with pytest.raises(UserError, match=r"20 has no item 'weights'; known: model, optimizer, random"):
         Checkpoints(run).restore(20, {'weights': {}})
 
 
