@@ -58,5 +58,6 @@ def stopped(victim: int, scratch: Path, base: Path, both: Command) -> str | None
         return fault
     if f'process {victim} ' not in ended.err.decode():
         return f'its line does not name process {victim}: {ended.err.decode().strip()}'
-    last = max(int(path.name) for path in (run_folder / 'checkpoints').iterdir() if path.name.isdecimal()) + 20
+    saved = [int(path.name) for path in (run_folder / 'checkpoints').iterdir() if path.name.isdecimal()]
+    last = max(saved, default=0) + 20
     return goes_on(command(last), scratch, base, last)

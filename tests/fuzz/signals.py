@@ -48,6 +48,7 @@ CODES = {
     'SIGINT twice': {130},
     'Ctrl-C': {130},
     'SIGTERM': {143},
+    'SIGKILL': {137},
     'SIGPIPE': {0},
     'SIGUSR1': {0},
 }
