@@ -22,6 +22,7 @@ FAULT = 'error: this is a fault of Weft, not of what you asked for: please repor
 
 # A script begins with this import: what it imports after it takes a second or more, in which a signal may come.
 if Path(getattr(sys.modules['__main__'], '__file__', None) or '').parent == Path(__file__).parent:
+    streams.occupy()  # signals take descriptors, which must not be those of a stream
     signals.begin()
 
 

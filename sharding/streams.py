@@ -67,10 +67,8 @@ class Output(io.RawIOBase):
 
 def begin(lasting: bool) -> None:
     """Puts this process' streams in order. Streams that another program has put in their place are left alone."""
-    absent = [stream is None for stream in (sys.__stdin__, sys.__stdout__, sys.__stderr__)]
-    for number, closed in enumerate(absent):
-        if closed:
-            _occupy(number)
+    occupy()
+    absent = _absent()
     if sys.stdin is None:
         sys.stdin = os.fdopen(0, encoding='utf-8', closefd=False)
     if sys.stdout is sys.__stdout__:
@@ -78,6 +76,18 @@ def begin(lasting: bool) -> None:
         sys.stdout = opened(Output(descriptor, OUTPUT, lasting), sys.stdout)
     if sys.stderr is sys.__stderr__:
         sys.stderr = opened(Output(2, 'standard error', lasting=True), sys.stderr)
+
+
+def occupy() -> None:
+    """Has the null device take each descriptor that was closed from the start: before anything else here opens one."""
+    for number, closed in enumerate(_absent()):
+        if closed:
+            _occupy(number)
+
+
+def _absent() -> list[bool]:
+    """Of standard input, output and error: whether it was closed when Python began."""
+    return [stream is None for stream in (sys.__stdin__, sys.__stdout__, sys.__stderr__)]
 
 
 def opened(output: Output, like: IO[str] | None) -> IO[str]:

@@ -85,6 +85,12 @@ def test_a_script_whose_results_are_files_goes_on_without_its_streams(tmp_path, 
     assert (tmp_path / 'result').read_text() == 'whole'
 
 
+def test_a_script_of_weft_itself_takes_no_stream_for_its_own(tmp_path):
+    """It hears of signals from its first import on, through a descriptor of its own."""
+    line = f'{sys.executable} {ROOT / "scripts" / "score.py"} --help >&- 2>&- <&-'
+    assert subprocess.run(['bash', '-c', line], cwd=tmp_path, timeout=60).returncode == 0
+
+
 def test_a_script_whose_results_are_files_outlives_its_terminal(tmp_path):
     """The kernel answers EIO once a terminal is gone."""
     script = written(tmp_path, f"print('begun', flush=True); time.sleep(.5)\n{MUCH}\nopen('result', 'w').close()", True)
