@@ -96,15 +96,24 @@ class Appended:
 
     def __init__(self, path: Path):
         self.path, self.closed = path, False
+        if not os.path.lexists(path):
+            put(path, b'')
+            sync(path.parent)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         with writing(path):
             self._file = os.fdopen(os.open(path, flags, 0o666), 'ab', buffering=0)
 
     def write(self, content: bytes) -> None:
+        """Appends all of it, or raises MachineError and leaves the file as it was."""
         _tell('append', self.path, content)
         with writing(self.path):
-            while content:
-                content = content[self._file.write(content) :]
+            size = os.fstat(self._file.fileno()).st_size
+            try:
+                while content:
+                    content = content[self._file.write(content) :]
+            except OSError:
+                os.ftruncate(self._file.fileno(), size)  # half of a row or record would spoil what follows
+                raise
 
     def sync(self) -> None:
         _tell('sync', self.path)

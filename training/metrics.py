@@ -1,15 +1,17 @@
 """What a run writes down about itself: metrics.jsonl, TensorBoard, loss.png."""
 
+import contextlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
+from sharding import streams
 from sharding.errors import UserError, shown
 from storage import files as disk
+from training.board import Board
+from training.patient import Patient
 from training.picture import draw
 
 MOST = 2**31  # bytes of a metrics.jsonl
@@ -20,8 +22,8 @@ class Metrics:
     """Appends rows to folder/metrics.jsonl and folder/tensorboard, and draws folder/loss.png.
 
     Rows after `step` belong to steps that a restored checkpoint does not know: they are cut, so that no step stands
-    there twice. Damaged rows are left out, and `say` is told how many. Raises UserError where something else than a file or a
-    folder has one of the names.
+    there twice. Damaged rows are left out, and `say` is told how many. On a full disk rows wait in memory, which is said on
+    stderr, until there is room. Raises UserError where something else than a file or a folder has one of the names.
     """
 
     def __init__(self, folder: Path, step: int, say: Callable[[str], None] = print):
@@ -39,38 +41,42 @@ class Metrics:
         rows = [row for row in rows if row['step'] <= step]
         disk.write(self.path, ''.join(json.dumps(row) + '\n' for row in rows).encode())
         self.rows = [brief(row) for row in rows]
-        self.file = disk.Appended(self.path)
-        with disk.writing(folder / 'tensorboard'):
-            self.board = SummaryWriter(str(folder / 'tensorboard'), purge_step=step + 1)
-        disk.declare(folder / 'tensorboard')
+        self.file = Patient(self.path, streams.say)
+        self.board = Board(folder / 'tensorboard', step, streams.say)
 
     def log(self, row: dict[str, Any]) -> None:
         """One row; all of its numbers go to TensorBoard too."""
         self.rows.append(brief(row))
         self.file.write((json.dumps(row) + '\n').encode())
-        for name, value in row.items():
-            if name == 'router.load':
-                for layer, shares in enumerate(value):
-                    for expert, share in enumerate(shares):
-                        self.board.add_scalar(f'router.load/layer {layer}/expert {expert}', share, row['step'])
-            elif name != 'step':
-                self.board.add_scalar(name, value, row['step'])
+        self.board.add(row['step'], dict(_figures(row)))
 
     def flush(self) -> None:
-        """Returns when all rows are on the disk."""
-        if not self.file.closed:
-            self.file.sync()
-            with disk.writing(self.folder / 'tensorboard'):
-                self.board.flush()
+        """Returns when all rows are on the disk that it takes."""
+        for file in (self.file, self.board.file):
+            if not file.closed:
+                file.sync()
 
     def close(self) -> None:
-        """Writes what is pending, and the picture."""
-        self.file.close()
-        with disk.writing(self.folder / 'tensorboard'):
-            self.board.close()
-        disk.declare(self.folder / 'tensorboard')
+        """Writes what is pending, and the picture. Raises MachineError where the disk does not take it."""
+        with contextlib.ExitStack() as last:
+            last.callback(self._draw)
+            last.callback(self.board.file.close)
+            last.callback(self.file.close)
+
+    def _draw(self) -> None:
         if self.rows:
             draw(self.rows, self.folder / 'loss.png', self.folder.name)
+
+
+def _figures(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """What TensorBoard shows of a row: each number by its name."""
+    for name, value in row.items():
+        if name == 'router.load':
+            for layer, shares in enumerate(value):
+                for expert, share in enumerate(shares):
+                    yield f'router.load/layer {layer}/expert {expert}', share
+        elif name != 'step':
+            yield name, value
 
 
 class Unwritten:
