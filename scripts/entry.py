@@ -113,7 +113,8 @@ def flushed(code: int) -> tuple[int, str]:
         sys.stdout.flush()
     except OSError as error:
         return told(error)
-    return code, ''
+    lost = streams.lost()
+    return told(lost) if lost else (code, '')
 
 
 def as_json(figures: Any) -> str:

@@ -118,6 +118,11 @@ def finish() -> OSError | None:
         except OSError as error:
             if not isinstance(raw, Output):
                 return error
+    return lost()
+
+
+def lost() -> OSError | None:
+    """Why standard output has lost something that counts, if it has: whoever wrote it may have taken no notice."""
     raw = getattr(getattr(sys.stdout, 'buffer', None), 'raw', None)
     return raw.failed if isinstance(raw, Output) and not raw.lasting else None
 

@@ -85,6 +85,13 @@ def test_a_script_whose_results_are_files_goes_on_without_its_streams(tmp_path, 
     assert (tmp_path / 'result').read_text() == 'whole'
 
 
+@pytest.mark.parametrize(('unbuffered', 'ends'), [('', '\\n'), ('1', '')])
+def test_what_a_script_says_on_stderr_is_there_at_once(tmp_path, unbuffered, ends):
+    said = tmp_path / 'said'
+    body = f"print('a word', end='{ends}', file=sys.stderr); print(open('{said}').read() == 'a word{ends}')"
+    assert shell(tmp_path, body, f'{{}} 2> {said}', PYTHONUNBUFFERED=unbuffered)[:2] == (0, 'True\n')
+
+
 def test_a_script_of_weft_itself_takes_no_stream_for_its_own(tmp_path):
     """It hears of signals from its first import on, through a descriptor of its own."""
     line = f'{sys.executable} {ROOT / "scripts" / "score.py"} --help >&- 2>&- <&-'
