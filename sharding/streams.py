@@ -65,6 +65,15 @@ class Output(io.RawIOBase):
         return size
 
 
+class Unbuffered(io.BufferedWriter):
+    """Writes all of what it is given at once, as PYTHONUNBUFFERED asks."""
+
+    def write(self, data, /) -> int:
+        size = super().write(data)
+        self.flush()
+        return size
+
+
 def begin(lasting: bool) -> None:
     """Puts this process' streams in order. Streams that another program has put in their place are left alone."""
     occupy()
@@ -94,12 +103,13 @@ def opened(output: Output, like: IO[str] | None) -> IO[str]:
     """A text stream to it, with the encoding and the buffers of another."""
     if like is not None:
         like.flush()
+    through = getattr(like, 'write_through', False)
     return io.TextIOWrapper(
-        io.BufferedWriter(output),
+        Unbuffered(output) if through else io.BufferedWriter(output),
         encoding=getattr(like, 'encoding', None) or 'utf-8',
         errors='backslashreplace',
         line_buffering=getattr(like, 'line_buffering', output.called != OUTPUT),
-        write_through=getattr(like, 'write_through', False),
+        write_through=through,
     )
 
 
