@@ -51,7 +51,8 @@ def run(main: Callable[[], int | None], lasting: bool = False) -> None:
             sys.stdout.flush()
             failed = False
         finally:
-            signals.leave()
+            if own:
+                signals.leave()
     except BaseException as error:
         code, line = told(error)
     if failed and peers.several():

@@ -8,8 +8,8 @@ import pytest
 
 from tests.scripts.runs import ROOT
 
-# In the place of an interpreter, and of srun: writes down what it was called with, and ends with the next code of a list. In the
-# first turn the process whose call ends with HUNG stops instead.
+# In the place of an interpreter, and of srun: writes down what it was called with, and ends with the next code of a list. The
+# process whose call ends with HUNG stops instead in the first turn.
 STAND_IN = """#!/bin/bash
 call="$* ${WEFT_PROCESS:+process $WEFT_PROCESS}"
 echo "$call" >> calls
