@@ -36,7 +36,7 @@ class OutOfMemory(MachineError):
 
 
 class NotTogether(MachineError):
-    """The processes of a run did not find each other."""
+    """The processes of a run did not find each other: started again, they may (exit code 75)."""
 
 
 class Diverged(MachineError):

@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -16,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from scripts.entry import told
 from sharding import streams
-from sharding.errors import MachineError, UserError, machine_fault, shown
+from sharding.errors import MachineError, NotTogether, UserError, machine_fault, shown
 from tests.scripts.runs import ROOT
 
 FRAME = """\
@@ -362,6 +364,25 @@ def test_another_programs_signals_are_its_own_after_each_training():
     environment = os.environ | {'PYTHONPATH': str(ROOT)}
     done = subprocess.run([sys.executable, '-c', HOST], env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, 'alive\n', '')
+
+
+@pytest.mark.parametrize('process', [0, 1])
+def test_processes_that_do_not_find_each_other_are_to_be_started_again(tmp_path, process):
+    """75 in one line: a mistake's 1 or 2, or JAX's abort with a stack trace, would be for good."""
+    with socket.create_server(('localhost', 0)) as server:
+        port = server.getsockname()[1]
+    body = f"""
+        from sharding import processes
+        processes.TOGETHER = 1
+        processes.begin(processes.Launch('localhost:{port}', 2, {process}), 2)
+    """
+    found = shell(tmp_path, body, '{}', lasting=True, JAX_PLATFORMS='cpu')
+    assert found == (75, '', 'error: the processes did not find each other: after 1 seconds not all are there\n')
+
+
+def test_a_process_that_cannot_reach_the_others_is_to_be_started_again(capsys):
+    assert told(NotTogether('far')) == (75, 'error: far')
+    assert capsys.readouterr().err == 'error: far\n'
 
 
 def test_nohup_is_obeyed(tmp_path):
