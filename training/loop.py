@@ -267,7 +267,6 @@ class Run:
                 validate = step % config.metrics.validate_every == 0 or step == t.steps
                 save = step % config.checkpoint.every == 0 or due or asked
                 self.settle()
-                peers.stay()
                 # A CPU that simulates devices aborts when many steps wait for each other; a checkpoint wants all figures in.
                 ahead = 0 if platform() == 'cpu' or validate or save else AHEAD
                 while len(waiting) > ahead:
