@@ -291,6 +291,18 @@ def test_a_training_is_told_of_signals_between_its_steps(tmp_path):
     assert (process.returncode, sorted(out.splitlines()), err) == (129, ['heard 1', 'saved'], '')
 
 
+def test_sigint_after_sighup_ends_a_training_at_once_and_sighup_does_not(tmp_path):
+    with started(tmp_path, NOTED.replace('not noted.stop', 'True'), lasting=True) as process:
+        assert process.stdout.readline() == 'now\n'
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout.readline() == 'heard 1\n'
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+
+
 @pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM'])
 def test_a_training_that_nobody_reads_ends_at_the_second_signal(tmp_path, name):
     """Its main thread waits in the middle of a print, and neither the first signal's line nor its end waits for that."""
