@@ -19,6 +19,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from sharding import peers
 from sharding.errors import UserError, shown
 from storage import files as disk
 
@@ -260,26 +261,27 @@ class Tokenizer:
                 f'data.source: {found}; give at least as many characters as pieces, better a hundred times as many'
             )
         model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
-            model_writer=model,
-            model_type='bpe',
-            vocab_size=vocabulary,
-            hard_vocab_limit=False,
-            byte_fallback=True,
-            character_coverage=1.0,
-            normalization_rule_name='identity',
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            # Pieces may join letters, signs and digits, hold line ends, and span deep indentation: Python source has
-            # 3.79 bytes a piece then, 3.29 with the defaults.
-            split_by_unicode_script=False,
-            split_by_number=False,
-            max_sentencepiece_length=32,
-            max_sentence_length=SAMPLE_CHARACTERS * 4,
-            minloglevel=2,
-        )
+        with peers.busy():  # it keeps Python's lock for seconds, of much text without spaces for a quarter of a minute
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(sentences),
+                model_writer=model,
+                model_type='bpe',
+                vocab_size=vocabulary,
+                hard_vocab_limit=False,
+                byte_fallback=True,
+                character_coverage=1.0,
+                normalization_rule_name='identity',
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                allow_whitespace_only_pieces=True,
+                # Pieces may join letters, signs and digits, hold line ends, and span deep indentation: Python source has
+                # 3.79 bytes a piece then, 3.29 with the defaults.
+                split_by_unicode_script=False,
+                split_by_number=False,
+                max_sentencepiece_length=32,
+                max_sentence_length=SAMPLE_CHARACTERS * 4,
+                minloglevel=2,
+            )
         return cls(model.getvalue())
 
 

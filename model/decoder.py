@@ -313,7 +313,7 @@ def written_out(layers: int, c: ModelConfig, decoding: bool, on: str) -> bool:
 
 
 def pipelined(blocks: tuple[Block, ...], x_BTD, view: View, first, repeats: int):
-    """The same for a run that is split over `stage`; x holds the rows of this stage's microbatches. No cache."""
+    """Applies a run of blocks that is split over `stage`; x holds the rows of this stage's microbatches. No cache."""
     mine = jax.tree.leaves(blocks)[0].shape[0]
     before = lax.axis_index('stage') * mine
 

@@ -55,7 +55,7 @@ class Experts(NamedTuple):
         return expert_mlp(x_SD, *weights, sizes_E, activation=self.activation, biases=self.biases, backend=self.backend)
 
     def batched(self, x_ECD):
-        """As many rows for each expert."""
+        """Row e of x goes through expert e: each has C rows."""
         inner = [jnp.einsum('ECD,EDF->ECF', x_ECD, w) for w in (self.gate_EDF, self.up_EDF) if w is not None]
         if self.biases:
             inner = [h_ECF + b_EF[:, None] for h_ECF, b_EF in zip(inner, self.biases[0], strict=True)]

@@ -75,7 +75,7 @@ class CrossAttention(Attention):
         return tuple(a.reshape(*a.shape[:2], -1, c.head_dim) for a in (k, v))
 
     def kept(self, x_BSD):
-        """The same as a cache keeps them, [B, S, M] each."""
+        """Keys and values as a cache keeps them, [B, S, M] each."""
         widths = cached_numbers(self.config, lax.axis_size('tensor'), platform())
         return tuple(map(side_by_side, self.keys(x_BSD), widths))
 

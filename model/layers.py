@@ -141,7 +141,7 @@ def is_matrix(path) -> bool:
 
 
 def names_matrix(name: str) -> bool:
-    """The same by the weight's own name."""
+    """Whether a weight of this name is a matrix: its dims, the last part, are more than one."""
     return len(name.rpartition('_')[2]) > 1 and '_bias_' not in name
 
 

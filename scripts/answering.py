@@ -36,7 +36,7 @@ def add_sampling(parser: argparse.ArgumentParser, seeds: str) -> None:
 
 
 def sampling_of(options: argparse.Namespace, files: Mapping[str, bytes], where: str) -> 'Sampling':
-    """As the flags say, and otherwise as the run's published files do; what these do is said on stderr."""
+    """How to sample: by the flags, and otherwise by the run's published files; what these do is said on stderr."""
     from decoding.sampling import Sampling
 
     given = {name: value for name in NEUTRAL if (value := getattr(options, name)) is not None}

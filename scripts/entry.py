@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sharding import background, peers, signals, streams
-from sharding.errors import MachineError, UserError, machine_fault, shown
+from sharding.errors import MachineError, NotTogether, UserError, machine_fault, shown
 
 GONE = 141  # whoever read standard output has gone, as in `… | head`: what a shell tells of a program that SIGPIPE ends
 MOST = 2000  # characters of an error's line, which may hold what came out of a file
@@ -30,8 +30,8 @@ def run(main: Callable[[], int | None], lasting: bool = False) -> None:
     """Runs a script's main and exits.
 
     0 done; 2 the user's mistake and 1 what this machine or this run cannot do, each in one line on stderr; 75 another process
-    was lost; 128 and its number after a signal; 141 where the reader of stdout has gone; what main returns; 1 with a
-    traceback for anything else. Of several processes one that fails ends all with its code.
+    was lost, or not found; 128 and its number after a signal; 141 where the reader of stdout has gone; what main returns; 1
+    with a traceback for anything else. Of several processes one that fails ends all with its code.
 
     `lasting`: its results are files, and it goes on where nobody hears what it says.
     """
@@ -51,7 +51,8 @@ def run(main: Callable[[], int | None], lasting: bool = False) -> None:
             sys.stdout.flush()
             failed = False
         finally:
-            signals.leave()
+            if own:
+                signals.leave()
     except BaseException as error:
         code, line = told(error)
     if failed and peers.several():
@@ -83,7 +84,7 @@ def told(error: BaseException) -> tuple[int, str]:
     elif isinstance(error, UserError):
         line, code = f'error: {shown(error, MOST)}', 2
     elif fault := machine_fault(error):
-        line = f'error: {shown(fault, MOST)}'
+        line, code = f'error: {shown(fault, MOST)}', peers.LOSS if isinstance(error, NotTogether) else 1
     elif peers.several() and COLLECTIVE.search(str(error)):
         again = 'started again, the run goes on from its last checkpoint'
         line, code = f'error: the processes do not reach each other any more: {shown(error)}; {again}', peers.LOSS

@@ -52,7 +52,7 @@ def version() -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """As argparse has it, without abbreviations: a flag that is added later would change what one means."""
+    """Argparse's parser without abbreviations: a flag that is added later would change what one means."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{'formatter_class': Formatter, 'allow_abbrev': False, **options})

@@ -168,7 +168,7 @@ def train(options, config, chip, terms, mesh: str):
 
 
 def serve(options, config, chip, length: int, terms, mesh: str):
-    """The same on serving."""
+    """Which mesh serves it, what a search found, the plan's part on serving, and how many chips hold it where these do not."""
     from analysis.fewest import fewest_to_serve
     from analysis.plan import serving_part
     from analysis.serving import Serving, Target, check_serves, search_serving

@@ -36,7 +36,7 @@ class OutOfMemory(MachineError):
 
 
 class NotTogether(MachineError):
-    """The processes of a run did not find each other."""
+    """The processes of a run did not find each other: started again, they may (exit code 75)."""
 
 
 class Diverged(MachineError):
@@ -64,7 +64,9 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 
 
 def nearest_path(path: str, known: Iterable[str]) -> str:
-    """As `nearest`, of files and folders: by their names alone, without endings, for what paths share says nothing."""
+    """The closest known file or folder as the tail of a message: by names alone, without endings, for what paths share says
+    nothing.
+    """
     stems = {_stem(one)[:NAMED]: one for one in sorted(known, reverse=True)}
     stem = closest(_stem(path), stems)
     return nearest('', stems.values()) if stem is None else f'; did you mean {shown(stems[stem], quoted=True)}?'

@@ -8,7 +8,9 @@ A connection that ends without a word, or a host whose kernel answers no longer 
 
 A process may be there and do nothing: stopped, or stuck on a disk. So a thread of each sends a beat every second or so, and one
 that has not been heard for `patience()` seconds is as good as lost. The thread needs Python's lock for a moment only, which
-compilers, collectives and tracing give it. A process that finds that it stood still itself waits for the word of the others.
+compilers, collectives and tracing give it. A library that keeps the lock, as sentencepiece does while it learns, is used within
+`busy`. A process that finds that it stood still itself counts the others' silence anew: their last word, or the end of their
+connection, comes at once if they have ended without it.
 
 Nothing here knows JAX. In a process that has joined nobody, every function does its work alone and at once.
 """
@@ -21,7 +23,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from sharding import streams
@@ -29,7 +31,9 @@ from sharding.errors import UserError, shown
 
 SILENCE = 30  # seconds without an answer of a host's kernel after which its process is lost
 PATIENCE = 50.0  # seconds without a beat after which a process hangs: JAX aborts some 60 seconds after it has stopped
+BUSY = 3600.0  # such seconds of one that has said that it is busy
 LEAST, MOST = 2.0, 86_400.0  # that may be asked for
+JOINING = 2 * SILENCE  # seconds that process 0 waits for a connection
 VARIABLE = 'WEFT_PATIENCE'
 LOSS = 75  # exit code after a loss: EX_TEMPFAIL, try again
 WORD = 5  # seconds in which the loss that made a collective fail is known here too
@@ -96,10 +100,17 @@ def leave() -> None:
         _peers.leave()
 
 
-def stay() -> None:
-    """Waits for the word of the others where this process has stood still: they may have ended without it."""
-    if _peers is not None and time.monotonic() - _peers.beaten > _peers.patience:
-        time.sleep(WORD)
+@contextlib.contextmanager
+def busy() -> Iterator[None]:
+    """Within the block this process may give no sign of life for `BUSY` seconds: a library may keep Python's lock."""
+    if _peers is None:
+        yield
+        return
+    _peers.send({'busy': True})
+    try:
+        yield
+    finally:
+        _peers.send({'busy': False})
 
 
 def fail(code: int, line: str) -> NoReturn:
@@ -134,7 +145,8 @@ class _Peers:
             self._connect(exchange)
         self.beaten = time.monotonic()  # when this process gave its last sign of life
         for number, link in self.links.items():
-            link.heard = self.beaten
+            # Process 0 speaks once all have connected.
+            link.heard = self.beaten + (JOINING if process else 0)
             threading.Thread(target=self._read, args=(number, link), name=f'peer {number}', daemon=True).start()
         threading.Thread(target=self._beat, name='beat', daemon=True).start()
 
@@ -143,7 +155,7 @@ class _Peers:
         with socket.create_server(
             ('', 0), family=family, dualstack_ipv6=family == socket.AF_INET6, backlog=self.count
         ) as server:
-            server.settimeout(2 * SILENCE)
+            server.settimeout(JOINING)
             word = os.urandom(16).hex()  # so that nobody else joins
             exchange({'hosts': _addresses(), 'port': server.getsockname()[1], 'word': word, 'name': self.name})
             while len(self.links) < self.count - 1:
@@ -188,6 +200,9 @@ class _Peers:
             link.heard = time.monotonic()
             if 'beat' in message:
                 continue
+            if 'busy' in message:
+                link.busy = message['busy']
+                continue
             if not message.keys().isdisjoint(('failed', 'lost', 'hangs')):
                 self._end(message)
             with self.changed:
@@ -206,12 +221,13 @@ class _Peers:
             now = time.monotonic()
             if now - self.beaten > self.patience / 2:  # this one stood still: it has heard nobody meanwhile
                 for link in self.links.values():
-                    link.heard = now
+                    link.heard = max(link.heard, now)
             self.beaten = now
-            self._send({'beat': self.process})
+            self.send({'beat': self.process})
             for number, link in self.links.items():
-                if number not in self.left and now - link.heard > self.patience:
-                    self._end({'hangs': link.name, 'seconds': now - link.heard})
+                silence = now - link.heard
+                if number not in self.left and silence > (max(BUSY, self.patience) if link.busy else self.patience):
+                    self._end({'hangs': link.name, 'seconds': silence})
 
     def meet(self, name: str, value: Any) -> Any:
         if self.process:
@@ -222,15 +238,15 @@ class _Peers:
         with self.changed:
             self.changed.wait_for(lambda: len(self.came.get(name, ())) == self.count - 1)
             self.came.pop(name, None)
-        self._send({'meet': name, 'value': value})
+        self.send({'meet': name, 'value': value})
         return value
 
     def leave(self) -> None:
         self.meet('the end', None)
         self.goodbye()
-        self._send({'bye': self.process})
+        self.send({'bye': self.process})
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any]) -> None:
         for link in self.links.values():
             with contextlib.suppress(OSError):  # a broken connection is its reader's matter
                 link.send(message)
@@ -261,7 +277,7 @@ class _Peers:
         if not self.ending.acquire(blocking=False):
             return time.sleep(2)  # another thread is at it, and ends the process
         self.left.update(self.links)  # who ends because of this word is not lost
-        self._send(message)
+        self.send(message)
         # A process that ends with something unread resets its connections, and its last word may be lost with them.
         until = time.monotonic() + 2
         for link in self.links.values():
@@ -283,6 +299,7 @@ class _Link:
         self.sending = threading.Lock()
         self.name = ''
         self.heard = 0.0  # when the other process last said something
+        self.busy = False  # it has said that it may be silent
 
     def ready(self) -> None:
         """From now on it may be silent for as long as the other host's kernel answers."""

@@ -18,10 +18,11 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -37,6 +38,7 @@ TOLD = {
     'processes': ('--processes', 'WEFT_PROCESSES'),
     'process': ('--process', 'WEFT_PROCESS'),
 }
+TOGETHER = 300  # seconds in which processes find each other that do not start at the same time
 SLURM = ('SLURM_JOB_ID', 'SLURM_STEP_NODELIST', 'SLURM_NTASKS', 'SLURM_PROCID', 'SLURM_LOCALID')
 
 
@@ -53,7 +55,8 @@ def add_options(parser) -> None:
     group = parser.add_argument_group(
         'several processes',
         'found by themselves under SLURM and on TPUs of many hosts; where one is lost, or gives no sign of life for '
-        f'{peers.PATIENCE:g} seconds ({peers.VARIABLE}=SECONDS says otherwise), all end with {peers.LOSS}, to be started again',
+        f'{peers.PATIENCE:g} seconds ({peers.VARIABLE}=SECONDS says otherwise), all end with {peers.LOSS}, to be started '
+        f'again; so do processes that have not found each other {TOGETHER} seconds after they began',
     )
     group.add_argument('--coordinator', metavar='HOST:PORT', help='where process 0 runs, and a free port there')
     group.add_argument('--processes', metavar='N', help='how many processes there are')
@@ -112,15 +115,27 @@ def check_devices(devices: int, processes: int, mesh: object) -> None:
 def begin(launch: Launch, devices: int) -> None:
     """Joins the others; `devices` is how many the mesh asks for. Call it after `sharding.mesh.start`, before JAX has begun.
 
-    Raises NotTogether where they do not find each other, UserError where they have not just the devices of the mesh.
+    Raises NotTogether where they do not find each other (or ends the process, after `TOGETHER` seconds), UserError where they
+    have not just the devices of the mesh.
     """
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     jax.config.update('jax_enable_preemption_service', False)  # it would take SIGTERM, which means save and stop
     method = 'deactivate' if launch.coordinator else None  # what was told is all, wherever this runs
     # JAX aborts with a stack trace when it loses a process: `peers` is to be first.
     beats = max(100, math.ceil(2 * peers.patience()))
+    late = threading.Timer(TOGETHER, _not_together)  # JAX would abort when its own time is up
+    late.daemon = True
+    late.start()
     try:
-        jax.distributed.initialize(*launch, cluster_detection_method=method, heartbeat_timeout_seconds=beats)
+        try:
+            jax.distributed.initialize(
+                *launch,
+                cluster_detection_method=method,
+                initialization_timeout=2 * TOGETHER + 60,
+                heartbeat_timeout_seconds=beats,
+            )
+        finally:
+            late.cancel()
         if jax.process_count() > 1:
             if jax.default_backend() == 'cpu':
                 _hush()
@@ -134,6 +149,12 @@ def begin(launch: Launch, devices: int) -> None:
             f'the mesh asks for {devices} devices and the {jax.process_count()} processes have {jax.device_count()} '
             f'({jax.local_device_count()} each): the sizes along its axes must multiply to {jax.device_count()}'
         )
+
+
+def _not_together() -> NoReturn:
+    """Ends the process, whose main thread waits in JAX for others."""
+    streams.say(f'error: the processes did not find each other: after {TOGETHER} seconds not all are there')
+    os._exit(peers.LOSS)
 
 
 def _hush() -> None:

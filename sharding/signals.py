@@ -6,7 +6,10 @@ imported (some end in a segmentation fault): an exception waits until no import 
 
 The system's handler writes each number into a pipe, and a thread here reads it. It does what a handler cannot: a handler of
 Python waits while the main thread is in a compiler, and may have interrupted the very print that it wants to make. So the
-thread speaks, and it ends the process where an orderly end takes too long or is asked for again.
+thread ends the process where an orderly end takes too long or is asked for again, and has another thread speak: whoever prints
+waits for whoever reads.
+
+In another program's process, as a notebook's, signals are that program's: `noted` takes them for as long as it lasts.
 """
 
 import _thread
@@ -25,8 +28,10 @@ from typing import Any, NoReturn
 from sharding import peers, streams
 
 ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 GRACE = 5.0  # seconds that a script's orderly end may take
 AGAIN = 0.05  # seconds after which the main thread is told once more
+SPEAKING = 1.0  # seconds that saying so may take at the end of a training
 IMPORT = '<frozen importlib._bootstrap>'  # the file of Python's own lines that import
 # Seconds in which launchers, shells and the kernel may say the same twice.
 ONCE = {signal.SIGHUP: float('inf'), signal.SIGINT: 0.1, signal.SIGTERM: 1.0}
@@ -47,6 +52,12 @@ class Noted:
         self.stop = 0  # the number of the first signal that asks it to end
         self.saves = saves  # it is to be saved
         self.say = say
+        self.saying: threading.Thread | None = None
+
+    def hear(self, number: int) -> None:
+        """Says that a signal has come, in a thread that nobody needs: the main thread may hold what it is said with."""
+        self.saying = threading.Thread(target=self.say, args=(number,), name='signals: say', daemon=True)
+        self.saying.start()
 
     def take(self) -> int:
         """The number that asks it to end, again and again; else that of SIGUSR1, once each time; else 0."""
@@ -63,6 +74,8 @@ _over = False  # nothing is left to be put in order
 _begun = False
 _entered = False  # the script's main has begun: before, there is nothing to be put in order
 _heard: list[tuple[signal.Signals, float]] = []  # signals that ask for the end, and when
+_pipe: int | None = None  # where the system's handler writes; a thread reads its other end
+_hearing = threading.Lock()  # held while a signal is heard, and while it changes whose signals they are
 
 
 def begin() -> None:
@@ -70,15 +83,19 @@ def begin() -> None:
 
     SIGHUP stays ignored where nohup has it so, and SIGINT where a shell has it so for what it starts in the background.
     """
-    global _begun
+    global _begun, _pipe
     _begun = True
     sys.unraisablehook = functools.partial(_unraisable, sys.unraisablehook)
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    threading.Thread(target=_watch, args=(reader,), name='signals', daemon=True).start()
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in (*ENDING, signal.SIGUSR1):
-        if signal.getsignal(number) is not signal.SIG_IGN:
+    if _pipe is None:
+        reader, _pipe = os.pipe()
+        os.set_blocking(_pipe, False)
+        threading.Thread(target=_watch, args=(reader,), name='signals', daemon=True).start()
+    signal.set_wakeup_fd(_pipe, warn_on_full_buffer=False)
+    for number in SIGNALS:
+        if signal.getsignal(number) not in (
+            signal.SIG_IGN,
+            None,
+        ):  # None: a library's own, which Python cannot put back
             signal.signal(number, _handle)
 
 
@@ -98,17 +115,42 @@ def enter(saves: bool) -> None:
 def noted(say: Callable[[int], None]) -> Iterator[Noted]:
     """Within the block signals are noted and raise nothing; `say` is called, in another thread, for one that asks for the end.
 
-    The same signal again ends the process at once.
+    SIGINT or SIGTERM again ends the process at once. In a process of another program its signals are its own after the block.
     """
     global _noted
     assert _noted is None, 'one training at a time'
-    if not _begun and threading.current_thread() is threading.main_thread():  # a notebook, whose own they are otherwise
-        enter(saves=True)
+    strange = not _begun and threading.current_thread() is threading.main_thread()
     _noted = found = Noted(_saves, say)
     try:
-        yield found
+        with _lent() if strange else contextlib.nullcontext():
+            try:
+                yield found
+            finally:
+                if found.saying is not None:
+                    found.saying.join(SPEAKING)
     finally:
         _noted = None
+
+
+@contextlib.contextmanager
+def _lent() -> Iterator[None]:
+    """Takes the signals of a process that is another program's, and gives them back as they were."""
+    global _begun, _entered, _saves, _raised
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    hook, wakeup = sys.unraisablehook, signal.set_wakeup_fd(-1)
+    try:
+        with _hearing:
+            enter(saves=True)
+        yield
+    finally:
+        with _hearing:
+            _begun = _entered = _saves = _raised = False
+            _heard.clear()
+            signal.set_wakeup_fd(wakeup)
+            sys.unraisablehook = hook
+            for number, handler in handlers.items():  # SIGINT last: from then on it may raise, here too
+                if handler is not None:
+                    signal.signal(number, handler)
 
 
 def leave() -> None:
@@ -161,7 +203,7 @@ def _unraisable(otherwise: Callable[[Any], object], about: Any) -> None:
 def _watch(reader: int) -> None:
     repeated = 0  # numbers that will come out of the pipe because they were sent here
     while True:
-        waits = bool(_heard) and not (_raised or _over or _noted)
+        waits = bool(_heard) and _begun and not (_raised or _over or _noted)
         if not select.select([reader], [], [], AGAIN if waits else None)[0]:
             repeated += 1
             _thread.interrupt_main(_heard[0][0])  # the handler had to let it pass, or the main thread is in a compiler
@@ -170,8 +212,10 @@ def _watch(reader: int) -> None:
             # A script may have a handler of its own for a while, as chat.py has while it answers.
             if repeated:
                 repeated -= 1
-            elif number in ENDING and signal.getsignal(number) is _handle:
-                _hear(signal.Signals(number))
+                continue
+            with _hearing:
+                if number in ENDING and signal.getsignal(number) is _handle:
+                    _hear(signal.Signals(number))
 
 
 def _hear(number: signal.Signals) -> None:
@@ -184,7 +228,7 @@ def _hear(number: signal.Signals) -> None:
     if len(_heard) > 1:
         return
     if _noted is not None:
-        _noted.say(number)
+        _noted.hear(number)
     else:
         last = threading.Timer(GRACE, _end, [number])
         last.daemon = True

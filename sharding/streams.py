@@ -16,6 +16,7 @@ from typing import IO
 FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, which may have room again: others are gone for good
 OUTPUT = 'standard output'
 AT_ONCE = select.PIPE_BUF  # bytes that a pipe takes without waiting, where it takes any
+MOMENT = 300  # milliseconds in which a reader makes room for what a process says at its end
 # Whether something is being written: an exception between that and its being known would have it written once more.
 writing = False
 
@@ -114,7 +115,7 @@ def opened(output: Output, like: IO[str] | None) -> IO[str]:
 
 
 def moved(stream: IO[str], descriptor: int) -> IO[str]:
-    """A stream as standard output is, to another descriptor."""
+    """A text stream to a descriptor that does what another stream does: its encoding, its buffers, whether it lasts."""
     raw = getattr(getattr(stream, 'buffer', None), 'raw', None)
     return opened(Output(descriptor, OUTPUT, isinstance(raw, Output) and raw.lasting), stream)
 
@@ -138,14 +139,22 @@ def lost() -> OSError | None:
 
 
 def say(text: str) -> None:
-    """Writes to standard error past Python's buffers: another thread may hold these."""
+    """Writes to standard error past Python's buffers, which another thread may hold. Where nobody reads, it is dropped."""
     try:
         if sys.stdout.isatty():
-            os.write(sys.stdout.fileno(), b'\x1b[?25h\n')  # a progress bar hid the cursor
+            _put(sys.stdout.fileno(), b'\x1b[?25h\n')  # a progress bar hid the cursor
         if text:
-            os.write(2, f'{text}\n'.encode(errors='backslashreplace'))
+            _put(2, f'{text}\n'.encode(errors='backslashreplace'))
     except (OSError, ValueError):
         return
+
+
+def _put(descriptor: int, text: bytes) -> None:
+    """Writes to a descriptor for as long as there is room within `MOMENT`."""
+    ready = select.poll()
+    ready.register(descriptor, select.POLLOUT)
+    while text and ready.poll(MOMENT):
+        text = text[os.write(descriptor, text[:AT_ONCE]) :]
 
 
 def _occupy(number: int) -> None:

@@ -77,7 +77,7 @@ def put(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def new(path: Path) -> Iterator[IO[bytes]]:
-    """As `put`, for content that is written bit by bit."""
+    """A new file that is written bit by bit, in a folder that nobody reads yet; `sync_tree` syncs it with the folder."""
     with writing(path):
         with os.fdopen(_new(path), 'w+b') as file:
             yield file

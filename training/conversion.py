@@ -85,7 +85,7 @@ def make_run(
     ignore: Sequence[str],
     say: Callable[[str], None],
 ) -> None:
-    """As `import_run`, for whoever has the run's lock."""
+    """Imports a published model as a run, for whoever has the run's lock; see `import_run`."""
     found, files, config, tokenizer = examined(source, run.name, mesh, dtype, without_remote_code, ignore)
     start(mesh.size, config.model.dtype)
     devices = make_mesh(mesh)
@@ -184,7 +184,7 @@ def parameters(found: hub.Published) -> int:
 def checked(
     arrays: Iterable[tuple[str, jax.Array]], names: Mapping[str, str], source: str
 ) -> Iterator[tuple[str, jax.Array]]:
-    """The same. Raises UserError for one that is not finite: nothing could be computed with it."""
+    """Gives the arrays on. Raises UserError for one that is not finite: nothing could be computed with it."""
     for leaf, x in arrays:
         if not_finite({names[leaf]: x}):
             raise UserError(f'{shown(source)}: what becomes {names[leaf]} holds {RULE}: such a model computes nothing')
@@ -195,7 +195,7 @@ def checked(
 def told(
     arrays: Iterable[tuple[str, jax.Array]], names: Mapping[str, str], total: int, say: Callable[[str], None]
 ) -> Iterator[tuple[str, jax.Array]]:
-    """The same by the names of a checkpoint, and every few seconds how far they are."""
+    """Gives the arrays on by the names of a checkpoint, and says every few seconds how far they are."""
     done, last = 0, time.monotonic()
     for leaf, x in arrays:
         done += x.nbytes

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sharding.errors import Diverged, UserError, shown
-from training.checkpoint import Checkpoints, named
+from training.checkpoint import Checkpoints
 from training.config import RECORD, RunConfig
+from training.manifest import named
 
 AT_ONCE = 1 << 20  # numbers
 # Bits that are all set in a NaN or an infinity, of dtypes that NumPy itself asks three times slower.

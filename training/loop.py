@@ -215,7 +215,9 @@ class Run:
 
     def heard(self, number: int) -> None:
         """A signal asks for the end of the run. Called in another thread, whatever this one does."""
-        self.console.print(f'{signal.Signals(number).name}: saving after this step; once more to stop at once')
+        # A terminal that closes may send SIGHUP more than once.
+        at_once = 'SIGINT' if number == signal.SIGHUP else 'once more'
+        self.console.print(f'{signal.Signals(number).name}: saving after this step; {at_once} to stop at once')
 
     def settle(self, wait: bool = False) -> None:
         """Looks whether the save under way has failed, and says so: the run goes on, and tries again at the next one.
@@ -267,7 +269,6 @@ class Run:
                 validate = step % config.metrics.validate_every == 0 or step == t.steps
                 save = step % config.checkpoint.every == 0 or due or asked
                 self.settle()
-                peers.stay()
                 # A CPU that simulates devices aborts when many steps wait for each other; a checkpoint wants all figures in.
                 ahead = 0 if platform() == 'cpu' or validate or save else AHEAD
                 while len(waiting) > ahead:

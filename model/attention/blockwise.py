@@ -168,7 +168,7 @@ def over_keys(state: State, q_KMH, at_T: At, k_dKSH, v_dKSH, at_d: At, first, en
 def over_keys_back(
     grads, q_KMH, at_T: At, dout_KMH, lse_KM, delta_KM, k_dKSH, v_dKSH, at_d: At, first, end, rule: Rule, row=()
 ):
-    """The same of the gradients dq_KMH, dk_dKHS and dv_dKHS: this tile's part of them is added."""
+    """The gradients dq_KMH, dk_dKHS, dv_dKHS with what the keys of tiles `first` to `end` - 1 add; `row` as in `over_keys`."""
 
     def key_tile(d, grads):
         dq_KMH, dk_dKHS, dv_dKHS = grads

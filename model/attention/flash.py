@@ -274,7 +274,7 @@ def query_specs(t: Tiling, T: int, S: int, G: int, H: int):
 
 
 def key_specs(t: Tiling, T: int, G: int, H: int):
-    """The same for a program (d, k, b) that owns a key tile."""
+    """The blocks of the arrays that a program (d, k, b) sees which owns a key tile."""
     H = pl.next_power_of_2(H)
     return (
         pl.BlockSpec((None, T, None, G, H), lambda d, k, b: (b, 0, k, 0, 0)),

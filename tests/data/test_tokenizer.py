@@ -3,11 +3,13 @@
 import random
 
 import pytest
+import sentencepiece
 import tokenizers
 
 from data.exported_tokenizer import exported_tokenizer
 from data.published_tokenizer import load_tokenizer
 from data.tokenizer import Tokenizer
+from sharding import peers
 from sharding.errors import UserError
 
 # A little of everything: indentation, both line ends, tabs, two scripts.
@@ -92,6 +94,23 @@ def test_training_is_deterministic_and_a_saved_model_loads_equal(tokenizer: Toke
     loaded = load_tokenizer(tmp_path)
     assert loaded.pieces == tokenizer.pieces
     assert loaded.encode(TEXT) == tokenizer.encode(TEXT)
+
+
+def test_the_other_processes_know_while_a_library_keeps_the_lock_that_signs_of_life_need(monkeypatch) -> None:
+    said = []
+
+    class Others:
+        send = staticmethod(said.append)
+
+    def learn(**options):
+        assert said == [{'busy': True}]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(peers, '_peers', Others)
+    monkeypatch.setattr(sentencepiece.SentencePieceTrainer, 'train', learn)
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer.train(['some text to learn from\n'] * 100, 300)
+    assert said == [{'busy': True}, {'busy': False}]
 
 
 def test_small_text_gives_fewer_pieces_and_many_characters_fit_a_small_vocabulary() -> None:

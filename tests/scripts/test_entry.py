@@ -3,10 +3,12 @@
 The scripts here are a few lines, so that a process takes a tenth of a second: what is tried is the frame around them.
 """
 
+import contextlib
 import errno
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -15,7 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from sharding.errors import MachineError, UserError, machine_fault, shown
+from scripts.entry import told
+from sharding import streams
+from sharding.errors import MachineError, NotTogether, UserError, machine_fault, shown
 from tests.scripts.runs import ROOT
 
 FRAME = """\
@@ -292,6 +296,112 @@ def test_a_training_is_told_of_signals_between_its_steps(tmp_path):
         process.send_signal(signal.SIGHUP)  # by the kernel and by the shell, as when a terminal is closed
         out, err = process.communicate(timeout=30)
     assert (process.returncode, sorted(out.splitlines()), err) == (129, ['heard 1', 'saved'], '')
+
+
+def test_sigint_after_sighup_ends_a_training_at_once_and_sighup_does_not(tmp_path):
+    with started(tmp_path, NOTED.replace('not noted.stop', 'True'), lasting=True) as process:
+        assert process.stdout.readline() == 'now\n'
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout.readline() == 'heard 1\n'
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+
+
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM'])
+def test_a_training_that_nobody_reads_ends_at_the_second_signal(tmp_path, name):
+    """Its main thread waits in the middle of a print, and neither the first signal's line nor its end waits for that."""
+    body = """
+        from rich.console import Console
+        from sharding import signals
+        signals.ONCE[15] = 0.1
+        console = Console(width=120)
+        with signals.noted(lambda number: console.print('heard')):
+            while True: console.print('a line of a training')
+    """
+    with started(tmp_path, body, lasting=True) as process:
+        process.stdout.readline()
+        time.sleep(0.5)  # the pipe is full
+        process.send_signal(signal.Signals[name])
+        time.sleep(0.4)
+        process.send_signal(signal.Signals[name])
+        assert process.wait(10) == 128 + signal.Signals[name]
+
+
+def test_what_is_said_at_the_end_waits_for_no_reader():
+    reader, writer = os.pipe()
+    with os.fdopen(reader), os.fdopen(writer, 'wb') as full:
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, bytes(1 << 16))
+        os.set_blocking(writer, True)
+        began = time.monotonic()
+        streams._put(full.fileno(), b'a line')
+        assert time.monotonic() - began < 5
+
+
+HOST = """
+import faulthandler, os, signal, sys, time
+from sharding import signals
+faulthandler.dump_traceback_later(20, exit=True)
+signals.GRACE = .5
+def usr1(number, frame): pass
+signal.signal(signal.SIGUSR1, usr1)
+SIGNALS = (1, 2, 15, signal.SIGUSR1)
+reader, writer = os.pipe()
+os.set_blocking(writer, False)
+signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+before = [*map(signal.getsignal, SIGNALS)], sys.unraisablehook
+heard = []
+for turn in range(3):
+    with signals.noted(heard.append) as noted:
+        assert [*map(signal.getsignal, SIGNALS)] == [signals._handle] * 4
+        os.kill(os.getpid(), signal.SIGINT if turn < 2 else signal.SIGTERM)
+        while not noted.stop: time.sleep(.01)
+        time.sleep(.1)
+    assert ([*map(signal.getsignal, SIGNALS)], sys.unraisablehook) == before
+    assert signal.set_wakeup_fd(writer, warn_on_full_buffer=False) == writer
+assert heard == [2, 2, 15], heard
+for again in range(3):
+    try:
+        os.kill(os.getpid(), signal.SIGINT); time.sleep(5)
+    except KeyboardInterrupt:
+        time.sleep(.2)
+    else:
+        raise AssertionError('nothing was raised')
+assert os.read(reader, 9) == bytes([2, 2, 2])
+time.sleep(signals.GRACE + .5)
+print('alive')
+"""
+
+
+def test_another_programs_signals_are_its_own_after_each_training():
+    """A notebook's Ctrl-C after a training interrupts what the notebook does, and ends nothing."""
+    environment = os.environ | {'PYTHONPATH': str(ROOT)}
+    done = subprocess.run([sys.executable, '-c', HOST], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, 'alive\n', '')
+
+
+@pytest.mark.parametrize('process', [0, 1])
+def test_processes_that_do_not_find_each_other_are_to_be_started_again(tmp_path, process):
+    """75 in one line: a mistake's 1 or 2, or JAX's abort with a stack trace, would be for good."""
+    with socket.create_server(('localhost', 0)) as server:
+        port = server.getsockname()[1]
+    body = f"""
+        from sharding import processes
+        processes.TOGETHER = 1
+        processes.begin(processes.Launch('localhost:{port}', 2, {process}), 2)
+    """
+    found = shell(tmp_path, body, '{}', lasting=True, JAX_PLATFORMS='cpu')
+    assert found == (75, '', 'error: the processes did not find each other: after 1 seconds not all are there\n')
+
+
+def test_a_process_that_cannot_reach_the_others_is_to_be_started_again(capsys):
+    assert told(NotTogether('far')) == (75, 'error: far')
+    assert capsys.readouterr().err == 'error: far\n'
 
 
 def test_nohup_is_obeyed(tmp_path):

@@ -41,6 +41,7 @@ def test_usr1_saves_and_goes_on_hup_saves_and_leaves(place):
         out, err = process.communicate(timeout=120)
     first, last = Checkpoints(place / 'runs' / 'life').steps()
     assert (process.returncode, err) == (129, '')
+    assert 'SIGHUP: saving after this step; SIGINT to stop at once' in out.splitlines()
     assert f'stopped by SIGHUP after step {last}, saved; run again to continue' in out
     assert 3 <= first < last == len(rows(place, 'life'))
     # It goes on from there with fewer steps, and says what that does to the rate.
@@ -64,6 +65,7 @@ def test_while_compiling_the_first_step_is_still_saved_and_ctrl_c_twice_ends_at_
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (143, ''), out
+    assert 'SIGTERM: saving after this step; once more to stop at once' in out.splitlines()
     assert Checkpoints(place / 'runs' / 'compiling').steps() == [1]
     with training(place, 'twice', f'training.steps={LONG}') as process:
         until(process, 'compiling the first step')

@@ -21,8 +21,9 @@ from sharding.errors import UserError
 from sharding.mesh import MeshConfig, make_mesh
 from tests.scripts.runs import QUICK, ROOT
 from training import config as configs
-from training.checkpoint import Checkpoints, named
+from training.checkpoint import Checkpoints
 from training.config import RunConfig, TrainingConfig
+from training.manifest import named
 from training.step import init
 
 # A process of a user's, which says on its last line what it imported and compiled.

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import threading
 import time
 
@@ -12,6 +13,8 @@ def play(number: int, count: int, box, action: str) -> None:
     """One of several processes that JAX knows nothing of; `box` carries what JAX would."""
 
     def exchange(message):
+        if action == f'late {number}':
+            time.sleep(2 * peers.LEAST)
         if number == 0:
             for _ in range(count - 1):
                 box.put(message)
@@ -32,6 +35,17 @@ def play(number: int, count: int, box, action: str) -> None:
             peers.fail(2, 'error: of its own')
         case ['stop', who] if int(who) == number:
             os.kill(os.getpid(), signal.SIGSTOP)
+        case ['busy', *then] if number == 0:  # in a library that keeps Python's lock: nothing here runs meanwhile
+            with peers.busy():
+                subprocess.Popen(
+                    ['sh', '-c', f'kill -STOP {os.getpid()}; sleep {2 * peers.LEAST}; kill -CONT {os.getpid()}']
+                )
+                time.sleep(1.5 * peers.LEAST)
+            if then:  # it stops once it is not busy any more
+                os.kill(os.getpid(), signal.SIGSTOP)
+            peers.fail(2, 'error: of its own')
+        case ['late', _] if number == 0:
+            peers.fail(2, 'error: of its own')
         case ['work', who] if (
             int(who) == number
         ):  # of Python, which gives the lock to others now and then, as tracing does

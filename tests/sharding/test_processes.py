@@ -198,6 +198,29 @@ def test_a_process_that_works_is_not_taken_for_one_that_hangs(monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    ('action', 'codes'),
+    [
+        ('busy', [2, 2, 2]),  # its own code, after twice as long as it may be silent
+        ('busy then', [-9, 75, 75]),  # it stops once it is not busy any more
+        ('late 1', [2, 2, 2]),  # process 0 has nothing to say before all have come
+    ],
+)
+def test_a_process_that_may_be_silent_is_not_taken_for_one_that_hangs(action, codes, monkeypatch):
+    monkeypatch.setenv(peers.VARIABLE, str(peers.LEAST))
+    context = multiprocessing.get_context('spawn')
+    box = context.Queue()
+    team = [context.Process(target=play, args=(n, 3, box, action)) for n in range(3)]
+    for process in team:
+        process.start()
+    for process in team[1:]:
+        process.join(60)
+    if 'then' in action:
+        team[0].kill()
+    team[0].join(60)
+    assert [process.exitcode for process in team] == codes
+
+
 @pytest.mark.parametrize('text', ['', '60', '2.5'])
 def test_how_long_a_process_may_be_silent_can_be_said(monkeypatch, text):
     monkeypatch.setenv(peers.VARIABLE, text)
