@@ -72,6 +72,10 @@ class Metrics:
         if self.rows:
             draw(self.rows, self.folder / 'loss.png', self.folder.name)
 
+    def abandon(self) -> None:
+        """Writes nothing more: the folder is another process' now. What TensorBoard's thread holds goes with this process."""
+        self.file.close()
+
 
 class Unwritten:
     """The metrics of a process that does not write them: process 0 does."""
@@ -83,6 +87,9 @@ class Unwritten:
         """Nothing."""
 
     def close(self) -> None:
+        """Nothing."""
+
+    def abandon(self) -> None:
         """Nothing."""
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from sharding.errors import MachineError, UserError
-from storage import lock
+from storage import files, lock
 from storage.holder import Record, own_record
 from storage.lock import Lock, Taken
 from tests.training.store import Store, bucket, everything
+from tests.training.test_checkpoint import small
 from training.checkpoint import Checkpoints
 
 CHILD = """
@@ -371,6 +372,31 @@ def test_a_process_that_stood_still_saves_nothing_into_anothers_run(tmp_path, wi
             checkpoints.save(1, {}, {})
         checkpoints.close()
     assert not (tmp_path / 'demo').exists()
+
+
+def test_a_process_that_loses_its_run_while_it_saves_changes_nothing_of_the_others(
+    tmp_path, without_locks, monkeypatch
+):
+    """The new holder comes while what is written is flushed, the longest part of a save."""
+    monkeypatch.setattr(lock, 'BEAT', 1000.0)
+    run, moved = tmp_path / 'demo', []
+
+    def lose(action: str, path: Path, what: object) -> None:
+        if action == 'sync' and path.name == 'manifest.json':
+            elsewhere(tmp_path / '.demo.lock')
+        elif (tmp_path / '.demo.lock').read_bytes().count(b'"host": "far"') and action in ('rename', 'remove'):
+            moved.append((action, path))
+
+    with Lock(run) as held:
+        checkpoints = Checkpoints(run, keep=1, lock=held)
+        checkpoints.save(1, small(1), {})
+        checkpoints.wait()
+        with files.watched(lose):
+            checkpoints.save(1, small(1), {})
+            with pytest.raises(MachineError, match=r'no longer this process’s to write: process 7 of host far'):
+                checkpoints.wait()
+        checkpoints.close()
+    assert moved == []
 
 
 def test_a_run_in_a_bucket(monkeypatch, quick, capsys):
