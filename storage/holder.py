@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sharding.errors import shown
-from storage.sealed import read_object
+from storage.foreign import read_own_object
 
 LONG = 4096  # bytes of a record
 
@@ -38,7 +38,7 @@ class Record:
         return f'process {self.process} of host {shown(self.host, 80)} since {shown(self.since, 40)} ({shown(self.command)})'
 
     def written(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self)).encode()[:LONG].ljust(LONG)
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False).encode().ljust(LONG)
 
     @property
     def is_dead(self) -> bool:
@@ -60,14 +60,14 @@ def own_record() -> Record:
         space=_link('/proc/self/ns/pid'),
         began=_began(os.getpid()),
         since=time.strftime('%Y-%m-%d %H:%M:%S %z'),
-        command=command if len(command) <= 400 else f'{command[:399]}…',
+        command=shown(command, 400),  # with a JSON of at most LONG bytes, whatever was written there
     )
 
 
 def record_of(content: bytes) -> Record:
     """What a lock's file says; an empty record where it says nothing that can be read."""
     with contextlib.suppress(ValueError, TypeError):
-        found: dict[str, Any] = read_object(content)
+        found: dict[str, Any] = read_own_object(content)
         if all(type(found[field.name]) is field.type for field in dataclasses.fields(Record)):
             return Record(**found)
     return Record()

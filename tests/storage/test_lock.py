@@ -120,6 +120,16 @@ def test_a_run_has_one_lock_by_whatever_path(tmp_path):
         assert (tmp_path / 'big' / '.demo.lock').exists()
 
 
+@pytest.mark.parametrize('letter', ['x', '"', '\\', '\U0001f600', '\udcff', '\x1b'])
+def test_whatever_its_command_is_a_holder_knows_its_own_lock(tmp_path, monkeypatch, letter):
+    monkeypatch.setattr(sys, 'argv', ['train.py', letter * 1000])
+    with Lock(tmp_path / 'demo') as held:
+        held.check(look=True)
+        assert len((tmp_path / '.demo.lock').read_bytes()) == 4096
+        with pytest.raises(Taken, match=rf'process {os.getpid()} .*\(train\.py '), Lock(tmp_path / 'demo'):
+            pass
+
+
 def test_two_at_once_are_one(tmp_path, quick):
     """Threads stand for processes: flock knows them apart by their open files."""
     inside, most, wins = 0, 0, 0
