@@ -197,7 +197,10 @@ def _build_pairs(
     tokenizer: Tokenizer | None = None,
     start: int | None = None,
 ) -> Dataset:
-    """As `_build`, of pairs: those of one source stay on one side."""
+    """Tokens in rows, with a tokenizer learnt from the training split if none is given, of pairs of a source and a target.
+
+    Pairs of one source stay on one side of the split. Raises UserError where the sources hold none, or too few.
+    """
     sha256, size_of_source, count = hashlib.sha256(), Counter[str](), 0
     digest = lambda text: hashlib.sha256(text.encode()).hexdigest()
     skipped: list[LeftOut] = []

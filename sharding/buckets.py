@@ -11,15 +11,19 @@ import contextlib
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sharding.errors import UserError, shown
+from sharding.errors import MachineError, UserError, shown
 
 EXTRAS = {'gs': 'gcs', 's3': 's3'}  # what pyproject.toml calls the client of a protocol
 CONNECTIONS = 16  # objects under way at once
+# In the names of what clients raise for want of credentials, or for settings that cannot be.
+OF_THE_USER = re.compile('Credential|Profile|SSO|TokenRetrieval|RefreshError|NoRegion|InvalidRegion|ParamValidation')
+REFUSED = {400, 401, 403, '400', '401', '403'}  # codes of HTTP
 
 
 def at(path: 'str | Path | Bucket') -> 'Path | Bucket':
@@ -56,19 +60,31 @@ def _store(protocol: str) -> Any:
 
 @contextlib.contextmanager
 def _reaching(url: 'Bucket') -> Iterator[None]:
-    """What a client raises, each its own kinds, is one line; that something is not there is the caller's matter."""
+    """What a client raises, each its own kinds, is one line; that something is not there is the caller's matter.
+
+    UserError for what the user can mend (the bucket's name, credentials, rights), MachineError for all else: it may pass.
+    """
     try:
         yield
     except FileNotFoundError as error:
         if 'bucket does not exist' in str(error):
             raise UserError(f'{url}: there is no bucket {url.key.split("/")[0]!r}') from None
         raise
-    except UserError:
+    except (UserError, MachineError):
         raise
     except Exception as error:
-        why = ' '.join(str(error).split()) or type(error).__name__
-        tell = 'is the bucket right, are there credentials, and may they do this?'
-        raise UserError(f'{url}: {why[:400]} ({type(error).__name__}); {tell}') from None
+        kind = type(error).__name__
+        line = f'{url}: {shown(" ".join(str(error).split()) or kind, 400)} ({kind})'
+        if _is_the_users(error):
+            raise UserError(f'{line}; is the bucket right, are there credentials, and may they do this?') from None
+        raise MachineError(f'{line}; is the store there, and the network to it?') from None
+
+
+def _is_the_users(error: Exception) -> bool:
+    """Whether a client was refused, or has nothing to say who asks. Each says it by kinds, codes and words of its own."""
+    named = OF_THE_USER.search(type(error).__name__) is not None
+    refused = getattr(error, 'code', None) in REFUSED or str(error).startswith('Forbidden')  # as gcsfs has it
+    return isinstance(error, PermissionError) or named or refused
 
 
 @dataclasses.dataclass(frozen=True)

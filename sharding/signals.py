@@ -29,6 +29,7 @@ from sharding import peers, streams
 
 ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+WAKING = signal.SIGURG  # ends what the main thread waits in; the system itself passes it over
 GRACE = 5.0  # seconds that a script's orderly end may take
 AGAIN = 0.05  # seconds after which the main thread is told once more
 SPEAKING = 1.0  # seconds that saying so may take at the end of a training
@@ -92,11 +93,10 @@ def begin() -> None:
         threading.Thread(target=_watch, args=(reader,), name='signals', daemon=True).start()
     signal.set_wakeup_fd(_pipe, warn_on_full_buffer=False)
     for number in SIGNALS:
-        if signal.getsignal(number) not in (
-            signal.SIG_IGN,
-            None,
-        ):  # None: a library's own, which Python cannot put back
+        # None: a library's own, which Python cannot put back.
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
             signal.signal(number, _handle)
+    signal.signal(WAKING, lambda number, frame: None)
 
 
 def enter(saves: bool) -> None:
@@ -136,7 +136,7 @@ def noted(say: Callable[[int], None]) -> Iterator[Noted]:
 def _lent() -> Iterator[None]:
     """Takes the signals of a process that is another program's, and gives them back as they were."""
     global _begun, _entered, _saves, _raised
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in (WAKING, *SIGNALS)}
     hook, wakeup = sys.unraisablehook, signal.set_wakeup_fd(-1)
     try:
         with _hearing:
@@ -206,9 +206,13 @@ def _watch(reader: int) -> None:
         waits = bool(_heard) and _begun and not (_raised or _over or _noted)
         if not select.select([reader], [], [], AGAIN if waits else None)[0]:
             repeated += 1
-            _thread.interrupt_main(_heard[0][0])  # the handler had to let it pass, or the main thread is in a compiler
+            # The handler had to let it pass, or the main thread is in a compiler.
+            _thread.interrupt_main(_heard[0][0])
+            signal.pthread_kill(threading.main_thread().ident, WAKING)  # else it sleeps on, where it has begun to
             continue
         for number in os.read(reader, 1):
+            if number == WAKING:
+                continue
             # A script may have a handler of its own for a while, as chat.py has while it answers.
             if repeated:
                 repeated -= 1

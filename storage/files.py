@@ -2,6 +2,9 @@
 
 A file is written under another name, flushed to the disk, and only then given its name; the folder's list of names is flushed
 after that. So whatever happens in between, a reader finds the old content or the new one.
+
+The one exception is the file of a run's lock, which storage/lock.py writes in place and removes by itself: it is the sign of
+a life, no part of a run, and nobody relies on it after a power cut.
 """
 
 import contextlib
@@ -18,6 +21,13 @@ from sharding.errors import MachineError, UserError, shown
 PARTIAL = '.partial'  # what the name of a file ends in until it is whole
 # What stands where a file or folder is to be, which only its owner can move away; anything else is the machine's fault.
 IN_THE_WAY = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY, errno.ENXIO}
+KINDS = {
+    stat.S_IFDIR: 'a folder',
+    stat.S_IFIFO: 'a pipe',
+    stat.S_IFSOCK: 'a socket',
+    stat.S_IFCHR: 'a device',
+    stat.S_IFBLK: 'a device',
+}
 # What file systems say that cannot sync a folder's list of names.
 NO_FOLDER_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.ENOSYS}
 
@@ -77,7 +87,7 @@ def put(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def new(path: Path) -> Iterator[IO[bytes]]:
-    """A new file that is written bit by bit, in a folder that nobody reads yet; `sync_tree` syncs it with the folder."""
+    """A new file, written bit by bit, in a folder that nobody reads yet: `sync_tree` of the folder has it on the disk."""
     with writing(path):
         with os.fdopen(_new(path), 'w+b') as file:
             yield file
@@ -192,6 +202,27 @@ def partial(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL)
 
 
+class NotRegular(Exception):
+    """What is no regular file; its text says what it is, as in `a folder`."""
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor to read a regular file. Raises NotRegular, before a device is opened, and OSError; it never waits."""
+    _check_regular(path.stat())
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    try:
+        _check_regular(os.fstat(descriptor))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _check_regular(found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise NotRegular(KINDS.get(stat.S_IFMT(found.st_mode), 'no file'))
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[int]:
     """A regular file, opened to be read; nothing waits for the other end of a FIFO.
@@ -199,14 +230,14 @@ def reading(path: Path) -> Iterator[int]:
     Raises FileNotFoundError where there is none, and UserError where something else has the name or it may not be read.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = open_regular(path)
     except FileNotFoundError:
         raise
+    except NotRegular:
+        raise UserError(f'{shown(path)}: is no regular file; move away what stands there') from None
     except OSError as error:
         raise _unreadable(path, error) from error
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UserError(f'{shown(path)}: is no regular file; move away what stands there')
         yield descriptor
     except OSError as error:
         raise _unreadable(path, error) from error

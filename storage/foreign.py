@@ -10,7 +10,6 @@ import json
 import os
 import re
 import reprlib
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,18 +17,12 @@ from typing import Any
 import numpy as np
 
 from sharding.errors import UserError, shown
+from storage import files
 
 MOST_VALUES = 2**23  # of a JSON file, each an object of Python's: Gemma's tokenizer.json, the largest, has a third
 MOST_DEPTH = 64  # lists and objects within each other: no published file has ten
 MOST_DIGITS = 64  # of a whole number
 HALF = re.compile(rb'\\u[dD][89abAB]|\\u[dD][c-fC-F]')  # of a surrogate pair, as JSON writes it
-KINDS = {
-    stat.S_IFDIR: 'a folder',
-    stat.S_IFIFO: 'a pipe',
-    stat.S_IFSOCK: 'a socket',
-    stat.S_IFCHR: 'a device',
-    stat.S_IFBLK: 'a device',
-}
 VALUE = reprlib.Repr()
 VALUE.maxstring = VALUE.maxother = 60
 VALUE.maxlevel = VALUE.maxdict = 4
@@ -52,20 +45,15 @@ def shown_value(value: Any) -> str:
 def opened(path: Path) -> Iterator[int]:
     """A descriptor of a file, closed in the end. Raises UserError for what is none or cannot be read, and never waits."""
     try:
-        _check_kind(path, path.stat())
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        descriptor = files.open_regular(path)
+    except files.NotRegular as kind:
+        raise UserError(f'{shown_path(path)}: is {kind}: it must be a file') from None
     except OSError as error:
         raise UserError(f'{shown_path(path)}: cannot be read: {error.strerror}') from None
     try:
-        _check_kind(path, os.fstat(descriptor))
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _check_kind(path: Path, found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(f'{shown_path(path)}: is {KINDS.get(stat.S_IFMT(found.st_mode), "no file")}: it must be a file')
 
 
 def read_file(path: Path, most: int) -> bytes:
@@ -142,11 +130,15 @@ def _state(descriptor: int) -> tuple[int, int, int, int]:
 # JSON -----------------------------------------------------------------------------------------------------------------------
 
 
+class Unreadable(ValueError):
+    """Why a file of JSON is not read, to be told after its name."""
+
+
 def read_object(content: bytes, where: str, most_values: int = MOST_VALUES) -> dict[str, Any]:
     """The JSON object that a file holds, as `read_json` reads it."""
     found = read_json(content, where, most_values)
     if not isinstance(found, dict):
-        raise UserError(f'{where}: must be a JSON object, not {type(found).__name__}')
+        raise UserError(f'{where}: {_no_object(found)}')
     return found
 
 
@@ -156,22 +148,45 @@ def read_json(content: bytes, where: str, most_values: int = MOST_VALUES) -> Any
     Refused are more than `most_values` values, MOST_DEPTH lists and objects within each other, MOST_DIGITS digits, a name that
     an object has twice, and half of a surrogate pair, which no file or text can hold. `where` names the file.
     """
+    try:
+        found = _read_json(content, most_values)
+    except Unreadable as error:
+        raise UserError(f'{where}: {error}') from None
+    if HALF.search(content):
+        _check_halves(found, where)
+    return found
+
+
+def read_own_object(content: bytes) -> dict[str, Any]:
+    """The JSON object of a file of this project's own, within the bounds of `read_json`, whatever has become of it.
+
+    Raises Unreadable. Its texts may hold halves of a surrogate pair, as names of files that are no UTF-8 have them in Python.
+    """
+    found = _read_json(content, MOST_VALUES)
+    if not isinstance(found, dict):
+        raise Unreadable(_no_object(found))
+    return found
+
+
+def _no_object(found: Any) -> str:
+    return f'must be a JSON object, not {type(found).__name__}'
+
+
+def _read_json(content: bytes, most_values: int) -> Any:
     values = sum(map(content.count, (b',', b'[', b'{')))
     if values > most_values:
-        raise UserError(f'{where}: has {values} lists, objects and commas: at most {most_values} are read')
+        raise Unreadable(f'has {values} lists, objects and commas: at most {most_values} are read')
     try:
         found = json.loads(
             content.removeprefix(b'\xef\xbb\xbf').decode(), object_pairs_hook=_unique, parse_int=_whole_number
         )
     except RecursionError:
-        raise UserError(f'{where}: {_too_deep()}') from None
-    except UserError as error:
-        raise UserError(f'{where}: {error}') from None
+        raise _too_deep() from None
+    except Unreadable:
+        raise
     except ValueError as error:
-        raise UserError(f'{where}: not readable as JSON: {shown(error)}') from None
-    _check_depth(found, where)
-    if HALF.search(content):
-        _check_halves(found, where)
+        raise Unreadable(f'not readable as JSON: {shown(error)}') from None
+    _check_depth(found)
     return found
 
 
@@ -180,21 +195,23 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise UserError(f'an object in it has {shown(twice, 100, quoted=True)} twice')
+        raise Unreadable(f'an object in it has {shown(twice, 100, quoted=True)} twice')
     return found
 
 
 def _whole_number(digits: str) -> int:
     if len(digits) > MOST_DIGITS:
-        raise UserError(f'has a whole number of {len(digits)} digits: at most {MOST_DIGITS} are read')
+        raise Unreadable(f'has a whole number of {len(digits)} digits: at most {MOST_DIGITS} are read')
     return int(digits)
 
 
-def _too_deep() -> str:
-    return f'not readable as JSON: lists or objects stand within each other too deep: at most {MOST_DEPTH} are read'
+def _too_deep() -> Unreadable:
+    return Unreadable(
+        f'not readable as JSON: lists or objects stand within each other too deep: at most {MOST_DEPTH} are read'
+    )
 
 
-def _check_depth(found: Any, where: str) -> None:
+def _check_depth(found: Any) -> None:
     level = [found] if isinstance(found, (dict, list)) else []
     for _ in range(MOST_DEPTH):
         level = [
@@ -205,7 +222,7 @@ def _check_depth(found: Any, where: str) -> None:
         ]
         if not level:
             return
-    raise UserError(f'{where}: {_too_deep()}')
+    raise _too_deep()
 
 
 def _check_halves(found: Any, where: str) -> None:

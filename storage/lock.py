@@ -13,35 +13,34 @@ Three things keep a second writer out, each where the one before it cannot:
 - Where there are no locks at all (a bucket, some network mounts) the file itself is the lock: it is made if it is not there, in
   one step. One that a dead holder left is overwritten and looked at again after SETTLED seconds: of two that do this at once
   the later one has it. A holder that finds another's record in its place saves nothing more.
+
+The file is written in place and removed without storage/files.py: it is the sign of a life, no part of a run, and one that a
+power cut tears or brings back says nothing that is believed.
 """
 
 import contextlib
 import dataclasses
 import errno
 import fcntl
-import json
 import os
-import secrets
-import shlex
-import socket
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
+from sharding import streams
 from sharding.buckets import Bucket
 from sharding.errors import MachineError, UserError, shown
 from storage import files
-from storage.sealed import read_object
+from storage.holder import LONG, Record, own_record, record_of
 from storage.staged import making
 
 BEAT = 10.0  # seconds between two signs of life
 STALE = 45.0  # seconds without one after which a holder that this machine cannot see is gone
 SETTLED = 3.0  # seconds after which what another wrote at the same time is there to be seen
+LEASE = 120.0  # seconds for which a file server may keep the kernel's lock of a machine that is gone (NFSv4: 90)
 TRIES = 20  # times that a lock is asked for again because its file was removed meanwhile
-LONG = 4096  # bytes of a record
 NO_LOCKS = {
     errno.ENOLCK,
     errno.ENOTSUP,
@@ -56,60 +55,14 @@ class Taken(UserError):
 
 
 class _Held(Exception):
-    """A lock has a living holder, of whom this is known."""
+    """A lock has a holder, of whom this is known; `silent`: who gives no sign of life, and the file server keeps the lock."""
 
-    def __init__(self, record: 'Record'):
-        self.record = record
+    def __init__(self, record: Record, silent: bool = False):
+        self.record, self.silent = record, silent
 
 
 class _Gone(Exception):
     """The lock's file was removed or replaced while it was being taken: ask again."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """What a lock's file says of its holder; empty where it is being written."""
-
-    token: str = ''  # of one holding
-    beats: int = 0
-    host: str = '?'
-    boot: str = ''  # of the kernel
-    process: int = 0
-    space: str = ''  # in which the process has that number
-    began: str = ''  # the process, in the kernel's ticks
-    since: str = '?'
-    command: str = '?'
-
-    def __str__(self) -> str:
-        if not self.token:
-            return 'another process'
-        return f'process {self.process} of host {shown(self.host, 80)} since {shown(self.since, 40)} ({shown(self.command)})'
-
-    def written(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self)).encode()[:LONG].ljust(LONG)
-
-    @property
-    def is_dead(self) -> bool:
-        """Whether this machine knows that the holder has ended."""
-        own = own_record()
-        if (self.boot, self.space) != (own.boot, own.space) or not self.token:
-            return False
-        return _began(self.process) != self.began
-
-
-def own_record() -> Record:
-    """What others are told of this process."""
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return Record(
-        token=secrets.token_hex(8),
-        host=socket.gethostname(),
-        boot=_first_line(Path('/proc/sys/kernel/random/boot_id')) or socket.gethostname(),
-        process=os.getpid(),
-        space=_link('/proc/self/ns/pid'),
-        began=_began(os.getpid()),
-        since=time.strftime('%Y-%m-%d %H:%M:%S %z'),
-        command=command if len(command) <= 400 else f'{command[:399]}…',
-    )
 
 
 class Lock:
@@ -118,20 +71,29 @@ class Lock:
     def __init__(self, folder: Path | Bucket):
         self.folder = folder
         self.lost = False  # another process took it over: this one was taken for dead
+        self._found: Record | None = None  # what its file said when it was last looked at
 
     def __enter__(self) -> 'Lock':
-        place, self._made = _place(self.folder)
+        place, other, self._made = _places(self.folder)
         self._record = own_record()
         try:
             self._file = self._taken(place)
         except BaseException as error:
             self._unmake()
             if isinstance(error, _Held):
-                raise self._refusal(error.record) from None
+                raise self._refusal(error, place) from None
             raise
         self._ended = threading.Event()
         self._beats = threading.Thread(target=self._beat, name='lock', daemon=True)
         self._beats.start()
+        try:
+            if other is not None:
+                self._look_at(other)
+        except BaseException as error:
+            self.__exit__(None, None, None)
+            if isinstance(error, _Held):
+                raise self._refusal(error, other.path) from None
+            raise
         return self
 
     def __exit__(self, kind, error, trace) -> None:
@@ -140,6 +102,10 @@ class Lock:
         try:
             if not self.lost and self._is_mine():
                 self._file.remove()
+        except (UserError, MachineError, OSError) as fault:  # of the lock alone: what the run has saved stands
+            streams.say(
+                f'{self.folder}: its lock could not be removed, and the next process takes it over: {shown(fault, 500)}'
+            )
         finally:
             self._file.close()
             self._unmake()
@@ -153,10 +119,9 @@ class Lock:
             with contextlib.suppress(UserError, MachineError, OSError):  # where nobody can say, the save will
                 self.lost = not self._is_mine()
         if self.lost:
-            now = _read(self._file)
             raise MachineError(
                 f'{self.folder} is no longer this process’s to write: '
-                + (f'{now} took it, for want of a sign of life' if now else 'somebody removed its lock')
+                + (f'{self._found} took it, for want of a sign of life' if self._found else 'somebody removed its lock')
             )
 
     def _taken(self, place: Path | Bucket) -> '_File | _Object':
@@ -165,6 +130,8 @@ class Lock:
             file: _File | _Object = _Object(place) if isinstance(place, Bucket) else _File(place)
             try:
                 file.open(self._record)
+                if file.blocked:
+                    self._wait_for(file)
                 if not file.made:
                     self._take_over(file)
                 return file
@@ -175,11 +142,29 @@ class Lock:
                 raise
         raise _Held(Record())  # made and removed all the time: others are starting
 
-    def _take_over(self, file: '_File | _Object') -> None:
-        """Takes what another process has left. Raises _Held where that lives."""
-        known = _read(file)
+    def _wait_for(self, file: '_File | _Object') -> None:
+        """Waits for a kernel's lock whose holder's machine is gone. Raises _Held where that may live."""
+        until = time.monotonic() + 1
+        while not ((known := _read(file)) and known.token) and time.monotonic() < until:
+            time.sleep(0.02)  # it is being written
         if known is None:
             raise _Gone
+        if known.boot in ('', self._record.boot) or self._lives(file, known):
+            raise _Held(_read(file) or known)
+        self._say(
+            f'{known} gives no sign of life, and the file server keeps its lock: asking again for up to {LEASE:.0f} s'
+        )
+        until = time.monotonic() + LEASE
+        while not file.lock():
+            if time.monotonic() >= until:
+                raise _Held(known, silent=True)
+            time.sleep(BEAT / 10)
+            if (now := _read(file)) and now != known:
+                raise _Held(now)
+
+    def _take_over(self, file: '_File | _Object') -> None:
+        """Takes what another process has left. Raises _Held where that lives."""
+        known = self._written(file)
         left = file.locked and known.boot in ('', self._record.boot)  # the kernel would not give a living holder's lock
         if not left and not known.is_dead and self._lives(file, known):
             raise _Held(known)
@@ -190,13 +175,37 @@ class Lock:
             if found is None or found.token != self._record.token:
                 raise _Held(found or Record())
 
+    def _written(self, file: '_File | _Object') -> Record:
+        """What a lock's file says. One that says nothing may be new, of a machine whose writing is not seen here yet."""
+        known = _read(file)
+        if known is not None and not known.token:
+            until = time.monotonic() + min(SETTLED, SETTLED - file.silent())
+            while known is not None and not known.token and time.monotonic() < until:
+                time.sleep(BEAT / 100)
+                known = _read(file)
+        if known is None:
+            raise _Gone
+        return known
+
+    def _look_at(self, other: '_File') -> None:
+        """Raises _Held where a process has the run's lock at its other place, which this one does not take."""
+        with contextlib.suppress(_Gone):
+            known = _read(other)
+            if known is None:
+                return
+            taken = other.is_taken()
+            if taken:
+                raise _Held(known)
+            left = known.boot in ('', self._record.boot) if taken is False else not known.token
+            if not left and not known.is_dead and self._lives(other, known):
+                raise _Held(known)
+
     def _lives(self, file: '_File | _Object', known: Record) -> bool:
         """Whether a holder that this machine cannot see gives a sign of life."""
         rest = STALE - file.silent()
         if rest <= 0:
             return False
-        line = f'{self.folder}: {known} may be writing it: watching its lock for up to {rest:.0f} s'
-        print(line, file=sys.stderr, flush=True)
+        self._say(f'{known} may be writing it: watching its lock for up to {rest:.0f} s')
         until = time.monotonic() + rest
         while time.monotonic() < until:
             time.sleep(BEAT / 10)
@@ -206,6 +215,9 @@ class Lock:
             if now != known:
                 return True
         return False
+
+    def _say(self, what: str) -> None:
+        print(f'{self.folder}: {what}', file=sys.stderr, flush=True)
 
     def _beat(self) -> None:
         """Gives a sign of life until the end, or until another has taken over."""
@@ -218,11 +230,16 @@ class Lock:
                 self._file.write(self._record.written())
 
     def _is_mine(self) -> bool:
-        found = _read(self._file)
+        self._found = found = _read(self._file)
         return found is not None and found.token == self._record.token
 
-    def _refusal(self, holder: Record) -> Taken:
-        return Taken(f'{self.folder} is being written by {holder}: wait until it ends, or stop it')
+    def _refusal(self, held: _Held, place: Path | Bucket) -> Taken:
+        if held.silent:
+            return Taken(
+                f'{self.folder} is locked by {held.record}, which gives no sign of life, and the file server keeps the lock of '
+                f'a machine that is gone: remove {place} if that process has ended for certain, or bring its machine back'
+            )
+        return Taken(f'{self.folder} is being written by {held.record}: wait until it ends, or stop it')
 
     def _unmake(self) -> None:
         """Takes the folders away that were made for the lock, if nothing else is in them."""
@@ -234,32 +251,39 @@ class Lock:
 class _File:
     """A lock file on a disk."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, clock: Path | None = None):
         self.path = path
+        self.clock = clock or path.parent  # a folder that can be written, for the file system's time
         self.made = False  # by this process, in one step
         self.locked = False  # by the kernel, until this process ends
+        self.blocked = False  # by the kernel, for another process
         self._file: int | None = None
 
     def open(self, record: Record) -> None:
-        """Makes it, or opens what is there. Raises _Held where a living process has it, _Gone where it went meanwhile."""
+        """Makes it, or opens what is there. Raises _Gone where it went meanwhile."""
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        made = False
         with making(self.path):
             try:
                 self._file = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o666)
-                self.made = True
+                made = True
             except FileExistsError:
                 try:
                     self._file = os.open(self.path, flags)
                 except FileNotFoundError:
                     raise _Gone from None
+        if self.lock() and made:
+            self.made = True
+            self.write(record.written())
+
+    def lock(self) -> bool:
+        """Asks the kernel for it; False where it is another's. Raises _Gone where the file of that name is another one now."""
+        assert self._file is not None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.locked = True
+            self.locked, self.blocked = True, False
         except BlockingIOError:
-            until = time.monotonic() + 1
-            while not ((known := _read(self)) and known.token) and time.monotonic() < until:
-                time.sleep(0.02)  # it is being written
-            raise _Held(known or Record()) from None
+            self.blocked = True
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise files.fault(self.path, error) from error
@@ -268,8 +292,23 @@ class _File:
                 raise _Gone
         except FileNotFoundError:
             raise _Gone from None
-        if self.made:
-            self.write(record.written())
+        return not self.blocked
+
+    def is_taken(self) -> bool | None:
+        """Whether a process has the kernel's lock on it; None where nobody can say. For a place that cannot be written."""
+        try:
+            with files.reading(self.path) as descriptor:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return True
+                except OSError as error:
+                    if error.errno not in NO_LOCKS:
+                        raise
+                    return None
+                return False
+        except FileNotFoundError:
+            return False
 
     def read(self) -> bytes | None:
         """What the file of that name says now."""
@@ -283,11 +322,16 @@ class _File:
         assert self._file is not None
         with files.writing(self.path):
             os.pwrite(self._file, content, 0)
+            os.fsync(self._file)  # else it stays in this machine, and others see an empty file
 
     def silent(self) -> float:
-        """Seconds since it was written, by the clock of its file system."""
-        with making(self.path), tempfile.NamedTemporaryFile(dir=self.path.parent, prefix='.now.') as now:
-            return os.stat(now.name).st_mtime - self.path.stat().st_mtime
+        """Seconds since it was written, by the clock of its file system; 0 where that cannot be asked."""
+        with making(self.path), tempfile.NamedTemporaryFile(dir=self.clock, prefix='.now.') as new:
+            try:
+                now, then = os.stat(new.name), self.path.stat()
+            except FileNotFoundError:
+                raise _Gone from None
+        return now.st_mtime - then.st_mtime if now.st_dev == then.st_dev else 0.0
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -301,7 +345,7 @@ class _File:
 class _Object:
     """A lock in a bucket."""
 
-    locked = False
+    locked = blocked = False
 
     def __init__(self, at: Bucket):
         self.at, self.made = at, False
@@ -309,6 +353,10 @@ class _Object:
     def open(self, record: Record) -> None:
         """Makes it if it is not there."""
         self.made = self.at.create(record.written())
+
+    def lock(self) -> bool:
+        """There is no kernel to ask."""
+        return True
 
     def read(self) -> bytes | None:
         """What it says now."""
@@ -331,48 +379,28 @@ class _Object:
         pass
 
 
-def _place(folder: Path | Bucket) -> tuple[Path | Bucket, list[Path]]:
-    """Where a run's lock is, and the folders that were made for it."""
+def _places(folder: Path | Bucket) -> tuple[Path | Bucket, _File | None, list[Path]]:
+    """Where this process takes a run's lock, where another may have it instead, and the folders that were made for it.
+
+    The places change with who asks: one may write beside the run, and one whose mount or user differs may not.
+    """
     if isinstance(folder, Bucket):
-        return folder.with_name(f'.{folder.name}.lock'), []
+        return folder.with_name(f'.{folder.name}.lock'), None, []
     with making(folder):
         try:
             real = folder.resolve()
         except RuntimeError:  # links that lead to each other
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(folder)) from None
         made = files.make_folder(real.parent)
-        inside = real.is_dir() and (os.path.ismount(real) or not os.access(real.parent, os.W_OK | os.X_OK))
-    return (real / '.lock' if inside else real.with_name(f'.{real.name}.lock')), made
+        place, other = real.with_name(f'.{real.name}.lock'), real / '.lock'
+        if not real.is_dir():
+            return place, None, made
+        if os.path.ismount(real) or not os.access(real.parent, os.W_OK | os.X_OK):
+            place, other = other, place
+    return place, _File(other, clock=place.parent), made
 
 
 def _read(file: _File | _Object) -> Record | None:
     """What a lock's file says; None where there is none."""
     content = file.read()
-    if content is None:
-        return None
-    with contextlib.suppress(ValueError, TypeError):
-        found: dict[str, Any] = read_object(content)
-        if all(type(found[field.name]) is field.type for field in dataclasses.fields(Record)):
-            return Record(**found)
-    return Record()
-
-
-def _began(process: int) -> str:
-    """When a process of this machine began, in the kernel's ticks; '' where there is none."""
-    # What follows the command's name, which may hold anything, in parentheses: the 22nd field is the 20th of them.
-    fields = _first_line(Path(f'/proc/{process}/stat')).rpartition(')')[2].split()
-    return fields[19] if len(fields) > 19 else ''
-
-
-def _first_line(path: Path) -> str:
-    try:
-        return path.read_text(encoding='utf-8', errors='replace').partition('\n')[0]
-    except OSError:
-        return ''
-
-
-def _link(path: str) -> str:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return ''
+    return None if content is None else record_of(content)

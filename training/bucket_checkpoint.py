@@ -53,16 +53,21 @@ class BucketCheckpoints(Checkpoints):
         return [step for step in self._folders() if (self.folder / str(step) / MANIFEST).is_file()]
 
     def save(self, step: int, items: Mapping[str, Any], meta: dict, files: Mapping[str, bytes] | None = None) -> None:
-        """As in a local folder; a step that is taken again is not there until it is published again."""
+        """Begins to save, and returns when the arrays are in this process' memory: they may be donated right after.
+
+        Arguments and errors are those of `Checkpoints.save`. A step that is taken again is not there until it is published
+        again: a bucket has no rename.
+        """
         self.wait()
-        self._check_lock()
+        self.check_lock()
         files = contents(items, meta, files)
-        if peers.first():
-            published = self.steps()
-            for other in self._folders():
-                if other == step or other not in published:
-                    self._delete(other)
-        peers.meet('a folder to save into')
+        with self._told(step):
+            if peers.first():
+                published = self.steps()
+                for other in self._folders():
+                    if other == step or other not in published:
+                        self._delete(other)
+            peers.meet('a folder to save into')
         leaves = {item: named(tree) for item, tree in items.items()}
         for x in jax.tree.leaves(leaves):
             if not jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -101,11 +106,10 @@ class BucketCheckpoints(Checkpoints):
             path.delete(others)
             at_once(lambda name: (path / name).write_bytes(files[name]), files)
             prints |= {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in files.items()}
-            self._check_lock()
+            self.check_lock()
             manifest = {'format': SHARDS, 'arrays': arrays, 'files': dict(sorted(prints.items()))}
             (path / MANIFEST).write_bytes(sealed(manifest))
-            for old in self.steps()[: -self.keep]:
-                self._delete(old)
+            self._delete_old(step)
         peers.meet('published')
 
     def _folders(self) -> list[int]:

@@ -27,7 +27,7 @@ from typing import Any
 
 import jax
 
-from sharding import peers
+from sharding import peers, streams
 from sharding.errors import MachineError, UserError, shown
 from storage import files as disk
 from storage.lock import Lock
@@ -68,7 +68,7 @@ class Checkpoints(Reader):
         import orbax.checkpoint as ocp  # here and below: it takes a while, and imported weights are not in its format
 
         self.wait()
-        self._check_lock()
+        self.check_lock()
         files = contents(items, meta, files)
         if peers.first():
             disk.remove(self._saving)  # an earlier process was killed, or a save failed
@@ -120,10 +120,18 @@ class Checkpoints(Reader):
         if self._last is not None and self._last.done():
             self.wait()
 
-    def _check_lock(self) -> None:
-        """Raises MachineError where another process has taken the run over by now."""
+    def check_lock(self) -> None:
+        """Raises MachineError where another process has taken the run over by now: it looks, unlike `check`."""
         if self.lock is not None:
             self.lock.check(look=True)
+
+    def is_ours(self) -> bool:
+        """Whether no other process has taken the run over by now."""
+        try:
+            self.check_lock()
+        except MachineError:
+            return False
+        return True
 
     def close(self) -> None:
         """Waits for the last save, raises its error if it failed, and ends the threads."""
@@ -159,12 +167,12 @@ class Checkpoints(Reader):
 
     def _clear(self) -> None:
         """Removes what is half made, after a save that failed."""
-        if peers.first() and not (self.lock is not None and self.lock.lost):
+        if peers.first() and self.is_ours():
             with contextlib.suppress(UserError, MachineError):  # the next save clears it, if this disk cannot
                 disk.remove(self._saving)
 
     def _complete(self, step: int, arrays: dict, files: Mapping[str, bytes], format: str | None = None) -> None:
-        """Completes the folder, gives it its name, deletes the oldest."""
+        """Completes the folder, gives it its name in the place of an earlier one of that step, deletes the oldest."""
         path, target = self._saving / str(step), self.folder / str(step)
         for name, content in files.items():
             disk.put(path / name, content)
@@ -174,20 +182,39 @@ class Checkpoints(Reader):
         }
         manifest |= {'format': format} if format else {}
         disk.put(path / MANIFEST, sealed(manifest))
-        self._check_lock()
         # The rename may reach the disk before what it names, unless all of that is there already.
         disk.sync_tree(path)
-        if os.path.lexists(target):  # a step taken again, from an earlier checkpoint
-            self._delete(step)
-        disk.rename(path, target)
-        for old in self.steps()[: -self.keep]:
-            self._delete(old)
+        self.check_lock()  # now: what is before it may take minutes
+        taken_again = os.path.lexists(target)  # a step from an earlier checkpoint: it stays until the new one is there
+        if taken_again:
+            disk.rename(target, self._doomed(step))
+        try:
+            disk.rename(path, target)
+        except BaseException:
+            if taken_again and not os.path.lexists(target):
+                disk.rename(self._doomed(step), target)
+            raise
+        self._delete_old(step, self._doomed(step))
+
+    def _delete_old(self, step: int, *replaced: Path) -> None:
+        """Deletes what need not be kept, after `step` was published: that stands, whether the rest can be deleted or not."""
+        try:
+            for path in replaced:
+                disk.remove(path)
+            for old in self.steps()[: -self.keep]:
+                self._delete(old)
+        except (OSError, MachineError, UserError) as error:
+            why = shown(getattr(error, 'strerror', None) or error, 500)
+            streams.say(f'{self.run}: checkpoint {step} is saved, and older ones could not be removed: {why}')
 
     def _delete(self, step: int) -> None:
         """Takes away the name first: a kill in between leaves no half of a published checkpoint."""
-        doomed = self._saving / f'{step}.deleted'
-        disk.rename(self.folder / str(step), doomed)
-        disk.remove(doomed)
+        disk.rename(self.folder / str(step), self._doomed(step))
+        disk.remove(self._doomed(step))
+
+    def _doomed(self, step: int) -> Path:
+        """The name of what is deleted: no reader looks there, and the next save clears it."""
+        return self._saving / f'{step}.deleted'
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -272,10 +272,10 @@ class Reader:
             manifest = unsealed(self._content(step, MANIFEST))
         except FileNotFoundError:
             raise self._damaged(step, MANIFEST, 'is missing') from None
-        except json.JSONDecodeError:
-            raise self._damaged(step, MANIFEST, 'was altered or truncated (it is not JSON)') from None
         except ValueError as error:
-            raise self._damaged(step, MANIFEST, f'was altered ({error})') from None
+            if isinstance(error, UserError):  # it could not be read at all
+                raise
+            raise self._damaged(step, MANIFEST, f'was altered or truncated ({shown(error)})') from None
         if not is_manifest(manifest):
             raise self._damaged(step, MANIFEST, 'was altered: it lists no arrays and files as a checkpoint has them')
         return manifest

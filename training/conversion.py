@@ -85,7 +85,10 @@ def make_run(
     ignore: Sequence[str],
     say: Callable[[str], None],
 ) -> None:
-    """Imports a published model as a run, for whoever has the run's lock; see `import_run`."""
+    """Makes the run of a published folder or GGUF file, for a caller who has the run's lock and knows that its name is free.
+
+    Raises UserError, before anything is written, if it cannot be one. The arguments are those of `hub.read`.
+    """
     found, files, config, tokenizer = examined(source, run.name, mesh, dtype, without_remote_code, ignore)
     start(mesh.size, config.model.dtype)
     devices = make_mesh(mesh)
@@ -184,7 +187,10 @@ def parameters(found: hub.Published) -> int:
 def checked(
     arrays: Iterable[tuple[str, jax.Array]], names: Mapping[str, str], source: str
 ) -> Iterator[tuple[str, jax.Array]]:
-    """Gives the arrays on. Raises UserError for one that is not finite: nothing could be computed with it."""
+    """Hands on arrays by their leaves. Raises UserError for one that is not finite: nothing could be computed with it.
+
+    `names`: by leaf, what the model calls the array; `source`: what it comes from, for the message.
+    """
     for leaf, x in arrays:
         if not_finite({names[leaf]: x}):
             raise UserError(f'{shown(source)}: what becomes {names[leaf]} holds {RULE}: such a model computes nothing')
@@ -195,7 +201,10 @@ def checked(
 def told(
     arrays: Iterable[tuple[str, jax.Array]], names: Mapping[str, str], total: int, say: Callable[[str], None]
 ) -> Iterator[tuple[str, jax.Array]]:
-    """Gives the arrays on by the names of a checkpoint, and says every few seconds how far they are."""
+    """Hands on arrays by the names of a checkpoint (`names` has them by leaf), and says every few seconds how far they are.
+
+    `total`: bytes of all.
+    """
     done, last = 0, time.monotonic()
     for leaf, x in arrays:
         done += x.nbytes

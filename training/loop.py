@@ -77,6 +77,10 @@ def make_ready(config: RunConfig, mirror: Mirror, fresh: bool, console: Console)
             config, dataset = ready(config, staging, console)
             aside = set_aside(folder)
             mirror.adopt(staging)
+        except BaseException:
+            with contextlib.suppress(MachineError):  # the next one clears it, if this disk cannot
+                disk.remove(staging.local)
+            raise
         finally:
             staging.close()
         console.print(f'moved the earlier {folder} aside to {aside}')
@@ -161,6 +165,7 @@ class Run:
         self.folder = mirror.folder
         self.checkpoints = checkpoints_of(mirror.folder, config.checkpoint.keep, lock)
         self.unsaved: str | None = None  # why the last save failed, if it did
+        self.unsent: str | None = None  # why the last upload of what stands beside the checkpoints failed, if it did
         self.asked = 0  # the signal that stops it
         self.step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
 
@@ -194,8 +199,7 @@ class Run:
         try:
             with signals.noted(self.heard) as self.noted, contextlib.ExitStack() as last:
                 last.callback(self.checkpoints.close)
-                last.callback(self.push)
-                last.callback(self.metrics.close)
+                last.callback(self.end)
                 self.loop(first)
                 self.asked = Agreement(late=0)(self.noted.stop)  # the signal may have come to another process
                 self.settle(wait=True)
@@ -205,6 +209,8 @@ class Run:
             raise MachineError(f'{machine_fault(error)}; {self.newest()}') from error
         if self.unsaved:
             raise MachineError(f'the last save failed: {self.unsaved}; {self.newest()}')
+        if self.unsent:
+            raise MachineError(f'{self.folder} lacks the last rows of its metrics: {self.unsent}; {self.newest()}')
         if self.asked:
             name, rest = signal.Signals(self.asked).name, config.training.steps - self.last
             then = 'run again to continue' if rest else 'it was the last one'
@@ -243,7 +249,10 @@ class Run:
 
     def newest(self) -> str:
         """What a run that goes on will begin with."""
-        steps = self.checkpoints.steps()
+        try:
+            steps = self.checkpoints.steps()
+        except (MachineError, UserError):  # a bucket that fails: this is a part of the line that says so
+            return 'which checkpoint is the newest cannot be seen now'
         return f'the newest whole checkpoint is of step {steps[-1]}' if steps else 'there is no whole checkpoint'
 
     def loop(self, first: int) -> None:
@@ -337,10 +346,28 @@ class Run:
         }
 
     def push(self) -> None:
-        """What a run in a bucket shows beside its checkpoints."""
-        if peers.first():
-            self.metrics.flush()
+        """Uploads what a run in a bucket shows beside its checkpoints. Where that fails, it says so, and the next time does it.
+
+        Raises MachineError, before anything is written, where another process has taken the run over.
+        """
+        if not peers.first():
+            return
+        self.checkpoints.check_lock()
+        self.metrics.flush()
+        try:
             self.mirror.push()
+            self.unsent = None
+        except (MachineError, UserError) as error:
+            self.unsent = shown(error, 500)
+            streams.say(f'error: an upload failed: {self.unsent}; training goes on, to the next one')
+
+    def end(self) -> None:
+        """Writes what the metrics still hold, unless the run is another process' now."""
+        if self.checkpoints.is_ours():
+            self.metrics.close()
+            self.push()
+        else:
+            self.metrics.abandon()
 
     def diverged(self, what: str) -> Diverged:
         """What to raise where numbers are not finite any more."""

@@ -67,6 +67,10 @@ class Metrics:
         if self.rows:
             draw(self.rows, self.folder / 'loss.png', self.folder.name)
 
+    def abandon(self) -> None:
+        """Writes nothing more: the folder is another process' now. What TensorBoard's thread holds goes with this process."""
+        self.file.close()
+
 
 def _figures(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """What TensorBoard shows of a row: each number by its name."""
@@ -89,6 +93,9 @@ class Unwritten:
         """Nothing."""
 
     def close(self) -> None:
+        """Nothing."""
+
+    def abandon(self) -> None:
         """Nothing."""
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -241,15 +242,21 @@ def test_a_signal_ends_a_script_in_order_and_in_one_line(tmp_path, phase, name):
     assert phase != 'cleaning' or (tmp_path / 'cleaned').exists()
 
 
-def started(folder: Path, body: str, lasting: bool = False) -> subprocess.Popen:
-    return subprocess.Popen(
+@contextlib.contextmanager
+def started(folder: Path, body: str, lasting: bool = False) -> Iterator[subprocess.Popen]:
+    """A script under way; gone at the end, so that a test that fails does not wait for it."""
+    with subprocess.Popen(
         [sys.executable, written(folder, body, lasting)],
         cwd=folder,
         env=os.environ | {'PYTHONPATH': str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_ctrl_c_twice_ends_at_once_whatever_an_orderly_end_waits_for(tmp_path):
@@ -264,6 +271,28 @@ def test_ctrl_c_twice_ends_at_once_whatever_an_orderly_end_waits_for(tmp_path):
         _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, '')
     assert time.monotonic() - began < 20
+
+
+def test_a_signal_that_comes_while_something_is_written_ends_the_wait_after_it(tmp_path):
+    body = """
+        from sharding import streams
+        streams.writing = True  # as within a print
+        print('now', flush=True)
+        streams.writing = True
+        time.sleep(0.2)
+        streams.writing = False
+        try:
+            time.sleep(60)
+        finally:
+            print('still here', flush=True)
+    """
+    began = time.monotonic()
+    with started(tmp_path, body) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == 'still here\n', 'it came to its orderly end'
+        assert process.wait(20) == 130
+    assert time.monotonic() - began < 4, 'before the end would have been cut short'
 
 
 def test_an_end_that_takes_too_long_is_cut_short(tmp_path):

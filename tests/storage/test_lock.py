@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from sharding.errors import MachineError, UserError
-from storage import lock
+from storage import files, lock
+from storage.holder import Record, own_record
 from storage.lock import Lock, Taken
 from tests.training.store import Store, bucket, everything
+from tests.training.test_checkpoint import small
 from training.checkpoint import Checkpoints
 
 CHILD = """
@@ -61,9 +63,9 @@ def without_locks(monkeypatch, quick):
     monkeypatch.setattr(fcntl, 'flock', refuse)
 
 
-def elsewhere(place: Path | str = '', **fields) -> lock.Record:
+def elsewhere(place: Path | str = '', **fields) -> Record:
     """What a process of another machine writes down."""
-    record = dataclasses.replace(lock.own_record(), host='far', boot='another', process=7, **fields)
+    record = dataclasses.replace(own_record(), host='far', boot='another', process=7, **fields)
     if place:
         Path(place).write_bytes(record.written())
     return record
@@ -118,7 +120,17 @@ def test_a_run_has_one_lock_by_whatever_path(tmp_path):
         assert (tmp_path / 'big' / '.demo.lock').exists()
 
 
-def test_two_at_once_are_one(tmp_path):
+@pytest.mark.parametrize('letter', ['x', '"', '\\', '\U0001f600', '\udcff', '\x1b'])
+def test_whatever_its_command_is_a_holder_knows_its_own_lock(tmp_path, monkeypatch, letter):
+    monkeypatch.setattr(sys, 'argv', ['train.py', letter * 1000])
+    with Lock(tmp_path / 'demo') as held:
+        held.check(look=True)
+        assert len((tmp_path / '.demo.lock').read_bytes()) == 4096
+        with pytest.raises(Taken, match=rf'process {os.getpid()} .*\(train\.py '), Lock(tmp_path / 'demo'):
+            pass
+
+
+def test_two_at_once_are_one(tmp_path, quick):
     """Threads stand for processes: flock knows them apart by their open files."""
     inside, most, wins = 0, 0, 0
     guard, end = threading.Lock(), time.monotonic() + 1.0
@@ -179,11 +191,113 @@ def test_a_holder_on_another_machine_is_watched_for_a_sign_of_life(tmp_path, qui
 
 
 @pytest.mark.parametrize('content', [b'', b'\0' * 2048, b'{', b'{"token": 5}', b'[' * 5000])
-def test_a_lock_file_that_says_nothing_is_no_obstacle(tmp_path, content):
+def test_a_lock_file_that_says_nothing_is_no_obstacle(tmp_path, quick, content):
     (tmp_path / '.demo.lock').write_bytes(content)
     with Lock(tmp_path / 'demo'):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_written_is_flushed_for_other_machines(tmp_path, monkeypatch, quick):
+    flushed = []
+    monkeypatch.setattr(os, 'fsync', lambda file: flushed.append(os.pread(file, 4096, 0)))
+    with Lock(tmp_path / 'demo'):
+        path = tmp_path / '.demo.lock'
+        assert flushed == [path.read_bytes()]
+        until = time.monotonic() + 5
+        while len(flushed) < 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert json.loads(flushed[1])['beats'] == 1
+
+
+def test_a_new_file_that_says_nothing_yet_may_be_a_holders(tmp_path, quick, monkeypatch):
+    """As where another machine has made it, and what it wrote is not seen here yet."""
+    monkeypatch.setattr(lock, 'SETTLED', 2.0)
+    path, held = tmp_path / '.demo.lock', []
+    path.write_bytes(b'')
+
+    def write() -> None:
+        time.sleep(0.3)
+        for beats in range(10):
+            elsewhere(path, beats=beats)
+            time.sleep(0.1)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    with pytest.raises(Taken, match='process 7 of host far since'), Lock(tmp_path / 'demo') as mine:
+        held.append(mine)
+    thread.join()
+    assert not held
+    path.write_bytes(b'')
+    os.utime(path, (time.time() - 5, time.time() - 5))
+    begun = time.monotonic()
+    with Lock(tmp_path / 'demo'):
+        assert time.monotonic() - begun < 1, 'an old one is nobody’s'
+
+
+@pytest.mark.parametrize('first', ['beside', 'inside'])
+def test_a_run_has_one_lock_whoever_may_write_beside_it(tmp_path, monkeypatch, quick, first):
+    """One user may write in the folder of runs, and another one in the run alone."""
+    run, access, beside = tmp_path / 'demo', os.access, first == 'beside'
+    run.mkdir()
+    monkeypatch.setattr(os, 'access', lambda path, mode: access(path, mode) and (beside or path != tmp_path))
+    with Lock(run):
+        assert (tmp_path / '.demo.lock').exists() == beside
+        assert (run / '.lock').exists() != beside
+        beside = not beside
+        with pytest.raises(Taken, match=f'is being written by process {os.getpid()} '), Lock(run):
+            pass
+        beside = not beside
+    assert [path.name for path in tmp_path.rglob('*')] == ['demo'], 'whoever is refused leaves nothing'
+    other = run / '.lock' if beside else tmp_path / '.demo.lock'
+    for left in Record().written(), dataclasses.replace(own_record(), began='1').written(), elsewhere().written():
+        other.write_bytes(left)
+        with Lock(run):
+            pass
+
+
+def test_the_lock_of_a_machine_that_is_gone_is_waited_for(tmp_path, monkeypatch, quick, capsys):
+    """A file server keeps the kernel's lock of such a machine: another open file stands for it here."""
+    path, run = tmp_path / '.demo.lock', tmp_path / 'demo'
+    elsewhere(path)
+    monkeypatch.setattr(lock, 'LEASE', 5.0)
+    with open(path, 'rb') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        freeing = threading.Timer(1.2, fcntl.flock, (file, fcntl.LOCK_UN))
+        freeing.start()
+        with Lock(run) as held:
+            assert held._file.locked
+        freeing.join()
+    told = capsys.readouterr().err.splitlines()
+    assert ['watching its lock for up to 1 s' in told[0], 'asking again for up to 5 s' in told[1], len(told)] == [
+        True,
+        True,
+        2,
+    ]
+    elsewhere(path)
+    monkeypatch.setattr(lock, 'LEASE', 0.1)
+    with open(path, 'rb') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(Taken, match=r'is locked by process 7 of host far .*remove .*\.demo\.lock if '), Lock(run):
+            pass
+
+
+def test_a_lock_that_cannot_be_removed_or_looked_at_spoils_no_end(monkeypatch, quick, capfd):
+    run = bucket(monkeypatch) / 'demo'
+    with Lock(run):
+        Store.before = staticmethod(lambda *_: (_ for _ in ()).throw(ConnectionError('no network')))
+    assert 'runs/demo: its lock could not be removed, and the next process takes it over' in capfd.readouterr().err
+    Store.before = staticmethod(lambda *_: None)
+    run.parent.delete(['.demo.lock'])
+    cat = Store.cat_file
+    with Lock(run) as held:
+        run.with_name('.demo.lock').write_bytes(elsewhere().written())
+        while not held.lost:
+            time.sleep(0.01)
+        monkeypatch.setattr(Store, 'cat_file', lambda *_, **__: (_ for _ in ()).throw(ConnectionError('no network')))
+        with pytest.raises(MachineError, match='process 7 of host far'):
+            held.check()
+        monkeypatch.setattr(Store, 'cat_file', cat)
 
 
 @pytest.mark.parametrize('kind', ['folder', 'link', 'fifo'])
@@ -213,9 +327,7 @@ def test_without_locks_the_file_is_the_lock(tmp_path, without_locks, capsys):
     elsewhere(path)  # killed
     with Lock(run):
         pass
-    dead = dataclasses.replace(
-        lock.own_record(), began='1'
-    )  # of this machine: the process of that number is another one
+    dead = dataclasses.replace(own_record(), began='1')  # of this machine: the process of that number is another one
     path.write_bytes(dead.written())
     capsys.readouterr()
     with Lock(run):
@@ -270,6 +382,31 @@ def test_a_process_that_stood_still_saves_nothing_into_anothers_run(tmp_path, wi
             checkpoints.save(1, {}, {})
         checkpoints.close()
     assert not (tmp_path / 'demo').exists()
+
+
+def test_a_process_that_loses_its_run_while_it_saves_changes_nothing_of_the_others(
+    tmp_path, without_locks, monkeypatch
+):
+    """The new holder comes while what is written is flushed, the longest part of a save."""
+    monkeypatch.setattr(lock, 'BEAT', 1000.0)
+    run, moved = tmp_path / 'demo', []
+
+    def lose(action: str, path: Path, what: object) -> None:
+        if action == 'sync' and path.name == 'manifest.json':
+            elsewhere(tmp_path / '.demo.lock')
+        elif (tmp_path / '.demo.lock').read_bytes().count(b'"host": "far"') and action in ('rename', 'remove'):
+            moved.append((action, path))
+
+    with Lock(run) as held:
+        checkpoints = Checkpoints(run, keep=1, lock=held)
+        checkpoints.save(1, small(1), {})
+        checkpoints.wait()
+        with files.watched(lose):
+            checkpoints.save(1, small(1), {})
+            with pytest.raises(MachineError, match=r'no longer this process’s to write: process 7 of host far'):
+                checkpoints.wait()
+        checkpoints.close()
+    assert moved == []
 
 
 def test_a_run_in_a_bucket(monkeypatch, quick, capsys):

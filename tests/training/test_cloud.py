@@ -1,5 +1,6 @@
 """Runs in a bucket: as whole, exact and careful as in a local folder. The store is tests/training/store.py: no network."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,14 +12,15 @@ from rich.console import Console
 
 from decoding.run import open_run
 from sharding.buckets import Bucket, at
-from sharding.errors import UserError
+from sharding.errors import MachineError, UserError
+from storage.holder import own_record
 from tests.scripts.runs import workplace
 from tests.training.store import Killed, Store, bucket, everything
 from tests.training.test_checkpoint import FILES, MESHES, bits, restored_small, small, state, wanted
 from training import config as configs
 from training.bucket_checkpoint import checkpoints_of
 from training.checkpoint import MANIFEST, Checkpoints, SaveFailed
-from training.loop import train
+from training.loop import Run, train
 from training.mirror import Mirror
 
 
@@ -137,6 +139,109 @@ def test_a_save_that_a_bucket_refuses_is_told_at_once_and_the_next_one_works(run
     checkpoints.close()
     assert checkpoints.steps() == [1, 3]
     assert not [key for key in everything() if '/checkpoints/2/' in key]
+
+
+def fail(error: Exception) -> None:
+    Store.before = staticmethod(lambda change, key: (_ for _ in ()).throw(error))
+
+
+def test_an_error_of_a_bucket_is_the_machines_unless_the_user_can_mend_it(runs):
+    class NoCredentialsError(Exception):
+        pass
+
+    class HttpError(Exception):
+        code = 403
+
+    for error, kind in (
+        (OSError(16, 'Please reduce your request rate'), MachineError),
+        (ConnectionError('Could not connect to the endpoint URL'), MachineError),
+        (TimeoutError(), MachineError),
+        (RuntimeError('503'), MachineError),
+        (NoCredentialsError('Unable to locate credentials'), UserError),
+        (HttpError('Forbidden'), UserError),
+        (PermissionError('Access Denied'), UserError),
+    ):
+        fail(error)
+        with pytest.raises(kind, match=r'^teststore://bucket/runs/x: ') as caught:
+            (runs / 'x').write_bytes(b'')
+        assert ('are there credentials' in str(caught.value)) == (kind is UserError)
+
+
+def test_a_bucket_that_fails_when_a_save_begins_or_an_older_one_is_deleted(runs, capfd):
+    checkpoints = checkpoints_of(runs / 'run', keep=1)
+    checkpoints.save(1, small(1), {})
+    checkpoints.wait()
+    (runs / 'run' / 'checkpoints' / '2' / 'left').write_bytes(b'by a kill')
+    fail(ConnectionError('503'))
+    with pytest.raises(SaveFailed, match=r'run: checkpoint 3 could not be saved: teststore://.*503'):
+        checkpoints.save(3, small(3), {})
+    Store.before = staticmethod(
+        lambda change, key: (_ for _ in ()).throw(ConnectionError('503')) if key.endswith('1/manifest.json') else None
+    )
+    checkpoints.save(4, small(4), {})
+    checkpoints.wait()
+    assert 'run: checkpoint 4 is saved, and older ones could not be removed: ' in capfd.readouterr().err
+    assert checkpoints.steps() == [1, 4]
+    Store.before = staticmethod(lambda change, key: None)
+    checkpoints.save(5, small(5), {})
+    checkpoints.close()
+    assert checkpoints.steps() == [5]
+
+
+def test_a_bucket_that_fails_for_a_while_ends_no_run(runs, place, capfd, monkeypatch):
+    failing, ls, save = False, Store.ls, Run.save
+
+    def saving(self: Run, step: int) -> None:
+        nonlocal failing
+        self.settle(wait=True)
+        failing = step != 4
+        save(self, step)
+
+    def refuse(change: str = '', key: str = '') -> None:
+        if failing and not key.endswith('.lock'):  # else the next one would watch it for a sign of life
+            raise ConnectionError('503')
+
+    monkeypatch.setattr(Run, 'save', saving)
+    monkeypatch.setattr(Store, 'ls', lambda *arguments, **options: (refuse(), ls(*arguments, **options))[1])
+    Store.before = staticmethod(refuse)
+    small_run = 'training.steps=6', 'checkpoint.every=2'
+    with pytest.raises(MachineError, match=r'^the last save failed: .*checkpoint 6 .*503'):
+        trained(place, runs, *small_run)
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith('error: ')]
+    assert told[0].startswith('error: an upload failed: teststore://bucket/runs/tiny/')
+    assert told[0].endswith('; training goes on, to the next one')
+    assert told[1].startswith('error: a save failed: teststore://bucket/runs/tiny: checkpoint 2 could not be saved: ')
+    assert told[1].endswith('; which checkpoint is the newest cannot be seen now; training goes on, to the next save')
+    failing = False
+    assert checkpoints_of(runs / 'tiny').steps() == [4]
+    monkeypatch.setattr(Run, 'save', save)
+    trained(place, runs, *small_run)
+    assert checkpoints_of(runs / 'tiny').newest() == 6
+    assert [row['step'] for row in rows(runs / 'tiny')] == list(range(1, 7))
+
+
+def test_a_last_upload_that_fails_is_no_good_end(runs, place):
+    Store.before = staticmethod(
+        lambda change, key: (_ for _ in ()).throw(ConnectionError('503')) if key.endswith('/loss.png') else None
+    )
+    with pytest.raises(MachineError, match=r'/tiny lacks the last rows of its metrics: .*503.* is of step 2$'):
+        trained(place, runs, 'training.steps=2')
+
+
+def test_a_run_that_another_process_took_over_is_written_no_more(runs, place):
+    theirs = b'the new holder wrote this'
+
+    def before(change: str, key: str) -> None:
+        if change == 'write' and key.endswith('/2/manifest.json'):
+            Store.before = staticmethod(lambda change, key: None)
+            (runs / '.tiny.lock').write_bytes(dataclasses.replace(own_record(), host='far').written())
+            (runs / 'tiny' / 'metrics.jsonl').write_bytes(theirs)
+
+    Store.before = staticmethod(before)
+    with pytest.raises(MachineError, match=r'no longer this process’s to write: process \d+ of host far'):
+        trained(place, runs, 'training.steps=6', 'checkpoint.every=2')
+    assert (runs / 'tiny' / 'metrics.jsonl').read_bytes() == theirs
+    assert (runs / '.tiny.lock').is_file()
 
 
 def test_damage_is_named(runs):

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from sharding.errors import MachineError
 from storage import files as disk
@@ -12,8 +13,9 @@ from tests.scripts.runs import workplace
 from training import config as configs
 from training.checkpoint import Checkpoints
 from training.config import RunConfig
-from training.loop import train
+from training.loop import make_ready, train
 from training.manifest import MANIFEST
+from training.mirror import Mirror
 
 
 @pytest.fixture(scope='module')
@@ -70,3 +72,20 @@ def test_a_fault_of_the_code_is_no_failed_save(monkeypatch, place):
     monkeypatch.setattr(Checkpoints, '_complete', lambda *_: {}['k'])
     with pytest.raises(KeyError):
         train(of(place, 'fault'), place / 'runs')
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt(), MachineError('the disk fails')])
+def test_a_fresh_run_that_is_not_made_leaves_nothing(monkeypatch, place, tmp_path, error):
+    """The old one is where it was, and what was made beside it is gone: it may be as large as the data."""
+    (tmp_path / 'once').mkdir()
+    made = []
+
+    def stop(folder: Path) -> None:
+        made.extend(path.name for path in (tmp_path / '.once.new').iterdir())
+        raise error
+
+    monkeypatch.setattr('training.loop.set_aside', stop)
+    with pytest.raises(type(error)):
+        make_ready(of(place, 'once'), Mirror(tmp_path / 'once'), fresh=True, console=Console(quiet=True))
+    assert 'data' in made
+    assert [path.name for path in tmp_path.iterdir()] == ['once']
