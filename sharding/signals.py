@@ -12,7 +12,6 @@ waits for whoever reads.
 In another program's process, as a notebook's, signals are that program's: `noted` takes them for as long as it lasts.
 """
 
-import _thread
 import contextlib
 import functools
 import os
@@ -201,12 +200,15 @@ def _unraisable(otherwise: Callable[[Any], object], about: Any) -> None:
 
 
 def _watch(reader: int) -> None:
+    main = threading.main_thread().ident
+    assert main is not None
     repeated = 0  # numbers that will come out of the pipe because they were sent here
     while True:
         waits = bool(_heard) and _begun and not (_raised or _over or _noted)
         if not select.select([reader], [], [], AGAIN if waits else None)[0]:
             repeated += 1
-            _thread.interrupt_main(_heard[0][0])  # the handler had to let it pass, or the main thread is in a compiler
+            # The handler had to let it pass, or the main thread is in a compiler. A real signal: it ends a sleep, too.
+            signal.pthread_kill(main, _heard[0][0])
             continue
         for number in os.read(reader, 1):
             # A script may have a handler of its own for a while, as chat.py has while it answers.

@@ -294,13 +294,16 @@ def test_a_training_is_told_of_signals_between_its_steps(tmp_path):
 def test_sigint_after_sighup_ends_a_training_at_once_and_sighup_does_not(tmp_path):
     with started(tmp_path, NOTED.replace('not noted.stop', 'True'), lasting=True) as process:
         assert process.stdout.readline() == 'now\n'
-        process.send_signal(signal.SIGHUP)
-        assert process.stdout.readline() == 'heard 1\n'
-        process.send_signal(signal.SIGHUP)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.5)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        try:
+            process.send_signal(signal.SIGHUP)
+            assert process.stdout.readline() == 'heard 1\n'
+            process.send_signal(signal.SIGHUP)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.5)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 130
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM'])
@@ -395,6 +398,23 @@ def test_processes_that_do_not_find_each_other_are_to_be_started_again(tmp_path,
 def test_a_process_that_cannot_reach_the_others_is_to_be_started_again(capsys):
     assert told(NotTogether('far')) == (75, 'error: far')
     assert capsys.readouterr().err == 'error: far\n'
+
+
+def test_a_signal_in_the_middle_of_a_print_ends_the_sleep_after_it(tmp_path):
+    """It is let pass there, and comes once more: a sleep would last to its end."""
+    body = """
+        import signal
+        from sharding import streams
+        streams.writing = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        streams.writing = False
+        time.sleep(60)
+    """
+    began = time.monotonic()
+    with started(tmp_path, body) as process:
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (143, 'stopped by SIGTERM\n')
+    assert time.monotonic() - began < 5
 
 
 def test_nohup_is_obeyed(tmp_path):
