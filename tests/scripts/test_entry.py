@@ -292,7 +292,13 @@ def test_a_training_is_told_of_signals_between_its_steps(tmp_path):
 
 
 def test_sigint_after_sighup_ends_a_training_at_once_and_sighup_does_not(tmp_path):
-    with started(tmp_path, NOTED.replace('not noted.stop', 'True'), lasting=True) as process:
+    body = """
+        from sharding import signals
+        with signals.noted(lambda number: print('heard', number, flush=True)):
+            print('now', flush=True)
+            while True: time.sleep(.01)
+    """
+    with started(tmp_path, body, lasting=True) as process:
         assert process.stdout.readline() == 'now\n'
         try:
             process.send_signal(signal.SIGHUP)
@@ -318,12 +324,15 @@ def test_a_training_that_nobody_reads_ends_at_the_second_signal(tmp_path, name):
             while True: console.print('a line of a training')
     """
     with started(tmp_path, body, lasting=True) as process:
-        process.stdout.readline()
-        time.sleep(0.5)  # the pipe is full
-        process.send_signal(signal.Signals[name])
-        time.sleep(0.4)
-        process.send_signal(signal.Signals[name])
-        assert process.wait(10) == 128 + signal.Signals[name]
+        try:
+            process.stdout.readline()
+            time.sleep(0.5)  # the pipe is full
+            process.send_signal(signal.Signals[name])
+            time.sleep(0.4)
+            process.send_signal(signal.Signals[name])
+            assert process.wait(10) == 128 + signal.Signals[name]
+        finally:
+            process.kill()
 
 
 def test_what_is_said_at_the_end_waits_for_no_reader():
