@@ -12,7 +12,6 @@ waits for whoever reads.
 In another program's process, as a notebook's, signals are that program's: `noted` takes them for as long as it lasts.
 """
 
-import _thread
 import contextlib
 import functools
 import os
@@ -201,6 +200,8 @@ def _unraisable(otherwise: Callable[[Any], object], about: Any) -> None:
 
 
 def _watch(reader: int) -> None:
+    main = threading.main_thread().ident
+    assert main is not None
     repeated = 0  # numbers that will come out of the pipe because they were sent here
     while True:
         waits = bool(_heard) and _begun and not (_raised or _over or _noted)
@@ -208,7 +209,7 @@ def _watch(reader: int) -> None:
             repeated += 1
             # The handler had to let it pass, or the main thread is in a compiler.
             _thread.interrupt_main(_heard[0][0])
-            signal.pthread_kill(threading.main_thread().ident, WAKING)  # else it sleeps on, where it has begun to
+            signal.pthread_kill(main, WAKING)  # else it sleeps on, where it has begun to
             continue
         for number in os.read(reader, 1):
             if number == WAKING:

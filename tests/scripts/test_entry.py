@@ -328,15 +328,24 @@ def test_a_training_is_told_of_signals_between_its_steps(tmp_path):
 
 
 def test_sigint_after_sighup_ends_a_training_at_once_and_sighup_does_not(tmp_path):
-    with started(tmp_path, NOTED.replace('not noted.stop', 'True'), lasting=True) as process:
+    body = """
+        from sharding import signals
+        with signals.noted(lambda number: print('heard', number, flush=True)):
+            print('now', flush=True)
+            while True: time.sleep(.01)
+    """
+    with started(tmp_path, body, lasting=True) as process:
         assert process.stdout.readline() == 'now\n'
-        process.send_signal(signal.SIGHUP)
-        assert process.stdout.readline() == 'heard 1\n'
-        process.send_signal(signal.SIGHUP)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.5)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        try:
+            process.send_signal(signal.SIGHUP)
+            assert process.stdout.readline() == 'heard 1\n'
+            process.send_signal(signal.SIGHUP)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.5)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 130
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM'])
@@ -351,12 +360,15 @@ def test_a_training_that_nobody_reads_ends_at_the_second_signal(tmp_path, name):
             while True: console.print('a line of a training')
     """
     with started(tmp_path, body, lasting=True) as process:
-        process.stdout.readline()
-        time.sleep(0.5)  # the pipe is full
-        process.send_signal(signal.Signals[name])
-        time.sleep(0.4)
-        process.send_signal(signal.Signals[name])
-        assert process.wait(10) == 128 + signal.Signals[name]
+        try:
+            process.stdout.readline()
+            time.sleep(0.5)  # the pipe is full
+            process.send_signal(signal.Signals[name])
+            time.sleep(0.4)
+            process.send_signal(signal.Signals[name])
+            assert process.wait(10) == 128 + signal.Signals[name]
+        finally:
+            process.kill()
 
 
 def test_what_is_said_at_the_end_waits_for_no_reader():
@@ -431,6 +443,23 @@ def test_processes_that_do_not_find_each_other_are_to_be_started_again(tmp_path,
 def test_a_process_that_cannot_reach_the_others_is_to_be_started_again(capsys):
     assert told(NotTogether('far')) == (75, 'error: far')
     assert capsys.readouterr().err == 'error: far\n'
+
+
+def test_a_signal_in_the_middle_of_a_print_ends_the_sleep_after_it(tmp_path):
+    """It is let pass there, and comes once more: a sleep would last to its end."""
+    body = """
+        import signal
+        from sharding import streams
+        streams.writing = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        streams.writing = False
+        time.sleep(60)
+    """
+    began = time.monotonic()
+    with started(tmp_path, body) as process:
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (143, 'stopped by SIGTERM\n')
+    assert time.monotonic() - began < 5
 
 
 def test_nohup_is_obeyed(tmp_path):
