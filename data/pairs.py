@@ -16,7 +16,7 @@ from data.packing import Samples, best_fit
 from data.reading import lines_of, plain_name
 from data.sources import kind_of_text, objects, text_in
 from data.tokenizer import Tokenizer
-from data.walk import LeftOut, files_of
+from data.walk import LeftOut, files_of, is_named
 from sharding.errors import UserError, shown
 
 
@@ -36,11 +36,11 @@ def read_pairs(paths: Sequence[str], option: str, left_out: list[LeftOut] | None
         if given == 'stdlib':
             raise UserError(f'{option}=stdlib holds no pairs: an encoder–decoder learns from .tsv or .jsonl files')
         for path in files_of(given, option, left_out):
-            yield from _pairs_of(path)
+            yield from _pairs_of(path, is_named(path, given))
 
 
-def _pairs_of(path: Path) -> Iterator[Pair]:
-    kind, text = kind_of_text(path, Pair._fields)
+def _pairs_of(path: Path, named: bool) -> Iterator[Pair]:
+    kind, text = kind_of_text(path, Pair._fields, named)
     suffix = plain_name(path).suffix
     if kind != 'text':
         for name, value in objects(path, kind, text, 'an object with a source and a target', Pair._fields):

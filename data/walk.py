@@ -57,6 +57,11 @@ def files_of(given: str, option: str, left_out: list[LeftOut]) -> list[Path]:
     return [Path(path)]
 
 
+def is_named(path: Path, given: str) -> bool:
+    """Whether `files_of(given)` found a path because it was given itself, and not a folder or glob."""
+    return path == Path(os.path.expanduser(given))
+
+
 def _matches(path: str, name: str, left_out: list[LeftOut]) -> list[Path]:
     """The files that a glob names."""
     if os.path.islink(path):

@@ -47,7 +47,7 @@ def read_prompts(path: str) -> list[Question]:
     A prompt of several lines is one of JSON.
     """
     whole = joined(pieces(Path(path), '--prompts-file ', streams=True), f'--prompts-file {shown(path)}', LONGEST)
-    kind, text = kind_of_text(Path(path), ('prompt', 'messages'), iter([whole]))
+    kind, text = kind_of_text(Path(path), ('prompt', 'messages'), True, iter([whole]))
     if kind == 'text':
         lines = [(number, line.removesuffix('\r')) for number, line in enumerate(''.join(text).split('\n'), 1)]
         return [Question(shown(f'{path}:{number}'), line) for number, line in lines if line]
