@@ -216,6 +216,7 @@ def test_bombs_are_told_before_they_fill_the_memory(tmp_path: Path, monkeypatch:
 
 
 def test_texts_and_lines_have_named_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert reading.DOCUMENT > 2_227_753_162  # TinyStories, one file
     monkeypatch.setattr(reading, 'LINE', 1000)
     monkeypatch.setattr(reading, 'DOCUMENT', 3000)
     long = json.dumps({'text': 'a' * 2000}).encode()
