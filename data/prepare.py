@@ -124,7 +124,11 @@ def _build(
         ends += bytes_after(document.text, cut(document.text, config.validation_share))
         count += 1
     size_of_text_hex = {digest.hex(): size for digest, size in size_of_text.items()}
-    split, held = split_of(config, size_of_group, size_of_text_hex, ends)
+
+    def ends_of(share: float) -> int:
+        return sum(bytes_after(document.text, cut(document.text, share)) for document in documents(config, []))
+
+    split, held = split_of(config, size_of_group, size_of_text_hex, ends, ends_of)
     size = size_of_group.total()
     say(f'data: {count} documents, {size / 1e6:.2f} MB; sha256 {sha256.hexdigest()[:16]}{told(skipped)}')
     say(f'data: {held:.1%} of the bytes held out for validation, {TELL[split.by]} ({split.share:.1%} asked for)')
@@ -209,8 +213,9 @@ def _build_pairs(
         count += 1
     if not count:
         raise UserError(f'data.source={config.source!r}: holds no pairs; a line must be a source, a tab, and a target')
+    held_by = lambda share: sum(size_of_source[source] for source in held_out(size_of_source, share))
     held = held_out(size_of_source, config.validation_share)
-    share = checked(sum(size_of_source[source] for source in held), size_of_source.total(), config)
+    share = checked(held_by(config.validation_share), size_of_source.total(), config, held_by)
     say(
         f'data: {count} pairs, {share:.1%} of their bytes held out ({config.validation_share:.1%} asked for){told(skipped)}'
     )
