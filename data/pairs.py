@@ -46,8 +46,9 @@ def _pairs_of(path: Path, named: bool) -> Iterator[Pair]:
         for name, value in objects(path, kind, text, 'an object with a source and a target', Pair._fields):
             yield Pair(*(text_in(value, field, name, repr(field)) for field in Pair._fields))
     elif suffix in ('.tsv', ''):
-        for number, line in lines_of(text, shown(path)):
-            yield pair(line, f'{path}:{number}')
+        file = shown(path)
+        for number, line in lines_of(text, file):
+            yield pair(line, f'{file}:{number}')
     else:
         raise UserError(f'{shown(path)}: an encoder–decoder learns from pairs, in .tsv or .jsonl files')
 
@@ -56,7 +57,7 @@ def pair(line: str, name: str) -> Pair:
     """The pair of a line of .tsv."""
     sides = line.split('\t')
     if len(sides) != 2:
-        raise UserError(f'{shown(name)}: {len(sides) - 1} tabs; a line must be a source, one tab, and a target')
+        raise UserError(f'{name}: {len(sides) - 1} tabs; a line must be a source, one tab, and a target')
     return Pair(*sides)
 
 

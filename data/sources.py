@@ -194,7 +194,7 @@ def _more(held: str, text: Iterator[str]) -> str:
 def objects(
     path: Path, kind: Kind, text: Iterator[str], rule: str, fields: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects in a file of `lines` or an `array`, each with its name for messages.
+    """The objects in a file of `lines` or an `array`, each with its place as messages show it.
 
     `rule` says what each must be, and `fields` which of its fields are read: none of them may stand twice.
     """
@@ -202,8 +202,9 @@ def objects(
         yield from _elements(path, text, rule)
         return
     quoted = [json.dumps(field) for field in fields]
-    for number, line in lines_of(text, shown(path)):
-        name = f'{path}:{number}'
+    file = shown(path)
+    for number, line in lines_of(text, file):
+        name = f'{file}:{number}'
         yield name, _object(line, name, f'every line must be {rule}', quoted)
 
 
@@ -213,9 +214,9 @@ def _object(line: str, name: str, rule: str, quoted: Sequence[str]) -> dict[str,
         twice = any(line.count(field) > 1 for field in quoted)
         value = parsed(line) if twice else _at_once(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f'{shown(name)}: not JSON ({_why(error)}); {rule}') from None
+        raise UserError(f'{name}: not JSON ({_why(error)}); {rule}') from None
     if not isinstance(value, dict):
-        raise UserError(f'{shown(name)}: JSON, but no object; {rule}')
+        raise UserError(f'{name}: JSON, but no object; {rule}')
     return value
 
 
@@ -229,7 +230,7 @@ def _at_once(line: str) -> Any:
 def _elements(path: Path, text: Iterator[str], rule: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of an array, which is held a piece at a time."""
     rule = f'the file must be an array, and every element {rule}'
-    held, at, number = '', 0, 0
+    file, held, at, number = shown(path), '', 0, 0
     expected = '['
 
     def more() -> bool:
@@ -248,16 +249,16 @@ def _elements(path: Path, text: Iterator[str], rule: str) -> Iterator[tuple[str,
                 return ''
 
     while True:
-        name = f'{path}[{number}]'
+        name = f'{file}[{number}]'
         letter = next_letter()
         if letter == ']' and (expected == ',' or number == 0):
             at += 1
             if next_letter():
-                raise UserError(f'{shown(path)}: not JSON (more follows after its array); {rule}')
+                raise UserError(f'{file}: not JSON (more follows after its array); {rule}')
             return
         if letter != expected:
             what = f'{expected} expected, {letter!r} found' if letter else 'it ends before its array does'
-            raise UserError(f'{shown(name)}: not JSON ({what}); {rule}')
+            raise UserError(f'{name}: not JSON ({what}); {rule}')
         at += 1
         if expected == '[' and next_letter() == ']':
             continue
@@ -269,12 +270,12 @@ def _elements(path: Path, text: Iterator[str], rule: str) -> Iterator[tuple[str,
             except (ValueError, RecursionError) as error:
                 if len(held) - at > reading.LINE:
                     raise UserError(
-                        f'{shown(name)}: not JSON, or a value of more than {reading.LINE:,} characters ({_why(error)}); {rule}'
+                        f'{name}: not JSON, or a value of more than {reading.LINE:,} characters ({_why(error)}); {rule}'
                     ) from None
                 if not more():
-                    raise UserError(f'{shown(name)}: not JSON ({_why(error)}); {rule}') from None
+                    raise UserError(f'{name}: not JSON ({_why(error)}); {rule}') from None
         if not isinstance(value, dict):
-            raise UserError(f'{shown(name)}: JSON, but no object; {rule}')
+            raise UserError(f'{name}: JSON, but no object; {rule}')
         yield name, value
         at, number, expected = end, number + 1, ','
 
@@ -308,14 +309,14 @@ def parsed(line: str) -> Any:
 def text_in(value: dict[str, Any], field: str, name: str, asked: str) -> str:
     """The text in a field of an object, which messages call `asked`."""
     if field not in value:
-        raise UserError(f'{shown(name)}: no field {asked}{nearest(field, value)}')
+        raise UserError(f'{name}: no field {asked}{nearest(field, value)}')
     text = value[field]
     if not isinstance(text, str):
-        raise UserError(f'{shown(name)}: field {field!r} is {shown(repr(text)[:200], 40)}; it must be text')
+        raise UserError(f'{name}: field {field!r} is {shown(repr(text)[:200], 40)}; it must be text')
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f'{shown(name)}: field {field!r} has half of a surrogate pair at character {error.start}; leave it out'
+            f'{name}: field {field!r} has half of a surrogate pair at character {error.start}; leave it out'
         ) from None
     return text

@@ -50,9 +50,10 @@ def read_prompts(path: str) -> list[Question]:
     kind, text = kind_of_text(Path(path), ('prompt', 'messages'), True, iter([whole]))
     if kind == 'text':
         lines = [(number, line.removesuffix('\r')) for number, line in enumerate(''.join(text).split('\n'), 1)]
-        return [Question(shown(f'{path}:{number}'), line) for number, line in lines if line]
+        file = shown(path)
+        return [Question(f'{file}:{number}', line) for number, line in lines if line]
     rule = 'an object with either "prompt" or "messages"'
-    return [_question(shown(name), value, rule) for name, value in objects(Path(path), kind, text, rule, FIELDS)]
+    return [_question(name, value, rule) for name, value in objects(Path(path), kind, text, rule, FIELDS)]
 
 
 def _question(where: str, said: dict[str, Any], rule: str) -> Question:

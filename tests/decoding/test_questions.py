@@ -46,6 +46,14 @@ def test_a_prompt_of_several_lines_comes_as_json(tmp_path: Path, name: str) -> N
     assert [question.id for question in found] == [12345678901234567890123, None]
 
 
+def test_a_long_path_keeps_its_line(tmp_path: Path) -> None:
+    for name, data in (('a.txt', 'x\ny'), ('a.jsonl', '{"prompt": "x"}\n{"prompt": "y"}')):
+        path = tmp_path / ('long' * 50) / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(data)
+        assert [question.where[-3:] for question in read_prompts(str(path))] == ['…:1', '…:2']
+
+
 def test_a_pipe_is_read_to_its_end(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / 'pipe')
     writer = threading.Thread(target=(tmp_path / 'pipe').write_bytes, args=[b'a\nb\n'])
