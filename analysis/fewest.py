@@ -1,26 +1,26 @@
 """From how many chips on a model fits, whatever the time: what a plan names where nothing fits.
 
-Numbers of chips are tried one after another, from the first that could hold the weights. On each the meshes count whose devices
-hold the least of the weights, and the way to work on a step that needs least memory. Both are bounded, so what is found fits,
-and now and then fewer chips would do.
+Numbers of chips are tried one after another, from the first that could hold the weights. To serve, all meshes are tried. To
+train, the meshes count whose devices hold the least of the weights, and the way to work on a step that needs least memory. Both
+are bounded, so what is found fits, and now and then fewer chips would do.
 """
 
+import bisect
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from analysis.layouts import counts_of, meshes
 from analysis.memory import stored
 from analysis.search import REMAT, least_memory, ways
-from analysis.serving import Serving, rules_of_serving, serving_meshes
+from analysis.serving import Serving, Target, rows_on, rules_of_serving, serving_meshes
 from model.sizes import batch_sizes
 from sharding.chips import Chip
 from sharding.mesh import MeshConfig
 from training.config import RunConfig
 
 COUNTS = 32  # numbers of chips that are tried at most, from the first that could do
-MESHES = 32  # of each
+MESHES = 32  # of each, to train
 
 
 class Fitting(NamedTuple):
@@ -28,6 +28,9 @@ class Fitting(NamedTuple):
 
     chips: int
     settings: dict[str, str | int]  # as config keys
+    without: str | None = (
+        None  # 'latency' or 'throughput' that was asked of serving and is reached on no chips that were tried
+    )
 
 
 def fewest_to_train(run: RunConfig, chip: Chip) -> Fitting | None:
@@ -45,17 +48,27 @@ def fewest_to_train(run: RunConfig, chip: Chip) -> Fitting | None:
 
 
 def fewest_to_serve(serving: Serving, rows: int | None) -> Fitting | None:
-    """The fewest chips that are found to hold as many rows; with `rows` None, a row for each part that a mesh makes."""
-    c = serving.model
+    """The fewest chips that hold as many rows and reach the target; where none reaches it, that hold them.
 
-    def fitting(chips: int) -> Iterator[dict[str, Any]]:
-        for mesh in itertools.islice(serving_meshes(c, chips, rows), MESHES):
-            tried = dataclasses.replace(serving, mesh=mesh, rows=rows or mesh.span(('replica', 'data', 'expert')))
-            if tried.fits:
-                yield tried.knobs
+    With `rows` None as many rows are held as reach the target soonest: a row for each part that a mesh makes, or for a
+    throughput as many as fit.
+    """
+    c, target = serving.model, serving.target
+
+    def fitting(chips: int) -> Iterator[Serving]:
+        for mesh in serving_meshes(c, chips, rows):
+            options = [dataclasses.replace(serving, mesh=mesh, rows=n) for n in ([rows] if rows else rows_on(mesh))]
+            # More rows need more memory.
+            if count := bisect.bisect_left(options, True, key=lambda one: not one.fits):
+                yield options[0 if target.throughput is None else count - 1]
 
     alone = dataclasses.replace(serving, mesh=MeshConfig(), rows=1)
-    return first_of(counts_of(c, rules_of_serving(rows)), alone.memory.parameters / serving.room, fitting)
+    counts, least = counts_of(c, rules_of_serving(rows)), alone.memory.parameters / serving.room
+    found = first_of(counts, least, lambda chips: (tried.knobs for tried in fitting(chips) if tried.reaches))
+    if found or target == Target():
+        return found
+    found = first_of(counts, least, lambda chips: (tried.knobs for tried in fitting(chips)))
+    return found and found._replace(without='throughput' if target.latency is None else 'latency')
 
 
 def first_of(counts: list[int], least: float, fitting: Callable[[int], Iterator[dict[str, Any]]]) -> Fitting | None:

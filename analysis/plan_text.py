@@ -288,6 +288,11 @@ def misfit(plan: dict[str, Any]) -> str:
         how = ', '.join(f'{key}={value}' for key, value in found['settings'].items() if value != 1)
         return says + f'On as many chips this fits: {how}; --mesh auto finds the fastest that does.'
     where = 'from' if found['chips'] > chips else 'on'
+    if without := found['without']:
+        return says + (
+            f'It fits {where} {found["chips"]:,} chips, but no number of them that was tried reaches --{without}: '
+            f'--chips {found["chips"]} --rows {found["settings"]["rows"]} --mesh auto without it plans that.'
+        )
     return says + f'It fits {where} {found["chips"]:,} chips: --chips {found["chips"]} --mesh auto plans that.'
 
 

@@ -94,7 +94,7 @@ def search_serving(
     count, near = 0, list[Serving]()
     for mesh in serving_meshes(c, chips, rows):
         count += 1
-        options = [Serving(c, mesh, chip, n, length, prompt, target) for n in ([rows] if rows else _rows(mesh))]
+        options = [Serving(c, mesh, chip, n, length, prompt, target) for n in ([rows] if rows else rows_on(mesh))]
         # More rows need more memory, and take longer, but not as much longer as they are more.
         fitting = bisect.bisect_left(options, True, key=lambda serving: not serving.fits)
         if options[fitting:]:
@@ -140,7 +140,8 @@ def rules_of_serving(rows: int | None) -> list[Divides]:
     return [*rules, Divides(BATCH, '--rows', rows)] if rows else rules
 
 
-def _rows(mesh: MeshConfig) -> Iterator[int]:
+def rows_on(mesh: MeshConfig) -> Iterator[int]:
+    """Numbers of rows to try where none is given: one for each part that the mesh makes of them, and doubles of it."""
     rows = mesh.span(BATCH)
     while rows <= MOST_ROWS:
         yield rows

@@ -16,7 +16,7 @@ from data.packing import Samples, best_fit
 from data.reading import lines_of, plain_name
 from data.sources import kind_of_text, objects, text_in
 from data.tokenizer import Tokenizer
-from data.walk import LeftOut, files_of
+from data.walk import LeftOut, files_of, is_named
 from sharding.errors import UserError, shown
 
 
@@ -36,18 +36,19 @@ def read_pairs(paths: Sequence[str], option: str, left_out: list[LeftOut] | None
         if given == 'stdlib':
             raise UserError(f'{option}=stdlib holds no pairs: an encoder–decoder learns from .tsv or .jsonl files')
         for path in files_of(given, option, left_out):
-            yield from _pairs_of(path)
+            yield from _pairs_of(path, is_named(path, given))
 
 
-def _pairs_of(path: Path) -> Iterator[Pair]:
-    kind, text = kind_of_text(path, Pair._fields)
+def _pairs_of(path: Path, named: bool) -> Iterator[Pair]:
+    kind, text = kind_of_text(path, Pair._fields, named)
     suffix = plain_name(path).suffix
     if kind != 'text':
         for name, value in objects(path, kind, text, 'an object with a source and a target', Pair._fields):
             yield Pair(*(text_in(value, field, name, repr(field)) for field in Pair._fields))
     elif suffix in ('.tsv', ''):
-        for number, line in lines_of(text, shown(path)):
-            yield pair(line, f'{path}:{number}')
+        file = shown(path)
+        for number, line in lines_of(text, file):
+            yield pair(line, f'{file}:{number}')
     else:
         raise UserError(f'{shown(path)}: an encoder–decoder learns from pairs, in .tsv or .jsonl files')
 
@@ -56,7 +57,7 @@ def pair(line: str, name: str) -> Pair:
     """The pair of a line of .tsv."""
     sides = line.split('\t')
     if len(sides) != 2:
-        raise UserError(f'{shown(name)}: {len(sides) - 1} tabs; a line must be a source, one tab, and a target')
+        raise UserError(f'{name}: {len(sides) - 1} tabs; a line must be a source, one tab, and a target')
     return Pair(*sides)
 
 

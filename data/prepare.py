@@ -28,6 +28,8 @@ from sharding.errors import UserError
 FORMAT = 1
 # The tokenizer learns from about this many characters, spread over the training text: more takes long, changes little.
 TOKENIZER_CHARACTERS = 32_000_000
+# Names of special tokens are looked for in the first so many characters: for a thousand names it takes as long as tokenizing.
+SEARCHED = 8_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +113,8 @@ def _build(
     group_of: dict[bytes, str] = {}  # by the text's hash, so that copies of a text fall on the same side
     size_of_group: Counter[str] = Counter()
     size_of_text: Counter[bytes] = Counter()
-    characters = count = ends = named = 0
-    names = tokenizer.special_names if tokenizer else None
+    characters = count = ends = 0
+    names = _Names(tokenizer)
     for document in documents(config, skipped):
         data = document.text.encode()
         digest = hashlib.sha256(data).digest()
@@ -120,16 +122,19 @@ def _build(
         size_of_group[group_of.setdefault(digest, document.group)] += len(data)
         size_of_text[digest] += len(data)
         characters += len(document.text)
-        named += bool(names and names.search(document.text))
+        names.look(document.text)
         ends += bytes_after(document.text, cut(document.text, config.validation_share))
         count += 1
     size_of_text_hex = {digest.hex(): size for digest, size in size_of_text.items()}
-    split, held = split_of(config, size_of_group, size_of_text_hex, ends)
+
+    def ends_of(share: float) -> int:
+        return sum(bytes_after(document.text, cut(document.text, share)) for document in documents(config, []))
+
+    split, held = split_of(config, size_of_group, size_of_text_hex, ends, ends_of)
     size = size_of_group.total()
     say(f'data: {count} documents, {size / 1e6:.2f} MB; sha256 {sha256.hexdigest()[:16]}{told(skipped)}')
     say(f'data: {held:.1%} of the bytes held out for validation, {TELL[split.by]} ({split.share:.1%} asked for)')
-    if named:
-        say(f'data: {named} documents have {_names_told(config)}')
+    names.tell(say, 'documents', config)
 
     def texts(part: str) -> Iterator[str]:
         again = hashlib.sha256()
@@ -204,19 +209,21 @@ def _build_pairs(
     sha256, size_of_source, count = hashlib.sha256(), Counter[str](), 0
     digest = lambda text: hashlib.sha256(text.encode()).hexdigest()
     skipped: list[LeftOut] = []
-    names, named = tokenizer.special_names if tokenizer else None, 0
+    names = _Names(tokenizer)
     for pair in read_pairs(config.paths, 'data.source', skipped):
-        named += bool(names and any(map(names.search, pair)))
+        names.look(*pair)
         sha256.update('\t'.join(map(digest, pair)).encode())
         size_of_source[digest(pair.source)] += len(''.join(pair).encode())
         count += 1
     if not count:
         raise UserError(f'data.source={config.source!r}: holds no pairs; a line must be a source, a tab, and a target')
+    held_by = lambda share: sum(size_of_source[source] for source in held_out(size_of_source, share))
     held = held_out(size_of_source, config.validation_share)
-    share = checked(sum(size_of_source[source] for source in held), size_of_source.total(), config)
+    share = checked(held_by(config.validation_share), size_of_source.total(), config, held_by)
     say(
         f'data: {count} pairs, {share:.1%} of their bytes held out ({config.validation_share:.1%} asked for){told(skipped)}'
     )
+    names.tell(say, 'pairs', config)
 
     def of(part: str) -> Iterator[Pair]:
         for pair in read_pairs(config.paths, 'data.source'):
@@ -249,13 +256,32 @@ def _build_pairs(
     return Dataset(tokenizer, rows['train'], rows['validation'], facts)
 
 
-def _names_told(config: DataConfig) -> str:
-    """What becomes of the names of special tokens that are in the text."""
-    other = 'data.special_tokens=true reads them as those tokens'
-    if config.special_tokens:
-        other = 'data.special_tokens=false reads them as text'
-    read = 'those tokens' if config.special_tokens else 'text'
-    return f'names of special tokens in them, which are read as {read}; {other}'
+class _Names:
+    """Counts the documents that have names of special tokens in them, as far as it looks."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self.pattern = tokenizer.special_names if tokenizer else None
+        self.found, self.left, self.all = 0, SEARCHED, True
+
+    def look(self, *texts: str) -> None:
+        """Looks for names in the texts of one document."""
+        for text in texts if self.pattern else ():
+            match = self.pattern.search(text, 0, self.left)
+            self.all &= bool(match) or len(text) <= self.left
+            self.left = max(0, self.left - (match.end() if match else len(text)))
+            if match:
+                self.found += 1
+                return
+
+    def tell(self, say: Callable[[str], None], documents: str, config: DataConfig) -> None:
+        """Says how many there are, and what becomes of the names."""
+        if not self.found:
+            return
+        read, other = 'text', 'data.special_tokens=true reads them as those tokens'
+        if config.special_tokens:
+            read, other = 'those tokens', 'data.special_tokens=false reads them as text'
+        many = f'{self.found}' if self.all else f'at least {self.found}'
+        say(f'data: {many} {documents} have names of special tokens in them, which are read as {read}; {other}')
 
 
 def _sample(texts: Iterator[str], every: int, block: int = 1 << 16) -> Iterator[str]:

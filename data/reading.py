@@ -24,7 +24,9 @@ from sharding.errors import UserError, shown
 BLOCK = 1 << 20
 # A zstd block of 4 bytes stands for up to 128 KiB: what comes out of so many bytes at once fits any memory.
 SMALL_BLOCK = 2048
-DOCUMENT = 1 << 30  # characters of a document at most: its text, its tokens and their copies are in memory together
+# Characters of a document at most. A plain file has as many bytes, so the limit is for what goes on without end, not for
+# what is large: a file of text of a few GB, TinyStories, is one document.
+DOCUMENT = 1 << 33
 LINE = 1 << 26  # characters of a line or of a JSON value at most
 WINDOW = 1 << 29  # bytes that zstd and xz may look back
 # Text packs to a tenth, and the same line over and over to a hundredth; beyond both a file is made to fill the memory.

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from data import reading
 from data.config import DataConfig
 from data.reading import lines_of, pieces, plain_name
-from data.walk import LeftOut, files_of, walk
+from data.walk import LeftOut, files_of, is_named, walk
 from sharding.errors import UserError, nearest, shown
 
 # Not the standard library's own: what was installed beside it. Not like the rest: tests, with their tables of cases.
@@ -82,7 +82,8 @@ def _read(paths: Sequence[str], field: str, option: str, skipped: list[LeftOut])
                 continue
             seen.add(real)
             empty = True
-            for name, text in _documents_of(path, field, 'data.field=' if option == 'data.source' else '--field '):
+            key = 'data.field=' if option == 'data.source' else '--field '
+            for name, text in _documents_of(path, field, key, is_named(path, given)):
                 found, empty = True, False
                 yield path, name, text
             if empty:
@@ -93,9 +94,9 @@ def _read(paths: Sequence[str], field: str, option: str, skipped: list[LeftOut])
             )
 
 
-def _documents_of(path: Path, field: str, key: str) -> Iterator[tuple[str, str]]:
+def _documents_of(path: Path, field: str, key: str, named: bool) -> Iterator[tuple[str, str]]:
     asked = f'{key}{field!r}'
-    kind, text = kind_of_text(path, (field,))
+    kind, text = kind_of_text(path, (field,), named)
     if kind == 'text':
         if whole := reading.joined(text, shown(path)):
             yield str(path), whole
@@ -110,41 +111,90 @@ SPACES = re.compile(r'[ \t\r\n]*')
 LINES = ('.jsonl', '.ndjson', '.jsonlines', '.jl', '.ldjson')  # endings of JSON Lines
 
 
-def kind_of_text(path: Path, fields: Sequence[str], text: Iterator[str] | None = None) -> tuple[Kind, Iterator[str]]:
+def kind_of_text(
+    path: Path, fields: Sequence[str], named: bool, text: Iterator[str] | None = None
+) -> tuple[Kind, Iterator[str]]:
     """What a file holds, by its name, and where that is silent by its content; and its text, which may be given.
 
-    `lines`: JSON Lines. `array`: an array of objects in JSON. `text`: anything else, as it stands. Code and settings in .json
-    are text: they are neither an array of objects, nor lines of objects, nor an object that has the fields.
+    `lines`: JSON Lines. `array`: an array of objects in JSON. `text`: anything else, as it stands. Code, fixtures and settings
+    are text: their first object has none of the `fields`. Where the user `named` this very file, objects in .json are meant to
+    have them.
     """
     text, suffix = text or pieces(path), plain_name(path).suffix
     if suffix in LINES:
         return 'lines', text
     if suffix not in ('.json', ''):
         return 'text', text
-    begin = ''
-    for piece in text:
-        begin += piece
-        first, second = begin.lstrip()[:1], begin.lstrip()[1:].lstrip()[:1]
-        if second and (first != '{' or '\n' in begin.strip() or len(begin) > reading.LINE):
-            break
-    text, begin = itertools.chain([begin], text), begin.strip()
-    if begin.startswith('['):
-        return ('array' if suffix and begin[1:].lstrip().startswith('{') else 'text'), text
-    line, _, rest = begin.partition('\n')
-    if not line.startswith('{'):
-        return 'text', text
+    begin = _Beginning(text)
+    at = begin.letter(0)
+    kind: Kind = 'text'
+    if begin.held.startswith('{', at) and _are_lines(begin, at, fields, named, bool(suffix)):
+        kind = 'lines'
+    if begin.held.startswith('[', at) and suffix and _is_array(begin, begin.letter(at + 1), fields, named):
+        kind = 'array'
+    return kind, itertools.chain([begin.held], text)
+
+
+class _Beginning:
+    """A text as far as it was read: a block at first, and as much again each time."""
+
+    def __init__(self, text: Iterator[str]) -> None:
+        self.text, self.held = text, _more('', text)
+
+    def grow(self) -> bool:
+        """Reads more. False if there is none, or more is held than a value of JSON may have."""
+        before = len(self.held)
+        if before <= reading.LINE:
+            self.held = _more(self.held, self.text)
+        return len(self.held) > before
+
+    def letter(self, at: int) -> int:
+        """The place of the next character, from one on, that is no space; the end where there is none in what is held."""
+        return SPACES.match(self.held, at).end()  # type: ignore[union-attr]
+
+
+def _are_lines(begin: _Beginning, at: int, fields: Sequence[str], named: bool, json_named: bool) -> bool:
+    """Whether a text whose first object begins at a place has a document a line."""
+    while (end := begin.held.find('\n', at)) < 0 and begin.grow():
+        pass
+    end = len(begin.held) if end < 0 else end
     try:
-        value = parsed(line)
+        value = parsed(begin.held[at:end])
     except (ValueError, RecursionError):
-        return 'text', text
-    several = bool(suffix) and rest.lstrip().startswith('{')
-    return ('lines' if several or any(field in value for field in fields) else 'text'), text
+        return False
+    if begin.letter(end) == len(begin.held):
+        begin.grow()
+    alone, several = begin.letter(end) == len(begin.held), begin.held.startswith('{', begin.letter(end))
+    if any(field in value for field in fields):
+        return named or json_named or alone or several
+    return named and json_named and several
+
+
+def _is_array(begin: _Beginning, at: int, fields: Sequence[str], named: bool) -> bool:
+    """Whether an array whose first element begins at a place is one of documents."""
+    if named or not begin.held.startswith('{', at):
+        return begin.held.startswith('{', at)
+    while True:
+        try:
+            return any(field in DECODER.raw_decode(begin.held, at)[0] for field in fields)
+        except (ValueError, RecursionError):
+            if not begin.grow():  # damaged: whoever reads it as an array says where
+                return any(json.dumps(field) in begin.held for field in fields)
+
+
+def _more(held: str, text: Iterator[str]) -> str:
+    """A text's beginning as far as it was read and as much again, at least a block, or all of it."""
+    parts, wanted = [held], max(reading.BLOCK, len(held))
+    while wanted > 0 and (piece := next(text, None)) is not None:
+        parts.append(piece)
+        wanted -= len(piece)
+    return ''.join(parts)
 
 
 def objects(
     path: Path, kind: Kind, text: Iterator[str], rule: str, fields: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects in a file of `lines` or an `array`, each with its name for messages.
+    """The objects in a file of `lines` or an `array`, each with its place as messages show it.
 
     `rule` says what each must be, and `fields` which of its fields are read: none of them may stand twice.
     """
@@ -152,21 +202,21 @@ def objects(
         yield from _elements(path, text, rule)
         return
     quoted = [json.dumps(field) for field in fields]
-    for number, line in lines_of(text, shown(path)):
-        name = f'{path}:{number}'
+    file = shown(path)
+    for number, line in lines_of(text, file):
+        name = f'{file}:{number}'
         yield name, _object(line, name, f'every line must be {rule}', quoted)
 
 
 def _object(line: str, name: str, rule: str, quoted: Sequence[str]) -> dict[str, Any]:
     try:
-        twice = any(
-            line.count(field) > 1 for field in quoted
-        )  # perhaps, and then all is looked at, which takes twice as long
+        # Perhaps a field stands twice: then all is looked at, which takes twice as long.
+        twice = any(line.count(field) > 1 for field in quoted)
         value = parsed(line) if twice else _at_once(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f'{shown(name)}: not JSON ({_why(error)}); {rule}') from None
+        raise UserError(f'{name}: not JSON ({_why(error)}); {rule}') from None
     if not isinstance(value, dict):
-        raise UserError(f'{shown(name)}: JSON, but no object; {rule}')
+        raise UserError(f'{name}: JSON, but no object; {rule}')
     return value
 
 
@@ -180,20 +230,14 @@ def _at_once(line: str) -> Any:
 def _elements(path: Path, text: Iterator[str], rule: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of an array, which is held a piece at a time."""
     rule = f'the file must be an array, and every element {rule}'
-    held, at, number = '', 0, 0
+    file, held, at, number = shown(path), '', 0, 0
     expected = '['
 
     def more() -> bool:
         nonlocal held, at
-        wanted = max(
-            reading.BLOCK, len(held) - at
-        )  # twice as much each time, so that an element is not tried too often
-        new = []
-        while wanted > 0 and (piece := next(text, None)) is not None:
-            new.append(piece)
-            wanted -= len(piece)
-        held, at = held[at:] + ''.join(new), 0
-        return bool(new)
+        before = len(held) - at
+        held, at = _more(held[at:], text), 0  # twice as much each time, so that an element is not tried too often
+        return len(held) > before
 
     def next_letter() -> str:
         nonlocal at
@@ -205,16 +249,16 @@ def _elements(path: Path, text: Iterator[str], rule: str) -> Iterator[tuple[str,
                 return ''
 
     while True:
-        name = f'{path}[{number}]'
+        name = f'{file}[{number}]'
         letter = next_letter()
         if letter == ']' and (expected == ',' or number == 0):
             at += 1
             if next_letter():
-                raise UserError(f'{shown(path)}: not JSON (more follows after its array); {rule}')
+                raise UserError(f'{file}: not JSON (more follows after its array); {rule}')
             return
         if letter != expected:
             what = f'{expected} expected, {letter!r} found' if letter else 'it ends before its array does'
-            raise UserError(f'{shown(name)}: not JSON ({what}); {rule}')
+            raise UserError(f'{name}: not JSON ({what}); {rule}')
         at += 1
         if expected == '[' and next_letter() == ']':
             continue
@@ -226,12 +270,12 @@ def _elements(path: Path, text: Iterator[str], rule: str) -> Iterator[tuple[str,
             except (ValueError, RecursionError) as error:
                 if len(held) - at > reading.LINE:
                     raise UserError(
-                        f'{shown(name)}: not JSON, or a value of more than {reading.LINE:,} characters ({_why(error)}); {rule}'
+                        f'{name}: not JSON, or a value of more than {reading.LINE:,} characters ({_why(error)}); {rule}'
                     ) from None
                 if not more():
-                    raise UserError(f'{shown(name)}: not JSON ({_why(error)}); {rule}') from None
+                    raise UserError(f'{name}: not JSON ({_why(error)}); {rule}') from None
         if not isinstance(value, dict):
-            raise UserError(f'{shown(name)}: JSON, but no object; {rule}')
+            raise UserError(f'{name}: JSON, but no object; {rule}')
         yield name, value
         at, number, expected = end, number + 1, ','
 
@@ -265,14 +309,14 @@ def parsed(line: str) -> Any:
 def text_in(value: dict[str, Any], field: str, name: str, asked: str) -> str:
     """The text in a field of an object, which messages call `asked`."""
     if field not in value:
-        raise UserError(f'{shown(name)}: no field {asked}{nearest(field, value)}')
+        raise UserError(f'{name}: no field {asked}{nearest(field, value)}')
     text = value[field]
     if not isinstance(text, str):
-        raise UserError(f'{shown(name)}: field {field!r} is {shown(repr(text)[:200], 40)}; it must be text')
+        raise UserError(f'{name}: field {field!r} is {shown(repr(text)[:200], 40)}; it must be text')
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f'{shown(name)}: field {field!r} has half of a surrogate pair at character {error.start}; leave it out'
+            f'{name}: field {field!r} has half of a surrogate pair at character {error.start}; leave it out'
         ) from None
     return text

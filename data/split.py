@@ -4,8 +4,9 @@ What is held out is at least half of the share and at most one and a half times 
 """
 
 import hashlib
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from data.config import DataConfig
@@ -38,19 +39,35 @@ class Split:
 
 
 def split_of(
-    config: DataConfig, size_of_group: Mapping[str, int], size_of_text: Mapping[str, int], ends: int
+    config: DataConfig,
+    size_of_group: Mapping[str, int],
+    size_of_text: Mapping[str, int],
+    ends: int,
+    ends_of: Callable[[float], int],
 ) -> tuple[Split, float]:
     """By groups if whole ones come near the share that is wanted, else by documents, else the end of each document.
 
-    Returns the split and the share of bytes that is held out. `ends` are the bytes of all documents' ends. Raises UserError
-    where the share is far from what was asked for.
+    Returns the split and the share of bytes that is held out. `ends` are the bytes of all documents' ends, `ends_of` counts
+    them for another share. Raises UserError where the share is far from what was asked for.
     """
+    kinds = ('package' if config.paths == ('stdlib',) else 'file', size_of_group), ('document', size_of_text)
+    whole = sum(size_of_group.values())
+
+    def of_whole(share: float) -> tuple[Split, int] | None:
+        for by, sizes in kinds:
+            names = held_out(sizes, share)
+            if (held := sum(sizes[name] for name in names)) >= LEAST * share * whole:
+                return Split(by, share, names), held
+        return None
+
+    def held_by(share: float) -> int:
+        found = of_whole(share)
+        return found[1] if found else ends_of(share)
+
     share = config.validation_share
-    for by, sizes in ('package' if config.paths == ('stdlib',) else 'file', size_of_group), ('document', size_of_text):
-        names, whole = held_out(sizes, share), sum(sizes.values())
-        if (held := sum(sizes[name] for name in names)) >= LEAST * share * whole:
-            return Split(by, share, names), held / whole
-    return Split('end', share), checked(ends, sum(size_of_group.values()), config)
+    if found := of_whole(share):
+        return found[0], found[1] / whole
+    return Split('end', share), checked(ends, whole, config, held_by)
 
 
 def held_out(sizes: Mapping[str, int], share: float) -> frozenset[str]:
@@ -98,14 +115,29 @@ def _place(text: str, share: float, whole: int) -> int:
     return len(text.encode()[: int(whole * (1 - share))].decode(errors='ignore'))
 
 
-def checked(held: int, whole: int, config: DataConfig) -> float:
-    """The share that came out. Raises UserError where it is far from what was asked for."""
+def checked(held: int, whole: int, config: DataConfig, held_by: Callable[[float], int]) -> float:
+    """The share that came out, where `held_by` another share so many bytes would be held out.
+
+    Raises UserError where it is far from what was asked for.
+    """
     share, found = config.validation_share, held / whole
-    if not LEAST * share <= found <= MOST * share:
-        near = f', or data.validation_share={found:.2g}, which they allow' if 0 < found <= 0.5 else ''
+    if not near(held, share, whole):
+        other = _rounded_up(found)
+        works = 0 < other <= 0.5 and near(held_by(other), other, whole)
         raise UserError(
             f'data.source={shown(", ".join(config.paths))}: {held:,} of {whole:,} bytes can be held out where '
             f'data.validation_share={share:g} asks for {share * whole:,.0f}, and {LEAST:g} to {MOST:g} times as many '
-            f'are taken: give more or longer texts{near}'
+            f'are taken: give more or longer texts{f", or data.validation_share={other:g}, which they allow" if works else ""}'
         )
     return found
+
+
+def near(held: int, share: float, whole: int) -> bool:
+    """Whether so many bytes are about the share of the whole."""
+    return LEAST * share <= held / whole <= MOST * share
+
+
+def _rounded_up(share: float) -> float:
+    """With two digits."""
+    digits = 1 - math.floor(math.log10(share)) if share else 0
+    return math.ceil(round(share * 10**digits, 6)) / 10**digits

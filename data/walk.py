@@ -6,10 +6,9 @@ Links to folders are followed, each folder being entered once, so that links in 
 import fnmatch
 import glob
 import os
-import re
 import stat
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -49,10 +48,18 @@ def files_of(given: str, option: str, left_out: list[LeftOut]) -> list[Path]:
         return _matches(path, name, left_out)
     if stat.S_ISDIR(kind):
         root = Path(path)
-        return [root / file for file in _relative(root, COMPILED, left_out, hidden=False)]
+        found = [path.relative_to(root).parts for path in walk(root, COMPILED, left_out, hidden=False, follow=True)]
+        # What stands in a folder itself comes before what stands in those in it.
+        found.sort(key=lambda parts: [(len(parts) - 1 > at, part) for at, part in enumerate(parts)])
+        return [root.joinpath(*parts) for parts in found]
     if not stat.S_ISREG(kind):
         raise UserError(f'{name}: is {kind_of(kind)}; it must be a regular file, a folder or a glob')
     return [Path(path)]
+
+
+def is_named(path: Path, given: str) -> bool:
+    """Whether `files_of(given)` found a path because it was given itself, and not a folder or glob."""
+    return path == Path(os.path.expanduser(given))
 
 
 def _matches(path: str, name: str, left_out: list[LeftOut]) -> list[Path]:
@@ -60,7 +67,9 @@ def _matches(path: str, name: str, left_out: list[LeftOut]) -> list[Path]:
     if os.path.islink(path):
         target = shown(os.readlink(path))
         raise UserError(f'{name}: is a link to {target}, which is not there or leads back to it; mend the link')
-    found = list(islice(_glob(path), MOST_FILES))
+    found = list(islice(_glob(path, left_out), MOST_FILES + 1))
+    if len(found) > MOST_FILES:
+        raise UserError(f'{name}: means more than {MOST_FILES:,} files; put the text into fewer of them')
     files = [Path(match) for match in sorted(found) if os.path.isfile(match)]
     left_out += [LeftOut(one, _why(one)) for one in found if not os.path.isfile(one) and not os.path.isdir(one)]
     if files:
@@ -71,44 +80,40 @@ def _matches(path: str, name: str, left_out: list[LeftOut]) -> list[Path]:
     raise UserError(f'{name}: no such file or folder, and no file matches it as a glob{hint}')
 
 
-def _glob(path: str) -> Iterator[str]:
-    """As `glob.iglob`, where `**` follows links without going round in circles."""
+def _glob(path: str, left_out: list[LeftOut]) -> Iterator[str]:
+    """As `glob.iglob`, where `**` follows links without going round in circles, and what is no file is left out."""
     parts = Path(path).parts
     if '**' not in parts:
         yield from glob.iglob(path)
         return
     first = parts.index('**')
-    pattern = re.compile(''.join(map(_part, parts[first:-1])) + (_last(parts[-1])))
     hidden = any(part.startswith('.') for part in parts[first:])
-    for base in sorted(glob.glob(os.path.join(*parts[:first]))) if first else ['']:
-        root = Path(base)
-        yield from (
-            str(root / file)
-            for file in _relative(root, frozenset(), [], hidden, every_link=True)
-            if pattern.fullmatch(file.as_posix())
-        )
+    for base in filter(os.path.isdir, glob.glob(os.path.join(*parts[:first]))) if first else ['']:
+        yield from map(str, walk(Path(base), frozenset(), left_out, hidden, True, parts[first:]))
 
 
-def _part(part: str) -> str:
-    return r'(?:[^/.][^/]*/)*' if part == '**' else _name(part) + '/'
+def _means(patterns: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether a file, by the parts of its path, is one that a glob with `**` means.
+
+    `**` stands for any number of folders without a hidden one; at the end, for a file in them.
+    """
+    end = len(patterns)
+    places = {0}  # in the patterns, up to which the parts so far may have come
+    for part in parts:
+        after = set()
+        for place in places:
+            while place < end and patterns[place] == '**':
+                if not part.startswith('.'):
+                    after |= {place, end} if place == end - 1 else {place}
+                place += 1
+            if place < end and _names(patterns[place], part):
+                after.add(place + 1)
+        places = after
+    return end in places
 
 
-def _last(part: str) -> str:
-    return r'(?:[^/.][^/]*/)*[^/.][^/]*' if part == '**' else _name(part)
-
-
-def _name(part: str) -> str:
-    """A pattern for one name: a star is for no slash, and for no dot that a name begins with."""
-    translated = fnmatch.translate(part).removeprefix('(?s:').removesuffix(r')\Z')
-    return ('' if part.startswith('.') else r'(?!\.)') + f'(?:{translated.replace(".*", "[^/]*")})'
-
-
-def _relative(
-    root: Path, skip: frozenset[str], left_out: list[LeftOut], hidden: bool, every_link: bool = False
-) -> list[Path]:
-    """The files under a folder as paths from there, sorted within each folder."""
-    found = [path.relative_to(root) for path in walk(root, skip, left_out, hidden, True, every_link)]
-    return sorted(found, key=lambda path: [(len(path.parts) - 1 > at, part) for at, part in enumerate(path.parts)])
+def _names(pattern: str, part: str) -> bool:
+    return fnmatch.fnmatchcase(part, pattern) and (pattern.startswith('.') or not part.startswith('.'))
 
 
 def walk(
@@ -117,15 +122,19 @@ def walk(
     left_out: list[LeftOut],
     hidden: bool = True,
     follow: bool = False,
-    every_link: bool = False,
+    patterns: Sequence[str] = (),
 ) -> Iterator[Path]:
     """Files under `root`, sorted within each folder, without folders that `skip` names; those in linked folders come last.
 
-    With `follow` each linked folder is entered that has not been; with `every_link` the others too, but not the links in them,
-    so that a file is found under each link's name.
+    With `follow` each linked folder is entered that has not been. With the `patterns` of a glob only files that it means are
+    looked at; the other linked folders are entered too, but not the links in them, so that a file is found under each link's
+    name; and folders that cannot be read are left out.
     """
 
     def fail(error: OSError) -> None:
+        if patterns:
+            left_out.append(LeftOut(str(error.filename), 'a folder that cannot be read'))
+            return
         raise UserError(
             f'{shown(error.filename)}: cannot be read ({error.strerror}); make it readable or name other paths'
         ) from None
@@ -138,7 +147,7 @@ def walk(
         for folder, folders, names in os.walk(begin, onerror=fail):
             here = os.stat(folder)
             known = (here.st_dev, here.st_ino) in seen
-            if known and not every_link:
+            if known and not patterns:
                 folders[:] = []
                 continue
             seen.add((here.st_dev, here.st_ino))
@@ -146,7 +155,10 @@ def walk(
             folders[:] = sorted(name for name in set(folders) - skip if hidden or not name.startswith('.'))
             if follow and not known:
                 linked += [link for name in folders if os.path.islink(link := os.path.join(folder, name))]
+            inside = Path(folder).relative_to(root).parts
             for name in sorted(name for name in names if hidden or not name.startswith('.')):
+                if patterns and not _means(patterns, (*inside, name)):
+                    continue
                 count += 1
                 if count > MOST_FILES:
                     raise UserError(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data.chat import conversation, read_conversation
-from data.reading import joined, pieces
+from data.reading import joined, pieces, plain_name
 from data.sources import kind_of_text, objects
 from sharding.errors import UserError, nearest, shown
 
@@ -44,21 +44,29 @@ def read_questions(
 def read_prompts(path: str) -> list[Question]:
     """The lines of a file, empty ones left out, or the objects in one of JSON. Only line feeds end a line, and \\r before them.
 
-    A prompt of several lines is one of JSON.
+    A prompt of several lines is one of JSON. Raises UserError for .json that holds neither: a conversation over several lines
+    is none of the prompts' lines, and an array of texts has no objects.
     """
     whole = joined(pieces(Path(path), '--prompts-file ', streams=True), f'--prompts-file {shown(path)}', LONGEST)
-    kind, text = kind_of_text(Path(path), ('prompt', 'messages'), iter([whole]))
-    if kind == 'text':
-        lines = [(number, line.removesuffix('\r')) for number, line in enumerate(''.join(text).split('\n'), 1)]
-        return [Question(shown(f'{path}:{number}'), line) for number, line in lines if line]
+    kind, text = kind_of_text(Path(path), ('prompt', 'messages'), True, iter([whole]))
     rule = 'an object with either "prompt" or "messages"'
-    return [_question(shown(name), value, rule) for name, value in objects(Path(path), kind, text, rule, FIELDS)]
+    if kind == 'text':
+        if plain_name(Path(path)).suffix == '.json' and whole.strip():
+            raise UserError(
+                f'--prompts-file {shown(path)}: .json must hold {rule} a line, or an array of such; if it is one conversation, '
+                'give it as --chat; if its lines are prompts, call it .txt'
+            )
+        lines = [(number, line.removesuffix('\r')) for number, line in enumerate(''.join(text).split('\n'), 1)]
+        file = shown(path)
+        return [Question(f'{file}:{number}', line) for number, line in lines if line]
+    return [_question(name, value, rule) for name, value in objects(Path(path), kind, text, rule, FIELDS)]
 
 
 def _question(where: str, said: dict[str, Any], rule: str) -> Question:
     """The question of an object."""
     if ('prompt' in said) == ('messages' in said):
-        raise UserError(f'{where}: it must be {rule}')
+        chat = '; if the file is one conversation, give it as --chat' if 'role' in said else ''
+        raise UserError(f'{where}: it must be {rule}{chat}')
     for name in said:
         if name not in FIELDS:
             raise UserError(f'{where}: no field {shown(name, 60, quoted=True)} in a line{nearest(name, FIELDS)}')

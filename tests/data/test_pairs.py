@@ -50,6 +50,14 @@ def test_a_line_that_is_no_pair_is_named(tmp_path, name, text, message):
     assert '\n' not in str(found.value)
 
 
+def test_a_long_path_keeps_its_line_in_a_message(tmp_path):
+    path = tmp_path / ('long' * 50) / 'a.tsv'
+    path.parent.mkdir()
+    path.write_text('a\tb\nab')
+    with pytest.raises(UserError, match='…:2: 0 tabs'):
+        list(read_pairs([str(path)], 'data.source'))
+
+
 def test_each_target_lies_in_the_segment_of_its_source_and_every_pair_once(tmp_path):
     tokenizer = Tokenizer.train((side for pair in PAIRS for side in pair), 300)
     rows, left_out = pack_pairs(tokenizer, [*PAIRS, Pair('1 ' * 40, '1')], 24)

@@ -186,6 +186,16 @@ def test_a_mistake_in_json_is_named_by_its_place(tmp_path: Path, name: str) -> N
     assert message in told(tmp_path / name, data)
 
 
+@pytest.mark.parametrize(
+    ('name', 'data', 'place'),
+    [('a.jsonl', b'{"text": "a"}\n{"txt": 1}', ':2: no field'), ('a.json', b'[{"text": "a"}, 7]', '[1]: JSON, but')],
+)
+def test_a_long_path_keeps_its_line_in_a_message(tmp_path: Path, name: str, data: bytes, place: str) -> None:
+    (tmp_path / ('long' * 50)).mkdir()
+    line = told(tmp_path / ('long' * 50) / name, data)
+    assert f'…{place}' in line, line
+
+
 def test_other_fields_may_hold_any_numbers(tmp_path: Path) -> None:
     data = b'{"n": ' + b'1' * 5000 + b', "m": 1e999, "text": "a"}'
     assert read(tmp_path / 'a.jsonl', data) == ['a']
@@ -216,6 +226,7 @@ def test_bombs_are_told_before_they_fill_the_memory(tmp_path: Path, monkeypatch:
 
 
 def test_texts_and_lines_have_named_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert reading.DOCUMENT > 2_227_753_162  # TinyStories, one file
     monkeypatch.setattr(reading, 'LINE', 1000)
     monkeypatch.setattr(reading, 'DOCUMENT', 3000)
     long = json.dumps({'text': 'a' * 2000}).encode()

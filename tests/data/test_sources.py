@@ -3,13 +3,15 @@
 import gzip
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import zstandard
 
 from data.config import DataConfig
-from data.sources import documents, stdlib, texts
+from data.reading import BLOCK
+from data.sources import documents, kind_of_text, stdlib, texts
 from data.walk import LeftOut
 from sharding.errors import UserError
 
@@ -55,6 +57,57 @@ def test_folders_and_globs_are_sorted_and_name_each_file_once(tmp_path: Path) ->
     assert read(f'{tmp_path}/**/*.txt') == ['a.txt', 'b.txt', 'sub/c.txt']
     assert read(tmp_path / 'sub', tmp_path / 'b.txt', tmp_path) == ['sub/c.txt', 'b.txt', 'a.txt', 'g.md']
     assert read(write(tmp_path / 'odd[1]/x.txt', 'brackets')) == ['brackets']
+
+
+FIXTURES = {
+    'fixture.json': '[\n {"id": 1, "name": "x"},\n {"id": 2}\n]\n',
+    'array.json': '[{"texts": "a"}]',
+    'comment.json': '[{"id": 1, // the first\n "name": "x"}]',
+    'log.json': '{"level": "info"}\n{"level": "error"}\n',
+    'long.json': '[{"id": "' + 'x' * (3 << 20) + '"}]',
+    'README': '{"text": "x"}\nis how a line looks\n',
+    'log': '{"level": "info"}\n{"level": "error"}\n',
+}
+
+
+@pytest.mark.parametrize('name', FIXTURES)
+def test_json_without_the_field_is_text_in_a_folder(tmp_path: Path, name: str) -> None:
+    write(tmp_path / 'a.py', 'print(1)')
+    write(tmp_path / name, FIXTURES[name])
+    assert sorted(read(tmp_path)) == sorted(read(tmp_path / '*')) == sorted(['print(1)', FIXTURES[name]])
+
+
+def test_json_with_the_field_is_documents_in_a_folder_too(tmp_path: Path) -> None:
+    long = 'x' * (3 << 20)
+    write(tmp_path / 'a.json', json.dumps([{'n': long, 'text': 'one'}, {'text': 'two'}], indent=1))
+    write(tmp_path / 'b.json', f'{{"n": "{long}", "text": "three"}}\n{{"text": "four"}}')
+    write(tmp_path / 'c', '\n{"text": "five"}\n\n{"text": "six"}')
+    write(tmp_path / 'd', '{"text": "seven"}')
+    assert read(tmp_path) == ['one', 'two', 'three', 'four', 'five', 'six', 'seven']
+    write(tmp_path / 'e.json', '[{"text": "one"')  # damaged, but no plain text
+    with pytest.raises(UserError, match=r'e\.json\[0\]: not JSON'):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize('name', ['fixture.json', 'array.json', 'log.json'])
+def test_json_that_is_named_must_have_the_field(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=rf"{name}(\[0\]|:1): no field --field 'text'"):
+        read(write(tmp_path / name, FIXTURES[name]))
+
+
+@pytest.mark.parametrize('name', ['a.json', 'a'])
+def test_what_a_text_is_takes_a_block_of_spaces_at_most(name: str) -> None:
+    taken: list[str] = []
+
+    def blanks() -> Iterator[str]:
+        for _ in range(50):
+            taken.append(' ' * (BLOCK // 4))
+            yield taken[-1]
+        yield '[{"text": "a"}]'
+
+    kind, text = kind_of_text(Path(name), ('text',), True, blanks())
+    assert (kind, len(taken)) == ('text', 4)
+    assert ''.join(text) == ' ' * (BLOCK // 4 * 50) + '[{"text": "a"}]'
 
 
 def test_stdlib_leaves_out_what_is_not_its_own_source(tmp_path: Path) -> None:

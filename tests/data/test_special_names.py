@@ -67,3 +67,35 @@ def test_preparing_says_what_becomes_of_names(tmp_path: Path, names: bool) -> No
     found = dataset.train_bytes() + dataset.validation_bytes()
     assert (b'<|endoftext|>' in found) is not names
     assert (len(found) == dataset.facts['bytes']) is not names
+
+
+def test_names_are_looked_for_in_so_much_text_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, looked = read('gpt2'), []
+    pattern = tokenizer.special_names
+
+    class Counting:
+        def search(self, text: str, begin: int = 0, end: int = 1 << 62) -> object:
+            looked.append(len(text[begin:end]))
+            return pattern.search(text, begin, end)
+
+    monkeypatch.setattr(type(tokenizer), 'special_names', Counting())
+    for number in range(10):
+        begin = 'one <|endoftext|> ' if number % 2 else ''
+        (tmp_path / f'{number}.txt').write_text(begin + f'two three {number}\n' * 100)
+    said: list[str] = []
+    config = DataConfig(source=str(tmp_path / '*.txt'), vocabulary=None)
+    for most, told in ((10_000, 'data: 5 documents'), (4_000, 'data: at least 3 documents'), (100, None)):
+        monkeypatch.setattr('data.prepare.SEARCHED', most)
+        looked.clear(), said.clear()
+        prepare(config, tmp_path / f'run {most}', 64, said.append, tokenizer=tokenizer)
+        lines = [line for line in said if 'special tokens' in line]
+        assert [line.split(' have')[0] for line in lines] == ([told] if told else [])
+        assert sum(looked) <= most + 5 * 1300, 'what follows a name in a text is not looked at'
+
+
+def test_preparing_pairs_says_what_becomes_of_names_too(tmp_path: Path) -> None:
+    (tmp_path / 'a.tsv').write_text(''.join(f'one {i} </s>\tone {i}\n' for i in range(200)))
+    said: list[str] = []
+    config = DataConfig(source=str(tmp_path / 'a.tsv'), vocabulary=None)
+    prepare(config, tmp_path / 'run', 64, said.append, pairs=True, tokenizer=read('t5'), start=0)
+    assert any(line.startswith('data: 200 pairs have names of special tokens') for line in said)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,29 @@ def test_pairs_are_held_out_by_the_share_too(tmp_path: Path) -> None:
     (tmp_path / 'a.tsv').write_text('a b c\td e f\n' * 300)
     with pytest.raises(UserError, match='0 of 3,000 bytes can be held out'):
         prepare(config, tmp_path / 'other', 64, print, pairs=True)
+
+
+def test_a_share_that_is_suggested_works(tmp_path: Path) -> None:
+    suggested = 0
+    for seed in range(40):
+        draw = random.Random(seed)
+        source = tmp_path / f'{seed}.{draw.choice(["tsv", "jsonl"])}'
+        if source.suffix == '.tsv':
+            sizes = [draw.choice([1, 3, 200, 200]) for _ in range(draw.randint(2, 12))]
+            source.write_text(''.join(f'{words(size, i + 1000 * seed)}\tx\n' for i, size in enumerate(sizes)))
+        else:
+            letters = [draw.choice(['ab', '文', 'a']) * draw.choice([1, 2, 9]) for _ in range(draw.randint(2, 30))]
+            source.write_text(lines(*letters))
+
+        def refused(share: float, source: Path = source) -> str:
+            config = DataConfig(source=str(source), vocabulary=300, validation_share=share)
+            try:
+                prepare(config, tmp_path / f'run {share}', 64, lambda line: None, pairs=source.suffix == '.tsv')
+            except UserError as error:
+                return str(error)
+            return ''
+
+        if found := re.search(r'or data\.validation_share=(\S+), which they allow', refused(draw.choice([0.03, 0.1]))):
+            suggested += 1
+            assert 'can be held out' not in refused(float(found[1])), (seed, found)
+    assert suggested >= 8, suggested

@@ -1,11 +1,15 @@
 """A folder's files are found whatever links, pipes and odd names stand there, and what is left out is counted."""
 
+import glob
 import os
+import random
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from data import walk
 from data.config import DataConfig
 from data.prepare import prepare
 from data.sources import texts
@@ -61,22 +65,81 @@ def test_links_in_circles_end_soon(place: Path) -> None:
     assert read(f'{place}/**/deep/*.txt')[0] == ['real/deep/c.txt']
 
 
-def test_a_glob_with_stars_matches_as_globs_do(place: Path) -> None:
-    (place / '.hidden').mkdir()
-    (place / '.hidden/e.txt').write_text('e')
-    (place / 'real/.f.txt').write_text('f')
-    (place / 'odd[1]').mkdir()
-    (place / 'odd[1]/g.md').write_text('g')
-    for pattern, wanted in {
-        '**/*.md': ['g'],
-        '**/[ab].txt': ['plain/a.txt', 'real/b.txt'],
-        '**/.f.txt': ['f'],
-        '.hidden/**': ['e'],
-        '*/**/c.txt': ['real/deep/c.txt'],
-        'odd[[]1]/**/*': ['g'],
-        'r*/**/*.txt': ['real/b.txt', 'real/deep/c.txt'],
+def test_a_glob_with_stars_matches_as_globs_do(tmp_path: Path) -> None:
+    for folder in ('a/x/b/', 'a/x/', 'a/', 'b/', '', 'q/deep/', '.h/', 'a/.h/', 'odd[1]/'):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name in ('a', 'a_b', 'a.txt', '.f.txt', '[x]', 'x\ny', 'x.md'):
+            place = tmp_path / folder / name
+            if not place.exists():
+                place.write_text(str(place))
+    draw = random.Random(0)
+    parts = [
+        '**',
+        '**',
+        '*',
+        '?',
+        'a?b',
+        '[!x]',
+        '[!x]*',
+        'a',
+        'x',
+        '.h',
+        '.*',
+        '*.txt',
+        '[ab]*',
+        '[.]f*',
+        'a**',
+        '[[]x]',
+        'x?y',
+    ]
+    drawn = ['/'.join(draw.choice(parts) for _ in range(draw.randint(1, 4))) for _ in range(300)]
+    given = [
+        '**/?/*',
+        '**/a?b',
+        '**/[!x]',
+        '**/[!x]/*',
+        '.h/**',
+        '*/**/a',
+        'odd[[]1]/**/*',
+        '**/**',
+        '**/a/**',
+        '**/.f.txt',
+    ]
+    for pattern in (*given, *('**/' + pattern for pattern in drawn)):
+        wanted = {path for path in glob.glob(f'{tmp_path}/{pattern}', recursive=True) if os.path.isfile(path)}
+        if wanted:
+            assert read(f'{tmp_path}/{pattern}')[0] == sorted(wanted), pattern
+        else:
+            with pytest.raises(UserError, match='no file matches it'):
+                read(f'{tmp_path}/{pattern}')
+
+
+def test_a_glob_leaves_out_folders_that_cannot_be_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = os.scandir
+
+    def deny(path: str | None = None) -> Iterator[os.DirEntry[str]]:
+        if str(path).endswith('deep'):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, 'scandir', deny)  # root may read everything, so a mode would not do
+    os.mkfifo(place / 'plain/pipe.txt')
+    wanted = '; left out: 1 × a folder that cannot be read, 1 × a pipe'
+    assert read(f'{place}/**/*.txt') == (['other/d.txt', 'plain/a.txt', 'real/b.txt'], wanted)
+    with pytest.raises(UserError, match=r'real/deep: cannot be read \(Permission denied\)'):
+        read(place)
+
+
+def test_only_files_that_a_glob_means_count_towards_its_limit(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walk, 'MOST_FILES', 3)
+    assert read(f'{place}/**/[ab].txt')[0] == ['plain/a.txt', 'real/b.txt']
+    for given, message in {
+        f'{place}/**/*.txt': 'holds more than 3 files',
+        f'{place}/*/../*/*.txt': 'means more than 3 files',
+        str(place): 'holds more than 3 files',
     }.items():
-        assert read(f'{place}/{pattern}')[0] == wanted, pattern
+        with pytest.raises(UserError, match=message):
+            read(given)
 
 
 def test_what_is_no_file_is_left_out_and_counted(place: Path) -> None:

@@ -46,6 +46,35 @@ def test_a_prompt_of_several_lines_comes_as_json(tmp_path: Path, name: str) -> N
     assert [question.id for question in found] == [12345678901234567890123, None]
 
 
+def test_a_long_path_keeps_its_line(tmp_path: Path) -> None:
+    for name, data in (('a.txt', 'x\ny'), ('a.jsonl', '{"prompt": "x"}\n{"prompt": "y"}')):
+        path = tmp_path / ('long' * 50) / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(data)
+        assert [question.where[-3:] for question in read_prompts(str(path))] == ['…:1', '…:2']
+
+
+@pytest.mark.parametrize('name', ['a.json', 'a.JSON.gz'])
+@pytest.mark.parametrize(
+    'content',
+    [
+        json.dumps({'messages': [{'role': 'user', 'content': 'Hi'}]}, indent=2),
+        json.dumps([{'role': 'user', 'content': 'Hi'}], indent=2),
+        json.dumps([{'role': 'user', 'content': 'Hi'}]),
+        json.dumps({'prompt': 'a'}, indent=2),
+        json.dumps(['a', 'b']),
+        'a\nb',
+    ],
+)
+def test_json_that_holds_no_prompts_is_not_read_as_lines(tmp_path: Path, name: str, content: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content.encode()) if name.endswith('.gz') else content.encode())
+    with pytest.raises(UserError, match=r'an object with either "prompt" or "messages".* give it as --chat'):
+        read_prompts(str(path))
+    path.write_bytes(gzip.compress(b'\n') if name.endswith('.gz') else b'\n')
+    assert read_prompts(str(path)) == []
+
+
 def test_a_pipe_is_read_to_its_end(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / 'pipe')
     writer = threading.Thread(target=(tmp_path / 'pipe').write_bytes, args=[b'a\nb\n'])

@@ -133,6 +133,42 @@ def test_the_number_of_chips_that_is_named_is_the_first_that_fits(more):
     assert min(chips for chips, one in fits.items() if one) == needed
 
 
+@pytest.mark.parametrize(
+    ('model', 'rows', 'length', 'needed'), [('llama-3.1-405b', 4096, 131072, 32768), ('deepseek-v3', 1024, 32768, 512)]
+)
+def test_the_fewest_chips_that_serve_are_found_among_all_meshes(model, rows, length, needed):
+    sizes = ('--serve', '--rows', str(rows), '--length', str(length))
+    found = plan(f'configs/models/{model}.yaml', '--chip', 'v5e', '--chips', str(needed // 2), *sizes)
+    assert (found['fits'], found['fits_from']['chips']) == (False, needed)
+    assert plan(f'configs/models/{model}.yaml', '--chip', 'v5e', '--chips', str(needed), *sizes)['fits']
+
+
+@pytest.mark.parametrize(
+    'target',
+    [('--latency', '19'), ('--latency', '30'), ('--throughput', '10000'), ('--throughput', '30000')],
+    ids=' '.join,
+)
+def test_chips_that_are_named_reach_the_target_too(target):
+    model = ('configs/models/llama-3.1-70b.yaml', '--chip', 'h100', '--serve', '--length', '4096', *target)
+    found = plan(*model, '--chips', '1')['fits_from']
+    assert found['without'] is None
+    assert plan(*model, '--chips', str(found['chips']))['fits']
+    with pytest.raises(UserError, match=f'^{target[0]} .*no mesh of {found["chips"] // 2} chips reaches it'):
+        plan(*model, '--chips', str(found['chips'] // 2))
+
+
+def test_a_target_that_no_chips_reach_is_said():
+    target = ('--serve', '--latency', '0.001')
+    found = plan('configs/models/llama-3.1-70b.yaml', '--chip', 'h100', '--chips', '1', *target)
+    assert (found['fits_from']['chips'], found['fits_from']['without']) == (2, 'latency')
+    text = re.sub(r'\s+', ' ', terminal(found, 100))
+    assert (
+        'fits from 2 chips, but no number of them that was tried reaches --latency: --chips 2 --rows 1 --mesh auto w'
+        in text
+    )
+    assert plan('configs/models/llama-3.1-70b.yaml', '--chip', 'h100', '--chips', '2', '--rows', '1', '--serve')['fits']
+
+
 def test_a_mesh_that_does_not_fit_on_chips_of_which_another_does_is_answered_with_that():
     found = plan('configs/models/llama-3.1-8b.yaml', '--chip', 'h100', '--chips', '8', '--mesh', 'replica=8')
     assert not found['fits']
