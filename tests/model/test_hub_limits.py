@@ -285,7 +285,11 @@ CHANGES = {
     'cut off': lambda path: os.truncate(path, 5000),
     'gone': lambda path: path.unlink(),
     'longer': lambda path: os.truncate(path, 10**7),
-    'another': lambda path: (path.rename(path.with_name('old')), path.write_bytes(path.with_name('old').read_bytes())),
+    'another': lambda path: (
+        path.rename(path.with_name('old')),
+        path.write_bytes(path.with_name('old').read_bytes()),
+        os.utime(path, ns=(0, 7)),
+    ),
 }
 
 
