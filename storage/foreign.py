@@ -102,9 +102,9 @@ def changed(path: Path) -> UserError:
 class SteadyFile:
     """A file that is read by parts, all of them as it was when its header was read.
 
-    What was written to it, or put in its place, is seen by its size or the time of its last change; another file that has both
-    alike cannot be told from it, for on disks over a network (rclone, gcsfuse, sshfs) a file may have another number, and another
-    device, each time it is looked at.
+    What was written to it, or put in its place, is seen by its size or the time of its last change. Another file that has both
+    alike cannot be told from it: on disks over a network (rclone, gcsfuse, sshfs) a file may have another number and another
+    device each time it is looked at.
 
     It is not mapped into memory, where a file that is cut off meanwhile would end the process.
     """

@@ -1,7 +1,8 @@
 """YAML as configs use it: mappings, lists and scalars, each of which means what it looks like; all else is refused by its line.
 
 Numbers are decimal, with `_` between digits where one likes (`1_000_000`); `true`, `false` and `null` are the only other words;
-`010`, `1:30`, `yes` and dates are text. Every key stands once. There are no anchors, aliases, tags or second documents, so that what is read is never larger than the text.
+`010`, `1:30`, `yes` and dates are text. Every key stands once. There are no anchors, aliases, tags or second documents, so that
+what is read is never larger than the text.
 """
 
 import re
