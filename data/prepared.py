@@ -5,11 +5,13 @@
       train.stream_S.npy …  the arrays of data/packing.py or data/pairs.py, by split
 
 Files are hashed when a run starts, up to AT_ONCE bytes in all. Of more than that the tokens, which are by far the most, are
-hashed a block at a time, each when a row of it is first read.
+hashed a block at a time, each when a row of it is first read. Tokens stay on the disk, and so do other arrays of more than
+IN_MEMORY bytes.
 """
 
 import hashlib
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from storage.sealed import sealed, unsealed
 SPLITS = 'train', 'validation'
 DESCRIPTION = 'data.json'
 BLOCK = 2**24  # bytes that are hashed at once
+IN_MEMORY = 2**26  # bytes of an array that is held in memory, if it is not the tokens
 AT_ONCE = 2**28  # bytes that are hashed at the start: about a quarter of a second
 MEND = 'restore the run folder from a copy, or start over with --fresh'
 
@@ -63,7 +66,7 @@ def clear(folder: Path) -> None:
 def load(
     folder: Path, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], dict[str, Any], Tokenizer, dict[str, Samples]] | None:
-    """Of saved data the config that it was made from, its facts, the tokenizer, and the rows by split, left on the disk.
+    """Of saved data the config that it was made from, its facts, the tokenizer, and the rows by split, whose tokens stay there.
 
     None if there is none. Raises UserError where anything is not as it was written.
     """
@@ -88,13 +91,15 @@ def load(
         path, known = data / f'{name}.npy', None if blocks is None else blocks.get(f'{name}.npy')
         if blocks is not None and (not isinstance(known, list) or len(known) != -(-sizes[path.name] // BLOCK)):
             raise UserError(f'{data / DESCRIPTION}: damaged (no hashes of {path.name}); {MEND}')
-        if known is not None and later and name.endswith('.stream_S'):
-            return Hashed(path, known)
+        stream = name.endswith('.stream_S')
+        if known is not None and later and stream:
+            return Stored(path, known)
         if known is not None:
             for number, digest in enumerate(hashes(path)):
                 if digest != known[number]:
                     raise altered(path, number)
-        return _mapped(path)[0]
+        stored = Stored(path)
+        return stored if stream or sizes[path.name] > IN_MEMORY else stored[:]
 
     def rows(part: str) -> Samples:
         arrays = {name: array(f'{part}.{name}') for name in kind.ARRAYS}
@@ -160,35 +165,46 @@ def altered(path: Path, number: int) -> UserError:
     )
 
 
-def _mapped(path: Path) -> tuple[np.ndarray, int]:
-    """A file's array on the disk, and the byte where its numbers begin."""
-    try:
-        found = np.load(path, mmap_mode='r', allow_pickle=False)
-    except (OSError, ValueError, EOFError, OverflowError) as error:
-        raise UserError(f'{path}: damaged ({shown(error)}); {MEND}') from None
-    if found.ndim != 1 or found.dtype.kind not in 'iu':
-        raise UserError(f'{path}: damaged (it holds {found.dtype}{list(found.shape)}); {MEND}')
-    return np.asarray(found), found.offset
+class Stored:
+    """An array in a file: as a NumPy array, in slices, each of which is read when it is asked for.
 
+    It is not mapped into memory, where a file that is cut off meanwhile would end the process. With `blocks`, the hashes of the
+    file's, each block is hashed when something of it is first read.
+    """
 
-class Hashed:
-    """An array in a file, of which each block is hashed when something of it is first read: as a NumPy array, in slices."""
-
-    def __init__(self, path: Path, blocks: list[str]):
+    def __init__(self, path: Path, blocks: list[str] | None = None):
         self.path, self.blocks = path, blocks
         self.known: set[int] = set()
-        self.array, self.begin = _mapped(path)
-        self.bytes = np.memmap(path, np.uint8, 'r')
-        self.dtype, self.shape = self.array.dtype, self.array.shape
+        with disk.reading(path) as descriptor:
+            self.descriptor = os.dup(descriptor)
+        weakref.finalize(self, os.close, self.descriptor)
+        with os.fdopen(os.dup(self.descriptor), 'rb') as file:
+            try:
+                version = np.lib.format.read_magic(file)
+                header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
+                    version
+                ]
+                self.shape, _, self.dtype = header(file)
+            except (KeyError, ValueError, EOFError, OverflowError) as error:
+                raise UserError(f'{path}: damaged ({shown(error)}); {MEND}') from None
+            self.begin = file.tell()
+            size = os.fstat(file.fileno()).st_size
+        if len(self.shape) != 1 or self.dtype.kind not in 'iu':
+            raise UserError(f'{path}: damaged (it holds {self.dtype}{list(self.shape)}); {MEND}')
+        if size != self.begin + self.shape[0] * self.dtype.itemsize:
+            raise UserError(f'{path}: damaged ({size} bytes for {self.dtype}{list(self.shape)}); {MEND}')
 
     def __len__(self) -> int:
-        return len(self.array)
+        return self.shape[0]
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        first, last, _ = part.indices(len(self.array))
-        size = self.array.itemsize
-        self._check((self.begin + first * size) // BLOCK, (self.begin + max(last, first + 1) * size - 1) // BLOCK)
-        return self.array[part]
+        first, last, step = part.indices(self.shape[0])
+        assert step == 1, part
+        size = self.dtype.itemsize
+        begin, end = self.begin + first * size, self.begin + max(first, last) * size
+        if self.blocks is not None and end > begin:
+            self._check(begin // BLOCK, (end - 1) // BLOCK, self.blocks)
+        return np.frombuffer(self._read(begin, end - begin), self.dtype)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype)
@@ -197,11 +213,27 @@ class Hashed:
         """All of it."""
         return self[:].tolist()
 
-    def _check(self, first: int, last: int) -> None:
+    def _read(self, begin: int, size: int) -> bytes:
+        """Bytes of the file. Raises UserError where it has no so many any more."""
+        try:
+            found = os.pread(self.descriptor, size, begin)
+            while len(found) < size and (more := os.pread(self.descriptor, size - len(found), begin + len(found))):
+                found += more  # a network's disk may give less
+        except OSError as error:
+            raise disk.fault(self.path, error) from error
+        if len(found) < size:
+            raise UserError(
+                f'{self.path}: ends at byte {begin + len(found)}, where it was longer when the run began: the data was cut off '
+                f'meanwhile; {MEND}'
+            )
+        return found
+
+    def _check(self, first: int, last: int, blocks: list[str]) -> None:
         """Hashes the blocks that nothing was read of yet. Raises UserError for one that was altered."""
+        end = self.begin + self.shape[0] * self.dtype.itemsize
         for number in range(first, last + 1):
             if number not in self.known:
-                content = self.bytes[number * BLOCK : (number + 1) * BLOCK]
-                if hashlib.sha256(content.data).hexdigest() != self.blocks[number]:
+                content = self._read(number * BLOCK, min(BLOCK, end - number * BLOCK))
+                if hashlib.sha256(content).hexdigest() != blocks[number]:
                     raise altered(self.path, number)
                 self.known.add(number)
