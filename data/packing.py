@@ -89,7 +89,7 @@ class Rows(Samples):
         tokens_NT, targets_NT, positions_NT, segments_NT = (np.zeros(shape, np.int32) for _ in range(4))
         stream_S = self.stream_S
         count_T = np.arange(self.sequence_length, dtype=np.int32)
-        for n, row in enumerate(row_N):
+        for n, row in enumerate(row_N.tolist()):
             begin = 0
             first, last = self.first_R[row : row + 2].tolist()
             pieces = zip(self.start_P[first:last].tolist(), self.length_P[first:last].tolist(), strict=True)

@@ -101,7 +101,7 @@ class PairRows(Samples):
         sources = 'source_tokens', 'source_positions', 'source_segments'
         found = {name: np.zeros((len(row_N), self.sequence_length), np.int32) for name in targets + sources}
         count_T = np.arange(self.sequence_length, dtype=np.int32)
-        for n, row in enumerate(row_N):
+        for n, row in enumerate(row_N.tolist()):
             begins = [0, 0]
             first, last = self.first_R[row : row + 2].tolist()
             arrays = (array[first:last].tolist() for array in (self.start_P, self.source_P, self.target_P))

@@ -11,6 +11,7 @@ IN_MEMORY bytes.
 
 import hashlib
 import os
+import re
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +32,9 @@ DESCRIPTION = 'data.json'
 BLOCK = 2**24  # bytes that are hashed at once
 IN_MEMORY = 2**26  # bytes of an array that is held in memory, if it is not the tokens
 AT_ONCE = 2**28  # bytes that are hashed at the start: about a quarter of a second
+HEADER = re.compile(  # of an array of one dimension, as np.save writes it
+    rb"\x93NUMPY\x01\0[^\0]\0\{'descr': '([<|][iu][1248])', 'fortran_order': False, 'shape': \((\d{1,15}),\), \} *\n"
+)
 MEND = 'restore the run folder from a copy, or start over with --fresh'
 
 
@@ -178,21 +182,13 @@ class Stored:
         with disk.reading(path) as descriptor:
             self.descriptor = os.dup(descriptor)
         weakref.finalize(self, os.close, self.descriptor)
-        with os.fdopen(os.dup(self.descriptor), 'rb') as file:
-            try:
-                version = np.lib.format.read_magic(file)
-                header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
-                    version
-                ]
-                self.shape, _, self.dtype = header(file)
-            except (KeyError, ValueError, EOFError, OverflowError) as error:
-                raise UserError(f'{path}: damaged ({shown(error)}); {MEND}') from None
-            self.begin = file.tell()
-            size = os.fstat(file.fileno()).st_size
-        if len(self.shape) != 1 or self.dtype.kind not in 'iu':
-            raise UserError(f'{path}: damaged (it holds {self.dtype}{list(self.shape)}); {MEND}')
-        if size != self.begin + self.shape[0] * self.dtype.itemsize:
-            raise UserError(f'{path}: damaged ({size} bytes for {self.dtype}{list(self.shape)}); {MEND}')
+        said = HEADER.match(self._pread(0, 128))
+        if said is None:
+            raise UserError(f'{path}: damaged (it does not begin as an array of whole numbers); {MEND}')
+        self.dtype, self.shape, self.begin = np.dtype(said[1].decode()), (int(said[2]),), said.end()
+        size, wanted = os.fstat(self.descriptor).st_size, self.begin + self.shape[0] * self.dtype.itemsize
+        if size != wanted:
+            raise UserError(f'{path}: damaged (it has {size} bytes and says that they are {wanted}); {MEND}')
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -200,11 +196,12 @@ class Stored:
     def __getitem__(self, part: slice) -> np.ndarray:
         first, last, step = part.indices(self.shape[0])
         assert step == 1, part
-        size = self.dtype.itemsize
-        begin, end = self.begin + first * size, self.begin + max(first, last) * size
-        if self.blocks is not None and end > begin:
-            self._check(begin // BLOCK, (end - 1) // BLOCK, self.blocks)
-        return np.frombuffer(self._read(begin, end - begin), self.dtype)
+        begin, size = self.begin + first * self.dtype.itemsize, (last - first) * self.dtype.itemsize
+        if size <= 0:
+            return np.empty(0, self.dtype)
+        if self.blocks is not None:
+            self._check(begin // BLOCK, (begin + size - 1) // BLOCK, self.blocks)
+        return np.frombuffer(self._read(begin, size), self.dtype)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype)
@@ -214,18 +211,23 @@ class Stored:
         return self[:].tolist()
 
     def _read(self, begin: int, size: int) -> bytes:
-        """Bytes of the file. Raises UserError where it has no so many any more."""
+        """So many bytes of the file. Raises UserError where it does not have them any more."""
+        found = self._pread(begin, size)
+        if len(found) < size:
+            raise UserError(
+                f'{self.path}: ends at byte {begin + len(found)}, where it was longer when the run began: the data was cut off '
+                f'meanwhile; {MEND}'
+            )
+        return found
+
+    def _pread(self, begin: int, size: int) -> bytes:
+        """So many bytes of the file, or all from there on."""
         try:
             found = os.pread(self.descriptor, size, begin)
             while len(found) < size and (more := os.pread(self.descriptor, size - len(found), begin + len(found))):
                 found += more  # a network's disk may give less
         except OSError as error:
             raise disk.fault(self.path, error) from error
-        if len(found) < size:
-            raise UserError(
-                f'{self.path}: ends at byte {begin + len(found)}, where it was longer when the run began: the data was cut off '
-                f'meanwhile; {MEND}'
-            )
         return found
 
     def _check(self, first: int, last: int, blocks: list[str]) -> None:

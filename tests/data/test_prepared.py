@@ -214,3 +214,12 @@ def test_an_array_of_another_size_than_it_says_is_damaged(tmp_path: Path, size: 
     os.truncate(tmp_path / 'x.npy', size)
     with pytest.raises(UserError, match=r'x\.npy: damaged \(.*--fresh'):
         prepared.Stored(tmp_path / 'x.npy')
+
+
+@pytest.mark.parametrize(
+    'array', [np.ones(3), np.ones((2, 3), np.int32), np.array([None]), np.ones(3, '>i4'), np.int32(1)]
+)
+def test_what_is_no_row_of_whole_numbers_is_damaged(tmp_path: Path, array: np.ndarray) -> None:
+    np.save(tmp_path / 'x.npy', array)
+    with pytest.raises(UserError, match=r'x\.npy: damaged \(it does not begin as an array of whole numbers\)'):
+        prepared.Stored(tmp_path / 'x.npy')
