@@ -71,7 +71,7 @@ class Rows(Samples):
     @property
     def tokens(self) -> int:
         """Targets of the split: tokens of text, and one end for each document."""
-        return int(self.length_P.sum(dtype=np.int64))
+        return int(np.asarray(self.length_P).sum(dtype=np.int64))
 
     def predicted(self) -> list[int]:
         """All documents' tokens."""
@@ -89,13 +89,15 @@ class Rows(Samples):
         tokens_NT, targets_NT, positions_NT, segments_NT = (np.zeros(shape, np.int32) for _ in range(4))
         stream_S = self.stream_S
         count_T = np.arange(self.sequence_length, dtype=np.int32)
-        for n, row in enumerate(row_N):
+        for n, row in enumerate(row_N.tolist()):
             begin = 0
-            for segment, piece in enumerate(range(self.first_R[row], self.first_R[row + 1]), start=1):
-                start, length = self.start_P[piece], self.length_P[piece]
+            first, last = self.first_R[row : row + 2].tolist()
+            pieces = zip(self.start_P[first:last].tolist(), self.length_P[first:last].tolist(), strict=True)
+            for segment, (start, length) in enumerate(pieces, start=1):
                 place = n, slice(begin, begin + length)
-                tokens_NT[place] = stream_S[start : start + length]
-                targets_NT[place] = stream_S[start + 1 : start + 1 + length]
+                piece = stream_S[start : start + length + 1]
+                tokens_NT[place] = piece[:-1]
+                targets_NT[place] = piece[1:]
                 positions_NT[place] = count_T[:length]
                 segments_NT[place] = segment
                 begin += length

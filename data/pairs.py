@@ -80,14 +80,14 @@ class PairRows(Samples):
     @property
     def tokens(self) -> int:
         """Tokens that are predicted."""
-        return int(self.target_P.sum(dtype=np.int64))
+        return int(np.asarray(self.target_P).sum(dtype=np.int64))
 
     def predicted(self) -> list[int]:
         """All targets' tokens, row after row."""
-        begins = self.start_P + self.source_P
+        begins = np.asarray(self.start_P) + np.asarray(self.source_P)
         return [
             token
-            for begin, length in zip(begins, self.target_P, strict=True)
+            for begin, length in zip(begins.tolist(), self.target_P.tolist(), strict=True)
             for token in self.stream_S[begin + 1 : begin + 1 + length].tolist()
         ]
 
@@ -102,15 +102,16 @@ class PairRows(Samples):
         sources = 'source_tokens', 'source_positions', 'source_segments'
         found = {name: np.zeros((len(row_N), self.sequence_length), np.int32) for name in targets + sources}
         count_T = np.arange(self.sequence_length, dtype=np.int32)
-        for n, row in enumerate(row_N):
+        for n, row in enumerate(row_N.tolist()):
             begins = [0, 0]
-            for segment, p in enumerate(range(self.first_R[row], self.first_R[row + 1]), start=1):
-                start, lengths = self.start_P[p], (self.source_P[p], self.target_P[p])
+            first, last = self.first_R[row : row + 2].tolist()
+            arrays = (array[first:last].tolist() for array in (self.start_P, self.source_P, self.target_P))
+            for segment, (start, *lengths) in enumerate(zip(*arrays, strict=True), start=1):
+                pair = self.stream_S[start : start + sum(lengths) + 1]
                 from_, to = ((n, slice(a, a + length)) for a, length in zip(begins, lengths, strict=True))
-                target = start + lengths[0]
-                found['source_tokens'][from_] = self.stream_S[start:target]
-                found['tokens'][to] = self.stream_S[target : target + lengths[1]]
-                found['targets'][to] = self.stream_S[target + 1 : target + 1 + lengths[1]]
+                found['source_tokens'][from_] = pair[: lengths[0]]
+                found['tokens'][to] = pair[lengths[0] : -1]
+                found['targets'][to] = pair[lengths[0] + 1 :]
                 for place, length, prefix in ((from_, lengths[0], 'source_'), (to, lengths[1], '')):
                     found[f'{prefix}positions'][place] = count_T[:length]
                     found[f'{prefix}segments'][place] = segment

@@ -5,11 +5,14 @@
       train.stream_S.npy …  the arrays of data/packing.py or data/pairs.py, by split
 
 Files are hashed when a run starts, up to AT_ONCE bytes in all. Of more than that the tokens, which are by far the most, are
-hashed a block at a time, each when a row of it is first read.
+hashed a block at a time, each when a row of it is first read. Tokens stay on the disk, and so do other arrays of more than
+IN_MEMORY bytes.
 """
 
 import hashlib
 import os
+import re
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,11 @@ from storage.sealed import sealed, unsealed
 SPLITS = 'train', 'validation'
 DESCRIPTION = 'data.json'
 BLOCK = 2**24  # bytes that are hashed at once
+IN_MEMORY = 2**26  # bytes of an array that is held in memory, if it is not the tokens
 AT_ONCE = 2**28  # bytes that are hashed at the start: about a quarter of a second
+HEADER = re.compile(  # of an array of one dimension, as np.save writes it
+    rb"\x93NUMPY\x01\0[^\0]\0\{'descr': '([<|][iu][1248])', 'fortran_order': False, 'shape': \((\d{1,15}),\), \} *\n"
+)
 MEND = 'restore the run folder from a copy, or start over with --fresh'
 
 
@@ -63,7 +70,7 @@ def clear(folder: Path) -> None:
 def load(
     folder: Path, say: Callable[[str], None]
 ) -> tuple[dict[str, Any], dict[str, Any], Tokenizer, dict[str, Samples]] | None:
-    """Of saved data the config that it was made from, its facts, the tokenizer, and the rows by split, left on the disk.
+    """Of saved data the config that it was made from, its facts, the tokenizer, and the rows by split, whose tokens stay there.
 
     None if there is none. Raises UserError where anything is not as it was written.
     """
@@ -88,13 +95,15 @@ def load(
         path, known = data / f'{name}.npy', None if blocks is None else blocks.get(f'{name}.npy')
         if blocks is not None and (not isinstance(known, list) or len(known) != -(-sizes[path.name] // BLOCK)):
             raise UserError(f'{data / DESCRIPTION}: damaged (no hashes of {path.name}); {MEND}')
-        if known is not None and later and name.endswith('.stream_S'):
-            return Hashed(path, known)
+        stream = name.endswith('.stream_S')
+        if known is not None and later and stream:
+            return Stored(path, known)
         if known is not None:
             for number, digest in enumerate(hashes(path)):
                 if digest != known[number]:
                     raise altered(path, number)
-        return _mapped(path)[0]
+        stored = Stored(path)
+        return stored if stream or sizes[path.name] > IN_MEMORY else stored[:]
 
     def rows(part: str) -> Samples:
         arrays = {name: array(f'{part}.{name}') for name in kind.ARRAYS}
@@ -160,35 +169,39 @@ def altered(path: Path, number: int) -> UserError:
     )
 
 
-def _mapped(path: Path) -> tuple[np.ndarray, int]:
-    """A file's array on the disk, and the byte where its numbers begin."""
-    try:
-        found = np.load(path, mmap_mode='r', allow_pickle=False)
-    except (OSError, ValueError, EOFError, OverflowError) as error:
-        raise UserError(f'{path}: damaged ({shown(error)}); {MEND}') from None
-    if found.ndim != 1 or found.dtype.kind not in 'iu':
-        raise UserError(f'{path}: damaged (it holds {found.dtype}{list(found.shape)}); {MEND}')
-    return np.asarray(found), found.offset
+class Stored:
+    """An array in a file: as a NumPy array, in slices, each of which is read when it is asked for.
 
+    It is not mapped into memory, where a file that is cut off meanwhile would end the process. With `blocks`, the hashes of the
+    file's, each block is hashed when something of it is first read.
+    """
 
-class Hashed:
-    """An array in a file, of which each block is hashed when something of it is first read: as a NumPy array, in slices."""
-
-    def __init__(self, path: Path, blocks: list[str]):
+    def __init__(self, path: Path, blocks: list[str] | None = None):
         self.path, self.blocks = path, blocks
         self.known: set[int] = set()
-        self.array, self.begin = _mapped(path)
-        self.bytes = np.memmap(path, np.uint8, 'r')
-        self.dtype, self.shape = self.array.dtype, self.array.shape
+        with disk.reading(path) as descriptor:
+            self.descriptor = os.dup(descriptor)
+        weakref.finalize(self, os.close, self.descriptor)
+        said = HEADER.match(self._pread(0, 128))
+        if said is None:
+            raise UserError(f'{path}: damaged (it does not begin as an array of whole numbers); {MEND}')
+        self.dtype, self.shape, self.begin = np.dtype(said[1].decode()), (int(said[2]),), said.end()
+        size, wanted = os.fstat(self.descriptor).st_size, self.begin + self.shape[0] * self.dtype.itemsize
+        if size != wanted:
+            raise UserError(f'{path}: damaged (it has {size} bytes and says that they are {wanted}); {MEND}')
 
     def __len__(self) -> int:
-        return len(self.array)
+        return self.shape[0]
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        first, last, _ = part.indices(len(self.array))
-        size = self.array.itemsize
-        self._check((self.begin + first * size) // BLOCK, (self.begin + max(last, first + 1) * size - 1) // BLOCK)
-        return self.array[part]
+        first, last, step = part.indices(self.shape[0])
+        assert step == 1, part
+        begin, size = self.begin + first * self.dtype.itemsize, (last - first) * self.dtype.itemsize
+        if size <= 0:
+            return np.empty(0, self.dtype)
+        if self.blocks is not None:
+            self._check(begin // BLOCK, (begin + size - 1) // BLOCK, self.blocks)
+        return np.frombuffer(self._read(begin, size), self.dtype)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype)
@@ -197,11 +210,32 @@ class Hashed:
         """All of it."""
         return self[:].tolist()
 
-    def _check(self, first: int, last: int) -> None:
+    def _read(self, begin: int, size: int) -> bytes:
+        """So many bytes of the file. Raises UserError where it does not have them any more."""
+        found = self._pread(begin, size)
+        if len(found) < size:
+            raise UserError(
+                f'{self.path}: ends at byte {begin + len(found)}, where it was longer when the run began: the data was cut off '
+                f'meanwhile; {MEND}'
+            )
+        return found
+
+    def _pread(self, begin: int, size: int) -> bytes:
+        """So many bytes of the file, or all from there on."""
+        try:
+            found = os.pread(self.descriptor, size, begin)
+            while len(found) < size and (more := os.pread(self.descriptor, size - len(found), begin + len(found))):
+                found += more  # a network's disk may give less
+        except OSError as error:
+            raise disk.fault(self.path, error) from error
+        return found
+
+    def _check(self, first: int, last: int, blocks: list[str]) -> None:
         """Hashes the blocks that nothing was read of yet. Raises UserError for one that was altered."""
+        end = self.begin + self.shape[0] * self.dtype.itemsize
         for number in range(first, last + 1):
             if number not in self.known:
-                content = self.bytes[number * BLOCK : (number + 1) * BLOCK]
-                if hashlib.sha256(content.data).hexdigest() != self.blocks[number]:
+                content = self._read(number * BLOCK, min(BLOCK, end - number * BLOCK))
+                if hashlib.sha256(content).hexdigest() != blocks[number]:
                     raise altered(self.path, number)
                 self.known.add(number)

@@ -24,6 +24,16 @@ SIDE = re.compile(
 POOLING = re.compile(r'\d_.*', re.DOTALL)  # folders of sentence-transformers with a config.json each
 TEMPLATES = 'additional_chat_templates'  # the folder of those beside the first one
 ON_HUB = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*')  # as models are called there: Qwen/Qwen3-8B
+# What is read of a model besides its weights: how texts become tokens, prompts are written, tokens drawn and vectors pooled.
+NEEDED = re.compile(
+    r'(config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|generation_config|chat_template|modules)\.json'
+    rf'|chat_template\.jinja|{TEMPLATES}/.*|\d_.*/config\.json',
+    re.DOTALL,
+)
+TOKENIZER = 'tokenizer.json'
+TOKENIZERS = re.compile(
+    r'vocab\.json|merges\.txt|tekken\.json|.+\.(model|spm|tiktoken)'
+)  # needed where that is not there
 LARGEST_CONFIG = 2**23  # bytes, of which known ones have some thousands
 MOST_CONFIG_VALUES = 2**19
 LARGEST_INDEX = 2**26  # bytes; of 90,000 tensors one has 9 million
@@ -152,28 +162,34 @@ def _no_weights(folder: Path, names: Sequence[str]) -> str:
     return f'{shown_path(folder)}: has neither {SINGLE} nor {INDEX}' + (f'; it has {others}' if others else '')
 
 
-def side_files(folder: Path) -> dict[str, bytes]:
+def side_files(folder: Path, left_out: list[str] | None = None) -> dict[str, bytes]:
     """What stands beside the weights and is kept: configs, tokenizers, chat templates, licences. No code, no pickles.
 
     By its path: what sentence-transformers says of pooling stands in 1_Pooling/config.json, chat templates beside the first one
-    in TEMPLATES. Raises UserError for more than LARGEST_SIDES bytes before all are read, and for what has such a name and is no
-    file.
+    in TEMPLATES. What nothing is read of and is no file, or too large, is not kept: `left_out` gets a line for each. Raises
+    UserError where something is read of it, and for more than LARGEST_SIDES bytes before all are read.
     """
     paths = [folder / name for name in names_in(folder)]
+    several = folder / TOKENIZER not in paths  # kinds of tokenizers that it may have
     pooling = [path for path in paths if POOLING.fullmatch(path.name) and os.path.isdir(path)]
     paths += [path / CONFIG for path in pooling if CONFIG in names_in(path)]
     if os.path.isdir(folder / TEMPLATES):
         paths += [folder / TEMPLATES / name for name in names_in(folder / TEMPLATES) if name.endswith('.jinja')]
-    paths = [
-        path
-        for path in paths
-        if SIDE.fullmatch(path.name) and not path.name.endswith('.index.json') and not _licences(path)
-    ]
     found: dict[str, bytes] = {}
     size = 0
     for path in sorted(paths):
+        if not SIDE.fullmatch(path.name) or path.name.endswith('.index.json') or _licences(path):
+            continue
         below = path.relative_to(folder)
-        found[below.as_posix()] = content = read_file(inside(folder, path.name, below.parent.name), LARGEST_SIDE)
+        try:
+            content = read_file(inside(folder, path.name, below.parent.name), LARGEST_SIDE)
+        except UserError as error:
+            if NEEDED.fullmatch(below.as_posix()) or (several and TOKENIZERS.fullmatch(below.as_posix())):
+                raise
+            if left_out is not None:
+                left_out.append(f'left out: {error}')
+            continue
+        found[below.as_posix()] = content
         size += len(content)
         if size > LARGEST_SIDES or len(found) > MOST_SIDES:
             raise UserError(
@@ -185,5 +201,5 @@ def side_files(folder: Path) -> dict[str, bytes]:
 
 
 def _licences(path: Path) -> bool:
-    """Whether it is a folder of licences, which is left out; one that is called like a file is a mistake."""
+    """Whether it is a folder of licences, which is left out without a word."""
     return path.name.startswith(('LICENSE', 'NOTICE')) and os.path.isdir(path)

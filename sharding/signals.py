@@ -12,6 +12,7 @@ waits for whoever reads.
 In another program's process, as a notebook's, signals are that program's: `noted` takes them for as long as it lasts.
 """
 
+import _thread
 import contextlib
 import functools
 import os

@@ -90,11 +90,15 @@ def changed(path: Path) -> UserError:
 class SteadyFile:
     """A file that is read by parts, all of them as it was when its header was read.
 
+    What was written to it, or put in its place, is seen by its size or the time of its last change. Another file that has both
+    alike cannot be told from it: on disks over a network (rclone, gcsfuse, sshfs) a file may have another number and another
+    device each time it is looked at.
+
     It is not mapped into memory, where a file that is cut off meanwhile would end the process.
     """
 
     path: Path
-    state: tuple[int, int, int, int]  # size, device, number, time of the last change
+    state: tuple[int, int]  # size, time of the last change in ns
 
     @classmethod
     def of(cls, path: Path, descriptor: int) -> 'SteadyFile':
@@ -122,9 +126,9 @@ class SteadyFile:
         return out.tobytes()
 
 
-def _state(descriptor: int) -> tuple[int, int, int, int]:
+def _state(descriptor: int) -> tuple[int, int]:
     found = os.fstat(descriptor)
-    return found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns
+    return found.st_size, found.st_mtime_ns
 
 
 # JSON -----------------------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def make_run(
 
     Raises UserError, before anything is written, if it cannot be one. The arguments are those of `hub.read`.
     """
-    found, files, config, tokenizer = examined(source, run.name, mesh, dtype, without_remote_code, ignore)
+    found, files, config, tokenizer, unread = examined(source, run.name, mesh, dtype, without_remote_code, ignore)
     start(mesh.size, config.model.dtype)
     devices = make_mesh(mesh)
     kept = {'config.yaml': configs.dump(config).encode()} | (tokenizer.files() if tokenizer else {})
@@ -108,7 +108,7 @@ def make_run(
             disk.put(place / SOURCE / name, content)
         disk.put(place / RECORD, (json.dumps(record(found, dtype), indent=1) + '\n').encode())
     say(f'{run}: {found.family.name}, {parameters(found):,} parameters, weights in {found.model.weight_dtype}')
-    for line in left_out(found):
+    for line in (*left_out(found), *unread):
         say(line)
     if found.of_gguf and (packed := found.of_gguf.packed):
         say(f'read from blocks of {", ".join(packed)}, whose numbers are float32; --dtype bfloat16 halves them')
@@ -139,6 +139,7 @@ class Examined(NamedTuple):
     files: dict[str, bytes]  # beside the weights, by their paths
     config: RunConfig
     tokenizer: Tokenizer | None
+    unread: list[str]  # a line for each file beside the weights that is not kept because it could not be read
 
 
 def examined(
@@ -153,9 +154,11 @@ def examined(
     found = hub.read(source, dtype, without_remote_code, ignore)
     with found.fields.told():
         check_divides(mesh, sizes(found.model))
-    files = files_beside(source, found)
+    unread = list[str]()
+    files = files_beside(source, found, unread)
     config = run_config(name, found, mesh)
-    return Examined(found, files, config, published_tokenizer(files, shown_path(source), found.model.vocabulary))
+    tokenizer = published_tokenizer(files, shown_path(source), found.model.vocabulary)
+    return Examined(found, files, config, tokenizer, unread)
 
 
 def left_out(found: hub.Published) -> Iterator[str]:
@@ -171,10 +174,13 @@ def left_out(found: hub.Published) -> Iterator[str]:
         yield 'without an LM head it can be scored and embeds texts (scripts/score.py), but can neither decode nor be trained'
 
 
-def files_beside(source: Path, found: hub.Published) -> dict[str, bytes]:
-    """The files beside the weights of a published folder; of a GGUF file those that say the same as its header."""
+def files_beside(source: Path, found: hub.Published, unread: list[str]) -> dict[str, bytes]:
+    """The files beside the weights of a published folder; of a GGUF file those that say the same as its header.
+
+    `unread` gets a line for each that is not kept because it cannot be read.
+    """
     if found.of_gguf is None:
-        return hub.side_files(source)
+        return hub.side_files(source, unread)
     files = tokenizer_files(found.of_gguf.contents.values, found.of_gguf.path)
     return {hub.CONFIG: found.of_gguf.config_json()} | files
 

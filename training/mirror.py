@@ -1,7 +1,8 @@
 """A run's folder on this machine: itself if it is local; if it is in a bucket, a temporary copy of all but its checkpoints.
 
-Data is memory-mapped, and metrics and TensorBoard append, which only local files can. So a process works on the copy, and
-process 0 uploads what has changed before each checkpoint, after each validation and at the end. `TMPDIR` says where copies lie.
+Data is read at any place of its files, and metrics and TensorBoard append, which only local files can. So a process works on
+the copy, and process 0 uploads what has changed before each checkpoint, after each validation and at the end. `TMPDIR` says
+where copies lie.
 """
 
 import shutil
@@ -16,7 +17,7 @@ LEFT = ('checkpoints/', 'tensorboard/')  # what nobody needs here of what is the
 
 
 class Mirror:
-    """`folder` is the run's, `local` the one to work on. Close it; what was mapped into memory stays readable."""
+    """`folder` is the run's, `local` the one to work on. Close it; data that was opened stays readable."""
 
     def __init__(self, folder: Path | Bucket):
         self.folder = folder

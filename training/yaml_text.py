@@ -1,7 +1,8 @@
 """YAML as configs use it: mappings, lists and scalars, each of which means what it looks like; all else is refused by its line.
 
-Numbers are decimal, `true`, `false` and `null` the only other words; `010`, `1:30`, `yes` and dates are text. Every key stands
-once. There are no anchors, aliases, tags or second documents, so that what is read is never larger than the text.
+Numbers are decimal, with `_` between digits where one likes (`1_000_000`); `true`, `false` and `null` are the only other words;
+`010`, `1:30`, `yes` and dates are text. Every key stands once. There are no anchors, aliases, tags or second documents, so that
+what is read is never larger than the text.
 """
 
 import re
@@ -14,8 +15,9 @@ from sharding.errors import UserError, shown
 
 LARGEST = 1 << 18  # characters: a thousand times a usual config
 DEEPEST = 32
-INT = re.compile(r'[-+]?(0|[1-9][0-9]*)')
-FLOAT = re.compile(r'[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?')
+SOME = '[0-9]+(?:_[0-9]+)*'  # digits; as in Python, what follows a `_` is one
+INT = re.compile(f'[-+]?(0|(?!0){SOME})')
+FLOAT = re.compile(rf'[-+]?({SOME}\.({SOME})?|\.{SOME}|{SOME}(?=[eE]))([eE][-+]?{SOME})?')
 WORDS = {
     '': None, '~': None, 'null': None, 'Null': None, 'NULL': None, 'true': True, 'True': True, 'TRUE': True,
     'false': False, 'False': False, 'FALSE': False, '.inf': float('inf'), '-.inf': float('-inf'), '.nan': float('nan'),
@@ -28,8 +30,8 @@ def scalar(text: str) -> Any:
     if text in WORDS:
         return WORDS[text]
     if INT.fullmatch(text):
-        if len(text) > DIGITS:
-            raise ValueError(f'a number of {len(text):,} digits; at most {DIGITS} are read')
+        if (digits := len(text.replace('_', ''))) > DIGITS:
+            raise ValueError(f'a number of {digits:,} digits; at most {DIGITS} are read')
         return int(text)
     return float(text) if FLOAT.fullmatch(text) else text
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from data.published.decoders import decoder_of
+from data.published.hidden_names import without_names
 from data.published.side_files import LARGEST_VOCABULARY, AddedToken, Said, one_line
 from data.published.special_tokens import PublishedTokenizer, missing, special_ids
 from data.tokenizer import StreamDecoder, check_unicode
@@ -17,7 +18,6 @@ from sharding.errors import UserError
 from storage.foreign import read_object, shown_value
 
 JSON = 'tokenizer.json'
-NOWHERE = '\U000f7357'  # a private character, which no text has
 MOST_GROWTH = 64  # how many times as long as a text its normalizers and pre-tokenizers may make it
 UNICODE = 18  # characters that Unicode's own normalization makes of one, which counts for none
 
@@ -83,23 +83,12 @@ class JsonTokenizer(PublishedTokenizer):
 
     @functools.cached_property
     def _hidden(self) -> Any:
-        """The library's tokenizer where no text has the name of a special token; None where it needs no other.
-
-        The pieces of a Unigram model are found in any text, those of special tokens among them.
-        """
+        """The library's tokenizer whose model finds no special token in a text; None where it needs no other."""
         fields = read_object(self.model, JSON)
-        if fields['model'].get('type') != 'Unigram':
-            return None
         special = {name.decode() for i, name in self.added.items() if not self.pieces[i]}
-        hide = lambda name: NOWHERE + name if name in special else name
-        vocab = [[hide(name), score] for name, score in fields['model']['vocab']]
-        added = [{**token, 'content': hide(token['content'])} for token in fields.get('added_tokens') or ()]
-        changed = {
-            **fields,
-            'model': {**fields['model'], 'vocab': vocab},
-            'added_tokens': added,
-            'post_processor': None,
-        }
+        changed = without_names(fields, special)
+        if changed is None:
+            return None
         return library(json.dumps(changed, ensure_ascii=False).encode(), changed, JSON)
 
     @functools.cached_property

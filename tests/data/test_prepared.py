@@ -38,10 +38,10 @@ def change(path: Path, token: int) -> None:
     array.flush()
 
 
-def touches(rows: Rows, row: int, stream: prepared.Hashed, block: int) -> bool:
+def touches(rows: Rows, row: int, stream: prepared.Stored, block: int) -> bool:
     """Whether a row has tokens of a block."""
-    size = stream.array.itemsize
-    pieces = range(rows.first_R[row], rows.first_R[row + 1])
+    size = stream.dtype.itemsize
+    pieces = range(*rows.first_R[row : row + 2].tolist())
     spans = [(rows.start_P[piece], rows.start_P[piece] + rows.length_P[piece] + 1) for piece in pieces]
     return any(
         stream.begin + begin * size < (block + 1) * 256 and stream.begin + end * size > block * 256
@@ -65,7 +65,7 @@ def test_of_much_data_a_block_is_hashed_when_it_is_first_read(small_blocks: None
     wanted = make(run, corpus)
     found = load(run, pytest.fail)
     stream = found.train.stream_S
-    assert isinstance(stream, prepared.Hashed)
+    assert isinstance(stream, prepared.Stored)
     assert stream.known == set()
     assert content(found) == content(wanted)
     blocks = -(-(run / 'data' / 'train.stream_S.npy').stat().st_size // 256)
@@ -74,7 +74,7 @@ def test_of_much_data_a_block_is_hashed_when_it_is_first_read(small_blocks: None
 
     bad = len(stream) // 2
     change(run / 'data' / 'train.stream_S.npy', bad)
-    block = (stream.begin + bad * stream.array.itemsize) // 256
+    block = (stream.begin + bad * stream.dtype.itemsize) // 256
     found = load(run, pytest.fail)
     right = wrong = 0
     for row in range(len(found.train)):
@@ -173,3 +173,53 @@ def test_what_a_kill_left_is_removed_and_no_link_is_followed(
         make(run, corpus)
         assert not os.path.lexists(run / name)
         assert (outside / 'theirs').read_text() == 'x'
+
+
+@pytest.mark.parametrize('name', ['stream_S', 'start_P', 'length_P', 'first_R'])
+@pytest.mark.parametrize('hashed', ['at the start', 'late'])
+def test_data_that_is_cut_off_while_it_is_read_is_told_in_one_line(
+    run: Path, name: str, hashed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that is mapped into memory would end the process."""
+    monkeypatch.setattr(prepared, 'IN_MEMORY', 0)
+    if hashed == 'late':
+        monkeypatch.setattr(prepared, 'AT_ONCE', 0)
+    wanted = load(run, pytest.fail).train.take([0, 1])
+    found = load(run, pytest.fail)
+    assert {key: x.tolist() for key, x in found.train.take([0, 1]).items()} == {
+        k: x.tolist() for k, x in wanted.items()
+    }
+    path = run / 'data' / f'train.{name}.npy'
+    os.truncate(path, 130)
+    with pytest.raises(
+        UserError, match=rf'train\.{name}\.npy: ends at byte \d+, where it was longer.*--fresh'
+    ) as caught:
+        found.train.take(range(len(found.train)))
+    assert '\n' not in str(caught.value)
+
+
+def test_any_slice_of_a_stored_array_is_as_numpy_has_it(tmp_path: Path) -> None:
+    array = np.arange(100, dtype=np.int32)
+    np.save(tmp_path / 'x.npy', array)
+    stored = prepared.Stored(tmp_path / 'x.npy')
+    assert (len(stored), stored.dtype, stored.tolist()) == (100, np.int32, array.tolist())
+    for part in (slice(3, 9), slice(0), slice(-5, None), slice(90, 200), slice(100, 101), slice(7, 3), slice(None)):
+        np.testing.assert_array_equal(stored[part], array[part])
+    assert np.asarray(stored, np.int64).tolist() == array.tolist()
+
+
+@pytest.mark.parametrize('size', [0, 5, 60, 127, 300, 527, 529])
+def test_an_array_of_another_size_than_it_says_is_damaged(tmp_path: Path, size: int) -> None:
+    np.save(tmp_path / 'x.npy', np.arange(100, dtype=np.int32))
+    os.truncate(tmp_path / 'x.npy', size)
+    with pytest.raises(UserError, match=r'x\.npy: damaged \(.*--fresh'):
+        prepared.Stored(tmp_path / 'x.npy')
+
+
+@pytest.mark.parametrize(
+    'array', [np.ones(3), np.ones((2, 3), np.int32), np.array([None]), np.ones(3, '>i4'), np.int32(1)]
+)
+def test_what_is_no_row_of_whole_numbers_is_damaged(tmp_path: Path, array: np.ndarray) -> None:
+    np.save(tmp_path / 'x.npy', array)
+    with pytest.raises(UserError, match=r'x\.npy: damaged \(it does not begin as an array of whole numbers\)'):
+        prepared.Stored(tmp_path / 'x.npy')

@@ -1,5 +1,6 @@
 """The name of a special token that stands in training text is text, unless the config says otherwise; and it is said."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from data.config import DataConfig
 from data.packing import encode_documents
 from data.pairs import Pair, pack_pairs
 from data.prepare import prepare
+from data.published.json_tokenizer import JsonTokenizer
 from data.tokenizer import Tokenizer
 from tests.data.test_tokenizer_goldens import FOLDERS, read
 
@@ -34,6 +36,76 @@ def test_a_name_in_data_is_text_and_in_a_prompt_the_token(folder: str) -> None:
                 assert text.replace(' ', '') in tokenizer.decode(stream_S.tolist()).replace(' ', '')
             assert i in encode_documents(tokenizer, [text], names=True)[0][1:-1]
             assert i in tokenizer.encode(text), 'afterwards everything is as it was'
+
+
+PLAIN = {'one': 3, 'two': 4, **{sign: 5 + i for i, sign in enumerate('</>s[X]ab')}}
+VOCAB = {'<unk>': 0, '</s>': 1, '[X]': 2, **PLAIN}
+BUILT = {**VOCAB, '</': 20, '</s': 21, 's>': 22}
+UNIGRAM = {'unk_id': 0, 'vocab': [[token, -1.0] for token in VOCAB]}
+MODELS: dict[str, dict] = {
+    'Unigram': {'type': 'Unigram', **UNIGRAM},
+    'Unigram as older files have it': UNIGRAM,
+    'WordLevel': {'type': 'WordLevel', 'vocab': VOCAB, 'unk_token': '<unk>'},
+    'WordPiece': {
+        'type': 'WordPiece', 'vocab': VOCAB | {f'##{sign}': 30 + i for i, sign in enumerate('</>s[X]')}, 'unk_token': '<unk>',
+        'continuing_subword_prefix': '##', 'max_input_chars_per_word': 100,
+    },
+    'BPE whose merges make it': {'type': 'BPE', 'vocab': BUILT, 'merges': [['<', '/'], ['</', 's'], ['</s', '>']]},
+    'BPE as older files have it': {'vocab': BUILT, 'merges': ['#version: 0.2', '< /', 's >', '</ s>']},
+    'BPE that merges it further': {
+        'type': 'BPE', 'vocab': BUILT | {'</s>a': 23}, 'merges': [['<', '/'], ['</', 's'], ['</s', '>'], ['</s>', 'a']],
+    },
+    'BPE that prefers whole words': {'type': 'BPE', 'vocab': VOCAB, 'merges': [], 'ignore_merges': True},
+    'BPE with a prefix': {
+        'type': 'BPE', 'vocab': VOCAB | {'##s': 20, '##>': 21, '##/': 22, '</': 23, '##s>': 24},
+        'merges': [['<', '##/'], ['##s', '##>'], ['</', '##s>']], 'continuing_subword_prefix': '##', 'unk_token': '<unk>',
+    },
+}  # fmt: skip
+
+
+def made(model: dict, *special: str) -> JsonTokenizer:
+    """A tokenizer of words between spaces, with special tokens of its vocabulary."""
+    flags = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False) | {'special': True}
+    vocab = (
+        dict(model['vocab']) if isinstance(model['vocab'], dict) else {t: i for i, (t, _) in enumerate(model['vocab'])}
+    )
+    fields = {
+        'version': '1.0',
+        'added_tokens': [{'id': vocab[name], 'content': name, **flags} for name in special],
+        'normalizer': None,
+        'pre_tokenizer': {'type': 'WhitespaceSplit'},
+        'post_processor': None,
+        'decoder': {'type': 'WordPiece', 'prefix': '##', 'cleanup': False},
+        'model': model,
+    }
+    return JsonTokenizer(json.dumps(fields).encode())
+
+
+@pytest.mark.parametrize('kind', MODELS)
+def test_no_model_of_any_kind_finds_a_name_in_data(kind: str) -> None:
+    tokenizer = made(MODELS[kind], '<unk>', '</s>', '[X]')
+    for text in ('</s>', 'one </s> two', 'a[X]b </s>a', '[X]', '[X]</s>'):
+        with tokenizer.names_as_text():
+            found = tokenizer.encode(text)
+        assert found
+        assert not {1, 2} & set(found), text
+        assert {1, 2} & set(tokenizer.encode(text)), 'afterwards everything is as it was'
+    with tokenizer.names_as_text():
+        plain = tokenizer.encode('one two a < s >')
+    assert plain == tokenizer.encode('one two a < s >')
+
+
+def test_a_special_token_of_one_sign_is_no_text_either() -> None:
+    model = {'type': 'BPE', 'vocab': VOCAB, 'merges': [], 'unk_token': '<unk>'}
+    tokenizer = made(model, '<unk>', 'a')
+    with tokenizer.names_as_text():
+        assert tokenizer.encode('bab') == [VOCAB['b'], 0, VOCAB['b']]
+    assert tokenizer.encode('bab') == [VOCAB['b'], VOCAB['a'], VOCAB['b']]
+
+
+def test_where_no_text_becomes_a_special_token_the_tokenizer_is_made_once() -> None:
+    assert read('gpt2')._hidden is None  # type: ignore[attr-defined]
+    assert made({'type': 'BPE', 'vocab': VOCAB, 'merges': []}, '<unk>', '</s>')._hidden is None
 
 
 def test_a_name_in_pairs_is_text_too() -> None:

@@ -14,10 +14,16 @@ import jax
 import numpy as np
 import pytest
 
-from model import config_parts, hub, tensor_files
+from data import chat, published_tokenizer
+from data.published import marian, side_files
+from data.published.byte_pairs import MERGES, VOCAB
+from data.published.json_tokenizer import JSON
+from decoding import embed
+from model import config_parts, hub, published_folder, tensor_files
 from model.config_parts import Kind, nearest_divisor, runs_of
 from sharding.errors import UserError
 from sharding.mesh import MeshConfig
+from tests.data.test_tokenizer_goldens import files_of
 from tests.families import cases, folders
 from tests.gguf import written
 from training.conversion import import_run
@@ -197,8 +203,8 @@ MANY = {  # the case that is spoiled, how, and words of the refusal
     ),
     'a large file beside': (
         'llama-grouped',
-        lambda f: sparse(f / 'x.txt', 2**26 + 1),
-        [f'x.txt: has {2**26 + 1} bytes: at most {2**26} are read'],
+        lambda f: sparse(f / 'vocab.json', 2**26 + 1),
+        [f'vocab.json: has {2**26 + 1} bytes: at most {2**26} are read'],
     ),
     'code of its own': (
         'llama-grouped',
@@ -214,6 +220,16 @@ MANY = {  # the case that is spoiled, how, and words of the refusal
         'llama-grouped',
         lambda f: (f / 'tokenizer.json').mkdir(),
         ['tokenizer.json: is a folder: it must be a file'],
+    ),
+    'merges that are nowhere, and no other tokenizer': (
+        'llama-grouped',
+        lambda f: (f / 'merges.txt').symlink_to('blobs'),
+        ['merges.txt: is missing'],
+    ),
+    'a tokenizer that is nowhere': (
+        'llama-grouped',
+        lambda f: (f / 'tokenizer.json').symlink_to('blobs'),
+        ['tokenizer.json: is missing'],
     ),
     'a pipe beside': (
         'llama-grouped',
@@ -281,11 +297,55 @@ def test_a_folder_of_licences_is_left_out(tmp_path):
     assert sorted(hub.side_files(folder)) == ['LICENSE', 'config.json']
 
 
+LEFT_OUT = {
+    'merges.txt': (lambda path: path.symlink_to('blobs'), 'is missing'),
+    'tokenizer.model': (lambda path: path.symlink_to('/etc/hostname'), 'is a link that leaves the folder'),
+    'eval.json': (lambda path: path.mkdir(), 'is a folder: it must be a file'),
+    'notes.txt': (os.mkfifo, 'is a pipe: it must be a file'),
+    'trainer_state.json': (lambda path: sparse(path, 70_000_000), f'has 70000000 bytes: at most {2**26} are read'),
+}
+
+
+def test_what_a_model_does_not_need_and_cannot_be_read_is_left_out_and_said(tmp_path):
+    folder = folders.write(tmp_path / 'source', cases.CASES['llama-grouped'], folders.named('llama-grouped'))
+    for name, content in files_of('json_roberta').items():
+        if name != 'config.json':
+            (folder / name).write_bytes(content)
+    for name, (make, _) in LEFT_OUT.items():
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+    (folder / 'LICENSE').write_text('free')
+    lines: list[str] = []
+    import_run(folder, tmp_path / 'runs' / 'run', MeshConfig(), say=lines.append)
+    said = sorted(line for line in lines if line.startswith('left out: '))
+    wanted = sorted(f'left out: {folder}/{name}: {why}' for name, (_, why) in LEFT_OUT.items())
+    assert len(said) == len(wanted), said
+    assert all(line.startswith(start) for line, start in zip(said, wanted, strict=True)), said
+    kept = {path.name for path in (tmp_path / 'runs' / 'run' / 'source').iterdir()}
+    assert {'config.json', 'tokenizer.json', 'LICENSE'} <= kept
+    assert not kept & LEFT_OUT.keys()
+
+
+def test_what_is_read_of_a_published_model_is_needed_of_its_folder():
+    names = {
+        *(side_files.CONFIG, side_files.MAP, side_files.ADDED, side_files.GENERATION, side_files.MODEL, JSON),
+        *(chat.CONFIG, chat.SPECIAL, chat.SINGLE, chat.OLD, f'{chat.MORE}x{chat.ENDING}', embed.MODULES, embed.POOLING),
+    }
+    assert [name for name in names if not published_folder.NEEDED.fullmatch(name)] == []
+    others = {*published_tokenizer.MODELS, marian.SOURCE, marian.TARGET, marian.VOCAB, VOCAB, MERGES, 'x.tiktoken'}
+    others |= {published_tokenizer.TEKKEN}
+    assert [name for name in others if not published_folder.TOKENIZERS.fullmatch(name)] == []
+
+
 CHANGES = {
     'cut off': lambda path: os.truncate(path, 5000),
     'gone': lambda path: path.unlink(),
     'longer': lambda path: os.truncate(path, 10**7),
-    'another': lambda path: (path.rename(path.with_name('old')), path.write_bytes(path.with_name('old').read_bytes())),
+    'another': lambda path: (
+        path.rename(path.with_name('old')),
+        path.write_bytes(path.with_name('old').read_bytes()),
+        os.utime(path, ns=(0, 7)),
+    ),
 }
 
 

@@ -1,10 +1,12 @@
 """Strangers' files: what is none, too large, too deep or changes meanwhile is told in one line, and nothing waits for it."""
 
 import contextlib
+import itertools
 import json
 import os
 import random
 import socket
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +115,7 @@ def changed_file(path: Path) -> foreign.SteadyFile:
 CHANGES = {
     'cut off': lambda path: os.truncate(path, 50),
     'longer': lambda path: os.truncate(path, 101),
-    'another': lambda path: (path.rename(path.with_name('old')), path.write_bytes(bytes(range(100)))),
+    'another': lambda path: (path.unlink(), path.write_bytes(bytes(range(100))), os.utime(path, ns=(0, 7))),
     'written': lambda path: (path.write_bytes(bytes(100)), os.utime(path, ns=(0, 7))),
 }
 
@@ -126,6 +128,24 @@ def test_a_file_that_changes_meanwhile_is_told(change, tmp_path):
     for begin in (3, 60):
         line = refusal(lambda begin=begin: file.read(begin, 2))
         assert line == f'{tmp_path}/x: changed while it was read: try again when nothing writes to it'
+
+
+@pytest.mark.parametrize('field', ['st_ino', 'st_dev'])
+def test_a_file_may_have_another_number_each_time_it_is_opened(field, tmp_path, monkeypatch):
+    """As on disks over a network."""
+    found, looks = os.fstat, itertools.count(1)
+    index = getattr(stat, field.upper())
+
+    def fstat(descriptor):
+        fields = list(found(descriptor))
+        fields[index] += next(looks)
+        times = {name: getattr(found(descriptor), name) for name in ('st_atime_ns', 'st_mtime_ns', 'st_ctime_ns')}
+        return os.stat_result(fields, times)
+
+    monkeypatch.setattr(os, 'fstat', fstat)
+    file = changed_file(tmp_path / 'x')
+    assert file.read(3, 2) == b'\3\4'
+    assert file.read(5, 1) == b'\5'
 
 
 def test_a_file_that_is_gone_meanwhile_is_told(tmp_path):

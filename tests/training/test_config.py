@@ -41,8 +41,11 @@ def value_of(text: str) -> object:
 @pytest.mark.parametrize(
     ('text', 'wanted'),
     [
-        ('010', '010'), ('1:30', '1:30'), ('yes', 'yes'), ('off', 'off'), ('0x10', '0x10'), ('0o7', '0o7'), ('1_000', '1_000'),
-        ('2020-01-02', '2020-01-02'), ('2020-13-45', '2020-13-45'), ('0x_', '0x_'), ('a#b', 'a#b'), ('a b', 'a b'), ('=', '='),
+        ('010', '010'), ('1:30', '1:30'), ('yes', 'yes'), ('off', 'off'), ('0x10', '0x10'), ('0o7', '0o7'),
+        ('1_000_000', 1000000), ('-1_0', -10), ('1_0.5_0', 10.5), ('1_0e-1_0', 1e-9), ('.2_5', 0.25), ('_1', '_1'),
+        ('1_', '1_'), ('1__0', '1__0'), ('0_1', '0_1'), ('1_.5', '1_.5'), ('1._5', '1._5'), ('1_e5', '1_e5'), ('1e_5', '1e_5'),
+        ('_', '_'), ('2020-01-02', '2020-01-02'), ('2020-13-45', '2020-13-45'), ('0x_', '0x_'), ('a#b', 'a#b'), ('a b', 'a b'),
+        ('=', '='),
         ('7', 7), ('-7', -7), ('+7', 7), ('0', 0), ('1e-3', 1e-3), ('1.5', 1.5), ('.5', 0.5), ('5.', 5.0), ('1E+2', 100.0),
         ('true', True), ('False', False), ('null', None), ('~', None), ('', None), ("'7'", '7'), ('"true"', 'true'),
         ('[1, a, [], {}]', [1, 'a', [], {}]), ('{a: {b: 1}}', {'a': {'b': 1}}), ('1 # one', 1), ('<<', '<<'), ('.', '.'),
@@ -112,7 +115,9 @@ def test_a_byte_order_mark_is_no_text() -> None:
     assert parse(b'\xef\xbb\xbf' + BASE.encode(), 'a.yaml') == parse(BASE, 'a.yaml')
 
 
-@pytest.mark.parametrize('name', ['010', '1e3', '1.5', 'true', 'null', 'yes', '2020-01-02', '7', 'a.b', '0x10', '1.'])
+@pytest.mark.parametrize(
+    'name', ['010', '1e3', '1.5', 'true', 'null', 'yes', '2020-01-02', '7', 'a.b', '0x10', '1.', '1_0']
+)
 def test_a_run_may_have_any_name_and_keeps_it(name: str) -> None:
     config = parse(BASE, 'a.yaml', [f'name={name}'])
     assert config.name == name
@@ -136,6 +141,7 @@ def test_overrides_are_read_as_their_fields_are() -> None:
         [
             'data.source=[010, b c]',
             'training.steps=7',
+            'training.batch=1_0',
             'training.steps=8',
             'training.learning_rate=1e-3',
             'training.clip=null',
@@ -153,6 +159,7 @@ def test_overrides_are_read_as_their_fields_are() -> None:
     )
     assert config.data.source == ('010', 'b c')
     assert (config.training.steps, config.training.learning_rate, config.training.clip) == (8, 1e-3, None)
+    assert config.training.batch == 10
     assert (config.model.window_pattern, config.model.qk_norm, config.model.tied_embedding) == (
         (True, False),
         'full',

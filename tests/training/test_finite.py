@@ -162,6 +162,7 @@ def test_published_weights_that_are_no_numbers_are_not_imported(place, sound):
 def test_every_array_that_is_no_number_is_found_and_no_other(monkeypatch, host):
     monkeypatch.setattr(finite, 'is_host', lambda: host)
     monkeypatch.setattr(finite, 'AT_ONCE', 5)
+    monkeypatch.setattr(finite, 'PART', 7)
     numbers = np.ones((4, 3), np.float32)
     spoiled = numbers.copy()
     spoiled[3, 2] = np.nan
@@ -173,6 +174,8 @@ def test_every_array_that_is_no_number_is_found_and_no_other(monkeypatch, host):
         'b': spoiled,
         'c': -np.inf * numbers,
         'd': numbers.astype(jnp.bfloat16),
+        'e': -spoiled_as('bfloat16', np.nan),
+        'f': -spoiled_as('float16', 6e4),
         'n': np.arange(3),
     }
     with jax.set_mesh(make_mesh(MeshConfig(data=2))):
@@ -180,7 +183,7 @@ def test_every_array_that_is_no_number_is_found_and_no_other(monkeypatch, host):
         wrong = [f'{dtype}{value}' for dtype in HALVES for value in (np.nan, np.inf, -np.inf)]
         wrong += [f'float16{3e38}']  # is an infinity there
         wrong += [name for name in halves if name.startswith('float8') and (name.endswith('3e+38'))]  # and a NaN here
-        assert not_finite(placed) == sorted([*wrong, 'b', 'c'])
+        assert not_finite(placed) == sorted([*wrong, 'b', 'c', 'e'])
         assert not_finite({'n': placed['n']}) == []
 
 
