@@ -35,7 +35,16 @@ def workplace(folder: Path) -> Path:
     return folder
 
 
-def start(folder: Path, script: str, *arguments: str, **variables: str) -> subprocess.Popen:
+class Started(subprocess.Popen):
+    """A process that is killed where the block that it is used in fails: nobody waits for its end then."""
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is not None:
+            self.kill()
+        super().__exit__(kind, error, trace)
+
+
+def start(folder: Path, script: str, *arguments: str, **variables: str) -> Started:
     """A script under way in `folder`, with more environment variables."""
     environment = {name: value for name, value in os.environ.items() if name not in ('XLA_FLAGS', 'JAX_PLATFORMS')}
     environment |= {
@@ -46,9 +55,7 @@ def start(folder: Path, script: str, *arguments: str, **variables: str) -> subpr
     # Two of three seconds would go into optimising programs this small.
     environment |= {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'XLA_FLAGS': QUICK, **variables}
     command = [sys.executable, str(ROOT / 'scripts' / f'{script}.py'), *arguments]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return Started(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def run(folder: Path, script: str, *arguments: str, code: int = 0, **variables: str) -> subprocess.CompletedProcess:
