@@ -17,6 +17,7 @@ from data.config import DataConfig
 from data.reading import lines_of, pieces, plain_name
 from data.walk import LeftOut, files_of, is_named, walk
 from sharding.errors import UserError, nearest, shown
+from storage.foreign import unique
 
 # Not the standard library's own: what was installed beside it. Not like the rest: tests, with their tables of cases.
 LEFT_OUT = frozenset({'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'})
@@ -284,21 +285,12 @@ def _why(error: Exception) -> str:
     return 'nested too deeply' if isinstance(error, RecursionError) else shown(error, 100)
 
 
-def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f'field {shown(twice, 40, quoted=True)} stands twice in an object')
-    return found
-
-
 def _whole(digits: str) -> int | float:
     return int(digits) if len(digits) <= 4000 else float('inf')
 
 
 # No text is a number: one of thousands of digits, which Python's own reading refuses, is of no concern.
-DECODER = json.JSONDecoder(parse_int=_whole, object_pairs_hook=_pairs)
+DECODER = json.JSONDecoder(parse_int=_whole, object_pairs_hook=unique)
 
 
 def parsed(line: str) -> Any:

@@ -182,7 +182,7 @@ def _read_json(content: bytes, most_values: int) -> Any:
         raise Unreadable(f'has {values} lists, objects and commas: at most {most_values} are read')
     try:
         found = json.loads(
-            content.removeprefix(b'\xef\xbb\xbf').decode(), object_pairs_hook=_unique, parse_int=_whole_number
+            content.removeprefix(b'\xef\xbb\xbf').decode(), object_pairs_hook=unique, parse_int=_whole_number
         )
     except RecursionError:
         raise _too_deep() from None
@@ -194,7 +194,8 @@ def _read_json(content: bytes, most_values: int) -> Any:
     return found
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON from its pairs. Raises Unreadable for a name that it has twice: readers differ in which one counts."""
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()

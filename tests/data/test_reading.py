@@ -174,7 +174,7 @@ JSON = {
     'mixed.json': (b'[{"text": "a"}, 7]', r'mixed.json[1]: JSON, but no object'),
     'field.json': (b'[{"texts": "a"}]', r"field.json[0]: no field --field 'text'; did you mean 'texts'?"),
     'lines.json': (b'{"texts": "a"}\n{"texts": "b"}', r"lines.json:1: no field --field 'text'"),
-    'twice.jsonl': (b'{"text": "a", "text": "b"}', r"field 'text' stands twice"),
+    'twice.jsonl': (b'{"text": "a", "text": "b"}', r"an object in it has 'text' twice"),
     'deep.jsonl': (b'{"text": "a", "x": ' + b'[' * 200_000, r'deep.jsonl:1: not JSON (nested too deeply)'),
     'deep.json': (b'[{"text": "a"}, ' + b'[' * 200_000, r'deep.json[1]: not JSON (nested too deeply)'),
 }

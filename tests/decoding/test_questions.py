@@ -93,7 +93,7 @@ def test_a_file_that_cannot_be_prompts_is_told(tmp_path: Path, monkeypatch: pyte
         tmp_path / 'latin.txt': 'byte 3 is 0xff',
         tmp_path / 'wide.txt': 'is UTF-16 text',
         tmp_path / 'deep.jsonl': 'deep.jsonl:1: not JSON (nested too deeply)',
-        tmp_path / 'twice.jsonl': "twice.jsonl:2: not JSON (field 'prompt' stands twice",
+        tmp_path / 'twice.jsonl': "twice.jsonl:2: not JSON (an object in it has 'prompt' twice",
         tmp_path: 'is a folder',
         tmp_path / 'none': 'No such file',
         Path('/dev/zero'): 'a text of more than 2,097,152 characters',
