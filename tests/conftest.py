@@ -4,6 +4,7 @@ import gc
 import os
 import platform
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from tests.scripts.runs import QUICK
 DEVICES = 8
 TOO_FEW = re.compile(r'asks for \d+ devices; this machine has|Number of devices \d+ must be')
 
+# Under nohup what the tests start would pass a hangup over.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Before the first use of a device. Not through the environment: scripts that tests start find it as in a user's shell.
 jax.config.update('jax_platforms', os.environ.get('JAX_PLATFORMS', 'cpu'))
 if '--xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
