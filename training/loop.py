@@ -194,12 +194,12 @@ class Run:
             write_config(config, self.mirror.local)
         console.print(layout(config, self.state.model))
         self.metrics = Metrics(self.mirror.local, first, console.print) if peers.first() else Unwritten()
-        self.push()
         self.agree = Agreement(late=0 if platform() == 'cpu' else AHEAD)
         try:
             with signals.noted(self.heard) as self.noted, contextlib.ExitStack() as last:
                 last.callback(self.checkpoints.close)
                 last.callback(self.end)
+                self.push()
                 self.loop(first)
                 self.asked = Agreement(late=0)(self.noted.stop)  # the signal may have come to another process
                 self.settle(wait=True)

@@ -68,8 +68,9 @@ class Metrics:
             draw(self.rows, self.folder / 'loss.png', self.folder.name)
 
     def abandon(self) -> None:
-        """Writes nothing more: the folder is another process' now. What TensorBoard's thread holds goes with this process."""
-        self.file.close()
+        """Writes nothing more: the folder is another process' now."""
+        self.file.abandon()
+        self.board.file.abandon()
 
 
 def _figures(row: dict[str, Any]) -> Iterator[tuple[str, float]]:

@@ -37,6 +37,10 @@ class Patient:
         finally:
             self._file.close()
 
+    def abandon(self) -> None:
+        """Writes nothing more, what waits neither."""
+        self._file.close()
+
     def _append(self) -> None:
         if self.waiting:
             self._file.write(bytes(self.waiting))

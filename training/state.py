@@ -85,7 +85,12 @@ def restore_newest(
         return checkpoints.restore(found, {'model': abstract})['model'], found
 
     def fixed(files: Mapping[str, bytes]) -> dict[str, bytes]:
-        return {name: content for name, content in files.items() if name not in (META, 'config.yaml')}
+        """What is the same at each step: neither what is said of one, nor Orbax' own, which has times."""
+        return {
+            name: content
+            for name, content in files.items()
+            if name not in (META, 'config.yaml', 'commit_success.txt') and not name.startswith('_')
+        }
 
     return read_newest(checkpoints, read, step, first)
 
