@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from storage.sealed import sealed, unsealed
 from tests.data.test_tokenizer_goldens import files_of
 from tests.families import folders
 from tests.families.cases import CASES
+from tests.training.kinds import put
 from tests.training.test_checkpoint import bits, restored_small, small
 from training.checkpoint import Checkpoints
 from training.config import load, parse
@@ -26,26 +26,6 @@ from training.conversion import export_run, import_run, imported
 from training.loop import train
 
 KINDS = 'folder', 'fifo', 'loop', 'nowhere', 'device'
-
-
-def put(path: Path, kind: str) -> None:
-    """Something else in a file's or folder's place."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
-    match kind:
-        case 'folder':
-            path.mkdir()
-        case 'file':
-            path.write_text('x')
-        case 'fifo':
-            os.mkfifo(path)
-        case 'loop':
-            path.symlink_to(path.name)
-        case 'nowhere':
-            path.symlink_to('nowhere')
-        case 'device':
-            path.symlink_to('/dev/zero')
 
 
 @pytest.fixture(scope='module')

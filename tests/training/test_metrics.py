@@ -13,6 +13,7 @@ from tensorboardX.record_writer import masked_crc32c
 
 from sharding.errors import MachineError, UserError
 from storage import files as disk
+from tests.training.kinds import put
 from training.metrics import Metrics, read
 
 ROWS = [{'step': step, 'loss': 1.5 / step, 'tokens': 8 * step} for step in range(1, 6)]
@@ -75,21 +76,18 @@ def test_a_loss_that_is_no_number_is_a_row(tmp_path):
     assert read(written(tmp_path, *whole(rows))) == (rows, 0)
 
 
-@pytest.mark.parametrize('name', ['metrics.jsonl', 'loss.png', 'tensorboard'])
-@pytest.mark.parametrize('kind', ['folder', 'file', 'fifo', 'loop', 'nowhere'])
+@pytest.mark.parametrize(
+    ('name', 'kind'),
+    [
+        (name, kind)
+        for name, right in (('metrics.jsonl', 'file'), ('loss.png', 'file'), ('tensorboard', 'folder'))
+        for kind in ('folder', 'file', 'fifo', 'loop', 'nowhere')
+        if kind != right
+    ],
+)
 def test_what_has_a_name_and_is_of_another_kind_is_told_before_the_first_step(tmp_path, name, kind):
     path = tmp_path / name
-    if kind == ('folder' if name == 'tensorboard' else 'file'):
-        return
-    match kind:
-        case 'folder':
-            path.mkdir()
-        case 'file':
-            path.write_text('x')
-        case 'fifo':
-            os.mkfifo(path)
-        case _:
-            path.symlink_to({'loop': name}.get(kind, kind))
+    put(path, kind)
     if (name, kind) == ('metrics.jsonl', 'nowhere'):
         Metrics(tmp_path, 0, pytest.fail).close()  # a new file takes the link's place
         assert not path.is_symlink()
