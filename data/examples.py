@@ -1,6 +1,6 @@
 """Pairs that a small encoder–decoder learns in a minute: strings of digits, and the same backwards.
 
-python -m data.examples 4000 > reverse.tsv
+python -m weft.data.examples 4000 > reverse.tsv
 """
 
 import random

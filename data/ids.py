@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sharding.errors import UserError, shown
+from weft.runtime.errors import UserError, shown
 
 MAGIC, ARCHIVE = b'\x93NUMPY', b'PK'
 MOST_HEADER = 10_000  # bytes that NumPy reads too

@@ -14,8 +14,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from data.order import row_ids
-from data.tokenizer import Tokenizer
+from weft.data.shuffle import row_ids
+from weft.data.tokenizer import Tokenizer
 
 LONG = 1 << 20  # characters of a document from which on its tokens are made a part at a time
 

@@ -12,12 +12,12 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from data.packing import Samples, best_fit
-from data.reading import lines_of, plain_name
-from data.sources import kind_of_text, objects, text_in
-from data.tokenizer import Tokenizer
-from data.walk import LeftOut, files_of, is_named
-from sharding.errors import UserError, shown
+from weft.data.packing import Samples, best_fit
+from weft.data.reading import lines_of, plain_name
+from weft.data.sources import kind_of_text, objects, text_in
+from weft.data.tokenizer import Tokenizer
+from weft.data.walk import LeftOut, files_of, is_named
+from weft.runtime.errors import UserError, shown
 
 
 class Pair(NamedTuple):

@@ -14,16 +14,16 @@ from typing import Any
 
 import sentencepiece
 
-from data import prepared
-from data.config import DataConfig
-from data.packing import Samples, encode_documents, pack
-from data.pairs import Pair, pack_pairs, read_pairs
-from data.prepared import SPLITS
-from data.sources import documents
-from data.split import TELL, bytes_after, checked, cut, held_out, split_of
-from data.tokenizer import Tokenizer
-from data.walk import LeftOut, told
-from sharding.errors import UserError
+from weft.data import prepared
+from weft.data.config import DataConfig
+from weft.data.packing import Samples, encode_documents, pack
+from weft.data.pairs import Pair, pack_pairs, read_pairs
+from weft.data.prepared import SPLITS
+from weft.data.sources import documents
+from weft.data.split import TELL, bytes_after, checked, cut, held_out, split_of
+from weft.data.tokenizer import Tokenizer, own_tokenizer
+from weft.data.walk import LeftOut, told
+from weft.runtime.errors import UserError
 
 FORMAT = 1
 # The tokenizer learns from about this many characters, spread over the training text: more takes long, changes little.
@@ -57,13 +57,15 @@ def prepare(
     pairs: bool = False,
     tokenizer: Tokenizer | None = None,
     start: int | None = None,
+    read_tokenizer: Callable[[Path], Tokenizer | None] = own_tokenizer,
 ) -> Dataset:
     """The data of the run in `folder`: loaded if it is there, of the same config and length, else made and saved.
 
     Writes `folder/tokenizer.*` and `folder/data/`; the tokenizer is learnt from the text unless one is given. Rows have
     `sequence_length` inputs. One process at a time may call this on a folder. With `pairs` the text is sources and targets
     (data/pairs.py), the targets opened by the token `start` or the tokenizer's own. `check` may refuse what was made before it
-    is written. UserError for a source that cannot be read or has too little text, and for damaged files in the folder.
+    is written; `read_tokenizer` gives the tokenizer that is in the folder already. UserError for a source that cannot be read
+    or has too little text, and for damaged files in the folder.
     """
     if sequence_length < 1:
         raise UserError(f'training.sequence_length={sequence_length}: must be at least 1; try 256')
@@ -77,7 +79,7 @@ def prepare(
     key |= {'pairs': True, 'start': start} if pairs else {}
     folder = Path(folder)
     prepared.clear(folder)
-    if (saved := prepared.load(folder, say)) and saved[0] == key:
+    if (saved := prepared.load(folder, say, read_tokenizer)) and saved[0] == key:
         return _dataset(saved)
     begin = time.perf_counter()
     if pairs:
@@ -92,9 +94,13 @@ def prepare(
     return dataset
 
 
-def load(folder: Path, say: Callable[[str], None] = print) -> Dataset:
+def load(
+    folder: Path,
+    say: Callable[[str], None] = print,
+    read_tokenizer: Callable[[Path], Tokenizer | None] = own_tokenizer,
+) -> Dataset:
     """The data of a run as it was prepared; nothing is written. UserError where there is none or it is damaged."""
-    saved = prepared.load(Path(folder), say)
+    saved = prepared.load(Path(folder), say, read_tokenizer)
     if saved is None:
         raise UserError(f'{Path(folder) / "data"}: not there; a run that scripts/train.py made holds its data')
     return _dataset(saved)
@@ -201,6 +207,7 @@ def _build_pairs(
     say: Callable[[str], None],
     tokenizer: Tokenizer | None = None,
     start: int | None = None,
+    read_tokenizer: Callable[[Path], Tokenizer | None] = own_tokenizer,
 ) -> Dataset:
     """Tokens in rows, with a tokenizer learnt from the training split if none is given, of pairs of a source and a target.
 

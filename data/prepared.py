@@ -19,13 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from data.packing import Rows, Samples
-from data.pairs import PairRows
-from data.published_tokenizer import load_tokenizer
-from data.tokenizer import Tokenizer
-from sharding.errors import UserError, shown
-from storage import files as disk
-from storage.sealed import sealed, unsealed
+from weft.data.packing import Rows, Samples
+from weft.data.pairs import PairRows
+from weft.data.tokenizer import Tokenizer, own_tokenizer
+from weft.runtime.errors import UserError, shown
+from weft.storage import files as disk
+from weft.storage.sealed import sealed, unsealed
 
 SPLITS = 'train', 'validation'
 DESCRIPTION = 'data.json'
@@ -68,9 +67,11 @@ def clear(folder: Path) -> None:
 
 
 def load(
-    folder: Path, say: Callable[[str], None]
+    folder: Path, say: Callable[[str], None], read_tokenizer: Callable[[Path], Tokenizer | None] = own_tokenizer
 ) -> tuple[dict[str, Any], dict[str, Any], Tokenizer, dict[str, Samples]] | None:
     """Of saved data the config that it was made from, its facts, the tokenizer, and the rows by split, whose tokens stay there.
+
+    `read_tokenizer` gives the tokenizer in a run's folder.
 
     None if there is none. Raises UserError where anything is not as it was written.
     """
@@ -84,7 +85,7 @@ def load(
         say(f'{data}: prepared before files were hashed: their sizes are checked, and not what they hold')
     for name in names:
         _check_size(data / name, sizes.get(name))
-    tokenizer = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     if tokenizer is None:
         raise UserError(f'{folder / Tokenizer.name}: missing beside {data}; {MEND}')
     if tokenizer.sha256 != sha256:

@@ -19,7 +19,7 @@ from typing import IO, NamedTuple
 
 import zstandard
 
-from sharding.errors import UserError, shown
+from weft.runtime.errors import UserError, shown
 
 BLOCK = 1 << 20
 # A zstd block of 4 bytes stands for up to 128 KiB: what comes out of so many bytes at once fits any memory.

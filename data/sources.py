@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data import reading
-from data.config import DataConfig
-from data.reading import lines_of, pieces, plain_name
-from data.walk import LeftOut, files_of, is_named, walk
-from sharding.errors import UserError, nearest, shown
-from storage.foreign import unique
+from weft.data import reading
+from weft.data.config import DataConfig
+from weft.data.reading import lines_of, pieces, plain_name
+from weft.data.walk import LeftOut, files_of, is_named, walk
+from weft.runtime.errors import UserError, nearest, shown
+from weft.storage.foreign import unique
 
 # Not the standard library's own: what was installed beside it. Not like the rest: tests, with their tables of cases.
 LEFT_OUT = frozenset({'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'})

@@ -9,9 +9,9 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from data.config import DataConfig
-from data.sources import Document
-from sharding.errors import UserError, shown
+from weft.data.config import DataConfig
+from weft.data.sources import Document
+from weft.runtime.errors import UserError, shown
 
 LEAST, MOST = 0.5, 1.5  # of the share that is asked for
 TELL = {

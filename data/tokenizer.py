@@ -19,9 +19,9 @@ from pathlib import Path
 
 import sentencepiece
 
-from sharding import peers
-from sharding.errors import UserError, shown
-from storage import files as disk
+from weft.runtime import rendezvous as peers
+from weft.runtime.errors import UserError, shown
+from weft.storage import files as disk
 
 SPACE = '\u2581'
 PART = 65536  # characters: a longer text is cut where no piece can span the cut, for sentencepiece holds many bytes for each
@@ -84,7 +84,7 @@ class Tokenizer:
 
     `prefix` stands before a prompt, `suffix` after a text that is complete, and any of `ends` ends an answer. `embedded` is the
     number of ids that the model knows, where those of the tokenizer are more: others are refused when a text has them.
-    data/published_tokenizer.py has the tokenizers of published models, which are not `lossless`: what they decode may differ
+    hub/published_tokenizer.py has the tokenizers of published models, which are not `lossless`: what they decode may differ
     from what they encoded.
     """
 
@@ -318,3 +318,16 @@ def _frequent(count_of: Counter[str], most: int) -> str:
         if character not in RESERVED:
             frequent += character
     return frequent
+
+
+def own_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer that was learnt for the run in `folder`; None where there is none."""
+    path = folder / Tokenizer.name
+    if not path.is_file():
+        return None
+    try:
+        return Tokenizer(path.read_bytes())
+    except OSError as error:
+        raise UserError(f'{path}: {error.strerror}') from None
+    except (RuntimeError, UnicodeDecodeError) as error:  # what sentencepiece says to a file that is none of its own
+        raise UserError(f'{path}: not a readable sentencepiece model ({shown(error)})') from None

@@ -13,8 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from data.reading import kind_of
-from sharding.errors import UserError, nearest_path, shown
+from weft.data.reading import kind_of
+from weft.runtime.errors import UserError, nearest_path, shown
 
 MOST_FILES = 2_000_000  # of a folder or glob: a list of them is held
 COMPILED = frozenset({'__pycache__'})

@@ -1,3 +1,1 @@
-from sharding.rooms import check_rooms
-
-check_rooms()
+"""The model: its config, layers, decoder and forward pass, from one device's view; kernels under ops/."""

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from model.config_parts import (
+from weft.model.config_parts import (
     EncoderConfig,
     Kind,
     LatentConfig,
@@ -16,7 +16,7 @@ from model.config_parts import (
     nearest_divisor,
     runs_of,
 )
-from sharding.errors import UserError
+from weft.runtime.errors import UserError
 
 MOST_LAYERS = 10_000  # a mistake rather than a model
 MOST_COMPUTED = (

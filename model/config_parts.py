@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from sharding.errors import UserError, nearest
+from weft.runtime.errors import UserError, nearest
 
 MOST_TRIED = 2**20  # divisors
 Dispatch = Literal['auto', 'all_gather', 'all_to_all', 'ragged']
@@ -116,7 +116,7 @@ class MoEConfig:
     bias_update_rate: float = (
         0.0  # step of the choice's bias (DeepSeek-V3, section 2.1.2: 0.001); above 0: there is one
     )
-    dispatch: Dispatch = 'auto'  # how tokens reach their experts: see model/dispatch.py
+    dispatch: Dispatch = 'auto'  # how tokens reach their experts: see model/ops/expert_dispatch.py
     capacity_factor: float = (
         1.25  # all_to_all: rows of an expert's buffer by its even share; what does not fit is dropped
     )

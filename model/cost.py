@@ -10,7 +10,7 @@ together with one of the source.
 import dataclasses
 from typing import Literal
 
-from model.config import Kind, ModelConfig
+from weft.model.config import Kind, ModelConfig
 
 
 def parameters(c: ModelConfig) -> dict[str, int]:

@@ -18,17 +18,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import P, lax
 
-from model.attention import Asked
-from model.attention import default_backend as attention_backend
-from model.config import Kind, ModelConfig
-from model.encoder import CrossAttention, HeadMlp, Pooler, kept, sinusoids
-from model.grouped_matmul import default_backend as experts_backend
-from model.latent import LatentAttention
-from model.layers import Attention, Cache, Kept, Memory, Mlp, Norm, View, constant, linear_back, weight
-from model.moe import MoE
-from sharding.collectives import all_to_all, gathered, my_slice, several, vary, whole, wide
-from sharding.mesh import FSDP, platform
-from sharding.pipeline import dealt, pipeline
+from weft.model.config import Kind, ModelConfig
+from weft.model.encoder import CrossAttention, HeadMlp, Pooler, kept, sinusoids
+from weft.model.latent import LatentAttention
+from weft.model.layers import Attention, Cache, Kept, Memory, Mlp, Norm, View, constant, linear_back, weight
+from weft.model.moe import MoE
+from weft.model.ops.attention import Asked
+from weft.model.ops.attention import default_backend as attention_backend
+from weft.model.ops.grouped_matmul import default_backend as experts_backend
+from weft.sharding.collectives import all_to_all, gathered, my_slice, several, vary, whole, wide
+from weft.sharding.mesh import FSDP, platform
+from weft.sharding.pipeline import dealt, pipeline
 
 # Platform -> layers that are written out at most, of whole rows and of a decoding step: a loop's slices of weights, and of what
 # is kept, are copies, and with them a decoding step takes up to twice as long. More keep the loop, to compile quickly.
@@ -278,7 +278,7 @@ def stacked(
 def in_order(blocks: tuple[Block, ...], x_BTD, view: View, cache: Cache | None, first):
     """x after the layers of a run, of which the first has number `first`; the cache; by kind the figures of each layer.
 
-    Each of `blocks` has the layers of one kind: stacked, or a list of them (decoding/unstacked.py).
+    Each of `blocks` has the layers of one kind: stacked, or a list of them (inference/unstacked.py).
     """
 
     def unit(carry, numbered):

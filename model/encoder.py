@@ -10,11 +10,9 @@ import numpy as np
 from flax import nnx
 from jax import P, lax
 
-from model.attention import attention
-from model.attention.cached import cached_attention
-from model.config import Kind, ModelConfig
-from model.cost import cached_numbers
-from model.layers import (
+from weft.model.config import Kind, ModelConfig
+from weft.model.cost import cached_numbers
+from weft.model.layers import (
     Attention,
     Cache,
     Kept,
@@ -31,8 +29,10 @@ from model.layers import (
     side_by_side,
     weight,
 )
-from sharding.collectives import whole
-from sharding.mesh import FSDP, platform
+from weft.model.ops.attention import attention
+from weft.model.ops.attention.cached import cached_attention
+from weft.sharding.collectives import whole
+from weft.sharding.mesh import FSDP, platform
 
 EVERY = (*FSDP, 'tensor')  # axes that split a weight of tokens that are not joined
 

@@ -1,7 +1,7 @@
 """The forward pass as ONE fully manual `jax.shard_map` over the whole mesh: global arrays in, global arrays out.
 
 What runs inside reads the weights' layouts off their types, and is one device's view: the loss (training/loss.py), the
-logits of whole sequences (here), prefill and decoding steps (decoding/step.py).
+logits of whole sequences (here), prefill and decoding steps (inference/step.py).
 Letters: B rows, T sequence, S tokens of a source, V vocabulary.
 """
 
@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from jax import P, lax
 from jax.sharding import NamedSharding
 
-from model import attention, grouped_matmul
-from model.config import needs_head
-from model.decoder import Decoder, backends, to_vocabulary
-from model.layers import View, specs
-from sharding.collectives import axis_index, join, vary
-from sharding.errors import UserError
-from sharding.mesh import BATCH, SEQUENCE, check_mesh_is_set
-from sharding.order import contiguous
+from weft.model.config import needs_head
+from weft.model.decoder import Decoder, backends, to_vocabulary
+from weft.model.layers import View, specs
+from weft.model.ops import attention, grouped_matmul
+from weft.runtime.errors import UserError
+from weft.sharding.collectives import axis_index, join, vary
+from weft.sharding.mesh import BATCH, SEQUENCE, check_mesh_is_set
+from weft.sharding.sequence_layout import contiguous
 
 TOKENS = P(BATCH)  # of a [B, T] array of integers: its rows are split; each device takes its own columns of them
 
@@ -89,7 +89,7 @@ def one_device(body, model: Decoder, in_specs, out_specs):
 
 
 def columns(T: int, order) -> jax.Array:
-    """int32 [T / context]: which columns of a row of T this device works on; `order` is a function of sharding.order."""
+    """int32 [T / context]: which columns of a row of T this device works on; `order`: see sharding/sequence_layout.py."""
     return jnp.asarray(order(T, lax.axis_size('context')))[axis_index('context')]
 
 

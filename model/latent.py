@@ -12,10 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import P
 
-from model.attention import attention
-from model.attention.cached import cached_attention
-from model.config import Kind, ModelConfig
-from model.layers import (
+from weft.model.config import Kind, ModelConfig
+from weft.model.layers import (
     Cache,
     View,
     constant,
@@ -28,9 +26,11 @@ from model.layers import (
     rms_norm,
     weight,
 )
-from model.rope import rope
-from sharding.collectives import whole
-from sharding.mesh import FSDP
+from weft.model.ops.attention import attention
+from weft.model.ops.attention.cached import cached_attention
+from weft.model.rope import rope
+from weft.sharding.collectives import whole
+from weft.sharding.mesh import FSDP
 
 LATENT_EPSILON = 1e-6  # of the latent vectors' norms, in all published models, whatever the others' is
 

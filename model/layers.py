@@ -19,13 +19,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import P, lax
 
-from model.attention import Relative, attention
-from model.attention.cached import cached_attention
-from model.config import Kind, ModelConfig
-from model.rope import rope, yarn_gain
-from sharding.collectives import axis_index, join, my_slice, psum, split, whole, wide
-from sharding.mesh import BATCH, FSDP, platform
-from sharding.pipeline import dealt, microbatch
+from weft.model.config import Kind, ModelConfig
+from weft.model.ops.attention import Relative, attention
+from weft.model.ops.attention.cached import cached_attention
+from weft.model.rope import rope, yarn_gain
+from weft.sharding.collectives import axis_index, join, my_slice, psum, split, whole, wide
+from weft.sharding.mesh import BATCH, FSDP, platform
+from weft.sharding.pipeline import dealt, microbatch
 
 
 class Kept(NamedTuple):

@@ -1,4 +1,4 @@
-"""A mixture of experts: a router chooses, model/dispatch.py takes tokens to the devices of their experts and back.
+"""A mixture of experts: a router chooses, model/ops/expert_dispatch.py takes tokens to the devices of their experts and back.
 
 Letters: B rows, T sequence, N tokens of this device, D model, E experts, K experts per token, F hidden units of an expert,
 L layers.
@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import P, lax
 
-from model.config import ModelConfig, MoEConfig
-from model.dispatch import Experts, default_dispatch, dispatch
-from model.layers import Mlp, View, activation, constant, residual_gain, weight
-from sharding.collectives import axis_index, psum, vary, whole, wide
-from sharding.mesh import FSDP, SEQUENCE, platform
+from weft.model.config import ModelConfig, MoEConfig
+from weft.model.layers import Mlp, View, activation, constant, residual_gain, weight
+from weft.model.ops.expert_dispatch import Experts, default_dispatch, dispatch
+from weft.sharding.collectives import axis_index, psum, vary, whole, wide
+from weft.sharding.mesh import FSDP, SEQUENCE, platform
 
 EXPERTS = P('expert', ('data', 'context'), 'tensor')  # D is split too, and gathered where the experts are used
 

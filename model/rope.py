@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import ModelConfig, RopeScaling
-from sharding.collectives import pmax, wide
+from weft.model.config import ModelConfig, RopeScaling
+from weft.sharding.collectives import pmax, wide
 
 
 def rope(

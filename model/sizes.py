@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from model.config import VOCABULARY_MULTIPLE, Kind, ModelConfig
-from sharding.mesh import BATCH, FSDP, SEQUENCE, Divides
+from weft.model.config import VOCABULARY_MULTIPLE, Kind, ModelConfig
+from weft.sharding.mesh import BATCH, FSDP, SEQUENCE, Divides
 
 
 def sizes(c: ModelConfig) -> list[Divides]:

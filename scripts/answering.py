@@ -6,11 +6,11 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from scripts.options import finite, whole
-from sharding.errors import UserError
+from weft.runtime.errors import UserError
+from weft.scripts.options import finite, whole
 
 if TYPE_CHECKING:
-    from decoding.sampling import Sampling
+    from weft.inference.sampling import Sampling
 
 GENERATION = 'generation_config.json'
 NEUTRAL = {'temperature': 0.0, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0, 'repetition_penalty': 1.0}
@@ -37,7 +37,7 @@ def add_sampling(parser: argparse.ArgumentParser, seeds: str) -> None:
 
 def sampling_of(options: argparse.Namespace, files: Mapping[str, bytes], where: str) -> 'Sampling':
     """How to sample: by the flags, and otherwise by the run's published files; what these do is said on stderr."""
-    from decoding.sampling import Sampling
+    from weft.inference.sampling import Sampling
 
     given = {name: value for name in NEUTRAL if (value := getattr(options, name)) is not None}
     own = defaults(files, where)
@@ -50,7 +50,7 @@ def sampling_of(options: argparse.Namespace, files: Mapping[str, bytes], where: 
 
 def defaults(files: Mapping[str, bytes], where: str) -> dict[str, Any]:
     """What a run's generation_config.json says of sampling. As in transformers, tokens are drawn only where it says so."""
-    from storage.foreign import read_object, shown_value
+    from weft.storage.foreign import read_object, shown_value
 
     said = read_object(files.get(GENERATION, b'{}'), f'{where}/source/{GENERATION}')
     drawn = said.get('do_sample') is True

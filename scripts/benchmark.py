@@ -18,9 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from scripts.entry import as_json, run
-from scripts.options import Parser, whole
-from sharding.errors import UserError
+from weft.runtime.errors import UserError
+from weft.scripts.entry import as_json, run
+from weft.scripts.options import Parser, whole
 
 LEAST = {'profile': 0, 'turns': 1, 'steps': 1, 'rows': 1, 'prompt': 1, 'new': 8, 'experts': 1, 'dim': 1, 'hidden': 1}
 CPU = (
@@ -98,15 +98,16 @@ def main() -> None:
 
 def configured(given: argparse.Namespace) -> dict[str, Any]:
     """Benchmarks of a config."""
-    from training.config import load
+    from weft.training.config import load
 
     config = load(given.config, given.overrides)
 
-    from sharding.mesh import start
+    from weft.sharding.mesh import start
 
     start(config.mesh.size, config.model.dtype)
 
-    from analysis import measure, peers
+    from weft.proof import peers
+    from weft.proof import speed as measure
 
     if given.what == 'train':
         return measure.measure_training(config, given.steps, given.profile)
@@ -117,21 +118,21 @@ def configured(given: argparse.Namespace) -> dict[str, Any]:
 
 def experts(given: argparse.Namespace) -> dict[str, Any]:
     """The experts' matmul beside a plain one."""
-    from analysis.measure import measure_experts
+    from weft.proof.speed import measure_experts
 
     return measure_experts(given.rows, given.experts, given.dim, given.hidden, given.dtype, given.backend)
 
 
 def start(given: argparse.Namespace) -> dict[str, Any]:
     """From a command to its first token."""
-    from analysis.starting import measure_start
+    from weft.proof.startup import measure_start
 
     return measure_start(given.run, given.prompt, given.turns)
 
 
 def transformers(given: argparse.Namespace) -> dict[str, Any]:
     """Decoding a run beside transformers."""
-    from analysis.peers import beside_transformers
+    from weft.proof.peers import beside_transformers
 
     return beside_transformers(
         given.run, given.python, given.rows, given.prompt, given.new, rounds=given.turns, mesh=given.mesh

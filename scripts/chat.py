@@ -10,13 +10,13 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from scripts.answering import Written, add_sampling, sampling_of
-from scripts.entry import run
-from scripts.options import Parser, whole
-from sharding.errors import UserError
+from weft.runtime.errors import UserError
+from weft.scripts.answering import Written, add_sampling, sampling_of
+from weft.scripts.entry import run
+from weft.scripts.options import Parser, whole
 
 if TYPE_CHECKING:
-    from decoding.conversation import Conversation
+    from weft.inference.conversation import Conversation
 
 PROMPT = '> '
 HELP = """\
@@ -37,12 +37,12 @@ def main() -> int:
     parser.add_argument('--mesh', metavar='AXES', help='such as expert=2,tensor=2; the run’s own otherwise')
     options = parser.parse_args()
 
-    from data.chat import RENDERER, chat_templates
+    from weft.hub.chat import RENDERER, chat_templates
 
     RENDERER.start()
 
-    from decoding.run import open_run, said_beside
-    from training.run_folder import run_folder
+    from weft.inference.run import open_run, said_beside
+    from weft.training.run_folder import run_folder
 
     folder = run_folder(options.run)
     files = said_beside(folder)
@@ -57,9 +57,9 @@ def main() -> int:
 
     import jax
 
-    from decoding.conversation import Conversation
-    from decoding.session import Session
-    from sharding.memory import explaining, gib, shard_bytes
+    from weft.inference.conversation import Conversation
+    from weft.inference.session import Session
+    from weft.runtime.device_memory import explaining, gib, shard_bytes
 
     tell = (
         f'out of memory on a device: weights {gib(shard_bytes(opened.kind))}, the rest the cache of a conversation; split '

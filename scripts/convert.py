@@ -7,8 +7,8 @@ python scripts/convert.py export runs/llama ~/models/mine              a folder 
 
 from pathlib import Path
 
-from scripts.entry import run
-from scripts.options import Parser
+from weft.scripts.entry import run
+from weft.scripts.options import Parser
 
 
 def main() -> None:
@@ -47,9 +47,9 @@ def main() -> None:
     out.add_argument('--family', metavar='NAME', help='for a run that was not imported; the first that fits otherwise')
     options = parser.parse_args()
 
-    from sharding.buckets import at
-    from sharding.mesh import parse_mesh
-    from training.conversion import export_run, import_run
+    from weft.sharding.mesh import parse_mesh
+    from weft.storage.buckets import at
+    from weft.training.conversion import export_run, import_run
 
     if options.way == 'import':
         mesh = parse_mesh(options.mesh)

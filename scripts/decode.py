@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scripts.answering import Written, add_sampling, sampling_of
-from scripts.entry import as_json, run
-from scripts.options import Parser, finite, whole
-from sharding.errors import LONGEST, UserError, shown
-from storage.files import Output, check_output, partial
+from weft.runtime.errors import LONGEST, UserError, shown
+from weft.scripts.answering import Written, add_sampling, sampling_of
+from weft.scripts.entry import as_json, run
+from weft.scripts.options import Parser, finite, whole
+from weft.storage.files import Output, check_output, partial
 
 if TYPE_CHECKING:
-    from decoding.generate import Completion
-    from decoding.questions import Question
+    from weft.inference.generate import Completion
+    from weft.inference.questions import Question
 
 MOST_ANSWERS = 10_000  # to a prompt: all of them are kept until they can be told in order
 MOST_BEAMS = 1024  # each has a cache of its own
@@ -89,17 +89,17 @@ def main() -> None:
     )
     options = parser.parse_args()
     check(options)
-    from decoding.questions import read_questions
+    from weft.inference.questions import read_questions
 
     questions = read_questions(options.prompt, options.prompts_file, options.message, options.chat)
 
-    from data.chat import RENDERER, chat_templates
+    from weft.hub.chat import RENDERER, chat_templates
 
     if any(question.conversation for question in questions):
         RENDERER.start()
 
-    from decoding.run import open_run, said_beside
-    from training.run_folder import run_folder
+    from weft.inference.run import open_run, said_beside
+    from weft.training.run_folder import run_folder
 
     files = said_beside(run_folder(options.run))
     texts = render(questions, chat_templates(files, options.run), options.run)
@@ -108,10 +108,10 @@ def main() -> None:
 
     import jax
 
-    from decoding.beams import generate_by_beams
-    from decoding.generate import compile_ahead, generate
-    from decoding.prompts import check_prompts
-    from sharding.memory import explaining, gib, shard_bytes
+    from weft.inference.beams import generate_by_beams
+    from weft.inference.generate import compile_ahead, generate
+    from weft.inference.prompts import check_prompts
+    from weft.runtime.device_memory import explaining, gib, shard_bytes
 
     between = '' if opened.config.model.encoder is None else '\t'  # a source is not what its target goes on with
     quiet = options.json or options.out is not None

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sharding import background, peers, signals, streams
-from sharding.errors import MachineError, NotTogether, UserError, machine_fault, shown
+from weft.runtime import background, signals, streams
+from weft.runtime import rendezvous as peers
+from weft.runtime.errors import MachineError, NotTogether, UserError, machine_fault, shown
 
 GONE = 141  # whoever read standard output has gone, as in `… | head`: what a shell tells of a program that SIGPIPE ends
 MOST = 2000  # characters of an error's line, which may hold what came out of a file

@@ -6,8 +6,8 @@ python scripts/evaluate.py runs/demo --data notes.md src/ 'more/*.jsonl'
 import argparse
 import sys
 
-from scripts.entry import as_json, run
-from scripts.options import Parser
+from weft.scripts.entry import as_json, run
+from weft.scripts.options import Parser
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument('--json', action='store_true', help='one JSON object')
     options = parser.parse_args()
 
-    from training.run_folder import run_folder
+    from weft.training.run_folder import run_folder
 
     folder = run_folder(options.run)
     # A wrong path is told before a model is read.
@@ -29,10 +29,11 @@ def main() -> None:
 
     from contextlib import closing
 
-    from data.prepare import load
-    from sharding.errors import UserError
-    from training.config import RECORD
-    from training.mirror import Mirror
+    from weft.data.prepare import load
+    from weft.hub.published_tokenizer import load_tokenizer
+    from weft.runtime.errors import UserError
+    from weft.storage.local_copy import Mirror
+    from weft.training.config import RECORD
 
     dataset = None
     if found is None and (folder / RECORD).is_file() and not (folder / 'data').exists():
@@ -43,18 +44,18 @@ def main() -> None:
         with closing(Mirror(folder)) as mirror:
             mirror.fetch()
             # What it says is none of the results; of a bucket's, mapped files stay readable without a name.
-            dataset = load(mirror.local, lambda line: print(line, file=sys.stderr))
+            dataset = load(mirror.local, lambda line: print(line, file=sys.stderr), load_tokenizer)
 
-    from decoding.run import open_run
+    from weft.inference.run import open_run
 
     opened = open_run(options.run, options.mesh, stacked=True)
 
     import jax
     import numpy as np
 
-    from data.baseline import xz_bits_per_byte
-    from sharding.memory import explaining
-    from training.evaluation import evaluate
+    from weft.data.baseline import xz_bits_per_byte
+    from weft.runtime.device_memory import explaining
+    from weft.training.evaluation import evaluate
 
     t = opened.config.training
     if found is None:
@@ -86,10 +87,10 @@ def main() -> None:
 
 def read_data(options: argparse.Namespace, folder) -> list:
     """The texts of --data, or its pairs where the run is an encoder–decoder; says on stderr what is left out of folders."""
-    from data.pairs import read_pairs
-    from data.sources import texts
-    from data.walk import LeftOut, told
-    from training.config import parse
+    from weft.data.pairs import read_pairs
+    from weft.data.sources import texts
+    from weft.data.walk import LeftOut, told
+    from weft.training.config import parse
 
     skipped: list[LeftOut] = []
     config = folder / 'config.yaml'
@@ -104,9 +105,9 @@ def read_data(options: argparse.Namespace, folder) -> list:
 
 def packed(opened, found: list):
     """The rows and the bytes that the model is to predict of other files than the run's own."""
-    from data.packing import pack_documents
-    from data.pairs import pack_pairs
-    from sharding.errors import UserError
+    from weft.data.packing import pack_documents
+    from weft.data.pairs import pack_pairs
+    from weft.runtime.errors import UserError
 
     length, names = opened.config.training.sequence_length, opened.config.data.special_tokens
     if opened.config.model.encoder is None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from sharding.errors import UserError, closest, shown
+from weft.runtime.errors import UserError, closest, shown
 
 WHOLE = re.compile(r'[-+]?[0-9]+')
 DIGITS = 30  # of a number on the command line at most
@@ -51,12 +51,15 @@ def version() -> str:
     return ', '.join([*map(of, ('weft', 'jax', 'jaxlib')), f'Python {platform.python_version()}', platform.platform()])
 
 
+prog: str | None = None  # what a script is called by, where that is not its file
+
+
 class Parser(argparse.ArgumentParser):
     """Argparse's parser without abbreviations: a flag that is added later would change what one means."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**{'formatter_class': Formatter, 'allow_abbrev': False, **options})
-        if ' ' not in self.prog:  # that of a subcommand has the command before it
+        super().__init__(**{'prog': prog, 'formatter_class': Formatter, 'allow_abbrev': False, **options})
+        if ' ' not in self.prog.removeprefix('weft '):  # that of a subcommand has the command before it
             self.add_argument('--version', action=Version)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
@@ -103,8 +106,8 @@ class Parser(argparse.ArgumentParser):
         """The key of a config that has such a name, where the script takes them."""
         if not any(action.dest == 'overrides' for action in self._actions):
             return ''
-        from training.config import RunConfig
-        from training.overrides import keys
+        from weft.training.config import RunConfig
+        from weft.training.overrides import keys
 
         key = next((key for key in keys(RunConfig) if key.rpartition('.')[2] == name.replace('-', '_')), None)
         value = rest[0].partition('=')[2] or (rest[1] if len(rest) > 1 and not rest[1].startswith('-') else 'VALUE')

@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from scripts.entry import as_json
-from scripts.entry import run as run_script
-from scripts.options import Parser
-from sharding.errors import LONGEST, shown
-from sharding.mesh import BATCH, MeshConfig
-from storage.files import Output, check_output
+from weft.runtime.errors import LONGEST, shown
+from weft.scripts.entry import as_json
+from weft.scripts.entry import run as run_script
+from weft.scripts.options import Parser
+from weft.sharding.mesh import BATCH, MeshConfig
+from weft.storage.files import Output, check_output
 
 MOST = {  # of an option at most: beyond it figures mean nothing
     'chips': 2**18,  # no machine has more
@@ -40,7 +40,7 @@ def main() -> None:
         check_output('--html', options.html, [options.config])
     plan = make(options)
     if options.html is not None:
-        from analysis.plan_page import page
+        from weft.planner.plan_page import page
 
         with Output('--html', options.html) as file:
             file.write(page(plan).encode())
@@ -49,7 +49,7 @@ def main() -> None:
         return
     from rich.console import Console
 
-    from analysis.plan_text import show
+    from weft.planner.plan_text import show
 
     show(plan, Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160))
     if options.html is not None:
@@ -94,8 +94,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def make(options: argparse.Namespace) -> dict[str, Any]:
     """The plan that the options ask for."""
-    from sharding.chips import named
-    from sharding.errors import UserError
+    from weft.planner.chips import named
+    from weft.runtime.errors import UserError
 
     chip = named(options.chip)
     for name, most in MOST.items():
@@ -104,8 +104,8 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
             least_or_most = 'above 0' if not value > 0 else f'at most {told(most)}'
             raise UserError(f'--{name} is {shown(told(value), 40)}: it must be {least_or_most}')
 
-    from analysis import plan
-    from training.config import load
+    from weft.planner import plan
+    from weft.training.config import load
 
     config = load(options.config, options.overrides)
     config = config if config.model.vocabulary else config.with_vocabulary(config.data.vocabulary)
@@ -139,8 +139,8 @@ def told(value: float) -> str:
 
 def compiling(options, config, chosen: dict[str, Any]) -> dict[str, Any]:
     """What the compiler makes of the step that was planned."""
-    from analysis.aot import compile_step
-    from analysis.plan import compiled_part, settled
+    from weft.planner.aot import compile_step
+    from weft.planner.plan import compiled_part, settled
 
     what = {'train': 'train', 'serve': 'decode'}[chosen['what']]
     sizes = {'rows': chosen['serving']['rows'], 'length': chosen['serving']['length']} if what == 'decode' else {}
@@ -150,9 +150,9 @@ def compiling(options, config, chosen: dict[str, Any]) -> dict[str, Any]:
 
 def train(options, config, chip, terms, mesh: str):
     """Which mesh it is, what a search found, the plan's part on training, and how many chips hold it where these do not."""
-    from analysis.fewest import fewest_to_train
-    from analysis.plan import training_part
-    from analysis.search import Choice, search
+    from weft.planner.fewest import fewest_to_train
+    from weft.planner.plan import training_part
+    from weft.planner.search import Choice, search
 
     if mesh != SEARCHED:
         config.check_sizes()
@@ -169,10 +169,10 @@ def train(options, config, chip, terms, mesh: str):
 
 def serve(options, config, chip, length: int, terms, mesh: str):
     """Which mesh serves it, what a search found, the plan's part on serving, and how many chips hold it where these do not."""
-    from analysis.fewest import fewest_to_serve
-    from analysis.plan import serving_part
-    from analysis.serving import Serving, Target, check_serves, search_serving
-    from sharding.errors import UserError
+    from weft.planner.fewest import fewest_to_serve
+    from weft.planner.plan import serving_part
+    from weft.planner.serving import Serving, Target, check_serves, search_serving
+    from weft.runtime.errors import UserError
 
     most = config.model.max_positions
     if most is not None and length > most:
@@ -195,8 +195,8 @@ def serve(options, config, chip, length: int, terms, mesh: str):
 
 def settle_mesh(options: argparse.Namespace, config):
     """The config with its mesh, and which that is. Raises UserError for one of another size."""
-    from sharding.errors import UserError
-    from sharding.mesh import parse_mesh
+    from weft.runtime.errors import UserError
+    from weft.sharding.mesh import parse_mesh
 
     if options.mesh == 'auto':
         return config, SEARCHED

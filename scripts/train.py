@@ -7,8 +7,8 @@ Several processes train one run, each on its own devices: scripts/launch/ has re
 
 from pathlib import Path
 
-from scripts.entry import run
-from scripts.options import Parser
+from weft.scripts.entry import run
+from weft.scripts.options import Parser
 
 
 def main() -> int:
@@ -23,15 +23,15 @@ def main() -> int:
         default='runs',
         help='the folder of all runs, gs://BUCKET/… and s3://BUCKET/… too',
     )
-    from sharding.processes import add_options
+    from weft.runtime.processes import add_options
 
     add_options(parser)
     options = parser.parse_intermixed_args()
 
-    from sharding.buckets import at
-    from sharding.processes import begin, check_devices, find
-    from training.config import load
-    from training.run_folder import check_new
+    from weft.runtime.processes import begin, check_devices, find
+    from weft.storage.buckets import at
+    from weft.training.config import load
+    from weft.training.run_folder import check_new
 
     runs = at(options.runs)
     config = load(options.config, options.overrides)
@@ -41,7 +41,7 @@ def main() -> int:
     processes = (launch and launch.processes) or 1
     check_devices(config.mesh.size, processes, config.mesh)
 
-    from sharding.mesh import start
+    from weft.sharding.mesh import start
 
     start(config.mesh.size, config.model.dtype, processes)
     if launch:
@@ -51,24 +51,24 @@ def main() -> int:
 
     import jax
 
-    from analysis.fits import plan_first
-    from sharding.mesh import make_mesh
-    from sharding.peers import first
+    from weft.planner.fits import plan_first
+    from weft.runtime.rendezvous import first
+    from weft.sharding.mesh import make_mesh
 
     make_mesh(config.mesh)  # says what is wrong with it
     line = plan_first(config, jax.local_devices()[0], processes, options.force)
     if first():
         print(line, flush=True)
 
-    from training.loop import train
+    from weft.training.loop import train
 
     return train(config, runs, options.fresh)
 
 
 def check_imported(folder, runs, name: str, fresh: bool) -> None:
     """Raises UserError where the config is that of an imported model, and the run would not begin from its weights."""
-    from sharding.errors import UserError
-    from training.config import RECORD
+    from weft.runtime.errors import UserError
+    from weft.training.config import RECORD
 
     if not (folder / RECORD).is_file():
         return

@@ -1,0 +1,1 @@
+"""The mesh, the collectives, the pipeline, layouts of the sequence."""

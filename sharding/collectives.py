@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import P, lax
 
-from sharding.mesh import AXES, FSDP, platform
+from weft.sharding.mesh import AXES, FSDP, platform
 
 
 def vary(tree):

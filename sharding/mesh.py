@@ -24,8 +24,8 @@ from jax.experimental import mesh_utils
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
-from sharding import program_cache
-from sharding.errors import UserError, shown
+from weft.runtime import program_cache
+from weft.runtime.errors import UserError, shown
 
 AXES = ('replica', 'stage', 'data', 'context', 'expert', 'tensor')
 BATCH = ('replica', 'data', 'expert')  # axes that split the rows of a batch
@@ -164,7 +164,7 @@ def check_mesh_is_set() -> None:
 def start(devices: int, dtype: str, processes: int = 1) -> None:
     """Settles what JAX must know before anything asks it for devices: 64 bits, how many devices a CPU plays, what it keeps.
 
-    A process on its own keeps its compiled programs for the next one (sharding/program_cache.py).
+    A process on its own keeps its compiled programs for the next one (runtime/program_cache.py).
 
     `devices` are those of the whole mesh, of which each of the `processes` has its part. A machine with an accelerator has
     its own devices. Where JAX has started already (a notebook), it keeps those that it has, and `make_mesh` judges whether

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from sharding.collectives import onward, vary
+from weft.sharding.collectives import onward, vary
 
 
 def ticks(microbatches: int, stages: int) -> int:

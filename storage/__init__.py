@@ -1,1 +1,1 @@
-"""What is kept on disks and in buckets: whole, or not there."""
+"""Files that survive: checkpoints, buckets, local copies, locks; reading what strangers wrote."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from sharding.errors import MachineError, UserError, shown
+from weft.runtime.errors import MachineError, UserError, shown
 
 PARTIAL = '.partial'  # what the name of a file ends in until it is whole
 # What stands where a file or folder is to be, which only its owner can move away; anything else is the machine's fault.

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from sharding.errors import UserError, shown
-from storage import files
+from weft.runtime.errors import UserError, shown
+from weft.storage import files
 
 MOST_VALUES = 2**23  # of a JSON file, each an object of Python's: Gemma's tokenizer.json, the largest, has a third
 MOST_DEPTH = 64  # lists and objects within each other: no published file has ten

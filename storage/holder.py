@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sharding.errors import shown
-from storage.foreign import read_own_object
+from weft.runtime.errors import shown
+from weft.storage.foreign import read_own_object
 
 LONG = 4096  # bytes of a record
 

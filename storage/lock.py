@@ -29,12 +29,12 @@ import threading
 import time
 from pathlib import Path
 
-from sharding import streams
-from sharding.buckets import Bucket
-from sharding.errors import MachineError, UserError, shown
-from storage import files
-from storage.holder import LONG, Record, own_record, record_of
-from storage.staged import making
+from weft.runtime import streams
+from weft.runtime.errors import MachineError, UserError, shown
+from weft.storage import files
+from weft.storage.buckets import Bucket
+from weft.storage.holder import LONG, Record, own_record, record_of
+from weft.storage.staged import making
 
 BEAT = 10.0  # seconds between two signs of life
 STALE = 45.0  # seconds without one after which a holder that this machine cannot see is gone

@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import Any
 
-from storage.foreign import read_own_object
+from weft.storage.foreign import read_own_object
 
 
 def sealed(fields: dict[str, Any]) -> bytes:

@@ -8,8 +8,8 @@ import re
 import tempfile
 from pathlib import Path
 
-from sharding.errors import MachineError, UserError, shown
-from storage import files
+from weft.runtime.errors import MachineError, UserError, shown
+from weft.storage import files
 
 # What the place that was named is at fault for; all else is the machine's.
 OF_THE_PLACE = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, *files.IN_THE_WAY}

@@ -12,21 +12,23 @@ import jax
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from sharding.errors import UserError
-from sharding.mesh import run_in_order
 from tests.scripts.runs import QUICK
+from weft.runtime.errors import UserError
+from weft.sharding.mesh import run_in_order
 
 DEVICES = 8
 TOO_FEW = re.compile(r'asks for \d+ devices; this machine has|Number of devices \d+ must be')
 
-# Under nohup what the tests start would pass a hangup over.
+# Under nohup, and in the background of a shell, what the tests start would pass these signals over.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before the first use of a device. Not through the environment: scripts that tests start find it as in a user's shell.
 jax.config.update('jax_platforms', os.environ.get('JAX_PLATFORMS', 'cpu'))
 if '--xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     jax.config.update('jax_num_cpu_devices', DEVICES)
 run_in_order()
-# For this process alone: those that tests start may be of another jaxlib (analysis/aot.py), or as in a user's shell.
+# For this process alone: those that tests start may be of another jaxlib (planner/aot.py), or as in a user's shell.
 before = os.environ['XLA_FLAGS']
 os.environ['XLA_FLAGS'] = before + QUICK
 jax.devices()  # reads them

@@ -4,11 +4,11 @@ import zlib
 
 import numpy as np
 
-from model.config import ModelConfig
-from model.decoder import Decoder
-from model.families import leaves
-from model.layers import names_matrix
 from tests.families.loading import from_leaves
+from weft.hub.families import leaves
+from weft.model.config import ModelConfig
+from weft.model.decoder import Decoder
+from weft.model.layers import names_matrix
 
 
 def filled(c: ModelConfig, seed: int = 0, gain: float = 1.0) -> Decoder:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from model.config import ModelConfig
+from weft.model.config import ModelConfig
 
 
 def weights(model) -> dict:

@@ -6,12 +6,12 @@ import types
 import jax
 import numpy as np
 
-from model.config import ModelConfig
-from sharding.mesh import make_mesh, parse_mesh
 from tests.scripts.runs import ROOT
-from training.config import RunConfig, TrainingConfig
-from training.loss import loss_and_gradient
-from training.step import init
+from weft.model.config import ModelConfig
+from weft.sharding.mesh import make_mesh, parse_mesh
+from weft.training.config import RunConfig, TrainingConfig
+from weft.training.loss import loss_and_gradient
+from weft.training.step import init
 
 MODEL = ModelConfig(vocabulary=64, layers=2, model_dim=32, heads=4, mlp_dim=48, tied_embedding=False)
 

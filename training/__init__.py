@@ -1,3 +1,1 @@
-from sharding.rooms import check_rooms
-
-check_rooms()
+"""Training: the config of a run, loss, optimizer, the step, the loop, metrics and reports."""

@@ -14,8 +14,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
-from storage import files as disk
-from training.patient import Patient
+from weft.storage import files as disk
+from weft.training.patient import Patient
 
 
 class Board:

@@ -10,15 +10,15 @@ from typing import Any
 
 import pydantic
 
-from data.config import DataConfig
-from data.reading import decoded, opened
-from model.config import ModelConfig, needs_head
-from model.config_parts import nearest_divisor
-from model.sizes import batch_sizes, sizes
-from sharding.errors import UserError, nearest_path, shown
-from sharding.mesh import BATCH, MeshConfig, check_divides
-from training import yaml_text
-from training.overrides import apply, unknown
+from weft.data.config import DataConfig
+from weft.data.reading import decoded, opened
+from weft.model.config import ModelConfig, needs_head
+from weft.model.config_parts import nearest_divisor
+from weft.model.sizes import batch_sizes, sizes
+from weft.runtime.errors import UserError, nearest_path, shown
+from weft.sharding.mesh import BATCH, MeshConfig, check_divides
+from weft.training import yaml_text
+from weft.training.overrides import apply, unknown
 
 LARGEST_NUMBER = 1 << 48  # no size is larger, and all arithmetic with one stays exact
 FLOAT32 = 3.4028234663852886e38  # its largest number

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sharding.buckets import Bucket
-from sharding.errors import UserError, shown
-from storage import files as disk
-from storage.foreign import read_object
-from training.config import RECORD, RunConfig
+from weft.runtime.errors import UserError, shown
+from weft.storage import files as disk
+from weft.storage.buckets import Bucket
+from weft.storage.foreign import read_object
+from weft.training.config import RECORD, RunConfig
 
 SOURCE = 'source'  # an imported run's folder of the published files
 MOST = 2**28  # bytes of a published file beside the weights

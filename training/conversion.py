@@ -22,35 +22,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data.config import DataConfig
-from data.exported_tokenizer import exported_tokenizer
-from data.gguf_tokenizer import tokenizer_files
-from data.pairs import first_token
-from data.published_tokenizer import published_tokenizer, run_tokenizer
-from data.tokenizer import Tokenizer
-from model import hub, publish
-from model.config import ModelConfig
-from model.families import OPTIONAL, Tensor, families, tensors
-from model.sizes import sizes
-from model.streaming import narrowed, published
-from sharding.buckets import Bucket
-from sharding.errors import UserError, shown
-from sharding.memory import told_bytes
-from sharding.mesh import BATCH, SEQUENCE, MeshConfig, check_divides, make_mesh, start
-from storage import files as disk
-from storage.foreign import shown_path
-from storage.lock import Lock
-from storage.staged import refuse_existing, staged
-from training import config as configs
-from training.bucket_checkpoint import checkpoints_of
-from training.checkpoint import Checkpoints
-from training.checkpoint_reader import read_newest
-from training.config import RECORD, RunConfig, TrainingConfig
-from training.context import SOURCE, context_of, object_of, published_config, published_files
-from training.finite import RULE, check_saved, not_finite
-from training.manifest import named
-from training.run_folder import run_folder
-from training.state import abstract_model, abstract_state, restore_newest, saved_config
+from weft.data.config import DataConfig
+from weft.data.pairs import first_token
+from weft.data.tokenizer import Tokenizer
+from weft.hub import read as hub
+from weft.hub import write as publish
+from weft.hub.exported_tokenizer import exported_tokenizer
+from weft.hub.families import OPTIONAL, Tensor, families, tensors
+from weft.hub.gguf_tokenizer import tokenizer_files
+from weft.hub.published_tokenizer import published_tokenizer, run_tokenizer
+from weft.hub.streaming import narrowed, published
+from weft.model.config import ModelConfig
+from weft.model.sizes import sizes
+from weft.runtime.device_memory import told_bytes
+from weft.runtime.errors import UserError, shown
+from weft.sharding.mesh import BATCH, SEQUENCE, MeshConfig, check_divides, make_mesh, start
+from weft.storage import files as disk
+from weft.storage.bucket_checkpoint import checkpoints_of
+from weft.storage.buckets import Bucket
+from weft.storage.checkpoint import Checkpoints
+from weft.storage.checkpoint_reader import read_newest
+from weft.storage.foreign import shown_path
+from weft.storage.lock import Lock
+from weft.storage.manifest import named
+from weft.storage.staged import refuse_existing, staged
+from weft.training import config as configs
+from weft.training.config import RECORD, RunConfig, TrainingConfig
+from weft.training.context import SOURCE, context_of, object_of, published_config, published_files
+from weft.training.finite import RULE, check_saved, not_finite
+from weft.training.run_folder import run_folder
+from weft.training.state import abstract_model, abstract_state, restore_newest, saved_config
 
 CONTEXT = 2048  # tokens, where a config says nothing of it
 MOST_TO_TRAIN = 4096  # tokens of a row, however long a context is: what fits in memory

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from data.packing import Samples
-from data.tokenizer import Tokenizer
-from model.decoder import Decoder
-from model.forward import needs_causal, place_rows, row_ways
-from sharding.errors import Diverged
-from training.loss import loss_sums
+from weft.data.packing import Samples
+from weft.data.tokenizer import Tokenizer
+from weft.model.decoder import Decoder
+from weft.model.forward import needs_causal, place_rows, row_ways
+from weft.runtime.errors import Diverged
+from weft.training.loss import loss_sums
 
 _sums = jax.jit(loss_sums, static_argnames='microbatches')
 _total = jax.jit(jax.numpy.sum)

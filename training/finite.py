@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sharding.errors import Diverged, UserError, shown
-from training.checkpoint import Checkpoints
-from training.config import RECORD, RunConfig
-from training.manifest import named
+from weft.runtime.errors import Diverged, UserError, shown
+from weft.storage.checkpoint import Checkpoints
+from weft.storage.manifest import named
+from weft.training.config import RECORD, RunConfig
 
 AT_ONCE = 1 << 18  # numbers that a thread looks at and that stay in its cache
 PART = 1 << 24  # numbers that a thread takes

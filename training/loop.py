@@ -14,29 +14,30 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
-from data.prepare import Dataset, load, prepare
-from data.published_tokenizer import load_tokenizer
-from data.tokenizer import Tokenizer
-from model.forward import place_rows
-from sharding import peers, signals, streams
-from sharding.buckets import Bucket
-from sharding.errors import Diverged, MachineError, OutOfMemory, UserError, machine_fault, shown
-from sharding.memory import explaining
-from sharding.mesh import make_mesh, platform
-from sharding.processes import Agreement
-from storage import files as disk
-from storage.lock import Lock
-from training import config as configs
-from training.bucket_checkpoint import checkpoints_of
-from training.checkpoint import Checkpoints, SaveFailed
-from training.config import RECORD, RunConfig
-from training.evaluation import evaluate, spread
-from training.finite import RULE, check_saved, diverged, listed, not_finite
-from training.metrics import Metrics, Unwritten
-from training.mirror import Mirror, set_aside
-from training.report import layout, memory_line, rate_line
-from training.state import abstract_state, items, restore, restore_imported, saved_config
-from training.step import init, train_step
+from weft.data.prepare import Dataset, load, prepare
+from weft.data.tokenizer import Tokenizer
+from weft.hub.published_tokenizer import load_tokenizer
+from weft.model.forward import place_rows
+from weft.runtime import rendezvous as peers
+from weft.runtime import signals, streams
+from weft.runtime.device_memory import explaining
+from weft.runtime.errors import Diverged, MachineError, OutOfMemory, UserError, machine_fault, shown
+from weft.runtime.processes import Agreement
+from weft.sharding.mesh import make_mesh, platform
+from weft.storage import files as disk
+from weft.storage.bucket_checkpoint import checkpoints_of
+from weft.storage.buckets import Bucket
+from weft.storage.checkpoint import Checkpoints, SaveFailed
+from weft.storage.local_copy import Mirror, set_aside
+from weft.storage.lock import Lock
+from weft.training import config as configs
+from weft.training.config import RECORD, RunConfig
+from weft.training.evaluation import evaluate, spread
+from weft.training.finite import RULE, check_saved, diverged, listed, not_finite
+from weft.training.metrics import Metrics, Unwritten
+from weft.training.report import layout, memory_line, rate_line
+from weft.training.state import abstract_state, items, restore, restore_imported, saved_config
+from weft.training.step import init, train_step
 
 AHEAD = 2  # steps that an accelerator may be given before the host reads the figures of the first
 
@@ -134,6 +135,7 @@ def ready(config: RunConfig, mirror: Mirror, console: Console) -> tuple[RunConfi
         pairs=config.model.encoder is not None,
         start=config.model.encoder.start_token if config.model.encoder else None,
         tokenizer=tokenizer,
+        read_tokenizer=load_tokenizer,
     )
     if steps and steps[-1] > 0:
         meta = checkpoints.meta(steps[-1])

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import P, lax
 
-from model.config import ModelConfig
-from model.decoder import Decoder, Head, backends, by_layer, to_vocabulary
-from model.forward import TOKENS, Source, columns, one_device, with_source
-from model.layers import View, specs
-from sharding.collectives import axis_index, join, my_slice, pmax, psum, sum_copies, vary, wide
-from sharding.mesh import AXES, BATCH, platform
-from sharding.order import zigzag
-from sharding.pipeline import dealt
+from weft.model.config import ModelConfig
+from weft.model.decoder import Decoder, Head, backends, by_layer, to_vocabulary
+from weft.model.forward import TOKENS, Source, columns, one_device, with_source
+from weft.model.layers import View, specs
+from weft.sharding.collectives import axis_index, join, my_slice, pmax, psum, sum_copies, vary, wide
+from weft.sharding.mesh import AXES, BATCH, platform
+from weft.sharding.pipeline import dealt
+from weft.sharding.sequence_layout import zigzag
 
 CHUNK = 2048  # tokens whose logits exist at once
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sharding import streams
-from sharding.errors import UserError, shown
-from storage import files as disk
-from training.board import Board
-from training.patient import Patient
-from training.picture import draw
+from weft.runtime import streams
+from weft.runtime.errors import UserError, shown
+from weft.storage import files as disk
+from weft.training.board import Board
+from weft.training.patient import Patient
+from weft.training.picture import draw
 
 MOST = 2**31  # bytes of a metrics.jsonl
 DRAWN = ('step', 'loss', 'router.max_share', 'validation_loss', 'validation_bits_per_byte')

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args, get_origin
 
-from sharding.errors import UserError, closest, nearest, shown
-from training import yaml_text
+from weft.runtime.errors import UserError, closest, nearest, shown
+from weft.training import yaml_text
 
 KEY = re.compile(r'[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*')
 

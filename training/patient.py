@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from sharding.errors import MachineError
-from storage import files as disk
+from weft.runtime.errors import MachineError
+from weft.storage import files as disk
 
 
 class Patient:

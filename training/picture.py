@@ -15,7 +15,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.transforms import Bbox, BboxBase
 
-from storage import files as disk
+from weft.storage import files as disk
 
 PLACES = 25  # across and up, at which a label is tried
 NEAR = 14  # points from what it names: no line leads there

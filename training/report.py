@@ -9,13 +9,13 @@ import jax.numpy as jnp
 from rich.console import Group
 from rich.table import Table
 
-from model.families import unpadded
-from sharding.memory import gib, shard_bytes
-from sharding.mesh import AXES, BATCH, SEQUENCE
-from sharding.pipeline import bubble, ticks
-from training.config import RunConfig
-from training.step import schedule
-from training.tables import Fitted
+from weft.hub.families import unpadded
+from weft.runtime.device_memory import gib, shard_bytes
+from weft.sharding.mesh import AXES, BATCH, SEQUENCE
+from weft.sharding.pipeline import bubble, ticks
+from weft.training.config import RunConfig
+from weft.training.step import schedule
+from weft.training.tables import Fitted
 
 
 def rate_line(before: RunConfig, now: RunConfig, step: int) -> str | None:

@@ -4,8 +4,8 @@ import os
 import stat
 from pathlib import Path
 
-from sharding.buckets import Bucket, at
-from sharding.errors import UserError, nearest_path, shown
+from weft.runtime.errors import UserError, nearest_path, shown
+from weft.storage.buckets import Bucket, at
 
 
 def run_folder(given: str | Path | Bucket) -> Path | Bucket:

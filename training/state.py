@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jax import P
 from jax.sharding import NamedSharding
 
-from sharding.errors import UserError
-from training import config as configs
-from training.checkpoint import Checkpoints
-from training.checkpoint_reader import read_newest
-from training.config import RunConfig
-from training.manifest import META
-from training.step import State, init
+from weft.runtime.errors import UserError
+from weft.storage.checkpoint import Checkpoints
+from weft.storage.checkpoint_reader import read_newest
+from weft.storage.manifest import META
+from weft.training import config as configs
+from weft.training.config import RunConfig
+from weft.training.step import State, init
 
 
 def abstract_state(config: RunConfig) -> State:

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from model.decoder import Decoder
-from model.layers import is_matrix
-from model.moe import MoE, updated_bias
-from training.config import RunConfig, TrainingConfig
-from training.loss import loss_and_gradient
+from weft.model.decoder import Decoder
+from weft.model.layers import is_matrix
+from weft.model.moe import MoE, updated_bias
+from weft.training.config import RunConfig, TrainingConfig
+from weft.training.loss import loss_and_gradient
 
 
 class State(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from sharding.errors import UserError, shown
+from weft.runtime.errors import UserError, shown
 
 LARGEST = 1 << 18  # characters: a thousand times a usual config
 DEEPEST = 32

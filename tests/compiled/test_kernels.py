@@ -6,8 +6,8 @@ Each compiler runs in a process of its own, since only one may hold libtpu and t
 import os
 import subprocess
 
-from analysis.aot import ROOT, interpreter
-from analysis.topology import target
+from weft.planner.aot import ROOT, interpreter
+from weft.planner.topology import target
 
 BEGIN = """
 import sys
@@ -29,7 +29,7 @@ def array(shape, dtype, *spec):
 """
 
 ATTENTION = """
-from model.attention import attention, needs_unchecked
+from weft.model.ops.attention import attention, needs_unchecked
 rows = ('data', 'expert')
 
 def compiled(T, K, G, H, window, dtype):
@@ -53,7 +53,7 @@ print('compiled', len(CASES))
 """
 
 EXPERTS = """
-from model.grouped_matmul import grouped_matmul
+from weft.model.ops.grouped_matmul import grouped_matmul
 
 def compiled(R, E, D, F, dtype):
     def loss(x, w, sizes):

@@ -7,13 +7,13 @@ import dataclasses
 
 import pytest
 
-from analysis import communication
-from analysis.aot import compile_step
-from analysis.traffic import difference
-from model.config import ModelConfig, MoEConfig
-from sharding.mesh import MeshConfig
 from tests.hlo import MOVED, SENT, instructions
-from training.config import RunConfig, TrainingConfig
+from weft.model.config import ModelConfig, MoEConfig
+from weft.planner import communication
+from weft.planner.aot import compile_step
+from weft.planner.traffic import difference
+from weft.sharding.mesh import MeshConfig
+from weft.training.config import RunConfig, TrainingConfig
 
 # Sizes in whole tiles; enough layers for a loop; more tokens than one chunk of the loss.
 RUN = RunConfig(

@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from data.ids import read_ids
-from sharding.errors import UserError
+from weft.data.ids import read_ids
+from weft.runtime.errors import UserError
 
 IDS = np.array([[1, 5, 9, 11], [2, 6, 10, 12]])
 HEADER = "{'descr': '%s', 'fortran_order': False, 'shape': %s, }\n"

@@ -5,9 +5,9 @@ import random
 import numpy as np
 import pytest
 
-from data import packing
-from data.packing import Rows, best_fit, encode_documents, pack, pack_documents
-from data.tokenizer import Tokenizer
+from weft.data import packing
+from weft.data.packing import Rows, best_fit, encode_documents, pack, pack_documents
+from weft.data.tokenizer import Tokenizer
 
 LENGTH = 16
 KEYS = 'tokens', 'targets', 'positions', 'segments'

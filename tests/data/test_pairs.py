@@ -8,15 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from data.config import DataConfig
-from data.examples import reversed_digits
-from data.pairs import Pair, pack_pairs, read_pairs
-from data.prepare import load, prepare
-from data.tokenizer import Tokenizer
-from decoding.prompts import read_prompts
-from model.config import EncoderConfig, ModelConfig
-from sharding.errors import UserError
-from sharding.mesh import MeshConfig, make_mesh
+from weft.data.config import DataConfig
+from weft.data.examples import reversed_digits
+from weft.data.pairs import Pair, pack_pairs, read_pairs
+from weft.data.prepare import load, prepare
+from weft.data.tokenizer import Tokenizer
+from weft.inference.prompts import read_prompts
+from weft.model.config import EncoderConfig, ModelConfig
+from weft.runtime.errors import UserError
+from weft.sharding.mesh import MeshConfig, make_mesh
 
 PAIRS = [Pair(*pair) for pair in reversed_digits(600)]
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-import data.prepare
-from data.baseline import xz_bits_per_byte
-from data.config import DataConfig
-from data.prepare import Dataset, prepare
-from data.prepared import Stored
-from sharding.errors import UserError
-from storage import files as disk
+from weft.data.baseline import xz_bits_per_byte
+from weft.data.config import DataConfig
+from weft.data.prepare import Dataset, prepare
+from weft.data.prepared import Stored
+from weft.data.split import split_of
+from weft.runtime.errors import UserError
+from weft.storage import files as disk
 
 LENGTH = 32
 
@@ -106,7 +106,7 @@ def test_stdlib_is_split_by_package(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             (library / f'package{i}' / f'{j}.py').write_text(story(2 * i + j), encoding='utf-8')
     (library / 'os.py').write_text(story(99), encoding='utf-8')
     (library / 'latin.py').write_bytes(b'\xe9')
-    monkeypatch.setattr('data.sources.sysconfig.get_path', lambda _: str(library))
+    monkeypatch.setattr('weft.data.sources.sysconfig.get_path', lambda _: str(library))
     facts = prepare(DataConfig(vocabulary=320, validation_share=0.2), tmp_path / 'run', LENGTH, quiet).facts
     assert facts['split']['by'] == 'package'
     assert len(facts['split']['validation_groups']) >= 3
@@ -208,13 +208,13 @@ def test_too_little_text_touches_nothing(tmp_path: Path) -> None:
 def test_a_source_that_changes_under_way_is_noticed(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    split = data.prepare.split_of
+    split = split_of
 
     def split_and_change(*arguments: Any) -> Any:
         (corpus / '05.txt').write_text('changed', encoding='utf-8')
         return split(*arguments)
 
-    monkeypatch.setattr(data.prepare, 'split_of', split_and_change)
+    monkeypatch.setattr('weft.data.prepare.split_of', split_and_change)
     with pytest.raises(UserError, match='changed while it was read'):
         make(tmp_path / 'run', corpus)
     assert not (tmp_path / 'run').exists()
@@ -223,7 +223,7 @@ def test_a_source_that_changes_under_way_is_noticed(
 def test_a_large_text_is_sampled_for_the_tokenizer(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data.prepare, 'TOKENIZER_CHARACTERS', 5000)
+    monkeypatch.setattr('weft.data.prepare.TOKENIZER_CHARACTERS', 5000)
     facts = make(tmp_path / 'run', corpus).facts
     assert facts['tokenizer']['trained_on'] == 'one in 2 blocks of the training text'
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import prepared
-from data.packing import Rows
-from data.prepare import load
-from sharding.errors import UserError
-from storage.sealed import sealed, unsealed
 from tests.data.test_prepare import content, corpus, make
+from weft.data import prepared
+from weft.data.packing import Rows
+from weft.data.prepare import load
+from weft.runtime.errors import UserError
+from weft.storage.sealed import sealed, unsealed
 
 assert corpus  # a fixture
 

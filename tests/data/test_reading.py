@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import zstandard
 
-from data import reading
-from data.pairs import Pair, read_pairs
-from data.sources import texts
-from sharding.errors import UserError
+from weft.data import reading
+from weft.data.pairs import Pair, read_pairs
+from weft.data.sources import texts
+from weft.runtime.errors import UserError
 
 WANTED = ['one', 'two é', 'three\nlines\nof it']
 LINES = ''.join(json.dumps({'n': 1, 'text': text}) + '\n' for text in WANTED).encode()

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from data.config import DataConfig
-from data.reading import BLOCK
-from data.sources import documents, kind_of_text, stdlib, texts
-from data.walk import LeftOut
-from sharding.errors import UserError
+from weft.data.config import DataConfig
+from weft.data.reading import BLOCK
+from weft.data.sources import documents, kind_of_text, stdlib, texts
+from weft.data.walk import LeftOut
+from weft.runtime.errors import UserError
 
 TEXT = 'first line\nsecond é \u2581\r\n\ttab\n'
 

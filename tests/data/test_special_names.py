@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from data.config import DataConfig
-from data.packing import encode_documents
-from data.pairs import Pair, pack_pairs
-from data.prepare import prepare
-from data.published.json_tokenizer import JsonTokenizer
-from data.tokenizer import Tokenizer
-from tests.data.test_tokenizer_goldens import FOLDERS, read
+from tests.hub.test_tokenizer_goldens import FOLDERS, read
+from weft.data.config import DataConfig
+from weft.data.packing import encode_documents
+from weft.data.pairs import Pair, pack_pairs
+from weft.data.prepare import prepare
+from weft.data.tokenizer import Tokenizer
+from weft.hub.tokenizers.json_tokenizer import JsonTokenizer
 
 # What a folder's tokenizer writes otherwise: it knows no signs, or takes spaces away.
 LOSSY = {'unigram', 't5', 't5_by_its_config', 'marian'}
@@ -157,7 +157,7 @@ def test_names_are_looked_for_in_so_much_text_and_no_more(tmp_path: Path, monkey
     said: list[str] = []
     config = DataConfig(source=str(tmp_path / '*.txt'), vocabulary=None)
     for most, told in ((10_000, 'data: 5 documents'), (4_000, 'data: at least 3 documents'), (100, None)):
-        monkeypatch.setattr('data.prepare.SEARCHED', most)
+        monkeypatch.setattr('weft.data.prepare.SEARCHED', most)
         looked.clear(), said.clear()
         prepare(config, tmp_path / f'run {most}', 64, said.append, tokenizer=tokenizer)
         lines = [line for line in said if 'special tokens' in line]

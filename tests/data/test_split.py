@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from data.config import DataConfig
-from data.prepare import prepare
-from data.split import LEAST, MOST, bytes_after, cut
-from sharding.errors import UserError
+from weft.data.config import DataConfig
+from weft.data.prepare import prepare
+from weft.data.split import LEAST, MOST, bytes_after, cut
+from weft.runtime.errors import UserError
 
 DRAW = random.Random(0)
 WORDS = [''.join(DRAW.choice('abcdefghij') for _ in range(DRAW.randint(2, 7))) for _ in range(300)]

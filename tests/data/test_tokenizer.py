@@ -6,11 +6,11 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from data.exported_tokenizer import exported_tokenizer
-from data.published_tokenizer import load_tokenizer
-from data.tokenizer import Tokenizer
-from sharding import peers
-from sharding.errors import UserError
+from weft.data.tokenizer import Tokenizer
+from weft.hub.exported_tokenizer import exported_tokenizer
+from weft.hub.published_tokenizer import load_tokenizer
+from weft.runtime import rendezvous as peers
+from weft.runtime.errors import UserError
 
 # A little of everything: indentation, both line ends, tabs, two scripts.
 TEXT = (

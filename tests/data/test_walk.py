@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from data import walk
-from data.config import DataConfig
-from data.prepare import prepare
-from data.sources import texts
-from data.walk import LeftOut, told
-from sharding.errors import UserError
+from weft.data import walk
+from weft.data.config import DataConfig
+from weft.data.prepare import prepare
+from weft.data.sources import texts
+from weft.data.walk import LeftOut, told
+from weft.runtime.errors import UserError
 
 
 def read(*paths: Path | str) -> tuple[list[str], str]:

@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 
-from model import decoder
+from weft.model import decoder
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from model import hub, tensor_files
-from model.families import stored_name, tensors
 from tests.families import cases, weights
 from tests.families.loading import read
+from weft.hub import read as hub
+from weft.hub import tensor_files
+from weft.hub.families import stored_name, tensors
 
 
 def named(name: str, make: Callable[[str, tuple[int, ...]], np.ndarray] | None = None) -> dict[str, np.ndarray]:

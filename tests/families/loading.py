@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from model.config import ModelConfig
-from model.decoder import Decoder
-from model.families import Family, Fields, family_of, leaves, stored_name, tensors
 from tests.families import cases, weights
+from weft.hub.families import Family, Fields, family_of, leaves, stored_name, tensors
+from weft.model.config import ModelConfig
+from weft.model.decoder import Decoder
 
 GOLDENS = Path(os.environ.get('GOLDENS') or Path(__file__).parent / 'goldens')  # others: `make parity`
 

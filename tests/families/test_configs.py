@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from model.families import leaves, tensors
-from model.families.fields import HARMLESS, KIND_OF
-from sharding.errors import UserError
-from sharding.mesh import MeshConfig, make_mesh
 from tests.families import cases
 from tests.families.loading import read
+from weft.hub.families import leaves, tensors
+from weft.hub.families.fields import HARMLESS, KIND_OF
+from weft.runtime.errors import UserError
+from weft.sharding.mesh import MeshConfig, make_mesh
 
 QWEN_2_5: dict[str, Any] = {  # Qwen/Qwen2.5-0.5B, config.json
     'architectures': ['Qwen2ForCausalLM'],

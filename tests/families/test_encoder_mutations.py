@@ -7,10 +7,10 @@ from unittest import mock
 import jax
 import pytest
 
-from model.attention.reference import relative_bucket
-from model.encoder import sinusoids
 from tests.families.test_families import TOLERANCE
 from tests.families.test_mutations import short, wrong_by
+from weft.model.encoder import sinusoids
+from weft.model.ops.attention.reference import relative_bucket
 
 CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ('bert-plain', {'causal': True}),
@@ -76,8 +76,8 @@ def interleaved(c):
 
 
 CODE: list[tuple[str, str, Callable]] = [
-    ('t5-v1.1', 'model.attention.reference.relative_bucket', one_way),
-    ('marian-published', 'model.decoder.sinusoids', interleaved),
+    ('t5-v1.1', 'weft.model.ops.attention.reference.relative_bucket', one_way),
+    ('marian-published', 'weft.model.decoder.sinusoids', interleaved),
 ]
 
 

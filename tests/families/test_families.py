@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from jax import lax
 
-from decoding.score import score
-from decoding.step import decode, empty_cache, encode, prefill
-from model.cost import parameters
-from model.families import Fields, families, leaves
-from model.forward import Source, hidden_states, logits, logits_ahead, place
-from sharding.mesh import MeshConfig, make_mesh
 from tests.families import cases
 from tests.families.encoder_cases import ENCODERS, live, masked
 from tests.families.loading import GOLDENS, generated, golden, read
+from weft.hub.families import Fields, families, leaves
+from weft.inference.score import score
+from weft.inference.step import decode, empty_cache, encode, prefill
+from weft.model.cost import parameters
+from weft.model.forward import Source, hidden_states, logits, logits_ahead, place
+from weft.sharding.mesh import MeshConfig, make_mesh
 
 TOLERANCE, KL = 1e-5, 1e-8
 MARGIN = 1e-4  # of a greedy choice, over the largest |logit|: below it another choice is not wrong
@@ -192,7 +192,7 @@ def test_every_family_has_three_cases_and_every_case_its_golden():
 
 
 def test_a_field_that_nothing_reads_is_an_error():
-    from sharding.errors import UserError
+    from weft.runtime.errors import UserError
 
     config = cases.CASES['llama-grouped'] | {'rope_thetta': 3}
     with pytest.raises(UserError, match=r'rope_thetta is 3.*did you mean .rope_theta'):

@@ -13,12 +13,12 @@ from unittest import mock
 import jax
 import pytest
 
-from model import layers
-from model.families import Entry, Joined, Woven
-from model.rope import rope
-from sharding.mesh import MeshConfig, make_mesh
 from tests.families.loading import GOLDENS, changed, generated, golden, read
 from tests.families.test_families import TOLERANCE, error, of_golden, whole, whole_ahead
+from weft.hub.families import Entry, Joined, Woven
+from weft.model import layers
+from weft.model.rope import rope
+from weft.sharding.mesh import MeshConfig, make_mesh
 
 CONFIGS: list[tuple[str, dict[str, Any]]] = [
     ('llama-grouped', {'rotary_pairs': 'neighbours'}),
@@ -287,8 +287,8 @@ def clamped_twice(c):
 CODE: list[tuple[str, str, Callable]] = [
     ('gpt_oss-defaults-no-biases-tied', 'model.moe.activation', unmoved),
     ('gpt_oss-unscaled-late-windows', 'model.moe.activation', clamped_twice),
-    ('gemma3-as-published', 'model.layers.rope', scaled_everywhere),
-    ('olmoe-plain', 'model.layers.norm_of_all', by_head),
+    ('gemma3-as-published', 'weft.model.layers.rope', scaled_everywhere),
+    ('olmoe-plain', 'weft.model.layers.norm_of_all', by_head),
     ('grok1-as-published', 'jax.nn.gelu', functools.partial(jax.nn.gelu, approximate=False)),
 ]
 

@@ -7,9 +7,9 @@ import argparse
 from pathlib import Path
 
 import tests.conftest  # noqa: F401  (devices and settings as in the tests)
-from model.publish import published_config
 from tests.families import cases, folders
 from tests.families.loading import read
+from weft.hub.write import published_config
 
 
 def main() -> None:

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from tests.house import ROOMS
 from tests.scripts.runs import QUICK
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ('analysis', 'data', 'decoding', 'model', 'scripts', 'sharding', 'storage', 'training')
 LIMIT = 60.0  # seconds that a command may take: more is a hang
 STEPS = 6
 CONFIG = """
@@ -360,9 +360,9 @@ def write_large(folder: Path) -> None:
     def zeros(name: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.zeros(shape, np.float32)
 
-    from model import hub
-    from model.families import stored_name, tensors
     from tests.families.loading import read
+    from weft.hub import read as hub
+    from weft.hub.families import stored_name, tensors
 
     family, c = read(config)
     table = tensors(family, c, hub.shapes_of(c))

@@ -10,17 +10,18 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from data.chat import chat_templates
-from model import hub, tensor_files
-from model.streaming import published
-from sharding.errors import UserError
-from sharding.mesh import MeshConfig, make_mesh
-from tests.data.test_tokenizer_goldens import files_of
 from tests.families import cases as families
 from tests.families import folders
 from tests.fuzz import Case, note, rng
 from tests.fuzz.spoiled import TEMPLATE, WAYS
-from training import conversion
+from tests.hub.test_tokenizer_goldens import files_of
+from weft.hub import read as hub
+from weft.hub import tensor_files
+from weft.hub.chat import chat_templates
+from weft.hub.streaming import published
+from weft.runtime.errors import UserError
+from weft.sharding.mesh import MeshConfig, make_mesh
+from weft.training import conversion
 
 NAME, COUNT, QUICK, SECONDS, IN_PROCESS = 'folders', 3000, 120, 10.0, True
 GROWTH = 3 * 2**29  # bytes by which one case may raise what a process has held in memory

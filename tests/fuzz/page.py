@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 
-from storage import files
 from tests.fuzz.workers import Result
+from weft.storage import files
 
 
 @dataclass(frozen=True)

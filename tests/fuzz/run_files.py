@@ -16,26 +16,26 @@ import jax
 import numpy as np
 from rich.console import Console
 
-import decoding.run
-from data import prepared
-from decoding.run import open_run
-from sharding.errors import UserError
-from sharding.mesh import MeshConfig, make_mesh
-from storage.sealed import sealed, unsealed
-from tests.data.test_tokenizer_goldens import files_of
 from tests.families import folders
 from tests.families.cases import CASES
 from tests.fuzz import Case, note, rng
-from training import config as configs
-from training import state
-from training.checkpoint import Checkpoints
-from training.checkpoint_reader import read_newest
-from training.conversion import import_run, imported
-from training.loop import Run, ready, train
-from training.manifest import MANIFEST, META, fingerprint
-from training.metrics import Metrics
-from training.mirror import Mirror
-from training.state import restore, saved_config
+from tests.hub.test_tokenizer_goldens import files_of
+from weft.data import prepared
+from weft.inference import run as opening
+from weft.inference.run import open_run
+from weft.runtime.errors import UserError
+from weft.sharding.mesh import MeshConfig, make_mesh
+from weft.storage.checkpoint import Checkpoints
+from weft.storage.checkpoint_reader import read_newest
+from weft.storage.local_copy import Mirror
+from weft.storage.manifest import MANIFEST, META, fingerprint
+from weft.storage.sealed import sealed, unsealed
+from weft.training import config as configs
+from weft.training import state
+from weft.training.conversion import import_run, imported
+from weft.training.loop import Run, ready, train
+from weft.training.metrics import Metrics
+from weft.training.state import restore, saved_config
 
 NAME, COUNT, QUICK, SECONDS, IN_PROCESS = 'run_files', 1500, 100, 10.0, True
 GROWTH = 2**30  # bytes by which a case may raise what the process has held in memory
@@ -185,7 +185,7 @@ def config_of(place: Path) -> configs.RunConfig:
 def prepare(place: Path) -> None:
     """Trains a run of a few steps, and imports another, once."""
     # What a model is made of takes longer to find than to read it, and is the same in all cases.
-    decoding.run.abstract_model = functools.cache(state.abstract_model)
+    opening.abstract_model = functools.cache(state.abstract_model)
     state.abstract_state = functools.cache(state.abstract_state)
     if (place / 'known.json').exists():
         return

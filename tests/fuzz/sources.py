@@ -17,14 +17,14 @@ from pathlib import Path
 
 import zstandard
 
-from data.pairs import Pair, read_pairs
-from data.sources import texts
-from data.walk import LeftOut
-from decoding.questions import read_prompts
-from sharding.errors import UserError
 from tests.fuzz import Case, rng
-from training.config import RunConfig, dump, parse
-from training.overrides import keys
+from weft.data.pairs import Pair, read_pairs
+from weft.data.sources import texts
+from weft.data.walk import LeftOut
+from weft.inference.questions import read_prompts
+from weft.runtime.errors import UserError
+from weft.training.config import RunConfig, dump, parse
+from weft.training.overrides import keys
 
 NAME, COUNT, QUICK, SECONDS, IN_PROCESS = 'sources', 300, 200, 10.0, True
 LONGEST = 700  # characters of a message, without the folder's own name

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from model import hub
+from weft.hub import read as hub
 
 TEMPLATE = '{% for m in messages %}{{ m.content }}{% endfor %}'
 ESCAPES = '\x1b[2J\x1b]0;x\x07\nerror: all is well\r\u202e\x00'

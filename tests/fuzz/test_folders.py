@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from sharding.errors import UserError
 from tests.fuzz import Case, folders
-from training import conversion
+from weft.runtime.errors import UserError
+from weft.training import conversion
 
 
 @pytest.fixture(scope='module')

@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sharding.errors import shown
 from tests.fuzz import Case, TooLong, noted
+from weft.runtime.errors import shown
 
 ROOT = Path(__file__).parents[2]
 MEMORY = 4 * 2**30  # bytes of address space of a worker whose cases are read in process

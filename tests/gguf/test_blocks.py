@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import gguf_file
-from sharding.errors import UserError
 from tests.gguf import written
+from weft.hub import gguf_file
+from weft.runtime.errors import UserError
 
 ROWS, HEIGHT, BLOCKS = 3, 5, 3
 

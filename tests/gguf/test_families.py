@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model import hub
-from model.gguf import fields
-from sharding.mesh import MeshConfig, make_mesh
 from tests.families import cases, folders
 from tests.gguf import written
-from training.conversion import export_run, import_run
+from weft.hub import read as hub
+from weft.hub.gguf import fields
+from weft.sharding.mesh import MeshConfig, make_mesh
+from weft.training.conversion import export_run, import_run
 
 YARN = {'rope_type': 'yarn', 'factor': 32.0, 'beta_fast': 32.0, 'beta_slow': 1.0, 'truncate': False}
 GLM = {'n_shared_experts': 1, 'norm_topk_prob': True, 'n_group': 1, 'topk_group': 1}

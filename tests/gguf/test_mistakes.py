@@ -13,15 +13,16 @@ import jax
 import numpy as np
 import pytest
 
-from data.gguf_tokenizer import tokenizer_files
-from data.published_tokenizer import published_tokenizer
-from model import gguf, gguf_file, hub
-from sharding.errors import UserError
-from sharding.mesh import MeshConfig
 from tests.families import cases, folders
 from tests.gguf import written
 from tests.gguf.written import Typed
-from training.conversion import import_run
+from weft.hub import gguf, gguf_file
+from weft.hub import read as hub
+from weft.hub.gguf_tokenizer import tokenizer_files
+from weft.hub.published_tokenizer import published_tokenizer
+from weft.runtime.errors import UserError
+from weft.sharding.mesh import MeshConfig
+from weft.training.conversion import import_run
 
 ROOT = Path(__file__).parents[2]
 LLAMA = cases.CASES['llama-llama3-scaling'] | {'vocab_size': 8}

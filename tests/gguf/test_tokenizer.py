@@ -12,13 +12,13 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from data.gguf_tokenizer import CUTS, tokenizer_files
-from data.published_tokenizer import published_tokenizer
-from data.tokenizer import Tokenizer
-from sharding.errors import UserError
-from tests.data.test_published_tokenizer import byte_level, metaspace
 from tests.data.test_tokenizer import TEXT, TRICKY, random_text
 from tests.gguf.texts import texts
+from tests.hub.test_published_tokenizer import byte_level, metaspace
+from weft.data.tokenizer import Tokenizer
+from weft.hub.gguf_tokenizer import CUTS, tokenizer_files
+from weft.hub.published_tokenizer import published_tokenizer
+from weft.runtime.errors import UserError
 
 SPECIAL = ['<s>', '</s>', '<unk>']
 KEY = 'tokenizer.ggml.'

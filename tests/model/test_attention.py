@@ -10,11 +10,11 @@ import pytest
 from jax import P
 from jax.sharding import AxisType
 
-from model.attention import BACKENDS, attention, default_backend, needs_unchecked
-from model.attention.blockwise import blockwise_attention
-from model.attention.flash import Tiling, flash_attention
-from model.attention.mask import sees, span, tiles_see
-from sharding.errors import UserError
+from weft.model.ops.attention import BACKENDS, attention, default_backend, needs_unchecked
+from weft.model.ops.attention.blockwise import blockwise_attention
+from weft.model.ops.attention.flash import Tiling, flash_attention
+from weft.model.ops.attention.mask import sees, span, tiles_see
+from weft.runtime.errors import UserError
 
 FAST = tuple(backend for backend in BACKENDS if backend != 'reference')
 TILES = (Tiling(16, 32, 4, 2), Tiling(32, 16, 4, 2), Tiling(16, 16, 4, 2))  # forward, dq, dkv

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from jax import P
 
-from model.attention import Asked, attention, default_backend
-from model.attention.blockwise import blockwise_attention
-from model.attention.cached import cached_attention
-from model.attention.reference import Relative, relative_bucket
-from sharding.errors import UserError
-from sharding.mesh import MeshConfig, make_mesh
+from weft.model.ops.attention import Asked, attention, default_backend
+from weft.model.ops.attention.blockwise import blockwise_attention
+from weft.model.ops.attention.cached import cached_attention
+from weft.model.ops.attention.reference import Relative, relative_bucket
+from weft.runtime.errors import UserError
+from weft.sharding.mesh import MeshConfig, make_mesh
 
 OPTIONS = {
     'softcap': {'softcap': 1.5},

@@ -1,4 +1,4 @@
-"""Counts by formula equal counts by shapes: parameters of the built model. FLOPs: tests/analysis/test_flops.py."""
+"""Counts by formula equal counts by shapes: parameters of the built model. FLOPs: tests/planner/test_flops.py."""
 
 import dataclasses
 import math
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from model import cost
-from model.config import LatentConfig, ModelConfig, MoEConfig
-from model.decoder import Decoder
-from sharding.mesh import MeshConfig, make_mesh
-from training.config import load
+from weft.model import cost
+from weft.model.config import LatentConfig, ModelConfig, MoEConfig
+from weft.model.decoder import Decoder
+from weft.sharding.mesh import MeshConfig, make_mesh
+from weft.training.config import load
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from jax import P
 
-from model.config import ModelConfig, MoEConfig
-from model.forward import logits
-from sharding.mesh import BATCH, MeshConfig, make_mesh
 from tests import reference
 from tests.models import filled
-from training.loss import loss_and_gradient, loss_fn
+from weft.model.config import ModelConfig, MoEConfig
+from weft.model.forward import logits
+from weft.sharding.mesh import BATCH, MeshConfig, make_mesh
+from weft.training.loss import loss_and_gradient, loss_fn
 
 BASE = ModelConfig(vocabulary=150, layers=2, model_dim=16, heads=4, kv_heads=2, mlp_dim=24)
 MOE = MoEConfig(experts=4, mlp_dim=16)

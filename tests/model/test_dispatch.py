@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax import P
 
-from model import dispatch
-from model.dispatch import capacity, exchange, gathered_ragged_all_to_all, slots
-from sharding.mesh import MeshConfig, make_mesh
+from weft.model.ops import expert_dispatch as dispatch
+from weft.model.ops.expert_dispatch import capacity, exchange, gathered_ragged_all_to_all, slots
+from weft.sharding.mesh import MeshConfig, make_mesh
 
 R, S = 30, 40
 

@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from decoding.score import score
-from decoding.step import empty_cache
-from model.config import ModelConfig
-from model.forward import logits, place
-from sharding.errors import UserError
-from sharding.mesh import MeshConfig, make_mesh
 from tests.models import filled
-from training.config import RunConfig, TrainingConfig
+from weft.inference.score import score
+from weft.inference.step import empty_cache
+from weft.model.config import ModelConfig
+from weft.model.forward import logits, place
+from weft.runtime.errors import UserError
+from weft.sharding.mesh import MeshConfig, make_mesh
+from weft.training.config import RunConfig, TrainingConfig
 
 BERT = ModelConfig(
     vocabulary=40,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax import P, lax
 
-from model.grouped_matmul import (
+from weft.model.ops.grouped_matmul import (
     BACKENDS,
     BLOCKS,
     combine,
@@ -22,7 +22,7 @@ from model.grouped_matmul import (
     grouped_matmul,
     permute,
 )
-from sharding.errors import UserError
+from weft.runtime.errors import UserError
 
 WIDE = ['blocked', 'ragged']  # in float64 too
 FAST = [*WIDE, 'gmm']

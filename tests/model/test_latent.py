@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from decoding.step import decode, empty_cache, prefill
-from model import cost
-from model.config import LatentConfig, ModelConfig, RopeScaling
-from model.decoder import Decoder
-from model.forward import logits, place
-from sharding.mesh import MeshConfig, make_mesh
 from tests.models import filled
-from training.config import load
+from weft.inference.step import decode, empty_cache, prefill
+from weft.model import cost
+from weft.model.config import LatentConfig, ModelConfig, RopeScaling
+from weft.model.decoder import Decoder
+from weft.model.forward import logits, place
+from weft.sharding.mesh import MeshConfig, make_mesh
+from weft.training.config import load
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,16 +10,16 @@ import pytest
 from flax import nnx
 from jax import P
 
-from model import moe as moe_module
-from model.config import ModelConfig, MoEConfig
-from model.dispatch import capacity
-from model.grouped_matmul import needs_unchecked
-from model.layers import View, specs
-from model.moe import MoE, updated_bias
-from sharding.collectives import vary
-from sharding.errors import UserError
-from sharding.mesh import AXES, BATCH, SEQUENCE, MeshConfig, make_mesh
 from tests import reference
+from weft.model import moe as moe_module
+from weft.model.config import ModelConfig, MoEConfig
+from weft.model.layers import View, specs
+from weft.model.moe import MoE, updated_bias
+from weft.model.ops.expert_dispatch import capacity
+from weft.model.ops.grouped_matmul import needs_unchecked
+from weft.runtime.errors import UserError
+from weft.sharding.collectives import vary
+from weft.sharding.mesh import AXES, BATCH, SEQUENCE, MeshConfig, make_mesh
 
 MODEL = ModelConfig(
     vocabulary=128,

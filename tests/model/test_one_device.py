@@ -11,13 +11,13 @@ import pytest
 from jax import P
 from jax.sharding import NamedSharding
 
-from decoding.step import decode, empty_cache, prefill
-from decoding.unstacked import kinds, unstacked
-from model.config import LatentConfig, ModelConfig, MoEConfig
-from sharding.mesh import BATCH, MeshConfig, make_mesh
-from tests.analysis.steps import run_config, training_step
 from tests.hlo import MOVED, SENT, instructions
-from training.state import abstract_model
+from tests.planner.steps import run_config, training_step
+from weft.inference.step import decode, empty_cache, prefill
+from weft.inference.unstacked import kinds, unstacked
+from weft.model.config import LatentConfig, ModelConfig, MoEConfig
+from weft.sharding.mesh import BATCH, MeshConfig, make_mesh
+from weft.training.state import abstract_model
 
 # Every weight that multiplies has 64 KiB or more, and nothing else in a decoding step has: neither activations nor the cache.
 LARGE = 2**16

@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from model import hub
-from sharding.errors import UserError
-from sharding.mesh import MeshConfig, make_mesh
 from tests.families import cases, folders
-from training.conversion import export_run, import_run
+from weft.hub import read as hub
+from weft.runtime.errors import UserError
+from weft.sharding.mesh import MeshConfig, make_mesh
+from weft.training.conversion import export_run, import_run
 
 HEAD = 'lm_head.weight'
 

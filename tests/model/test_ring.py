@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 from jax import P
 
-import model.attention.ring
-from model.attention import attention, default_backend, needs_unchecked
-from model.attention.flash import Tiling
-from model.attention.mask import tiles_see
-from model.attention.ring import ring_blockwise, ring_flash
-from sharding.collectives import onward, vary_together
-from sharding.errors import UserError
-from sharding.mesh import BATCH, MeshConfig, make_mesh
-from sharding.order import zigzag
 from tests.model.test_attention import here, sample, value_and_grads
+from weft.model.ops.attention import attention, default_backend, needs_unchecked, ring
+from weft.model.ops.attention.flash import Tiling
+from weft.model.ops.attention.mask import tiles_see
+from weft.model.ops.attention.ring import ring_blockwise, ring_flash
+from weft.runtime.errors import UserError
+from weft.sharding.collectives import onward, vary_together
+from weft.sharding.mesh import BATCH, MeshConfig, make_mesh
+from weft.sharding.sequence_layout import zigzag
 
 pytestmark = [
     pytest.mark.skipif(jax.device_count() < 8, reason='wants 8 devices'),
@@ -304,7 +303,7 @@ def grads_stay(tree, axis):
     ],
 )
 def test_a_wrong_send_is_caught(send, wrong, monkeypatch):
-    monkeypatch.setattr(model.attention.ring, 'onward', send)
+    monkeypatch.setattr(ring, 'onward', send)
     body = partial(in_tiles, ring_blockwise, window=None, tile=4)
     inputs = sample(1, 32, 1, 1, 4, jnp.float64)
     found = errors(over_devices(body, np.arange(32)), MeshConfig(context=4), None, inputs)

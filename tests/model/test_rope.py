@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from model.config import ModelConfig, RopeScaling
-from model.rope import frequencies
-from sharding.errors import UserError
+from weft.model.config import ModelConfig, RopeScaling
+from weft.model.rope import frequencies
+from weft.runtime.errors import UserError
 
 
 @pytest.mark.parametrize('dims', [24, 96, 128])

@@ -3,7 +3,7 @@
 import random
 import time
 
-from model.config_parts import Kind, Run, runs_of
+from weft.model.config_parts import Kind, Run, runs_of
 
 A, B, C = Kind(), Kind(experts=True), Kind(windowed=True)
 

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from data.chat import RENDERER
-from decoding.generate import Completion
-from decoding.questions import read_prompts
-from model import hub
-from model.families import tensors
-from scripts import answering, chat, convert, decode, sample
-from scripts.entry import run
-from sharding.errors import UserError
-from sharding.mesh import MeshConfig
 from tests.families import cases, folders, weights
 from tests.families.loading import read
-from training.conversion import export_run, import_run
+from weft.hub import read as hub
+from weft.hub.chat import RENDERER
+from weft.hub.families import tensors
+from weft.inference.generate import Completion
+from weft.inference.questions import read_prompts
+from weft.runtime.errors import UserError
+from weft.scripts import answering, chat, convert, decode, sample
+from weft.scripts.entry import run
+from weft.sharding.mesh import MeshConfig
+from weft.training.conversion import export_run, import_run
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] ~ m.content ~ '</s>' }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"

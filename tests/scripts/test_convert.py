@@ -9,22 +9,22 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from data.examples import reversed_digits
-from data.pairs import prompts as sources_of
-from decoding.run import open_run
-from model.config import ModelConfig
-from model.hub import SINGLE
-from scripts.score import check_ids
-from sharding.errors import UserError
-from sharding.memory import told_bytes
-from sharding.mesh import MeshConfig, make_mesh
 from tests.families import folders
 from tests.scripts.runs import ROOT, everything, rows, run, workplace
-from training.checkpoint import Checkpoints
-from training.config import load
-from training.conversion import export_run, import_run
-from training.loop import train
-from training.state import restore_imported, restore_model
+from weft.data.examples import reversed_digits
+from weft.data.pairs import prompts as sources_of
+from weft.hub.read import SINGLE
+from weft.inference.run import open_run
+from weft.model.config import ModelConfig
+from weft.runtime.device_memory import told_bytes
+from weft.runtime.errors import UserError
+from weft.scripts.score import check_ids
+from weft.sharding.mesh import MeshConfig, make_mesh
+from weft.storage.checkpoint import Checkpoints
+from weft.training.config import load
+from weft.training.conversion import export_run, import_run
+from weft.training.loop import train
+from weft.training.state import restore_imported, restore_model
 
 DENSE = ('model.moe=null', 'mesh.expert=1', 'mesh.data=1', 'training.steps=2', 'training.learning_rate=1e-3')
 

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import pytest
 
-from scripts.entry import told
-from sharding import streams
-from sharding.errors import MachineError, NotTogether, UserError, machine_fault, shown
 from tests.scripts.runs import ROOT
+from weft.runtime import streams
+from weft.runtime.errors import MachineError, NotTogether, UserError, machine_fault, shown
+from weft.scripts.entry import told
 
 FRAME = """\
 import sys, time, os, pathlib
-from scripts.entry import run
+from weft.scripts.entry import run
 def main():
 {body}
 if __name__ == '__main__':
@@ -136,7 +136,7 @@ FAULTS = {
     'a disk': ("raise OSError(28, 'No space left on device', 'a\\nb')", 1, 'error: a\\nb: No space left on device\n'),
     'memory': ('bytearray(1 << 62)', 1, 'error: out of memory: this machine has no more of it for this process\n'),
     'a text out of a file': (
-        "from sharding.errors import UserError; raise UserError('x\\x1b[2J\\ny' + 'z' * 5000)",
+        "from runtime.errors import UserError; raise UserError('x\\x1b[2J\\ny' + 'z' * 5000)",
         2,
         f'error: x\\x1b[2J\\ny{"z" * 1992}…\n',
     ),
@@ -275,7 +275,7 @@ def test_ctrl_c_twice_ends_at_once_whatever_an_orderly_end_waits_for(tmp_path):
 
 def test_a_signal_that_comes_while_something_is_written_ends_the_wait_after_it(tmp_path):
     body = """
-        from sharding import streams
+        from weft.runtime import streams
         streams.writing = True  # as within a print
         print('now', flush=True)
         streams.writing = True
@@ -297,7 +297,7 @@ def test_a_signal_that_comes_while_something_is_written_ends_the_wait_after_it(t
 
 def test_an_end_that_takes_too_long_is_cut_short(tmp_path):
     body = "try:\n    print('now', flush=True); time.sleep(60)\nfinally:\n    time.sleep(60)"
-    with started(tmp_path, 'from sharding import signals; signals.GRACE = 0.3\n' + body) as process:
+    with started(tmp_path, 'from weft.runtime import signals; signals.GRACE = 0.3\n' + body) as process:
         process.stdout.readline()
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=30)
@@ -305,7 +305,7 @@ def test_an_end_that_takes_too_long_is_cut_short(tmp_path):
 
 
 NOTED = """
-    from sharding import signals
+    from weft.runtime import signals
     with signals.noted(lambda number: print('heard', number, flush=True)) as noted:
         print('now', flush=True)
         while not noted.stop:
@@ -329,7 +329,7 @@ def test_a_training_is_told_of_signals_between_its_steps(tmp_path):
 
 def test_sigint_after_sighup_ends_a_training_at_once_and_sighup_does_not(tmp_path):
     body = """
-        from sharding import signals
+        from weft.runtime import signals
         with signals.noted(lambda number: print('heard', number, flush=True)):
             print('now', flush=True)
             while True: time.sleep(.01)
@@ -353,7 +353,7 @@ def test_a_training_that_nobody_reads_ends_at_the_second_signal(tmp_path, name):
     """Its main thread waits in the middle of a print, and neither the first signal's line nor its end waits for that."""
     body = """
         from rich.console import Console
-        from sharding import signals
+        from weft.runtime import signals
         signals.ONCE[15] = 0.1
         console = Console(width=120)
         with signals.noted(lambda number: console.print('heard')):
@@ -386,7 +386,7 @@ def test_what_is_said_at_the_end_waits_for_no_reader():
 
 HOST = """
 import faulthandler, os, signal, sys, time
-from sharding import signals
+from weft.runtime import signals
 faulthandler.dump_traceback_later(20, exit=True)
 signals.GRACE = .5
 def usr1(number, frame): pass
@@ -432,7 +432,7 @@ def test_processes_that_do_not_find_each_other_are_to_be_started_again(tmp_path,
     with socket.create_server(('localhost', 0)) as server:
         port = server.getsockname()[1]
     body = f"""
-        from sharding import processes
+        from weft.runtime import processes
         processes.TOGETHER = 1
         processes.begin(processes.Launch('localhost:{port}', 2, {process}), 2)
     """
@@ -449,7 +449,7 @@ def test_a_signal_in_the_middle_of_a_print_ends_the_sleep_after_it(tmp_path):
     """It is let pass there, and comes once more: a sleep would last to its end."""
     body = """
         import signal
-        from sharding import streams
+        from weft.runtime import streams
         streams.writing = True
         os.kill(os.getpid(), signal.SIGTERM)
         streams.writing = False

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sharding.errors import UserError
 from tests.scripts.runs import everything, run, workplace
+from weft.runtime.errors import UserError
 
 
 @pytest.fixture(scope='module')

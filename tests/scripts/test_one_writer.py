@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from sharding.errors import UserError
-from sharding.mesh import MeshConfig
-from storage.lock import Lock, Taken
 from tests.scripts.runs import everything, rows, run, start, workplace
-from training.checkpoint import Checkpoints
-from training.conversion import export_run, import_run
+from weft.runtime.errors import UserError
+from weft.sharding.mesh import MeshConfig
+from weft.storage.checkpoint import Checkpoints
+from weft.storage.lock import Lock, Taken
+from weft.training.conversion import export_run, import_run
 
 SMALL = 'tiny.yaml', 'mesh={}', 'model.layers=1', 'model.moe=null', 'metrics.validate_every=100000'
 

@@ -4,11 +4,11 @@ import argparse
 
 import pytest
 
-from scripts import benchmark, chat, convert, decode, evaluate, plan, prove, sample, score, train
-from scripts.options import Parser, finite, whole
-from sharding.errors import UserError
-from sharding.mesh import LARGEST, MeshConfig, parse_mesh, start
-from sharding.processes import find
+from weft.runtime.errors import UserError
+from weft.runtime.processes import find
+from weft.scripts import benchmark, chat, convert, decode, evaluate, plan, prove, sample, score, train
+from weft.scripts.options import Parser, finite, whole
+from weft.sharding.mesh import LARGEST, MeshConfig, parse_mesh, start
 
 SCRIPTS = {
     script.__name__.rpartition('.')[2]: script

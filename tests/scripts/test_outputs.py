@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts import convert, decode, plan, prove, score
-from sharding.errors import UserError, shown
+from weft.runtime.errors import UserError, shown
+from weft.scripts import convert, decode, plan, prove, score
 
 # Of each output option what else is given. Neither run, config nor case exists: whoever reads them first answers of them.
 OPTIONS = {

@@ -10,16 +10,16 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from analysis.aot import Compiled
-from analysis.plan import compiled_part
-from analysis.plan_page import memory_picture, page
-from analysis.plan_text import flops_line, show, tables, verdict
-from analysis.traffic import Traffic
-from model import cost
-from scripts.plan import make, parse
-from sharding.errors import UserError
 from tests.scripts.runs import ROOT, run
-from training.config import load
+from weft.model import cost
+from weft.planner.aot import Compiled
+from weft.planner.plan import compiled_part
+from weft.planner.plan_page import memory_picture, page
+from weft.planner.plan_text import flops_line, show, tables, verdict
+from weft.planner.traffic import Traffic
+from weft.runtime.errors import UserError
+from weft.scripts.plan import make, parse
+from weft.training.config import load
 
 SMALL = ('configs/demo.yaml', '--chip', 'h100', '--chips', '4')
 LLAMA = 'configs/models/llama-3.1-70b.yaml'

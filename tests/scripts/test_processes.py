@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.scripts.runs import rows, run, start_together, workplace
-from training.checkpoint import Checkpoints
+from weft.storage.checkpoint import Checkpoints
 
 STEPS = 24
 # One layer: two processes compile without each other's help, and that is what takes the time here.

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from data.prepare import load as load_data
-from sharding.mesh import make_mesh
 from tests.scripts.runs import rows, run, start, workplace
-from training import config as configs
-from training.checkpoint import Checkpoints
-from training.state import restore
-from training.step import init
+from weft.data.prepare import load as load_data
+from weft.sharding.mesh import make_mesh
+from weft.storage.checkpoint import Checkpoints
+from weft.training import config as configs
+from weft.training.state import restore
+from weft.training.step import init
 
 STEPS = 40
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.scripts.runs import rows, run, start, workplace
-from training.checkpoint import Checkpoints
+from weft.storage.checkpoint import Checkpoints
 
 LONG = 100_000
 SMALL = ('mesh={}', 'model.layers=1', 'model.moe=null', f'checkpoint.every={LONG}', f'metrics.validate_every={LONG}')

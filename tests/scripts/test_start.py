@@ -13,24 +13,24 @@ import jax
 import pytest
 import zstandard
 
-from data.tokenizer import Tokenizer
-from decoding.run import open_run
-from model.config import ModelConfig
-from sharding import program_cache
-from sharding.errors import UserError
-from sharding.mesh import MeshConfig, make_mesh
 from tests.scripts.runs import QUICK, ROOT
-from training import config as configs
-from training.checkpoint import Checkpoints
-from training.config import RunConfig, TrainingConfig
-from training.manifest import named
-from training.step import init
+from weft.data.tokenizer import Tokenizer
+from weft.inference.run import open_run
+from weft.model.config import ModelConfig
+from weft.runtime import program_cache
+from weft.runtime.errors import UserError
+from weft.sharding.mesh import MeshConfig, make_mesh
+from weft.storage.checkpoint import Checkpoints
+from weft.storage.manifest import named
+from weft.training import config as configs
+from weft.training.config import RunConfig, TrainingConfig
+from weft.training.step import init
 
 # A process of a user's, which says on its last line what it imported and compiled.
 DECODE = """
 import json, sys
 import jax
-from scripts import decode
+from weft.scripts import decode
 counts = {'compiled': 0, 'hits': 0}
 def compiled(event, duration_secs, **about):
     counts['compiled'] += event == '/jax/core/compile/backend_compile_duration'
@@ -42,8 +42,17 @@ decode.main()
 print(json.dumps(counts | {'modules': sorted(sys.modules)}))
 """
 # What takes long to import, and a greedy decode of an imported model has no use for.
-HEAVY = ('orbax', 'matplotlib', 'tensorboardX', 'scipy', 'pandas', 'gguf', 'jax.experimental.pallas', 'model.families')
-HEAVY += ('model.hub', 'training.loop', 'training.conversion', 'analysis', 'uvicorn', 'fsspec')
+HEAVY = (
+    'orbax',
+    'matplotlib',
+    'tensorboardX',
+    'scipy',
+    'pandas',
+    'gguf',
+    'jax.experimental.pallas',
+    'weft.hub.families',
+)
+HEAVY += ('weft.hub.read', 'weft.training.loop', 'weft.training.conversion', 'analysis', 'uvicorn', 'fsspec')
 
 
 @pytest.fixture(scope='module')

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from jax import P, lax
 
-from model import decoder
-from sharding import collectives
-from sharding.collectives import gathered, scattered, whole
-from sharding.mesh import MeshConfig, make_mesh
+from weft.model import decoder
+from weft.sharding import collectives
+from weft.sharding.collectives import gathered, scattered, whole
+from weft.sharding.mesh import MeshConfig, make_mesh
 
 
 def sums(mesh: MeshConfig, axes: tuple[str, ...], gather, scatter):

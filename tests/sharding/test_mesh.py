@@ -3,10 +3,10 @@
 import jax
 import pytest
 
-from model.config import ModelConfig, MoEConfig
-from model.sizes import batch_sizes, sizes
-from sharding.errors import UserError
-from sharding.mesh import (
+from weft.model.config import ModelConfig, MoEConfig
+from weft.model.sizes import batch_sizes, sizes
+from weft.runtime.errors import UserError
+from weft.sharding.mesh import (
     AXES,
     Divides,
     MeshConfig,

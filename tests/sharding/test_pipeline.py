@@ -10,18 +10,18 @@ import pytest
 from flax import nnx
 from jax import P
 
-from analysis.dots import dots
-from model import decoder
-from model.config import ModelConfig
-from model.decoder import Decoder
-from model.forward import place
-from sharding.collectives import vary
-from sharding.mesh import AXES, MeshConfig, make_mesh
-from sharding.pipeline import bubble, dealt, microbatch, pipeline, ticks
 from tests import reference
-from training.config import RunConfig, TrainingConfig
-from training.loss import loss_and_gradient
-from training.report import kept_inputs, pipeline_line
+from weft.model import decoder
+from weft.model.config import ModelConfig
+from weft.model.decoder import Decoder
+from weft.model.forward import place
+from weft.planner.dots import dots
+from weft.sharding.collectives import vary
+from weft.sharding.mesh import AXES, MeshConfig, make_mesh
+from weft.sharding.pipeline import bubble, dealt, microbatch, pipeline, ticks
+from weft.training.config import RunConfig, TrainingConfig
+from weft.training.loss import loss_and_gradient
+from weft.training.report import kept_inputs, pipeline_line
 
 MODEL = ModelConfig(vocabulary=100, layers=8, model_dim=16, heads=2, mlp_dim=16, remat='block', attention='reference')
 B, T = 16, 8

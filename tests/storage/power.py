@@ -120,6 +120,10 @@ def some(folder: Folder, dice: random.Random) -> 'dict[str, File | Folder]':
         one = dice.choice([folder.kept, folder.now]).get(name)
         if one is not None:
             found[name] = one
+    # A rename is one transaction: what it moves is under the old name or the new one, or under both, but not gone.
+    for name, one in folder.now.items():
+        if one in folder.kept.values() and one not in found.values():
+            found[name] = one
     return found
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model import tensor_files
-from sharding.errors import UserError
-from storage import foreign
-from storage.foreign import MOST_DEPTH, MOST_DIGITS, read_file, read_json, read_object, shown_path
+from weft.hub import tensor_files
+from weft.runtime.errors import UserError
+from weft.storage import foreign
+from weft.storage.foreign import MOST_DEPTH, MOST_DIGITS, read_file, read_json, read_object, shown_path
 
 
 def refusal(call) -> str:

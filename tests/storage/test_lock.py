@@ -13,18 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from sharding.errors import MachineError, UserError
-from storage import files, lock
-from storage.holder import Record, own_record
-from storage.lock import Lock, Taken
-from tests.training.store import Store, bucket, everything
-from tests.training.test_checkpoint import small
-from training.checkpoint import Checkpoints
+from tests.storage.store import Store, bucket, everything
+from tests.storage.test_checkpoint import small
+from weft.runtime.errors import MachineError, UserError
+from weft.storage import files, lock
+from weft.storage.checkpoint import Checkpoints
+from weft.storage.holder import Record, own_record
+from weft.storage.lock import Lock, Taken
 
 CHILD = """
 import sys
 from pathlib import Path
-from storage.lock import Lock
+from weft.storage.lock import Lock
 with Lock(Path(sys.argv[1])):
     print('held', flush=True)
     sys.stdin.read()

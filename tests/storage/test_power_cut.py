@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from data import prepared
-from sharding.mesh import MeshConfig
-from storage import files as disk
 from tests.families import folders
 from tests.families.cases import CASES
 from tests.scripts.runs import workplace
 from tests.storage.power import Change, Looked, Recorder, make, states
-from tests.training.test_cloud import trained
-from training import config as configs
-from training import metrics
-from training.checkpoint import Checkpoints
-from training.conversion import import_run, imported
-from training.loop import ready
-from training.mirror import Mirror
+from tests.storage.test_cloud import trained
+from weft.data import prepared
+from weft.sharding.mesh import MeshConfig
+from weft.storage import files as disk
+from weft.storage.checkpoint import Checkpoints
+from weft.storage.local_copy import Mirror
+from weft.training import config as configs
+from weft.training import metrics
+from weft.training.conversion import import_run, imported
+from weft.training.loop import ready
 
 SMALL = 'mesh={}', 'model.mlp_dim=16', 'training.sequence_length=16', 'checkpoint.every=2', 'checkpoint.keep=1'
 

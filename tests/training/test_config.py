@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from model.config_parts import nearest_divisor
-from sharding.errors import UserError
 from tests.scripts.runs import ROOT
-from training import yaml_text
-from training.config import RunConfig, dump, load, parse
+from weft.model.config_parts import nearest_divisor
+from weft.runtime.errors import UserError
+from weft.training import yaml_text
+from weft.training.config import RunConfig, dump, load, parse
 
 BASE = """
 name: tiny
@@ -223,7 +223,7 @@ def test_a_mistaken_override_is_named(override: str) -> None:
 
 
 def test_every_key_is_known_and_its_typo_is_found() -> None:
-    from training.overrides import keys, kind_of, unknown
+    from weft.training.overrides import keys, kind_of, unknown
 
     everything = list(keys(RunConfig))
     assert {'name', 'mesh.tensor', 'model.moe.experts', 'model.rope_scaling.kind', 'training.clip'} <= set(everything)

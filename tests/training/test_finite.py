@@ -11,20 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from decoding.run import open_run
-from decoding.sampling import NO_TOKEN, Choice, check_token, choose
-from scripts.entry import as_json
-from sharding.errors import Diverged, MachineError, UserError
-from sharding.mesh import MeshConfig, make_mesh
 from tests.scripts.runs import workplace
-from training import config as configs
-from training import finite, loop
-from training.checkpoint import Checkpoints
-from training.config import RunConfig
-from training.conversion import export_run, import_run
-from training.finite import not_finite
-from training.loop import train
-from training.state import items, restore, saved_config
+from weft.inference.run import open_run
+from weft.inference.sampling import NO_TOKEN, Choice, check_token, choose
+from weft.runtime.errors import Diverged, MachineError, UserError
+from weft.scripts.entry import as_json
+from weft.sharding.mesh import MeshConfig, make_mesh
+from weft.storage.checkpoint import Checkpoints
+from weft.training import config as configs
+from weft.training import finite, loop
+from weft.training.config import RunConfig
+from weft.training.conversion import export_run, import_run
+from weft.training.finite import not_finite
+from weft.training.loop import train
+from weft.training.state import items, restore, saved_config
 
 STEPS, EVERY = 6, 2
 SMALL = (

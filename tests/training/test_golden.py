@@ -13,10 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from model.config import ModelConfig, MoEConfig
-from sharding.mesh import MeshConfig, make_mesh
 from tests.training.test_meshes import RUN, batches, place
-from training.step import init, train_step
+from weft.model.config import ModelConfig, MoEConfig
+from weft.sharding.mesh import MeshConfig, make_mesh
+from weft.training.step import init, train_step
 
 GOLDEN = Path(__file__).with_name('golden.json')
 MODELS = {

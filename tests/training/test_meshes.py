@@ -10,16 +10,16 @@ import pytest
 from flax import nnx
 from jax import P
 
-from decoding.step import decode, empty_cache, prefill
-from model.config import ModelConfig, MoEConfig
-from model.decoder import Decoder
-from model.forward import logits
-from sharding.mesh import AXES, BATCH, MeshConfig, make_mesh
 from tests import reference
 from tests.families.cases import CASES
 from tests.families.loading import read
-from training.config import RunConfig, TrainingConfig
-from training.step import init, train_step
+from weft.inference.step import decode, empty_cache, prefill
+from weft.model.config import ModelConfig, MoEConfig
+from weft.model.decoder import Decoder
+from weft.model.forward import logits
+from weft.sharding.mesh import AXES, BATCH, MeshConfig, make_mesh
+from weft.training.config import RunConfig, TrainingConfig
+from weft.training.step import init, train_step
 
 MESHES = [
     (1, 1, 1, 1, 1, 1),

@@ -11,10 +11,10 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from sharding.errors import MachineError, UserError
-from storage import files as disk
 from tests.training.kinds import put
-from training.metrics import Metrics, read
+from weft.runtime.errors import MachineError, UserError
+from weft.storage import files as disk
+from weft.training.metrics import Metrics, read
 
 ROWS = [{'step': step, 'loss': 1.5 / step, 'tokens': 8 * step} for step in range(1, 6)]
 

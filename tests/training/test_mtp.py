@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from model.config import ModelConfig, MoEConfig
-from model.forward import logits_ahead, place
-from sharding.mesh import MeshConfig, make_mesh
 from tests import reference
 from tests.models import filled
-from training.config import RunConfig, TrainingConfig
-from training.loss import loss_and_gradient, shifted
-from training.step import init, train_step
+from weft.model.config import ModelConfig, MoEConfig
+from weft.model.forward import logits_ahead, place
+from weft.sharding.mesh import MeshConfig, make_mesh
+from weft.training.config import RunConfig, TrainingConfig
+from weft.training.loss import loss_and_gradient, shifted
+from weft.training.step import init, train_step
 
 MODEL = ModelConfig(
     vocabulary=200,

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 from jax import P
 
-from data.examples import reversed_digits
-from data.pairs import Pair, pack_pairs
-from data.tokenizer import Tokenizer
-from decoding.generate import generate
-from decoding.run import open_run
-from decoding.sampling import Sampling
-from sharding.errors import UserError
-from sharding.mesh import BATCH, MeshConfig, make_mesh
 from tests.models import filled
 from tests.scripts.runs import rows, run
-from training.config import load
-from training.loss import loss_and_gradient
+from weft.data.examples import reversed_digits
+from weft.data.pairs import Pair, pack_pairs
+from weft.data.tokenizer import Tokenizer
+from weft.inference.generate import generate
+from weft.inference.run import open_run
+from weft.inference.sampling import Sampling
+from weft.runtime.errors import UserError
+from weft.sharding.mesh import BATCH, MeshConfig, make_mesh
+from weft.training.config import load
+from weft.training.loss import loss_and_gradient
 
 CONFIG = Path(__file__).parents[2] / 'configs' / 'reverse.yaml'
 

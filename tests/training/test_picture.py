@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from training import picture
+from weft.training import picture
 
 N = 200
 x = np.arange(1, N + 1)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sharding.errors import UserError
-from training.run_folder import check_new, run_folder
+from weft.runtime.errors import UserError
+from weft.training.run_folder import check_new, run_folder
 
 
 @pytest.fixture

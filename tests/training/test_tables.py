@@ -8,14 +8,15 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from model.config import ModelConfig, MoEConfig
-from sharding.mesh import MeshConfig, make_mesh
+from tests.house import ROOMS
 from tests.scripts.runs import ROOT
-from training.config import RunConfig, TrainingConfig
-from training.loop import progress_bar
-from training.report import layout, mesh_table, weights_table
-from training.state import abstract_state
-from training.tables import Fitted, wrapped
+from weft.model.config import ModelConfig, MoEConfig
+from weft.sharding.mesh import MeshConfig, make_mesh
+from weft.training.config import RunConfig, TrainingConfig
+from weft.training.loop import progress_bar
+from weft.training.report import layout, mesh_table, weights_table
+from weft.training.state import abstract_state
+from weft.training.tables import Fitted, wrapped
 
 WIDTHS = (40, 41, 60, 79, 80, 100, 120, 160, 200)
 RUN = RunConfig(
@@ -89,10 +90,10 @@ def test_the_bar_of_a_run_cuts_no_number(width):
 def test_every_table_of_the_project_is_fitted():
     makers = {
         path.relative_to(ROOT).as_posix()
-        for room in ('analysis', 'scripts', 'training', 'decoding', 'data', 'model', 'sharding', 'storage')
+        for room in ROOMS
         for path in (ROOT / room).rglob('*.py')
         if re.search(r'\bTable\(', path.read_text(encoding='utf-8'))
     }
-    assert makers == {'training/tables.py', 'training/report.py', 'analysis/plan_text.py'}, (
+    assert makers == {'training/tables.py', 'training/report.py', 'planner/plan_text.py'}, (
         'tested here and by test_plan.py'
     )

@@ -1,3 +1,0 @@
-from sharding.rooms import check_rooms
-
-check_rooms()

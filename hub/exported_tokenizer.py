@@ -1,0 +1,74 @@
+"""A run's own tokenizer as a tokenizer.json, which transformers and the tokenizers library read."""
+
+import json
+from typing import Any
+
+from weft.data.tokenizer import SPACE, Tokenizer
+
+
+def exported_tokenizer(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
+    """The files of a published folder for a tokenizer that was learnt here; `context` is the most tokens of a text.
+
+    The ids are the same, but for texts with U+2581, which becomes a space, or with the name of a control piece, which is that.
+    """
+    processor = tokenizer._processor
+    names = [processor.id_to_piece(i) for i in range(tokenizer.vocabulary)]
+    special = [i for i in range(tokenizer.vocabulary) if processor.is_control(i) or processor.is_unknown(i)]
+    fallback = [i for i in range(tokenizer.vocabulary) if processor.is_byte(i)]
+    learnt = {name: i for i, name in enumerate(names) if i not in {*special, *fallback}}
+    token = lambda i: {
+        'id': i, 'content': names[i], 'special': True,
+        'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False,
+    }  # fmt: skip
+    space = {'type': 'Replace', 'pattern': {'String': SPACE}, 'content': ' '}
+    description = {
+        'version': '1.0',
+        'added_tokens': [token(i) for i in special],
+        'normalizer': {'type': 'Replace', 'pattern': {'String': ' '}, 'content': SPACE},
+        'pre_tokenizer': None,
+        'post_processor': {
+            'type': 'TemplateProcessing',
+            'single': [
+                {'SpecialToken': {'id': names[tokenizer.bos], 'type_id': 0}},
+                {'Sequence': {'id': 'A', 'type_id': 0}},
+            ],
+            'pair': [{'Sequence': {'id': 'A', 'type_id': 0}}, {'Sequence': {'id': 'B', 'type_id': 1}}],
+            'special_tokens': {
+                names[tokenizer.bos]: {
+                    'id': names[tokenizer.bos],
+                    'ids': [tokenizer.bos],
+                    'tokens': [names[tokenizer.bos]],
+                }
+            },
+        },
+        'decoder': {'type': 'Sequence', 'decoders': [space, {'type': 'ByteFallback'}, {'type': 'Fuse'}]},
+        'model': {
+            'type': 'BPE',
+            'byte_fallback': True,
+            'unk_token': names[processor.unk_id()],
+            'fuse_unk': True,
+            'vocab': {name: i for i, name in enumerate(names)},
+            'merges': merges(learnt),
+        },
+    }
+    config: dict[str, Any] = {
+        'tokenizer_class': 'PreTrainedTokenizerFast',
+        'bos_token': names[tokenizer.bos],
+        'eos_token': names[tokenizer.eos],
+        'unk_token': names[processor.unk_id()],
+        'clean_up_tokenization_spaces': False,
+        'model_max_length': context,
+    }
+    write = lambda value: (json.dumps(value, ensure_ascii=False, indent=1) + '\n').encode()
+    return {'tokenizer.json': write(description), 'tokenizer_config.json': write(config)}
+
+
+def merges(learnt: dict[str, int]) -> list[list[str]]:
+    """Which two pieces make which, the first ones first: sentencepiece joins whatever pair makes the piece learnt earliest."""
+    found = []
+    for name in sorted(learnt, key=learnt.__getitem__):
+        pairs = [(name[:at], name[at:]) for at in range(1, len(name))]
+        found += sorted(
+            ([a, b] for a, b in pairs if a in learnt and b in learnt), key=lambda pair: [learnt[half] for half in pair]
+        )
+    return found

@@ -1,0 +1,382 @@
+"""Published model families: each file maps a published config and its tensors' names onto the one stack.
+
+A family is a `Family`: two functions between config.json and `ModelConfig`, and a table from its tensors' names to ours. To
+add one, write such a file, list it in `FAMILIES`, and add goldens (tests/families/README.md). The table says where every
+number of a published tensor goes, so that it is read in both directions and can be checked: each tensor is used once, and
+each of our arrays is filled once (`tensors`).
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from weft.hub.families.fields import Fields
+from weft.model.config import ModelConfig
+from weft.model.decoder import Decoder
+from weft.runtime.errors import NAMED, UserError, shown
+from weft.storage.foreign import shown_value
+
+# fmt: off
+FAMILIES = (  # their files
+    'llama', 'mistral', 'mixtral', 'qwen2', 'qwen3', 'qwen3_moe', 'olmoe', 'phi3', 'glm4_moe',
+    'qwen2_moe', 'olmo2', 'smollm3',
+    'gpt2', 'gemma2', 'gemma3', 'gpt_oss', 'deepseek_v2', 'deepseek_v3', 'grok1',
+    'bert', 't5', 'marian',
+)
+# fmt: on
+ENCODER = 'encoder.layers.'  # how a table's names of an encoder's layers begin
+IN_FIRST = re.compile(r'(^|\.)(q|k|v|gate|up|head|router|q_down|q_up|kv_down|kv_up)_[A-Za-z]{2,}$')  # ours: in × out
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Where a part of a published tensor goes."""
+
+    leaf: str  # our array's name, such as groups.0.attention.q_DN
+    at: tuple[int, ...] = ()  # index into its first dims: of the layer in the group, of the expert
+    take: tuple[slice | int, ...] = ()  # of the published tensor, by dim; () takes all
+    axes: tuple[int, ...] | None = None  # ours, by the tensor's; None: as they are
+
+    def __call__(self, array):
+        """The part of a published tensor, in our layout."""
+        array = array[self.take] if self.take else array
+        return array if self.axes is None else array.transpose(self.axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A published tensor: its name, its shape, and where its parts go, which together are all of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    copy_of: str | None = None  # the tensor that it repeats; then its parts are those of that one
+
+
+# What a table may say beside the name of one of our arrays -------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """A tensor that holds several of our arrays one after another along a dim."""
+
+    leaves: tuple[str, ...]
+    dim: int = 0
+    flip: bool = False  # see Flipped
+
+
+@dataclasses.dataclass(frozen=True)
+class Woven:
+    """A tensor that holds several of our arrays in turns along its last dim, as gpt-oss has gate and up."""
+
+    leaves: tuple[str, ...]
+    flip: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Flipped:
+    """A matrix that is transposed against torch's Linear, which has out × in (GPT-2's Conv1D has in × out)."""
+
+    leaf: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A tensor of one row that holds our vector."""
+
+    leaf: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """A tensor that has this name where the model has another array, `beside`, or has it not."""
+
+    leaf: str
+    beside: str
+    has: bool
+
+
+Entry = str | Joined | Woven | Flipped | Row | Where
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How a family is read and written.
+
+    Attributes:
+        name: of its file.
+        architectures: as in config.json; the first is the one that is written, unless `write` gives another.
+        read: the model of a config.json's fields; raises UserError for what it cannot represent.
+        write: the fields of config.json for a model; what `read` gives of them is that model, or it is not of this family.
+        names: published tensor names to ours. {i} stands for the layer, {e} for the expert; a layer's arrays are named
+            without their group (attention.q_DN), those of an encoder's layers encoder.layers.attention.q_DN. Entries whose
+            arrays the model does not have are left out.
+        buffers: patterns of published tensors that hold no parameters.
+        copies: tensors of the layers of `mtp` that repeat another, by name.
+        prefix: of the published names, where a publisher's files may leave it out; part of `names`.
+        old_names: patterns of names in older files, and what stands for each match in `names`.
+        fixed: published tables of positions, [max_positions, model_dim], that follow from the model: files need not have them,
+            but if so with these numbers.
+        tied: published names that files may hold beside those in `names`: equal copies of the tensor named.
+        told: fields of the model that a file's having a tensor sets, where config.json does not say so; by its name.
+        headless: the architecture without an LM head, whose files begin no name with `prefix`; None: there is none.
+        tied_unless_stored: a head that files do not hold is the embedding, whatever config.json says.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    read: Callable[[Fields], ModelConfig]
+    write: Callable[[ModelConfig], dict[str, Any]]
+    names: Mapping[str, Entry]
+    buffers: tuple[str, ...] = ()
+    copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    prefix: str = ''
+    old_names: tuple[tuple[str, str], ...] = ()
+    fixed: Mapping[str, Callable[[ModelConfig], np.ndarray]] = dataclasses.field(default_factory=dict)
+    tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    told: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    headless: str | None = None
+    tied_unless_stored: bool = False
+
+    def model(self, fields: Fields) -> ModelConfig:
+        """The model of a config.json, without an LM head where its architecture has none."""
+        c = self.read(fields)
+        named = fields('architectures', None)
+        return without_head(c) if named and named[0] == self.headless else c
+
+    def config(self, c: ModelConfig) -> dict[str, Any]:
+        """The fields of config.json for a model, as `write` gives them, with the architecture."""
+        fields = {'architectures': [self.architectures[0]]} | self.write(c)
+        if c.head:
+            return fields
+        if self.headless is None:
+            raise UserError('model.head is false: this family has an LM head')
+        return fields | {'architectures': [self.headless]}
+
+    def without(self, c: ModelConfig, part: str) -> ModelConfig:
+        """The model without one of `OPTIONAL`, or as it is where it has none."""
+        if part == 'mtp':
+            return dataclasses.replace(c, mtp_layers=0)
+        if part == 'next_sentence':
+            return dataclasses.replace(c, next_sentence=False)
+        if part == 'pooler':
+            return dataclasses.replace(c, pooler=False, next_sentence=False)
+        if self.tied_unless_stored:
+            return dataclasses.replace(c, tied_embedding=True)
+        return c if self.headless is None or c.causal else without_head(c)  # a decoder's is not left out by chance
+
+    def known_as(self, name: str) -> str:
+        """A tensor's name in a file, as `names` has it."""
+        for pattern, now in self.old_names:
+            name = re.sub(pattern, now, name)
+        return name
+
+    def model_of(self, c: ModelConfig, names: Iterable[str]) -> ModelConfig:
+        """The model of a config.json whose files hold tensors of those names (as `known_as` gives them)."""
+        there = set(names)
+        fields: dict[str, Any] = {}
+        for name, told in self.told.items():
+            fields |= told if name in there else {}
+        return dataclasses.replace(c, **fields) if fields else c
+
+
+# Parts that a model can do without, and how a user is told that the files have none of one.
+OPTIONAL = {
+    'mtp': 'layers that predict further ahead (num_nextn_predict_layers)',
+    'next_sentence': 'head for the next sentence',
+    'pooler': 'pooler',
+    'head': 'LM head',
+}
+
+
+def without_head(c: ModelConfig) -> ModelConfig:
+    """A model that ends with its last hidden states."""
+    return dataclasses.replace(c, head=False, head_mlp=False, head_bias=False, next_sentence=False, mtp_layers=0)
+
+
+@functools.cache
+def families() -> tuple[Family, ...]:
+    """All of them."""
+    return tuple(importlib.import_module(f'{__name__}.{name}').FAMILY for name in FAMILIES)
+
+
+def family_of(fields: Fields) -> Family:
+    """The family of a config.json. Raises UserError naming those that exist."""
+    known = {name: family for family in families() for name in (*family.architectures, family.headless) if name}
+    names = fields('architectures', None)
+    if not names:
+        said = (
+            shown(json.dumps(fields.values.get('architectures')), 60) if 'architectures' in fields.values else 'missing'
+        )
+        raise UserError(
+            f'{fields.source}: architectures is {said}: it must name the class of the model, such as ["LlamaForCausalLM"]'
+        )
+    if names[0] not in known:
+        raise UserError(f'{fields.source}: architectures is {shown_value(names)}: not supported{near(names[0], known)}')
+    return known[names[0]]
+
+
+def stored_name(family: Family, c: ModelConfig, name: str) -> str:
+    """What a tensor of a family's table is called in files of this model: without the prefix where there is no head."""
+    return name if c.head else name.removeprefix(family.prefix)
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """What an architecture may have been meant to be, where it is nearly that, as the tail of a message; else what there is.
+
+    Not that of another model: of a name's letters before its task, nearly all are the same, and all digits.
+    """
+    name = name[:NAMED]
+    stem = lambda name: re.sub(r'(For[A-Z]|LMHead|MTModel).*', '', name).lower()
+    digits = lambda name: re.sub(r'\D', '', name)
+    by_stem = {stem(other): other for other in known if digits(other) == digits(name)}
+    close = difflib.get_close_matches(stem(name), by_stem, n=1, cutoff=0.9)
+    return f'; did you mean {by_stem[close[0]]!r}?' if close else f'; the families are {", ".join(FAMILIES)}'
+
+
+def leaves(c: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Our arrays by name, as shapes with shardings on the current mesh."""
+    model = jax.eval_shape(lambda: Decoder(c, nnx.Rngs(jax.random.key(0))))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value'): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(model)
+    }
+
+
+def tensors(family: Family, c: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> list[Tensor]:
+    """The published tensors of a model, `shapes` being `leaves(c)`; together they fill each of our arrays exactly once.
+
+    Raises UserError where the family has no name for one of our arrays.
+    """
+    found: list[Tensor] = []
+    places = {'': list(layers(c)), ENCODER: list(layers(c.of_encoder, 'encoder.')) if c.encoder else []}
+    used: set[str] = set()
+
+    def fits(entry: Entry, prefix: str) -> bool:
+        if isinstance(entry, Where) and (array_name(prefix, entry.beside) in shapes) != entry.has:
+            return False
+        return all(array_name(prefix, leaf) in shapes for leaf in named_by(entry))
+
+    for name, entry in family.names.items():
+        if '{i}' not in name:
+            if fits(entry, ''):
+                found.append(tensor(name, entry, '', (), c, shapes))
+            continue
+        stack = ENCODER if named_by(entry)[0].startswith(ENCODER) else ''
+        for i, (prefix, repeat) in enumerate(places[stack]):
+            if not fits(entry, prefix):
+                continue
+            of_layer = name.replace('{i}', str(i))
+            if '{e}' not in name:
+                found.append(tensor(of_layer, entry, prefix, (repeat,), c, shapes))
+                continue
+            for e in range(c.moe.experts):
+                found.append(tensor(of_layer.replace('{e}', str(e)), entry, prefix, (repeat, e), c, shapes))
+    used = {part.leaf for one in found for part in one.parts}
+    for leaf in shapes:
+        if leaf not in used:
+            raise UserError(f'family {family.name} has no tensor for {leaf}: this model is not one of its own')
+    check_filled(found, c, shapes)
+    by_name = {one.name: one for one in found}
+    return [*found, *copies(family, c, by_name)]
+
+
+def copies(family: Family, c: ModelConfig, by_name: Mapping[str, Tensor]) -> list[Tensor]:
+    """The published tensors that repeat one of `by_name`."""
+    return [
+        dataclasses.replace(by_name[source], name=name.replace('{i}', str(c.layers + k)), copy_of=source)
+        for k in range(c.mtp_layers)
+        for name, source in family.copies.items()
+        if source in by_name
+    ]
+
+
+def layers(c: ModelConfig, stack: str = '') -> Iterator[tuple[str, int]]:
+    """Of each layer, first to last, then those of `mtp`: the prefix of its arrays' names, and its index in them.
+
+    The names begin with `stack`.
+    """
+    group = 0
+    for run in c.runs:
+        for repeat in range(run.repeats):
+            for place in range(len(run.kinds)):
+                yield f'{stack}groups.{group + place}.', repeat
+        group += len(run.kinds)
+    yield from (('mtp.', k) for k in range(c.mtp_layers))
+
+
+def array_name(prefix: str, leaf: str) -> str:
+    """The whole name of an array that a table names."""
+    return prefix + leaf.removeprefix(ENCODER)
+
+
+def named_by(entry: Entry) -> tuple[str, ...]:
+    """The arrays that an entry speaks of."""
+    if isinstance(entry, str):
+        return (entry,)
+    return (entry.leaf,) if isinstance(entry, Flipped | Row | Where) else entry.leaves
+
+
+def tensor(name: str, entry: Entry, prefix: str, at: tuple[int, ...], c: ModelConfig, shapes: Mapping) -> Tensor:
+    """One published tensor of an entry of a table."""
+    flip = isinstance(entry, Flipped) or (isinstance(entry, Joined | Woven) and entry.flip)
+    parts, published = [], []
+    for leaf in named_by(entry):
+        shape = unpadded(leaf, shapes[array_name(prefix, leaf)].shape, c)[len(at) :]
+        turned = len(shape) > 1 and bool(IN_FIRST.search(leaf)) != flip
+        axes = (*range(len(shape) - 2), len(shape) - 1, len(shape) - 2) if turned else None
+        parts.append(Part(array_name(prefix, leaf), at, axes=axes))
+        published.append(tuple(shape[i] for i in axes) if axes else tuple(shape))
+    if isinstance(entry, Row):
+        return Tensor(name, (1, *published[0]), (dataclasses.replace(parts[0], take=(0,)),))
+    if len(parts) == 1:
+        return Tensor(name, published[0], tuple(parts))
+    assert isinstance(entry, Joined | Woven)
+    dim = entry.dim if isinstance(entry, Joined) else len(published[0]) - 1
+    total = sum(shape[dim] for shape in published)
+    begin, placed = 0, []
+    for number, (part, shape) in enumerate(zip(parts, published, strict=True)):
+        side_by_side = isinstance(entry, Joined)
+        cut = slice(begin, begin + shape[dim]) if side_by_side else slice(number, None, len(parts))
+        placed.append(dataclasses.replace(part, take=(*[slice(None)] * dim, cut)))
+        begin += shape[dim]
+    whole = (*published[0][:dim], total, *published[0][dim + 1 :])
+    return Tensor(name, whole, tuple(placed))
+
+
+def unpadded(leaf: str, shape: tuple[int, ...], c: ModelConfig) -> tuple[int, ...]:
+    """An array's shape without the rows that fill up the vocabulary."""
+    if leaf == 'embed_VD':
+        return (c.vocabulary, *shape[1:])
+    return (*shape[:-1], c.vocabulary) if leaf in ('head_DV', 'head_bias_V') else shape
+
+
+def check_filled(found: list[Tensor], c: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    """That names differ, that no two parts fill one place, and that together they fill every place."""
+    names = [one.name for one in found]
+    assert len(set(names)) == len(names), 'two tensors of one name'
+    places = [(part.leaf, part.at) for one in found for part in one.parts]
+    assert len(set(places)) == len(places), 'two tensors fill one place'
+    count = dict.fromkeys(shapes, 0)
+    for leaf, at in places:
+        count[leaf] += math.prod(unpadded(leaf, shapes[leaf].shape, c)[len(at) :])
+    for leaf, shape in shapes.items():
+        assert count[leaf] == math.prod(unpadded(leaf, shape.shape, c)), (
+            f'{leaf}: {count[leaf]} numbers of {shape.shape}'
+        )
+
+
+def pattern(layers: Iterable[bool]) -> tuple[bool, ...]:
+    """The shortest row of flags that, over and over, gives those of all layers."""
+    flags = tuple(layers)
+    return next(flags[:n] for n in range(1, len(flags) + 1) if flags[n:] == flags[: len(flags) - n])

@@ -1,0 +1,123 @@
+"""BERT (Devlin et al. 2018, arXiv:1810.04805): an encoder alone, norms after each part, a head for masked tokens.
+
+Published files have it as BertForMaskedLM or BertForPreTraining; the second has a pooler and two more logits, which files of
+the first may have too: no logit of a token depends on them. BertModel is it without a head, with a pooler or not.
+"""
+
+from typing import Any
+
+from weft.hub.families import Family, Fields
+from weft.model.config import ModelConfig
+
+HEADLESS = 'BertModel'  # as models that embed texts come
+# By published name.
+ACTIVATIONS: dict[str, Any] = {'gelu': 'gelu_exact', 'gelu_new': 'gelu', 'relu': 'relu', 'silu': 'silu'}
+EMBEDDING = {
+    'bert.embeddings.word_embeddings.weight': 'embed_VD',
+    'bert.embeddings.position_embeddings.weight': 'position_PD',
+    'bert.embeddings.token_type_embeddings.weight': 'kind_YD',
+    'bert.embeddings.LayerNorm.weight': 'embedding_norm.scale_D',
+    'bert.embeddings.LayerNorm.bias': 'embedding_norm.bias_D',
+}
+LAYER = {
+    'bert.encoder.layer.{i}.attention.self.query.weight': 'attention.q_DN',
+    'bert.encoder.layer.{i}.attention.self.query.bias': 'attention.q_bias_N',
+    'bert.encoder.layer.{i}.attention.self.key.weight': 'attention.k_DM',
+    'bert.encoder.layer.{i}.attention.self.key.bias': 'attention.k_bias_M',
+    'bert.encoder.layer.{i}.attention.self.value.weight': 'attention.v_DM',
+    'bert.encoder.layer.{i}.attention.self.value.bias': 'attention.v_bias_M',
+    'bert.encoder.layer.{i}.attention.output.dense.weight': 'attention.o_DN',
+    'bert.encoder.layer.{i}.attention.output.dense.bias': 'attention.o_bias_D',
+    'bert.encoder.layer.{i}.attention.output.LayerNorm.weight': 'attention_norm.scale_D',
+    'bert.encoder.layer.{i}.attention.output.LayerNorm.bias': 'attention_norm.bias_D',
+    'bert.encoder.layer.{i}.intermediate.dense.weight': 'mlp.up_DF',
+    'bert.encoder.layer.{i}.intermediate.dense.bias': 'mlp.up_bias_F',
+    'bert.encoder.layer.{i}.output.dense.weight': 'mlp.down_DF',
+    'bert.encoder.layer.{i}.output.dense.bias': 'mlp.down_bias_D',
+    'bert.encoder.layer.{i}.output.LayerNorm.weight': 'mlp_norm.scale_D',
+    'bert.encoder.layer.{i}.output.LayerNorm.bias': 'mlp_norm.bias_D',
+}
+HEAD = {
+    'cls.predictions.transform.dense.weight': 'head_mlp.up_DD',
+    'cls.predictions.transform.dense.bias': 'head_mlp.up_bias_D',
+    'cls.predictions.transform.LayerNorm.weight': 'head_mlp.norm.scale_D',
+    'cls.predictions.transform.LayerNorm.bias': 'head_mlp.norm.bias_D',
+    'cls.predictions.bias': 'head_bias_V',
+}
+POOLER = {
+    'bert.pooler.dense.weight': 'pooler.up_DD',
+    'bert.pooler.dense.bias': 'pooler.up_bias_D',
+    'cls.seq_relationship.weight': 'pooler.next_CD',
+    'cls.seq_relationship.bias': 'pooler.next_bias_C',
+}
+
+
+def read(f: Fields) -> ModelConfig:
+    for name, value in (('is_decoder', False), ('add_cross_attention', False), ('position_embedding_type', 'absolute')):
+        f.only(name, value)
+    for name in ('embedding_size', 'pooler_fc_size', 'pooler_num_attention_heads', 'pooler_num_fc_layers'):
+        f.skip(name)  # of other models' code, which BERT's does not read
+    f.skip('pooler_size_per_head', 'pooler_type', 'directionality')
+    architecture = (f('architectures', None) or [''])[0]
+    pretraining = architecture == 'BertForPreTraining'
+    tied = True if architecture == HEADLESS else f.only('tie_word_embeddings', True)
+    f.skip('tie_word_embeddings')
+    return ModelConfig(
+        vocabulary=f('vocab_size', 30522),
+        layers=f('num_hidden_layers', 12),
+        model_dim=f('hidden_size', 768),
+        heads=f('num_attention_heads', 12),
+        mlp_dim=f('intermediate_size', 3072),
+        activation=ACTIVATIONS[f.only('hidden_act', *ACTIVATIONS)],
+        norm='layernorm',
+        norm_epsilon=f('layer_norm_eps', 1e-12),
+        norm_order='post',
+        positions='learned',
+        max_positions=f('max_position_embeddings', 512),
+        causal=False,
+        segment_kinds=f('type_vocab_size', 2),
+        embedding_norm=True,
+        qkv_bias=True,
+        bias=True,
+        head_mlp=True,
+        head_bias=True,
+        pooler=pretraining,
+        next_sentence=pretraining,
+        tied_embedding=tied,
+    )
+
+
+def write(c: ModelConfig) -> dict[str, Any]:
+    known = {ours: published for published, ours in ACTIVATIONS.items()}
+    return {
+        'architectures': ['BertForPreTraining' if c.next_sentence else 'BertForMaskedLM'],
+        'model_type': 'bert',
+        'vocab_size': c.vocabulary,
+        'num_hidden_layers': c.layers,
+        'hidden_size': c.model_dim,
+        'num_attention_heads': c.heads,
+        'intermediate_size': c.mlp_dim,
+        'hidden_act': known.get(c.activation, 'gelu'),
+        'layer_norm_eps': c.norm_epsilon,
+        'max_position_embeddings': c.max_positions,
+        'type_vocab_size': c.segment_kinds,
+        'pad_token_id': 0,
+    }
+
+
+FAMILY = Family(
+    'bert',
+    ('BertForMaskedLM', 'BertForPreTraining'),
+    read,
+    write,
+    EMBEDDING | LAYER | HEAD | POOLER,
+    (r'bert\.embeddings\.(position_ids|token_type_ids)',),
+    prefix='bert.',
+    old_names=((r'LayerNorm\.gamma$', 'LayerNorm.weight'), (r'LayerNorm\.beta$', 'LayerNorm.bias')),
+    tied={
+        'cls.predictions.decoder.weight': 'bert.embeddings.word_embeddings.weight',
+        'cls.predictions.decoder.bias': 'cls.predictions.bias',
+    },
+    told={'bert.pooler.dense.weight': {'pooler': True}, 'cls.seq_relationship.weight': {'next_sentence': True}},
+    headless=HEADLESS,
+)

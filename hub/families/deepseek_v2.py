@@ -1,0 +1,59 @@
+"""DeepSeek-V2 and V2-Lite (arXiv:2405.04434): attention from latent vectors, softmax routing, by groups in the large one."""
+
+from typing import Any
+
+from weft.hub.families import Family, Fields
+from weft.hub.families.deepseek_v3 import LATENT, SHARED, read_latent, write_latent
+from weft.hub.families.llama import MLP, NORMS, OUTER
+from weft.hub.families.qwen3_moe import EXPERTS
+from weft.model.config import ModelConfig, MoEConfig
+
+
+def read(f: Fields) -> ModelConfig:
+    f.only('scoring_func', 'softmax')
+    f.only('moe_layer_freq', 1)
+    f.only('norm_topk_prob', False)
+    by_group = f.only('topk_method', 'greedy', 'group_limited_greedy') == 'group_limited_greedy'
+    groups, top_groups = f('n_group', 1), f('topk_group', 1)  # which plain choices do not look at
+    moe = MoEConfig(
+        experts=f('n_routed_experts', 64),
+        top_k=f('num_experts_per_tok'),
+        mlp_dim=f('moe_intermediate_size', 1407),
+        shared_experts=f('n_shared_experts', 2),
+        first_dense_layers=f('first_k_dense_replace', 0),
+        renormalize=False,
+        routed_scale=float(f('routed_scaling_factor', 1.0)),
+        groups=groups if by_group else 1,
+        top_groups=top_groups if by_group else 1,
+        group_score='max',
+    )
+    return ModelConfig(**read_latent(f), rotary_pairs='neighbours', mlp_bias=f('mlp_bias', False), moe=moe)
+
+
+def write(c: ModelConfig) -> dict[str, Any]:
+    m, fields = c.moe, write_latent(c) | {'model_type': 'deepseek_v2', 'mlp_bias': c.mlp_bias}
+    if m is None:
+        return fields
+    return fields | {
+        'n_routed_experts': m.experts,
+        'num_experts_per_tok': m.top_k,
+        'moe_intermediate_size': m.mlp_dim,
+        'n_shared_experts': m.shared_experts,
+        'first_k_dense_replace': m.first_dense_layers,
+        'norm_topk_prob': m.renormalize,
+        'routed_scaling_factor': m.routed_scale,
+        'topk_method': 'greedy' if m.groups == 1 else 'group_limited_greedy',
+        'n_group': m.groups,
+        'topk_group': m.top_groups,
+    }
+
+
+FAMILY = Family(
+    'deepseek_v2',
+    ('DeepseekV2ForCausalLM',),
+    read,
+    write,
+    OUTER | NORMS | LATENT | MLP | EXPERTS | SHARED,
+    prefix='model.',
+    headless='DeepseekV2Model',
+)

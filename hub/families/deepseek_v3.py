@@ -1,0 +1,139 @@
+"""DeepSeek-V3, V3.1 and R1 (arXiv:2412.19437): attention from latent vectors, experts chosen with a bias and by groups,
+layers that predict further ahead.
+"""
+
+from typing import Any
+
+from weft.hub.families import Family, Fields
+from weft.hub.families.llama import MLP, NORMS, OUTER, common, write_common
+from weft.hub.families.qwen3_moe import EXPERTS
+from weft.hub.families.rope import read_rope, write_rope
+from weft.model.config import LatentConfig, ModelConfig, MoEConfig
+
+LATENT = {
+    'model.layers.{i}.self_attn.q_proj.weight': 'attention.q_DN',
+    'model.layers.{i}.self_attn.q_a_proj.weight': 'attention.q_down_DQ',
+    'model.layers.{i}.self_attn.q_a_proj.bias': 'attention.q_down_bias_Q',
+    'model.layers.{i}.self_attn.q_a_layernorm.weight': 'attention.q_scale_Q',
+    'model.layers.{i}.self_attn.q_b_proj.weight': 'attention.q_up_QN',
+    'model.layers.{i}.self_attn.kv_a_proj_with_mqa.weight': 'attention.kv_down_DR',
+    'model.layers.{i}.self_attn.kv_a_proj_with_mqa.bias': 'attention.kv_down_bias_R',
+    'model.layers.{i}.self_attn.kv_a_layernorm.weight': 'attention.kv_scale_R',
+    'model.layers.{i}.self_attn.kv_b_proj.weight': 'attention.kv_up_RN',
+    'model.layers.{i}.self_attn.o_proj.weight': 'attention.o_DU',
+    'model.layers.{i}.self_attn.o_proj.bias': 'attention.o_bias_D',
+}
+
+CHOICE = {'model.layers.{i}.mlp.gate.e_score_correction_bias': 'mlp.bias_E'}
+SHARED = {
+    'model.layers.{i}.mlp.shared_experts.gate_proj.weight': 'mlp.shared.gate_DF',
+    'model.layers.{i}.mlp.shared_experts.up_proj.weight': 'mlp.shared.up_DF',
+    'model.layers.{i}.mlp.shared_experts.down_proj.weight': 'mlp.shared.down_DF',
+    'model.layers.{i}.mlp.shared_experts.gate_proj.bias': 'mlp.shared.gate_bias_F',
+    'model.layers.{i}.mlp.shared_experts.up_proj.bias': 'mlp.shared.up_bias_F',
+    'model.layers.{i}.mlp.shared_experts.down_proj.bias': 'mlp.shared.down_bias_D',
+}
+MTP = {
+    'model.layers.{i}.enorm.weight': 'embedding_norm.scale_D',
+    'model.layers.{i}.hnorm.weight': 'hidden_norm.scale_D',
+    'model.layers.{i}.eh_proj.weight': 'join_DE',
+    'model.layers.{i}.shared_head.norm.weight': 'norm.scale_D',
+}
+COPIES = {  # in each layer of MTP
+    'model.layers.{i}.embed_tokens.weight': 'model.embed_tokens.weight',
+    'model.layers.{i}.shared_head.head.weight': 'lm_head.weight',
+}
+
+
+def read(f: Fields) -> ModelConfig:
+    fields = read_latent(f) | read_experts(f, dense=3, scale=2.5, groups=8, top_groups=4)
+    return ModelConfig(**fields, rotary_pairs='neighbours' if f('rope_interleave', True) else 'halves')
+
+
+def read_latent(f: Fields) -> dict[str, Any]:
+    """The fields of DeepSeek-V2 and V3: all but their experts, and which dims turn together."""
+    f.skip('head_dim', 'qk_head_dim')  # transformers writes them; they follow from the others
+    f.only('num_key_value_heads', f('num_attention_heads'))
+    latent = LatentConfig(
+        q_rank=f.given('q_lora_rank', 1536),
+        kv_rank=f('kv_lora_rank', 512),
+        plain_dim=f('qk_nope_head_dim', 128),
+        rotary_dim=f('qk_rope_head_dim', 64),
+        value_dim=f('v_head_dim', 128),
+    )
+    bias = f('attention_bias', False)
+    fields = common(f) | read_rope(f, scores=True) | {'latent': latent, 'qkv_bias': bias, 'o_bias': bias}
+    return {name: value for name, value in fields.items() if name != 'head_dim'}
+
+
+def read_experts(f: Fields, dense: int = 1, scale: float = 1.0, groups: int = 1, top_groups: int = 1) -> dict[str, Any]:
+    """Experts and MTP layers of DeepSeek-V3 and GLM-4.5, with a family's defaults."""
+    f.only('scoring_func', 'sigmoid')
+    f.only('topk_method', 'noaux_tc')
+    f.only('moe_layer_freq', 1)
+    moe = MoEConfig(
+        experts=f('n_routed_experts'),
+        top_k=f('num_experts_per_tok'),
+        mlp_dim=f('moe_intermediate_size'),
+        shared_experts=f('n_shared_experts', 1),
+        first_dense_layers=f('first_k_dense_replace', dense),
+        router='sigmoid',
+        renormalize=f('norm_topk_prob', True),
+        routed_scale=float(f('routed_scaling_factor', scale)),
+        groups=f('n_group', groups),
+        top_groups=f('topk_group', top_groups),
+        choice_bias=True,
+    )
+    return {'moe': moe, 'mtp_layers': f.either(('num_nextn_predict_layers', 'num_mtp_layers'), 0)}
+
+
+def write(c: ModelConfig) -> dict[str, Any]:
+    own = {'model_type': 'deepseek_v3', 'rope_interleave': c.rotary_pairs == 'neighbours'}
+    return write_latent(c) | own | write_experts(c)
+
+
+def write_latent(c: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_latent`."""
+    fields = write_common(c) | write_rope(c) | {'attention_bias': c.qkv_bias}
+    del fields['head_dim']
+    if c.latent:
+        fields |= {
+            'q_lora_rank': c.latent.q_rank,
+            'kv_lora_rank': c.latent.kv_rank,
+            'qk_nope_head_dim': c.latent.plain_dim,
+            'qk_rope_head_dim': c.latent.rotary_dim,
+            'v_head_dim': c.latent.value_dim,
+        }
+    return fields
+
+
+def write_experts(c: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_experts`."""
+    m = c.moe
+    if m is None:
+        return {}
+    return {
+        'n_routed_experts': m.experts,
+        'num_experts_per_tok': m.top_k,
+        'moe_intermediate_size': m.mlp_dim,
+        'n_shared_experts': m.shared_experts,
+        'first_k_dense_replace': m.first_dense_layers,
+        'norm_topk_prob': m.renormalize,
+        'routed_scaling_factor': m.routed_scale,
+        'n_group': m.groups,
+        'topk_group': m.top_groups,
+        'num_nextn_predict_layers': c.mtp_layers,
+    }
+
+
+NAMES = OUTER | NORMS | LATENT | MLP | EXPERTS | CHOICE | SHARED | MTP
+FAMILY = Family(
+    'deepseek_v3',
+    ('DeepseekV3ForCausalLM',),
+    read,
+    write,
+    NAMES,
+    copies=COPIES,
+    prefix='model.',
+    headless='DeepseekV3Model',
+)

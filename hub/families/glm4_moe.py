@@ -1,0 +1,28 @@
+"""GLM-4.5 and GLM-4.5-Air (arXiv:2508.06471): half of each head turned, experts chosen as in DeepSeek-V3."""
+
+from typing import Any
+
+from weft.hub.families import Family, Fields
+from weft.hub.families.deepseek_v3 import CHOICE, COPIES, MTP, SHARED, read_experts, write_experts
+from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, common, write_common
+from weft.hub.families.qwen3 import QK_NORMS
+from weft.hub.families.qwen3_moe import EXPERTS
+from weft.hub.families.rope import read_rope, write_rope
+from weft.model.config import ModelConfig
+
+
+def read(f: Fields) -> ModelConfig:
+    rope = read_rope(f, fraction=0.5)
+    fields = common(f, epsilon=1e-5, kv_heads=8) | rope | read_experts(f)
+    return ModelConfig(**fields, qk_norm=f('use_qk_norm', False), qkv_bias=f('attention_bias', False))
+
+
+def write(c: ModelConfig) -> dict[str, Any]:
+    own = {'model_type': 'glm4_moe', 'use_qk_norm': bool(c.qk_norm), 'attention_bias': c.qkv_bias}
+    return write_common(c) | write_rope(c, fraction=True) | own | write_experts(c)
+
+
+NAMES = OUTER | NORMS | ATTENTION | QK_NORMS | MLP | EXPERTS | CHOICE | SHARED | MTP
+FAMILY = Family(
+    'glm4_moe', ('Glm4MoeForCausalLM',), read, write, NAMES, copies=COPIES, prefix='model.', headless='Glm4MoeModel'
+)

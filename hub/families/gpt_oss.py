@@ -1,0 +1,89 @@
+"""gpt-oss (OpenAI 2025, arXiv:2508.10925): sinks in attention, a window in every second layer, experts with biases.
+
+An expert's gate and up stand in turns in one tensor, all experts' tensors in one, as transformers saves them; in the files
+that OpenAI published the experts are packed as MXFP4.
+"""
+
+from typing import Any
+
+from weft.hub.families import Entry, Family, Fields, Flipped, Woven
+from weft.hub.families.gemma2 import read_windows, write_windows
+from weft.hub.families.llama import ATTENTION, NORMS, OUTER, sizes, write_common
+from weft.hub.families.rope import read_rope, write_rope
+from weft.model.config import ModelConfig, MoEConfig, RopeScaling
+from weft.runtime.errors import UserError
+
+YARN = RopeScaling(kind='yarn', factor=32.0, original_positions=4096, truncate=False)  # where a config says nothing
+EXPERTS: dict[str, Entry] = {
+    'model.layers.{i}.self_attn.sinks': 'attention.sink_N',
+    'model.layers.{i}.mlp.router.weight': 'mlp.router_DE',
+    'model.layers.{i}.mlp.router.bias': 'mlp.router_bias_E',
+    'model.layers.{i}.mlp.experts.gate_up_proj': Woven(('mlp.gate_EDF', 'mlp.up_EDF'), flip=True),
+    'model.layers.{i}.mlp.experts.gate_up_proj_bias': Woven(('mlp.gate_bias_EF', 'mlp.up_bias_EF')),
+    'model.layers.{i}.mlp.experts.down_proj': Flipped('mlp.down_EDF'),
+    'model.layers.{i}.mlp.experts.down_proj_bias': 'mlp.down_bias_ED',
+}
+
+
+def read(f: Fields) -> ModelConfig:
+    f.only('hidden_act', 'silu')
+    f.only('swiglu_alpha', 1.702)
+    fields, bias = sizes(f, epsilon=1e-5, kv_heads=8) | {'head_dim': f('head_dim', 64)}, f('attention_bias', True)
+    # A softmax over the chosen logits is a softmax over all of them, made to add up to 1 over the chosen.
+    moe = MoEConfig(
+        experts=f.either(('num_local_experts', 'num_experts'), 128),
+        top_k=f.either(('num_experts_per_tok', 'experts_per_token'), 4),
+        mlp_dim=fields['mlp_dim'],
+        router_bias=True,
+        bias=True,
+    )
+    return ModelConfig(
+        **fields,
+        **read_positions(f),
+        **read_windows(f, every=2, default=128),
+        activation='clamped_swiglu',
+        activation_limit=float(f('swiglu_limit', 7.0)),
+        attention_sinks=True,
+        qkv_bias=bias,
+        o_bias=bias,
+        moe=moe,
+    )
+
+
+def read_positions(f: Fields) -> dict[str, Any]:
+    """Rotary positions; YaRN's where a config does not speak of scaling."""
+    rope = read_rope(f, 150_000.0)
+    if f('rope_parameters', None) is None and f('rope_scaling', None) is None:
+        rope['rope_scaling'] = YARN
+    said, scaling = f('initial_context_length', None), rope['rope_scaling']
+    if said is not None and scaling and said != scaling.original_positions:
+        raise UserError(
+            f'{f.source}: initial_context_length is {said} and original_max_position_embeddings '
+            f'{scaling.original_positions}: they mean the same, and must agree'
+        )
+    return rope
+
+
+def write(c: ModelConfig) -> dict[str, Any]:
+    own: dict[str, Any] = {
+        'model_type': 'gpt_oss',
+        'attention_bias': c.qkv_bias,
+        'swiglu_limit': c.activation_limit,
+    }
+    if c.rope_scaling is None:
+        own['rope_scaling'] = {'rope_type': 'default'}  # without it there would be YaRN
+    if c.moe:
+        own |= {'num_local_experts': c.moe.experts, 'num_experts_per_tok': c.moe.top_k}
+        own['intermediate_size'] = c.moe.mlp_dim
+    return write_common(c) | write_rope(c) | write_windows(c) | own
+
+
+FAMILY = Family(
+    'gpt_oss',
+    ('GptOssForCausalLM',),
+    read,
+    write,
+    OUTER | NORMS | ATTENTION | EXPERTS,
+    prefix='model.',
+    headless='GptOssModel',
+)

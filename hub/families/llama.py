@@ -1,0 +1,111 @@
+"""Llama 2, 3, 3.1, 3.2, 3.3 (Touvron et al. 2023, arXiv:2307.09288; Dubey et al. 2024, arXiv:2407.21783).
+
+Grouped-query attention, SwiGLU, RMSNorm, rotary positions in halves.
+"""
+
+from typing import Any
+
+from weft.hub.families import Family, Fields
+from weft.hub.families.rope import read_rope, write_rope
+from weft.model.config import ModelConfig
+from weft.runtime.errors import UserError
+from weft.storage.foreign import shown_value
+
+ATTENTION = {
+    'model.layers.{i}.self_attn.q_proj.weight': 'attention.q_DN',
+    'model.layers.{i}.self_attn.k_proj.weight': 'attention.k_DM',
+    'model.layers.{i}.self_attn.v_proj.weight': 'attention.v_DM',
+    'model.layers.{i}.self_attn.o_proj.weight': 'attention.o_DN',
+    'model.layers.{i}.self_attn.q_proj.bias': 'attention.q_bias_N',
+    'model.layers.{i}.self_attn.k_proj.bias': 'attention.k_bias_M',
+    'model.layers.{i}.self_attn.v_proj.bias': 'attention.v_bias_M',
+    'model.layers.{i}.self_attn.o_proj.bias': 'attention.o_bias_D',
+}
+MLP = {
+    'model.layers.{i}.mlp.gate_proj.weight': 'mlp.gate_DF',
+    'model.layers.{i}.mlp.up_proj.weight': 'mlp.up_DF',
+    'model.layers.{i}.mlp.down_proj.weight': 'mlp.down_DF',
+    'model.layers.{i}.mlp.gate_proj.bias': 'mlp.gate_bias_F',
+    'model.layers.{i}.mlp.up_proj.bias': 'mlp.up_bias_F',
+    'model.layers.{i}.mlp.down_proj.bias': 'mlp.down_bias_D',
+}
+NORMS = {
+    'model.layers.{i}.input_layernorm.weight': 'attention_norm.scale_D',
+    'model.layers.{i}.post_attention_layernorm.weight': 'mlp_norm.scale_D',
+}
+OUTER = {
+    'model.embed_tokens.weight': 'embed_VD',
+    'model.norm.weight': 'norm.scale_D',
+    'lm_head.weight': 'head_DV',
+}
+
+
+def read(f: Fields) -> ModelConfig:
+    no_windows(f)
+    return ModelConfig(**common(f), **read_rope(f), **biases(f))
+
+
+def common(f: Fields, epsilon: float = 1e-6, kv_heads: int | None = None) -> dict[str, Any]:
+    """The fields that Llama and its many descendants share; see `sizes`."""
+    f.only('hidden_act', 'silu')
+    return sizes(f, epsilon, kv_heads)
+
+
+def sizes(f: Fields, epsilon: float = 1e-6, kv_heads: int | None = None, tied: bool = False) -> dict[str, Any]:
+    """Those of them that say nothing of the activation; `epsilon`, `kv_heads`, `tied` where a config leaves them out.
+
+    None, and null in a config: as many kv_heads as heads.
+    """
+    return {
+        'vocabulary': f('vocab_size'),
+        'layers': f('num_hidden_layers'),
+        'model_dim': f('hidden_size'),
+        'heads': f('num_attention_heads'),
+        'kv_heads': f.given('num_key_value_heads', kv_heads) or f('num_attention_heads'),
+        'head_dim': f('head_dim', f('hidden_size') // f('num_attention_heads')),
+        'mlp_dim': f('intermediate_size'),
+        'norm_epsilon': f('rms_norm_eps', epsilon),
+        'tied_embedding': f('tie_word_embeddings', tied),
+    }
+
+
+def no_windows(f: Fields) -> None:
+    """That layer_types, which configs of models without windows may have too, tells of none."""
+    types = f('layer_types', ['full_attention'])
+    if set(types) != {'full_attention'}:
+        raise UserError(
+            f'{f.source}: layer_types is {shown_value(types)}: this family has full_attention in all layers'
+        )
+
+
+def biases(f: Fields) -> dict[str, Any]:
+    """Of all attention's projections, of all of the MLP's."""
+    attention, mlp = f('attention_bias', False), f('mlp_bias', False)
+    return {'qkv_bias': attention, 'o_bias': attention, 'mlp_bias': mlp}
+
+
+def write(c: ModelConfig) -> dict[str, Any]:
+    return (
+        write_common(c) | write_rope(c) | {'model_type': 'llama', 'attention_bias': c.qkv_bias, 'mlp_bias': c.mlp_bias}
+    )
+
+
+def write_common(c: ModelConfig) -> dict[str, Any]:
+    """The inverse of `common`."""
+    return {
+        'hidden_act': 'silu',
+        'vocab_size': c.vocabulary,
+        'num_hidden_layers': c.layers,
+        'hidden_size': c.model_dim,
+        'num_attention_heads': c.heads,
+        'num_key_value_heads': c.kv_heads,
+        'head_dim': c.head_dim,
+        'intermediate_size': c.mlp_dim,
+        'rms_norm_eps': c.norm_epsilon,
+        'tie_word_embeddings': c.tied_embedding,
+    }
+
+
+FAMILY = Family(
+    'llama', ('LlamaForCausalLM',), read, write, OUTER | NORMS | ATTENTION | MLP, prefix='model.', headless='LlamaModel'
+)

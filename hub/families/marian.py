@@ -1,0 +1,134 @@
+"""Marian (Junczys-Dowmunt et al. 2018, arXiv:1804.00344): the encoder–decoder of "Attention Is All You Need".
+
+Norms after each part, sinusoidal positions, one embedding for both sides and the head (Vaswani et al. 2017, arXiv:1706.03762).
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from weft.hub.families import Family, Fields, Row
+from weft.model.config import EncoderConfig, ModelConfig
+from weft.model.encoder import sinusoids
+from weft.runtime.errors import UserError
+
+# By published name; the first of two is the one that is written.
+ACTIVATIONS: dict[str, Any] = {
+    'gelu': 'gelu_exact',
+    'swish': 'silu',
+    'silu': 'silu',
+    'relu': 'relu',
+    'gelu_new': 'gelu',
+}
+
+
+def pair(published: str, ours: str, bias: str) -> dict[str, str]:
+    return {f'{published}.weight': ours, f'{published}.bias': bias}
+
+
+def attention(published: str, stack: str, part: str) -> dict[str, str]:
+    ours = stack + part
+    return {
+        **pair(f'{published}.q_proj', f'{ours}.q_DN', f'{ours}.q_bias_N'),
+        **pair(f'{published}.k_proj', f'{ours}.k_DM', f'{ours}.k_bias_M'),
+        **pair(f'{published}.v_proj', f'{ours}.v_DM', f'{ours}.v_bias_M'),
+        **pair(f'{published}.out_proj', f'{ours}.o_DN', f'{ours}.o_bias_D'),
+        **pair(f'{published}_layer_norm', f'{ours}_norm.scale_D', f'{ours}_norm.bias_D'),
+    }
+
+
+def mlp(published: str, stack: str) -> dict[str, str]:
+    return {
+        **pair(f'{published}.fc1', f'{stack}mlp.up_DF', f'{stack}mlp.up_bias_F'),
+        **pair(f'{published}.fc2', f'{stack}mlp.down_DF', f'{stack}mlp.down_bias_D'),
+        **pair(f'{published}.final_layer_norm', f'{stack}mlp_norm.scale_D', f'{stack}mlp_norm.bias_D'),
+    }
+
+
+NAMES: dict[str, str | Row] = {
+    'model.shared.weight': 'embed_VD',
+    'final_logits_bias': Row('head_bias_V'),
+    **attention('model.encoder.layers.{i}.self_attn', 'encoder.layers.', 'attention'),
+    **mlp('model.encoder.layers.{i}', 'encoder.layers.'),
+    **attention('model.decoder.layers.{i}.self_attn', '', 'attention'),
+    **attention('model.decoder.layers.{i}.encoder_attn', '', 'cross'),
+    **mlp('model.decoder.layers.{i}', ''),
+}
+OF_TRAINING = ('activation_dropout', 'classif_dropout', 'decoder_layerdrop', 'encoder_layerdrop', 'init_std')
+OF_OTHERS = ('add_bias_logits', 'extra_pos_embeddings', 'force_bos_token_to_be_generated')
+
+
+def read(f: Fields) -> ModelConfig:
+    always = {'is_encoder_decoder': True, 'share_encoder_decoder_embeddings': True, 'tie_word_embeddings': True}
+    # Of the code that these configs were first written for.
+    always |= {'static_position_embeddings': True, 'normalize_before': False, 'normalize_embedding': False}
+    for name, value in (always | {'add_final_layer_norm': False}).items():
+        f.only(name, value)
+    f.skip(*OF_TRAINING, *OF_OTHERS, 'num_hidden_layers')  # the last is encoder_layers
+    vocabulary, width = f('vocab_size', 58101), f('d_model', 1024)
+    f.only('decoder_vocab_size', vocabulary)
+    heads = f('decoder_attention_heads', 16)
+    own = {'heads': f('encoder_attention_heads', 16), 'mlp_dim': f('encoder_ffn_dim', 4096)}
+    own |= {'kv_heads': own['heads'], 'head_dim': width // own['heads']}
+    return ModelConfig(
+        vocabulary=vocabulary,
+        layers=f('decoder_layers', 12),
+        model_dim=width,
+        heads=heads,
+        mlp_dim=f('decoder_ffn_dim', 4096),
+        activation=ACTIVATIONS[f.only('activation_function', *ACTIVATIONS)],
+        norm='layernorm',
+        norm_order='post',
+        positions='sinusoidal',
+        max_positions=f('max_position_embeddings', 1024),
+        qkv_bias=True,
+        bias=True,
+        encoder=EncoderConfig(layers=f('encoder_layers', 12), start_token=f('decoder_start_token_id', 58100), **own),
+        embedding_scale=math.sqrt(width) if f('scale_embedding', False) else 1.0,
+        head_bias=True,
+    )
+
+
+def write(c: ModelConfig) -> dict[str, Any]:
+    known = {ours: published for published, ours in reversed(ACTIVATIONS.items())}
+    if c.encoder is None:
+        raise UserError('model.encoder is null: Marian has one')
+    e, start = c.of_encoder, c.encoder.start_token
+    return {
+        'model_type': 'marian',
+        'is_encoder_decoder': True,
+        'vocab_size': c.vocabulary,
+        'decoder_vocab_size': c.vocabulary,
+        'd_model': c.model_dim,
+        'encoder_layers': e.layers,
+        'encoder_attention_heads': e.heads,
+        'encoder_ffn_dim': e.mlp_dim,
+        'decoder_layers': c.layers,
+        'decoder_attention_heads': c.heads,
+        'decoder_ffn_dim': c.mlp_dim,
+        'activation_function': known.get(c.activation, 'relu'),
+        'max_position_embeddings': c.max_positions,
+        'scale_embedding': c.embedding_scale != 1,
+        'decoder_start_token_id': start,
+        'pad_token_id': start,
+    }
+
+
+def positions(c: ModelConfig) -> np.ndarray:
+    return sinusoids(c).astype(np.float32)
+
+
+FAMILY = Family(
+    'marian',
+    ('MarianMTModel',),
+    read,
+    write,
+    NAMES,
+    fixed={'model.encoder.embed_positions.weight': positions, 'model.decoder.embed_positions.weight': positions},
+    tied={
+        'model.encoder.embed_tokens.weight': 'model.shared.weight',
+        'model.decoder.embed_tokens.weight': 'model.shared.weight',
+        'lm_head.weight': 'model.shared.weight',
+    },
+)

@@ -1,0 +1,27 @@
+"""Mistral (Jiang et al. 2023, arXiv:2310.06825): Llama with a sliding window in every layer."""
+
+from typing import Any
+
+from weft.hub.families import Family, Fields
+from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, common, write_common
+from weft.hub.families.rope import read_rope, write_rope
+from weft.model.config import ModelConfig
+
+
+def read(f: Fields) -> ModelConfig:
+    return ModelConfig(**common(f, kv_heads=8), **read_rope(f), window=f.given('sliding_window', 4096))
+
+
+def write(c: ModelConfig) -> dict[str, Any]:
+    return write_common(c) | write_rope(c) | {'model_type': 'mistral', 'sliding_window': c.window}
+
+
+FAMILY = Family(
+    'mistral',
+    ('MistralForCausalLM',),
+    read,
+    write,
+    OUTER | NORMS | ATTENTION | MLP,
+    prefix='model.',
+    headless='MistralModel',
+)

@@ -1,0 +1,36 @@
+"""OLMo 2 (arXiv:2501.00656): Llama with a norm after each part in place of before it, and norms of all queries and all keys."""
+
+from typing import Any
+
+from weft.hub.families import Family, Fields
+from weft.hub.families.llama import ATTENTION, MLP, OUTER, common, no_windows, write_common
+from weft.hub.families.olmoe import QK_NORMS
+from weft.hub.families.rope import read_rope, write_rope
+from weft.model.config import ModelConfig
+
+NORMS = {
+    'model.layers.{i}.post_attention_layernorm.weight': 'attention_norm.scale_D',
+    'model.layers.{i}.post_feedforward_layernorm.weight': 'mlp_norm.scale_D',
+}
+
+
+def read(f: Fields) -> ModelConfig:
+    no_windows(f)
+    bias = f('attention_bias', False)
+    fields = common(f, epsilon=1e-5) | read_rope(f)
+    return ModelConfig(**fields, norm_order='output', qk_norm='full', qkv_bias=bias, o_bias=bias)
+
+
+def write(c: ModelConfig) -> dict[str, Any]:
+    return write_common(c) | write_rope(c) | {'model_type': 'olmo2', 'attention_bias': c.qkv_bias}
+
+
+FAMILY = Family(
+    'olmo2',
+    ('Olmo2ForCausalLM',),
+    read,
+    write,
+    OUTER | NORMS | ATTENTION | QK_NORMS | MLP,
+    prefix='model.',
+    headless='Olmo2Model',
+)

@@ -1,0 +1,48 @@
+"""Phi-3 and Phi-4-mini (Abdin et al. 2024, arXiv:2404.14219): Llama in fused projections, LongRoPE, a part of heads turned."""
+
+from typing import Any
+
+from weft.hub.families import Entry, Family, Fields, Joined
+from weft.hub.families.llama import NORMS, OUTER, common, write_common
+from weft.hub.families.rope import read_rope, write_rope
+from weft.model.config import ModelConfig
+from weft.runtime.errors import UserError
+
+FUSED: dict[str, Entry] = {
+    'model.layers.{i}.self_attn.qkv_proj.weight': Joined(('attention.q_DN', 'attention.k_DM', 'attention.v_DM')),
+    'model.layers.{i}.self_attn.o_proj.weight': 'attention.o_DN',
+    'model.layers.{i}.mlp.gate_up_proj.weight': Joined(('mlp.gate_DF', 'mlp.up_DF')),
+    'model.layers.{i}.mlp.down_proj.weight': 'mlp.down_DF',
+}
+
+
+def read(f: Fields) -> ModelConfig:
+    for name in ('attention_bias', 'mlp_bias', 'lm_head_bias'):
+        f.only(name, False)
+    for name in ('full_attn_mod', 'interpolate_factor'):  # of Phi-4-mini's config
+        f.only(name, 1)
+    f.skip('original_max_position_embeddings')
+    rope = read_rope(f, fraction=1.0, original=4096)
+    if rope['rope_scaling'] and rope['rope_scaling'].kind != 'longrope':
+        raise UserError(
+            f'{f.source}: rope_scaling is of type {rope["rope_scaling"].kind}, which this family does not have; '
+            'supported: default, longrope'
+        )
+    return ModelConfig(**common(f, epsilon=1e-5), **rope, window=f('sliding_window', None))
+
+
+def write(c: ModelConfig) -> dict[str, Any]:
+    fields = write_common(c) | write_rope(c, fraction=True) | {'model_type': 'phi3', 'sliding_window': c.window}
+    s = c.rope_scaling
+    if s and s.kind == 'longrope':
+        # As published: transformers before 5 wants type, short_factor and long_factor, and no other field.
+        fields['original_max_position_embeddings'] = s.original_positions
+        implied = {'rope_type', 'original_max_position_embeddings'}
+        if fields['max_position_embeddings'] / s.original_positions == s.factor:
+            implied.add('factor')
+        scaling = {name: value for name, value in fields['rope_scaling'].items() if name not in implied}
+        fields['rope_scaling'] = {'type': 'longrope', **scaling}
+    return fields
+
+
+FAMILY = Family('phi3', ('Phi3ForCausalLM',), read, write, FUSED | OUTER | NORMS, prefix='model.', headless='Phi3Model')

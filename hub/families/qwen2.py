@@ -1,0 +1,64 @@
+"""Qwen2 and Qwen2.5 (arXiv:2407.10671, arXiv:2412.15115): Llama with biases of queries, keys and values."""
+
+from typing import Any
+
+from weft.hub.families import Family, Fields, pattern
+from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, common, write_common
+from weft.hub.families.rope import read_rope, write_rope
+from weft.model.config import ModelConfig
+from weft.runtime.errors import UserError
+from weft.storage.foreign import shown_value
+
+
+def read(f: Fields) -> ModelConfig:
+    f.only('use_mrope', False)
+    return ModelConfig(**common(f, kv_heads=32), **read_rope(f), **read_window(f), qkv_bias=True)
+
+
+def read_window(f: Fields) -> dict[str, Any]:
+    """The window, and which layers have it: those from max_window_layers on, or as layer_types says."""
+    first = f('max_window_layers', 28)
+    return read_windows(f, [i >= first for i in range(f('num_hidden_layers'))])
+
+
+def read_windows(f: Fields, default: list[bool]) -> dict[str, Any]:
+    """The window, and which layers have it: as layer_types says, else those of `default`."""
+    on, window, types = f('use_sliding_window', False), f.given('sliding_window', 4096), f('layer_types', None)
+    window = window if on else None
+    windowed = [window is not None and one for one in default] if types is None else read_types(f, types)
+    if any(windowed) and window is None:
+        raise UserError(
+            f'{f.source}: layer_types has sliding_attention and use_sliding_window is {on}, sliding_window '
+            f'{f("sliding_window", None)}: such layers need true and a number of tokens'
+        )
+    return {'window': window, 'window_pattern': pattern(windowed)} if any(windowed) else {}
+
+
+def read_types(f: Fields, types: list[str]) -> list[bool]:
+    """Which layers have the window, of layer_types."""
+    known = ('full_attention', 'sliding_attention')
+    wrong = [name for name in types if name not in known]
+    if wrong or len(types) != f('num_hidden_layers'):
+        raise UserError(
+            f'{f.source}: layer_types is {shown_value(types)}: one of {" and ".join(known)} is needed for each layer'
+        )
+    return [name == 'sliding_attention' for name in types]
+
+
+def write(c: ModelConfig) -> dict[str, Any]:
+    return write_common(c) | write_rope(c) | write_window(c) | {'model_type': 'qwen2'}
+
+
+def write_window(c: ModelConfig) -> dict[str, Any]:
+    """The inverse of `read_window`."""
+    return {
+        'use_sliding_window': c.window is not None,
+        'sliding_window': c.window,
+        'max_window_layers': c.layers,
+        'layer_types': ['sliding_attention' if kind.windowed else 'full_attention' for kind in c.kinds],
+    }
+
+
+FAMILY = Family(
+    'qwen2', ('Qwen2ForCausalLM',), read, write, OUTER | NORMS | ATTENTION | MLP, prefix='model.', headless='Qwen2Model'
+)

@@ -1,0 +1,52 @@
+"""Qwen1.5-MoE and Qwen2's mixture of experts (arXiv:2407.10671): a shared expert beside the chosen ones, weighed by a gate."""
+
+from typing import Any
+
+from weft.hub.families import Entry, Family, Fields, Row, pattern
+from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, common, write_common
+from weft.hub.families.qwen2 import read_windows, write_window
+from weft.hub.families.qwen3_moe import EXPERTS, read_sparse, write_sparse
+from weft.hub.families.rope import read_rope, write_rope
+from weft.model.config import ModelConfig, MoEConfig
+
+SHARED: dict[str, Entry] = {
+    'model.layers.{i}.mlp.shared_expert.gate_proj.weight': 'mlp.shared.gate_DF',
+    'model.layers.{i}.mlp.shared_expert.up_proj.weight': 'mlp.shared.up_DF',
+    'model.layers.{i}.mlp.shared_expert.down_proj.weight': 'mlp.shared.down_DF',
+    'model.layers.{i}.mlp.shared_expert_gate.weight': Row('mlp.shared_gate_D'),
+}
+
+
+def read(f: Fields) -> ModelConfig:
+    moe = MoEConfig(
+        experts=f.either(('num_experts', 'num_local_experts'), 60),
+        top_k=f('num_experts_per_tok', 4),
+        mlp_dim=f('moe_intermediate_size', 1408),
+        shared_experts=1,
+        shared_mlp_dim=f('shared_expert_intermediate_size', 5632),
+        shared_gate=True,
+        renormalize=f('norm_topk_prob', False),
+        pattern=pattern(read_sparse(f)),
+    )
+    first = f('max_window_layers', 28)
+    # Every second layer of the first: so transformers has it, unlike in Qwen2 without experts.
+    windows = read_windows(f, [i < first and i % 2 == 0 for i in range(f('num_hidden_layers'))])
+    return ModelConfig(**common(f, kv_heads=16), **read_rope(f), **windows, qkv_bias=f('qkv_bias', True), moe=moe)
+
+
+def write(c: ModelConfig) -> dict[str, Any]:
+    own = {'model_type': 'qwen2_moe', 'qkv_bias': c.qkv_bias} | write_sparse(c)
+    if c.moe and c.moe.shared_experts:
+        own['shared_expert_intermediate_size'] = c.moe.shared_dim
+    return write_common(c) | write_rope(c) | write_window(c) | own
+
+
+FAMILY = Family(
+    'qwen2_moe',
+    ('Qwen2MoeForCausalLM',),
+    read,
+    write,
+    OUTER | NORMS | ATTENTION | MLP | EXPERTS | SHARED,
+    prefix='model.',
+    headless='Qwen2MoeModel',
+)

@@ -1,0 +1,37 @@
+"""Qwen3 (arXiv:2505.09388): Llama with norms of each head's query and key."""
+
+from typing import Any
+
+from weft.hub.families import Family, Fields
+from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, common, write_common
+from weft.hub.families.qwen2 import read_window, write_window
+from weft.hub.families.rope import read_rope, write_rope
+from weft.model.config import ModelConfig
+
+HEAD_DIM = 128  # where a config leaves it out
+QK_NORMS = {
+    'model.layers.{i}.self_attn.q_norm.weight': 'attention.q_scale_H',
+    'model.layers.{i}.self_attn.k_norm.weight': 'attention.k_scale_H',
+}
+
+
+def read(f: Fields) -> ModelConfig:
+    fields = common(f, kv_heads=32) | {'head_dim': f('head_dim', HEAD_DIM)}
+    bias = f('attention_bias', False)
+    return ModelConfig(**fields, **read_rope(f), **read_window(f), qk_norm=True, qkv_bias=bias, o_bias=bias)
+
+
+def write(c: ModelConfig) -> dict[str, Any]:
+    own = {'model_type': 'qwen3', 'attention_bias': c.qkv_bias}
+    return write_common(c) | write_rope(c) | write_window(c) | own
+
+
+FAMILY = Family(
+    'qwen3',
+    ('Qwen3ForCausalLM',),
+    read,
+    write,
+    OUTER | NORMS | ATTENTION | QK_NORMS | MLP,
+    prefix='model.',
+    headless='Qwen3Model',
+)

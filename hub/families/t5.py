@@ -1,0 +1,134 @@
+"""T5 v1.1 and T5 (Raffel et al. 2020, arXiv:1910.10683; Shazeer 2020, arXiv:2002.05202): an encoder–decoder.
+
+Positions are biases on scores by distance, which a stack's layers share; scores are not scaled. v1.1 has gated units and a head
+of its own; before it one relu and the embedding as the head, on activations scaled down.
+"""
+
+from typing import Any
+
+from weft.hub.families import Family, Fields, Where
+from weft.model.config import EncoderConfig, ModelConfig
+from weft.runtime.errors import UserError
+
+# By published name; the first of two is the one that is written.
+ACTIVATIONS: dict[str, Any] = {
+    'gated-gelu': 'geglu',
+    'gated-gelu_new': 'geglu',
+    'gated-silu': 'swiglu',
+    'relu': 'relu',
+    'gelu': 'gelu_exact',
+    'gelu_new': 'gelu',
+    'silu': 'silu',
+}
+UP, GATED = 'mlp.up_DF', 'mlp.gate_DF'
+
+
+def attention(published: str, ours: str) -> dict[str, str]:
+    return {
+        f'{published}.q.weight': f'{ours}.q_DN',
+        f'{published}.k.weight': f'{ours}.k_DM',
+        f'{published}.v.weight': f'{ours}.v_DM',
+        f'{published}.o.weight': f'{ours}.o_DN',
+    }
+
+
+def mlp(published: str, stack: str) -> dict[str, str | Where]:
+    return {
+        f'{published}.wi.weight': Where(stack + UP, stack + GATED, has=False),
+        f'{published}.wi_0.weight': stack + GATED,
+        f'{published}.wi_1.weight': Where(stack + UP, stack + GATED, has=True),
+        f'{published}.wo.weight': f'{stack}mlp.down_DF',
+    }
+
+
+OUTER = {
+    'shared.weight': 'embed_VD',
+    'encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight': 'encoder.relative_RN',
+    'encoder.final_layer_norm.weight': 'encoder.norm.scale_D',
+    'decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight': 'relative_RN',
+    'decoder.final_layer_norm.weight': 'norm.scale_D',
+    'lm_head.weight': 'head_DV',
+}
+ENCODER = {
+    **attention('encoder.block.{i}.layer.0.SelfAttention', 'encoder.layers.attention'),
+    'encoder.block.{i}.layer.0.layer_norm.weight': 'encoder.layers.attention_norm.scale_D',
+    **mlp('encoder.block.{i}.layer.1.DenseReluDense', 'encoder.layers.'),
+    'encoder.block.{i}.layer.1.layer_norm.weight': 'encoder.layers.mlp_norm.scale_D',
+}
+DECODER = {
+    **attention('decoder.block.{i}.layer.0.SelfAttention', 'attention'),
+    'decoder.block.{i}.layer.0.layer_norm.weight': 'attention_norm.scale_D',
+    **attention('decoder.block.{i}.layer.1.EncDecAttention', 'cross'),
+    'decoder.block.{i}.layer.1.layer_norm.weight': 'cross_norm.scale_D',
+    **mlp('decoder.block.{i}.layer.2.DenseReluDense', ''),
+    'decoder.block.{i}.layer.2.layer_norm.weight': 'mlp_norm.scale_D',
+}
+
+
+def read(f: Fields) -> ModelConfig:
+    f.only('is_encoder_decoder', True)
+    f.skip('is_gated_act', 'dense_act_fn')  # follow from feed_forward_proj
+    f.skip('n_positions', 'output_past')  # of other models' code, which T5's does not read
+    # transformers 5 writes tie_word_embeddings true of every T5, and in scale_decoder_outputs what it was.
+    tied = f('tie_word_embeddings', True)
+    scaled = f('scale_decoder_outputs', tied)
+    layers, width = f('num_layers', 6), f('d_model', 512)
+    return ModelConfig(
+        vocabulary=f('vocab_size', 32128),
+        layers=f('num_decoder_layers', layers),
+        model_dim=width,
+        heads=f('num_heads', 8),
+        head_dim=f('d_kv', 64),
+        mlp_dim=f('d_ff', 2048),
+        activation=ACTIVATIONS[f.only('feed_forward_proj', *ACTIVATIONS, default='relu')],
+        norm_epsilon=f('layer_norm_epsilon', 1e-6),
+        positions='relative',
+        relative_buckets=f('relative_attention_num_buckets', 32),
+        relative_most=f('relative_attention_max_distance', 128),
+        query_scale=1.0,
+        encoder=EncoderConfig(layers=layers, start_token=f('decoder_start_token_id', f('pad_token_id', 0))),
+        tied_embedding=tied and scaled,
+        logit_scale=width**-0.5 if scaled else 1.0,
+    )
+
+
+def write(c: ModelConfig) -> dict[str, Any]:
+    known = {ours: published for published, ours in reversed(ACTIVATIONS.items())}
+    if c.encoder is None:
+        raise UserError('model.encoder is null: T5 has one')
+    start = c.encoder.start_token or 0
+    return {
+        'model_type': 't5',
+        'is_encoder_decoder': True,
+        'vocab_size': c.vocabulary,
+        'num_layers': c.encoder.layers,
+        'num_decoder_layers': c.layers,
+        'd_model': c.model_dim,
+        'num_heads': c.heads,
+        'd_kv': c.head_dim,
+        'd_ff': c.mlp_dim,
+        'feed_forward_proj': known.get(c.activation, 'gated-gelu'),
+        'layer_norm_epsilon': c.norm_epsilon,
+        'relative_attention_num_buckets': c.relative_buckets,
+        'relative_attention_max_distance': c.relative_most,
+        'tie_word_embeddings': c.tied_embedding,
+        'scale_decoder_outputs': c.logit_scale != 1,
+        'decoder_start_token_id': start,
+        'pad_token_id': start,
+    }
+
+
+FAMILY = Family(
+    't5',
+    ('T5ForConditionalGeneration',),
+    read,
+    write,
+    OUTER | ENCODER | DECODER,
+    (r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',),  # no code reads it
+    tied={
+        'encoder.embed_tokens.weight': 'shared.weight',
+        'decoder.embed_tokens.weight': 'shared.weight',
+        'lm_head.weight': 'shared.weight',
+    },
+    tied_unless_stored=True,
+)

@@ -1,0 +1,397 @@
+"""The tokenizer in a GGUF file's header, as the files that a published folder has it in.
+
+tokenizer.json (byte-level BPE, or sentencepiece's BPE with scores), tokenizer_config.json with the chat template, and
+generation_config.json with what ends an answer. How text is cut before BPE a header says by a name alone, which llama.cpp gave
+it; what each name means is here, as the tokenizer.json of the model that it was given for says it.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from weft.data.tokenizer import SPACE
+from weft.hub.tokenizers.side_files import LONGEST_PIECE, MOST_CHARACTERS
+from weft.runtime.errors import UserError, nearest
+from weft.storage.foreign import shown_value
+
+KEY = 'tokenizer.ggml.'
+MODELS = ('gpt2', 'llama')  # byte-level BPE, sentencepiece's
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # a token's type
+MOST_MERGES = 2**21  # of pieces by sentencepiece; a vocabulary of 262,144 has about half as many
+# Tokens that end a turn, which count where the chat template speaks of them.
+TURN_ENDS = ('<|eot_id|>', '<|im_end|>', '<end_of_turn>', '<|end|>', '<|eom_id|>', '<|return|>', '<|call|>', '<|user|>')
+SAMPLING = {
+    'temp': 'temperature',
+    'top_k': 'top_k',
+    'top_p': 'top_p',
+    'min_p': 'min_p',
+    'penalty_repeat': 'repetition_penalty',
+}
+
+
+class Cut(NamedTuple):
+    """How text is cut before BPE."""
+
+    patterns: tuple[str, ...] = ()  # one after another, each within what the others cut
+    digits: bool = False  # each is cut from its neighbours, before anything else
+    plain: bool = False  # by GPT-2's own pattern, last
+    whole: bool = False  # what is a token as a whole is that, whatever its merges
+    bos: bool = False  # a text begins with bos, where the header does not say
+
+
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+SIGNS = r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+LLAMA3 = rf'{WORDS}\p{{N}}{{1,3}}|{SIGNS}'
+QWEN2 = rf'{WORDS}\p{{N}}|{SIGNS}'
+UPPER, LOWER = r'[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]', r'[\p{Ll}\p{Lm}\p{Lo}\p{M}]'
+CASED = (rf'[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+', rf'[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*')
+SLASHED = r' ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+GPT_4O = rf'{CASED[0]}{SHORT}|{CASED[1]}{SHORT}|\p{{N}}{{1,3}}|{SLASHED}'
+TEKKEN = rf'{CASED[0]}|{CASED[1]}|\p{{N}}|{SLASHED}'
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CJK, KANA = '[一-龥ࠀ-一가-퟿]+', '[一-龥぀-ゟ゠-ヿ]+'
+# As published for DeepSeek LLM: an old Unicode's letters with two cases.
+DEEPSEEK_LETTERS = (
+    'A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ'
+    '-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉ'
+    'ⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃'
+)
+DEEPSEEK_SIGNS = r'\s?[!-/:-~！-／：-～‘-‟　-。]+'
+DEEPSEEK_V3 = (
+    r'\p{N}{1,3}',
+    KANA,
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r'|\s*[\r\n]+|\s+(?!\S)|\s+',
+)
+CUTS = {
+    'default': Cut((r'[\p{P}\$\+<=>\^~\|`]+', GPT2, r'\p{N}+', '[0-9][0-9][0-9]')),
+    **dict.fromkeys(('gpt-2', 'phi-2', 'mpt', 'olmo', 'exaone4', 'trillion', 'granite-docling'), Cut(plain=True)),
+    **dict.fromkeys(
+        ('smollm', 'starcoder', 'refact', 'command-r', 'codeshell', 'exaone'), Cut(digits=True, plain=True)
+    ),
+    **dict.fromkeys(('llama-bpe', 'llama3', 'llama-v3', 'falcon3', 'pixtral'), Cut((LLAMA3,), whole=True, bos=True)),
+    **dict.fromkeys(('dbrx', 'smaug-bpe', 'chatglm-bpe'), Cut((LLAMA3,))),
+    'glm4': Cut((LLAMA3,), whole=True),
+    **dict.fromkeys(('qwen2', 'deepseek-r1-qwen', 'stablelm2', 'megrez', 'hunyuan'), Cut((QWEN2,))),
+    **dict.fromkeys(('gpt-4o', 'llama4'), Cut((GPT_4O,))),
+    'tekken': Cut((TEKKEN,), whole=True, bos=True),
+    'deepseek-llm': Cut((r'[\r\n]', rf'\s?[{DEEPSEEK_LETTERS}]+', DEEPSEEK_SIGNS, r'\s+$', CJK, r'\p{N}+')),
+    'deepseek-coder': Cut((r'[\r\n]', r'\s?\p{L}+', r'\s?\p{P}+', CJK, r'\p{N}')),
+    'deepseek-v3': Cut(DEEPSEEK_V3),
+}
+
+
+def tokenizer_files(values: Mapping[str, Any], path: Path) -> dict[str, bytes]:
+    """A tokenizer's files by name, of the keys and values of a header; none where it has no tokenizer.
+
+    Raises UserError for one that is damaged or of a kind that is not supported.
+    """
+    model = values.get(f'{KEY}model', 'no_vocab')
+    if isinstance(model, str) and model in ('no_vocab', 'none'):
+        return {}
+    if not isinstance(model, str) or model not in MODELS:
+        raise UserError(
+            f'{path}: {KEY}model is {shown_value(model)}, which is not supported; supported: gpt2 (byte-level BPE), llama '
+            '(sentencepiece)'
+        )
+    header = _Header(values, path)
+    cut = header.cut() if model == 'gpt2' else Cut(bos=True)
+    written = header.byte_level(cut) if model == 'gpt2' else header.sentencepiece()
+    written = {'version': '1.0', 'truncation': None, 'padding': None} | written
+    special = {f'{name}_token': header.token(name) for name in ('bos', 'eos', 'unknown', 'padding')}
+    special = {
+        {'unknown_token': 'unk_token', 'padding_token': 'pad_token'}.get(name, name): token
+        for name, token in special.items()
+        if token is not None
+    }
+    config: dict[str, Any] = {
+        'tokenizer_class': 'PreTrainedTokenizerFast',
+        'clean_up_tokenization_spaces': False,
+    } | special
+    written['added_tokens'] = header.added()
+    written['post_processor'] = header.template(cut)
+    if (template := header.chat_template()) is not None:
+        config['chat_template'] = template
+    generation = header.generation(template or '')
+    return {
+        'tokenizer.json': json.dumps(written, ensure_ascii=False).encode(),
+        'tokenizer_config.json': _json(config),
+        'generation_config.json': _json(generation),
+    }
+
+
+def _json(fields: Mapping[str, Any]) -> bytes:
+    return json.dumps(fields, indent=2, ensure_ascii=False).encode() + b'\n'
+
+
+class _Header:
+    """What a header says of its tokenizer, each part checked as it is read."""
+
+    def __init__(self, values: Mapping[str, Any], path: Path):
+        self.values, self.path = values, path
+        self.tokens: list[str] = self.texts('tokens')
+        kinds = self.numbers('token_type', 'iu')
+        self.kinds: list[int] = [NORMAL] * len(self.tokens) if kinds is None else kinds.tolist()
+        if wrong := [kind for kind in self.kinds if not NORMAL <= kind <= BYTE]:
+            raise UserError(f'{path}: {KEY}token_type has a {wrong[0]}: types go from {NORMAL} to {BYTE}')
+        # Ids that no text has are left out.
+        self.ids = {token: i for i, token in enumerate(self.tokens) if self.kinds[i] != UNUSED}
+        if len(self.ids) != len(self.tokens) - self.kinds.count(UNUSED):
+            seen: set[str] = set()
+            for i, token in enumerate(self.tokens):
+                if self.kinds[i] != UNUSED and token in seen:
+                    raise UserError(
+                        f'{path}: {KEY}tokens has {shown_value(token)} twice: each token must be another text'
+                    )
+                seen.add(token)
+
+    def texts(self, name: str) -> list[str]:
+        found = self.values.get(f'{KEY}{name}')
+        if not isinstance(found, list) or not found:
+            what = 'is missing' if found is None else 'must be an array of texts'
+            raise UserError(f'{self.path}: {KEY}{name} {what}: a tokenizer of {self.values[f"{KEY}model"]!r} has it')
+        return found
+
+    def numbers(self, name: str, kinds: str) -> np.ndarray | None:
+        """An array of a number for each token."""
+        found = self.values.get(f'{KEY}{name}')
+        if found is None:
+            return None
+        if not isinstance(found, np.ndarray) or found.dtype.kind not in kinds or len(found) != len(self.tokens):
+            raise UserError(
+                f'{self.path}: {KEY}{name} must be an array of a number for each of {len(self.tokens)} tokens'
+            )
+        return found
+
+    def id_of(self, name: str) -> int | None:
+        """The id of a special token."""
+        found = self.values.get(f'{KEY}{name}_token_id')
+        if found is None:
+            return None
+        if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < len(self.tokens):
+            raise UserError(
+                f'{self.path}: {KEY}{name}_token_id is {shown_value(found)}: at most {len(self.tokens) - 1} works'
+            )
+        return found
+
+    def token(self, name: str) -> str | None:
+        found = self.id_of(name)
+        return None if found is None else self.tokens[found]
+
+    def flag(self, name: str, default: bool) -> bool:
+        found = self.values.get(f'{KEY}{name}', default)
+        if not isinstance(found, bool):
+            raise UserError(f'{self.path}: {KEY}{name} is {shown_value(found)}: it must be true or false')
+        return found
+
+    def cut(self) -> Cut:
+        """How text is cut before byte-level BPE."""
+        name = self.values.get(f'{KEY}pre')
+        if name is None and self.values.get('general.architecture') == 'gpt2':
+            return CUTS['gpt-2']
+        if name is None:
+            raise UserError(
+                f'{self.path}: {KEY}pre is missing, which says how text is cut: the file was made before converters wrote it; '
+                'convert the model again'
+            )
+        if not isinstance(name, str) or name not in CUTS:
+            near = nearest(name[:64], CUTS) if isinstance(name, str) else ''
+            raise UserError(f'{self.path}: {KEY}pre is {shown_value(name)}, which is not supported{near}')
+        return CUTS[name]
+
+    def byte_level(self, cut: Cut) -> dict[str, Any]:
+        """Of tokenizer.json: byte-level BPE with its merges."""
+        merges = []
+        for text in self.texts('merges'):
+            left, _, right = text.partition(' ')
+            if left not in self.ids or right not in self.ids or left + right not in self.ids:
+                raise UserError(
+                    f'{self.path}: {KEY}merges has {shown_value(text)}: two tokens that together are one must be there'
+                )
+            merges.append([left, right])
+        steps: list[dict[str, Any]] = [{'type': 'Digits', 'individual_digits': True}] if cut.digits else []
+        steps += [
+            {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}
+            for pattern in cut.patterns
+        ]
+        level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
+        steps.append(level | {'use_regex': cut.plain})
+        return {
+            'normalizer': None,
+            'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': steps},
+            'decoder': level,
+            'model': self.bpe(merges, self.ids) | {'ignore_merges': cut.whole},
+        }
+
+    def bpe(self, merges: list[list[str]], ids: Mapping[str, int]) -> dict[str, Any]:
+        return {
+            'type': 'BPE',
+            'dropout': None,
+            'unk_token': None,
+            'continuing_subword_prefix': None,
+            'end_of_word_suffix': None,
+            'fuse_unk': False,
+            'byte_fallback': False,
+            'ignore_merges': False,
+            'vocab': dict(ids),
+            'merges': merges,
+        }
+
+    def sentencepiece(self) -> dict[str, Any]:
+        """Of tokenizer.json: sentencepiece's BPE, whose merges follow from its pieces and their scores."""
+        scores = self.numbers('scores', 'f')
+        if scores is None:
+            raise UserError(f'{self.path}: {KEY}scores is missing: a tokenizer of {"llama"!r} has it')
+        for i, token in enumerate(self.tokens):
+            byte = (
+                len(token) == 6
+                and token[:3] == '<0x'
+                and token[5] == '>'
+                and all(c in '0123456789ABCDEF' for c in token[3:5])
+            )
+            if self.kinds[i] == BYTE and not byte:
+                raise UserError(
+                    f'{self.path}: {KEY}tokens has {shown_value(token)} as a byte: bytes are <0x00> to <0xFF>'
+                )
+        ids = {self.spelt(token): i for token, i in self.ids.items()}
+        prefix = self.flag('add_space_prefix', True)
+        replace = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': SPACE}
+        decoders: list[dict[str, Any]] = [
+            {'type': 'Replace', 'pattern': {'String': SPACE}, 'content': ' '},
+            {'type': 'ByteFallback'},
+            {'type': 'Fuse'},
+        ]
+        if prefix:
+            decoders.append({'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0})
+        return {
+            'normalizer': {'type': 'Sequence', 'normalizers': [{'type': 'Prepend', 'prepend': SPACE}, replace]}
+            if prefix
+            else replace,
+            'pre_tokenizer': None,
+            'decoder': {'type': 'Sequence', 'decoders': decoders},
+            'model': self.bpe(self.merges(ids, scores), ids)
+            | {'unk_token': self.token('unknown'), 'fuse_unk': True, 'byte_fallback': True},
+        }
+
+    def spelt(self, token: str) -> str:
+        """A piece as sentencepiece spells it: a converter has given runs of spaces back as spaces."""
+        return SPACE * len(token) if token and not token.strip(' ') else token
+
+    def merges(self, ids: Mapping[str, int], scores: np.ndarray) -> list[list[str]]:
+        """Pairs of pieces that together are a piece, those of the highest score first; of one piece, with the longest left part
+        first. What users define, which is runs of spaces, goes before all others.
+        """
+        kinds = self.kinds
+        pieces = {piece: i for piece, i in ids.items() if kinds[i] in (NORMAL, USER_DEFINED)}
+        longest = max(pieces, key=len, default='')
+        if len(longest) > LONGEST_PIECE or sum(map(len, pieces)) > MOST_CHARACTERS:
+            raise UserError(
+                f'{self.path}: {KEY}tokens has pieces of up to {len(longest)} characters, {sum(map(len, pieces))} together: at '
+                f'most {LONGEST_PIECE} and {MOST_CHARACTERS} work'
+            )
+        rank = np.array(scores, np.float64)
+        if not np.isfinite(rank).all():
+            raise UserError(f'{self.path}: {KEY}scores has one that is not a number')
+        for i in pieces.values():
+            if kinds[i] == USER_DEFINED:
+                rank[i] = math.inf
+        splits = (
+            (-rank[i], i if kinds[i] == USER_DEFINED else 0, -cut, cut - len(piece), piece[:cut], piece[cut:])
+            for piece, i in pieces.items()
+            for cut in range(len(piece) - 1, 0, -1)
+            if piece[:cut] in pieces and piece[cut:] in pieces
+        )
+        found = list(itertools.islice(splits, MOST_MERGES + 1))
+        if len(found) > MOST_MERGES:
+            raise UserError(
+                f'{self.path}: {KEY}tokens has more than {MOST_MERGES} pairs of pieces that together are a piece'
+            )
+        found.sort(key=lambda merge: merge[:4])
+        return [[left, right] for *_, left, right in found]
+
+    def added(self) -> list[dict[str, Any]]:
+        """Of tokenizer.json: tokens that are found as a whole in a text, before BPE."""
+        sentencepiece = self.values[f'{KEY}model'] == 'llama'
+        kinds = (CONTROL, USER_DEFINED, UNKNOWN)
+        return [
+            {
+                'id': i,
+                'content': token,
+                'single_word': False,
+                'lstrip': False,
+                'rstrip': False,
+                'normalized': False,
+                'special': self.kinds[i] != USER_DEFINED,
+            }
+            for i, token in enumerate(self.tokens)
+            if self.kinds[i] in kinds and token and not (sentencepiece and self.spelt(token) != token)
+        ]
+
+    def template(self, cut: Cut) -> dict[str, Any] | None:
+        """Of tokenizer.json: what stands before and after a text."""
+        before = ['bos'] if self.flag('add_bos_token', cut.bos) else []
+        after = ['eos'] if self.flag('add_eos_token', False) else []
+        tokens = {name: self.token(name) for name in (*before, *after)}
+        for name, token in tokens.items():
+            if token is None:
+                raise UserError(f'{self.path}: {KEY}add_{name}_token is true and {KEY}{name}_token_id is missing')
+        if not tokens:
+            return None
+        special = lambda name: {'SpecialToken': {'id': tokens[name], 'type_id': 0}}
+        text = lambda part: {'Sequence': {'id': part, 'type_id': 0}}
+        around = lambda *parts: [*map(special, before), *map(text, parts), *map(special, after)]
+        return {
+            'type': 'TemplateProcessing',
+            'single': around('A'),
+            'pair': [*around('A'), *around('B')],
+            'special_tokens': {
+                token: {'id': token, 'ids': [self.id_of(name)], 'tokens': [token]} for name, token in tokens.items()
+            },
+        }
+
+    def chat_template(self) -> str | list[dict[str, str]] | None:
+        """The chat template; where there are several, each with its name."""
+        found = self.values.get('tokenizer.chat_template')
+        if found is not None and not isinstance(found, str):
+            raise UserError(f'{self.path}: tokenizer.chat_template is {shown_value(found)}: it must be a text')
+        named = {
+            key.removeprefix('tokenizer.chat_template.'): text
+            for key, text in self.values.items()
+            if key.startswith('tokenizer.chat_template.') and isinstance(text, str)
+        }
+        if not named:
+            return found
+        return [{'name': name, 'template': text} for name, text in ({'default': found or ''} | named).items() if text]
+
+    def generation(self, template: Any) -> dict[str, Any]:
+        """The fields of generation_config.json: what ends an answer, and the sampling that the publisher advises."""
+        said = template if isinstance(template, str) else ' '.join(one['template'] for one in template)
+        ends = [self.id_of(name) for name in ('eos', 'eot', 'eom')]
+        ends += [
+            self.ids[token]
+            for token in TURN_ENDS
+            if token in said
+            and token in self.ids
+            and self.kinds[self.ids[token]] in (CONTROL, USER_DEFINED)
+            and not (token == '<|end|>' and '<|return|>' in self.ids)  # gpt-oss ends a message so, and goes on
+            and not (
+                token == '<|user|>' and '[gMASK]' not in self.ids
+            )  # GLM ends a turn with the next one's first token
+        ]
+        found = list(dict.fromkeys(i for i in ends if i is not None))
+        fields: dict[str, Any] = {f'{name}_token_id': self.id_of(name) for name in ('bos',)}
+        fields['eos_token_id'] = found[0] if len(found) == 1 else found or None
+        fields['pad_token_id'] = self.id_of('padding')
+        for key, field in SAMPLING.items():
+            value = self.values.get(f'general.sampling.{key}')
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                fields[field] = value
+        if 'temperature' in fields or 'top_p' in fields or 'top_k' in fields:
+            fields['do_sample'] = True
+        return {name: value for name, value in fields.items() if value is not None}

@@ -1,0 +1,165 @@
+"""Published tensors onto a mesh and back, a block at a time: no host ever holds an array, nor a device more than its shards.
+
+A box is the begin and end of a part along each dim of one of our arrays.
+"""
+
+import functools
+import itertools
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, SingleDeviceSharding
+
+from weft.hub.families import Part, Tensor
+from weft.runtime.errors import UserError
+from weft.storage.array_slices import NO_MESH, Box, blocks, cut, is_host, sizes
+
+BLOCK = 2**26  # bytes that a host holds of an array at a time
+TILE = 256  # rows and columns
+Read = Callable[[str, tuple[Any, ...]], np.ndarray]  # a part of a published tensor, by its name
+Places = Mapping[tuple[int, ...], tuple[Tensor, Part]]  # of one array, by its first dims
+
+
+def arrays(
+    table: Iterable[Tensor], shapes: Mapping[str, jax.ShapeDtypeStruct], read: Read, mesh: jax.sharding.Mesh
+) -> Iterator[tuple[str, jax.Array]]:
+    """Our arrays by name, one after another, in their layout on the mesh.
+
+    `shapes` are `hub.families.leaves` and `table` is `hub.families.tensors` of them. What no tensor fills (rows that
+    pad the vocabulary) is 0.
+    """
+    places: dict[str, dict] = defaultdict(dict)
+    for one in table:
+        for part in one.parts:
+            places[part.leaf][part.at] = (one, part)
+    for leaf, shape in shapes.items():
+        layout = NamedSharding(mesh, shape.sharding.spec)
+        # No name here: the last array is gone, unless its taker keeps it, before the next is made.
+        yield leaf, array(jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=layout), places[leaf], read)
+
+
+def array(kind: jax.ShapeDtypeStruct, places: Places, read: Read) -> jax.Array:
+    """One of our arrays; copies of a shard are copied from device to device."""
+    jax.device_put(
+        np.int8(0)
+    )  # JAX lets go of host memory at its next call: of the last array's before this one is made
+    shards: dict[Box, jax.Array] = {}
+    copies = []
+    for device, index in kind.sharding.addressable_devices_indices_map(kind.shape).items():
+        box = tuple(part.indices(size)[:2] for part, size in zip(index, kind.shape, strict=True))
+        if box not in shards:
+            shards[box] = _shard(box, np.dtype(kind.dtype), places, read, device)
+        copies.append(jax.device_put(shards[box], device))
+    return jax.make_array_from_single_device_arrays(kind.shape, kind.sharding, copies)
+
+
+def _shard(box: Box, dtype: np.dtype, places: Places, read: Read, device: jax.Device) -> jax.Array:
+    """One device's part of an array, filled there block after block."""
+    if is_host(device):  # what the block is made in is the shard
+        return jax.device_put(_block(box, dtype, places, read), device)
+    with jax.set_mesh(NO_MESH):
+        shard = jax.jit(lambda: jnp.zeros(sizes(box), dtype), out_shardings=SingleDeviceSharding(device))()
+        for part in blocks(box, dtype.itemsize, BLOCK):
+            begin = np.array([b - a for (b, _), (a, _) in zip(part, box, strict=True)], np.int32)
+            block = jax.device_put(_block(part, dtype, places, read), device)
+            shard = _put(shard, block, begin).block_until_ready()  # waiting keeps one block, not a queue of them
+    return shard
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(shard, block, begin):
+    return lax.dynamic_update_slice(shard, block, tuple(begin[i] for i in range(shard.ndim)))
+
+
+def _block(box: Box, dtype: np.dtype, places: Places, read: Read) -> np.ndarray:
+    """A part of an array on the host."""
+    out = _zeros(sizes(box), dtype)
+    first = len(next(iter(places)))  # dims that say which layer, which expert
+    for at in itertools.product(*(range(*span) for span in box[:first])):
+        one, part = places[at]
+        cuts: list[Any] = [*part.take, *[slice(None)] * (len(one.shape) - len(part.take))]
+        dims = [dim for dim, chosen in enumerate(cuts) if isinstance(chosen, slice)]
+        dims = [dims[axis] for axis in part.axes or range(len(dims))]  # of the tensor, by ours
+        spans = [range(one.shape[dim])[cuts[dim]] for dim in dims]
+        whole = tuple((begin, min(end, len(span))) for span, (begin, end) in zip(spans, box[first:], strict=True))
+        here = [i - begin for i, (begin, _) in zip(at, box, strict=False)]
+        for piece in blocks(whole, dtype.itemsize, BLOCK):  # what has to be unpacked is not unpacked all at once
+            take, inside = list(cuts), list[Any](here)
+            for dim, span, (begin, end), (start, _) in zip(dims, spans, piece, box[first:], strict=True):
+                mine = span[begin:end]
+                take[dim] = slice(mine.start, mine.stop, mine.step)
+                inside.append(slice(begin - start, begin - start + len(mine)))
+            found = read(one.name, tuple(take))
+            found = narrowed(found, dtype, one.name)
+            _copy(out[(*inside, ...)], found if part.axes is None else found.transpose(part.axes))
+    return out
+
+
+def narrowed(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """Numbers as they are, or in float16 if that is wanted. Raises UserError where one is too large for it."""
+    if dtype != np.float16 or x.dtype == np.float16:
+        return x
+    with np.errstate(over='ignore'):
+        narrow = x.astype(dtype)
+    if (np.isinf(narrow) & np.isfinite(x)).any():
+        largest = np.abs(x[np.isfinite(x)]).max()
+        raise UserError(
+            f'tensor {name} has numbers up to {largest:.3g}, and float16 ends at 65504: use bfloat16 or float32'
+        )
+    return narrow
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros where a CPU device can use them as they are: it wants them to begin at a multiple of 64."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    begin = -raw.ctypes.data % 64
+    return raw[begin : begin + size].view(dtype).reshape(shape)
+
+
+def _copy(out: np.ndarray, source: np.ndarray) -> None:
+    """out[...] = source, on all cores, and a matrix that is transposed in tiles that fit a cache."""
+    if out.nbytes < 2**20 or out.ndim < 2:
+        out[...] = source
+        return
+    rows, columns = range(0, out.shape[-2], TILE), range(0, out.shape[-1], TILE)
+    lead = list(np.ndindex(out.shape[:-2]))
+
+    def stripe(at: tuple[tuple[int, ...], int]) -> None:
+        first, r = at
+        for c in columns:
+            part: tuple[Any, ...] = (*first, slice(r, r + TILE), slice(c, c + TILE))
+            out[part] = source[part]
+
+    list(_threads().map(stripe, itertools.product(lead, rows)))
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count() or 1, 'copy')
+
+
+def published(one: Tensor, found: Mapping[str, jax.Array]) -> np.ndarray:
+    """A published tensor on the host, out of our arrays by name."""
+    out, filled = np.empty(one.shape, found[one.parts[0].leaf].dtype), 0
+    for part in one.parts:
+        x, mine, first = found[part.leaf], out[part.take], len(part.at)
+        mine = mine if part.axes is None else mine.transpose(part.axes)
+        whole = [(i, i + 1) for i in part.at] + [(0, size) for size in mine.shape]
+        for shard in x.addressable_shards:
+            box = tuple(span.indices(size)[:2] for span, size in zip(shard.index, x.shape, strict=True))
+            both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, whole, strict=True))
+            if shard.replica_id == 0 and all(begin < end for begin, end in both):
+                numbers = cut(shard.data, box, both)
+                mine[tuple(slice(*span) for span in both[first:])] = numbers.reshape(numbers.shape[first:])
+                filled += numbers.size
+    assert filled == out.size, f'{one.name}: {filled} of {out.size} numbers are on devices of this process'
+    return out

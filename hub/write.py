@@ -1,0 +1,187 @@
+"""Folders of published models, written: the counterpart of hub/read.py."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weft.hub import tensor_files
+from weft.hub.families import Family, Fields, families, tensors
+from weft.hub.families.fields import passed_over
+from weft.hub.read import CONFIG, INDEX, SINGLE, shapes_of
+from weft.model.config import ModelConfig
+from weft.runtime.errors import UserError, nearest
+from weft.storage import files as disk
+from weft.storage.staged import staged
+
+FILE_BYTES = 5 * 10**9  # of tensors in one file that is written
+NOT_EXPORTED = ('quantization_config', 'auto_map', 'transformers_version')
+# What a model's config says of running and training it.
+NO_LOGIT = ('dtype', 'weight_dtype', 'remat', 'attention', 'experts', 'dropout', 'mtp_loss')
+NO_LOGIT_MOE = ('balance_loss', 'z_loss', 'bias_update_rate', 'dispatch', 'capacity_factor')
+OF_KINDS = (
+    'model.moe.first_dense_layers',
+    'model.moe.pattern',
+    'model.window_pattern',
+    'model.rotary_pattern',
+)  # what `ModelConfig.kinds` says
+FAR, MOST_TOLD = 1000, 4  # fields: of a family that does not read at all; of one that are told
+
+
+def write(
+    folder: Path,
+    config: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    kinds: Mapping[str, tuple[np.dtype, Sequence[int]]],
+    content: Callable[[str], np.ndarray],
+    file_bytes: int = FILE_BYTES,
+) -> None:
+    """Makes a folder of a config, files beside it, and tensors, of which `content` is asked for one at a time.
+
+    It has its name only when all of it is there. Raises UserError where it exists.
+    """
+    parts: list[dict[str, tuple[np.dtype, Sequence[int]]]] = [{}]
+    room = file_bytes
+    for name, (dtype, shape) in kinds.items():
+        size = math.prod(shape) * dtype.itemsize
+        if size > room and parts[-1]:
+            parts.append({})
+            room = file_bytes
+        parts[-1][name] = (dtype, shape)
+        room -= size
+    names = [f'model-{i + 1:05}-of-{len(parts):05}.safetensors' for i in range(len(parts))]
+    with staged(folder) as place:
+        for name, contents in {
+            **files,
+            CONFIG: json.dumps(config, indent=2, ensure_ascii=False).encode() + b'\n',
+        }.items():
+            disk.make_folder((place / name).parent)
+            disk.put(place / name, contents)
+        if len(parts) == 1:
+            tensor_files.write(place / SINGLE, parts[0], content)
+        else:
+            for name, part in zip(names, parts, strict=True):
+                tensor_files.write(place / name, part, content)
+            total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds.values())
+            where = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
+            index = {'metadata': {'total_size': total}, 'weight_map': where}
+            disk.put(place / INDEX, (json.dumps(index, indent=2) + '\n').encode())
+
+
+def published_config(
+    c: ModelConfig,
+    context: int,
+    name: str | None = None,
+    original: Mapping[str, Any] | None = None,
+    absent: Sequence[str] = (),
+    ignored: Sequence[str] = (),
+) -> tuple[Family, dict[str, Any]]:
+    """The family of a model, and the fields of its config.json: of the named family, or of the first that can say this model.
+
+    `original` is what the model was read from; it is given back where it still says the same, but for parts that were `absent`
+    from its files and fields that were `ignored`. `context` is how many tokens a row may have, where the model does not say.
+    Raises UserError where no family fits, with what stands in the way.
+    """
+    known = {family.name: family for family in families()}
+    if name is not None and name not in known:
+        raise UserError(f'--family {name}: no such family{nearest(name, known)}')
+    reasons: list[tuple[int, str]] = []
+    for family in [known[name]] if name else known.values():
+        try:
+            if original is not None:
+                fields = {field: value for field, value in original.items() if field not in NOT_EXPORTED}
+                read = passed_over(fields, [name for name in ignored if name not in NOT_EXPORTED], CONFIG)
+                if not _says(family, read, c, absent):
+                    return family, fields
+            # Some families' default in transformers is a padding token that a small vocabulary does not have.
+            fields = {'pad_token_id': None} | family.config(c)
+            if c.positions == 'rotary':  # others have a table, whose rows the family has told
+                fields.setdefault('max_position_embeddings', context)
+            if not (differing := _says(family, fields, c)):
+                tensors(family, c, shapes_of(c))
+                return family, fields
+            reasons.append((sum(one.size for one in differing), f'{family.name}, which would need {_told(differing)}'))
+        except UserError as error:
+            reasons.append((FAR, f'{family.name}: {error}'))
+    if name:
+        raise UserError(f'this model cannot be said as {reasons[0][1]}')
+    _, nearest_one = min(reasons, key=lambda reason: reason[0])
+    raise UserError(f'no published family can say this model; the nearest is {nearest_one}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A field in which a family has something else."""
+
+    field: str
+    wanted: Any  # the family's
+    size: int = 1  # how many fields it stands for
+
+    def __str__(self) -> str:
+        # A whole section in words; one value as it would be given on the command line.
+        if isinstance(self.wanted, dict):
+            return self.field
+        return f'{self.field}={self.wanted if isinstance(self.wanted, str) else json.dumps(self.wanted)}'
+
+
+def _told(differing: list[Difference]) -> str:
+    more = f' and {len(differing) - MOST_TOLD} more' if len(differing) > MOST_TOLD else ''
+    return ', '.join(map(str, differing[:MOST_TOLD])) + more
+
+
+def _says(family: Family, fields: Mapping[str, Any], c: ModelConfig, absent: Sequence[str] = ()) -> list[Difference]:
+    """Where a model differs from what its family reads in a config's fields."""
+    reader = Fields(fields)
+    found = family.model(reader)
+    reader.finish()
+    there = [name for name, said in family.told.items() if all(getattr(c, field) == said[field] for field in said)]
+    found = family.model_of(found, there)
+    for part in absent:
+        found = family.without(found, part)
+    return _differing(found, c)
+
+
+def _differing(found: ModelConfig, c: ModelConfig) -> list[Difference]:
+    """Where `c` differs from the model that a family reads, by what changes a logit."""
+    mine, other = _said(c), _said(found)
+    differing = []
+    for name in [name for name in mine if name in other]:
+        a, b = mine[name], other[name]
+        if isinstance(a, dict) and isinstance(b, dict):
+            differing += [
+                Difference(f'model.{name}.{inner}', b[inner]) for inner in a if a[inner] != b.get(inner, a[inner])
+            ]
+        elif a != b:
+            differing.append(Difference(f'model.{name}', b, max(len(x) if isinstance(x, dict) else 1 for x in (a, b))))
+    # Which layers are mixtures and which have the window can be said in several ways.
+    return differing if c.kinds != found.kinds else [one for one in differing if one.field not in OF_KINDS]
+
+
+def _said(c: ModelConfig) -> dict[str, Any]:
+    """The fields of a model that change its logits, as they are with this model's other fields."""
+    fields = {name: value for name, value in dataclasses.asdict(c).items() if name not in NO_LOGIT}
+    if c.encoder is None or c.of_encoder.query_dim == c.query_dim:
+        fields['query_scale'] = c.query_scale or c.query_dim**-0.5
+    if c.moe:
+        fields['moe'] = {name: value for name, value in fields['moe'].items() if name not in NO_LOGIT_MOE}
+        fields['moe']['choice_bias'] = c.moe.has_choice_bias
+        fields['moe']['shared_mlp_dim'] = c.moe.shared_dim // max(c.moe.shared_experts, 1)
+        if c.moe.groups == 1:
+            del fields['moe']['group_score'], fields['moe']['top_groups']
+        if all(kind.experts for kind in c.kinds):
+            del fields['mlp_dim']  # of a plain MLP, which no layer has
+    if c.encoder:
+        fields['encoder'] = {
+            field: getattr(c.of_encoder, field) for field in fields['encoder'] if field != 'start_token'
+        }
+        fields['encoder']['start_token'] = c.encoder.start_token
+    idle = [] if c.positions == 'relative' else ['relative_buckets', 'relative_most']
+    idle += [] if c.positions == 'rotary' else [name for name in fields if name.startswith(('rope_', 'rotary_'))]
+    idle += [] if c.activation == 'clamped_swiglu' else ['activation_limit']
+    idle += [] if c.window else ['window_pattern', 'local_rope_theta']
+    idle += [] if c.head else ['tied_embedding', 'logit_scale', 'logit_softcap']
+    return {name: value for name, value in fields.items() if name not in idle}

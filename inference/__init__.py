@@ -1,0 +1,1 @@
+"""Inference: opening a run, prefill and decoding steps, sampling, generation, beams, scoring, embeddings."""

@@ -1,0 +1,186 @@
+"""Beam search: of each prompt the likeliest whole continuations, several being followed at once.
+
+As transformers has it with early_stopping=False: a continuation's score is the sum of its tokens' log-probabilities over the
+number of tokens (its end among them) to the power of the length penalty, and a prompt's search ends once the best beam,
+were it to end here, would not be among the finished ones. Letters: B prompts, N beams, C candidates, V vocabulary.
+"""
+
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import P
+
+from weft.data.tokenizer import Tokenizer
+from weft.inference.generate import Completion, begin
+from weft.inference.prompts import Prompts, read_prompts
+from weft.inference.sampling import NO_TOKEN, check_token
+from weft.inference.step import cache_specs, decode, jit_step
+from weft.model.decoder import Decoder
+from weft.model.forward import TOKENS, place
+from weft.model.layers import Cache
+from weft.runtime.errors import UserError
+
+
+class Found(NamedTuple):
+    """A whole continuation."""
+
+    score: float
+    tokens: list[int]  # without the end
+    ended: bool  # by the end token; else its length is used up
+
+
+class Candidates(NamedTuple):
+    """The best ways to go on from a prompt's beams, best first; float32 and int32 [B, C] each."""
+
+    score_BC: Any  # of all its tokens
+    beam_BC: Any
+    token_BC: Any
+
+
+class Search:
+    """One prompt's beams and what has ended of them: plain numbers, on the host."""
+
+    def __init__(self, beams: int, ends: frozenset[int], most: int, penalty: float):
+        self.beams, self.ends, self.most, self.penalty = beams, ends, most, penalty
+        self.running: list[tuple[float, list[int]]] = [(0.0, [])]
+        self.finished: list[Found] = []
+        self.open = True
+
+    def step(self, scores: Sequence[float], beams: Sequence[int], tokens: Sequence[int]) -> list[int]:
+        """Goes on by one token, the candidates being the best ones, best first. Returns each new beam's old number."""
+        parents: list[int] = []
+        running: list[tuple[float, list[int]]] = []
+        for rank, (score, beam, token) in enumerate(zip(scores, beams, tokens, strict=True)):
+            if not np.isfinite(score):  # of a beam that is none
+                continue
+            so_far = [*self.running[beam][1], token]
+            if token in self.ends or len(so_far) == self.most:
+                if rank < self.beams:  # those behind are there to go on with
+                    ended = token in self.ends
+                    self.finish(Found(score / len(so_far) ** self.penalty, so_far[:-1] if ended else so_far, ended))
+            elif len(running) < self.beams:
+                running.append((score, so_far))
+                parents.append(beam)
+        self.running = running
+        if running and len(self.finished) == self.beams:
+            best = running[0][0] / len(running[0][1]) ** self.penalty
+            self.open = best > self.finished[-1].score
+        self.open = self.open and bool(running)
+        return parents
+
+    def finish(self, found: Found) -> None:
+        """Keeps it if it is among the best."""
+        self.finished = sorted([*self.finished, found], key=lambda one: -one.score)[: self.beams]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def first_candidates(model: Decoder, slots: int, beams: int, ways: int, prompts: Prompts):
+    """Candidates after the prompts, and their cache with each row `beams` times."""
+    logit_BV, cache = begin(model, slots, prompts)
+    found = candidates(logit_BV, jnp.zeros(logit_BV.shape[0], out_sharding=TOKENS), ways * beams, 1)
+    return found, by_row(cache, lambda a, axis: jnp.repeat(a, beams, axis))
+
+
+@functools.partial(jit_step, static_argnums=(2, 3), donate_argnums=1)
+def next_candidates(model: Decoder, cache: Cache, beams: int, ways: int, parent_R, token_R, score_R, position_R):
+    """Candidates after one more token in each of B × N rows, whose beams come from others of their prompt."""
+
+    def chosen(a, axis, parent_R):
+        first_R = jnp.arange(len(parent_R), dtype=parent_R.dtype) // beams * beams
+        return jnp.take(a, first_R + parent_R, axis)
+
+    own = cache._replace(source=None)  # the beams of a prompt have one source
+    cache = by_row(own, chosen, parent_R)._replace(source=cache.source)
+    logit_RV, cache = decode(model, cache, token_R, position_R)
+    return candidates(logit_RV, score_R, ways * beams, beams), cache
+
+
+def candidates(logit_RV, score_R, count: int, beams: int) -> Candidates:
+    """The `count` best continuations of each prompt's `beams` rows, or all that there are."""
+
+    def one_device(logit_RV, score_R):
+        V = logit_RV.shape[1]
+        score_RV = score_R[:, None] + jax.nn.log_softmax(logit_RV, axis=-1)
+        score_BC, which_BC = jax.lax.top_k(score_RV.reshape(-1, beams * V), min(count, beams * V))
+        return Candidates(score_BC, which_BC // V, which_BC % V)
+
+    return jax.shard_map(one_device, in_specs=P(TOKENS[0]), out_specs=P(TOKENS[0]))(logit_RV, score_R)
+
+
+def by_row(cache: Cache, change, *rows):
+    """A cache of other rows: `change(array, axis of its rows, *rows)` for each array, on each device by itself."""
+    layout = cache_specs(cache)
+    change_all = lambda cache, *rows: jax.tree.map(lambda a: change(a, 1 if a.ndim > 1 else 0, *rows), cache)
+    return jax.shard_map(change_all, in_specs=(layout, *[TOKENS] * len(rows)), out_specs=layout)(cache, *rows)
+
+
+def search(
+    model: Decoder,
+    prompts: Prompts,
+    beams: int,
+    ends: frozenset[int],
+    most: Sequence[int],
+    penalty: float,
+    slots: int,
+) -> tuple[list[list[Found]], float]:
+    """For each row the best continuations, best first, of at most as many tokens as `most` says of the row.
+
+    Also seconds of all steps but the first two.
+    """
+    found = [Search(beams, ends, of_row, penalty) for of_row in most]
+    ways = 1 + len(ends)  # of each beam: if all ends are among its best, one more goes on
+    best, cache = first_candidates(model, slots, beams, ways, prompts.placed())
+    position_R, began = np.repeat(prompts.length_B, beams).astype(np.int32), 0.0
+    while True:
+        shape = len(found), beams
+        parent, token, score = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float32)
+        for b, (one, *at) in enumerate(zip(found, *map(np.asarray, best), strict=True)):
+            if not one.open:
+                continue
+            if not np.isfinite(at[0][0]):  # the best one's score
+                check_token(NO_TOKEN)
+            parents = one.step(*(numbers.tolist() for numbers in at))
+            for n, (was, (total, tokens)) in enumerate(zip(parents, one.running, strict=True)):
+                parent[b, n], token[b, n], score[b, n] = was, tokens[-1], total
+        if not any(one.open for one in found):
+            return [one.finished for one in found], time.perf_counter() - began if began else 0.0
+        rows = place((parent.reshape(-1), token.reshape(-1), score.reshape(-1), position_R))
+        best, cache = next_candidates(model, cache, beams, ways, *rows)
+        position_R = position_R + 1
+        if not began:  # the first step compiles
+            jax.block_until_ready(best)
+            began = time.perf_counter()
+
+
+def generate_by_beams(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    beams: int,
+    max_new_tokens: int,
+    context: int,
+    length_penalty: float = 1.0,
+) -> list[Completion]:
+    """The likeliest continuation of each prompt, of `beams` that are followed; as `inference.generate.generate`.
+
+    Raises UserError as that does, and for less than one beam.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f'max-new-tokens is {max_new_tokens}: it must be at least 1')
+    if beams < 1:
+        raise UserError(f'beams is {beams}: it must be at least 1; 1 is greedy')
+    prompts = read_prompts(model.config, tokenizer, texts, context)
+    most_B = np.minimum(max_new_tokens, context - prompts.length_B)
+    slots = prompts.slots(max_new_tokens, context)
+    found, seconds = search(model, prompts, beams, tokenizer.ends, most_B.tolist(), length_penalty, slots)
+    completions = []
+    for text, (best, *_) in zip(texts, found, strict=False):
+        reason = 'stop' if best.ended else 'length'
+        answer = tokenizer.decode(best.tokens, whole=model.config.encoder is not None)
+        completions.append(Completion(text, answer, best.tokens, reason, seconds, best.score))
+    return completions

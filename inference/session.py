@@ -1,0 +1,182 @@
+"""One sequence that goes on: a conversation's keys and values stay in the cache, and only what is new is read.
+
+Letters: B rows (the first is the sequence, others only fill up the mesh), T tokens, S slots of the cache.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from weft.data.tokenizer import Tokenizer
+from weft.inference.generate import Completion, TextStream, choices, first_described, follow, next_described, next_token
+from weft.inference.prompts import BUCKET, Prompts
+from weft.inference.sampling import Beside, Choice, Sampling, describe
+from weft.inference.step import empty_cache, extend, grown, jit_step
+from weft.model.decoder import Decoder
+from weft.model.forward import place, row_ways
+
+PIECES = (256, BUCKET)  # tokens that are read at once: of each size a program is compiled
+MOST_SCORES = 2**22  # of a head, that exist at once: a long text is read in small pieces
+SLOTS = 512  # of a new cache; it doubles when it is full
+BY_LENGTH = ('dynamic', 'longrope')  # kinds of rope that turn all of a row's tokens by its length
+
+
+@functools.partial(jit_step, static_argnums=7, donate_argnums=(1, 6))
+def read_more(
+    model: Decoder,
+    cache: Any,
+    tokens_BT: Any,
+    begin_B: Any,
+    length_B: Any,
+    choice: Choice | None,
+    seen_BV: Any,
+    count: int,
+):
+    """Reads a piece of text after what is in the cache: the token that follows, its position, the cache, and `describe`."""
+    logit_BV, cache = extend(model, cache, tokens_BT, begin_B, length_B)
+    token_B, beside = describe(logit_BV, begin_B + length_B - 1, choice, seen_BV, count)
+    return token_B, begin_B + length_B, cache, beside
+
+
+@functools.partial(jit_step, static_argnums=1)
+def longer(cache: Any, slots: int):
+    """The cache with more slots."""
+    return grown(cache, slots)
+
+
+class Session:
+    """Answers to texts of which each mostly begins as the one before; use it under `jax.set_mesh`.
+
+    Not for encoder–decoders. The cache has the fewest slots that hold the text, doubled from SLOTS on, so that few programs
+    are compiled.
+    """
+
+    def __init__(
+        self,
+        kind: Decoder,
+        tokenizer: Tokenizer,
+        context: int,
+        weights: Callable[[], Decoder] | None = None,
+    ) -> None:
+        """`kind` is the model; or where `weights` gives it, once it has been read, what says its shapes and layouts."""
+        self.kind, self.tokenizer, self.context = kind, tokenizer, context
+        self.weights = weights or (lambda: kind)
+        self.rows = row_ways()
+        self.cache: Any = None
+        self.slots = 0
+        self.kept: list[int] = []  # the tokens that are in the cache
+        scaling = kind.config.rope_scaling
+        # A longer row would turn what is in the cache otherwise: such a model reads each text anew.
+        self.keeps = scaling is None or scaling.kind not in BY_LENGTH
+
+    def prepare(self, sampling: Sampling) -> None:
+        """Begins to compile what reads a first short text, while the weights are read and that text is written."""
+        if not self.keeps:
+            return
+        choice = choices([sampling], self.rows)
+        penalised = choice is not None and choice.penalty_B is not None
+        seen_BV = place(np.zeros((self.rows, self.kind.config.vocabulary), bool)) if penalised else None
+        self._room(1)
+        tokens_BT, begin_B = place((np.zeros((self.rows, PIECES[-1]), np.int32), np.zeros(self.rows, np.int32)))
+        read_more.ahead(self.kind, self.cache, tokens_BT, begin_B, begin_B, choice, seen_BV, 0)
+
+    def answer(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        max_new_tokens: int,
+        stops: Sequence[str] = (),
+        emit: Callable[[str], None] = lambda text: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Completion:
+        """What follows a text of these tokens, of which there are fewer than the context holds.
+
+        `emit` gets each new piece of it; once `stop` says so it ends there, with the reason 'stopped'.
+        """
+        assert 0 < len(ids) < self.context, 'the text leaves room for an answer'
+        choice = choices([sampling], self.rows)
+        penalised = choice is not None and choice.penalty_B is not None
+        seen_BV = None
+        if penalised:
+            seen_BV = np.zeros((self.rows, self.kind.config.vocabulary), bool)
+            seen_BV[0, list(ids)] = True
+        token_B, position_B, beside = self._read(ids, choice, seen_BV)
+        completion, stream = Completion(''), TextStream(self.tokenizer, stops, whole=True)
+        room = min(max_new_tokens, self.context - len(ids))
+        began = time.perf_counter()
+        while not completion.finish_reason:
+            token = int(np.asarray(token_B)[0])
+            piece = follow(completion, stream, token, self.tokenizer.ends, room)
+            if not completion.finish_reason and stop():
+                completion.finish_reason = 'stopped'
+                rest = stream.add(None)
+                completion.text, piece = completion.text + rest, piece + rest
+            completion.seconds = time.perf_counter() - began
+            if piece:
+                emit(piece)
+            if not completion.finish_reason:
+                self._room(len(self.kept) + 1)
+                self.kept.append(token)
+                if not penalised:
+                    token_B, position_B, self.cache = next_token(
+                        self.weights(), self.cache, token_B, position_B, choice
+                    )
+                else:
+                    token_B, position_B, self.cache, beside = next_described(
+                        self.weights(), self.cache, token_B, position_B, choice, beside.seen_BV, 0
+                    )
+        return completion
+
+    def _read(self, ids: Sequence[int], choice: Choice | None, seen_BV: Any) -> tuple[Any, Any, Beside]:
+        """Has the cache hold these tokens: the token that follows, its position, and `describe`'s."""
+        if not self.keeps:
+            return self._read_anew(ids, choice, seen_BV)
+        # The last token is read again where all are known: its logits are not.
+        known = next((n for n, pair in enumerate(zip(self.kept, ids, strict=False)) if pair[0] != pair[1]), None)
+        known = min(len(self.kept), len(ids)) if known is None else known
+        known = min(known, len(ids) - 1)
+        self.kept = self.kept[:known]
+        self._room(len(ids))
+        found: tuple[Any, Any, Any] = (None, None, None)
+        while len(self.kept) < len(ids):
+            begin = len(self.kept)
+            fitting = (size for size in PIECES if size <= len(ids) - begin and size * self.slots <= MOST_SCORES)
+            size = next(fitting, PIECES[-1])
+            piece = list(ids[begin : begin + size])
+            tokens_BT = np.zeros((self.rows, size), np.int32)
+            tokens_BT[0, : len(piece)] = piece
+            begin_B, length_B = np.full(self.rows, begin, np.int32), np.full(self.rows, len(piece), np.int32)
+            token_B, position_B, self.cache, beside = read_more(
+                self.weights(), self.cache, *place((tokens_BT, begin_B, length_B)), choice, place(seen_BV), 0
+            )
+            found, self.kept = (token_B, position_B, beside), [*self.kept, *piece]
+        return found
+
+    def _read_anew(self, ids: Sequence[int], choice: Choice | None, seen_BV: Any) -> tuple[Any, Any, Beside]:
+        """`_read` with a new cache."""
+        self.cache, self.slots, self.kept = None, max(SLOTS, _doubled(len(ids), SLOTS)), list(ids)
+        tokens_BT = np.zeros((self.rows, _doubled(len(ids), BUCKET)), np.int32)
+        tokens_BT[0, : len(ids)] = ids
+        prompts = Prompts(tokens_BT, np.full(self.rows, len(ids), np.int32)).placed()
+        token_B, self.cache, beside = first_described(self.weights(), self.slots, prompts, choice, place(seen_BV), 0)
+        return token_B, prompts.length_B, beside
+
+    def _room(self, tokens: int) -> None:
+        """Has the cache hold so many tokens at least."""
+        if tokens <= self.slots:
+            return
+        most = -(-self.context // BUCKET) * BUCKET
+        self.slots = max(min(_doubled(tokens, SLOTS), most), tokens)
+        if self.cache is None:
+            self.cache = jax.jit(lambda: empty_cache(self.kind, self.rows, self.slots))()
+        else:
+            self.cache = longer(self.cache, self.slots)
+
+
+def _doubled(tokens: int, least: int) -> int:
+    """The smallest of `least`, 2 · least, 4 · least … that is not less."""
+    return least << max(-(-tokens // least) - 1, 0).bit_length()

@@ -1,0 +1,189 @@
+"""Reading prompts and decoding one token a step, with a sharded cache of keys and values: pure functions of global arrays.
+
+Letters: B rows, T prompt tokens, S slots of the cache or tokens of a source, V vocabulary, D model.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import P, lax
+
+from weft.model.cost import cached_numbers
+from weft.model.decoder import Decoder, backends, to_vocabulary
+from weft.model.forward import ROWS, TOKENS, columns, needs_causal, needs_no_stages, one_device, real_vocabulary
+from weft.model.layers import CACHE_SPEC, Cache, Kept, View
+from weft.runtime import background
+from weft.sharding.collectives import psum, settled, vary
+from weft.sharding.mesh import platform
+from weft.sharding.sequence_layout import cyclic
+
+# Compiler options of a step by platform. Merging products of the same tokens joins their weights first: a copy each step.
+OPTIONS: dict[str, dict[str, Any]] = {'gpu': {'xla_gpu_dot_merger_threshold_mb': 0}}
+
+
+AHEAD = ThreadPoolExecutor(1, 'compiling')
+
+
+class Program:
+    """`jax.jit` of a function that can be compiled before its arguments are there.
+
+    JAX finds what was compiled for arguments of these shapes, dtypes and layouts when it is called with such.
+    """
+
+    def __init__(self, function: Callable, options: Mapping[str, dict[str, Any]] | None = None, **how: Any):
+        self.compiled = functools.cache(
+            lambda name: jax.jit(function, compiler_options=(options or {}).get(name), **how)
+        )
+        self.under_way: list[Future[Any]] = []
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        while self.under_way:
+            self.under_way.pop().result()
+        return self.compiled(platform())(*arguments)
+
+    def ahead(self, *arguments: Any) -> None:
+        """Begins to compile it on the current mesh for such arguments: arrays, or what says their kinds. A call waits."""
+        mesh = jax.sharding.get_mesh()
+
+        def compile_it() -> Any:
+            with jax.set_mesh(mesh):
+                return self.compiled(platform()).lower(*arguments).compile()
+
+        self.under_way.append(background.begin(AHEAD, compile_it))
+
+
+def jit_step(step: Callable, **how: Any) -> Program:
+    """A decoding step as a program, with the options of the platform that it is called on."""
+    return Program(step, OPTIONS, **how)
+
+
+def empty_cache(model: Decoder, rows: int, slots: int, source: Kept | None = None) -> Cache:
+    """A cache for `rows` sequences of at most `slots` tokens, in the compute dtype, split over BATCH, `context`, `tensor`.
+
+    [layers, rows, slots, tensor × numbers of a device] (`model.cost.cached_numbers`). `slots` is rounded up to what `context`
+    divides. Where `tensor` has more devices than there are KV heads, each keeps the head that it uses. `source` is what
+    `encode` gives. Raises UserError on a mesh with stages.
+    """
+    needs_no_stages('decoding')
+    needs_causal(model, 'decoding')
+    c, mesh = model.config, jax.sharding.get_abstract_mesh().shape
+    slots = -(-slots // mesh['context']) * mesh['context']
+    make = lambda width: jnp.zeros((c.layers, rows, slots, mesh['tensor'] * width), c.dtype, out_sharding=CACHE_SPEC)
+    widths = cached_numbers(c, mesh['tensor'], platform())
+    return Cache(make(widths[0]), make(widths[1]) if len(widths) > 1 else None, source)
+
+
+def encode(model: Decoder, tokens_BS, length_B) -> Kept:
+    """What an encoder–decoder's cache keeps of sources, of which row b's tokens are tokens_BS[b, :length_B[b]]."""
+
+    def body(model, tokens_BS, length_B):
+        position_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
+        segment_BS = (position_BS < length_B[:, None]).astype(jnp.int32)
+        view = View(position_BS, segment_BS, **backends(model.config))
+        return model.kept(model.read(tokens_BS, position_BS, segment_BS, view))
+
+    layouts: tuple[Any, ...] = (CACHE_SPEC, CACHE_SPEC, TOKENS)
+    run = one_device(body, model, (TOKENS, TOKENS), Kept(*layouts))
+    return run(model, tokens_BS, length_B)
+
+
+def cache_specs(tree):
+    """The layout of a cache, or of what one keeps of a source."""
+    return jax.tree.map(lambda a: CACHE_SPEC if a.ndim > 1 else TOKENS, tree)
+
+
+def prefill(model: Decoder, cache: Cache, tokens_BT, length_B):
+    """Reads the prompts: row b's are tokens_BT[b, :length_B[b]], what follows is padding.
+
+    Returns the logits [B, vocabulary] after each row's last token, and the cache. Device i of `context` reads columns i,
+    i + n, i + 2n …, whose keys and values are those that it keeps.
+    """
+    fill = -tokens_BT.shape[1] % jax.sharding.get_abstract_mesh().shape['context']
+    tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, fill)))
+
+    def body(model, cache, source, tokens_BT, length_B):
+        column_T = columns(tokens_BT.shape[1], cyclic)
+        tokens_BT = tokens_BT[:, column_T]
+        position_BT = jnp.broadcast_to(column_T, tokens_BT.shape)
+        segment_BT = (position_BT < length_B[:, None]).astype(jnp.int32)
+        split = tokens_BT.shape[1] % lax.axis_size('tensor') == 0
+        view = View(position_BT, segment_BT, **backends(model.config), sequence_split=split, source=source)
+        x_BTD, cache, _ = model.hidden(tokens_BT, view, cache)
+        last_BT1 = (position_BT == length_B[:, None] - 1)[..., None]  # one column, of one device of `context`
+        last_BD = psum(jnp.where(last_BT1, view.join(x_BTD), 0).sum(1), 'context')
+        return to_vocabulary(last_BD, model.head(), model.config), cache
+
+    return _with_cache(body, model, cache, tokens_BT, length_B)
+
+
+def extend(model: Decoder, cache: Cache, tokens_BT, begin_B, length_B):
+    """Reads more tokens after those in the cache: row b's are tokens_BT[b, :length_B[b]] and stand at position begin_B[b] on.
+
+    What follows in a row is padding: it comes into the cache at places where nothing looks before a token has taken its place.
+    Returns the logits [B, vocabulary] after each row's last token, and the cache. Every device of `context` works on the same
+    tokens, as in `decode`: each score of a token with a slot exists at once, so a long text is to come in pieces.
+    """
+
+    def body(model, cache, source, tokens_BT, begin_B, length_B):
+        column_1T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+        live_BT = column_1T < length_B[:, None]
+        view = View(
+            begin_B[:, None] + column_1T,
+            live_BT.astype(jnp.int32),
+            **backends(model.config),
+            sequence_split=False,
+            decoding=True,
+            source=source,
+        )
+        x_BTD, cache, _ = model.hidden(tokens_BT, view, cache)
+        last_BT1 = (column_1T == length_B[:, None] - 1)[..., None]
+        return to_vocabulary(jnp.where(last_BT1, x_BTD, 0).sum(1), model.head(), model.config), cache
+
+    return _with_cache(body, model, cache, tokens_BT, begin_B, length_B)
+
+
+def grown(cache: Cache, slots: int) -> Cache:
+    """A cache of so many slots, rounded up as `empty_cache` does, with what is in it."""
+    n = jax.sharding.get_abstract_mesh().shape['context']
+    fill = -(-slots // n) - cache.k_LBSM.shape[2] // n
+    longer = lambda a_LBSM: jnp.pad(a_LBSM, ((0, 0), (0, 0), (0, fill), (0, 0)))  # of one device of `context`
+    own = lambda kept: jax.tree.map(longer, kept)
+    kept = cache._replace(source=None)
+    layout = cache_specs(kept)
+    return jax.shard_map(own, in_specs=(layout,), out_specs=layout)(kept)._replace(source=cache.source)
+
+
+def decode(model: Decoder, cache: Cache, token_B, position_B):
+    """One more token in each row, at its position. Returns the logits [B, vocabulary] after it, and the cache.
+
+    Every device of `context` works on the same tokens; each attends to the slots that it keeps.
+    """
+
+    def body(model, cache, source, token_B, position_B):
+        ones_B1 = jnp.ones_like(position_B)[:, None]
+        view = View(
+            position_B[:, None], ones_B1, **backends(model.config), sequence_split=False, decoding=True, source=source
+        )
+        x_BTD, cache, _ = model.hidden(token_B[:, None], view, cache)
+        return to_vocabulary(x_BTD[:, 0], model.head(), model.config), cache
+
+    return _with_cache(body, model, cache, token_B, position_B)
+
+
+def _with_cache(body, model, cache, tokens, *row_B):
+    source, cache = cache.source, cache._replace(source=None)
+    assert (source is None) == (model.config.encoder is None), 'an encoder–decoder reads a source first: see `encode`'
+    layout, of_source = cache_specs(cache), cache_specs(source)
+
+    def known(model, cache, *rest):
+        logit_BV, cache = body(model, vary(cache), *rest)
+        return settled(logit_BV, 'context'), cache
+
+    run = one_device(known, model, (layout, of_source, TOKENS, *[TOKENS] * len(row_B)), (P(ROWS, 'tensor'), layout))
+    logit_BV, cache = run(model, cache, source, tokens, *row_B)
+    return real_vocabulary(logit_BV, model), cache._replace(source=source)

@@ -1,0 +1,235 @@
+"""Tokens to their experts and back: three ways that differ in what they send, one signature.
+
+    all_gather  every token goes to every device of `expert` (and `tensor`), which adds what its experts make of it; sums
+                come back. Sends the same whatever the router says. Nothing is dropped.
+    all_to_all  each device sends each expert a buffer of `capacity_factor` times its even share of rows; what does not
+                fit is dropped. The least to send, to hold and to compute (GShard, arXiv:2006.16668, section 2.2).
+    ragged      each row goes to its expert's device alone, in messages as long as they need be. Nothing is dropped.
+
+Each is a function of one device's view
+    (x_ND, gate_NK, expert_NK, experts, *, split, capacity_factor) -> (y_ND, dropped)
+    x_ND       this device's tokens; with `split` each device of `tensor` has its own, without it all have the same ones
+    gate_NK    the weight of each choice in its token's sum
+    expert_NK  the chosen experts among all E; E itself means none
+    experts    those that this device holds
+    y_ND       Σ over a token's choices of gate · expert(x), in the layout of x
+    dropped    this device's share of the choices that had no room, float32: whole when added up over every mesh axis
+
+Letters: N tokens, K experts a token, D model, E experts (of an array: those in its rows), F hidden units of an expert, C rows
+of an expert's buffer, R pairs (token, choice), S slots of a buffer that pairs go to; n as a prefix dim counts devices.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from weft.model.ops.grouped_matmul import combine, expert_mlp, permute
+from weft.sharding import collectives
+from weft.sharding.collectives import axis_index, gathered, psum, scattered, vary_together
+from weft.sharding.mesh import platform
+
+
+class Experts(NamedTuple):
+    """The experts that this device holds, their hidden units split over `tensor`: what they make of a row is a partial sum."""
+
+    gate_EDF: jax.Array | None  # None: a plain MLP
+    up_EDF: jax.Array
+    down_EDF: jax.Array  # used as its transpose
+    activation: Callable[..., jax.Array]  # of gate and up, or of up alone
+    backend: str  # of the grouped matmul
+    biases: tuple[tuple[jax.Array, ...], jax.Array] | None = None  # of gate (if any) and up [E, F] each, of down [E, D]
+
+    @property
+    def held(self) -> int:
+        """How many of the E experts."""
+        return self.up_EDF.shape[0]
+
+    def grouped(self, x_SD, sizes_E):
+        """The first sizes[0] rows meet the first expert, and so on; rows past the sum give 0."""
+        weights = self.gate_EDF, self.up_EDF, self.down_EDF
+        return expert_mlp(x_SD, *weights, sizes_E, activation=self.activation, biases=self.biases, backend=self.backend)
+
+    def batched(self, x_ECD):
+        """Row e of x goes through expert e: each has C rows."""
+        inner = [jnp.einsum('ECD,EDF->ECF', x_ECD, w) for w in (self.gate_EDF, self.up_EDF) if w is not None]
+        if self.biases:
+            inner = [h_ECF + b_EF[:, None] for h_ECF, b_EF in zip(inner, self.biases[0], strict=True)]
+        y_ECD = jnp.einsum('ECF,EDF->ECD', self.activation(*inner), self.down_EDF)
+        return y_ECD + self.biases[1][:, None] if self.biases else y_ECD
+
+
+def default_dispatch(platform: str) -> str:
+    """What `model.moe.dispatch: auto` means on a `jax.Device.platform`: 'cpu', 'gpu' or 'tpu'.
+
+    It drops nothing, so that losses do not depend on the mesh and decoding equals the full forward pass. Of the two that do
+    not, all_gather sends the less, or as much, while `expert` has no more devices than a token has experts, and was no
+    slower on a CPU; on a wider axis choose `ragged`. Bytes and memory are those of compiled programs: benchmarks/dispatch.md.
+    """
+    assert platform in ('cpu', 'gpu', 'tpu'), platform
+    return 'all_gather'
+
+
+def dispatch(name: str):
+    """The function of that name: see the top of this file."""
+    return _DISPATCH[name]
+
+
+def all_gather(x_ND, gate_NK, expert_NK, experts: Experts, *, split: bool, capacity_factor: float):
+    """Every token to every device; rows of other devices' experts sort last and are not computed."""
+    # One axis at a time: over two at once TPU makes the sums on all devices, twice the bytes (benchmarks/dispatch.md).
+    for axis in ('tensor', 'expert') if split else ('expert',):
+        x_ND, gate_NK, expert_NK = (gathered(a, axis) for a in (x_ND, gate_NK, expert_NK))
+    E = experts.held
+    mine_NK = expert_NK - E * axis_index('expert')
+    mine_NK = jnp.where((mine_NK >= 0) & (mine_NK < E), mine_NK, E)
+    order_R, place_R, sizes_E = by_expert(mine_NK, E)
+    y_RD = experts.grouped(permute(x_ND, order_R, place_R), sizes_E)
+    y_ND = combine(y_RD, gate_NK.astype(x_ND.dtype), order_R, place_R)
+    y_ND = scattered(y_ND, 'expert')
+    y_ND = scattered(y_ND, 'tensor') if split else psum(y_ND, 'tensor')
+    return y_ND, jnp.float32(0)
+
+
+def all_to_all(x_ND, gate_NK, expert_NK, experts: Experts, *, split: bool, capacity_factor: float):
+    """A buffer of C rows from each device to each expert. Tokens that come later in the order of rows are dropped first.
+
+    Gates stay at home. Without `split` there is room for every token, so that decoding drops none.
+    """
+    (N, K), n = expert_NK.shape, lax.axis_size('expert')
+    E, D = n * experts.held, x_ND.shape[1]
+    C = capacity(N, K, E, capacity_factor) if split else N
+    order_S, slot_R, dropped = slots(expert_NK, E, C)
+    x_nECD = permute(x_ND, order_S, slot_R, partial=True).reshape(n, experts.held, C, D)
+    x_nECD = collectives.all_to_all(x_nECD, 'expert', 0, 0)
+    if split:
+        # As a matrix: TPU then keeps the sum on the way back, and this one's gradient, a reduce-scatter.
+        x_nECD = gathered(x_nECD.reshape(-1, D), 'tensor').reshape(-1, experts.held, C, D)
+    y_ECD = experts.batched(x_nECD.swapaxes(0, 1).reshape(experts.held, -1, D))
+    y_nECD = y_ECD.reshape(experts.held, -1, C, D).swapaxes(0, 1)
+    if split:
+        y_nECD = scattered(y_nECD.reshape(-1, D), 'tensor').reshape(n, experts.held, C, D)
+    y_SD = collectives.all_to_all(y_nECD, 'expert', 0, 0).reshape(E * C, D)
+    y_ND = combine(y_SD, gate_NK.astype(x_ND.dtype), order_S, slot_R, partial=True)
+    return (y_ND, dropped) if split else (psum(y_ND, 'tensor'), dropped / lax.axis_size('tensor'))
+
+
+def ragged(x_ND, gate_NK, expert_NK, experts: Experts, *, split: bool, capacity_factor: float):
+    """Rows sorted by expert, each run of rows to its expert's device, where it lands in the order of experts.
+
+    As in an MLP, the devices of `tensor` have all of each other's tokens in between. The buffer has room for the worst
+    case, that all tokens of all devices want the experts of one.
+    """
+    if split:
+        x_ND, gate_NK, expert_NK = (gathered(a, 'tensor') for a in (x_ND, gate_NK, expert_NK))
+    (N, K), n = expert_NK.shape, lax.axis_size('expert')
+    E = n * experts.held
+    order_R, place_R, count_E = by_expert(expert_NK, E)
+    count_nE = gathered(count_E[None], 'expert')
+    mine_nE = lax.dynamic_slice_in_dim(count_nE, axis_index('expert') * experts.held, experts.held, 1)
+    x_SD = exchange(permute(x_ND, order_R, place_R), count_nE, n * N * min(K, experts.held))
+    y_SD = experts.grouped(x_SD, mine_nE.sum(0, dtype=jnp.int32))
+    y_RD = exchange(y_SD, count_nE, N * K, back=True)
+    y_ND = combine(y_RD, gate_NK.astype(x_ND.dtype), order_R, place_R)
+    return (scattered(y_ND, 'tensor') if split else psum(y_ND, 'tensor')), jnp.float32(0)
+
+
+_DISPATCH = {'all_gather': all_gather, 'all_to_all': all_to_all, 'ragged': ragged}
+
+
+def by_expert(expert_NK, E: int):
+    """The pairs sorted by expert and, where equal, by token: which pair comes where, where each pair comes, rows by expert.
+
+    Pairs of expert E, which is none, come last and are not counted.
+    """
+    expert_R = expert_NK.reshape(-1)
+    order_R = jnp.argsort(expert_R, stable=True)
+    return order_R, jnp.argsort(order_R), (expert_R[:, None] == jnp.arange(E)[None]).sum(0, dtype=jnp.int32)
+
+
+def capacity(N: int, K: int, E: int, factor: float) -> int:
+    """Rows of one expert's buffer from N tokens: `factor` times an even share, and at most one for each token."""
+    return min(N, math.ceil(factor * N * K / E))
+
+
+def slots(expert_NK, E: int, C: int):
+    """A buffer of C rows for each expert: which pair is in each of the E C slots, which slot each pair has, pairs dropped.
+
+    An index past the end means none: slots that are empty, pairs that have no expert or found their buffer full.
+    """
+    order_R, place_R, count_E = by_expert(expert_NK, E)
+    R, start_E = expert_NK.size, jnp.cumsum(count_E) - count_E
+    row_EC = start_E[:, None] + jnp.arange(C)[None]
+    full_EC = jnp.arange(C)[None] < count_E[:, None]
+    order_EC = jnp.where(full_EC, order_R.at[row_EC].get(mode='fill', fill_value=R), R)
+    expert_R = expert_NK.reshape(-1)
+    rank_R = place_R - start_E.at[expert_R].get(mode='fill', fill_value=0)
+    slot_R = jnp.where((rank_R < C) & (expert_R < E), expert_R * C + rank_R, E * C)
+    return order_EC.reshape(-1), slot_R, jnp.maximum(count_E - C, 0).sum().astype(jnp.float32)
+
+
+def exchange(x_RD, count_nE, rows: int, back: bool = False):
+    """Rows sorted by expert on the device that they come from, to the devices of their experts; or `back` again.
+
+    Args:
+        x_RD: on the way out this device's rows in the order of all E experts; on the way back those that it was sent, in
+            the order of its experts and, for each of them, of the devices that they came from.
+        count_nE: rows from each device of `expert` for each of all E experts, int32.
+        rows: of the result, at least as many as can arrive; those past the last that arrived are 0.
+
+    The gradient is the exchange in the other direction.
+    """
+    if count_nE.shape[0] == 1:
+        return x_RD  # `rows` are those that there are
+    return _exchange(*vary_together((x_RD, count_nE)), rows, back)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _exchange(x_RD, count_nE, rows: int, back: bool):
+    n, E = count_nE.shape
+    me, count_mnE = axis_index('expert'), count_nE.reshape(n, n, E // n).swapaxes(0, 1)
+    home_nE = jnp.cumsum(count_nE, 1) - count_nE  # where a run begins on the device that it comes from
+    # Where it begins on its expert's device: runs stand there by expert, those of one expert by where they come from.
+    ends_mEn = jnp.cumsum(count_mnE.swapaxes(1, 2).reshape(n, -1), 1)
+    there_mnE = (ends_mEn.reshape(n, E // n, n) - count_mnE.swapaxes(1, 2)).swapaxes(1, 2)
+    there_nE = there_mnE.swapaxes(0, 1).reshape(n, E)
+    from_me = lambda a_nE: lax.dynamic_index_in_dim(a_nE, me, 0, keepdims=False)
+    to_me = lambda a_nE: lax.dynamic_index_in_dim(a_nE.reshape(n, n, -1), me, 1, keepdims=False).reshape(-1)
+    out = from_me(home_nE), from_me(count_nE), from_me(there_nE), to_me(count_nE)
+    returning = to_me(there_nE), to_me(count_nE), to_me(home_nE), from_me(count_nE)
+    run = gathered_ragged_all_to_all if platform() == 'cpu' else lax.ragged_all_to_all
+    # ragged_all_to_all's result varies over the mesh axes that its second argument does.
+    empty_SD, _ = vary_together((jnp.zeros((rows, x_RD.shape[1]), x_RD.dtype), x_RD))
+    return run(x_RD, empty_SD, *(returning if back else out), axis_name='expert')
+
+
+def _exchange_forward(x_RD, count_nE, rows, back):
+    return _exchange(x_RD, count_nE, rows, back), (count_nE, jnp.zeros_like(x_RD, shape=(x_RD.shape[0], 0)))
+
+
+def _exchange_backward(rows, back, saved, g_SD):
+    count_nE, shaped = saved
+    return _exchange(g_SD, count_nE, shaped.shape[0], not back), None
+
+
+_exchange.defvjp(_exchange_forward, _exchange_backward)
+
+
+def gathered_ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """`lax.ragged_all_to_all`, which CPUs do not have, from an all_gather: it sends everything to everyone."""
+    n, me = lax.axis_size(axis_name), lax.axis_index(axis_name)
+    sent_nRD = lax.all_gather(operand, axis_name)
+    # The runs for me: run i of a device goes to device i // (runs / n).
+    mine = lambda a: lax.dynamic_index_in_dim(lax.all_gather(a, axis_name).reshape(n, n, -1), me, 1, keepdims=False)
+    first, size, to = (mine(a) for a in (input_offsets, send_sizes, output_offsets))
+    first = (first + operand.shape[0] * jnp.arange(n, dtype=first.dtype)[:, None]).reshape(-1)
+    size, to = jnp.minimum(size.reshape(-1), recv_sizes), to.reshape(-1)
+    row = jnp.arange(output.shape[0], dtype=to.dtype)
+    inside = (row[:, None] >= to[None]) & (row[:, None] < (to + size)[None])
+    source = jnp.where(inside, (first - to)[None] + row[:, None], 0).sum(1)
+    received = sent_nRD.reshape(-1, *operand.shape[1:]).at[source].get(mode='promise_in_bounds')
+    return jnp.where(inside.any(1).reshape(-1, *(1,) * (output.ndim - 1)), received, output)

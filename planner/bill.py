@@ -1,0 +1,300 @@
+"""The bill of a model: its parameters by part, the bytes they take, what a token's cache takes, and rules of thumb beside
+the exact FLOPs.
+
+All by shapes alone (`model.cost`), in the order of the table by which Llama 3 405B is often explained: the embedding, then
+what a layer has of each part, times the layers, then the head. Rows that fill up the vocabulary (`padded_vocabulary`) are
+left out, so that totals are the publisher's.
+"""
+
+import collections
+import dataclasses
+import math
+from typing import Any
+
+from weft.model import cost
+from weft.model.config import Kind, ModelConfig
+
+BYTES = {
+    'float32': 4.0,
+    'bfloat16': 2.0,
+    'int8': 1.0,
+    '4-bit': 0.5,
+}  # of a number; scales of quantised ones not counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the bill."""
+
+    part: str
+    shapes: str  # what is multiplied, as in `2 × 16,384 × 16,384 + 2 × 16,384 × 1,024`
+    each: int  # parameters of one layer, or of the one thing there is
+    times: int  # layers
+    each_active: int  # of those in `each`, parameters that one token meets while decoding
+    layer: str = ''  # the kind of layer that it is part of; '' outside of layers
+
+    @property
+    def total(self) -> int:
+        return self.each * self.times
+
+    @property
+    def active(self) -> int:
+        return self.each_active * self.times
+
+
+@dataclasses.dataclass(frozen=True)
+class Bill:
+    """What a model is made of."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def total(self) -> int:
+        """Parameters."""
+        return sum(row.total for row in self.rows)
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token meets while decoding: not the experts that it does not visit."""
+        return sum(row.active for row in self.rows)
+
+    @property
+    def layers(self) -> tuple[Row, ...]:
+        """Each kind of layer, its parts together."""
+        kinds = dict.fromkeys(row.layer for row in self.rows if row.layer)
+        return tuple(self._together(kind) for kind in kinds)
+
+    def _together(self, kind: str) -> Row:
+        mine = [row for row in self.rows if row.layer == kind]
+        each, active = (sum(getattr(row, field) for row in mine) for field in ('each', 'each_active'))
+        return Row(kind, ' + '.join(row.part for row in mine), each, mine[0].times, active, kind)
+
+    @property
+    def bytes(self) -> dict[str, float]:
+        """Of all parameters, by precision."""
+        return {name: self.total * size for name, size in BYTES.items()}
+
+    def parts(self) -> dict[str, int]:
+        """Parameters by part, the kinds of layers together."""
+        found = collections.Counter[str]()
+        for row in self.rows:
+            found[row.part] += row.total
+        return dict(found)
+
+    def share(self, *parts: str) -> float:
+        """What some parts have of the parameters of all layers."""
+        inside = [row for row in self.rows if row.layer]
+        return sum(row.total for row in inside if row.part in parts) / sum(row.total for row in inside)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain numbers and text."""
+        line = lambda row: dataclasses.asdict(row) | {'total': row.total, 'active': row.active}
+        return {
+            'rows': [line(row) for row in self.rows],
+            'layers': [line(row) for row in self.layers],
+            'total': self.total,
+            'active': self.active,
+            'bytes': self.bytes,
+        }
+
+
+def bill(c: ModelConfig) -> Bill:
+    """The bill of a model with its vocabulary."""
+    return Bill(tuple(row for row in (*_before(c), *_layers(c, 'layer'), *_after(c)) if row.each * row.times))
+
+
+def _before(c: ModelConfig):
+    D, V = c.model_dim, c.vocabulary
+    yield _once('embedding', V * D, _by(V, D))
+    if c.positions == 'learned':
+        yield _once('positions', c.max_positions * D, _by(c.max_positions, D))
+    yield _once('segments', c.segment_kinds * D, _by(c.segment_kinds, D))
+    yield _once('norms', c.embedding_norm * cost.norm_parameters(c), 'of the embedding')
+    if c.encoder:
+        e = c.of_encoder
+        yield from _layers(e, 'encoder layer')
+        yield from _relative(e)
+        yield _once('norms', (e.norm_order != 'post') * cost.norm_parameters(e), 'after the encoder')
+
+
+def _layers(c: ModelConfig, name: str):
+    """The rows of each kind of layer. Windows change no parameter."""
+    counts = collections.Counter(kind.experts for kind in c.kinds)
+    for experts, times in sorted(counts.items()):
+        label = name if len(counts) == 1 else f'{"mixture" if experts else "dense"} {name}'
+        parts = cost.layer_parameters(c, Kind(experts)) | {
+            'cross_attention': cost.attention_parameters(c) if c.encoder else 0
+        }
+        for part in ('attention', 'cross_attention', 'mlp', 'router', 'experts', 'shared_experts', 'norms'):
+            if not (each := parts.get(part, 0)):
+                continue
+            active = each * c.moe.top_k // c.moe.experts if part == 'experts' else each
+            yield Row(part, _shapes(c, part, each), each, times, active, label)
+
+
+def _after(c: ModelConfig):
+    D, V = c.model_dim, c.vocabulary
+    yield from _relative(c)
+    yield _once('norms', (c.norm_order != 'post') * cost.norm_parameters(c), 'after the layers')
+    head_mlp = c.head_mlp * (D * D + D + cost.norm_parameters(c))
+    head = V * D if c.head and not c.tied_embedding else 0
+    what = 'the embedding' if c.tied_embedding else _by(V, D)
+    more = head_mlp + V * c.head_bias
+    yield _once('head', head + more, _with_vectors(what, more))
+    if c.pooler:
+        yield _once('pooler', D * D + D + c.next_sentence * (2 * D + 2), _with_vectors(_by(D, D), 1))
+    if c.mtp_layers:
+        each = sum(cost.layer_parameters(c, c.kinds[-1]).values()) + 2 * D * D + 3 * cost.norm_parameters(c)
+        yield Row('mtp', f'a layer + {_by(D, 2 * D)} + norms', each, c.mtp_layers, 0)
+
+
+def _relative(c: ModelConfig):
+    if c.positions == 'relative':
+        yield _once('positions', c.relative_buckets * c.heads, _by(c.relative_buckets, c.heads))
+
+
+def _once(part: str, count: int, shapes: str) -> Row:
+    return Row(part, shapes, int(count), 1, int(count))
+
+
+def _shapes(c: ModelConfig, part: str, count: int) -> str:
+    """What a layer's part of `count` parameters is made of."""
+    D, m, matrices = c.model_dim, c.moe, 3 if c.gated else 2
+    if part == 'norms':
+        return _by(count // D, D)
+    found: list[tuple[tuple[int, ...], int]]
+    if part in ('attention', 'cross_attention'):
+        found = list(collections.Counter(cost.projections(c)).items())
+    elif part == 'mlp':
+        found = [((matrices, D, c.mlp_dim), 1)]
+    elif part == 'router':
+        found = [((D, m.experts), 1)]
+    else:
+        routed = part == 'experts'
+        units = m.mlp_dim if routed else m.shared_dim // m.shared_experts
+        found = [((matrices, D, units), m.experts if routed else m.shared_experts)]
+    text = ' + '.join(_by(*([n] if n > 1 else []), *shape) for shape, n in found)
+    return _with_vectors(text, count - sum(n * math.prod(shape) for shape, n in found))
+
+
+def _by(*sizes: int) -> str:
+    return ' × '.join(f'{size:,}' for size in sizes)
+
+
+def _with_vectors(text: str, rest: int) -> str:
+    return f'{text} + vectors' if rest else text
+
+
+# The cache ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheBill:
+    """What a cache keeps of tokens.
+
+    Attributes:
+        kind: MHA, GQA, MQA or MLA.
+        numbers: of one token in all layers.
+        without_sharing: the same if each query head had a key and a value of its own.
+        layers, windowed: layers, and those of them that see no more than `window` tokens.
+    """
+
+    kind: str
+    numbers: int
+    without_sharing: int
+    layers: int
+    windowed: int
+    window: int | None
+
+    def bytes_per_token(self, number_bytes: float = 2) -> float:
+        """Of one more token while no window is full, as our decoding keeps it throughout; without what TPUs fill up."""
+        return self.numbers * number_bytes
+
+    def bytes(self, context: int, number_bytes: float = 2) -> float:
+        """Of a row of `context` tokens, as our decoding keeps it: all tokens in every layer."""
+        return context * self.bytes_per_token(number_bytes)
+
+    def least_bytes(self, context: int, number_bytes: float = 2) -> float:
+        """The same if layers with a window kept no more tokens than they see."""
+        seen = min(context, self.window) if self.window else context
+        tokens = (self.layers - self.windowed) * context + self.windowed * seen
+        return tokens * self.bytes_per_token(number_bytes) / self.layers
+
+
+def cache_bill(c: ModelConfig) -> CacheBill:
+    """What decoding keeps of a decoder's tokens; of an encoder's output it keeps as much, which is not counted here."""
+    shared = 'GQA' if c.kv_heads < c.heads else 'MHA'
+    kind = 'MLA' if c.latent else 'MQA' if c.kv_heads == 1 < c.heads else shared
+    numbers = cost.cache_bytes_per_token(c, 1)
+    alone = c.layers * c.heads * (c.query_dim + c.value_dim)
+    windowed = sum(kind.windowed for kind in c.kinds)
+    return CacheBill(kind, numbers, alone, c.layers, windowed, c.window)
+
+
+# Rules of thumb -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A rule of thumb for FLOPs beside the exact count of the same thing.
+
+    Attributes:
+        name: the formula.
+        about: what it is said to count.
+        rule, exact: FLOPs by the formula, and of the model's matmuls.
+        why: they differ.
+    """
+
+    name: str
+    about: str
+    rule: float
+    exact: float
+    why: str
+
+    @property
+    def times(self) -> float:
+        """How many times too large the rule is."""
+        return self.rule / self.exact
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {'times': self.times}
+
+
+def rules_of_thumb(c: ModelConfig, context: int) -> tuple[Rule, ...]:
+    """2N, 6N, 2N·S and E·V + L(8E²S + 4EHS + HS²), each beside the exact FLOPs of what it is said to count.
+
+    N is what a token meets (`Bill.active`), S = `context`, E the model's width, V the vocabulary, L layers, H heads. The last
+    two are of models that decode without an encoder.
+    """
+    N, S, E, L, H = bill(c).active, context, c.model_dim, c.layers, c.heads
+    forward, train = cost.forward_flops(c, cost.keys_seen(c, S), S), cost.flops_per_token(c, 'train', S)
+    why = (
+        f'leaves out attention to other tokens, {forward["attention"] / sum(forward.values()):.1%} of the work at {S:,}'
+    )
+    if not c.tied_embedding:
+        why += f', and counts the embedding, a lookup ({c.vocabulary * E / N:.1%} of N)'
+    if c.moe:
+        why += f'; N is what a token meets: all parameters would be {bill(c).total / N:.1f} times as many'
+    ahead = '; the layers that predict further ahead are left out too' if c.mtp_layers else ''
+    rules = (
+        Rule('2N', 'a token forward', 2.0 * N, sum(forward.values()), why),
+        Rule('6N', 'a token in training', 6.0 * N, sum(train.values()), f'2N thrice, so it {why}{ahead}'),
+    )
+    if not c.causal or c.encoder:
+        return rules
+    decode = cost.flops_per_token(c, 'decode', S)
+    one, scores = sum(decode.values()), decode['attention']
+    prompt = f'it is a whole prompt of {S:,} tokens, where with a cache a new token meets each weight once'
+    formula = E * c.vocabulary + L * (8.0 * E**2 * S + 4.0 * E * H * S + H * S**2)
+    hidden = f'{3 if c.gated else 2} of {_by(E, c.moe.mlp_dim if c.moe else c.mlp_dim)}'
+    short = (
+        f'{prompt}; and a product and a sum are one operation in it, the projections of a token 4·E·H and not about 4·E², '
+        f'scores H·S² and not 2·E·S², the MLP two matrices of 4·E² and not {hidden}'
+    )
+    return (
+        *rules,
+        Rule(
+            '2N·S', 'a token while decoding', 2.0 * N * S, one, f'{prompt}; attention is {scores / one:.1%} of its work'
+        ),
+        Rule('E·V + L(8E²S + 4EHS + HS²)', 'a token while decoding', formula, one, short),
+    )

@@ -1,0 +1,331 @@
+"""Bytes that one device needs to train or to serve a model, by the shapes alone.
+
+What a compiled program holds is its arguments (weights, optimizer state, batch or cache) and, at its fullest moment, what it
+has made of them. Training has three such moments, of which the largest counts:
+
+    in the loss    what layers keep for the backward pass, the LM head whole, its gradient, a chunk's logits and theirs
+    in a layer     what the layers keep, the gradients of all layers' weights, the head's, and a unit of layers at work: what
+                   its own backward pass needs, whole weights among it, and the gradients that pass through it
+    at the end     the gradients of all weights, that of the embedding as it is added up, the head's before it is scattered
+
+Beside the first two, copies of the layers' weights in the compute dtype (`casts`).
+
+Nothing is fitted: each term is an array of the program, and its comment says which.
+
+Letters: t tokens of one device inside a block, where it has all of its sequence over `tensor`; n devices of `tensor`.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from weft.model.config import ModelConfig
+from weft.model.cost import cached_numbers
+from weft.model.decoder import written_out
+from weft.planner.weights import Group, Inventory, inventory
+from weft.sharding.mesh import BATCH, MeshConfig
+from weft.training.config import RunConfig
+from weft.training.loss import CHUNK
+
+INT32 = 4  # bytes
+HIDDEN = 6  # arrays that a loop keeps of an MLP's hidden units: what goes into each product, and the activation's steps
+FLOAT32 = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one device at the fullest moment of a step."""
+
+    parameters: float = 0
+    optimizer: float = 0
+    batch: float = 0  # tokens, and what belongs to them
+    cache: float = 0
+    gradients: float = 0
+    activations: float = 0  # what layers keep for the backward pass, and what one layer makes while it is worked on
+    logits: float = 0
+    compute_weights: float = (
+        0  # a copy of the layers' weights in the compute dtype, which compilers make before the loop
+    )
+    communication: float = 0  # weights gathered to be used, their gradients before they are scattered
+
+    @property
+    def arguments(self) -> float:
+        """What the program is given."""
+        return self.parameters + self.optimizer + self.batch + self.cache
+
+    @property
+    def total(self) -> float:
+        """All parts."""
+        return sum(vars(self).values())
+
+    def parts(self) -> dict[str, float]:
+        """By name."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What one device works on at once."""
+
+    config: ModelConfig
+    mesh: MeshConfig
+    rows: float  # of one part of a step, or of one microbatch
+    columns: int  # of each row, all devices of `context` together
+    platform: str
+
+    @property
+    def number(self) -> int:
+        """Bytes of a number in the compute dtype."""
+        return jnp.dtype(self.config.dtype).itemsize
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a number in which sums are made."""
+        return max(self.number, FLOAT32)
+
+    @property
+    def tokens(self) -> float:
+        """t."""
+        return self.rows * self.columns / self.mesh.context
+
+    @property
+    def x(self) -> float:
+        """Bytes of the activations between blocks."""
+        return self.tokens / self.mesh.tensor * self.config.model_dim * self.number
+
+
+def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
+    """Of a step of training on a 'cpu', 'gpu' or 'tpu'; the vocabulary must be known."""
+    c, mesh, t = run.model, run.mesh, run.training
+    held, parameters = inventory(c), stored(c, mesh)
+    rows = t.batch / mesh.span(BATCH)
+    names = 4 + 3 * bool(c.encoder)
+    fixed = Memory(
+        parameters=parameters,
+        optimizer=2 * parameters + 3 * INT32 + 2 * INT32,  # two moments; counters; the key
+        batch=names * rows * t.sequence_length * INT32,
+    )
+    part = rows / t.accumulation
+    outside = Device(c, mesh, part / mesh.stage, t.sequence_length, platform)
+    inside = dataclasses.replace(outside, rows=part / run.microbatches)
+    sums = parameters if t.accumulation > 1 else 0  # of the parts before this one
+    ticks = run.microbatches + mesh.stage - 1 if mesh.stage > 1 else 1
+    kept = working = gathered = 0.0
+    for group in held.groups:
+        device = inside if group.where == 'pipeline' else outside
+        times = ticks if group.where == 'pipeline' else 1
+        kept += times * kept_by(group, device)
+    for group in held.groups:
+        device = inside if group.where == 'pipeline' else outside
+        made, sent = at_work(group, device)
+        if made + sent > working + gathered:
+            working, gathered = made, sent
+    if mesh.stage > 1:
+        kept += 3 * outside.x  # what waits, moves and is done
+    head, logits = in_loss(outside)
+    waits = head * outside.number  # the head's gradient, which is scattered with the others
+    of_layers = sum(group.held(mesh) * weight.shard(mesh) for group in held.groups for weight in group.weights)
+    of_layers *= jnp.dtype(c.parameter_dtype).itemsize
+    cast = casts(held, outside)
+    table = c.padded_vocabulary * c.model_dim / mesh.tensor
+    moments = [
+        dataclasses.replace(
+            fixed,
+            gradients=sums,
+            activations=kept,
+            logits=logits,
+            communication=head * (outside.number + outside.wide),
+            compute_weights=cast,
+        ),
+        dataclasses.replace(
+            fixed,
+            gradients=sums + of_layers,
+            activations=kept + working,
+            communication=gathered + waits,
+            compute_weights=cast,
+        ),
+        # The embedding's gradient is added up in float32, whole, and sent in the compute dtype.
+        dataclasses.replace(
+            fixed, gradients=sums + parameters, communication=waits + table * (outside.wide + outside.number)
+        ),
+    ]
+    return max(moments, key=lambda moment: moment.total)
+
+
+def stored(c: ModelConfig, mesh: MeshConfig) -> float:
+    """Bytes of the weights that a device keeps while it trains; their gradients and two moments take as many each."""
+    state = jnp.dtype(c.parameter_dtype).itemsize
+    size = lambda weight: max(state, FLOAT32) if weight.wide else state
+    return sum(numbers * size(weight) for weight, numbers in inventory(c).held(mesh))
+
+
+def casts(held: Inventory, device: Device) -> float:
+    """Bytes of the layers' matrices in the compute dtype, where they are stored in another.
+
+    A layer casts its own, but all of them are known before the loop over layers, and XLA casts them there, at once, where they
+    are gathered next or are experts'; a plain matmul of what is not gathered casts as it reads.
+    """
+    if jnp.dtype(device.config.parameter_dtype).itemsize == device.number:
+        return 0
+    numbers = sum(
+        group.held(device.mesh) * weight.shard(device.mesh)
+        for group in held.groups
+        for weight in group.weights
+        if (device.mesh.span(weight.gathered) > 1 or 'expert' in weight.left) and weight.narrow_in_use
+    )
+    return numbers * device.number
+
+
+def kept_by(group: Group, device: Device) -> float:
+    """Bytes that the layers of a group keep from their forward pass for their backward pass."""
+    layers = group.held(device.mesh)
+    if group.config.remat == 'none':
+        made, whole = residuals(group, device)
+        if not written_out(math.ceil(layers), group.config, False, device.platform):
+            made = stacked(group, device)
+        return layers * (made + whole)
+    kept = device.x
+    if group.config.remat == 'dots':
+        kept += dots(group, device)
+    return layers * kept
+
+
+def at_work(group: Group, device: Device) -> tuple[float, float]:
+    """Bytes while the backward pass of a layer runs: of activations and their gradients, and of whole weights and theirs.
+
+    Beside what it needs, the gradient of the hidden units and, where devices of `tensor` joined it, that of the layer's
+    output. Gradients of gate and up take the place of gate and up, but not on a TPU, where one fused matmul makes them.
+    """
+    made, whole = residuals(group, device)
+    c, t, n, b = group.config, device.tokens, device.mesh.tensor, device.number
+    hidden = t * c.mlp_dim / n * b
+    if group.experts:
+        assert c.moe is not None
+        hidden = expert_rows(c, device) * (c.moe.mlp_dim / n + c.model_dim) * b
+    elif device.platform == 'tpu':
+        hidden *= 2
+    if n > 1:
+        hidden += t * c.model_dim * b
+    if group.config.remat == 'none':
+        return hidden, whole
+    return made + hidden, 2 * whole
+
+
+def residuals(group: Group, device: Device) -> tuple[float, float]:
+    """Bytes that one layer's backward pass needs: activations; whole weights."""
+    c, t, n, b = group.config, device.tokens, device.mesh.tensor, device.number
+    whole = sum(w.used(device.mesh) for w in group.weights if w.gathered) * b
+    joined = t * c.model_dim * b
+    heads = t * (c.heads / n) * b
+    kv_heads = t * max(c.kv_heads / n, 1) * b
+    made = 3 * device.x  # x, twice with a part added, and normed
+    made += joined + heads * (c.query_dim + c.value_dim) + kv_heads * (c.query_dim + c.value_dim)
+    made += t * c.heads / n * device.wide  # log-sum-exps
+    if c.encoder and group.where != 'encoder':
+        made += device.x + joined + 2 * heads * c.query_dim + 2 * kv_heads * c.query_dim
+    return made + inner(group, device) + joined, whole
+
+
+def stacked(group: Group, device: Device) -> float:
+    """Bytes of activations that a loop over layers keeps of each where nothing is computed again.
+
+    Layers that are written out keep what their backward passes need; a loop keeps each array that JAX's own rules ask for:
+    of a norm its input and its output, wide, of an activation what it is made of at each step. Equal ones are kept once.
+    """
+    c, t, n, b = group.config, device.tokens, device.mesh.tensor, device.number
+    wide_x = device.x / b * device.wide
+    heads, kv_heads = t * (c.heads / n), t * max(c.kv_heads / n, 1)
+    made = (4 + bool(group.experts)) * wide_x + t * c.model_dim * b
+    made += heads * (c.query_dim + 2 * c.value_dim) * b + kv_heads * (c.query_dim + c.value_dim) * b
+    made += heads * device.wide  # log-sum-exps
+    if c.qk_norm:
+        made += 2 * (heads + kv_heads) * c.query_dim * device.wide
+    if not group.experts:
+        return made + t * c.model_dim * b + HIDDEN * t * c.mlp_dim / n * b
+    m = c.moe
+    assert m is not None
+    if device.platform == 'gpu' and m.dispatch != 'all_to_all':
+        return made + inner(group, device)  # our kernels' own backward pass
+    rows, masks = expert_rows(c, device), 2  # a byte for each number
+    made += rows * (2 * c.model_dim * b + masks * c.model_dim + HIDDEN * m.mlp_dim / n * b)
+    return made + HIDDEN * t * m.shared_dim / n * b
+
+
+def inner(group: Group, device: Device) -> float:
+    """Bytes of the hidden units of a layer's MLP or experts."""
+    c, t, n, b = group.config, device.tokens, device.mesh.tensor, device.number
+    matrices = 3 if c.gated else 2
+    if not group.experts:
+        return matrices * t * c.mlp_dim / n * b
+    m = c.moe
+    assert m is not None
+    rows = expert_rows(c, device)
+    routed = rows * (2 * c.model_dim + matrices * m.mlp_dim / n) * b
+    return routed + matrices * t * m.shared_dim / n * b
+
+
+def expert_rows(c: ModelConfig, device: Device) -> float:
+    """Rows of the buffer in which a device's experts find their tokens."""
+    m, mesh = c.moe, device.mesh
+    assert m is not None
+    t = device.tokens
+    if m.dispatch == 'all_to_all':
+        each = min(t / mesh.tensor, math.ceil(m.capacity_factor * t / mesh.tensor * m.top_k / m.experts))
+        return m.experts * each * mesh.tensor
+    if m.dispatch == 'ragged':
+        return mesh.expert * t * min(m.top_k, m.experts / mesh.expert)
+    return mesh.expert * t * m.top_k
+
+
+def dots(group: Group, device: Device) -> float:
+    """Bytes of the results of one layer's plain matmuls."""
+    c, t, n, b = group.config, device.tokens, device.mesh.tensor, device.number
+    made = t * (c.heads * c.query_dim + 2 * max(c.kv_heads, n) * c.head_dim) / n + t * c.model_dim
+    if not group.experts:
+        made += t * (2 if c.gated else 1) * c.mlp_dim / n  # what the last one makes, no gradient needs
+    return made * b
+
+
+def in_loss(device: Device) -> tuple[float, float]:
+    """Numbers of the LM head, whose gradient is added up in float32; bytes of a chunk's logits and of their gradient."""
+    columns = device.config.padded_vocabulary / device.mesh.tensor
+    return columns * device.config.model_dim, min(CHUNK, device.tokens) * columns * (device.wide + device.number)
+
+
+def serving_memory(
+    c: ModelConfig, mesh: MeshConfig, rows: int, length: int, new: int = 1, platform: str = 'tpu'
+) -> Memory:
+    """Of a step that decodes one token in each row, or, with `new` above 1, reads prompts of so many tokens.
+
+    Args:
+        c: the model; its weights are kept as `inference.run.in_compute_dtype` has them.
+        mesh: without stages.
+        rows: sequences at once, all devices together.
+        length: slots of the cache for each.
+        new: tokens of each row that the step works on.
+        platform: 'cpu', 'gpu' or 'tpu'.
+    """
+    b, state = jnp.dtype(c.dtype).itemsize, jnp.dtype(c.parameter_dtype).itemsize
+    size = lambda weight: b if weight.narrow_in_use else max(state, FLOAT32) if weight.wide else state
+    held = inventory(c)
+    parameters = sum(numbers * size(weight) for weight, numbers in held.held(mesh))
+    mine = rows / mesh.span(BATCH)
+    device = Device(c, mesh, mine, new, platform)
+    slots = mine * -(-length // mesh.context)
+    cache = c.layers * slots * sum(cached_numbers(c, mesh.tensor, platform)) * b
+    working = gathered = 0.0
+    for group in held.groups:
+        made, whole = residuals(group, device)
+        if made + whole > working + gathered:
+            working, gathered = made, whole
+    head = c.padded_vocabulary * c.model_dim / mesh.tensor * b if mesh.span(('data', 'context', 'expert')) > 1 else 0
+    logits = mine * c.padded_vocabulary * (1 + 1 / mesh.tensor) * FLOAT32
+    return Memory(
+        parameters=parameters,
+        batch=mine * (new + 1) * INT32,
+        cache=cache,
+        activations=working,
+        logits=logits,
+        communication=max(gathered, head),
+    )

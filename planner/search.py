@@ -1,0 +1,296 @@
+"""The mesh, remat policy and microbatches with which a model trains or serves fastest on so many chips, by the roofline.
+
+Every mesh that divides the model and the batch is looked at. For each, and for each remat policy, the fewest parts of a step
+(`training.accumulation`) that fit are taken: more of them use less memory and are never faster. A mesh is left as soon as its
+time with all memory in the world is above what is found already. Both leave the result that of trying everything.
+"""
+
+import bisect
+import dataclasses
+import functools
+import heapq
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+from weft.model.config import ModelConfig
+from weft.model.sizes import batch_sizes, sizes
+from weft.planner.chips import Chip
+from weft.planner.layouts import divisors, meshes, nearest_count
+from weft.planner.memory import Memory, stored, training_memory
+from weft.planner.roofline import Time, least_time, train_time
+from weft.runtime.device_memory import gib
+from weft.runtime.errors import UserError
+from weft.sharding.mesh import AXES, BATCH, MeshConfig
+from weft.training.config import RunConfig
+
+FAR = 2.0  # times as long as the fastest: not looked at any closer
+ALIKE = 1.01  # times as long that counts as equal: the simpler wins
+Remat = Literal['none', 'dots', 'block']
+REMAT: tuple[Remat, ...] = ('none', 'dots', 'block')
+MOST_MICROBATCHES = 16  # a stage: the bubble is below a seventeenth of the work by then
+
+
+class Planned:
+    """What a way to use a chip costs, by what it needs there: `chip`, `memory` and `time` of a step."""
+
+    chip: Chip
+    memory: Memory
+    time: Time
+
+    @functools.cached_property
+    def total(self) -> float:
+        """Bytes that a chip needs."""
+        return self.memory.total
+
+    @property
+    def room(self) -> float:
+        """Bytes of a chip."""
+        return self.chip.memory_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether a chip holds it."""
+        return self.total <= self.room
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return self.time.predicted
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice(Planned):
+    """One way to lay a run out, and what it costs."""
+
+    run: RunConfig
+    chip: Chip
+
+    @functools.cached_property
+    def memory(self) -> Memory:  # type: ignore[override]
+        """Of a chip."""
+        return training_memory(self.run, self.chip.platform)
+
+    @functools.cached_property
+    def time(self) -> Time:  # type: ignore[override]
+        """Of a step."""
+        return train_time(self.run, self.chip)
+
+    @property
+    def knobs(self) -> dict[str, str | int]:
+        """What the search chose, as config keys."""
+        r = self.run
+        found: dict[str, str | int] = {f'mesh.{axis}': getattr(r.mesh, axis) for axis in AXES}
+        found |= {'model.remat': r.model.remat, 'training.accumulation': r.training.accumulation}
+        return found | ({'training.microbatches': r.microbatches} if r.mesh.stage > 1 else {})
+
+    @property
+    def mesh(self) -> MeshConfig:
+        """Of the run."""
+        return self.run.mesh
+
+    @property
+    def cost(self) -> float:
+        """What is to be small."""
+        return self.seconds
+
+
+def complexity(mesh: MeshConfig) -> float:
+    """Less is simpler: axes that are on, and how much of the mesh is not along `data`."""
+    return len(strategy(mesh)) + math.log2(mesh.size / mesh.data) / 64
+
+
+def strategy(mesh: MeshConfig) -> tuple[str, ...]:
+    """The axes that are on."""
+    return tuple(axis for axis in AXES if getattr(mesh, axis) > 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a search found."""
+
+    # `Choice` or `planner.serving.Serving`; of each set of axes the best: what fits, the fastest first, then the smallest
+    ranked: tuple[Any, ...]
+    meshes: int  # that divide the model and the batch
+
+    @property
+    def best(self) -> Any:
+        """The first choice, where anything fits."""
+        return self.ranked[0] if self.ranked[0].fits else None
+
+
+def search(run: RunConfig, chip: Chip, chips: int) -> Found:
+    """The ways to train on so many chips, the best first, one for each set of mesh axes.
+
+    The batch, the sequence and the model stay as `run` has them. Raises UserError where no mesh divides them.
+    """
+    options = [*meshes(run, chips)]
+    if not options:
+        raise UserError(
+            f'--chips {chips}: no mesh of {chips} devices divides this model and a batch of {run.training.batch} rows of '
+            f'{run.training.sequence_length} tokens; nearest that works: {nearest_count(run, chips)}'
+        )
+    tried: dict[tuple[str, ...], list[Choice]] = {strategy(mesh): [] for mesh in options}
+    fastest: dict[tuple[str, ...], float] = dict.fromkeys(tried, math.inf)  # of what fits
+    floor = [least_memory(run, mesh) for mesh in options]
+    # The shortest time first. It is worked out where the bound that is found sooner does not settle that a mesh is too slow.
+    least: dict[int, Choice | None] = {}
+    queue = [(_lowest(run, mesh, chip), False, n) for n, mesh in enumerate(options) if floor[n] <= chip.memory_bytes]
+    heapq.heapify(queue)
+    while queue:
+        bound, exact, n = heapq.heappop(queue)
+        key = strategy(options[n])
+        far = bound > FAR * min(fastest.values())
+        if tried[key] if far else bound > ALIKE * fastest[key]:
+            continue
+        if not exact:
+            least[n] = _fastest(run, options[n], chip)
+            heapq.heappush(queue, (choice.seconds if (choice := least[n]) else 0.0, True, n))
+            continue
+        found = (least[n] if far else None) or best_of_mesh(run, options[n], chip)
+        tried[key].append(found)
+        fastest[key] = min(fastest[key], found.seconds if found.fits else math.inf)
+    # What cannot fit is looked at to name the smallest where nothing does.
+    for n in sorted(range(len(options)), key=lambda n: floor[n]):
+        mine = tried[strategy(options[n])]
+        if floor[n] > chip.memory_bytes and all(not c.fits and c.total > floor[n] for c in mine):
+            mine.append(best_of_mesh(run, options[n], chip))
+    return rank(tried.values(), len(options))
+
+
+def least_memory(run: RunConfig, mesh: MeshConfig) -> float:
+    """Bytes that a chip needs at least: of the weights, their gradients and the optimizer."""
+    return 4 * stored(run.model, mesh)
+
+
+def _lowest(run: RunConfig, mesh: MeshConfig, chip: Chip) -> float:
+    """At most the time of `_fastest`."""
+    return min((least_time(run, chip) for run in _in_one_part(run, mesh)), default=0.0)
+
+
+def rank(tried: Iterable[list[Any]], count: int) -> Found:
+    """The best of each list, the best of all first."""
+    ranked = sorted((_first(choices) for choices in tried), key=_key)
+    if ranked[0].fits:
+        first = _first(ranked)
+        ranked = [first, *(choice for choice in ranked if choice is not first)]
+    return Found(tuple(ranked), count)
+
+
+def _key(choice: Any) -> tuple[bool, float]:
+    """What fits before what does not; the cheapest of the first, the smallest of the second."""
+    return not choice.fits, choice.cost if choice.fits else choice.total
+
+
+def _first(choices: list[Any]) -> Any:
+    """The best; of what fits and costs as much within ALIKE, the simplest."""
+    best = min(choices, key=_key)
+    alike = [c for c in choices if c.fits == best.fits and (not c.fits or c.cost <= ALIKE * best.cost)]
+    return min(alike, key=lambda choice: (complexity(choice.mesh) if best.fits else 0, *_key(choice)))
+
+
+def why(choice: Any, best: Any) -> str:
+    """Why a choice is not the best, in a few words."""
+    if not choice.fits:
+        name, size = max(choice.memory.parts().items(), key=lambda part: part[1])
+        return f'does not fit: {gib(choice.total)} of {gib(choice.room)}, {gib(size)} of it {name}'
+    if best is None or choice is best:
+        return 'the best that fits'
+    theirs, mine = best.time, choice.time
+    more = {f'works {mine.work:.3g} s instead of {theirs.work:.3g} s': mine.work - theirs.work}
+    unhidden = lambda time: max(0.0, time.sending('anywhere') - time.work)
+    more[f'its weights take {mine.sending("anywhere"):.3g} s to send'] = unhidden(mine) - unhidden(theirs)
+    axes = '+'.join(
+        dict.fromkeys(send.axes for send in mine.sends if send.hides != 'anywhere' and send.seconds > 0.1 * mine.waits)
+    )
+    more[f'waits {mine.waits:.3g} s for {axes} instead of {theirs.waits:.3g} s'] = mine.waits - theirs.waits
+    text, most = max(more.items(), key=lambda one: one[1])
+    ratio = choice.cost / best.cost
+    if ratio <= ALIKE:
+        return 'as fast, with more axes' if most < 0.1 * theirs.ideal else f'as fast; {text}'
+    return f'{ratio:.2f} times as long: {text}'
+
+
+def _fastest(run: RunConfig, mesh: MeshConfig, chip: Chip) -> Choice | None:
+    """The fastest way on one mesh, whether it fits or not: without remat, in one part."""
+    best: Choice | None = None
+    for way in sorted(_in_one_part(run, mesh), key=lambda way: least_time(way, chip)):
+        if best is None or least_time(way, chip) < best.seconds:
+            choice = Choice(way, chip)
+            best = choice if best is None or choice.seconds < best.seconds else best
+    return best
+
+
+def _in_one_part(run: RunConfig, mesh: MeshConfig) -> list[RunConfig]:
+    """A step on one mesh without remat, not cut but into microbatches."""
+    counts = [count for count in _microbatches(run, mesh) if _works(run, mesh, 1, count)]
+    return [_with(run, mesh, REMAT[0], 1, count) for count in counts]
+
+
+def best_of_mesh(run: RunConfig, mesh: MeshConfig, chip: Chip) -> Choice:
+    """The fastest way on one mesh that fits; where none does, the one that needs least memory."""
+    found = []
+    all_ways = (ways(run, mesh, chip, remat) for remat in REMAT)
+    for *kept, frugal in zip(*all_ways, strict=True):  # for each number of microbatches
+        smallest = _fewest_parts(frugal)
+        found.append(smallest)
+        if smallest.fits:
+            found += [choice for choice in map(_fewest_parts, kept) if choice.fits]
+    best = found[0]
+    for choice in sorted(found, key=lambda choice: least_time(choice.run, chip)):
+        if not (best.fits and least_time(choice.run, chip) >= best.seconds):
+            best = min(best, choice, key=_key)
+    return best
+
+
+def ways(run: RunConfig, mesh: MeshConfig, chip: Chip, remat: Remat) -> Iterator[list[Choice]]:
+    """Ways to train on one mesh: for each number of microbatches the parts that a step may have, the fewest first."""
+    for microbatches in _microbatches(run, mesh):
+        parts = [n for n in divisors(run.training.batch) if _works(run, mesh, n, microbatches)]
+        yield [Choice(_with(run, mesh, remat, n, microbatches), chip) for n in parts]
+
+
+def _fewest_parts(options: list[Choice]) -> Choice:
+    """The first that fits, or the smallest. From the second on each is smaller than the one before; the first keeps no sums."""
+    if options[0].fits:
+        return options[0]
+    if not options[-1].fits:
+        return min(options[0], options[-1], key=lambda choice: choice.total)
+    return options[bisect.bisect_left(options, True, lo=1, key=lambda choice: choice.fits)]
+
+
+def everything(run: RunConfig, chip: Chip, among: Iterable[MeshConfig]) -> Iterator[Choice]:
+    """Every way to train on any of the meshes that works: the search without its shortcuts."""
+    t = run.training
+    rules = [*sizes(run.model), *batch_sizes(t.batch, t.sequence_length)]
+    for mesh in among:
+        for microbatches in _microbatches(run, mesh) if all(rule.holds(mesh) for rule in rules) else []:
+            for accumulation in divisors(t.batch):
+                if _works(run, mesh, accumulation, microbatches):
+                    for remat in REMAT:
+                        yield Choice(_with(run, mesh, remat, accumulation, microbatches), chip)
+
+
+def _microbatches(run: RunConfig, mesh: MeshConfig) -> Iterable[int | None]:
+    """How many parts the pipeline may cut a device's rows into."""
+    if mesh.stage == 1:
+        return [None]
+    rows = run.training.batch // mesh.span(BATCH)
+    return [n for n in range(mesh.stage, MOST_MICROBATCHES * mesh.stage + 1, mesh.stage) if rows % n == 0]
+
+
+def _works(run: RunConfig, mesh: MeshConfig, accumulation: int, microbatches: int | None) -> bool:
+    t = run.training
+    rules = batch_sizes(t.batch, t.sequence_length, accumulation, microbatches)
+    return t.batch % accumulation == 0 and all(rule.holds(mesh) for rule in rules)
+
+
+def _with(run: RunConfig, mesh: MeshConfig, remat: Remat, accumulation: int, microbatches: int | None) -> RunConfig:
+    model = _rematerialized(run.model, remat)
+    training = dataclasses.replace(run.training, accumulation=accumulation, microbatches=microbatches)
+    return dataclasses.replace(run, mesh=mesh, model=model, training=training)
+
+
+@functools.lru_cache(maxsize=64)
+def _rematerialized(c: ModelConfig, remat: Remat) -> ModelConfig:
+    return dataclasses.replace(c, remat=remat)

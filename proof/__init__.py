@@ -1,0 +1,1 @@
+"""What the pages of benchmarks/ rest on: equal on every mesh, compiled pairs, speed beside peers. Nothing else needs it."""

@@ -1,0 +1,143 @@
+"""The cases of `scripts/prove.py`, and what is kept of them.
+
+A case is a name such as `gradient/dense/stage=2 tensor=4` and a function that computes its figures. Results are kept by
+case and by the hash of the code that they were computed with, so that a run that was interrupted goes on where it was.
+"""
+
+import ast
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from weft.proof.equivalence import (
+    LONG,
+    LOSSES_TOLERANCE,
+    MESHES,
+    MODELS,
+    RUNS,
+    TOLERANCE,
+    gradient_error,
+    initial_error,
+    losses_dtype,
+    losses_error,
+)
+from weft.proof.faults import FAULTS, caught, fault_error
+from weft.runtime.errors import UserError, shown
+from weft.storage.files import write
+
+ROOT = Path(__file__).parents[1]
+CODE = (  # what a result rests on
+    'proof/equivalence.py',
+    'proof/faults.py',
+    'model/attention',
+    *(
+        f'model/{name}.py'
+        for name in (
+            'config',
+            'config_parts',
+            'decoder',
+            'dispatch',
+            'encoder',
+            'forward',
+            'grouped_matmul',
+            'latent',
+            'layers',
+            'moe',
+            'rope',
+        )
+    ),
+    *(f'sharding/{name}.py' for name in ('collectives', 'mesh', 'order', 'pipeline')),
+    *(f'training/{name}.py' for name in ('loss', 'step')),
+)
+
+
+def cases() -> dict[str, Callable[[], dict[str, Any]]]:
+    """Every case by name."""
+    found: dict[str, Callable[[], dict[str, Any]]] = {}
+    for kind in MODELS:
+        for mesh in MESHES:
+            found[f'gradient/{kind}/{mesh}'] = functools.partial(gradient_error, kind, mesh)
+    for mesh in MESHES:
+        # Every kind of weight is in this one.
+        found[f'initial/all_gather/{mesh}'] = functools.partial(initial_error, 'all_gather', mesh)
+    for kind in RUNS:
+        for mesh in LONG:
+            found[f'losses/{kind}/{mesh}'] = functools.partial(losses_error, kind, mesh)
+    for fault in FAULTS:
+        found[f'fault/{fault.what}/{fault.kind}/{fault.mesh}'] = functools.partial(fault_error, fault)
+    return found
+
+
+def holds(case: str, found: dict[str, Any]) -> bool:
+    """Whether a case came out as it must."""
+    part = case.split('/')[0]
+    if part == 'fault':
+        return caught(found)
+    if part == 'gradient' and not found['loss'] <= TOLERANCE[part]:
+        return False
+    if part == 'losses':
+        of_20, of_50 = LOSSES_TOLERANCE[losses_dtype(case.split('/')[1])]
+        return found['error'] <= of_20 and found['error of 50'] <= of_50
+    return found['error'] <= TOLERANCE[part]
+
+
+def tell(found: dict[str, Any]) -> str:
+    """A case's figures in a line."""
+    return ', '.join(
+        f'{name} {value:.2g}' if isinstance(value, float) else f'{name} {value}' for name, value in found.items()
+    )
+
+
+def fingerprint() -> str:
+    """Of the code that results rest on, without its comments and docstrings, and of jax."""
+    digest = hashlib.sha256(jax.__version__.encode())
+    for name in CODE:
+        path = ROOT / name
+        for file in sorted(path.rglob('*.py')) if path.is_dir() else [path]:
+            tree = ast.parse(file.read_text(encoding='utf-8'))
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                    node.value = ast.Constant(None)
+            digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:12]
+
+
+class Results:
+    """Figures by case, one JSON object a line; those of other code are not read."""
+
+    def __init__(self, path: Path):
+        self.path, self.code = path, fingerprint()
+        self.found: dict[str, dict[str, Any]] = {}
+        if not path.exists():
+            return
+        whole, end, cut = path.read_bytes().rpartition(b'\n')
+        if cut:  # a kill while it was written
+            write(path, whole + end)
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                row = json.loads(line)
+                code, case = row.pop('code'), row.pop('case')
+            except (ValueError, LookupError, AttributeError, TypeError):
+                raise UserError(
+                    f'--results {shown(str(path))}:{number}: no figures of a case; take the file away, and all is computed anew'
+                ) from None
+            if code == self.code:
+                self.found[case] = row
+
+    def run(self, case: str, compute: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+        """The case's figures, and whether they were there already."""
+        if case in self.found:
+            return self.found[case], True
+        began = time.perf_counter()
+        row = compute() | {'seconds': round(time.perf_counter() - began, 1)}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open('a', encoding='utf-8') as file:
+            file.write(json.dumps({'case': case, 'code': self.code, **row}) + '\n')
+        self.found[case] = row
+        return row, False

@@ -1,0 +1,227 @@
+"""benchmarks/plan.md: what is planned by shapes alone beside what the compilers made of the same steps.
+
+`python -m weft.proof.compiled_page` writes it from the records that `python -m weft.proof.compiled_pairs` and
+`weft.proof.compiled_searched` keep.
+"""
+
+import collections
+import re
+import statistics
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from weft.planner import communication
+from weft.planner.aot import ROOT, Compiled
+from weft.planner.chips import CHIPS
+from weft.planner.memory import Memory, serving_memory, training_memory
+from weft.planner.roofline import Time, decode_time, mfu, prefill_time, run_traffic, train_time
+from weft.planner.traffic import Traffic
+from weft.proof.compiled_pairs import PAIRS, Pair, known, read
+from weft.proof.compiled_searched import Searched, searched
+from weft.storage.files import write
+
+PAGE = ROOT / 'benchmarks' / 'plan.md'
+
+HEAD = """# Plans beside compiled programs
+
+Written by `python -m weft.proof.compiled_page` from the records in [compiled/](compiled), which `make compilers` and
+`python -m weft.proof.compiled_pairs` make (jax 0.10.2, libtpu 0.0.42.1, jax-cuda13-plugin 0.10.2 with autotuning off).
+**Nothing here ran on a TPU or a GPU**: our own steps were compiled for machines of those chips, on two CPU cores without any.
+
+Each cell has the plan, made by shapes alone, and behind the stroke what the compiled program has. GB are 10^9 bytes of one
+chip. The compilers' times are of a machine that was busy with other work for some of them.
+
+*Arguments*: weights, optimizer state, batch, cache. *Memory*: of GPUs arguments and temporaries, of TPUs what is held at the
+fullest moment (`peak_memory_in_bytes`): what TPUs' compiler calls temporaries counts memory again that arrays use one after the
+other, and it compiles steps whose arguments and temporaries are more than a chip has. *Sent*: bytes that a chip sends in a
+step, all kinds and axes together, loops multiplied out. Nothing is fitted.
+"""
+
+
+class Planned(NamedTuple):
+    """What a plan says of a pair."""
+
+    memory: Memory
+    sent: Traffic
+    time: Time
+
+
+def plan(pair: Pair) -> Planned:
+    """By shapes alone."""
+    run, chip = pair.config, CHIPS[pair.chip]
+    c, mesh, rows, length = run.model, run.mesh, run.training.batch, run.training.sequence_length
+    if pair.what == 'train':
+        return Planned(training_memory(run, chip.platform), run_traffic(run), train_time(run, chip))
+    if pair.what == 'decode':
+        memory = serving_memory(c, mesh, rows, length, platform=chip.platform)
+        return Planned(memory, communication.decoding(c, mesh, rows), decode_time(c, mesh, chip, rows, length))
+    memory = serving_memory(c, mesh, rows, length, length, chip.platform)
+    return Planned(memory, communication.prefill(c, mesh, rows, length), prefill_time(c, mesh, chip, rows, length))
+
+
+def by_axes(sent: Traffic) -> dict[str, float]:
+    """Bytes over each set of axes, whatever groups an axis is cut into."""
+    found = collections.Counter[str]()
+    for axes, size in sent.bytes_by_axes().items():
+        found[re.sub(r' \(groups of \d+\)', '', axes)] += size  # type: ignore[assignment]
+    return dict(found)
+
+
+def total(sent: Traffic) -> float:
+    """All bytes."""
+    return sum(sent.bytes_by_axes().values())
+
+
+class Row(NamedTuple):
+    """A pair with its plan and its record."""
+
+    pair: Pair
+    planned: Planned
+    compiled: Compiled
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """The plan's figures by the compiled program's."""
+        return {
+            'arguments': self.planned.memory.arguments / self.compiled.memory['arguments'],
+            'memory': self.planned.memory.total / self.compiled.memory['total'],
+            'sent': total(self.planned.sent) / total(self.compiled.sent),
+        }
+
+
+def rows() -> list[Row]:
+    """Of all pairs with a record of a program."""
+    found = []
+    for pair in PAIRS:
+        path = known(pair)
+        if path:
+            compiled = read(path)[1]
+            if compiled.status == 'compiled':
+                found.append(Row(pair, plan(pair), compiled))
+    return found
+
+
+def table(found: list[Row]) -> Iterator[str]:
+    """One line a pair."""
+    names = 'model, step, chips, mesh, rows × tokens, arguments GB, memory GB, ratio, sent GB, ratio, fits, compiled in'
+    yield f'| {" | ".join(names.split(", "))} |'
+    yield f'|{"---|" * 4}{"---:|" * 6}---|---:|'
+    for row in found:
+        run, made, told = row.pair.config, row.compiled, row.planned
+        t, ratios = run.training, row.ratios
+        parts = f' in {t.accumulation} parts' if row.pair.what == 'train' and t.accumulation > 1 else ''
+        both = lambda plan, compiled: f'{plan / 1e9:.4g} / {compiled / 1e9:.4g}'
+        cells = [
+            row.pair.model,
+            row.pair.what,
+            f'{run.mesh.size:,} {row.pair.chip}',
+            str(run.mesh),
+            f'{t.batch:,} × {t.sequence_length:,}{parts}',
+            both(told.memory.arguments, made.memory['arguments']),
+            both(told.memory.total, made.memory['total']),
+            f'{ratios["memory"]:.3f}',
+            both(total(told.sent), total(made.sent)),
+            f'{ratios["sent"]:.3f}',
+            'yes' if made.fits else '**no**',
+            f'{sum(made.seconds.values()):.0f} s',
+        ]
+        yield f'| {" | ".join(cells)} |'
+
+
+def summary(found: list[Row]) -> Iterator[str]:
+    """How far plans and programs are apart."""
+    for platform, name in (('tpu', 'TPU'), ('gpu', 'NVIDIA')):
+        mine = [row for row in found if CHIPS[row.pair.chip].platform == platform]
+        if not mine:
+            continue
+        parts = []
+        for what in ('arguments', 'memory', 'sent'):
+            off = [abs(row.ratios[what] - 1) for row in mine]
+            parts.append(f'{what} {statistics.median(off):.1%} (at most {max(off):.1%})')
+        yield f'{name}, {len(mine)} pairs, apart in the median by: {", ".join(parts)}.'
+    for row in found:
+        made = row.compiled
+        together = made.memory['arguments'] + made.memory['temporaries']
+        if made.fits and together > made.available:
+            yield (
+                f'{row.pair.model}, {row.pair.what}, {row.pair.config.mesh.size} {row.pair.chip}: compiled for chips of '
+                f'{made.available / 1e9:.1f} GB, with arguments and temporaries of {together / 1e9:.1f} GB.'
+            )
+
+
+def case(row: Row) -> Iterator[str]:
+    """A page of one pair: memory, collectives, roofline."""
+    run, made, told = row.pair.config, row.compiled, row.planned
+    yield f'### {row.pair.model}, {row.pair.what}, {run.mesh.size:,} {row.pair.chip}: {run.mesh}'
+    yield ''
+    t = run.training
+    yield f'`{row.pair.overrides}`'
+    yield ''
+    gb = lambda size: f'{size / 1e9:.3g} GB'
+    parts = ', '.join(f'{part} {gb(size)}' for part, size in told.memory.parts().items() if size)
+    yield f'- Planned: {gb(told.memory.total)} of {gb(made.available)}: {parts}.'
+    yield f'- Compiled: {gb(made.memory["total"])}, of which arguments {gb(made.memory["arguments"])}.'
+    time = told.time
+    line = f'- Roofline: at least {time.bound:.3g} s ({time.limit}), predicted {time.predicted:.3g} s'
+    if row.pair.what == 'train':
+        tokens = t.batch * t.sequence_length / time.predicted
+        yield f'{line}: {tokens:,.0f} tokens/s, MFU {mfu(run, CHIPS[row.pair.chip], time.predicted):.1%}.'
+    else:
+        yield f'{line}: {t.batch / time.predicted:,.0f} tokens/s.'
+    for text in made.unplanned():
+        yield f'- Not asked for: {text}.'
+    yield ''
+    yield '| axes | planned GB | compiled GB | of which |'
+    yield '|---|---:|---:|---|'
+    planned, compiled = by_axes(told.sent), by_axes(made.sent)
+    for axes in sorted(planned.keys() | compiled.keys(), key=lambda axes: -compiled.get(axes, 0)):
+        kinds_of = collections.Counter[str]()
+        for (kind, where), (_, size) in made.sent.sent.items():
+            if re.sub(r' \(groups of \d+\)', '', where) == axes:
+                kinds_of[kind] += size  # type: ignore[assignment]
+        of = ', '.join(f'{kind} {size / 1e9:.4g}' for kind, size in kinds_of.most_common() if size > 1e6)
+        yield f'| {axes} | {planned.get(axes, 0) / 1e9:.4g} | {compiled.get(axes, 0) / 1e9:.4g} | {of} |'
+    yield ''
+
+
+SEARCHED = """## What the search chooses
+
+The first choices of `plan.py` without a mesh for the cases of proof/search_cases.py, whose chips there is a compiler for:
+`python -m weft.proof.compiled_searched`.
+
+| case | chips | rows × tokens | choice | memory GB | ratio | sent GB | ratio | fits |
+|---|---|---:|---|---:|---:|---:|---:|---|"""
+
+
+def chosen(found: list[Searched]) -> Iterator[str]:
+    """What the search chose beside what the compilers made of it."""
+    yield SEARCHED
+    for one in found:
+        made, choice, t = one.compiled, one.choice, one.choice.run.training
+        if not made:
+            continue
+        parts = f' in {t.accumulation} parts' if t.accumulation > 1 else ''
+        about = f'{one.name} | {one.case.chips} {one.case.chip} | {t.batch} × {t.sequence_length:,}'
+        what = f'{choice.mesh}, {choice.run.model.remat}{parts}'
+        if made.status != 'compiled':
+            yield f'| {about} | {what} | {choice.total / 1e9:.4g} / – | | | | **{made.status}** |'
+            continue
+        memory, sent = (choice.total, made.memory['total']), (total(run_traffic(choice.run)), total(made.sent))
+        cells = [f'{a / 1e9:.4g} / {b / 1e9:.4g} | {a / b:.3f}' for a, b in (memory, sent)]
+        yield f'| {about} | {what} | {" | ".join(cells)} | {"yes" if made.fits else "**no**"} |'
+    yield ''
+
+
+def page(found: list[Row], of_search: list[Searched]) -> str:
+    """All of it as Markdown."""
+    lines = [HEAD, *summary(found), '', *table(found), '', *chosen(of_search)]
+    lines += ['## Memory, collectives and roofline of the largest', '']
+    for row in found:
+        if row.pair.shown:
+            lines += case(row)
+    return '\n'.join(lines).rstrip() + '\n'
+
+
+if __name__ == '__main__':
+    write(PAGE, page(rows(), searched()).encode())
+    print('\n'.join(summary(rows())))

@@ -1,0 +1,144 @@
+"""Steps compiled for machines of many sizes, kept as records: `python -m weft.proof.compiled_pairs [--only PATTERN]`.
+
+One JSON file a pair in benchmarks/compiled/, written as soon as its compiler is done; what is there is not compiled again.
+"""
+
+import argparse
+import dataclasses
+import fnmatch
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from weft.planner.aot import ROOT, Compiled, compile_step
+from weft.planner.traffic import rows_of, table
+from weft.sharding.mesh import AXES
+from weft.storage import files
+from weft.training import config as configs
+from weft.training.config import RunConfig
+
+RECORDS = ROOT / 'benchmarks' / 'compiled'
+PLAIN = ('status', 'seconds', 'memory', 'available', 'message', 'versions')  # fields that a record has as they are
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A step of a published model, and the machine that it is compiled for."""
+
+    model: str  # of configs/models
+    chip: str
+    what: str  # 'train', 'decode' or 'prefill'
+    overrides: str  # of the config: its mesh, its batch (rows) and its sequence length (slots of a cache)
+    note: str = ''  # tells apart pairs that are alike but for the overrides
+    shown: bool = False  # with a page of its own in benchmarks/plan.md
+    timeout: float = 3600  # seconds
+
+    @property
+    def config(self) -> RunConfig:
+        """The whole run."""
+        return configs.load(ROOT / 'configs' / 'models' / f'{self.model}.yaml', self.overrides.split())
+
+    @property
+    def name(self) -> str:
+        """Of its record."""
+        parts = (self.model, self.what, self.config.mesh.size, self.chip, self.note)
+        return '-'.join(str(part) for part in parts if part)
+
+    def request(self) -> dict[str, Any]:
+        """What is asked, which a record keeps: another request is compiled anew."""
+        return {name: getattr(self, name) for name in ('model', 'chip', 'what', 'overrides')}
+
+
+def mesh(text: str, batch: int, length: int, more: str = '') -> str:
+    """Overrides: `data=4 tensor=2`, rows and tokens, and others."""
+    axes = dict.fromkeys(AXES, 1) | {axis: int(size) for axis, size in (part.split('=') for part in text.split())}
+    sizes = ' '.join(f'mesh.{axis}={size}' for axis, size in axes.items())
+    return f'{sizes} training.batch={batch} training.sequence_length={length} {more}'.strip()
+
+
+PAIRS = (
+    # What compiles soonest first.
+    Pair('llama-3.1-8b', 'h100', 'train', mesh('data=8', 8, 8192)),
+    Pair('llama-3.1-70b', 'h100', 'train', mesh('data=32 tensor=8', 32, 8192), shown=True),
+    Pair('mixtral-8x7b', 'h100', 'train', mesh('data=8 expert=8', 64, 4096)),
+    Pair('gpt-oss-120b', 'h100', 'decode', mesh('expert=8', 64, 8192), shown=True),
+    Pair('llama-3.1-8b', 'h100', 'decode', mesh('tensor=8', 32, 8192)),
+    Pair(
+        'llama-3.1-405b', 'v5p', 'train', mesh('data=128 tensor=8', 2048, 8192, 'training.accumulation=16'), shown=True
+    ),
+    Pair('llama-3.1-8b', 'v5p', 'train', mesh('data=4 tensor=2', 8, 8192)),
+    Pair('llama-3.1-70b', 'v5p', 'decode', mesh('tensor=8', 32, 8192)),
+    Pair('mixtral-8x7b', 'v6e', 'train', mesh('data=16 expert=4', 64, 4096), shown=True),
+    Pair('olmoe-1b-7b', 'h100', 'train', mesh('expert=8', 16, 4096)),
+    Pair('deepseek-v3', 'v5p', 'decode', mesh('expert=16 tensor=4', 256, 4096), shown=True),
+    Pair(
+        'deepseek-v3',
+        'v5p',
+        'train',
+        mesh('data=16 expert=16 tensor=8', 4096, 4096, 'training.accumulation=16 model.moe.dispatch=all_to_all'),
+        shown=True,
+    ),
+    Pair('llama-3.1-70b', 'v5p', 'train', mesh('data=16 tensor=4', 32, 8192)),
+    Pair('mixtral-8x7b', 'v5p', 'decode', mesh('tensor=8', 64, 8192)),
+    Pair('qwen3-30b-a3b', 'v5p', 'train', mesh('data=8 expert=8', 64, 4096)),
+    Pair('qwen3-8b', 'v6e', 'train', mesh('data=8 tensor=2', 16, 4096)),
+    Pair('llama-3.1-8b', 'v6e', 'decode', mesh('tensor=8', 32, 8192)),
+    Pair('gemma-2-9b', 'v5p', 'train', mesh('data=8 tensor=2', 16, 8192)),
+    Pair('gemma-3-27b', 'v6e', 'decode', mesh('tensor=8', 32, 8192)),
+    Pair('qwen3-235b-a22b', 'v5p', 'decode', mesh('expert=16 tensor=2', 64, 4096)),
+    Pair('qwen3-30b-a3b', 'h100', 'decode', mesh('expert=8', 64, 8192)),
+    Pair('llama-3.1-405b', 'h100', 'train', mesh('data=128 tensor=8', 128, 8192)),
+    Pair('deepseek-v2-lite', 'v5p', 'train', mesh('data=2 expert=8', 32, 4096)),
+    # Fits by its fullest moment, and would not by its arguments and temporaries (planner/aot_worker.py).
+    Pair('llama-3.1-8b', 'v6e', 'train', mesh('data=4 tensor=2', 12, 16384)),
+    # Does not fit.
+    Pair('llama-3.1-8b', 'v5e', 'train', mesh('data=4 tensor=2', 8, 2048)),
+)
+
+
+def read(path: Path) -> tuple[dict[str, Any], Compiled]:
+    """A record: what was asked, and what came of it."""
+    record = json.loads(path.read_text(encoding='utf-8'))
+    plain = {name: record[name] for name in PLAIN}
+    return record['request'], Compiled(**plain, sent=table(record['sent']), asked=table(record['asked']))
+
+
+def write(path: Path, request: dict[str, Any], found: Compiled) -> None:
+    """A record."""
+    plain = {name: getattr(found, name) for name in PLAIN}
+    record = {'request': request, **plain, 'fits': found.fits, 'unplanned': found.unplanned()}
+    record |= {'sent': rows_of(found.sent), 'asked': rows_of(found.asked)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write(path, (json.dumps(record, indent=1) + '\n').encode())
+
+
+def known(pair: Pair) -> Path | None:
+    """The record of exactly this pair, if there is one that came to an end."""
+    path = RECORDS / f'{pair.name}.json'
+    if not path.exists():
+        return None
+    request, found = read(path)
+    return path if request == pair.request() and found.status in ('compiled', 'does not fit') else None
+
+
+def main() -> None:
+    """Compiles what has no record."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--only', default='*', metavar='PATTERN', help='of names, as in mixtral-*-h100*')
+    wanted = parser.parse_args().only
+    for pair in PAIRS:
+        if not fnmatch.fnmatch(pair.name, wanted) or known(pair):
+            continue
+        began = time.perf_counter()
+        found = compile_step(pair.config, pair.chip, pair.what, timeout=pair.timeout)
+        write(RECORDS / f'{pair.name}.json', pair.request(), found)
+        total = found.memory.get('total', 0) / 1e9
+        print(f'{pair.name}: {found.status}, {total:.2f} GB, {time.perf_counter() - began:.0f} s', flush=True)
+        if found.message:
+            print(f'  {found.message[:2000]}', file=sys.stderr)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,234 @@
+"""That every mesh gives one device's numbers: models, meshes, and how far a mesh's figures are from one device's."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, Literal
+from unittest import mock
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from weft.data.config import DataConfig
+from weft.model import decoder
+from weft.model.config import ModelConfig, MoEConfig
+from weft.model.config_parts import Dispatch
+from weft.model.decoder import Decoder
+from weft.model.forward import place
+from weft.sharding.mesh import AXES, MeshConfig, factorizations, make_mesh
+from weft.training.config import RunConfig, TrainingConfig
+from weft.training.loss import loss_and_gradient
+from weft.training.step import init, train_step
+
+DEVICES = 8
+# Of losses: of the first 20 steps and of all 50. By dtype, see `losses`.
+TOLERANCE = {'gradient': 1e-10, 'initial': 0.0}
+LOSSES_TOLERANCE = {'float32': (1e-5, 1e-4), 'float64': (1e-10, 1e-10)}
+VOCABULARY, B, T = 200, 16, 128
+
+DENSE = ModelConfig(
+    vocabulary=VOCABULARY, layers=8, model_dim=32, heads=8, kv_heads=4, mlp_dim=32, window=48, qk_norm=True
+)
+EXPERTS = MoEConfig(
+    experts=8,
+    top_k=2,
+    mlp_dim=16,
+    router='sigmoid',
+    bias_update_rate=0.001,
+    capacity_factor=4.0,  # as many rows as there are: nothing is dropped, so that all dispatchers mean the same
+)
+
+
+def mixture(dispatch: Dispatch, **more: Any) -> ModelConfig:
+    return dataclasses.replace(
+        DENSE, window=None, qk_norm=False, moe=dataclasses.replace(EXPERTS, dispatch=dispatch, **more)
+    )
+
+
+MODELS = {
+    'dense': DENSE,
+    # With what compiles longest: rematerialisation, shared experts, and a dense layer before the pipeline.
+    'all_gather': dataclasses.replace(
+        mixture('all_gather', shared_experts=1, first_dense_layers=1), layers=9, remat='block'
+    ),
+    'all_to_all': mixture('all_to_all'),
+    'ragged': mixture('ragged'),
+}
+ACCUMULATION = {'dense': 2, 'all_to_all': 2}  # parts a step, on every mesh but the one device; 1 for the others
+
+RUNS = ('dense', 'all_gather')  # models of whole runs
+MESHES = [MeshConfig(**dict(zip(AXES, shape, strict=True))) for shape in factorizations(DEVICES, len(AXES))]
+# Every axis is on in at least four of them.
+LONG = [
+    MeshConfig(**sizes)
+    for sizes in (
+        {'replica': 8},
+        {'stage': 8},
+        {'data': 8},
+        {'context': 8},
+        {'expert': 8},
+        {'tensor': 8},
+        {'replica': 2, 'stage': 2, 'data': 2},
+        {'replica': 2, 'context': 2, 'expert': 2},
+        {'replica': 2, 'stage': 2, 'tensor': 2},
+        {'stage': 2, 'data': 2, 'context': 2},
+        {'stage': 2, 'context': 2, 'tensor': 2},
+        {'stage': 2, 'expert': 2, 'tensor': 2},
+        {'data': 2, 'expert': 2, 'tensor': 2},
+        {'context': 2, 'expert': 2, 'tensor': 2},
+    )
+]
+
+
+def packed_batch(seed: int) -> dict[str, np.ndarray]:
+    """Random rows of documents, numbered from 1, the last tokens padding; each token is followed by one of two."""
+    r = np.random.default_rng(seed)
+    segment_BT = (1 + np.cumsum(r.random((B, T)) < 0.03, axis=1)).astype(np.int32)
+    column_BT = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    starts_BT = np.diff(segment_BT, axis=1, prepend=0) > 0
+    position_BT = column_BT - np.maximum.accumulate(np.where(starts_BT, column_BT, 0), axis=1)
+    length_B1 = T - r.integers(0, 9, (B, 1))
+    padding_BT = column_BT >= length_B1
+    token_BT = np.zeros((B, T + 1), np.int32)
+    token_BT[:, 0] = r.integers(0, VOCABULARY, B)
+    for t in range(T):
+        token_BT[:, t + 1] = (token_BT[:, t] * 7 + r.integers(1, 3, B)) % VOCABULARY
+    return {
+        'tokens': token_BT[:, :-1],
+        'targets': token_BT[:, 1:],
+        'positions': np.where(padding_BT, 0, position_BT),
+        'segments': np.where(padding_BT, 0, segment_BT),
+    }
+
+
+def config_of(kind: str, mesh: MeshConfig, dtype: Literal['float32', 'float64'], steps: int = 50) -> RunConfig:
+    """The run of a kind of model on a mesh."""
+    accumulation = ACCUMULATION.get(kind, 1) if mesh.size > 1 else 1
+    t = TrainingConfig(
+        steps=steps, batch=B, sequence_length=T, learning_rate=3e-3, warmup_steps=10, accumulation=accumulation
+    )
+    config = RunConfig(
+        name='proof',
+        mesh=mesh,
+        model=dataclasses.replace(MODELS[kind], dtype=dtype),
+        data=DataConfig(),
+        training=t,
+    )
+    config.check_sizes()
+    return config
+
+
+@contextlib.contextmanager
+def precision(dtype: str) -> Iterator[None]:
+    """float64 where the case asks for it, and programs that compile quickly: loops over layers as on accelerators."""
+    before = jax.config.read('jax_enable_x64')
+    jax.config.update('jax_enable_x64', dtype == 'float64')
+    try:
+        with mock.patch.object(decoder, 'UNROLLED', {}):
+            yield
+    finally:
+        jax.config.update('jax_enable_x64', before)
+
+
+def named(tree: Any) -> dict[str, np.ndarray]:
+    """A model's arrays on the host, by name."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value'): np.asarray(x)
+        for path, x in leaves
+    }
+
+
+def gradient(kind: str, mesh: MeshConfig) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and gradient of the first step in float64, from one device's initial parameters."""
+    config = config_of(kind, mesh, 'float64')
+    make = lambda key: Decoder(config.model, nnx.Rngs(key))
+    with precision('float64'), jax.set_mesh(make_mesh(mesh)):
+        if mesh.size == 1:
+            model = jax.jit(make)(jax.random.key(0))
+        else:
+            born, shapes = one_model(kind), jax.eval_shape(make, jax.random.key(0))
+            put = lambda x, w: jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), w.sharding.spec))
+            model = jax.tree.map(put, born, shapes)
+        run = functools.partial(
+            loss_and_gradient, microbatches=config.microbatches, accumulation=config.training.accumulation
+        )
+        (loss, _), found = jax.jit(run)(model, place(packed_batch(0)))
+        return float(loss), named(found)
+
+
+@functools.cache
+def one_model(kind: str) -> Decoder:
+    """Initial parameters in float64, made on one device, on the host."""
+    with precision('float64'), jax.set_mesh(make_mesh(MeshConfig())):
+        make = lambda key: Decoder(config_of(kind, MeshConfig(), 'float64').model, nnx.Rngs(key))
+        return jax.tree.map(np.asarray, jax.jit(make)(jax.random.key(0)))
+
+
+def initial(kind: str, mesh: MeshConfig) -> dict[str, np.ndarray]:
+    """Initial parameters in float32, made on the mesh."""
+    config = config_of(kind, mesh, 'float32')
+    with precision('float32'), jax.set_mesh(make_mesh(mesh)):
+        return named(jax.jit(lambda key: Decoder(config.model, nnx.Rngs(key)))(jax.random.key(config.seed)))
+
+
+def losses_dtype(kind: str) -> Literal['float32', 'float64']:
+    """Of whole runs: float32, with a router float64.
+
+    Where a token's second and third expert score the same to a float32's last digits, the order of a sum decides which one it
+    visits, and an expert's load which way its bias goes: two right runs in float32 are then 1e-3 apart after 20 steps.
+    """
+    return 'float64' if MODELS[kind].moe else 'float32'
+
+
+def losses(kind: str, mesh: MeshConfig, steps: int) -> list[float]:
+    """Losses of the first steps of a whole run: AdamW, and the update of the routers' biases."""
+    dtype = losses_dtype(kind)
+    config = config_of(kind, mesh, dtype, steps=50)
+    with precision(dtype), jax.set_mesh(make_mesh(mesh)):
+        state = jax.jit(functools.partial(init, config))()
+        step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
+        found = []
+        for number in range(steps):
+            state, figures = step(state, place(packed_batch(number)))
+            found.append(float(figures['loss']))
+    return found
+
+
+one_gradient = functools.cache(lambda kind: gradient(kind, MeshConfig()))
+one_initial = functools.cache(lambda kind: initial(kind, MeshConfig()))
+one_losses = functools.cache(lambda kind: losses(kind, MeshConfig(), 50))
+
+
+def gradient_error(kind: str, mesh: MeshConfig) -> dict[str, Any]:
+    """How far loss and gradient of a mesh are from one device's: of each leaf max |Δ| over max |g|; the worst leaf."""
+    (loss, found), (one_loss, one) = gradient(kind, mesh), one_gradient(kind)
+    assert found.keys() == one.keys()
+    scale = {name: np.abs(one[name]).max() or 1.0 for name in one}  # the router's bias has no gradient: 0 must be 0
+    errors = {name: float(np.abs(found[name] - one[name]).max() / scale[name]) for name in one}
+    worst = max(errors, key=lambda name: errors[name] if np.isfinite(errors[name]) else np.inf)
+    return {'loss': abs(loss / one_loss - 1), 'error': errors[worst], 'leaf': worst, 'leaves': len(errors)}
+
+
+def initial_error(kind: str, mesh: MeshConfig) -> dict[str, Any]:
+    """How many initial parameters are not bit for bit one device's."""
+    found, one = initial(kind, mesh), one_initial(kind)
+    return {
+        'error': float(sum((found[name] != one[name]).sum() for name in one)),
+        'parameters': sum(leaf.size for leaf in one.values()),
+    }
+
+
+def losses_error(kind: str, mesh: MeshConfig) -> dict[str, Any]:
+    """The largest relative difference of 20 and of 50 losses from one device's."""
+    found, one = np.array(losses(kind, mesh, 50)), np.array(one_losses(kind))
+    apart = np.abs(found / one - 1)
+    return {
+        'error': float(apart[:20].max()),
+        'error of 50': float(apart.max()),
+        'first': one[0],
+        'last': float(found[-1]),
+    }

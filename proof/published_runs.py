@@ -1,0 +1,185 @@
+"""Training runs that others published, beside what the plan says of them: benchmarks/plan_runs.md.
+
+python -m weft.proof.published_runs                writes the page, and prints the efficiencies that the runs to fit on give
+
+A chip's one efficiency is the geometric mean, over every other run of it, of the ideal time by the measured one. The runs
+between are predicted with it. The bound is that of a program that computes nothing twice and gathers no weight again.
+"""
+
+import collections
+import dataclasses
+import functools
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from weft.model.cost import forward_flops
+from weft.planner.chips import CHIPS, Chip
+from weft.planner.roofline import Time, mfu, train_time
+from weft.sharding.mesh import parse_mesh
+from weft.storage.files import write
+from weft.training.config import RunConfig, load
+
+FOLDER = Path(__file__).parents[1]
+RUNS, PAGE = FOLDER / 'benchmarks' / 'published_runs.yaml', FOLDER / 'benchmarks' / 'plan_runs.md'
+WITHIN = 1.5  # times that a prediction may be off
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """One run: what was published, and the same run as a config of ours."""
+
+    row: Mapping[str, Any]
+    run: RunConfig
+    fit: bool  # whether the efficiency is fitted on it
+
+    @property
+    def chip(self) -> Chip:
+        """What it ran on."""
+        return CHIPS[self.row['chip']]
+
+    @property
+    def name(self) -> str:
+        """Of the model."""
+        return self.row['model']
+
+    @functools.cached_property
+    def measured(self) -> float:
+        """Seconds a step."""
+        row, t = self.row, self.run.training
+        tokens = t.batch * t.sequence_length
+        if 'seconds' in row:
+            return float(row['seconds'])
+        if 'tokens' in row:
+            return tokens / (row['tokens'] * row['chips'])
+        keys = {'square': t.sequence_length, 'causal': (t.sequence_length + 1) / 2}[row['counted']]
+        return 3 * sum(forward_flops(self.run.model, keys).values()) * tokens / (row['tflops'] * 1e12 * row['chips'])
+
+    def time(self, run: RunConfig) -> Time:
+        """Of a step. An interleaved pipeline, which ours is not, has the bubble of as many microbatches as parts pass."""
+        time, parts = train_time(run, self.chip), self.row.get('interleaved', 1)
+        if parts == 1:
+            return time
+        training = dataclasses.replace(run.training, microbatches=run.microbatches * parts)
+        cut = train_time(dataclasses.replace(run, training=training), self.chip)
+        least = {(send.axes, send.kind): send for send in cut.sends}
+        sends = (min(send, least[send.axes, send.kind], key=lambda send: send.seconds) for send in time.sends)
+        return dataclasses.replace(cut, sends=tuple(sends))
+
+    @functools.cached_property
+    def ideal(self) -> float:
+        """Seconds a step with an efficiency of 1."""
+        return self.time(self.run).ideal
+
+    @functools.cached_property
+    def bound(self) -> float:
+        """Seconds a step at least, whatever is kept."""
+        model = dataclasses.replace(self.run.model, remat='none')
+        return self.time(dataclasses.replace(self.run, model=model)).bound
+
+    @property
+    def predicted(self) -> float:
+        """Seconds a step."""
+        return self.ideal / self.chip.efficiency
+
+    @property
+    def ratio(self) -> float:
+        """Predicted by measured."""
+        return self.predicted / self.measured
+
+
+def read(path: Path = RUNS) -> list[Published]:
+    """All runs of the data file."""
+    data = yaml.safe_load(path.read_text(encoding='utf-8'))
+    seen = collections.Counter[str]()
+    runs = []
+    for row in data['runs']:
+        seen[row['chip']] += 1
+        runs.append(_published(row, data['models'], fit=seen[row['chip']] % 2 == 1))
+    return runs
+
+
+def _published(row: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]], fit: bool) -> Published:
+    name, changes = row['model'], dict(row.get('set', {}))
+    while name in models:
+        changes = {key: value for key, value in models[name].items() if key != 'of'} | changes
+        name = models[name]['of']
+    changes |= {
+        'model.dtype': 'bfloat16',
+        'model.remat': row['remat'],
+        'training.batch': row['batch'],
+        'training.sequence_length': row['length'],
+        'training.accumulation': row.get('accumulation', 1),
+        'training.microbatches': row.get('microbatches', 'null'),
+    }
+    run = load(FOLDER / 'configs' / 'models' / f'{name}.yaml', [f'{key}={value}' for key, value in changes.items()])
+    mesh = parse_mesh(row['mesh'])
+    assert mesh.size == row['chips'], f'{row}: its mesh has {mesh.size} devices'
+    return Published(row, dataclasses.replace(run, mesh=mesh), fit)
+
+
+def fitted(runs: list[Published]) -> dict[str, float]:
+    """The efficiency of each chip that a run to fit on tells of."""
+    ratios: dict[str, list[float]] = {}
+    for one in runs:
+        if one.fit:
+            ratios.setdefault(one.row['chip'], []).append(one.ideal / one.measured)
+    return {chip: statistics.geometric_mean(values) for chip, values in ratios.items()}
+
+
+def page(runs: list[Published]) -> str:
+    """Markdown: every run, measured, bounded and predicted."""
+    sources = yaml.safe_load(RUNS.read_text(encoding='utf-8'))['sources']
+    held = [one for one in runs if not one.fit]
+    good = sum(1 / WITHIN <= one.ratio <= WITHIN for one in held)
+    respected = sum(one.bound <= one.measured for one in runs)
+    worst = max(held, key=lambda one: max(one.ratio, 1 / one.ratio))
+    lines = [
+        '# The plan and published runs',
+        '',
+        f'`python -m weft.proof.published_runs`, from `benchmarks/published_runs.yaml`. The bound is respected by {respected} '
+        f'of {len(runs)} runs; of the {len(held)} that no efficiency was fitted on, {good} predicted within {WITHIN} times, '
+        f'the worst ({worst.name} on {worst.row["chips"]} {worst.row["chip"]}) {worst.ratio:.2f} times. MFU is ours: causal '
+        'attention, matmuls once, by the dense bfloat16 peak of planner/chips.py.',
+        '',
+        '| run | chips | mesh | remat | measured s | bound s | predicted s | predicted / measured | MFU | published MFU | '
+        'fit | source |',
+        '|---|---:|---|---|---:|---:|---:|---:|---:|---:|---|---|',
+    ]
+    for one in runs:
+        row = one.row
+        said = f'{row["mfu"]:.1%}' if 'mfu' in row else ''
+        lines.append(
+            f'| {one.name}, {row["length"]:,} | {row["chips"]:,} {row["chip"]} | {one.run.mesh} | {row["remat"]} | '
+            f'{one.measured:.2f} | {one.bound:.2f} | {one.predicted:.2f} | {one.ratio:.2f} | '
+            f'{mfu(one.run, one.chip, one.measured):.1%} | {said} | {"yes" if one.fit else ""} | {row["source"]} |'
+        )
+    lines += ['', 'Efficiencies: ' + ', '.join(f'{chip} {value:.2f}' for chip, value in fitted(runs).items()) + '.', '']
+    lines += [
+        f'Miss: {one.name} on {one.row["chips"]:,} {one.row["chip"]}: {one.row["miss"]}.'
+        for one in held
+        if 'miss' in one.row
+    ]
+    lines.append('')
+    notes = [
+        f'- {one.name} on {one.row["chips"]:,} {one.row["chip"]}: {one.row["note"]}.'
+        for one in runs
+        if 'note' in one.row
+    ]
+    return '\n'.join([*lines, *notes, '', *(f'- {name}: {where}' for name, where in sources.items()), ''])
+
+
+def main() -> None:
+    """Writes the page."""
+    runs = read()
+    for chip, value in fitted(runs).items():
+        print(f'{chip}: {value:.3f} (planner/chips.py: {CHIPS[chip].efficiency})')
+    write(PAGE, page(runs).encode())
+    print(PAGE.relative_to(FOLDER))
+
+
+if __name__ == '__main__':
+    main()
