@@ -138,7 +138,7 @@ def _check_counts(family: Family, c: ModelConfig, tensors: int) -> None:
         if count > tensors:
             raise UserError(f'{field} is {count} {rule}')
     if c.moe and any('{e}' in name for name in family.names):
-        layers = sum(kind.experts for kind in c.kinds)
+        layers = sum(kind.experts for kind in c.layer_specs)
         if c.moe.experts * layers > tensors:
             raise UserError(
                 f'model.moe.experts is {c.moe.experts} in each of {layers} layers, and the files have {tensors} tensors'

@@ -158,7 +158,7 @@ def _differing(found: ModelConfig, c: ModelConfig) -> list[Difference]:
         elif a != b:
             differing.append(Difference(f'model.{name}', b, max(len(x) if isinstance(x, dict) else 1 for x in (a, b))))
     # Which layers are mixtures and which have the window can be said in several ways.
-    return differing if c.kinds != found.kinds else [one for one in differing if one.field not in OF_KINDS]
+    return differing if c.layer_specs != found.layer_specs else [one for one in differing if one.field not in OF_KINDS]
 
 
 def _said(c: ModelConfig) -> dict[str, Any]:
@@ -172,7 +172,7 @@ def _said(c: ModelConfig) -> dict[str, Any]:
         fields['moe']['shared_mlp_dim'] = c.moe.shared_dim // max(c.moe.shared_experts, 1)
         if c.moe.groups == 1:
             del fields['moe']['group_score'], fields['moe']['top_groups']
-        if all(kind.experts for kind in c.kinds):
+        if all(kind.experts for kind in c.layer_specs):
             del fields['mlp_dim']  # of a plain MLP, which no layer has
     if c.encoder:
         fields['encoder'] = {

@@ -22,7 +22,7 @@ from weft.inference.sampling import NO_TOKEN, check_token
 from weft.inference.step import cache_specs, decode, jit_step
 from weft.model.decoder import Decoder
 from weft.model.forward import TOKENS, place
-from weft.model.layers import Cache
+from weft.model.layers import KVCache
 from weft.runtime.errors import UserError
 
 
@@ -87,7 +87,7 @@ def first_candidates(model: Decoder, slots: int, beams: int, ways: int, prompts:
 
 
 @functools.partial(jit_step, static_argnums=(2, 3), donate_argnums=1)
-def next_candidates(model: Decoder, cache: Cache, beams: int, ways: int, parent_R, token_R, score_R, position_R):
+def next_candidates(model: Decoder, cache: KVCache, beams: int, ways: int, parent_R, token_R, score_R, position_R):
     """Candidates after one more token in each of B × N rows, whose beams come from others of their prompt."""
 
     def chosen(a, axis, parent_R):
@@ -112,7 +112,7 @@ def candidates(logit_RV, score_R, count: int, beams: int) -> Candidates:
     return jax.shard_map(one_device, in_specs=P(TOKENS[0]), out_specs=P(TOKENS[0]))(logit_RV, score_R)
 
 
-def by_row(cache: Cache, change, *rows):
+def by_row(cache: KVCache, change, *rows):
     """A cache of other rows: `change(array, axis of its rows, *rows)` for each array, on each device by itself."""
     layout = cache_specs(cache)
     change_all = lambda cache, *rows: jax.tree.map(lambda a: change(a, 1 if a.ndim > 1 else 0, *rows), cache)

@@ -20,7 +20,7 @@ from weft.inference.prompts import BUCKET
 from weft.inference.run import TrainedRun
 from weft.model.forward import hidden_states, place, row_ways
 from weft.runtime.errors import UserError, shown
-from weft.sharding.collectives import wide
+from weft.sharding.collectives import upcast
 from weft.sharding.mesh import BATCH, SEQUENCE
 from weft.storage.buckets import Bucket
 from weft.storage.foreign import read_json
@@ -79,7 +79,7 @@ def pooled(model, tokens_BT, position_BT, length_B, pooling: Pooling):
     """Vectors of length 1 [B, D] in at least float32, of rows of which the first `length_B` tokens are a text."""
     live_BT = jnp.arange(tokens_BT.shape[1])[None] < length_B[:, None]
     x_BTD = hidden_states(model, tokens_BT, position_BT, live_BT.astype(jnp.int32))
-    x_BTD = jax.reshard(wide(x_BTD), P(BATCH))
+    x_BTD = jax.reshard(upcast(x_BTD), P(BATCH))
     if pooling == 'mean':
         weight_BT = live_BT / length_B[:, None]
     else:

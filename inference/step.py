@@ -15,9 +15,9 @@ from jax import P, lax
 from weft.model.cost import cached_numbers
 from weft.model.decoder import Decoder, backends, to_vocabulary
 from weft.model.forward import ROWS, TOKENS, columns, needs_causal, needs_no_stages, one_device, real_vocabulary
-from weft.model.layers import CACHE_SPEC, Cache, Kept, View
+from weft.model.layers import CACHE_SPEC, CrossKVCache, ForwardContext, KVCache
 from weft.runtime import background
-from weft.sharding.collectives import psum, settled, vary
+from weft.sharding.collectives import as_replicated, mark_varying, psum
 from weft.sharding.mesh import platform
 from weft.sharding.sequence_layout import cyclic
 
@@ -62,7 +62,7 @@ def jit_step(step: Callable, **how: Any) -> Program:
     return Program(step, OPTIONS, **how)
 
 
-def empty_cache(model: Decoder, rows: int, slots: int, source: Kept | None = None) -> Cache:
+def empty_cache(model: Decoder, rows: int, slots: int, source: CrossKVCache | None = None) -> KVCache:
     """A cache for `rows` sequences of at most `slots` tokens, in the compute dtype, split over BATCH, `context`, `tensor`.
 
     [layers, rows, slots, tensor × numbers of a device] (`model.cost.cached_numbers`). `slots` is rounded up to what `context`
@@ -75,20 +75,20 @@ def empty_cache(model: Decoder, rows: int, slots: int, source: Kept | None = Non
     slots = -(-slots // mesh['context']) * mesh['context']
     make = lambda width: jnp.zeros((c.layers, rows, slots, mesh['tensor'] * width), c.dtype, out_sharding=CACHE_SPEC)
     widths = cached_numbers(c, mesh['tensor'], platform())
-    return Cache(make(widths[0]), make(widths[1]) if len(widths) > 1 else None, source)
+    return KVCache(make(widths[0]), make(widths[1]) if len(widths) > 1 else None, source)
 
 
-def encode(model: Decoder, tokens_BS, length_B) -> Kept:
+def encode(model: Decoder, tokens_BS, length_B) -> CrossKVCache:
     """What an encoder–decoder's cache keeps of sources, of which row b's tokens are tokens_BS[b, :length_B[b]]."""
 
     def body(model, tokens_BS, length_B):
         position_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
         segment_BS = (position_BS < length_B[:, None]).astype(jnp.int32)
-        view = View(position_BS, segment_BS, **backends(model.config))
-        return model.kept(model.read(tokens_BS, position_BS, segment_BS, view))
+        ctx = ForwardContext(position_BS, segment_BS, **backends(model.config))
+        return model.kept(model.read(tokens_BS, position_BS, segment_BS, ctx))
 
     layouts: tuple[Any, ...] = (CACHE_SPEC, CACHE_SPEC, TOKENS)
-    run = one_device(body, model, (TOKENS, TOKENS), Kept(*layouts))
+    run = one_device(body, model, (TOKENS, TOKENS), CrossKVCache(*layouts))
     return run(model, tokens_BS, length_B)
 
 
@@ -97,7 +97,7 @@ def cache_specs(tree):
     return jax.tree.map(lambda a: CACHE_SPEC if a.ndim > 1 else TOKENS, tree)
 
 
-def prefill(model: Decoder, cache: Cache, tokens_BT, length_B):
+def prefill(model: Decoder, cache: KVCache, tokens_BT, length_B):
     """Reads the prompts: row b's are tokens_BT[b, :length_B[b]], what follows is padding.
 
     Returns the logits [B, vocabulary] after each row's last token, and the cache. Device i of `context` reads columns i,
@@ -112,16 +112,16 @@ def prefill(model: Decoder, cache: Cache, tokens_BT, length_B):
         position_BT = jnp.broadcast_to(column_T, tokens_BT.shape)
         segment_BT = (position_BT < length_B[:, None]).astype(jnp.int32)
         split = tokens_BT.shape[1] % lax.axis_size('tensor') == 0
-        view = View(position_BT, segment_BT, **backends(model.config), sequence_split=split, source=source)
-        x_BTD, cache, _ = model.hidden(tokens_BT, view, cache)
+        ctx = ForwardContext(position_BT, segment_BT, **backends(model.config), sequence_split=split, source=source)
+        x_BTD, cache, _ = model.hidden(tokens_BT, ctx, cache)
         last_BT1 = (position_BT == length_B[:, None] - 1)[..., None]  # one column, of one device of `context`
-        last_BD = psum(jnp.where(last_BT1, view.join(x_BTD), 0).sum(1), 'context')
+        last_BD = psum(jnp.where(last_BT1, ctx.gather_sequence(x_BTD), 0).sum(1), 'context')
         return to_vocabulary(last_BD, model.head(), model.config), cache
 
     return _with_cache(body, model, cache, tokens_BT, length_B)
 
 
-def extend(model: Decoder, cache: Cache, tokens_BT, begin_B, length_B):
+def extend(model: Decoder, cache: KVCache, tokens_BT, begin_B, length_B):
     """Reads more tokens after those in the cache: row b's are tokens_BT[b, :length_B[b]] and stand at position begin_B[b] on.
 
     What follows in a row is padding: it comes into the cache at places where nothing looks before a token has taken its place.
@@ -132,7 +132,7 @@ def extend(model: Decoder, cache: Cache, tokens_BT, begin_B, length_B):
     def body(model, cache, source, tokens_BT, begin_B, length_B):
         column_1T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
         live_BT = column_1T < length_B[:, None]
-        view = View(
+        ctx = ForwardContext(
             begin_B[:, None] + column_1T,
             live_BT.astype(jnp.int32),
             **backends(model.config),
@@ -140,14 +140,14 @@ def extend(model: Decoder, cache: Cache, tokens_BT, begin_B, length_B):
             decoding=True,
             source=source,
         )
-        x_BTD, cache, _ = model.hidden(tokens_BT, view, cache)
+        x_BTD, cache, _ = model.hidden(tokens_BT, ctx, cache)
         last_BT1 = (column_1T == length_B[:, None] - 1)[..., None]
         return to_vocabulary(jnp.where(last_BT1, x_BTD, 0).sum(1), model.head(), model.config), cache
 
     return _with_cache(body, model, cache, tokens_BT, begin_B, length_B)
 
 
-def grown(cache: Cache, slots: int) -> Cache:
+def grown(cache: KVCache, slots: int) -> KVCache:
     """A cache of so many slots, rounded up as `empty_cache` does, with what is in it."""
     n = jax.sharding.get_abstract_mesh().shape['context']
     fill = -(-slots // n) - cache.k_LBSM.shape[2] // n
@@ -158,7 +158,7 @@ def grown(cache: Cache, slots: int) -> Cache:
     return jax.shard_map(own, in_specs=(layout,), out_specs=layout)(kept)._replace(source=cache.source)
 
 
-def decode(model: Decoder, cache: Cache, token_B, position_B):
+def decode(model: Decoder, cache: KVCache, token_B, position_B):
     """One more token in each row, at its position. Returns the logits [B, vocabulary] after it, and the cache.
 
     Every device of `context` works on the same tokens; each attends to the slots that it keeps.
@@ -166,10 +166,10 @@ def decode(model: Decoder, cache: Cache, token_B, position_B):
 
     def body(model, cache, source, token_B, position_B):
         ones_B1 = jnp.ones_like(position_B)[:, None]
-        view = View(
+        ctx = ForwardContext(
             position_B[:, None], ones_B1, **backends(model.config), sequence_split=False, decoding=True, source=source
         )
-        x_BTD, cache, _ = model.hidden(token_B[:, None], view, cache)
+        x_BTD, cache, _ = model.hidden(token_B[:, None], ctx, cache)
         return to_vocabulary(x_BTD[:, 0], model.head(), model.config), cache
 
     return _with_cache(body, model, cache, token_B, position_B)
@@ -181,8 +181,8 @@ def _with_cache(body, model, cache, tokens, *row_B):
     layout, of_source = cache_specs(cache), cache_specs(source)
 
     def known(model, cache, *rest):
-        logit_BV, cache = body(model, vary(cache), *rest)
-        return settled(logit_BV, 'context'), cache
+        logit_BV, cache = body(model, mark_varying(cache), *rest)
+        return as_replicated(logit_BV, 'context'), cache
 
     run = one_device(known, model, (layout, of_source, TOKENS, *[TOKENS] * len(row_B)), (P(ROWS, 'tensor'), layout))
     logit_BV, cache = run(model, cache, source, tokens, *row_B)

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 
 from weft.model.config_parts import (
     EncoderConfig,
-    Kind,
-    LatentConfig,
+    LayerGroup,
+    LayerSpec,
+    MLAConfig,
     MoEConfig,
     RopeScaling,
-    Run,
+    group_layers,
     nearest_divisor,
-    runs_of,
 )
 from weft.runtime.errors import UserError
 
@@ -57,7 +57,7 @@ class ModelConfig:
     local_rope_theta: float | None = None  # of layers with a window, without scaling; None: as all others
     window: int | None = None  # tokens that a query sees, itself one of them; None: all before it
     window_pattern: tuple[bool, ...] = (True,)  # which layers have the window, over and over from the first
-    latent: LatentConfig | None = None  # keys and values from a latent vector, instead of kv_heads and head_dim
+    latent: MLAConfig | None = None  # keys and values from a latent vector, instead of kv_heads and head_dim
     query_scale: float | None = None  # of the scores; None: 1 / √(width of a head's query)
     query_scale_by_layer: bool = (
         False  # scores of layer l, from 0, are divided by l + 1 (GPT-2's code has it as an option)
@@ -219,7 +219,7 @@ class ModelConfig:
                 f'model.moe.first_dense_layers is {self.moe.first_dense_layers} and model.layers {self.layers}: '
                 f'at most {self.layers - 1} can be dense; model.moe=null makes all of them so'
             )
-        if self.moe and not any(kind.experts for kind in self.kinds):
+        if self.moe and not any(kind.experts for kind in self.layer_specs):
             raise UserError(
                 f'model.moe.pattern is {list(self.moe.pattern)} and model.layers {self.layers}: no layer would be a mixture; '
                 'model.moe=null says so'
@@ -245,20 +245,20 @@ class ModelConfig:
         )
 
     @functools.cached_property
-    def runs(self) -> tuple[Run, ...]:
+    def layer_groups(self) -> tuple[LayerGroup, ...]:
         """All layers, first to last, as few different ones as can be."""
-        return runs_of(self.kinds)
+        return group_layers(self.layer_specs)
 
     @functools.cached_property
-    def kinds(self) -> tuple[Kind, ...]:
+    def layer_specs(self) -> tuple[LayerSpec, ...]:
         """Of each layer, first to last."""
 
-        def kind(layer: int) -> Kind:
+        def kind(layer: int) -> LayerSpec:
             m = self.moe
             experts = m is not None and layer >= m.first_dense_layers and m.pattern[layer % len(m.pattern)]
             windowed = self.window is not None and self.window_pattern[layer % len(self.window_pattern)]
             turned = self.rotary_pattern[layer % len(self.rotary_pattern)] if self.positions == 'rotary' else True
-            return Kind(bool(experts), windowed, turned)
+            return LayerSpec(bool(experts), windowed, turned)
 
         return tuple(kind(layer) for layer in range(self.layers))
 
@@ -279,9 +279,9 @@ class ModelConfig:
         return self.activation in ('swiglu', 'geglu', 'clamped_swiglu')
 
     @functools.cached_property
-    def longest_run(self) -> int:
+    def pipelined_group(self) -> int:
         """Which of the runs a pipeline splits over its stages; the later one of two as long."""
-        return max(range(len(self.runs)), key=lambda number: (self.runs[number].layers, number))
+        return max(range(len(self.layer_groups)), key=lambda number: (self.layer_groups[number].layers, number))
 
     @property
     def query_dim(self) -> int:

@@ -47,7 +47,7 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentConfig:
+class MLAConfig:
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1): keys and values from one vector a token."""
 
     q_rank: int | None = None  # of the queries' own latent vector; None: queries come from x itself
@@ -68,7 +68,7 @@ class LatentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class LayerSpec:
     """What tells one layer of a stack from another."""
 
     experts: bool = False  # a mixture of experts; else an MLP
@@ -77,15 +77,15 @@ class Kind:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class LayerGroup:
     """Layers in a row that repeat one sequence of kinds: what one scan goes over."""
 
-    kinds: tuple[Kind, ...]
+    specs: tuple[LayerSpec, ...]
     repeats: int
 
     @property
     def layers(self) -> int:
-        return len(self.kinds) * self.repeats
+        return len(self.specs) * self.repeats
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,7 +198,7 @@ class EncoderConfig:
 
 
 @functools.cache
-def runs_of(kinds: tuple[Kind, ...]) -> tuple[Run, ...]:
+def group_layers(kinds: tuple[LayerSpec, ...]) -> tuple[LayerGroup, ...]:
     """Kinds in a row as repeated units: the fewest kinds written down, of those the fewest runs, of those the first longest."""
     L = len(kinds)
     number = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
@@ -220,10 +220,10 @@ def runs_of(kinds: tuple[Kind, ...]) -> tuple[Run, ...]:
         length = left - int(np.argmin(cost[::-1]))  # the longest of those that cost the least
         written[first], runs[first] = divmod(int(cost[length - 1]), L + 1)
         unit_of[first], length_of[first] = unit[length], length
-    found, at = list[Run](), 0
+    found, at = list[LayerGroup](), 0
     while at < L:
         length = int(length_of[at])
-        found.append(Run(kinds[at : at + int(unit_of[at])], length // int(unit_of[at])))
+        found.append(LayerGroup(kinds[at : at + int(unit_of[at])], length // int(unit_of[at])))
         at += length
     return tuple(found)
 

@@ -10,7 +10,7 @@ together with one of the source.
 import dataclasses
 from typing import Literal
 
-from weft.model.config import Kind, ModelConfig
+from weft.model.config import LayerSpec, ModelConfig
 
 
 def parameters(c: ModelConfig) -> dict[str, int]:
@@ -28,7 +28,7 @@ def parameters(c: ModelConfig) -> dict[str, int]:
     }
     if c.pooler:
         parts['pooler'] = D * D + D + c.next_sentence * (2 * D + 2)
-    for kind in c.kinds:
+    for kind in c.layer_specs:
         for part, count in layer_parameters(c, kind).items():
             parts[part] = parts.get(part, 0) + count
     if c.encoder:
@@ -36,12 +36,12 @@ def parameters(c: ModelConfig) -> dict[str, int]:
         parts['encoder'] = sum(parameters(c.of_encoder).values())
     if c.mtp_layers:
         parts['mtp'] = c.mtp_layers * (
-            sum(layer_parameters(c, c.kinds[-1]).values()) + 2 * D * D + 3 * norm_parameters(c)
+            sum(layer_parameters(c, c.layer_specs[-1]).values()) + 2 * D * D + 3 * norm_parameters(c)
         )
     return parts
 
 
-def layer_parameters(c: ModelConfig, kind: Kind) -> dict[str, int]:
+def layer_parameters(c: ModelConfig, kind: LayerSpec) -> dict[str, int]:
     """Parameters of one layer by part."""
     D, m = c.model_dim, c.moe
     norms = (3 if c.encoder else 2) * (2 if c.norm_order == 'sandwich' else 1)
@@ -73,7 +73,7 @@ def keys_seen(c: ModelConfig, sequence_length: int) -> float:
             return ((2 * window - 1) * sequence_length - window * (window - 1)) / sequence_length
         return (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
 
-    return sum(seen(kind.windowed) for kind in c.kinds) / c.layers
+    return sum(seen(kind.windowed) for kind in c.layer_specs) / c.layers
 
 
 def forward_flops(c: ModelConfig, keys: float, source_keys: float | None = None) -> dict[str, float]:
@@ -81,7 +81,7 @@ def forward_flops(c: ModelConfig, keys: float, source_keys: float | None = None)
 
     With an encoder a token of its source sees `source_keys`, and so does the decoder's token; None: as many as `keys`.
     """
-    D, moe = c.model_dim, sum(kind.experts for kind in c.kinds)
+    D, moe = c.model_dim, sum(kind.experts for kind in c.layer_specs)
     source_keys = keys if source_keys is None else source_keys
     scores = c.layers * 2.0 * c.heads * (c.query_dim + c.value_dim)  # for each key
     flops = {
@@ -121,7 +121,7 @@ def flops_per_token(c: ModelConfig, what: Literal['train', 'prefill', 'decode'],
     if what == 'prefill':
         return forward | {'head': forward['head'] / context}
     if c.mtp_layers:
-        last = c.kinds[-1]
+        last = c.layer_specs[-1]
         one = dataclasses.replace(
             c,
             layers=1,
@@ -137,7 +137,7 @@ def flops_per_token(c: ModelConfig, what: Literal['train', 'prefill', 'decode'],
 def _decode_flops(c: ModelConfig, context: float) -> dict[str, float]:
     """One token whose keys are in a cache. Latent attention goes to the latent space instead (model/latent.py)."""
     a = c.latent
-    seen = sum(min(context, c.window) if kind.windowed else context for kind in c.kinds) / c.layers
+    seen = sum(min(context, c.window) if kind.windowed else context for kind in c.layer_specs) / c.layers
     flops = forward_flops(c, seen, context)
     flops.pop('encoder', None)
     if a:
@@ -159,7 +159,7 @@ def decode_bytes(c: ModelConfig, rows: int, keys: float, weight_bytes: int, cach
         parts.pop('embedding')
     if c.moe:
         parts['experts'] *= 1 - (1 - c.moe.top_k / c.moe.experts) ** rows
-    seen = sum(min(keys, c.window if kind.windowed else keys) for kind in c.kinds) / c.layers
+    seen = sum(min(keys, c.window if kind.windowed else keys) for kind in c.layer_specs) / c.layers
     return sum(parts.values()) * weight_bytes / rows + cache_bytes_per_token(c, cache_bytes) * seen
 
 

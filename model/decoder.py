@@ -18,17 +18,28 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import P, lax
 
-from weft.model.config import Kind, ModelConfig
+from weft.model.config import LayerSpec, ModelConfig
 from weft.model.encoder import CrossAttention, HeadMlp, Pooler, kept, sinusoids
 from weft.model.latent import LatentAttention
-from weft.model.layers import Attention, Cache, Kept, Memory, Mlp, Norm, View, constant, linear_back, weight
+from weft.model.layers import (
+    Attention,
+    CrossKVCache,
+    EncoderOutput,
+    ForwardContext,
+    KVCache,
+    Mlp,
+    Norm,
+    constant,
+    linear_back,
+    weight,
+)
 from weft.model.moe import MoE
-from weft.model.ops.attention import Asked
+from weft.model.ops.attention import AttentionFeatures
 from weft.model.ops.attention import default_backend as attention_backend
 from weft.model.ops.grouped_matmul import default_backend as experts_backend
-from weft.sharding.collectives import all_to_all, gathered, my_slice, several, vary, whole, wide
+from weft.sharding.collectives import active_axes, all_gather, all_to_all, mark_varying, tensor_slice, unshard, upcast
 from weft.sharding.mesh import FSDP, platform
-from weft.sharding.pipeline import dealt, pipeline
+from weft.sharding.pipeline import my_microbatches, pipeline
 
 # Platform -> layers that are written out at most, of whole rows and of a decoding step: a loop's slices of weights, and of what
 # is kept, are copies, and with them a decoding step takes up to twice as long. More keep the loop, to compile quickly.
@@ -40,7 +51,7 @@ UNROLLED_EXPERTS = {'tpu': (0, 64)}
 class Block(nnx.Module):
     """One layer: attention, then an MLP or a mixture of experts, each added to what it read; norms as `norm_order` says."""
 
-    def __init__(self, c: ModelConfig, kind: Kind, rngs: nnx.Rngs):
+    def __init__(self, c: ModelConfig, kind: LayerSpec, rngs: nnx.Rngs):
         self.config = c
         self.attention_norm = Norm(c)
         self.attention = LatentAttention(c, kind, rngs) if c.latent else Attention(c, kind, rngs)
@@ -53,25 +64,25 @@ class Block(nnx.Module):
             if c.encoder:
                 self.cross_out_norm = Norm(c)
 
-    def __call__(self, x_BTD, view: View, cache: Cache | None, layer):
+    def __call__(self, x_BTD, ctx: ForwardContext, cache: KVCache | None, layer):
         """x after the layer, the cache, and the router's figures (an empty dict without a router)."""
         rate, figures, before = self.config.dropout, {}, self.config.norm_order in ('pre', 'sandwich')
-        y_BTD, cache = self.attention(self.attention_norm(x_BTD) if before else x_BTD, view, cache, layer)
-        x_BTD = self.add(x_BTD, y_BTD, 'attention', view, rate, 1, layer)
+        y_BTD, cache = self.attention(self.attention_norm(x_BTD) if before else x_BTD, ctx, cache, layer)
+        x_BTD = self.add(x_BTD, y_BTD, 'attention', ctx, rate, 1, layer)
         if self.config.encoder:
-            y_BTD, cache = self.cross(self.cross_norm(x_BTD) if before else x_BTD, view, cache, layer)
-            x_BTD = self.add(x_BTD, y_BTD, 'cross', view, rate, 4, layer)
-        y_BTD = self.mlp(self.mlp_norm(x_BTD) if before else x_BTD, view)
+            y_BTD, cache = self.cross(self.cross_norm(x_BTD) if before else x_BTD, ctx, cache, layer)
+            x_BTD = self.add(x_BTD, y_BTD, 'cross', ctx, rate, 4, layer)
+        y_BTD = self.mlp(self.mlp_norm(x_BTD) if before else x_BTD, ctx)
         if isinstance(self.mlp, MoE):
             y_BTD, figures = y_BTD
-        return self.add(x_BTD, y_BTD, 'mlp', view, rate, 2, layer), cache, figures
+        return self.add(x_BTD, y_BTD, 'mlp', ctx, rate, 2, layer), cache, figures
 
-    def add(self, x_BTD, y_BTD, part: str, view: View, rate: float, *site):
+    def add(self, x_BTD, y_BTD, part: str, ctx: ForwardContext, rate: float, *site):
         """The sum of x and a part's output, of which the output or the sum is normed where the order asks for it."""
         if self.config.norm_order in ('sandwich', 'output'):
             name = 'out_norm' if self.config.norm_order == 'sandwich' else 'norm'
             y_BTD = getattr(self, f'{part}_{name}')(y_BTD)
-        x_BTD = x_BTD + view.dropout(y_BTD, rate, *site)
+        x_BTD = x_BTD + ctx.dropout(y_BTD, rate, *site)
         return getattr(self, f'{part}_norm')(x_BTD) if self.config.norm_order == 'post' else x_BTD
 
 
@@ -83,16 +94,16 @@ class Ahead(Block):
     before the head reads them, and it is those that the next layer is given.
     """
 
-    def __init__(self, c: ModelConfig, kind: Kind, rngs: nnx.Rngs):
+    def __init__(self, c: ModelConfig, kind: LayerSpec, rngs: nnx.Rngs):
         super().__init__(c, kind, rngs)
         D = c.model_dim
         self.embedding_norm, self.hidden_norm, self.norm = Norm(c), Norm(c), Norm(c)
         self.join_DE = weight(rngs, c, (D, 2 * D), P(FSDP, None), fan_in=2 * D)  # E: embedding, then activations
 
-    def ahead(self, x_BTD, next_BTD, view: View, layer):
+    def ahead(self, x_BTD, next_BTD, ctx: ForwardContext, layer):
         """The activations that stand for the tokens of `next_BTD`, in the layout between blocks; the router's figures."""
         x_BTE = jnp.concatenate([self.embedding_norm(next_BTD), self.hidden_norm(x_BTD)], -1)
-        x_BTD, _, figures = self(linear_back(x_BTE, whole(self.join_DE[...], x_BTE.dtype)), view, None, layer)
+        x_BTD, _, figures = self(linear_back(x_BTE, unshard(self.join_DE[...], x_BTE.dtype)), ctx, None, layer)
         return self.norm(x_BTD), figures
 
 
@@ -123,9 +134,9 @@ class Decoder(nnx.Module):
             self.relative_RN = weight(rngs, c, (c.relative_buckets, c.heads), P(None, 'tensor'), fan_in=c.model_dim)
         self.groups = nnx.List(
             [
-                stacked(c, kind, run.repeats, 'stage' if number == c.longest_run else None, rngs)
-                for number, run in enumerate(c.runs)
-                for kind in run.kinds
+                stacked(c, kind, run.repeats, 'stage' if number == c.pipelined_group else None, rngs)
+                for number, run in enumerate(c.layer_groups)
+                for kind in run.specs
             ]
         )
         if c.norm_order != 'post':
@@ -140,94 +151,94 @@ class Decoder(nnx.Module):
             if c.pooler:
                 self.pooler = Pooler(c, rngs)
         if c.mtp_layers:
-            self.mtp = stacked(c, c.kinds[-1], c.mtp_layers, None, rngs, Ahead)
+            self.mtp = stacked(c, c.layer_specs[-1], c.mtp_layers, None, rngs, Ahead)
 
-    def hidden(self, tokens_BT, view: View, cache: Cache | None = None, for_head: bool = True):
+    def hidden(self, tokens_BT, ctx: ForwardContext, cache: KVCache | None = None, for_head: bool = True):
         """Normed activations before the LM head, in the layout between blocks; the cache; the figures of each router.
 
         Without `for_head` they are what the layers give, before BERT's MLP of the head.
-        Every stage is given all rows and gives those of its own microbatches (`View.dealt`).
+        Every stage is given all rows and gives those of its own microbatches (`ForwardContext.my_microbatches`).
         Figures: name -> [L, …] over the layers with a router, in the order of the groups, this device's share; empty without.
         """
-        c, ends, M = self.config, view.dealt(), view.microbatches
-        tokens_BT = dealt(tokens_BT, M)
-        x_BTD = vary(ends.dropout(self.embed(tokens_BT, ends), c.dropout, 0))
-        x_BTD, cache, figures = self.stack(x_BTD, view, cache)
+        c, ends, M = self.config, ctx.my_microbatches(), ctx.microbatches
+        tokens_BT = my_microbatches(tokens_BT, M)
+        x_BTD = mark_varying(ends.dropout(self.embed(tokens_BT, ends), c.dropout, 0))
+        x_BTD, cache, figures = self.stack(x_BTD, ctx, cache)
         return (self.head_mlp(x_BTD) if c.head_mlp and for_head else x_BTD), cache, figures
 
-    def read(self, tokens_BS, position_BS, segment_BS, view: View) -> Memory:
-        """What the encoder makes of rows of sources, `view` being that of the rows that will attend to it."""
+    def read(self, tokens_BS, position_BS, segment_BS, ctx: ForwardContext) -> EncoderOutput:
+        """What the encoder makes of rows of sources, `ctx` being that of the rows that will attend to it."""
         e = self.encoder.config
-        view = dataclasses.replace(
-            view,
+        ctx = dataclasses.replace(
+            ctx,
             position_BT=position_BS,
             segment_BT=segment_BS,
             backend=backends(e)['backend'],
             sequence_split=tokens_BS.shape[1] % lax.axis_size('tensor') == 0,
-            dropout_key=None if view.dropout_key is None else jax.random.fold_in(view.dropout_key, 3),
+            dropout_key=None if ctx.dropout_key is None else jax.random.fold_in(ctx.dropout_key, 3),
             column_T=jnp.arange(tokens_BS.shape[1]),
             decoding=False,
             source=None,
         )
-        x_BSD = vary(view.dropout(self.embed(tokens_BS, view), e.dropout, 0))
-        x_BSD, _, _ = self.encoder.stack(x_BSD, view)
-        return Memory(view.join(x_BSD), segment_BS)
+        x_BSD = mark_varying(ctx.dropout(self.embed(tokens_BS, ctx), e.dropout, 0))
+        x_BSD, _, _ = self.encoder.stack(x_BSD, ctx)
+        return EncoderOutput(ctx.gather_sequence(x_BSD), segment_BS)
 
-    def kept(self, memory: Memory) -> Kept:
+    def kept(self, memory: EncoderOutput) -> CrossKVCache:
         """What decoding needs of an encoder's output."""
-        sizes = [len(run.kinds) for run in self.config.runs]
+        sizes = [len(run.specs) for run in self.config.layer_groups]
         return kept(memory, [self.groups[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))])
 
-    def stack(self, x_BTD, view: View, cache: Cache | None = None):
+    def stack(self, x_BTD, ctx: ForwardContext, cache: KVCache | None = None):
         """The layers and the final norm; as `hidden`."""
-        c, ends = self.config, view.dealt()
+        c, ends = self.config, ctx.my_microbatches()
         if c.positions == 'relative':
-            view, ends = (dataclasses.replace(one, relative_RN=self.relative_RN[...]) for one in (view, ends))
+            ctx, ends = (dataclasses.replace(one, relative_RN=self.relative_RN[...]) for one in (ctx, ends))
         first, group, figures = 0, 0, list[dict[str, jax.Array]]()
-        for number, run in enumerate(c.runs):
-            blocks = tuple(self.groups[group : group + len(run.kinds)])
-            if lax.axis_size('stage') > 1 and number == c.longest_run:
+        for number, run in enumerate(c.layer_groups):
+            blocks = tuple(self.groups[group : group + len(run.specs)])
+            if lax.axis_size('stage') > 1 and number == c.pipelined_group:
                 assert cache is None, 'decoding has no pipeline'
-                x_BTD, found = pipelined(blocks, x_BTD, view, first, run.repeats)
+                x_BTD, found = pipelined(blocks, x_BTD, ctx, first, run.repeats)
             else:
                 x_BTD, cache, found = in_order(blocks, x_BTD, ends, cache, first)
-            first, group, figures = first + run.layers, group + len(run.kinds), [*figures, *found]
+            first, group, figures = first + run.layers, group + len(run.specs), [*figures, *found]
         return (x_BTD if c.norm_order == 'post' else self.norm(x_BTD)), cache, by_layer(figures)
 
-    def ahead(self, x_BTD, next_kBT, view: View):
+    def ahead(self, x_BTD, next_kBT, ctx: ForwardContext):
         """Of each layer of `mtp` its normed activations before the LM head, and the figures of their routers by layer.
 
         x_BTD is what `hidden` gives. next_kBT: of layer k the tokens k + 1 places after those that the model read.
         """
-        c, ends = self.config, view.dealt()
+        c, ends = self.config, ctx.my_microbatches()
         found, figures = [], []
         for k, next_BT in enumerate(next_kBT):
             layer = jax.tree.map(lambda a, k=k: a[k], self.mtp)
             run = remat(lambda layer, x, after, k=k: layer.ahead(x, after, ends, c.layers + k), c, True)
-            x_BTD, of_layer = run(layer, x_BTD, self.embed(dealt(next_BT, view.microbatches), ends))
+            x_BTD, of_layer = run(layer, x_BTD, self.embed(my_microbatches(next_BT, ctx.microbatches), ends))
             found.append(x_BTD)
-            figures.append(jax.tree.map(lambda a: vary(a)[None], of_layer))
+            figures.append(jax.tree.map(lambda a: mark_varying(a)[None], of_layer))
         return found, by_layer(figures)
 
-    def embed(self, tokens_BT, view: View):
+    def embed(self, tokens_BT, ctx: ForwardContext):
         """Each device of `tensor` looks up its part of D for all tokens; what is sent then makes that all of D."""
         c = self.config
-        x = lookup(whole(self.embed_VD[...], c.dtype), tokens_BT)
+        x = lookup(unshard(self.embed_VD[...], c.dtype), tokens_BT)
         if c.embedding_scale != 1:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if c.segment_kinds:
-            kind_BT = jnp.zeros_like(tokens_BT) if view.kind_BT is None else view.kind_BT
-            x = x + whole(self.kind_YD[...], x.dtype, dim=1)[kind_BT]
+            kind_BT = jnp.zeros_like(tokens_BT) if ctx.kind_BT is None else ctx.kind_BT
+            x = x + unshard(self.kind_YD[...], x.dtype, dim=1)[kind_BT]
         if c.positions in ('learned', 'sinusoidal'):
-            x = x + self.position_table(x.dtype)[view.position_BT]
-        x = all_to_all(x, 'tensor', 1, 2) if view.sequence_split else gathered(x, 'tensor', 2)
+            x = x + self.position_table(x.dtype)[ctx.position_BT]
+        x = all_to_all(x, 'tensor', 1, 2) if ctx.sequence_split else all_gather(x, 'tensor', 2)
         return self.embedding_norm(x) if c.embedding_norm else x
 
     def position_table(self, dtype):
         """What is added to the tokens' embeddings by position, this device's part of D: [P, D / tensor]."""
         if self.config.positions == 'sinusoidal':
-            return my_slice(jnp.asarray(sinusoids(self.config), dtype))
-        return whole(self.position_PD[...], dtype, dim=1)
+            return tensor_slice(jnp.asarray(sinusoids(self.config), dtype))
+        return unshard(self.position_PD[...], dtype, dim=1)
 
     def head(self, learns: bool = False) -> 'Head':
         """The LM head in the compute dtype, its part of the vocabulary on each device of `tensor`; `learns`: has a gradient."""
@@ -235,10 +246,10 @@ class Decoder(nnx.Module):
         if not self.config.tied_embedding:
             V = self.head_DV.shape[1]
             w_DV, fill = self.head_DV[...], scattered_columns(V) - V
-            if fill and learns and several(FSDP):  # kept apart from the gather, for the compiler joins them wrongly
+            if fill and learns and active_axes(FSDP):  # kept apart from the gather, for the compiler joins them wrongly
                 w_DV = lax.optimization_barrier(jnp.pad(w_DV, ((0, 0), (0, fill))))
-            return Head(whole(w_DV, self.config.dtype)[:, :V], bias_V)
-        embed_VD = whole(self.embed_VD[...], self.config.dtype)
+            return Head(unshard(w_DV, self.config.dtype)[:, :V], bias_V)
+        embed_VD = unshard(self.embed_VD[...], self.config.dtype)
         return Head(all_to_all(embed_VD, 'tensor', 0, 1), bias_V)
 
 
@@ -268,14 +279,14 @@ class Head(NamedTuple):
 
 
 def stacked(
-    c: ModelConfig, kind: Kind, repeats: int, axis: str | None, rngs: nnx.Rngs, layer: type[Block] = Block
+    c: ModelConfig, kind: LayerSpec, repeats: int, axis: str | None, rngs: nnx.Rngs, layer: type[Block] = Block
 ) -> Block:
     """Layers of a kind as one module with a leading dim, which is split over `axis`."""
     keys = jax.tree.map(lambda key: jax.reshard(key, P(axis)), rngs.split(repeats))
     return jax.vmap(lambda rngs: layer(c, kind, rngs))(keys)
 
 
-def in_order(blocks: tuple[Block, ...], x_BTD, view: View, cache: Cache | None, first):
+def in_order(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, cache: KVCache | None, first):
     """x after the layers of a run, of which the first has number `first`; the cache; by kind the figures of each layer.
 
     Each of `blocks` has the layers of one kind: stacked, or a list of them (inference/unstacked.py).
@@ -285,9 +296,9 @@ def in_order(blocks: tuple[Block, ...], x_BTD, view: View, cache: Cache | None, 
         (x_BTD, cache), (blocks, number) = carry, numbered
         figures = []
         for place, block in enumerate(blocks):
-            x_BTD, cache, found = block(x_BTD, view, cache, number + place)
+            x_BTD, cache, found = block(x_BTD, ctx, cache, number + place)
             figures.append(found)
-        return (x_BTD, cache), vary(figures)
+        return (x_BTD, cache), mark_varying(figures)
 
     if isinstance(blocks[0], nnx.List):
         figures = []
@@ -297,7 +308,7 @@ def in_order(blocks: tuple[Block, ...], x_BTD, view: View, cache: Cache | None, 
             figures.append(found)
         return x_BTD, cache, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *figures)
     repeats = jax.tree.leaves(blocks)[0].shape[0]
-    unroll = written_out(repeats * len(blocks), blocks[0].config, view.decoding, platform())
+    unroll = written_out(repeats * len(blocks), blocks[0].config, ctx.decoding, platform())
     run = remat(unit, blocks[0].config, unroll)
     numbers = first + jnp.arange(repeats) * len(blocks)
     (x_BTD, cache), figures = lax.scan(run, (x_BTD, cache), (blocks, numbers), unroll=unroll)
@@ -312,16 +323,16 @@ def written_out(layers: int, c: ModelConfig, decoding: bool, on: str) -> bool:
     return not together and layers <= most[decoding]
 
 
-def pipelined(blocks: tuple[Block, ...], x_BTD, view: View, first, repeats: int):
+def pipelined(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, first, repeats: int):
     """Applies a run of blocks that is split over `stage`; x holds the rows of this stage's microbatches. No cache."""
     mine = jax.tree.leaves(blocks)[0].shape[0]
     before = lax.axis_index('stage') * mine
 
     def layers(x_BTD, number):
-        x_BTD, _, figures = in_order(blocks, x_BTD, view.microbatch(number), None, first + before * len(blocks))
+        x_BTD, _, figures = in_order(blocks, x_BTD, ctx.microbatch(number), None, first + before * len(blocks))
         return x_BTD, figures
 
-    m = view.microbatches // lax.axis_size('stage')
+    m = ctx.microbatches // lax.axis_size('stage')
     x_mBTD, figures = pipeline(layers, x_BTD.reshape(m, -1, *x_BTD.shape[1:]))
     place = lambda a: lax.dynamic_update_slice_in_dim(jnp.zeros((repeats, *a.shape[1:]), a.dtype), a, before, 0)
     return x_mBTD.reshape(x_BTD.shape), jax.tree.map(place, figures)
@@ -345,8 +356,8 @@ def _lookup_forward(w_VD, tokens_BT):
 
 def _lookup_backward(kept, dx_BTD):
     w_VD, tokens_BT = kept
-    nothing = jnp.zeros_like(w_VD, dtype=wide(w_VD).dtype)
-    return nothing.at[tokens_BT].add(wide(dx_BTD)).astype(w_VD.dtype), None
+    nothing = jnp.zeros_like(w_VD, dtype=upcast(w_VD).dtype)
+    return nothing.at[tokens_BT].add(upcast(dx_BTD)).astype(w_VD.dtype), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)
@@ -360,7 +371,7 @@ def wide_product(x_ND, w, sink, dims: str = 'DV'):
     would run in float32: on a GPU at half the rate or less. The gradient of w, in at least float32, is that of `sink`, zeros
     that nothing is added to, so that parts of it are not rounded before they are added up; without a sink it is w's own.
     """
-    return jnp.einsum(f'...D,{dims}->...V', x_ND, w, preferred_element_type=wide(x_ND).dtype)
+    return jnp.einsum(f'...D,{dims}->...V', x_ND, w, preferred_element_type=upcast(x_ND).dtype)
 
 
 def _wide_product_forward(x_ND, w, sink, dims):
@@ -371,7 +382,7 @@ def _wide_product_backward(dims, kept, dlogit_NV):
     x_ND, w, own = kept
     dlogit_NV = dlogit_NV.astype(x_ND.dtype)
     parts = (a.reshape(-1, a.shape[-1]) for a in (x_ND, dlogit_NV))
-    dw = jnp.einsum(f'ND,NV->{dims}', *parts, preferred_element_type=wide(x_ND).dtype)
+    dw = jnp.einsum(f'ND,NV->{dims}', *parts, preferred_element_type=upcast(x_ND).dtype)
     dx_ND = jnp.einsum(f'...V,{dims}->...D', dlogit_NV, w)
     return (dx_ND, dw.astype(w.dtype), None) if own else (dx_ND, jnp.zeros_like(w), dw)
 
@@ -385,7 +396,7 @@ def to_vocabulary(x_ND, head: Head, c: ModelConfig):
     if c.logit_scale != 1:
         logit_NV = logit_NV * c.logit_scale
     if head.bias_V is not None:
-        logit_NV = logit_NV + wide(head.bias_V).reshape((1,) * (logit_NV.ndim - 1) + (-1,))
+        logit_NV = logit_NV + upcast(head.bias_V).reshape((1,) * (logit_NV.ndim - 1) + (-1,))
     return logit_NV if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logit_NV / c.logit_softcap)
 
 
@@ -397,9 +408,9 @@ def remat(layer, c: ModelConfig, unrolled: bool):
     return jax.checkpoint(layer, policy=policy, prevent_cse=unrolled)  # a loop's border keeps it apart anyhow
 
 
-def asked(c: ModelConfig) -> Asked:
+def asked(c: ModelConfig) -> AttentionFeatures:
     """What the model asks of attention that not every backend has."""
-    return Asked(
+    return AttentionFeatures(
         softcap=c.attention_softcap is not None,
         sinks=c.attention_sinks,
         two_ways=not c.causal or c.encoder is not None,

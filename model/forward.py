@@ -17,10 +17,10 @@ from jax.sharding import NamedSharding
 
 from weft.model.config import needs_head
 from weft.model.decoder import Decoder, backends, to_vocabulary
-from weft.model.layers import View, specs
+from weft.model.layers import ForwardContext, specs
 from weft.model.ops import attention, grouped_matmul
 from weft.runtime.errors import UserError
-from weft.sharding.collectives import axis_index, join, vary
+from weft.sharding.collectives import axis_index, gather_sequence, mark_varying
 from weft.sharding.mesh import BATCH, SEQUENCE, check_mesh_is_set
 from weft.sharding.sequence_layout import contiguous
 
@@ -75,7 +75,7 @@ def row_ways() -> int:
 
 
 def one_device(body, model: Decoder, in_specs, out_specs):
-    """`body(model, …)` as a shard_map over every axis, the model as this device's own copies (see `vary`).
+    """`body(model, …)` as a shard_map over every axis, the model as this device's own copies (see `mark_varying`).
 
     check_vma finds a missing sum; attention kernels that cannot say what varies turn it off.
     """
@@ -84,7 +84,7 @@ def one_device(body, model: Decoder, in_specs, out_specs):
     checked = not (
         attention.needs_unchecked(on['backend']) or (model.config.moe and grouped_matmul.needs_unchecked(on['experts']))
     )
-    own = lambda model, *rest: body(vary(model), *rest)
+    own = lambda model, *rest: body(mark_varying(model), *rest)
     return jax.shard_map(own, in_specs=(specs(model), *in_specs), out_specs=out_specs, check_vma=checked)
 
 
@@ -134,9 +134,9 @@ def logits(model: Decoder, tokens_BT, position_BT, segment_BT, kind_BT=None, sou
         column_T = columns(rows['tokens_BT'].shape[1], contiguous)
         rows = {name: a_BT[:, column_T] for name, a_BT in rows.items()}
         tokens_BT = rows.pop('tokens_BT')
-        view = with_source(model, View(**rows, **backends(model.config)), source)
-        x_BTD, _, _ = model.hidden(tokens_BT, view)
-        return to_vocabulary(join(x_BTD), model.head(), model.config)
+        ctx = with_source(model, ForwardContext(**rows, **backends(model.config)), source)
+        x_BTD, _, _ = model.hidden(tokens_BT, ctx)
+        return to_vocabulary(gather_sequence(x_BTD), model.head(), model.config)
 
     rows = {'tokens_BT': tokens_BT, 'position_BT': position_BT, 'segment_BT': segment_BT}
     rows |= {} if kind_BT is None else {'kind_BT': kind_BT}
@@ -157,7 +157,7 @@ def hidden_states(model: Decoder, tokens_BT, position_BT, segment_BT, kind_BT=No
         column_T = columns(rows['tokens_BT'].shape[1], contiguous)
         rows = {name: a_BT[:, column_T] for name, a_BT in rows.items()}
         tokens_BT = rows.pop('tokens_BT')
-        return model.hidden(tokens_BT, View(**rows, **backends(model.config)), for_head=False)[0]
+        return model.hidden(tokens_BT, ForwardContext(**rows, **backends(model.config)), for_head=False)[0]
 
     rows = {'tokens_BT': tokens_BT, 'position_BT': position_BT, 'segment_BT': segment_BT}
     rows |= {} if kind_BT is None else {'kind_BT': kind_BT}
@@ -165,10 +165,10 @@ def hidden_states(model: Decoder, tokens_BT, position_BT, segment_BT, kind_BT=No
     return jax.reshard(x_BTD, P(BATCH, 'context'))
 
 
-def with_source(model: Decoder, view: View, source: Source | None) -> View:
+def with_source(model: Decoder, ctx: ForwardContext, source: Source | None) -> ForwardContext:
     """One device's view with what the encoder makes of this device's rows of a source."""
     assert (source is None) == (model.config.encoder is None), 'an encoder reads a source'
-    return view if source is None else dataclasses.replace(view, source=model.read(*source, view))
+    return ctx if source is None else dataclasses.replace(ctx, source=model.read(*source, ctx))
 
 
 def logits_ahead(model: Decoder, tokens_BT, position_BT, segment_BT):
@@ -183,10 +183,10 @@ def logits_ahead(model: Decoder, tokens_BT, position_BT, segment_BT):
     def body(model, *batch):
         column_T = columns(batch[0].shape[1], contiguous)
         cut = lambda a_BT: a_BT[:, column_T]
-        view = View(cut(batch[1]), cut(batch[2]), **backends(model.config))
-        x_BTD, _, _ = model.hidden(cut(batch[0]), view)
-        found, _ = model.ahead(x_BTD, [cut(jnp.roll(batch[0], -1 - k, axis=1)) for k in range(depth)], view)
-        return jnp.stack([to_vocabulary(join(x_BTD), model.head(), model.config) for x_BTD in found])
+        ctx = ForwardContext(cut(batch[1]), cut(batch[2]), **backends(model.config))
+        x_BTD, _, _ = model.hidden(cut(batch[0]), ctx)
+        found, _ = model.ahead(x_BTD, [cut(jnp.roll(batch[0], -1 - k, axis=1)) for k in range(depth)], ctx)
+        return jnp.stack([to_vocabulary(gather_sequence(x_BTD), model.head(), model.config) for x_BTD in found])
 
     run = one_device(body, model, (TOKENS, TOKENS, TOKENS), P(None, ROWS, 'context', 'tensor'))
     logit_kBTV = run(model, tokens_BT, position_BT, segment_BT)

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import P
 
-from weft.model.config import Kind, ModelConfig
+from weft.model.config import LayerSpec, ModelConfig
 from weft.model.layers import (
-    Cache,
-    View,
+    ForwardContext,
+    KVCache,
+    cache_read,
+    cache_update,
     constant,
     how_to_attend,
-    keep,
-    kept_heads,
     linear,
     linear_back,
     residual_gain,
@@ -29,7 +29,7 @@ from weft.model.layers import (
 from weft.model.ops.attention import attention
 from weft.model.ops.attention.cached import cached_attention
 from weft.model.rope import rope
-from weft.sharding.collectives import whole
+from weft.sharding.collectives import unshard
 from weft.sharding.mesh import FSDP
 
 LATENT_EPSILON = 1e-6  # of the latent vectors' norms, in all published models, whatever the others' is
@@ -38,7 +38,7 @@ LATENT_EPSILON = 1e-6  # of the latent vectors' norms, in all published models, 
 class LatentAttention(nnx.Module):
     """Causal self-attention from latent vectors, heads split over `tensor`; the latent vectors are whole on each device."""
 
-    def __init__(self, c: ModelConfig, kind: Kind, rngs: nnx.Rngs):
+    def __init__(self, c: ModelConfig, kind: LayerSpec, rngs: nnx.Rngs):
         self.config, self.windowed, a = c, kind.windowed, c.latent
         D, N, R = c.model_dim, c.heads * c.query_dim, a.kv_rank
         if a.q_rank:
@@ -60,39 +60,39 @@ class LatentAttention(nnx.Module):
         if c.bias or c.o_bias:
             self.o_bias_D = constant(c, 0.0, (D,), P(None))
 
-    def __call__(self, x_BTD, view: View, cache: Cache | None, layer):
+    def __call__(self, x_BTD, ctx: ForwardContext, cache: KVCache | None, layer):
         """The block's output in the layout between blocks, and the cache with these tokens' latent vectors at [layer]."""
         c, a, dtype = self.config, self.config.latent, x_BTD.dtype
-        down_BTR = linear(x_BTD, whole(self.kv_down_DR[...], dtype))
+        down_BTR = linear(x_BTD, unshard(self.kv_down_DR[...], dtype))
         if c.qkv_bias:
             down_BTR = down_BTR + self.kv_down_bias_R.astype(dtype)[None, None]
         latent_BTR = rms_norm(down_BTR[..., : a.kv_rank], self.kv_scale_R[...], LATENT_EPSILON)
         # What travels between the devices of `tensor` is the latent vectors, which are smaller than x.
-        both_BTR = view.join(jnp.concatenate([latent_BTR, down_BTR[..., a.kv_rank :]], -1))
+        both_BTR = ctx.gather_sequence(jnp.concatenate([latent_BTR, down_BTR[..., a.kv_rank :]], -1))
         latent_BTR, key_BTr = both_BTR[..., : a.kv_rank], both_BTR[..., a.kv_rank :]
         if a.q_rank:
-            q_BTQ = linear(x_BTD, whole(self.q_down_DQ[...], dtype))
+            q_BTQ = linear(x_BTD, unshard(self.q_down_DQ[...], dtype))
             if c.qkv_bias:
                 q_BTQ = q_BTQ + self.q_down_bias_Q.astype(dtype)[None, None]
             q_BTQ = rms_norm(q_BTQ, self.q_scale_Q[...], LATENT_EPSILON)
-            q = linear(view.join(q_BTQ), whole(self.q_up_QN[...], dtype))
+            q = linear(ctx.gather_sequence(q_BTQ), unshard(self.q_up_QN[...], dtype))
         else:
-            q = linear(view.join(x_BTD), whole(self.q_DN[...], dtype))
+            q = linear(ctx.gather_sequence(x_BTD), unshard(self.q_DN[...], dtype))
         q_BTnH = q.reshape(*q.shape[:2], -1, c.query_dim)
         plain_BTnH, turning_BTnr = q_BTnH[..., : a.plain_dim], q_BTnH[..., a.plain_dim :]
-        turned_BTnr = rope(turning_BTnr, view.position_BT, view.segment_BT, c)
-        key_BTr = rope(key_BTr, view.position_BT, view.segment_BT, c)
+        turned_BTnr = rope(turning_BTnr, ctx.position_BT, ctx.segment_BT, c)
+        key_BTr = rope(key_BTr, ctx.position_BT, ctx.segment_BT, c)
         if cache is not None:
             new_BT1R = jnp.concatenate([latent_BTR, key_BTr], -1)[:, :, None]
-            cache = Cache(keep(cache.k_LBSM, new_BT1R, layer, view.position_BT), None)
-        up_RnH = whole(self.kv_up_RN[...], dtype).reshape(a.kv_rank, -1, a.plain_dim + a.value_dim)
+            cache = KVCache(cache_update(cache.k_LBSM, new_BT1R, layer, ctx.position_BT), None)
+        up_RnH = unshard(self.kv_up_RN[...], dtype).reshape(a.kv_rank, -1, a.plain_dim + a.value_dim)
         up_RnP, up_RnU = up_RnH[..., : a.plain_dim], up_RnH[..., a.plain_dim :]
         how = how_to_attend(c, self.windowed)
-        if view.decoding:
-            kept_BS1R = kept_heads(cache.k_LBSM, layer, new_BT1R)
+        if ctx.decoding:
+            kept_BS1R = cache_read(cache.k_LBSM, layer, new_BT1R)
             q_BTnR = jnp.concatenate([jnp.einsum('BTnP,RnP->BTnR', plain_BTnH, up_RnP), turned_BTnr], -1)
             out_BT1nR = cached_attention(
-                q_BTnR[:, :, None], kept_BS1R, kept_BS1R[..., : a.kv_rank], view.position_BT, **how
+                q_BTnR[:, :, None], kept_BS1R, kept_BS1R[..., : a.kv_rank], ctx.position_BT, **how
             )
             out_BTnU = jnp.einsum('BTnR,RnU->BTnU', out_BT1nR[:, :, 0], up_RnU)
         else:
@@ -101,7 +101,9 @@ class LatentAttention(nnx.Module):
             shared = jnp.broadcast_to(key_BTr[:, :, None], (*k_BTnP.shape[:3], a.rotary_dim))
             k_BTnH = jnp.concatenate([k_BTnP, shared], -1)
             q_BTn1H = jnp.concatenate([plain_BTnH, turned_BTnr], -1)[:, :, :, None]
-            here = (view.position_BT, view.segment_BT)
-            out_BTnU = attention(q_BTn1H, k_BTnH, v_BTnU, here, here, **how, backend=view.backend, ring=True)
-        y_BTD = view.split(linear_back(out_BTnU.reshape(*q.shape[:2], -1), whole(self.o_DU[...], dtype)))
+            here = (ctx.position_BT, ctx.segment_BT)
+            out_BTnU = attention(q_BTn1H, k_BTnH, v_BTnU, here, here, **how, backend=ctx.backend, ring=True)
+        y_BTD = ctx.reduce_scatter_sequence(
+            linear_back(out_BTnU.reshape(*q.shape[:2], -1), unshard(self.o_DU[...], dtype))
+        )
         return (y_BTD + self.o_bias_D.astype(dtype)[None, None] if c.bias or c.o_bias else y_BTD), cache

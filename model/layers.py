@@ -19,16 +19,24 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import P, lax
 
-from weft.model.config import Kind, ModelConfig
+from weft.model.config import LayerSpec, ModelConfig
 from weft.model.ops.attention import Relative, attention
 from weft.model.ops.attention.cached import cached_attention
 from weft.model.rope import rope, yarn_gain
-from weft.sharding.collectives import axis_index, join, my_slice, psum, split, whole, wide
+from weft.sharding.collectives import (
+    axis_index,
+    gather_sequence,
+    psum,
+    reduce_scatter_sequence,
+    tensor_slice,
+    unshard,
+    upcast,
+)
 from weft.sharding.mesh import BATCH, FSDP, platform
-from weft.sharding.pipeline import dealt, microbatch
+from weft.sharding.pipeline import microbatch, my_microbatches
 
 
-class Kept(NamedTuple):
+class CrossKVCache(NamedTuple):
     """What decoding keeps of an encoder's output: each layer's keys and values of all of it, in the form of a cache."""
 
     k_LBSM: jax.Array
@@ -36,7 +44,7 @@ class Kept(NamedTuple):
     length_B: jax.Array  # tokens of each row, int32
 
 
-class Cache(NamedTuple):
+class KVCache(NamedTuple):
     """Keys and values of the tokens so far: a row's token at position p is in slot p // n of device p mod n of `context`.
 
     [L, B, S, tensor × numbers]: each device of `tensor` has its heads side by side; on TPUs zeros follow, up to a multiple of
@@ -45,10 +53,10 @@ class Cache(NamedTuple):
 
     k_LBSM: jax.Array
     v_LBSM: jax.Array | None  # None where one latent vector is both (model/latent.py)
-    source: Kept | None = None  # of an encoder–decoder
+    source: CrossKVCache | None = None  # of an encoder–decoder
 
 
-class Memory(NamedTuple):
+class EncoderOutput(NamedTuple):
     """An encoder's output while a decoder reads whole rows."""
 
     x_BSD: jax.Array  # on each device of `tensor` all of it
@@ -59,7 +67,7 @@ CACHE_SPEC = P(None, (*BATCH, 'stage'), 'context', 'tensor')  # `stage` is 1 whe
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
+class ForwardContext:
     """What a block needs to know of its tokens beside their activations: those of this device's part of `context`."""
 
     position_BT: jax.Array  # place in the document, int32
@@ -73,33 +81,33 @@ class View:
     microbatches: int = 1  # of a pipeline, into which the rows are cut; 1 where `stage` is 1
     decoding: bool = False  # one token a row, that sees the cache
     kind_BT: jax.Array | None = None  # what text a token is of, where the model has `segment_kinds`; None: all 0
-    source: Memory | Kept | None = None  # what an encoder made of the rows' sources
+    source: EncoderOutput | CrossKVCache | None = None  # what an encoder made of the rows' sources
     relative_RN: jax.Array | None = None  # relative positions' biases of this device's heads
 
-    def dealt(self) -> 'View':
+    def my_microbatches(self) -> 'ForwardContext':
         """The rows that this stage works on outside of the pipeline."""
-        return self._rows(lambda tree: dealt(tree, self.microbatches))
+        return self._rows(lambda tree: my_microbatches(tree, self.microbatches))
 
-    def microbatch(self, number: jax.Array) -> 'View':
+    def microbatch(self, number: jax.Array) -> 'ForwardContext':
         """The rows of one microbatch."""
         return self._rows(lambda tree: microbatch(tree, number, self.microbatches))
 
-    def _rows(self, choose) -> 'View':
+    def _rows(self, choose) -> 'ForwardContext':
         names = ('position_BT', 'segment_BT', 'row_B', 'kind_BT')
         return dataclasses.replace(self, **choose({name: getattr(self, name) for name in names}))
 
     @property
     def live_BT(self) -> jax.Array:
         """Which of the tokens that stand between blocks on this device are real."""
-        return (my_slice(self.segment_BT) if self.sequence_split else self.segment_BT) > 0
+        return (tensor_slice(self.segment_BT) if self.sequence_split else self.segment_BT) > 0
 
-    def join(self, x_BTD):
+    def gather_sequence(self, x_BTD):
         """From the layout between blocks to this context's whole sequence on each device of `tensor`."""
-        return join(x_BTD) if self.sequence_split else x_BTD
+        return gather_sequence(x_BTD) if self.sequence_split else x_BTD
 
-    def split(self, x_BTD):
+    def reduce_scatter_sequence(self, x_BTD):
         """Partial sums over `tensor` to the layout between blocks."""
-        return split(x_BTD) if self.sequence_split else psum(x_BTD, 'tensor')
+        return reduce_scatter_sequence(x_BTD) if self.sequence_split else psum(x_BTD, 'tensor')
 
     def dropout(self, x_BTD, rate: float, *site: int | jax.Array):
         """Zeroes a share of x; which ones depends on the key, the site, the row and the column alone, not on the mesh."""
@@ -108,7 +116,7 @@ class View:
         key = self.dropout_key
         for number in site:
             key = jax.random.fold_in(key, number)
-        column_T = my_slice(self.column_T, 0) if self.sequence_split else self.column_T
+        column_T = tensor_slice(self.column_T, 0) if self.sequence_split else self.column_T
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
         key_BT = fold(jax.vmap(jax.random.fold_in, (None, 0))(key, self.row_B), column_T)
         keep_BTD = jax.vmap(jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BTD.shape[-1:])))(key_BT)
@@ -167,7 +175,7 @@ def linear_back(x_BTN, w_DN):
 
 def rms_norm(x, scale, epsilon: float):
     """Zhang and Sennrich 2019 (arXiv:1910.07467), in at least float32; the result in x's dtype."""
-    h = wide(x)
+    h = upcast(x)
     h = h * lax.rsqrt((h * h).mean(-1, keepdims=True) + epsilon)
     return (h * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
@@ -186,15 +194,15 @@ class Norm(nnx.Module):
         scale_D = offset(self.scale_D[...], c)
         if c.norm == 'rmsnorm':
             return rms_norm(x_BTD, scale_D, c.norm_epsilon)
-        h = wide(x_BTD)
+        h = upcast(x_BTD)
         h = h - h.mean(-1, keepdims=True)
         h = h * lax.rsqrt((h * h).mean(-1, keepdims=True) + c.norm_epsilon) * scale_D[None, None]
-        return (h + wide(self.bias_D[...])[None, None] if c.bias else h).astype(x_BTD.dtype)
+        return (h + upcast(self.bias_D[...])[None, None] if c.bias else h).astype(x_BTD.dtype)
 
 
 def offset(scale_D, c: ModelConfig):
     """The scale that a norm multiplies by, of the one that is kept, in at least float32."""
-    return wide(scale_D) + c.norm_offset if c.norm_offset else wide(scale_D)
+    return upcast(scale_D) + c.norm_offset if c.norm_offset else upcast(scale_D)
 
 
 class Attention(nnx.Module):
@@ -203,7 +211,7 @@ class Attention(nnx.Module):
     Where `tensor` is a multiple of the KV heads, each of its devices uses one of them.
     """
 
-    def __init__(self, c: ModelConfig, kind: Kind, rngs: nnx.Rngs):
+    def __init__(self, c: ModelConfig, kind: LayerSpec, rngs: nnx.Rngs):
         self.config, self.windowed, self.turned = c, kind.windowed, kind.turned
         D, N, M, H = c.model_dim, c.heads * c.head_dim, c.kv_heads * c.head_dim, c.head_dim
         self.q_DN = weight(rngs, c, (D, N), P(FSDP, 'tensor'), fan_in=D)
@@ -225,49 +233,52 @@ class Attention(nnx.Module):
         if c.attention_sinks:
             self.sink_N = constant(c, 0.0, (c.heads,), P('tensor'))
 
-    def __call__(self, x_BTD, view: View, cache: Cache | None, layer):
+    def __call__(self, x_BTD, ctx: ForwardContext, cache: KVCache | None, layer):
         """The block's output in the layout between blocks, and the cache with these tokens' keys and values at [layer]."""
         c, H = self.config, self.config.head_dim
-        x_BTD = view.join(x_BTD)
-        q = linear(x_BTD, whole(self.q_DN[...], x_BTD.dtype))
-        k = linear(x_BTD, my_kv_heads(whole(self.k_DM[...], x_BTD.dtype), c))
-        v = linear(x_BTD, my_kv_heads(whole(self.v_DM[...], x_BTD.dtype), c))
+        x_BTD = ctx.gather_sequence(x_BTD)
+        q = linear(x_BTD, unshard(self.q_DN[...], x_BTD.dtype))
+        k = linear(x_BTD, local_kv_heads(unshard(self.k_DM[...], x_BTD.dtype), c))
+        v = linear(x_BTD, local_kv_heads(unshard(self.v_DM[...], x_BTD.dtype), c))
         if c.qkv_bias:
             q = q + self.q_bias_N.astype(q.dtype)[None, None]
-            k = k + my_kv_heads(self.k_bias_M[...], c).astype(k.dtype)[None, None]
-            v = v + my_kv_heads(self.v_bias_M[...], c).astype(v.dtype)[None, None]
+            k = k + local_kv_heads(self.k_bias_M[...], c).astype(k.dtype)[None, None]
+            v = v + local_kv_heads(self.v_bias_M[...], c).astype(v.dtype)[None, None]
         if c.qk_norm == 'full':
             q = norm_of_all(q, offset(self.q_scale_N[...], c), c.heads, c)
-            k = norm_of_all(k, offset(my_kv_heads(self.k_scale_M[...], c), c), c.kv_heads, c)
+            k = norm_of_all(k, offset(local_kv_heads(self.k_scale_M[...], c), c), c.kv_heads, c)
         k_BTKH, v_BTKH = (a.reshape(*a.shape[:2], -1, H) for a in (k, v))
         q_BTKGH = q.reshape(*q.shape[:2], k_BTKH.shape[2], -1, H)
         if c.qk_norm and c.qk_norm != 'full':
             q_BTKGH = rms_norm(q_BTKGH, offset(self.q_scale_H[...], c), c.norm_epsilon)
             k_BTKH = rms_norm(k_BTKH, offset(self.k_scale_H[...], c), c.norm_epsilon)
         if c.query_scale_by_layer:
-            q_BTKGH = (wide(q_BTKGH) / (layer + 1)).astype(q_BTKGH.dtype)
+            q_BTKGH = (upcast(q_BTKGH) / (layer + 1)).astype(q_BTKGH.dtype)
         if c.positions == 'rotary' and self.turned:
-            place = (view.position_BT, view.segment_BT)
+            place = (ctx.position_BT, ctx.segment_BT)
             q_BTKGH, k_BTKH = (rope(a, *place, c, self.windowed) for a in (q_BTKGH, k_BTKH))
         if cache is not None:
             kept = (
-                keep(old, new, layer, view.position_BT) for old, new in zip(cache[:2], (k_BTKH, v_BTKH), strict=True)
+                cache_update(old, new, layer, ctx.position_BT)
+                for old, new in zip(cache[:2], (k_BTKH, v_BTKH), strict=True)
             )
-            cache = Cache(*kept)
-        here = (view.position_BT, view.segment_BT)
+            cache = KVCache(*kept)
+        here = (ctx.position_BT, ctx.segment_BT)
         how = how_to_attend(c, self.windowed)
         if c.attention_sinks:
             how['sink_KG'] = self.sink_N.reshape(q_BTKGH.shape[2:4])
-        if view.relative_RN is not None:
-            table_KGR = view.relative_RN.T.reshape(*q_BTKGH.shape[2:4], -1)
+        if ctx.relative_RN is not None:
+            table_KGR = ctx.relative_RN.T.reshape(*q_BTKGH.shape[2:4], -1)
             how['relative'] = Relative(table_KGR, not c.causal, c.relative_most)
-        if view.decoding:
-            k_BSKH, v_BSKH = (kept_heads(kept, layer, k_BTKH) for kept in cache[:2])
-            a_BTKGH = cached_attention(q_BTKGH, k_BSKH, v_BSKH, view.position_BT, **how)
+        if ctx.decoding:
+            k_BSKH, v_BSKH = (cache_read(kept, layer, k_BTKH) for kept in cache[:2])
+            a_BTKGH = cached_attention(q_BTKGH, k_BSKH, v_BSKH, ctx.position_BT, **how)
         else:
-            how |= {'causal': c.causal, 'backend': view.backend, 'ring': True}
+            how |= {'causal': c.causal, 'backend': ctx.backend, 'ring': True}
             a_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, here, here, **how)
-        y_BTD = view.split(linear_back(a_BTKGH.reshape(*q.shape[:2], -1), whole(self.o_DN[...], q.dtype)))
+        y_BTD = ctx.reduce_scatter_sequence(
+            linear_back(a_BTKGH.reshape(*q.shape[:2], -1), unshard(self.o_DN[...], q.dtype))
+        )
         return (y_BTD + self.o_bias_D.astype(q.dtype)[None, None] if c.bias or c.o_bias else y_BTD), cache
 
 
@@ -285,35 +296,35 @@ def how_to_attend(c: ModelConfig, windowed: bool) -> dict[str, Any]:
 
 def norm_of_all(x_BTN, scale_N, heads: int, c: ModelConfig):
     """RMSNorm over all `heads` heads of all devices of `tensor`; heads of which several devices have copies count once."""
-    h, n = wide(x_BTN), lax.axis_size('tensor')
+    h, n = upcast(x_BTN), lax.axis_size('tensor')
     copies = max(n // heads, 1)
     squares = psum((h * h).sum(-1, keepdims=True), 'tensor') / copies
     h = h * lax.rsqrt(squares / (heads * c.head_dim) + c.norm_epsilon)
     return (h * scale_N[None, None]).astype(x_BTN.dtype)
 
 
-def keep(old_LBSM, new_BTKH, layer, position_BT):
+def cache_update(old_LBSM, new_BTKH, layer, position_BT):
     """A cache with new tokens' keys or values at [layer]: each device of `context` keeps those of its own positions."""
     n, rows_B1 = lax.axis_size('context'), jnp.arange(new_BTKH.shape[0])[:, None]
     slot_BT = jnp.where(position_BT % n == axis_index('context'), position_BT // n, old_LBSM.shape[2])
-    new_BTM = side_by_side(new_BTKH, old_LBSM.shape[-1]).astype(old_LBSM.dtype)
+    new_BTM = pad_heads(new_BTKH, old_LBSM.shape[-1]).astype(old_LBSM.dtype)
     return old_LBSM.at[layer, rows_B1, slot_BT].set(new_BTM, mode='drop')
 
 
-def side_by_side(a_BTKH, width: int):
+def pad_heads(a_BTKH, width: int):
     """Heads' keys or values as a cache has them, filled up to its width."""
     a_BTM = a_BTKH.reshape(*a_BTKH.shape[:2], -1)
     return jnp.pad(a_BTM, ((0, 0), (0, 0), (0, width - a_BTM.shape[-1])))
 
 
-def kept_heads(cached_LBSM, layer, like_BTKH):
+def cache_read(cached_LBSM, layer, like_BTKH):
     """The keys or values [B, S, K, H] at [layer], heads and dtype as those of `like_BTKH`."""
     K, H = like_BTKH.shape[2:]
     kept_BSM = cached_LBSM[layer].astype(like_BTKH.dtype)
     return kept_BSM[..., : K * H].reshape(*kept_BSM.shape[:2], K, H)
 
 
-def my_kv_heads(w_DM, c: ModelConfig):
+def local_kv_heads(w_DM, c: ModelConfig):
     """This device's KV heads, in the last dim. More devices along `tensor` than heads: the head that its query heads use."""
     n = lax.axis_size('tensor')
     if n <= c.kv_heads:
@@ -363,19 +374,19 @@ class Mlp(nnx.Module):
             self.up_bias_F = constant(c, 0.0, (F,), P('tensor'))
             self.down_bias_D = constant(c, 0.0, (D,), P(None))
 
-    def __call__(self, x_BTD, view: View):
+    def __call__(self, x_BTD, ctx: ForwardContext):
         """The block's output in the layout between blocks."""
         c, dtype = self.config, x_BTD.dtype
-        x_BTD = view.join(x_BTD)
-        h_BTF = linear(x_BTD, whole(self.up_DF[...], dtype))
+        x_BTD = ctx.gather_sequence(x_BTD)
+        h_BTF = linear(x_BTD, unshard(self.up_DF[...], dtype))
         if self.biased:
             h_BTF = h_BTF + self.up_bias_F.astype(dtype)[None, None]
         if c.gated:
-            gate_BTF = linear(x_BTD, whole(self.gate_DF[...], dtype))
+            gate_BTF = linear(x_BTD, unshard(self.gate_DF[...], dtype))
             if self.biased:
                 gate_BTF = gate_BTF + self.gate_bias_F.astype(dtype)[None, None]
             h_BTF = activation(c)(gate_BTF, h_BTF)
         else:
             h_BTF = activation(c)(h_BTF)
-        y_BTD = view.split(linear_back(h_BTF, whole(self.down_DF[...], dtype)))
+        y_BTD = ctx.reduce_scatter_sequence(linear_back(h_BTF, unshard(self.down_DF[...], dtype)))
         return y_BTD + self.down_bias_D.astype(dtype)[None, None] if self.biased else y_BTD

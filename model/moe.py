@@ -10,9 +10,9 @@ from flax import nnx
 from jax import P, lax
 
 from weft.model.config import ModelConfig, MoEConfig
-from weft.model.layers import Mlp, View, activation, constant, residual_gain, weight
-from weft.model.ops.expert_dispatch import Experts, default_dispatch, dispatch
-from weft.sharding.collectives import axis_index, psum, vary, whole, wide
+from weft.model.layers import ForwardContext, Mlp, activation, constant, residual_gain, weight
+from weft.model.ops.expert_dispatch import LocalExperts, default_dispatch, dispatch
+from weft.sharding.collectives import axis_index, mark_varying, psum, unshard, upcast
 from weft.sharding.mesh import FSDP, SEQUENCE, platform
 
 EXPERTS = P('expert', ('data', 'context'), 'tensor')  # D is split too, and gathered where the experts are used
@@ -45,42 +45,42 @@ class MoE(nnx.Module):
         if c.moe.shared_gate:
             self.shared_gate_D = constant(c, 0.0, (D,), P(None))
 
-    def __call__(self, x_BTD, view: View):
+    def __call__(self, x_BTD, ctx: ForwardContext):
         """The block's output in the layout between blocks, and this device's share of the router's figures (see `route`).
 
         Padding visits no routed expert. Figures also has `dropped`, the real tokens' choices that found no room.
         """
         c = self.config
-        router_DE = whole(self.router_DE[...], self.router_DE.dtype)
+        router_DE = unshard(self.router_DE[...], self.router_DE.dtype)
         router_bias_E = self.router_bias_E[...] if c.moe.router_bias else None
         bias_E = self.bias_E[...] if c.moe.has_choice_bias else None
-        gate_BTK, expert_BTK, figures = route(x_BTD, router_DE, bias_E, view, c, router_bias_E)
-        expert_BTK = jnp.where(view.live_BT[..., None], expert_BTK, c.moe.experts)
+        gate_BTK, expert_BTK, figures = route(x_BTD, router_DE, bias_E, ctx, c, router_bias_E)
+        expert_BTK = jnp.where(ctx.live_BT[..., None], expert_BTK, c.moe.experts)
         flat = lambda a: a.reshape(-1, a.shape[-1])
         send = dispatch(default_dispatch(platform()) if c.moe.dispatch == 'auto' else c.moe.dispatch)
         y_ND, figures['dropped'] = send(
             flat(x_BTD),
             flat(gate_BTK),
             flat(expert_BTK),
-            self.experts(x_BTD.dtype, view.experts),
-            split=view.sequence_split,
+            self.experts(x_BTD.dtype, ctx.experts),
+            split=ctx.sequence_split,
             capacity_factor=c.moe.capacity_factor,
         )
         y_BTD = y_ND.reshape(x_BTD.shape)
-        return (y_BTD + self.visited(x_BTD, view) if c.moe.shared_experts else y_BTD), figures
+        return (y_BTD + self.visited(x_BTD, ctx) if c.moe.shared_experts else y_BTD), figures
 
-    def visited(self, x_BTD, view: View):
+    def visited(self, x_BTD, ctx: ForwardContext):
         """What the shared experts give, in the layout between blocks, with their gate's weight."""
-        y_BTD = self.shared(x_BTD, view)
+        y_BTD = self.shared(x_BTD, ctx)
         if not self.config.moe.shared_gate:
             return y_BTD
-        gate_BT1 = jax.nn.sigmoid((wide(x_BTD) * wide(self.shared_gate_D[...])[None, None]).sum(-1, keepdims=True))
+        gate_BT1 = jax.nn.sigmoid((upcast(x_BTD) * upcast(self.shared_gate_D[...])[None, None]).sum(-1, keepdims=True))
         return (gate_BT1 * y_BTD).astype(y_BTD.dtype)
 
-    def experts(self, dtype, backend: str) -> Experts:
+    def experts(self, dtype, backend: str) -> LocalExperts:
         """The experts that this device holds, D whole."""
         c = self.config
-        gather = lambda w_EDF: whole(w_EDF[...], dtype, ('data', 'context'), 1)
+        gather = lambda w_EDF: unshard(w_EDF[...], dtype, ('data', 'context'), 1)
         gate_EDF = gather(self.gate_EDF) if c.gated else None
         biases = None
         if c.moe.bias:
@@ -88,10 +88,10 @@ class MoE(nnx.Module):
             # What the devices of `tensor` make of a row is added up, and so one of them adds the last bias.
             last_ED = jnp.where(axis_index('tensor') == 0, self.down_bias_ED[...], 0)
             biases = tuple(bias.astype(dtype) for bias in inner), last_ED.astype(dtype)
-        return Experts(gate_EDF, gather(self.up_EDF), gather(self.down_EDF), activation(c), backend, biases)
+        return LocalExperts(gate_EDF, gather(self.up_EDF), gather(self.down_EDF), activation(c), backend, biases)
 
 
-def route(x_BTD, router_DE, bias_E, view: View, c: ModelConfig, router_bias_E=None):
+def route(x_BTD, router_DE, bias_E, ctx: ForwardContext, c: ModelConfig, router_bias_E=None):
     """Each token's experts and their weights, in at least float32, and this device's share of the router's figures.
 
     bias_E, or None, is added to the scores to choose by them; weights and figures are made of the scores without it
@@ -106,9 +106,9 @@ def route(x_BTD, router_DE, bias_E, view: View, c: ModelConfig, router_bias_E=No
         load_E   tokens that chose each expert
     """
     m = c.moe
-    logit_BTE = jnp.einsum('BTD,DE->BTE', wide(x_BTD), wide(router_DE), precision='highest')
+    logit_BTE = jnp.einsum('BTD,DE->BTE', upcast(x_BTD), upcast(router_DE), precision='highest')
     if router_bias_E is not None:
-        logit_BTE = logit_BTE + wide(router_bias_E)[None, None]
+        logit_BTE = logit_BTE + upcast(router_bias_E)[None, None]
     score_BTE = jax.nn.softmax(logit_BTE, axis=-1) if m.router == 'softmax' else jax.nn.sigmoid(logit_BTE)
     choice_BTE = score_BTE if bias_E is None else score_BTE + bias_E.astype(score_BTE.dtype)[None, None]
     if bias_E is None and m.groups == 1:
@@ -118,11 +118,11 @@ def route(x_BTD, router_DE, bias_E, view: View, c: ModelConfig, router_bias_E=No
         gate_BTK = jnp.take_along_axis(score_BTE, expert_BTK, axis=-1)
     if m.renormalize:
         gate_BTK = gate_BTK / gate_BTK.sum(-1, keepdims=True)
-    live_BT1 = vary(view.live_BT[..., None].astype(score_BTE.dtype))
+    live_BT1 = mark_varying(ctx.live_BT[..., None].astype(score_BTE.dtype))
     chosen_BTKE = expert_BTK[..., None] == jnp.arange(m.experts)[None, None, None]
     chosen_BTE = chosen_BTKE.sum(2).astype(score_BTE.dtype) * live_BT1
     share_BTE = score_BTE / score_BTE.sum(-1, keepdims=True) * live_BT1
-    axes = SEQUENCE if view.sequence_split else ('context',)
+    axes = SEQUENCE if ctx.sequence_split else ('context',)
     row = lambda a_BTE: psum(a_BTE.sum(1), axes)
     tokens_B1 = jnp.maximum(row(live_BT1), 1)
     balance = (row(chosen_BTE) * row(share_BTE) / tokens_B1**2).sum() * (m.experts / m.top_k)
@@ -132,7 +132,7 @@ def route(x_BTD, router_DE, bias_E, view: View, c: ModelConfig, router_bias_E=No
         'entropy': -(share_BTE * jnp.log(jnp.where(share_BTE > 0, share_BTE, 1))).sum(),
         'load_E': chosen_BTE.sum((0, 1)),
     }
-    if not view.sequence_split:  # every device of `tensor` has the same tokens
+    if not ctx.sequence_split:  # every device of `tensor` has the same tokens
         figures |= {name: figures[name] / lax.axis_size('tensor') for name in ('z', 'entropy', 'load_E')}
     return gate_BTK * m.routed_scale, expert_BTK, figures
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from weft.model.config import ModelConfig, RopeScaling
-from weft.sharding.collectives import pmax, wide
+from weft.sharding.collectives import pmax, upcast
 
 
 def rope(
@@ -20,7 +20,7 @@ def rope(
 
     Dims h and h + H/2 of those are a pair, as in Llama's published weights, or 2h and 2h + 1 (`c.rotary_pairs`).
     """
-    x, rest = wide(x_BTnH[..., : c.rotary_dim]), x_BTnH[..., c.rotary_dim :]
+    x, rest = upcast(x_BTnH[..., : c.rotary_dim]), x_BTnH[..., c.rotary_dim :]
     local = windowed and c.local_rope_theta is not None
     scaling = None if local else c.rope_scaling
     theta = c.local_rope_theta if local else c.rope_theta

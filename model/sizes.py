@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from weft.model.config import VOCABULARY_MULTIPLE, Kind, ModelConfig
+from weft.model.config import VOCABULARY_MULTIPLE, LayerSpec, ModelConfig
 from weft.sharding.mesh import BATCH, FSDP, SEQUENCE, Divides
 
 
@@ -16,11 +16,11 @@ def sizes(c: ModelConfig) -> list[Divides]:
     ]
     vocabulary = VOCABULARY_MULTIPLE if c.vocabulary is None else c.padded_vocabulary
     rules += [Divides(axes, 'the padded vocabulary', vocabulary) for axes in (FSDP, ('tensor',))]
-    run = c.runs[c.longest_run]
-    units = f'units of {len(run.kinds)} layers' if len(run.kinds) > 1 else f'{_name(run.kinds[0])} layers'
+    run = c.layer_groups[c.pipelined_group]
+    units = f'units of {len(run.specs)} layers' if len(run.specs) > 1 else f'{_name(run.specs[0])} layers'
     name = 'model.layers' if run.repeats == c.layers else f'the number of {units} in a row'
     rules.append(Divides(('stage',), name, run.repeats))
-    if not all(kind.experts for kind in c.kinds):
+    if not all(kind.experts for kind in c.layer_specs):
         rules.append(Divides(('tensor',), 'model.mlp_dim', c.mlp_dim))
     if not c.latent:
         rules.append(Divides(('tensor',), 'model.kv_heads × model.head_dim', c.kv_heads * c.head_dim))
@@ -50,7 +50,7 @@ def sizes(c: ModelConfig) -> list[Divides]:
     return rules
 
 
-def _name(kind: Kind) -> str:
+def _name(kind: LayerSpec) -> str:
     return 'moe' if kind.experts else 'dense'
 
 

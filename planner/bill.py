@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 from weft.model import cost
-from weft.model.config import Kind, ModelConfig
+from weft.model.config import LayerSpec, ModelConfig
 
 BYTES = {
     'float32': 4.0,
@@ -119,10 +119,10 @@ def _before(c: ModelConfig):
 
 def _layers(c: ModelConfig, name: str):
     """The rows of each kind of layer. Windows change no parameter."""
-    counts = collections.Counter(kind.experts for kind in c.kinds)
+    counts = collections.Counter(kind.experts for kind in c.layer_specs)
     for experts, times in sorted(counts.items()):
         label = name if len(counts) == 1 else f'{"mixture" if experts else "dense"} {name}'
-        parts = cost.layer_parameters(c, Kind(experts)) | {
+        parts = cost.layer_parameters(c, LayerSpec(experts)) | {
             'cross_attention': cost.attention_parameters(c) if c.encoder else 0
         }
         for part in ('attention', 'cross_attention', 'mlp', 'router', 'experts', 'shared_experts', 'norms'):
@@ -144,7 +144,7 @@ def _after(c: ModelConfig):
     if c.pooler:
         yield _once('pooler', D * D + D + c.next_sentence * (2 * D + 2), _with_vectors(_by(D, D), 1))
     if c.mtp_layers:
-        each = sum(cost.layer_parameters(c, c.kinds[-1]).values()) + 2 * D * D + 3 * cost.norm_parameters(c)
+        each = sum(cost.layer_parameters(c, c.layer_specs[-1]).values()) + 2 * D * D + 3 * cost.norm_parameters(c)
         yield Row('mtp', f'a layer + {_by(D, 2 * D)} + norms', each, c.mtp_layers, 0)
 
 
@@ -227,7 +227,7 @@ def cache_bill(c: ModelConfig) -> CacheBill:
     kind = 'MLA' if c.latent else 'MQA' if c.kv_heads == 1 < c.heads else shared
     numbers = cost.cache_bytes_per_token(c, 1)
     alone = c.layers * c.heads * (c.query_dim + c.value_dim)
-    windowed = sum(kind.windowed for kind in c.kinds)
+    windowed = sum(kind.windowed for kind in c.layer_specs)
     return CacheBill(kind, numbers, alone, c.layers, windowed, c.window)
 
 

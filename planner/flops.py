@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from weft.model.config import Kind, ModelConfig
+from weft.model.config import LayerSpec, ModelConfig
 from weft.model.cost import keys_seen
 from weft.model.ops.expert_dispatch import capacity
 from weft.sharding.mesh import BATCH, MeshConfig
@@ -162,12 +162,12 @@ def _terms(p: Program) -> Iterator[tuple[str, float]]:
 def _stack(p: Program) -> Iterator[tuple[str, float]]:
     """The layers."""
     c, stages = p.config, p.mesh.stage
-    for number, run in enumerate(c.runs):
-        pipelined = stages > 1 and number == c.longest_run
+    for number, run in enumerate(c.layer_groups):
+        pipelined = stages > 1 and number == c.pipelined_group
         bubble = ticks(p.microbatches, stages) / p.microbatches if pipelined else 1.0
         here = dataclasses.replace(p, cut=p.microbatches if pipelined else stages)
-        for place, kind in enumerate(run.kinds):
-            last = place == len(run.kinds) - 1
+        for place, kind in enumerate(run.specs):
+            last = place == len(run.specs) - 1
             for dot in _layer(here, kind, last and c.norm_order == 'pre'):
                 yield dot.part, run.repeats * bubble * dot.flops * _passes(p, dot)
 
@@ -181,7 +181,7 @@ def _passes(p: Program, dot: Dot) -> float:
     return 1.0 + dot.back + again
 
 
-def _layer(p: Program, kind: Kind, ends_unit: bool) -> Iterator[Dot]:
+def _layer(p: Program, kind: LayerSpec, ends_unit: bool) -> Iterator[Dot]:
     """The products of one layer; `ends_unit`: what comes last in it is only added to what the next layer reads."""
     c = p.config
     yield from _latent(p, kind) if c.latent else _attention(p, kind)
@@ -193,7 +193,7 @@ def _layer(p: Program, kind: Kind, ends_unit: bool) -> Iterator[Dot]:
         yield from _mlp('mlp', p, c.mlp_dim, ends_unit)
 
 
-def _attention(p: Program, kind: Kind) -> Iterator[Dot]:
+def _attention(p: Program, kind: LayerSpec) -> Iterator[Dot]:
     c = p.config
     yield Dot('projections', 2.0 * p.tokens * c.model_dim * c.heads * c.head_dim * 2)  # of queries, and back
     yield Dot('projections', 2.0 * p.tokens * c.model_dim * _kv_heads(p) * c.head_dim * 2)  # keys, values
@@ -205,7 +205,7 @@ def _kv_heads(p: Program) -> int:
     return max(p.config.kv_heads, p.mesh.tensor)
 
 
-def _scores(part: str, p: Program, kind: Kind, width: int, value_width: int) -> Iterator[Dot]:
+def _scores(part: str, p: Program, kind: LayerSpec, width: int, value_width: int) -> Iterator[Dot]:
     """Scores and what they weigh, of each query with each key that the backend does not leave out."""
     if p.decoding or p.attention == 'reference':
         keys = float(p.length)
@@ -217,7 +217,7 @@ def _scores(part: str, p: Program, kind: Kind, width: int, value_width: int) -> 
         yield Dot(part, 2.0 * p.rows * p.queries * p.config.heads * w * keys, batched=True, back=back)
 
 
-def _latent(p: Program, kind: Kind) -> Iterator[Dot]:
+def _latent(p: Program, kind: LayerSpec) -> Iterator[Dot]:
     c, a = p.config, p.config.latent
     D, n = c.model_dim, c.heads
     yield Dot('projections', 2.0 * p.own * D * (a.kv_rank + a.rotary_dim))
@@ -300,5 +300,5 @@ def _ahead(p: Program) -> Iterator[tuple[str, float]]:
     """The layers that predict further ahead, each with a head. A norm comes after them, which needs all of their products."""
     c = p.config
     join = Dot('mtp', 2.0 * p.own * 2 * c.model_dim**2)
-    layer = [join, *_layer(p, c.kinds[-1], ends_unit=False)]
+    layer = [join, *_layer(p, c.layer_specs[-1], ends_unit=False)]
     yield 'mtp', c.mtp_layers * (sum(dot.flops * _passes(p, dot) for dot in layer) + _loss(p))

@@ -129,7 +129,7 @@ def inventory(c: ModelConfig) -> Inventory:
         groups += [dataclasses.replace(group, where='encoder') for group in _groups(c.of_encoder)]
         outside += _outside(c.of_encoder)
     if c.mtp_layers:
-        D, last = c.model_dim, c.kinds[-1]
+        D, last = c.model_dim, c.layer_specs[-1]
         more = (
             *_norm(c, 'embedding_norm'),
             *_norm(c, 'hidden_norm'),
@@ -143,12 +143,12 @@ def inventory(c: ModelConfig) -> Inventory:
 def _groups(c: ModelConfig) -> list[Group]:
     """The layers of one stack."""
     count, ends, written = (Counter[tuple[Where, bool]]() for _ in range(3))
-    for number, run in enumerate(c.runs):
-        where: Where = 'pipeline' if number == c.longest_run else 'stack'
-        for kind in run.kinds:
+    for number, run in enumerate(c.layer_groups):
+        where: Where = 'pipeline' if number == c.pipelined_group else 'stack'
+        for kind in run.specs:
             count[where, kind.experts] += run.repeats
             written[where, kind.experts] += 1
-        ends[where, run.kinds[-1].experts] += run.repeats
+        ends[where, run.specs[-1].experts] += run.repeats
     return [
         Group(key[0], key[1], layers, ends[key], written[key], c, _layer(c, key[1])) for key, layers in count.items()
     ]

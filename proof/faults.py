@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from weft.proof.equivalence import TOLERANCE, gradient_error, one_gradient
-from weft.sharding.collectives import my_slice
+from weft.sharding.collectives import tensor_slice
 from weft.sharding.mesh import MeshConfig
 
 
@@ -67,35 +67,35 @@ FAULTS = (
         'gradients are not summed over replicas',
         'dense',
         MeshConfig(replica=2, data=4),
-        'weft.training.loss.sum_copies',
+        'weft.training.loss.reduce_gradients',
         lambda real: lambda gradient, specs: gradient,
     ),
     fault(
         'only one replica’s gradient counts',
         'dense',
         MeshConfig(replica=2, data=4),
-        'weft.training.loss.sum_copies',
+        'weft.training.loss.reduce_gradients',
         first_replica_only,
     ),
     fault(
         'a sum over tensor is left out',
         'dense',
         MeshConfig(data=2, tensor=4),
-        'weft.model.layers.split',
-        lambda real: my_slice,
+        'weft.model.layers.reduce_scatter_sequence',
+        lambda real: tensor_slice,
     ),
     fault(
         'the ring moves two devices at a time',
         'dense',
         MeshConfig(data=2, context=4),
-        'weft.model.ops.attention.ring.onward',
+        'weft.model.ops.attention.ring.ring_shift',
         lambda real: lambda tree, axis: real(tree, axis, 2),
     ),
     fault(
         'keys go round without their positions',
         'dense',
         MeshConfig(data=2, context=4),
-        'weft.model.ops.attention.ring.onward',
+        'weft.model.ops.attention.ring.ring_shift',
         keys_without_places,
     ),
     fault(

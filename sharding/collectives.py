@@ -16,7 +16,7 @@ from jax import P, lax
 from weft.sharding.mesh import AXES, FSDP, platform
 
 
-def vary(tree):
+def mark_varying(tree):
     """Marks arrays as this device's own copies, so that a gradient is summed once over the axes that replicate them here.
 
     Without the mark the sum would be taken at each use, inside the scan over layers.
@@ -29,7 +29,7 @@ def vary(tree):
     return jax.tree.map(mark, tree)
 
 
-def vary_together(tree):
+def match_varying(tree):
     """Marks arrays as varying over every mesh axis that one of them varies over; outside of shard_map nothing happens.
 
     A loop's carry, a kernel's operands and a custom gradient have one type throughout. What JAX adds for the cast in the
@@ -49,7 +49,7 @@ def varying(x) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
 
 
-def sum_copies(tree, specs):
+def reduce_gradients(tree, specs):
     """Each device's own gradient of weights laid out as `specs`, summed over the axes along which the weights are copies.
 
     One call for all weights of a layout: a step sends this once, whatever the number of its layers and microbatches.
@@ -59,53 +59,53 @@ def sum_copies(tree, specs):
     by_axes: dict[tuple[str, ...], list[int]] = {}
     for i, spec in enumerate(layouts):
         split = {axis for axes in spec if axes for axis in (axes if isinstance(axes, tuple) else (axes,))}
-        by_axes.setdefault(several(axis for axis in AXES if axis not in split), []).append(i)
+        by_axes.setdefault(active_axes(axis for axis in AXES if axis not in split), []).append(i)
     for axes, where in by_axes.items():
         for i, total in zip(where, psum([leaves[i] for i in where], axes), strict=True):
             leaves[i] = total
     return jax.tree.unflatten(structure, leaves)
 
 
-def several(axes: str | Iterable[str]) -> tuple[str, ...]:
+def active_axes(axes: str | Iterable[str]) -> tuple[str, ...]:
     """Those of the axes along which there is more than one device."""
     return tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes) if lax.axis_size(axis) > 1)
 
 
 def psum(tree, axes):
     """The sum over all devices along the axes."""
-    axes = several(axes)
+    axes = active_axes(axes)
     return lax.psum(tree, axes) if axes else tree
 
 
 def pmax(tree, axes):
     """The largest over all devices along the axes."""
-    axes = several(axes)
+    axes = active_axes(axes)
     return lax.pmax(tree, axes) if axes else tree
 
 
 def axis_index(axes) -> jax.Array:
     """This device's number along an axis, or along several, of which the last counts fastest; int32."""
-    axes = several(axes)
+    axes = active_axes(axes)
     return lax.axis_index(axes) if axes else jnp.int32(0)
 
 
 def all_to_all(x, axis: str, split_dim: int, concat_dim: int):
     """Cuts x along a dim, sends each device of the axis its part, and joins what comes along another. Backward: the reverse."""
-    return lax.all_to_all(x, axis, split_dim, concat_dim, tiled=True) if several(axis) else x
+    return lax.all_to_all(x, axis, split_dim, concat_dim, tiled=True) if active_axes(axis) else x
 
 
-def onward(tree, axis: str, by: int = 1):
+def ring_shift(tree, axis: str, by: int = 1):
     """What the device `by` places before this one along `axis` holds, as everything moves on; the ends are neighbours."""
     n = lax.axis_size(axis)
     return lax.ppermute(tree, axis, [(i, (i + by) % n) for i in range(n)]) if n > 1 else tree
 
 
-def settled(x, axis: str):
+def as_replicated(x, axis: str):
     """x, which is the same on all devices along `axis`, known to be so: the first one's."""
-    return psum(jnp.where(axis_index(axis) == 0, x, 0), axis) if several(axis) else x
+    return psum(jnp.where(axis_index(axis) == 0, x, 0), axis) if active_axes(axis) else x
 
 
-def hops(axis: str) -> list[list[list[int]] | None]:
+def gather_stages(axis: str) -> list[list[list[int]] | None]:
     """Groups along an axis that gather one after the other, the nearest first, to send no more; [None] for all at once.
 
     None at all, [], where the axis has one device.
@@ -126,62 +126,62 @@ def hops(axis: str) -> list[list[list[int]] | None]:
     ]
 
 
-def gathered(x, axis: str, dim: int = 0):
-    """The parts of all devices of an axis, side by side. Backward: `scattered`."""
-    for groups in hops(axis):
+def all_gather(x, axis: str, dim: int = 0):
+    """The parts of all devices of an axis, side by side. Backward: `reduce_scatter`."""
+    for groups in gather_stages(axis):
         x = lax.all_gather(x, axis, axis=dim, tiled=True, axis_index_groups=groups)
     return x
 
 
-def scattered(x, axis: str):
-    """The sum over all devices of an axis, of which each keeps its part of the first dim. Backward: `gathered`."""
-    for groups in reversed(hops(axis)):
+def reduce_scatter(x, axis: str):
+    """The sum over all devices of an axis, of which each keeps its part of the first dim. Backward: `all_gather`."""
+    for groups in reversed(gather_stages(axis)):
         x = lax.psum_scatter(x, axis, tiled=True, axis_index_groups=groups)
     return x
 
 
-def whole(w, dtype, axes=FSDP, dim: int = 0):
+def unshard(w, dtype, axes=FSDP, dim: int = 0):
     """A weight from its shards along `axes`, sent in the compute dtype. Backward: a reduce-scatter of its gradient.
 
     One axis after the other, the innermost first, which sends no more: over several at once TPUs send twice the bytes where
-    they are the whole machine, as in `hops`.
+    they are the whole machine, as in `gather_stages`.
     """
     w = w.astype(dtype)
     for axis in reversed(axes):
-        w = gathered(w, axis, dim)
+        w = all_gather(w, axis, dim)
     return w
 
 
-def join(x_BTD):
-    """Slices of the sequence over `tensor` to all of it. Backward: `split`.
+def gather_sequence(x_BTD):
+    """Slices of the sequence over `tensor` to all of it. Backward: `reduce_scatter_sequence`.
 
-    Rows and sequence are one dim while they travel, here and in `split`: of more dims than two XLA's TPU compiler makes an
+    Rows and sequence are one dim while they travel, here and in `reduce_scatter_sequence`: of more dims than two XLA's TPU compiler makes an
     all-reduce where a reduce-scatter was asked for, and sends twice the bytes.
     """
-    if not several('tensor'):
+    if not active_axes('tensor'):
         return x_BTD
     B, T, *rest = x_BTD.shape
-    x_ND = gathered(x_BTD.reshape(B * T, *rest), 'tensor')
+    x_ND = all_gather(x_BTD.reshape(B * T, *rest), 'tensor')
     return x_ND.reshape(-1, B, T, *rest).swapaxes(0, 1).reshape(B, -1, *rest)
 
 
-def split(x_BTD):
-    """The sum of partial products over `tensor`, of which each device keeps its slice of the sequence. Backward: `join`."""
+def reduce_scatter_sequence(x_BTD):
+    """The sum of partial products over `tensor`, of which each device keeps its slice of the sequence. Backward: `gather_sequence`."""
     n = lax.axis_size('tensor')
     if n == 1:
         return x_BTD
     B, T, *rest = x_BTD.shape
     x_ND = x_BTD.reshape(B, n, T // n, *rest).swapaxes(0, 1).reshape(B * T, *rest)
-    return scattered(x_ND, 'tensor').reshape(B, T // n, *rest)
+    return reduce_scatter(x_ND, 'tensor').reshape(B, T // n, *rest)
 
 
-def my_slice(x_BT, dim: int = 1):
+def tensor_slice(x_BT, dim: int = 1):
     """This device's slice over `tensor` of an array that every device of `tensor` holds whole."""
     n = lax.axis_size('tensor')
     size = x_BT.shape[dim] // n
     return lax.dynamic_slice_in_dim(x_BT, axis_index('tensor') * size, size, axis=dim) if n > 1 else x_BT
 
 
-def wide(x):
+def upcast(x):
     """x in at least float32."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from weft.sharding.collectives import onward, vary
+from weft.sharding.collectives import mark_varying, ring_shift
 
 
 def ticks(microbatches: int, stages: int) -> int:
@@ -30,7 +30,7 @@ def bubble(microbatches: int, stages: int) -> float:
     return (stages - 1) / ticks(microbatches, stages)
 
 
-def dealt(tree: Any, microbatches: int) -> Any:
+def my_microbatches(tree: Any, microbatches: int) -> Any:
     """Of arrays whose rows every stage has, those of this stage's microbatches: what it works on outside the pipeline."""
     S = lax.axis_size('stage')
     if S == 1:
@@ -51,7 +51,7 @@ def microbatch(tree: Any, number: jax.Array, microbatches: int) -> Any:
 
 
 def pipeline(layers: Callable, x_mBTD: jax.Array) -> tuple[jax.Array, Any]:
-    """All stages' layers on all microbatches; each stage gives and gets those that `dealt` gives it.
+    """All stages' layers on all microbatches; each stage gives and gets those that `my_microbatches` gives it.
 
     `layers(x_BTD, number)` applies this stage's layers to microbatch `number` and returns (x_BTD, sums): any pytree, which
     is added up over this stage's microbatches. Returns (x_mBTD, sums).
@@ -61,7 +61,7 @@ def pipeline(layers: Callable, x_mBTD: jax.Array) -> tuple[jax.Array, Any]:
     """
     S, s, m = lax.axis_size('stage'), lax.axis_index('stage'), x_mBTD.shape[0]
     M = m * S
-    nearer = lambda x: onward(x, 'stage', -1)
+    nearer = lambda x: ring_shift(x, 'stage', -1)
 
     def tick(carry, t):
         waiting_mBTD, x_BTD, done_mBTD, sums = carry
@@ -79,11 +79,11 @@ def pipeline(layers: Callable, x_mBTD: jax.Array) -> tuple[jax.Array, Any]:
         waiting_mBTD = lax.dynamic_update_index_in_dim(waiting_mBTD, nearer(next_BTD), in_slot, 0)
         out_BTD = jnp.where(s == S - 1, y_BTD, nearer(out_BTD))
         done_mBTD = lax.dynamic_update_index_in_dim(done_mBTD, out_BTD, out_slot, 0)
-        return (waiting_mBTD, onward(y_BTD, 'stage'), done_mBTD, sums), None
+        return (waiting_mBTD, ring_shift(y_BTD, 'stage'), done_mBTD, sums), None
 
     nothing_BTD = jnp.zeros_like(x_mBTD[0])
     _, sums = jax.eval_shape(layers, x_mBTD[0], jnp.int32(0))
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), sums)
-    start = vary((x_mBTD, nothing_BTD, jnp.zeros_like(x_mBTD), zeros))
+    start = mark_varying((x_mBTD, nothing_BTD, jnp.zeros_like(x_mBTD), zeros))
     (_, _, done_mBTD, sums), _ = lax.scan(tick, start, jnp.arange(ticks(M, S)))
     return done_mBTD, sums

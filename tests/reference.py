@@ -16,9 +16,9 @@ def weights(model) -> dict:
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
         flat[jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value')] = np.asarray(leaf)
     layers, group = [], 0
-    for run in model.config.runs:
+    for run in model.config.layer_groups:
         units = []
-        for _ in run.kinds:
+        for _ in run.specs:
             prefix = f'groups.{group}.'
             mine = {name.removeprefix(prefix): leaf for name, leaf in flat.items() if name.startswith(prefix)}
             units.append([{name: leaf[i] for name, leaf in mine.items()} for i in range(run.repeats)])

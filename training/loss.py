@@ -11,10 +11,19 @@ from jax import P, lax
 from weft.model.config import ModelConfig
 from weft.model.decoder import Decoder, Head, backends, by_layer, to_vocabulary
 from weft.model.forward import TOKENS, Source, columns, one_device, with_source
-from weft.model.layers import View, specs
-from weft.sharding.collectives import axis_index, join, my_slice, pmax, psum, sum_copies, vary, wide
+from weft.model.layers import ForwardContext, specs
+from weft.sharding.collectives import (
+    axis_index,
+    gather_sequence,
+    mark_varying,
+    pmax,
+    psum,
+    reduce_gradients,
+    tensor_slice,
+    upcast,
+)
 from weft.sharding.mesh import AXES, BATCH, platform
-from weft.sharding.pipeline import dealt
+from weft.sharding.pipeline import my_microbatches
 from weft.sharding.sequence_layout import zigzag
 
 CHUNK = 2048  # tokens whose logits exist at once
@@ -37,7 +46,7 @@ def loss_sums(model: Decoder, batch: dict, dropout_key=None, microbatches: int =
 
     def body(model, batch, key):
         shares = device_shares(model, batch, first_row(batch), key if dropout_key is not None else None, microbatches)
-        return counts(batch) | psum(vary(shares), AXES)
+        return counts(batch) | psum(mark_varying(shares), AXES)
 
     run = one_device(body, model, (dict.fromkeys(batch, TOKENS), P()), P())
     return run(model, batch, jax.random.key(0) if dropout_key is None else dropout_key)
@@ -75,19 +84,19 @@ def loss_and_gradient(model: Decoder, batch: dict, dropout_key=None, microbatche
                 shares = device_shares(model, batch, first + number * size, key, microbatches)
                 return total_loss(shares, known, model), shares
 
-            return vary(jax.grad(share, has_aux=True)(model))
+            return mark_varying(jax.grad(share, has_aux=True)(model))
 
         if accumulation == 1:
             gradient, shares = one_part(batch, 0)
         else:
             cut = jax.tree.map(lambda a: a.reshape(accumulation, size, *a.shape[1:]), batch)
             found = jax.eval_shape(one_part, jax.tree.map(lambda a: a[0], cut), 0)
-            nothing = vary(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), found))
+            nothing = mark_varying(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), found))
             # XLA's TPU compiler fails where a reduce-scatter's result goes straight into a loop's sum.
             apart = lax.optimization_barrier if platform() == 'tpu' else lambda found: found
             add = lambda total, part: (jax.tree.map(jnp.add, total, apart(one_part(*part))), None)
             (gradient, shares), _ = lax.scan(add, nothing, (cut, jnp.arange(accumulation)))
-        return sum_copies(gradient, layouts), known | psum(vary(shares), AXES)
+        return reduce_gradients(gradient, layouts), known | psum(mark_varying(shares), AXES)
 
     layouts = specs(model)
     run = one_device(body, model, (dict.fromkeys(batch, TOKENS), P()), (layouts, P()))
@@ -113,7 +122,7 @@ def device_shares(model: Decoder, batch: dict, first, key, microbatches: int) ->
     tokens_BT, target_BT, position_BT, segment_BT = (
         batch[name][:, column_T] for name in ('tokens', 'targets', 'positions', 'segments')
     )
-    view = View(
+    ctx = ForwardContext(
         position_BT,
         segment_BT,
         **backends(model.config),
@@ -124,17 +133,17 @@ def device_shares(model: Decoder, batch: dict, first, key, microbatches: int) ->
     )
     if model.config.encoder:
         source = Source(*(batch[f'source_{name}'] for name in ('tokens', 'positions', 'segments')))
-        view = with_source(model, view, source)
-    x_BTD, _, figures = model.hidden(tokens_BT, view)
-    target_BT, live_BT = my_slice(dealt(target_BT, microbatches)), view.dealt().live_BT
+        ctx = with_source(model, ctx, source)
+    x_BTD, _, figures = model.hidden(tokens_BT, ctx)
+    target_BT, live_BT = tensor_slice(my_microbatches(target_BT, microbatches)), ctx.my_microbatches().live_BT
     head = model.head(learns=True)
     shares = {'nats': cross_entropy(head, x_BTD, target_BT, live_BT, model.config), 'router': figures}
     if model.config.mtp_layers:
         next_kBT, target_kBT, live_kBT = (
             [a_BT[:, column_T] for a_BT in a_kBT] for a_kBT in shifted(batch, model.config.mtp_layers)
         )
-        x_kBTD, found = model.ahead(x_BTD, next_kBT, view)
-        mine = lambda a_BT: my_slice(dealt(a_BT, microbatches))
+        x_kBTD, found = model.ahead(x_BTD, next_kBT, ctx)
+        mine = lambda a_BT: tensor_slice(my_microbatches(a_BT, microbatches))
         ahead = zip(x_kBTD, target_kBT, live_kBT, strict=True)
         shares['ahead'] = jnp.stack(
             [cross_entropy(head, x, mine(target), mine(live), model.config) for x, target, live in ahead]
@@ -202,7 +211,7 @@ def cross_entropy(head: Head, x_BTD, target_BT, live_BT, c: ModelConfig):
     columns_V = axis_index('tensor') * shard + jnp.arange(shard)
 
     def chunk(head, x_1ND, target_1N, live_1N):
-        x_ND, target_N, live_N = (join(a)[0] for a in (x_1ND, target_1N, live_1N))
+        x_ND, target_N, live_N = (gather_sequence(a)[0] for a in (x_1ND, target_1N, live_1N))
         logit_NV = to_vocabulary(x_ND, head, c)
         if c.padded_vocabulary > c.vocabulary:
             logit_NV = jnp.where((columns_V < c.vocabulary)[None], logit_NV, -jnp.inf)
@@ -224,21 +233,21 @@ def cross_entropy(head: Head, x_BTD, target_BT, live_BT, c: ModelConfig):
         return lax.map(lambda a: chunk(head, *a), (x_c1ND, *known)).sum()
 
     def forward(head, x_c1ND):
-        sink = vary(jnp.zeros_like(head.w, dtype=wide(head.w).dtype))
+        sink = mark_varying(jnp.zeros_like(head.w, dtype=upcast(head.w).dtype))
 
         def step(sums, a):
             x, *rest = a
             run = lambda sink, bias_V, x: chunk(Head(head.w, bias_V, sink), x, *rest)
             value, pull = jax.vjp(run, sink, head.bias_V, x)
-            *made, dx = pull(vary(jnp.ones_like(value)))
+            *made, dx = pull(mark_varying(jnp.ones_like(value)))
             return jax.tree.map(jnp.add, sums, (value, *made)), dx
 
-        nothing = vary(jax.tree.map(jnp.zeros_like, (sink[0, 0], sink, head.bias_V)))
+        nothing = mark_varying(jax.tree.map(jnp.zeros_like, (sink[0, 0], sink, head.bias_V)))
         (value, *made), dx_c1ND = lax.scan(step, nothing, (x_c1ND, *known))
         return value, (*made, dx_c1ND)
 
     def backward(made, scale):
-        scaled = lambda d, like: (scale * wide(d)).astype(like.dtype)
+        scaled = lambda d, like: (scale * upcast(d)).astype(like.dtype)
         dw, d_bias_V, dx_c1ND = made
         d_bias_V = None if d_bias_V is None else scaled(d_bias_V, head.bias_V)
         return Head(scaled(dw, head.w), d_bias_V), scaled(dx_c1ND, x_BTD)

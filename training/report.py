@@ -84,7 +84,7 @@ def kept_inputs(config: RunConfig) -> int:
     rows = t.batch // (t.accumulation * mesh.span(BATCH))
     if mesh.stage == 1:
         return m.layers * rows * row
-    longest = m.runs[m.longest_run].layers
+    longest = m.layer_groups[m.pipelined_group].layers
     M = config.microbatches
     in_pipeline = ticks(M, mesh.stage) * (longest // mesh.stage) * (rows // M) * row
     return in_pipeline + (m.layers - longest) * (rows // mesh.stage) * row

@@ -307,11 +307,11 @@ def layers(c: ModelConfig, stack: str = '') -> Iterator[tuple[str, int]]:
     The names begin with `stack`.
     """
     group = 0
-    for run in c.runs:
+    for run in c.layer_groups:
         for repeat in range(run.repeats):
-            for place in range(len(run.kinds)):
+            for place in range(len(run.specs)):
                 yield f'{stack}groups.{group + place}.', repeat
-        group += len(run.kinds)
+        group += len(run.specs)
     yield from (('mtp.', k) for k in range(c.mtp_layers))
 
 

@@ -8,7 +8,7 @@ from weft.hub.families import Family, Fields
 from weft.hub.families.llama import MLP, NORMS, OUTER, common, write_common
 from weft.hub.families.qwen3_moe import EXPERTS
 from weft.hub.families.rope import read_rope, write_rope
-from weft.model.config import LatentConfig, ModelConfig, MoEConfig
+from weft.model.config import MLAConfig, ModelConfig, MoEConfig
 
 LATENT = {
     'model.layers.{i}.self_attn.q_proj.weight': 'attention.q_DN',
@@ -54,7 +54,7 @@ def read_latent(f: Fields) -> dict[str, Any]:
     """The fields of DeepSeek-V2 and V3: all but their experts, and which dims turn together."""
     f.skip('head_dim', 'qk_head_dim')  # transformers writes them; they follow from the others
     f.only('num_key_value_heads', f('num_attention_heads'))
-    latent = LatentConfig(
+    latent = MLAConfig(
         q_rank=f.given('q_lora_rank', 1536),
         kv_rank=f('kv_lora_rank', 512),
         plain_dim=f('qk_nope_head_dim', 128),

@@ -77,7 +77,7 @@ def write_own(c: ModelConfig) -> dict[str, Any]:
 
 def write_windows(c: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_windows`. transformers wants a number even where no layer has the window."""
-    types = ['sliding_attention' if kind.windowed else 'full_attention' for kind in c.kinds]
+    types = ['sliding_attention' if kind.windowed else 'full_attention' for kind in c.layer_specs]
     return {'sliding_window': WINDOW if c.window is None else c.window, 'layer_types': types}
 
 

@@ -55,7 +55,7 @@ def write_window(c: ModelConfig) -> dict[str, Any]:
         'use_sliding_window': c.window is not None,
         'sliding_window': c.window,
         'max_window_layers': c.layers,
-        'layer_types': ['sliding_attention' if kind.windowed else 'full_attention' for kind in c.kinds],
+        'layer_types': ['sliding_attention' if kind.windowed else 'full_attention' for kind in c.layer_specs],
     }
 
 

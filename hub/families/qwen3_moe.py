@@ -52,7 +52,7 @@ def write_sparse(c: ModelConfig) -> dict[str, Any]:
     """Which layers are mixtures, and what of."""
     own: dict[str, Any] = {
         'decoder_sparse_step': 1,
-        'mlp_only_layers': [i for i, kind in enumerate(c.kinds) if not kind.experts],
+        'mlp_only_layers': [i for i, kind in enumerate(c.layer_specs) if not kind.experts],
     }
     if c.moe:
         own |= {

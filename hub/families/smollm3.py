@@ -55,10 +55,10 @@ def write(c: ModelConfig) -> dict[str, Any]:
             'model_type': 'smollm3',
             'attention_bias': c.qkv_bias,
             'mlp_bias': c.mlp_bias,
-            'no_rope_layers': [int(kind.turned) for kind in c.kinds],
+            'no_rope_layers': [int(kind.turned) for kind in c.layer_specs],
             'use_sliding_window': c.window is not None,
             'sliding_window': c.window,
-            'layer_types': ['sliding_attention' if kind.windowed else 'full_attention' for kind in c.kinds],
+            'layer_types': ['sliding_attention' if kind.windowed else 'full_attention' for kind in c.layer_specs],
         }
     )
 

@@ -30,11 +30,11 @@ from jax import lax
 
 from weft.model.ops.grouped_matmul import combine, expert_mlp, permute
 from weft.sharding import collectives
-from weft.sharding.collectives import axis_index, gathered, psum, scattered, vary_together
+from weft.sharding.collectives import axis_index, match_varying, psum, reduce_scatter
 from weft.sharding.mesh import platform
 
 
-class Experts(NamedTuple):
+class LocalExperts(NamedTuple):
     """The experts that this device holds, their hidden units split over `tensor`: what they make of a row is a partial sum."""
 
     gate_EDF: jax.Array | None  # None: a plain MLP
@@ -79,23 +79,23 @@ def dispatch(name: str):
     return _DISPATCH[name]
 
 
-def all_gather(x_ND, gate_NK, expert_NK, experts: Experts, *, split: bool, capacity_factor: float):
+def all_gather(x_ND, gate_NK, expert_NK, experts: LocalExperts, *, split: bool, capacity_factor: float):
     """Every token to every device; rows of other devices' experts sort last and are not computed."""
     # One axis at a time: over two at once TPU makes the sums on all devices, twice the bytes (benchmarks/dispatch.md).
     for axis in ('tensor', 'expert') if split else ('expert',):
-        x_ND, gate_NK, expert_NK = (gathered(a, axis) for a in (x_ND, gate_NK, expert_NK))
+        x_ND, gate_NK, expert_NK = (collectives.all_gather(a, axis) for a in (x_ND, gate_NK, expert_NK))
     E = experts.held
     mine_NK = expert_NK - E * axis_index('expert')
     mine_NK = jnp.where((mine_NK >= 0) & (mine_NK < E), mine_NK, E)
     order_R, place_R, sizes_E = by_expert(mine_NK, E)
     y_RD = experts.grouped(permute(x_ND, order_R, place_R), sizes_E)
     y_ND = combine(y_RD, gate_NK.astype(x_ND.dtype), order_R, place_R)
-    y_ND = scattered(y_ND, 'expert')
-    y_ND = scattered(y_ND, 'tensor') if split else psum(y_ND, 'tensor')
+    y_ND = reduce_scatter(y_ND, 'expert')
+    y_ND = reduce_scatter(y_ND, 'tensor') if split else psum(y_ND, 'tensor')
     return y_ND, jnp.float32(0)
 
 
-def all_to_all(x_ND, gate_NK, expert_NK, experts: Experts, *, split: bool, capacity_factor: float):
+def all_to_all(x_ND, gate_NK, expert_NK, experts: LocalExperts, *, split: bool, capacity_factor: float):
     """A buffer of C rows from each device to each expert. Tokens that come later in the order of rows are dropped first.
 
     Gates stay at home. Without `split` there is room for every token, so that decoding drops none.
@@ -108,34 +108,34 @@ def all_to_all(x_ND, gate_NK, expert_NK, experts: Experts, *, split: bool, capac
     x_nECD = collectives.all_to_all(x_nECD, 'expert', 0, 0)
     if split:
         # As a matrix: TPU then keeps the sum on the way back, and this one's gradient, a reduce-scatter.
-        x_nECD = gathered(x_nECD.reshape(-1, D), 'tensor').reshape(-1, experts.held, C, D)
+        x_nECD = collectives.all_gather(x_nECD.reshape(-1, D), 'tensor').reshape(-1, experts.held, C, D)
     y_ECD = experts.batched(x_nECD.swapaxes(0, 1).reshape(experts.held, -1, D))
     y_nECD = y_ECD.reshape(experts.held, -1, C, D).swapaxes(0, 1)
     if split:
-        y_nECD = scattered(y_nECD.reshape(-1, D), 'tensor').reshape(n, experts.held, C, D)
+        y_nECD = reduce_scatter(y_nECD.reshape(-1, D), 'tensor').reshape(n, experts.held, C, D)
     y_SD = collectives.all_to_all(y_nECD, 'expert', 0, 0).reshape(E * C, D)
     y_ND = combine(y_SD, gate_NK.astype(x_ND.dtype), order_S, slot_R, partial=True)
     return (y_ND, dropped) if split else (psum(y_ND, 'tensor'), dropped / lax.axis_size('tensor'))
 
 
-def ragged(x_ND, gate_NK, expert_NK, experts: Experts, *, split: bool, capacity_factor: float):
+def ragged(x_ND, gate_NK, expert_NK, experts: LocalExperts, *, split: bool, capacity_factor: float):
     """Rows sorted by expert, each run of rows to its expert's device, where it lands in the order of experts.
 
     As in an MLP, the devices of `tensor` have all of each other's tokens in between. The buffer has room for the worst
     case, that all tokens of all devices want the experts of one.
     """
     if split:
-        x_ND, gate_NK, expert_NK = (gathered(a, 'tensor') for a in (x_ND, gate_NK, expert_NK))
+        x_ND, gate_NK, expert_NK = (collectives.all_gather(a, 'tensor') for a in (x_ND, gate_NK, expert_NK))
     (N, K), n = expert_NK.shape, lax.axis_size('expert')
     E = n * experts.held
     order_R, place_R, count_E = by_expert(expert_NK, E)
-    count_nE = gathered(count_E[None], 'expert')
+    count_nE = collectives.all_gather(count_E[None], 'expert')
     mine_nE = lax.dynamic_slice_in_dim(count_nE, axis_index('expert') * experts.held, experts.held, 1)
     x_SD = exchange(permute(x_ND, order_R, place_R), count_nE, n * N * min(K, experts.held))
     y_SD = experts.grouped(x_SD, mine_nE.sum(0, dtype=jnp.int32))
     y_RD = exchange(y_SD, count_nE, N * K, back=True)
     y_ND = combine(y_RD, gate_NK.astype(x_ND.dtype), order_R, place_R)
-    return (scattered(y_ND, 'tensor') if split else psum(y_ND, 'tensor')), jnp.float32(0)
+    return (reduce_scatter(y_ND, 'tensor') if split else psum(y_ND, 'tensor')), jnp.float32(0)
 
 
 _DISPATCH = {'all_gather': all_gather, 'all_to_all': all_to_all, 'ragged': ragged}
@@ -185,7 +185,7 @@ def exchange(x_RD, count_nE, rows: int, back: bool = False):
     """
     if count_nE.shape[0] == 1:
         return x_RD  # `rows` are those that there are
-    return _exchange(*vary_together((x_RD, count_nE)), rows, back)
+    return _exchange(*match_varying((x_RD, count_nE)), rows, back)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -203,7 +203,7 @@ def _exchange(x_RD, count_nE, rows: int, back: bool):
     returning = to_me(there_nE), to_me(count_nE), to_me(home_nE), from_me(count_nE)
     run = gathered_ragged_all_to_all if platform() == 'cpu' else lax.ragged_all_to_all
     # ragged_all_to_all's result varies over the mesh axes that its second argument does.
-    empty_SD, _ = vary_together((jnp.zeros((rows, x_RD.shape[1]), x_RD.dtype), x_RD))
+    empty_SD, _ = match_varying((jnp.zeros((rows, x_RD.shape[1]), x_RD.dtype), x_RD))
     return run(x_RD, empty_SD, *(returning if back else out), axis_name='expert')
 
 

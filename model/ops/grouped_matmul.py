@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from weft.runtime.errors import UserError, nearest
-from weft.sharding.collectives import vary_together
+from weft.sharding.collectives import match_varying
 from weft.sharding.mesh import platform
 
 BACKENDS = ('reference', 'blocked', 'ragged', 'gmm')
@@ -128,7 +128,7 @@ def grouped_apply(
     for w in jax.tree.leaves(weights):
         assert w.dtype == x_RD.dtype, (w.dtype, x_RD.dtype)
         assert w.shape[0] == sizes_E.shape[0], (w.shape, sizes_E.shape)
-    x_RD, weights, sizes_E = vary_together((x_RD, weights, sizes_E.astype(jnp.int32)))
+    x_RD, weights, sizes_E = match_varying((x_RD, weights, sizes_E.astype(jnp.int32)))
     if backend == 'blocked':
         return _blocked(f, x_RD, weights, sizes_E)
     ends_E = jnp.cumsum(sizes_E)
@@ -175,14 +175,14 @@ def permute(x_ND: jax.Array, order_S: jax.Array, slot_R: jax.Array, *, partial: 
     `partial`, where an index past the end means none: an empty slot, which is 0, or a pair without a slot. The gradient is a
     sum of K gathers, where autodiff would write a scatter-add.
     """
-    return _permute(*vary_together((x_ND, order_S, slot_R)), slot_R.shape[0] // x_ND.shape[0], _mode(partial))
+    return _permute(*match_varying((x_ND, order_S, slot_R)), slot_R.shape[0] // x_ND.shape[0], _mode(partial))
 
 
 def combine(
     y_SD: jax.Array, share_NK: jax.Array, order_S: jax.Array, slot_R: jax.Array, *, partial: bool = False
 ) -> jax.Array:
     """y_ND = sum over K of share_NK times the token's own rows of y_SD: the way back from `permute`, same indices."""
-    return _combine(*vary_together((y_SD, share_NK, order_S, slot_R)), _mode(partial))
+    return _combine(*match_varying((y_SD, share_NK, order_S, slot_R)), _mode(partial))
 
 
 def _vary(a: jax.Array, axes: frozenset[str]) -> jax.Array:

@@ -80,7 +80,7 @@ class View:
         name, devices, steps = _group(axes, self.mesh)
         if not times or not name:
             return
-        if kind in ('all_gather', 'reduce_scatter'):  # one axis after the other: see collectives.whole
+        if kind in ('all_gather', 'reduce_scatter'):  # one axis after the other: see collectives.unshard
             for axis, along, before in steps:
                 self.found.add(kind, axis, cost(kind, size / before, along) * times, arrays * times)
         else:
@@ -103,12 +103,12 @@ class View:
         self.send(kind, axes, size, times * (1 + again + self.training))
 
     def join(self, width: float, times: float) -> None:
-        """`model.layers.View.join` of activations so wide, in a layer."""
+        """`ForwardContext.gather_sequence` of activations so wide, in a layer."""
         if self.split:
             self.gather(('tensor',), self.tokens * width * self.number, times, self.again)
 
     def sum(self, times: float, ends: float = 0) -> None:
-        """`model.layers.View.split` in a layer; of those at the layers' `ends` nobody needs the result once more."""
+        """`ForwardContext.reduce_scatter_sequence` in a layer; of those at the layers' `ends` nobody needs the result once more."""
         size = self.tokens * self.config.model_dim * self.number
         if self.split:
             self.scatter(('tensor',), size, times, self.again * (times - ends))

@@ -218,10 +218,10 @@ def test_marian_s_table_of_positions_follows_from_the_config():
 
 def test_a_published_smollm3_has_every_fourth_layer_without_positions():
     _, c = read(cases.CASES['smollm3-as-published'])
-    assert [kind.turned for kind in c.kinds] == [True, True, True, False, True]
+    assert [kind.turned for kind in c.layer_specs] == [True, True, True, False, True]
     every = {name: value for name, value in cases.CASES['smollm3-as-published'].items() if name != 'no_rope_layers'}
-    assert read(every)[1].kinds == c.kinds
-    assert read(every | {'no_rope_layer_interval': None})[1].kinds == c.kinds
+    assert read(every)[1].kinds == c.layer_specs
+    assert read(every | {'no_rope_layer_interval': None})[1].kinds == c.layer_specs
 
 
 ANY = ({}, [], None, True, -1, 0.5, 'x', {'x': [1]}, 10**30)  # what fields that nothing reads may hold

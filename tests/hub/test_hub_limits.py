@@ -24,7 +24,7 @@ from weft.hub.tokenizers.byte_pairs import MERGES, VOCAB
 from weft.hub.tokenizers.json_tokenizer import JSON
 from weft.inference import embed
 from weft.model import config_parts
-from weft.model.config_parts import Kind, nearest_divisor, runs_of
+from weft.model.config_parts import LayerSpec, group_layers, nearest_divisor
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig
 from weft.training.conversion import import_run
@@ -385,18 +385,18 @@ def test_a_file_that_changes_between_its_header_and_its_numbers_is_told(tmp_path
 
 
 def test_layers_of_any_kinds_are_grouped_at_once():
-    kinds = [Kind(experts, window, True) for experts, window in itertools.product((False, True), repeat=2)]
+    kinds = [LayerSpec(experts, window, True) for experts, window in itertools.product((False, True), repeat=2)]
     draw = np.random.default_rng(0)
     began = time.monotonic()
     for pattern in ([0], [0, 1], [0] * 9999 + [1], [int(i) for i in draw.integers(4, size=10_000)]):
         row = tuple(kinds[pattern[i % len(pattern)]] for i in range(10_000))
-        assert tuple(kind for run in runs_of(row) for _ in range(run.repeats) for kind in run.kinds) == row
-    assert [run.repeats for run in runs_of(tuple(kinds[i] for i in [0] * 9999 + [1]))] == [9999, 1]
+        assert tuple(kind for run in group_layers(row) for _ in range(run.repeats) for kind in run.specs) == row
+    assert [run.repeats for run in group_layers(tuple(kinds[i] for i in [0] * 9999 + [1]))] == [9999, 1]
     assert time.monotonic() - began < 20
 
 
 def test_layers_are_grouped_as_short_as_can_be():
-    kinds = [Kind(experts, window, True) for experts, window in itertools.product((False, True), repeat=2)]
+    kinds = [LayerSpec(experts, window, True) for experts, window in itertools.product((False, True), repeat=2)]
 
     def shortest(row: tuple) -> tuple[int, int]:
         """The fewest kinds and runs, by trying all."""
@@ -414,9 +414,9 @@ def test_layers_are_grouped_as_short_as_can_be():
     for length in range(1, 15):
         for _ in range(20):
             row = tuple(kinds[i] for i in draw.integers(draw.integers(1, 4), size=length))
-            runs = runs_of(row)
-            assert (sum(len(run.kinds) for run in runs), len(runs)) == shortest(row)
-            assert tuple(kind for run in runs for _ in range(run.repeats) for kind in run.kinds) == row
+            runs = group_layers(row)
+            assert (sum(len(run.specs) for run in runs), len(runs)) == shortest(row)
+            assert tuple(kind for run in runs for _ in range(run.repeats) for kind in run.specs) == row
 
 
 def test_the_nearest_divisor_of_any_number_is_found_at_once():

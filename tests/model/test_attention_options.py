@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import P
 
-from weft.model.ops.attention import Asked, attention, default_backend
+from weft.model.ops.attention import AttentionFeatures, attention, default_backend
 from weft.model.ops.attention.blockwise import blockwise_attention
 from weft.model.ops.attention.cached import cached_attention
 from weft.model.ops.attention.reference import Relative, relative_bucket
@@ -174,14 +174,14 @@ def test_buckets_of_distances_are_those_of_t5(both_ways):
 @pytest.mark.parametrize(
     ('platform', 'context', 'asked', 'name'),
     [
-        ('cpu', 1, Asked(softcap=True), 'blockwise'),
-        ('gpu', 1, Asked(), 'flash'),
-        ('gpu', 1, Asked(sinks=True), 'blockwise'),
-        ('gpu', 1, Asked(float64=True), 'blockwise'),
-        ('tpu', 1, Asked(softcap=True, value_width=True), 'splash'),
-        ('tpu', 1, Asked(sinks=True), 'blockwise'),
-        ('tpu', 2, Asked(), 'blockwise'),
-        ('tpu', 1, Asked(relative=True), 'reference'),
+        ('cpu', 1, AttentionFeatures(softcap=True), 'blockwise'),
+        ('gpu', 1, AttentionFeatures(), 'flash'),
+        ('gpu', 1, AttentionFeatures(sinks=True), 'blockwise'),
+        ('gpu', 1, AttentionFeatures(float64=True), 'blockwise'),
+        ('tpu', 1, AttentionFeatures(softcap=True, value_width=True), 'splash'),
+        ('tpu', 1, AttentionFeatures(sinks=True), 'blockwise'),
+        ('tpu', 2, AttentionFeatures(), 'blockwise'),
+        ('tpu', 1, AttentionFeatures(relative=True), 'reference'),
     ],
 )
 def test_the_fast_backend_is_one_that_has_what_is_asked(platform, context, asked, name):

@@ -13,12 +13,12 @@ from jax import P
 from tests import reference
 from weft.model import moe as moe_module
 from weft.model.config import ModelConfig, MoEConfig
-from weft.model.layers import View, specs
+from weft.model.layers import ForwardContext, specs
 from weft.model.moe import MoE, updated_bias
 from weft.model.ops.expert_dispatch import capacity
 from weft.model.ops.grouped_matmul import needs_unchecked
 from weft.runtime.errors import UserError
-from weft.sharding.collectives import vary
+from weft.sharding.collectives import mark_varying
 from weft.sharding.mesh import AXES, BATCH, SEQUENCE, MeshConfig, make_mesh
 
 MODEL = ModelConfig(
@@ -55,10 +55,10 @@ def sparse(c: ModelConfig, backend: str, sequence_split: bool = True):
 
     def body(moe, x_BTD, ct_BTD, segment_BT):
         here = {} if sequence_split else {'sequence_split': False, 'decoding': True}
-        view = View(jnp.zeros_like(segment_BT), segment_BT, backend='reference', experts=backend, **here)
-        y_BTD, figures = moe(vary(x_BTD), view)
-        y_BTD = jax.lax.pmean(vary(y_BTD), copies)
-        figures = jax.lax.psum(vary(figures), AXES)
+        ctx = ForwardContext(jnp.zeros_like(segment_BT), segment_BT, backend='reference', experts=backend, **here)
+        y_BTD, figures = moe(mark_varying(x_BTD), ctx)
+        y_BTD = jax.lax.pmean(mark_varying(y_BTD), copies)
+        figures = jax.lax.psum(mark_varying(figures), AXES)
         axes = tuple(axis for axis in AXES if axis not in copies)
         total = jax.lax.psum((y_BTD * ct_BTD).sum(), axes) + sum(n * figures[name] for name, n in LOSSES.items())
         return total, y_BTD, figures
@@ -251,8 +251,8 @@ def test_a_bias_changes_the_choice_and_not_the_gates(float64):
     router = np.random.default_rng(2).normal(size=(c.model_dim, c.moe.experts))
 
     def body(x, segment, bias):
-        view = View(jnp.zeros_like(segment), segment, backend='reference', experts='blocked')
-        return moe_module.route(vary(x), jnp.asarray(router), bias, view, c)[:2]
+        ctx = ForwardContext(jnp.zeros_like(segment), segment, backend='reference', experts='blocked')
+        return moe_module.route(mark_varying(x), jnp.asarray(router), bias, ctx, c)[:2]
 
     with jax.set_mesh(make_mesh(MeshConfig())):
         run = jax.jit(jax.shard_map(body, in_specs=(P(BATCH), P(BATCH), P()), out_specs=P(AXES)))

@@ -14,7 +14,7 @@ from weft.model.ops.attention.flash import Tiling
 from weft.model.ops.attention.mask import tiles_see
 from weft.model.ops.attention.ring import ring_blockwise, ring_flash
 from weft.runtime.errors import UserError
-from weft.sharding.collectives import onward, vary_together
+from weft.sharding.collectives import match_varying, ring_shift
 from weft.sharding.mesh import BATCH, MeshConfig, make_mesh
 from weft.sharding.sequence_layout import zigzag
 
@@ -33,7 +33,7 @@ ORDERS = {
 
 def in_tiles(run, q, k, v, q_at, k_at, **kwargs):
     """A ring in small tiles, called as `attention` calls it."""
-    q, k, v, q_at, k_at = vary_together((q, k, v, q_at, k_at))
+    q, k, v, q_at, k_at = match_varying((q, k, v, q_at, k_at))
     return run(q, k, v, q_at, k_at, scale=q.shape[-1] ** -0.5, **kwargs)
 
 
@@ -279,24 +279,24 @@ def test_zigzag():
 
 
 def two_onward(tree, axis):
-    return onward(onward(tree, axis), axis)
+    return ring_shift(ring_shift(tree, axis), axis)
 
 
 def places_stay(tree, axis):
     """k and v go on, and (position, segment) of the keys do not."""
-    return (*onward(tree[:2], axis), tree[2]) if len(tree) == 3 else onward(tree, axis)
+    return (*ring_shift(tree[:2], axis), tree[2]) if len(tree) == 3 else ring_shift(tree, axis)
 
 
 def grads_stay(tree, axis):
     """dk and dv do not follow their k and v."""
-    return tree if len(tree) == 2 else onward(tree, axis)
+    return tree if len(tree) == 2 else ring_shift(tree, axis)
 
 
 @pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize(
     ('send', 'wrong'),
     [
-        (onward, set()),
+        (ring_shift, set()),
         (two_onward, {'out', 'dq', 'dk', 'dv'}),
         (places_stay, {'out', 'dq', 'dk', 'dv'}),
         (grads_stay, {'dk', 'dv'}),

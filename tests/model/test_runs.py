@@ -3,21 +3,21 @@
 import random
 import time
 
-from weft.model.config_parts import Kind, Run, runs_of
+from weft.model.config_parts import LayerGroup, LayerSpec, group_layers
 
-A, B, C = Kind(), Kind(experts=True), Kind(windowed=True)
+A, B, C = LayerSpec(), LayerSpec(experts=True), LayerSpec(windowed=True)
 
 
-def every_way(kinds: tuple[Kind, ...]) -> tuple[Run, ...]:
-    """What `runs_of` is to find, by trying all."""
+def every_way(kinds: tuple[LayerSpec, ...]) -> tuple[LayerGroup, ...]:
+    """What `group_layers` is to find, by trying all."""
     if not kinds:
         return ()
     found = []
     for unit in range(1, len(kinds) + 1):
         for repeats in range(1, len(kinds) // unit + 1):
             if kinds[: unit * repeats] == kinds[:unit] * repeats:
-                found.append((Run(kinds[:unit], repeats), *every_way(kinds[unit * repeats :])))
-    return min(found, key=lambda runs: (sum(len(run.kinds) for run in runs), len(runs), -runs[0].layers))
+                found.append((LayerGroup(kinds[:unit], repeats), *every_way(kinds[unit * repeats :])))
+    return min(found, key=lambda runs: (sum(len(run.specs) for run in runs), len(runs), -runs[0].layers))
 
 
 def test_runs_are_the_best_of_all_ways():
@@ -27,14 +27,14 @@ def test_runs_are_the_best_of_all_ways():
         kinds = [A] * chance.randint(0, 3) + (pattern * 9)[: chance.randint(0, 9)]
         if chance.random() < 0.3:
             kinds = [chance.choice((A, B)) for _ in kinds]
-        assert runs_of(tuple(kinds)) == every_way(tuple(kinds)), kinds
+        assert group_layers(tuple(kinds)) == every_way(tuple(kinds)), kinds
 
 
 def test_thousands_of_layers_take_seconds_whatever_their_kinds():
     chance = random.Random(0)
     began = time.process_time()
-    assert runs_of((A,) * 3 + (B,) * 4997) == (Run((A,), 3), Run((B,), 4997))
-    assert runs_of((A, B, B, C) * 500) == (Run((A, B, B, C), 500),)
+    assert group_layers((A,) * 3 + (B,) * 4997) == (LayerGroup((A,), 3), LayerGroup((B,), 4997))
+    assert group_layers((A, B, B, C) * 500) == (LayerGroup((A, B, B, C), 500),)
     kinds = tuple(chance.choice((A, B)) for _ in range(2000))
-    assert sum((run.kinds * run.repeats for run in runs_of(kinds)), ()) == kinds
+    assert sum((run.specs * run.repeats for run in group_layers(kinds)), ()) == kinds
     assert time.process_time() - began < 20

@@ -8,7 +8,7 @@ from jax import P, lax
 
 from weft.model import decoder
 from weft.sharding import collectives
-from weft.sharding.collectives import gathered, scattered, whole
+from weft.sharding.collectives import all_gather, reduce_scatter, unshard
 from weft.sharding.mesh import MeshConfig, make_mesh
 
 
@@ -41,7 +41,7 @@ def test_the_two_hops_of_a_whole_tpu_are_one(monkeypatch, axes):
     monkeypatch.setattr(collectives, 'platform', lambda: 'tpu')
     hops = []
     monkeypatch.setattr(collectives, 'hops', lambda axis, real=collectives.hops: hops.append(real(axis)) or hops[-1])
-    twice = sums(mesh, (axis,), lambda w: gathered(w, axis), lambda x: scattered(x, axis))
+    twice = sums(mesh, (axis,), lambda w: all_gather(w, axis), lambda x: reduce_scatter(x, axis))
     assert all(len(groups) == 2 for groups in hops)
     for one, two in zip(once, twice, strict=True):
         np.testing.assert_array_equal(one, two)
@@ -52,7 +52,7 @@ def test_axis_after_axis_is_all_at_once(axes):
     names = tuple(axes)
     scatter = lambda x: lax.psum_scatter(x, names, tiled=True)
     together = sums(MeshConfig(**axes), names, lambda w: lax.all_gather(w, names, tiled=True), scatter)
-    in_turn = sums(MeshConfig(**axes), names, lambda w: whole(w, w.dtype, names), scatter)
+    in_turn = sums(MeshConfig(**axes), names, lambda w: unshard(w, w.dtype, names), scatter)
     for one, two in zip(together, in_turn, strict=True):
         np.testing.assert_array_equal(one, two)
 

@@ -16,9 +16,9 @@ from weft.model.config import ModelConfig
 from weft.model.decoder import Decoder
 from weft.model.forward import place
 from weft.planner.dots import dots
-from weft.sharding.collectives import vary
+from weft.sharding.collectives import mark_varying
 from weft.sharding.mesh import AXES, MeshConfig, make_mesh
-from weft.sharding.pipeline import bubble, dealt, microbatch, pipeline, ticks
+from weft.sharding.pipeline import bubble, microbatch, my_microbatches, pipeline, ticks
 from weft.training.config import RunConfig, TrainingConfig
 from weft.training.loss import loss_and_gradient
 from weft.training.report import kept_inputs, pipeline_line
@@ -39,9 +39,9 @@ def test_every_layer_meets_every_microbatch_once_and_in_order(stages, microbatch
             side_b = microbatch(side_B, number, microbatches)
             for w in weight_L:
                 x_BD = 2 * x_BD + w * side_b[:, None]
-            return x_BD, {'seen': vary(jnp.ones(())), 'number': vary(number + 0.0)}
+            return x_BD, {'seen': mark_varying(jnp.ones(())), 'number': mark_varying(number + 0.0)}
 
-        x_BD = vary(dealt(x_BD, microbatches))
+        x_BD = mark_varying(my_microbatches(x_BD, microbatches))
         y_mBD, sums = pipeline(apply, x_BD.reshape(-1, rows, 3))
         sums = jax.tree.map(lambda a: a[None], sums)
         return y_mBD, sums

@@ -13,10 +13,10 @@ import jax
 from jax import lax
 
 from weft.model.ops.attention.blockwise import blockwise_attention
-from weft.model.ops.attention.mask import At
+from weft.model.ops.attention.mask import TokenIndex
 from weft.model.ops.attention.reference import Relative, reference_attention
 from weft.runtime.errors import UserError, nearest
-from weft.sharding.collectives import vary_together
+from weft.sharding.collectives import match_varying
 from weft.sharding.mesh import platform
 
 BACKENDS = ('reference', 'blockwise', 'flash', 'splash')
@@ -43,8 +43,8 @@ def attention(
     q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKU: jax.Array,
-    q_at: At,
-    k_at: At,
+    q_at: TokenIndex,
+    k_at: TokenIndex,
     *,
     window: int | None = None,
     scale: float | None = None,
@@ -95,10 +95,10 @@ def attention(
     )
     assert q_at[0].shape == q_at[1].shape == (B, T), (q_BTKGH.shape, q_at[0].shape)
     assert k_at[0].shape == k_at[1].shape == k_BSKH.shape[:2], (k_BSKH.shape, k_at[0].shape)
-    (*inputs, sink_KG, relative_table) = vary_together(
+    (*inputs, sink_KG, relative_table) = match_varying(
         (q_BTKGH, k_BSKH, v_BSKU, q_at, k_at, sink_KG, relative and relative.table_KGN)
     )
-    asked = Asked(
+    asked = AttentionFeatures(
         softcap=softcap is not None,
         sinks=sink_KG is not None,
         two_ways=not causal,
@@ -125,7 +125,7 @@ def attention(
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class AttentionFeatures:
     """What a model asks of attention that not every backend has."""
 
     softcap: bool = False
@@ -149,7 +149,7 @@ _ABLE: dict[str, set[str]] = {
 }
 
 
-def default_backend(name: str, context: int = 1, asked: Asked = Asked()) -> str:
+def default_backend(name: str, context: int = 1, asked: AttentionFeatures = AttentionFeatures()) -> str:
     """The fast backend of a JAX platform ('cpu', 'gpu' or 'cuda', 'tpu') that has what is asked, for a sequence over
     `context` devices."""
     fast = {'cpu': 'blockwise', 'gpu': 'flash', 'cuda': 'flash', 'tpu': 'splash'}

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from weft.model.ops.attention.mask import FLOOR, HIDDEN, At, Rule, sees, span, tiles_of, tiles_see
+from weft.model.ops.attention.mask import FLOOR, HIDDEN, MaskRule, TokenIndex, sees, span, tiles_of, tiles_see
 from weft.sharding.collectives import varying
 from weft.sharding.mesh import platform
 
@@ -27,8 +27,8 @@ def blockwise_attention(
     q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    q_at: At,
-    k_at: At,
+    q_at: TokenIndex,
+    k_at: TokenIndex,
     window: int | None,
     scale: float,
     tile: int | None = None,
@@ -45,7 +45,7 @@ def blockwise_attention(
     q_tile, k_tile = tile_sizes(q_BTKGH, S, tile)
     keys = cut(k_BSKH[:, :, :, None], k_tile), cut(v_BSKH[:, :, :, None], k_tile)
     at_c, at_d = tiles_of(q_at, q_tile, nobody=-1), tiles_of(k_at, k_tile, nobody=-2)
-    rule = Rule(window, scale, softcap, causal)
+    rule = MaskRule(window, scale, softcap, causal)
     return uncut(tiled(cut(q_BTKGH, q_tile), *keys, at_c, at_d, sink_KG, rule), T, G)
 
 
@@ -84,7 +84,7 @@ def wide(dtype: jnp.dtype) -> jnp.dtype:
 # One tile of queries with one tile of keys ----------------------------------------------------------------------------
 
 
-def scores(q_NMH: jax.Array, k_NSH: jax.Array, rule: Rule) -> jax.Array:
+def scores(q_NMH: jax.Array, k_NSH: jax.Array, rule: MaskRule) -> jax.Array:
     s_NMS = rule.scale * jnp.einsum('NMH,NSH->NMS', q_NMH, k_NSH, preferred_element_type=wide(q_NMH.dtype))
     return s_NMS if rule.softcap is None else rule.softcap * jnp.tanh(s_NMS / rule.softcap)
 
@@ -98,7 +98,7 @@ def hidden(s_NMS: jax.Array, see_RTS: jax.Array) -> jax.Array:
 State = tuple[jax.Array, jax.Array, jax.Array]  # max_NM, sum_NM, out_NMU: softmax(s) v over some keys is out / sum
 
 
-def attend(q_NMH: jax.Array, k_NSH: jax.Array, v_NSU: jax.Array, see_RTS: jax.Array, rule: Rule) -> State:
+def attend(q_NMH: jax.Array, k_NSH: jax.Array, v_NSU: jax.Array, see_RTS: jax.Array, rule: MaskRule) -> State:
     s_NMS = hidden(scores(q_NMH, k_NSH, rule), see_RTS)
     max_NM = jnp.maximum(s_NMS.max(-1), FLOOR)
     p_NMS = jnp.exp(s_NMS - max_NM[..., None])
@@ -133,7 +133,7 @@ def attend_back(
     lse_NM: jax.Array,
     delta_NM: jax.Array,
     see_RTS: jax.Array,
-    rule: Rule,
+    rule: MaskRule,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq [N, M, H]; dk and dv transposed, [N, H, S] and [N, U, S], which spares a transposed copy of the scores."""
     acc = wide(q_NMH.dtype)
@@ -152,7 +152,9 @@ def attend_back(
 # One tile of queries with the keys that it may see --------------------------------------------------------------------
 
 
-def over_keys(state: State, q_KMH, at_T: At, k_dKSH, v_dKSH, at_d: At, first, end, rule: Rule, row=()) -> State:
+def over_keys(
+    state: State, q_KMH, at_T: TokenIndex, k_dKSH, v_dKSH, at_d: TokenIndex, first, end, rule: MaskRule, row=()
+) -> State:
     """The state with the keys of tiles `first` to `end` - 1; with `row` (b,), k, v and at_d have rows, and b's are meant.
 
     A row is not cut out beforehand, which would copy it.
@@ -166,7 +168,19 @@ def over_keys(state: State, q_KMH, at_T: At, k_dKSH, v_dKSH, at_d: At, first, en
 
 
 def over_keys_back(
-    grads, q_KMH, at_T: At, dout_KMH, lse_KM, delta_KM, k_dKSH, v_dKSH, at_d: At, first, end, rule: Rule, row=()
+    grads,
+    q_KMH,
+    at_T: TokenIndex,
+    dout_KMH,
+    lse_KM,
+    delta_KM,
+    k_dKSH,
+    v_dKSH,
+    at_d: TokenIndex,
+    first,
+    end,
+    rule: MaskRule,
+    row=(),
 ):
     """The gradients dq_KMH, dk_dKHS, dv_dKHS with what the keys of tiles `first` to `end` - 1 add; `row` as in `over_keys`."""
 
@@ -192,11 +206,11 @@ def like(x: jax.Array, shape: tuple[int, ...], fill: float = 0.0) -> jax.Array:
     return lax.pcast(constant, axes, to='varying') if axes else constant
 
 
-def at_tile(at: At, *where: jax.Array | int) -> At:
+def at_tile(at: TokenIndex, *where: jax.Array | int) -> TokenIndex:
     return at[0][where], at[1][where]
 
 
-def one(at_T: At) -> At:
+def one(at_T: TokenIndex) -> TokenIndex:
     """[1, T] each."""
     return at_T[0][None], at_T[1][None]
 
@@ -214,7 +228,7 @@ def heads(x_B1KMH: jax.Array) -> jax.Array:
     return x_B1KMH.reshape(-1, *x_B1KMH.shape[3:])
 
 
-def only(at: At) -> At:
+def only(at: TokenIndex) -> TokenIndex:
     """[B, T] each, of the only tile."""
     return at[0][:, 0], at[1][:, 0]
 
@@ -239,15 +253,15 @@ def tiled(
     q_BcKMH: jax.Array,
     k_BdKSH: jax.Array,
     v_BdKSU: jax.Array,
-    at_c: At,
-    at_d: At,
+    at_c: TokenIndex,
+    at_d: TokenIndex,
     sink_KG: jax.Array | None,
-    rule: Rule,
+    rule: MaskRule,
 ) -> jax.Array:
     return tiled_forward(q_BcKMH, k_BdKSH, v_BdKSU, at_c, at_d, sink_KG, rule)[0]
 
 
-def tiled_forward(q_BcKMH, k_BdKSH, v_BdKSU, at_c, at_d, sink_KG, rule: Rule):
+def tiled_forward(q_BcKMH, k_BdKSH, v_BdKSU, at_c, at_d, sink_KG, rule: MaskRule):
     inputs = q_BcKMH, k_BdKSH, v_BdKSU, at_c, at_d
     sink_BcKM = None if sink_KG is None else by_query(sink_KG, q_BcKMH)
     U = v_BdKSU.shape[-1]
@@ -274,7 +288,7 @@ def tiled_forward(q_BcKMH, k_BdKSH, v_BdKSU, at_c, at_d, sink_KG, rule: Rule):
     return out_BcKMU, (*inputs, sink_KG, out_BcKMU, lse_BcKM)
 
 
-def tiled_backward(rule: Rule, kept, dout_BcKMU):
+def tiled_backward(rule: MaskRule, kept, dout_BcKMU):
     *inputs, sink_KG, out_BcKMU, lse_BcKM = kept
     q_BcKMH, k_BdKSH, v_BdKSU, at_c, at_d = inputs
     delta_BcKM = (dout_BcKMU.astype(lse_BcKM.dtype) * out_BcKMU).sum(-1)
@@ -313,7 +327,7 @@ tiled.defvjp(tiled_forward, tiled_backward)
 # All tiles, for a ring: queries as they come, and their state or gradient changed in place -----------------------------
 
 
-def more_keys(state_BT: State, q_BTKGH, k_BdKSH, v_BdKSH, at_c: At, at_d: At, rule: Rule) -> State:
+def more_keys(state_BT: State, q_BTKGH, k_BdKSH, v_BdKSH, at_c: TokenIndex, at_d: TokenIndex, rule: MaskRule) -> State:
     """The state of all queries ([B, T, K, G], twice, and [B, T, K, G, H]), with these keys too; T in whole tiles of at_c."""
     first_Bc, end_Bc = span(tiles_see(at_c, at_d, rule.window, rule.causal)[0])
     B, c = first_Bc.shape
@@ -330,7 +344,16 @@ def more_keys(state_BT: State, q_BTKGH, k_BdKSH, v_BdKSH, at_c: At, at_d: At, ru
 
 
 def more_keys_back(
-    dq_BTKGH, q_BTKGH, k_BdKSH, v_BdKSH, at_c: At, at_d: At, dout_BTKGH, lse_BTKG, delta_BTKG, rule: Rule
+    dq_BTKGH,
+    q_BTKGH,
+    k_BdKSH,
+    v_BdKSH,
+    at_c: TokenIndex,
+    at_d: TokenIndex,
+    dout_BTKGH,
+    lse_BTKG,
+    delta_BTKG,
+    rule: MaskRule,
 ):
     """dq with these keys' part added, and their dk and dv, all in `wide`.
 

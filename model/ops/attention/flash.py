@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from weft.model.ops.attention.blockwise import fill
-from weft.model.ops.attention.mask import FLOOR, HIDDEN, At, sees, tiles_of, tiles_see
+from weft.model.ops.attention.mask import FLOOR, HIDDEN, TokenIndex, sees, tiles_of, tiles_see
 from weft.model.ops.attention.mask import span as least_span
 from weft.model.ops.kernels import call
 from weft.runtime.errors import UserError
@@ -70,8 +70,8 @@ def flash_attention(
     q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    q_at: At,
-    k_at: At,
+    q_at: TokenIndex,
+    k_at: TokenIndex,
     window: int | None,
     scale: float,
     tiling: tuple[Tiling, Tiling, Tiling] | None = None,
@@ -92,8 +92,8 @@ def in_tiles(
     q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    q_at: At,
-    k_at: At,
+    q_at: TokenIndex,
+    k_at: TokenIndex,
     window: int | None,
     scale: float,
     tiling: tuple[Tiling, Tiling, Tiling] | None,
@@ -116,7 +116,7 @@ def smaller(t: Tiling, T: int, S: int) -> Tiling:
     return dataclasses.replace(t, q=min(t.q, q_most), k=min(t.k, k_most))
 
 
-def fill_at(at: At, tile: int, nobody: int) -> jax.Array:
+def fill_at(at: TokenIndex, tile: int, nobody: int) -> jax.Array:
     """int32 [B, 2, T]: positions and segments; what is filled up belongs to segment `nobody`."""
     return jnp.stack([x_BcT.reshape(x_BcT.shape[0], -1) for x_BcT in tiles_of(at, tile, nobody)], axis=1)
 

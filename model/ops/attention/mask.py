@@ -8,14 +8,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-At = tuple[jax.Array, jax.Array]  # (position, segment): where a token stands in its document, and in which of its row
+TokenIndex = tuple[
+    jax.Array, jax.Array
+]  # (position, segment): where a token stands in its document, and in which of its row
 
 HIDDEN = -1e30  # the score of a key that must not be seen
 FLOOR = -1e29  # the least maximum of a row of scores: exp(HIDDEN - FLOOR) is 0, also in a row that sees nothing
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class MaskRule:
     """Who sees whom, and how a score is made: what a kernel knows while it is traced."""
 
     window: int | None
@@ -24,7 +26,7 @@ class Rule:
     causal: bool = True
 
 
-def sees(q_at: At, k_at: At, window: int | None, causal: bool = True) -> jax.Array:
+def sees(q_at: TokenIndex, k_at: TokenIndex, window: int | None, causal: bool = True) -> jax.Array:
     """bool [..., T, S]: a query sees the keys of its own segment that stand 0 to `window` - 1 positions behind it.
 
     Not `causal`: those that stand as far before it too.
@@ -39,7 +41,7 @@ def sees(q_at: At, k_at: At, window: int | None, causal: bool = True) -> jax.Arr
     return see if window is None else see & (ago < window)
 
 
-def tiles_of(at: At, tile: int, nobody: int) -> At:
+def tiles_of(at: TokenIndex, tile: int, nobody: int) -> TokenIndex:
     """[B, c, tile] each; what fills the last tile belongs to segment `nobody`, which must be no token's."""
     rows, length = at[0].shape
     fill = [(0, 0), (0, -length % tile)]
@@ -47,7 +49,9 @@ def tiles_of(at: At, tile: int, nobody: int) -> At:
     return position_BT.reshape(rows, -1, tile), segment_BT.reshape(rows, -1, tile)
 
 
-def tiles_see(at_c: At, at_d: At, window: int | None, causal: bool = True) -> tuple[jax.Array, jax.Array]:
+def tiles_see(
+    at_c: TokenIndex, at_d: TokenIndex, window: int | None, causal: bool = True
+) -> tuple[jax.Array, jax.Array]:
     """bool [B, c, d] twice: may any query of tile c see a key of tile d, and does every query of c see every key of d.
 
     From the tiles' bounds alone, so the first may err on the side of True and the second on the side of False.

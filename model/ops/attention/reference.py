@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from weft.model.ops.attention.mask import FLOOR, HIDDEN, At, sees
+from weft.model.ops.attention.mask import FLOOR, HIDDEN, TokenIndex, sees
 
 
 class Relative(NamedTuple):
@@ -48,8 +48,8 @@ def reference_attention(
     q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKU: jax.Array,
-    q_at: At,
-    k_at: At,
+    q_at: TokenIndex,
+    k_at: TokenIndex,
     window: int | None,
     scale: float,
     *,

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from weft.model.ops.attention import blockwise, flash
-from weft.model.ops.attention.mask import FLOOR, At, Rule, tiles_of
+from weft.model.ops.attention.mask import FLOOR, MaskRule, TokenIndex, tiles_of
 from weft.model.ops.attention.reference import reference_attention
 from weft.runtime.errors import UserError
-from weft.sharding.collectives import onward
+from weft.sharding.collectives import ring_shift
 
 AXIS = 'context'
 
@@ -33,8 +33,8 @@ def ring_attention(
     q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKH: jax.Array,
-    q_at: At,
-    k_at: At,
+    q_at: TokenIndex,
+    k_at: TokenIndex,
     window: int | None,
     scale: float,
     backend: str,
@@ -54,7 +54,7 @@ def ring_attention(
 
 
 def ring_reference(
-    q_BTKGH, k_BSKH, v_BSKH, q_at: At, k_at: At, window: int | None, scale: float, **options: Any
+    q_BTKGH, k_BSKH, v_BSKH, q_at: TokenIndex, k_at: TokenIndex, window: int | None, scale: float, **options: Any
 ) -> jax.Array:
     """Every device with all keys at once, gradients by autodiff."""
     k_BSKH, v_BSKH, k_at = lax.all_gather((k_BSKH, v_BSKH, k_at), AXIS, axis=1, tiled=True)
@@ -65,8 +65,8 @@ def ring_blockwise(
     q_BTKGH,
     k_BSKH,
     v_BSKH,
-    q_at: At,
-    k_at: At,
+    q_at: TokenIndex,
+    k_at: TokenIndex,
     window: int | None,
     scale: float,
     tile: int | None = None,
@@ -80,7 +80,7 @@ def ring_blockwise(
     q_tile, k_tile = blockwise.tile_sizes(q_BTKGH, S, tile)
     keys = (blockwise.cut(x_BSKH[:, :, :, None], k_tile) for x_BSKH in (k_BSKH, v_BSKH))
     at_c, at_d = tiles_of(q_at, q_tile, nobody=-1), tiles_of(k_at, k_tile, nobody=-2)
-    tick = Tick(blockwise_tick, blockwise_tick_back, Rule(window, scale, softcap, causal), v_BSKH.shape[-1])
+    tick = Tick(blockwise_tick, blockwise_tick_back, MaskRule(window, scale, softcap, causal), v_BSKH.shape[-1])
     return ring(blockwise.fill(q_BTKGH, q_tile), *keys, at_c, at_d, sink_KG, tick)[:, :T]
 
 
@@ -88,8 +88,8 @@ def ring_flash(
     q_BTKGH,
     k_BSKH,
     v_BSKH,
-    q_at: At,
-    k_at: At,
+    q_at: TokenIndex,
+    k_at: TokenIndex,
     window: int | None,
     scale: float,
     tiling: tuple[flash.Tiling, flash.Tiling, flash.Tiling] | None = None,
@@ -168,7 +168,7 @@ def ring_forward(q_BTKGH, k, v, q_at, k_at, sink_KG, tick: Tick):
 
     def one_tick(carry, _):
         state, keys = carry
-        coming = onward(keys, AXIS)  # wants nothing of this tick's work, so that it is sent meanwhile
+        coming = ring_shift(keys, AXIS)  # wants nothing of this tick's work, so that it is sent meanwhile
         return (meet(state, keys), coming), None
 
     start = blockwise.nothing(q_BTKGH, tick.value_width), (k, v, k_at)
@@ -192,18 +192,18 @@ def ring_backward(tick: Tick, kept, dout_BTKGH):
 
     def one_tick(carry, _):
         dq_BTKGH, dkv, keys = carry
-        coming, dkv = onward(keys, AXIS), onward(dkv, AXIS)  # both while these keys are being used
+        coming, dkv = ring_shift(keys, AXIS), ring_shift(dkv, AXIS)  # both while these keys are being used
         dq_BTKGH, more = meet(dq_BTKGH, keys)
         return (dq_BTKGH, jax.tree.map(jnp.add, dkv, more), coming), None
 
     # The first tick has no sums to receive, the last no keys to send.
     mine = k, v, k_at
-    coming = onward(mine, AXIS)
+    coming = ring_shift(mine, AXIS)
     start = *meet(blockwise.like(q_BTKGH, q_BTKGH.shape), mine), coming
     (dq_BTKGH, dkv, keys), _ = lax.scan(one_tick, start, length=lax.axis_size(AXIS) - 2)
-    dkv = onward(dkv, AXIS)
+    dkv = ring_shift(dkv, AXIS)
     dq_BTKGH, more = meet(dq_BTKGH, keys)
-    dk, dv = onward(jax.tree.map(jnp.add, dkv, more), AXIS)  # home
+    dk, dv = ring_shift(jax.tree.map(jnp.add, dkv, more), AXIS)  # home
     dsink_KG = None
     if sink_KG is not None:
         share_BTKG = jnp.exp(sink_KG.astype(lse_BTKG.dtype)[None, None] - lse_BTKG)

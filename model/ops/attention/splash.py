@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from weft.model.ops.attention.mask import At
+from weft.model.ops.attention.mask import TokenIndex
 from weft.runtime.errors import UserError
 
 LANES = 128  # the kernel's tiles are whole multiples of them
@@ -29,8 +29,8 @@ def splash_attention(
     q_BTKGH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKU: jax.Array,
-    q_at: At,
-    k_at: At,
+    q_at: TokenIndex,
+    k_at: TokenIndex,
     window: int | None,
     scale: float,
     *,
