@@ -22,7 +22,7 @@ from weft.inference.sampling import NO_TOKEN, check_token
 from weft.inference.step import cache_specs, decode, jit_step
 from weft.model.decoder import Decoder
 from weft.model.forward import TOKENS, place
-from weft.model.layers import KVCache
+from weft.model.kv_cache import KVCache
 from weft.runtime.errors import UserError
 
 

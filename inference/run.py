@@ -15,7 +15,7 @@ from weft.inference.unstacked import divided, is_written_out, kinds, unstacked
 from weft.model.config import ModelConfig
 from weft.model.cost import parameters
 from weft.model.decoder import Decoder
-from weft.model.layers import is_matrix
+from weft.model.parameters import is_matrix
 from weft.model.sizes import sizes
 from weft.runtime import background
 from weft.runtime.device_memory import explaining

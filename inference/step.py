@@ -12,10 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax import P, lax
 
+from weft.model.backends import backends
+from weft.model.context import ForwardContext
 from weft.model.cost import cached_numbers
-from weft.model.decoder import Decoder, backends, to_vocabulary
+from weft.model.decoder import Decoder
 from weft.model.forward import ROWS, TOKENS, columns, needs_causal, needs_no_stages, one_device, real_vocabulary
-from weft.model.layers import CACHE_SPEC, CrossKVCache, ForwardContext, KVCache
+from weft.model.head import to_vocabulary
+from weft.model.kv_cache import CACHE_SPEC, CrossKVCache, KVCache
 from weft.runtime import background
 from weft.sharding.collectives import as_replicated, mark_varying, psum
 from weft.sharding.mesh import platform

@@ -9,7 +9,8 @@ from flax import nnx
 from jax import P
 from jax.sharding import NamedSharding
 
-from weft.model.decoder import Decoder, written_out
+from weft.model.decoder import Decoder
+from weft.model.stack import written_out
 from weft.sharding.mesh import platform
 
 

@@ -10,101 +10,28 @@ Y kinds of segments, R buckets of distances.
 """
 
 import dataclasses
-from functools import partial
-from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import P, lax
 
-from weft.model.config import LayerSpec, ModelConfig
-from weft.model.encoder import CrossAttention, HeadMlp, Pooler, kept, sinusoids
-from weft.model.latent import LatentAttention
-from weft.model.layers import (
-    Attention,
-    CrossKVCache,
-    EncoderOutput,
-    ForwardContext,
-    KVCache,
-    Mlp,
-    Norm,
-    constant,
-    linear_back,
-    weight,
-)
-from weft.model.moe import MoE
-from weft.model.ops.attention import AttentionFeatures
-from weft.model.ops.attention import default_backend as attention_backend
-from weft.model.ops.grouped_matmul import default_backend as experts_backend
-from weft.sharding.collectives import active_axes, all_gather, all_to_all, mark_varying, tensor_slice, unshard, upcast
-from weft.sharding.mesh import FSDP, platform
-from weft.sharding.pipeline import my_microbatches, pipeline
-
-# Platform -> layers that are written out at most, of whole rows and of a decoding step: a loop's slices of weights, and of what
-# is kept, are copies, and with them a decoding step takes up to twice as long. More keep the loop, to compile quickly.
-UNROLLED = {'cpu': (8, 64), 'gpu': (16, 256)}
-# TPUs read a slice of a stack where it is used, but for experts, all of which they would copy to multiply by a few.
-UNROLLED_EXPERTS = {'tpu': (0, 64)}
-
-
-class Block(nnx.Module):
-    """One layer: attention, then an MLP or a mixture of experts, each added to what it read; norms as `norm_order` says."""
-
-    def __init__(self, c: ModelConfig, kind: LayerSpec, rngs: nnx.Rngs):
-        self.config = c
-        self.attention_norm = Norm(c)
-        self.attention = LatentAttention(c, kind, rngs) if c.latent else Attention(c, kind, rngs)
-        if c.encoder:
-            self.cross_norm, self.cross = Norm(c), CrossAttention(c, rngs)
-        self.mlp_norm = Norm(c)
-        self.mlp = MoE(c, rngs) if kind.experts else Mlp(c, c.mlp_dim, rngs)
-        if c.norm_order == 'sandwich':
-            self.attention_out_norm, self.mlp_out_norm = Norm(c), Norm(c)
-            if c.encoder:
-                self.cross_out_norm = Norm(c)
-
-    def __call__(self, x_BTD, ctx: ForwardContext, cache: KVCache | None, layer):
-        """x after the layer, the cache, and the router's figures (an empty dict without a router)."""
-        rate, figures, before = self.config.dropout, {}, self.config.norm_order in ('pre', 'sandwich')
-        y_BTD, cache = self.attention(self.attention_norm(x_BTD) if before else x_BTD, ctx, cache, layer)
-        x_BTD = self.add(x_BTD, y_BTD, 'attention', ctx, rate, 1, layer)
-        if self.config.encoder:
-            y_BTD, cache = self.cross(self.cross_norm(x_BTD) if before else x_BTD, ctx, cache, layer)
-            x_BTD = self.add(x_BTD, y_BTD, 'cross', ctx, rate, 4, layer)
-        y_BTD = self.mlp(self.mlp_norm(x_BTD) if before else x_BTD, ctx)
-        if isinstance(self.mlp, MoE):
-            y_BTD, figures = y_BTD
-        return self.add(x_BTD, y_BTD, 'mlp', ctx, rate, 2, layer), cache, figures
-
-    def add(self, x_BTD, y_BTD, part: str, ctx: ForwardContext, rate: float, *site):
-        """The sum of x and a part's output, of which the output or the sum is normed where the order asks for it."""
-        if self.config.norm_order in ('sandwich', 'output'):
-            name = 'out_norm' if self.config.norm_order == 'sandwich' else 'norm'
-            y_BTD = getattr(self, f'{part}_{name}')(y_BTD)
-        x_BTD = x_BTD + ctx.dropout(y_BTD, rate, *site)
-        return getattr(self, f'{part}_norm')(x_BTD) if self.config.norm_order == 'post' else x_BTD
-
-
-class Ahead(Block):
-    """A layer that predicts one token further than what it reads, with the model's embedding and head.
-
-    Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2): the activations that stand for a token are joined
-    with the embedding of the next one. As in published weights both the model's own activations and this layer's are normed
-    before the head reads them, and it is those that the next layer is given.
-    """
-
-    def __init__(self, c: ModelConfig, kind: LayerSpec, rngs: nnx.Rngs):
-        super().__init__(c, kind, rngs)
-        D = c.model_dim
-        self.embedding_norm, self.hidden_norm, self.norm = Norm(c), Norm(c), Norm(c)
-        self.join_DE = weight(rngs, c, (D, 2 * D), P(FSDP, None), fan_in=2 * D)  # E: embedding, then activations
-
-    def ahead(self, x_BTD, next_BTD, ctx: ForwardContext, layer):
-        """The activations that stand for the tokens of `next_BTD`, in the layout between blocks; the router's figures."""
-        x_BTE = jnp.concatenate([self.embedding_norm(next_BTD), self.hidden_norm(x_BTD)], -1)
-        x_BTD, _, figures = self(linear_back(x_BTE, unshard(self.join_DE[...], x_BTE.dtype)), ctx, None, layer)
-        return self.norm(x_BTD), figures
+from weft.model.backends import backends
+from weft.model.block import Ahead
+from weft.model.config import ModelConfig
+from weft.model.context import EncoderOutput, ForwardContext
+from weft.model.embedding import lookup
+from weft.model.head import Head, scattered_columns
+from weft.model.kv_cache import CrossKVCache, KVCache
+from weft.model.layers.bert import HeadMlp, Pooler
+from weft.model.layers.cross import kept
+from weft.model.layers.norm import Norm
+from weft.model.layers.positions import sinusoids
+from weft.model.parameters import constant, weight
+from weft.model.stack import by_layer, in_order, pipelined, remat, stacked
+from weft.sharding.collectives import active_axes, all_gather, all_to_all, mark_varying, tensor_slice, unshard
+from weft.sharding.mesh import FSDP
+from weft.sharding.pipeline import my_microbatches
 
 
 class Decoder(nnx.Module):
@@ -251,186 +178,3 @@ class Decoder(nnx.Module):
             return Head(unshard(w_DV, self.config.dtype)[:, :V], bias_V)
         embed_VD = unshard(self.embed_VD[...], self.config.dtype)
         return Head(all_to_all(embed_VD, 'tensor', 0, 1), bias_V)
-
-
-def scattered_columns(columns: int) -> int:
-    """Columns to which a matrix is filled up so that its gradient is scattered as it was asked for.
-
-    XLA's TPU compiler cuts a reduce-scatter into equal runs of tiles of 128 columns. Of a vocabulary whose number of tiles has
-    a large prime factor (Llama 3's: 167) there are none of a fit size, and it sends an all-reduce, twice the bytes.
-    """
-    if platform() != 'tpu':
-        return columns
-    tiles = -(-columns // 128)
-    if tiles <= 64 or any(tiles % run == 0 for run in range(8, 65)):
-        return 128 * tiles
-    unit = 2
-    while tiles > 64 * unit:
-        unit *= 2
-    return 128 * unit * -(-tiles // unit)
-
-
-class Head(NamedTuple):
-    """What makes logits of activations."""
-
-    w: jax.Array  # [D, V]; where `ModelConfig.tied_embedding` [V, D], as the embedding lies: to turn it is to copy it
-    bias_V: jax.Array | None = None
-    sink: jax.Array | None = None  # takes w's gradient: see `wide_product`
-
-
-def stacked(
-    c: ModelConfig, kind: LayerSpec, repeats: int, axis: str | None, rngs: nnx.Rngs, layer: type[Block] = Block
-) -> Block:
-    """Layers of a kind as one module with a leading dim, which is split over `axis`."""
-    keys = jax.tree.map(lambda key: jax.reshard(key, P(axis)), rngs.split(repeats))
-    return jax.vmap(lambda rngs: layer(c, kind, rngs))(keys)
-
-
-def in_order(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, cache: KVCache | None, first):
-    """x after the layers of a run, of which the first has number `first`; the cache; by kind the figures of each layer.
-
-    Each of `blocks` has the layers of one kind: stacked, or a list of them (inference/unstacked.py).
-    """
-
-    def unit(carry, numbered):
-        (x_BTD, cache), (blocks, number) = carry, numbered
-        figures = []
-        for place, block in enumerate(blocks):
-            x_BTD, cache, found = block(x_BTD, ctx, cache, number + place)
-            figures.append(found)
-        return (x_BTD, cache), mark_varying(figures)
-
-    if isinstance(blocks[0], nnx.List):
-        figures = []
-        run = jax.jit(remat(unit, blocks[0][0].config, True))  # like layers are traced once
-        for number, layers in enumerate(zip(*blocks, strict=True)):
-            (x_BTD, cache), found = run((x_BTD, cache), (layers, first + number * len(blocks)))
-            figures.append(found)
-        return x_BTD, cache, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *figures)
-    repeats = jax.tree.leaves(blocks)[0].shape[0]
-    unroll = written_out(repeats * len(blocks), blocks[0].config, ctx.decoding, platform())
-    run = remat(unit, blocks[0].config, unroll)
-    numbers = first + jnp.arange(repeats) * len(blocks)
-    (x_BTD, cache), figures = lax.scan(run, (x_BTD, cache), (blocks, numbers), unroll=unroll)
-    return x_BTD, cache, figures
-
-
-def written_out(layers: int, c: ModelConfig, decoding: bool, on: str) -> bool:
-    """Whether so many layers are no loop on a platform."""
-    # XLA for GPUs would compute all of them again at once, and what remat is to save would be there together.
-    together = c.remat != 'none' and on == 'gpu' and not decoding
-    most = UNROLLED.get(on) or (UNROLLED_EXPERTS.get(on) if c.moe else None) or (0, 0)
-    return not together and layers <= most[decoding]
-
-
-def pipelined(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, first, repeats: int):
-    """Applies a run of blocks that is split over `stage`; x holds the rows of this stage's microbatches. No cache."""
-    mine = jax.tree.leaves(blocks)[0].shape[0]
-    before = lax.axis_index('stage') * mine
-
-    def layers(x_BTD, number):
-        x_BTD, _, figures = in_order(blocks, x_BTD, ctx.microbatch(number), None, first + before * len(blocks))
-        return x_BTD, figures
-
-    m = ctx.microbatches // lax.axis_size('stage')
-    x_mBTD, figures = pipeline(layers, x_BTD.reshape(m, -1, *x_BTD.shape[1:]))
-    place = lambda a: lax.dynamic_update_slice_in_dim(jnp.zeros((repeats, *a.shape[1:]), a.dtype), a, before, 0)
-    return x_mBTD.reshape(x_BTD.shape), jax.tree.map(place, figures)
-
-
-def by_layer(figures: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-    """The figures of all groups with a router as one: name -> [L, …], group after group."""
-    found = [of_group for of_group in figures if of_group]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found) if found else {}
-
-
-@jax.custom_vjp
-def lookup(w_VD, tokens_BT):
-    """The tokens' rows of w. Backward they are added up in at least float32: a frequent token has thousands."""
-    return w_VD[tokens_BT]
-
-
-def _lookup_forward(w_VD, tokens_BT):
-    return lookup(w_VD, tokens_BT), (w_VD, tokens_BT)
-
-
-def _lookup_backward(kept, dx_BTD):
-    w_VD, tokens_BT = kept
-    nothing = jnp.zeros_like(w_VD, dtype=upcast(w_VD).dtype)
-    return nothing.at[tokens_BT].add(upcast(dx_BTD)).astype(w_VD.dtype), None
-
-
-lookup.defvjp(_lookup_forward, _lookup_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def wide_product(x_ND, w, sink, dims: str = 'DV'):
-    """x @ w in at least float32, [..., V], of w [D, V] or, where `dims` is 'VD', its transpose.
-
-    Backward the narrow numbers of x and w are multiplied by as narrow ones. Else autodiff's products of float32 gradients
-    would run in float32: on a GPU at half the rate or less. The gradient of w, in at least float32, is that of `sink`, zeros
-    that nothing is added to, so that parts of it are not rounded before they are added up; without a sink it is w's own.
-    """
-    return jnp.einsum(f'...D,{dims}->...V', x_ND, w, preferred_element_type=upcast(x_ND).dtype)
-
-
-def _wide_product_forward(x_ND, w, sink, dims):
-    return wide_product(x_ND, w, sink, dims), (x_ND, w, sink is None)
-
-
-def _wide_product_backward(dims, kept, dlogit_NV):
-    x_ND, w, own = kept
-    dlogit_NV = dlogit_NV.astype(x_ND.dtype)
-    parts = (a.reshape(-1, a.shape[-1]) for a in (x_ND, dlogit_NV))
-    dw = jnp.einsum(f'ND,NV->{dims}', *parts, preferred_element_type=upcast(x_ND).dtype)
-    dx_ND = jnp.einsum(f'...V,{dims}->...D', dlogit_NV, w)
-    return (dx_ND, dw.astype(w.dtype), None) if own else (dx_ND, jnp.zeros_like(w), dw)
-
-
-wide_product.defvjp(_wide_product_forward, _wide_product_backward)
-
-
-def to_vocabulary(x_ND, head: Head, c: ModelConfig):
-    """Logits, in at least float32 however narrow x and the head are."""
-    logit_NV = wide_product(x_ND, head.w, head.sink, 'VD' if c.tied_embedding else 'DV')
-    if c.logit_scale != 1:
-        logit_NV = logit_NV * c.logit_scale
-    if head.bias_V is not None:
-        logit_NV = logit_NV + upcast(head.bias_V).reshape((1,) * (logit_NV.ndim - 1) + (-1,))
-    return logit_NV if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logit_NV / c.logit_softcap)
-
-
-def remat(layer, c: ModelConfig, unrolled: bool):
-    """The layer, keeping for its backward pass what `model.remat` says."""
-    if c.remat == 'none':
-        return layer
-    policy = None if c.remat == 'block' else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(layer, policy=policy, prevent_cse=unrolled)  # a loop's border keeps it apart anyhow
-
-
-def asked(c: ModelConfig) -> AttentionFeatures:
-    """What the model asks of attention that not every backend has."""
-    return AttentionFeatures(
-        softcap=c.attention_softcap is not None,
-        sinks=c.attention_sinks,
-        two_ways=not c.causal or c.encoder is not None,
-        relative=c.positions == 'relative',
-        value_width=c.value_dim != c.query_dim,
-        float64=c.dtype == 'float64',
-    )
-
-
-class Backends(TypedDict):
-    """View's arguments: how attention and the experts compute."""
-
-    backend: str
-    experts: str
-
-
-def backends(c: ModelConfig) -> Backends:
-    """The backends that the config names, or the fast ones of the current mesh's platform."""
-    name, context = platform(), jax.sharding.get_abstract_mesh().shape['context']
-    return {
-        'backend': attention_backend(name, context, asked(c)) if c.attention == 'auto' else c.attention,
-        'experts': experts_backend(name, c.dtype) if c.experts == 'auto' else c.experts,
-    }

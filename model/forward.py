@@ -15,10 +15,13 @@ import jax.numpy as jnp
 from jax import P, lax
 from jax.sharding import NamedSharding
 
+from weft.model.backends import backends
 from weft.model.config import needs_head
-from weft.model.decoder import Decoder, backends, to_vocabulary
-from weft.model.layers import ForwardContext, specs
+from weft.model.context import ForwardContext
+from weft.model.decoder import Decoder
+from weft.model.head import to_vocabulary
 from weft.model.ops import attention, grouped_matmul
+from weft.model.parameters import specs
 from weft.runtime.errors import UserError
 from weft.sharding.collectives import axis_index, gather_sequence, mark_varying
 from weft.sharding.mesh import BATCH, SEQUENCE, check_mesh_is_set

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from weft.model.config import ModelConfig
 from weft.model.cost import cached_numbers
-from weft.model.decoder import written_out
+from weft.model.stack import written_out
 from weft.planner.weights import Group, Inventory, inventory
 from weft.sharding.mesh import BATCH, MeshConfig
 from weft.training.config import RunConfig

@@ -81,7 +81,7 @@ FAULTS = (
         'a sum over tensor is left out',
         'dense',
         MeshConfig(data=2, tensor=4),
-        'weft.model.layers.reduce_scatter_sequence',
+        'weft.model.context.reduce_scatter_sequence',
         lambda real: tensor_slice,
     ),
     fault(
@@ -116,7 +116,7 @@ FAULTS = (
         'a stage takes the documents of another microbatch',
         'dense',
         MeshConfig(stage=4, data=2),
-        'weft.model.layers.microbatch',
+        'weft.model.context.microbatch',
         lambda real: lambda tree, number, M: real(tree, (number + 1) % M, M),
     ),
     fault(

@@ -155,8 +155,8 @@ def unshard(w, dtype, axes=FSDP, dim: int = 0):
 def gather_sequence(x_BTD):
     """Slices of the sequence over `tensor` to all of it. Backward: `reduce_scatter_sequence`.
 
-    Rows and sequence are one dim while they travel, here and in `reduce_scatter_sequence`: of more dims than two XLA's TPU compiler makes an
-    all-reduce where a reduce-scatter was asked for, and sends twice the bytes.
+    Rows and sequence are one dim while they travel, here and in `reduce_scatter_sequence`: of more dims than two XLA's TPU
+    compiler makes an all-reduce where a reduce-scatter was asked for, and sends twice the bytes.
     """
     if not active_axes('tensor'):
         return x_BTD
@@ -166,7 +166,10 @@ def gather_sequence(x_BTD):
 
 
 def reduce_scatter_sequence(x_BTD):
-    """The sum of partial products over `tensor`, of which each device keeps its slice of the sequence. Backward: `gather_sequence`."""
+    """The sum of partial products over `tensor`, of which each device keeps its slice of the sequence.
+
+    Backward: `gather_sequence`.
+    """
     n = lax.axis_size('tensor')
     if n == 1:
         return x_BTD

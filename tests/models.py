@@ -8,7 +8,7 @@ from tests.families.loading import from_leaves
 from weft.hub.families import leaves
 from weft.model.config import ModelConfig
 from weft.model.decoder import Decoder
-from weft.model.layers import names_matrix
+from weft.model.parameters import names_matrix
 
 
 def filled(c: ModelConfig, seed: int = 0, gain: float = 1.0) -> Decoder:

@@ -8,10 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import P, lax
 
+from weft.model.backends import backends
 from weft.model.config import ModelConfig
-from weft.model.decoder import Decoder, Head, backends, by_layer, to_vocabulary
+from weft.model.context import ForwardContext
+from weft.model.decoder import Decoder
 from weft.model.forward import TOKENS, Source, columns, one_device, with_source
-from weft.model.layers import ForwardContext, specs
+from weft.model.head import Head, to_vocabulary
+from weft.model.parameters import specs
+from weft.model.stack import by_layer
 from weft.sharding.collectives import (
     axis_index,
     gather_sequence,

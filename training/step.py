@@ -8,8 +8,8 @@ import optax
 from flax import nnx
 
 from weft.model.decoder import Decoder
-from weft.model.layers import is_matrix
-from weft.model.moe import MoE, updated_bias
+from weft.model.layers.moe import MoE, updated_bias
+from weft.model.parameters import is_matrix
 from weft.training.config import RunConfig, TrainingConfig
 from weft.training.loss import loss_and_gradient
 

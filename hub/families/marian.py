@@ -10,7 +10,7 @@ import numpy as np
 
 from weft.hub.families import Family, Fields, Row
 from weft.model.config import EncoderConfig, ModelConfig
-from weft.model.encoder import sinusoids
+from weft.model.layers.positions import sinusoids
 from weft.runtime.errors import UserError
 
 # By published name; the first of two is the one that is written.

@@ -4,7 +4,7 @@ from typing import Any
 
 from weft.hub.families import Fields
 from weft.model.config import ModelConfig, RopeScaling
-from weft.model.rope import yarn_gain
+from weft.model.layers.rope import yarn_gain
 from weft.runtime.errors import UserError, shown
 from weft.storage.foreign import shown_value
 

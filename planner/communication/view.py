@@ -108,7 +108,7 @@ class View:
             self.gather(('tensor',), self.tokens * width * self.number, times, self.again)
 
     def sum(self, times: float, ends: float = 0) -> None:
-        """`ForwardContext.reduce_scatter_sequence` in a layer; of those at the layers' `ends` nobody needs the result once more."""
+        """`ForwardContext.reduce_scatter_sequence` in a layer; nobody needs again those at the layers' `ends`."""
         size = self.tokens * self.config.model_dim * self.number
         if self.split:
             self.scatter(('tensor',), size, times, self.again * (times - ends))

@@ -9,7 +9,7 @@ import pytest
 
 from tests.families.test_families import TOLERANCE
 from tests.families.test_mutations import short, wrong_by
-from weft.model.encoder import sinusoids
+from weft.model.layers.positions import sinusoids
 from weft.model.ops.attention.reference import relative_bucket
 
 CONFIGS: list[tuple[str, dict[str, Any]]] = [

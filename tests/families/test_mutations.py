@@ -17,7 +17,7 @@ from tests.families.loading import GOLDENS, changed, generated, golden, read
 from tests.families.test_families import TOLERANCE, error, of_golden, whole, whole_ahead
 from weft.hub.families import Entry, Joined, Woven
 from weft.model import layers
-from weft.model.rope import rope
+from weft.model.layers.rope import rope
 from weft.sharding.mesh import MeshConfig, make_mesh
 
 CONFIGS: list[tuple[str, dict[str, Any]]] = [
@@ -287,8 +287,8 @@ def clamped_twice(c):
 CODE: list[tuple[str, str, Callable]] = [
     ('gpt_oss-defaults-no-biases-tied', 'model.moe.activation', unmoved),
     ('gpt_oss-unscaled-late-windows', 'model.moe.activation', clamped_twice),
-    ('gemma3-as-published', 'weft.model.layers.rope', scaled_everywhere),
-    ('olmoe-plain', 'weft.model.layers.norm_of_all', by_head),
+    ('gemma3-as-published', 'weft.model.layers.attention.rope', scaled_everywhere),
+    ('olmoe-plain', 'weft.model.layers.attention.norm_of_all', by_head),
     ('grok1-as-published', 'jax.nn.gelu', functools.partial(jax.nn.gelu, approximate=False)),
 ]
 

@@ -13,10 +13,11 @@ from jax import P
 from tests import reference
 from weft.model import moe as moe_module
 from weft.model.config import ModelConfig, MoEConfig
-from weft.model.layers import ForwardContext, specs
-from weft.model.moe import MoE, updated_bias
+from weft.model.context import ForwardContext
+from weft.model.layers.moe import MoE, updated_bias
 from weft.model.ops.expert_dispatch import capacity
 from weft.model.ops.grouped_matmul import needs_unchecked
+from weft.model.parameters import specs
 from weft.runtime.errors import UserError
 from weft.sharding.collectives import mark_varying
 from weft.sharding.mesh import AXES, BATCH, SEQUENCE, MeshConfig, make_mesh

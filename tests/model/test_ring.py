@@ -303,7 +303,7 @@ def grads_stay(tree, axis):
     ],
 )
 def test_a_wrong_send_is_caught(send, wrong, monkeypatch):
-    monkeypatch.setattr(ring, 'onward', send)
+    monkeypatch.setattr(ring, 'ring_shift', send)
     body = partial(in_tiles, ring_blockwise, window=None, tile=4)
     inputs = sample(1, 32, 1, 1, 4, jnp.float64)
     found = errors(over_devices(body, np.arange(32)), MeshConfig(context=4), None, inputs)

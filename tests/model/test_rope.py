@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from weft.model.config import ModelConfig, RopeScaling
-from weft.model.rope import frequencies
+from weft.model.layers.rope import frequencies
 from weft.runtime.errors import UserError
 
 

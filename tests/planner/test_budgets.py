@@ -15,8 +15,9 @@ import pytest
 from jax import lax
 
 from tests.planner.steps import decode_step, mesh_shape, run_config, training_step
-from weft.model import layers
+from weft.model import context
 from weft.model.config import ModelConfig, MoEConfig
+from weft.model.layers import attention
 from weft.planner import traffic
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.config import RunConfig
@@ -124,10 +125,12 @@ def test_every_budget_has_a_case():
 def test_an_activation_gathered_once_more_is_told(monkeypatch):
     def wasteful(x_BTD):
         whole_BTD = lax.all_gather(x_BTD, 'data', tiled=True)
-        return join(lax.dynamic_slice_in_dim(whole_BTD, lax.axis_index('data') * x_BTD.shape[0], x_BTD.shape[0]))
+        return gather_sequence(
+            lax.dynamic_slice_in_dim(whole_BTD, lax.axis_index('data') * x_BTD.shape[0], x_BTD.shape[0])
+        )
 
-    join = layers.join
-    monkeypatch.setattr(layers, 'join', wasteful)
+    gather_sequence = context.gather_sequence
+    monkeypatch.setattr(context, 'gather_sequence', wasteful)
     lines = told('dense_data2_tensor4')
     assert any(line.startswith('all_gather over data: ') and line.endswith('unplanned gather?') for line in lines), (
         lines
@@ -137,11 +140,11 @@ def test_an_activation_gathered_once_more_is_told(monkeypatch):
 def test_a_weight_gathered_over_too_many_axes_is_told(monkeypatch):
     def wasteful(w, dtype):
         columns = w.shape[1]
-        w = whole(lax.all_gather(w, 'tensor', axis=1, tiled=True), dtype)
+        w = unshard(lax.all_gather(w, 'tensor', axis=1, tiled=True), dtype)
         return lax.dynamic_slice_in_dim(w, lax.axis_index('tensor') * columns, columns, axis=1)
 
-    whole = layers.whole
-    monkeypatch.setattr(layers, 'whole', wasteful)
+    unshard = attention.unshard
+    monkeypatch.setattr(attention, 'unshard', wasteful)
     lines = told('experts_data2_expert2_tensor2')
     for kind in (f'{kind} over {axis}' for kind in ('all_gather', 'reduce_scatter') for axis in ('data', 'expert')):
         assert any(line.startswith(f'{kind}: ') and '(budget ' in line for line in lines), lines
@@ -149,9 +152,9 @@ def test_a_weight_gathered_over_too_many_axes_is_told(monkeypatch):
 
 def test_a_sum_in_place_of_a_scatter_is_told(monkeypatch):
     def wasteful(x_BTD):
-        return layers.my_slice(lax.psum(x_BTD, 'tensor'))
+        return context.tensor_slice(lax.psum(x_BTD, 'tensor'))
 
-    monkeypatch.setattr(layers, 'split', wasteful)
+    monkeypatch.setattr(context, 'reduce_scatter_sequence', wasteful)
     lines = told('dense_data2_tensor4')
     assert any(line.startswith('psum over tensor: ') and 'reduce_scatter would do' in line for line in lines), lines
     assert any(line.startswith('reduce_scatter over tensor: ') and 'less than the budget' in line for line in lines), (

@@ -17,7 +17,7 @@ from weft.model import cost
 from weft.model.config import ModelConfig, MoEConfig
 from weft.model.decoder import Decoder
 from weft.model.forward import logits, place
-from weft.model.rope import rope
+from weft.model.layers.rope import rope
 from weft.planner.bill import bill, cache_bill, rules_of_thumb
 from weft.planner.chips import CHIPS
 from weft.planner.flops import executed

@@ -52,7 +52,15 @@ HEAVY = (
     'jax.experimental.pallas',
     'weft.hub.families',
 )
-HEAVY += ('weft.hub.read', 'weft.training.loop', 'weft.training.conversion', 'analysis', 'uvicorn', 'fsspec')
+HEAVY += (
+    'weft.hub.read',
+    'weft.training.loop',
+    'weft.training.conversion',
+    'weft.planner',
+    'weft.proof',
+    'uvicorn',
+    'fsspec',
+)
 
 
 @pytest.fixture(scope='module')

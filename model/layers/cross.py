@@ -1,40 +1,23 @@
-"""What encoders add to the stack, from one device's view: attention to what an encoder read, BERT's head, fixed positions.
+"""Attention to what an encoder has read, from one device's view.
 
-Letters: B rows, T sequence, S tokens of a source, D model, K kv heads, H head dim, M kv heads times H, N query heads times H,
-L layers, J wavelengths, P positions, C classes.
+Letters: B rows, T sequence, S tokens of a source, D model, K kv heads, G query heads per kv head, H head dim, L layers.
 """
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax import P, lax
+from jax import lax
 
 from weft.model.config import LayerSpec, ModelConfig
+from weft.model.context import EncoderOutput, ForwardContext
 from weft.model.cost import cached_numbers
-from weft.model.layers import (
-    Attention,
-    CrossKVCache,
-    EncoderOutput,
-    ForwardContext,
-    KVCache,
-    Norm,
-    activation,
-    cache_read,
-    constant,
-    how_to_attend,
-    linear,
-    linear_back,
-    local_kv_heads,
-    pad_heads,
-    weight,
-)
+from weft.model.kv_cache import CrossKVCache, KVCache, cache_read, pad_heads
+from weft.model.layers.attention import Attention, how_to_attend, local_kv_heads
+from weft.model.linear import linear, linear_back
 from weft.model.ops.attention import attention
 from weft.model.ops.attention.cached import cached_attention
 from weft.sharding.collectives import unshard
-from weft.sharding.mesh import FSDP, platform
-
-EVERY = (*FSDP, 'tensor')  # axes that split a weight of tokens that are not joined
+from weft.sharding.mesh import platform
 
 
 class CrossAttention(Attention):
@@ -98,39 +81,3 @@ def by_layer(f, group):
     if isinstance(group, nnx.List):
         return jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *map(f, group))
     return lax.map(f, group)
-
-
-class HeadMlp(nnx.Module):
-    """What BERT (arXiv:1810.04805; its published code) has between its layers and the LM head: dense, activation, norm."""
-
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        self.config = c
-        D = c.model_dim
-        self.up_DD = weight(rngs, c, (D, D), P(EVERY, None), fan_in=D)
-        self.up_bias_D = constant(c, 0.0, (D,), P(None))
-        self.norm = Norm(c)
-
-    def __call__(self, x_BTD):
-        """Of tokens in any layout."""
-        dtype = x_BTD.dtype
-        h_BTD = linear(x_BTD, unshard(self.up_DD[...], dtype, EVERY)) + self.up_bias_D.astype(dtype)[None, None]
-        return self.norm(activation(self.config)(h_BTD))
-
-
-class Pooler(nnx.Module):
-    """BERT's weights for whole rows, which no logit depends on: they are kept, so that what was read can be written again."""
-
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        D = c.model_dim
-        self.up_DD = weight(rngs, c, (D, D), P(EVERY, None), fan_in=D)
-        self.up_bias_D = constant(c, 0.0, (D,), P(None))
-        if c.next_sentence:
-            self.next_CD = weight(rngs, c, (2, D), P(None, None), fan_in=D)
-            self.next_bias_C = constant(c, 0.0, (2,), P(None))
-
-
-def sinusoids(c: ModelConfig) -> np.ndarray:
-    """float64 [P, D]: sines of D / 2 wavelengths, then their cosines (arXiv:1706.03762, section 3.5, in Marian's order)."""
-    P_, D = c.max_positions, c.model_dim
-    angle_PJ = np.arange(P_)[:, None] / np.power(10000, 2 * np.arange(D // 2) / D)[None]
-    return np.concatenate([np.sin(angle_PJ), np.cos(angle_PJ)], 1)

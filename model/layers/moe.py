@@ -10,8 +10,10 @@ from flax import nnx
 from jax import P, lax
 
 from weft.model.config import ModelConfig, MoEConfig
-from weft.model.layers import ForwardContext, Mlp, activation, constant, residual_gain, weight
+from weft.model.context import ForwardContext
+from weft.model.layers.mlp import Mlp, activation
 from weft.model.ops.expert_dispatch import LocalExperts, default_dispatch, dispatch
+from weft.model.parameters import constant, residual_gain, weight
 from weft.sharding.collectives import axis_index, mark_varying, psum, unshard, upcast
 from weft.sharding.mesh import FSDP, SEQUENCE, platform
 

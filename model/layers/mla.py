@@ -13,22 +13,15 @@ from flax import nnx
 from jax import P
 
 from weft.model.config import LayerSpec, ModelConfig
-from weft.model.layers import (
-    ForwardContext,
-    KVCache,
-    cache_read,
-    cache_update,
-    constant,
-    how_to_attend,
-    linear,
-    linear_back,
-    residual_gain,
-    rms_norm,
-    weight,
-)
+from weft.model.context import ForwardContext
+from weft.model.kv_cache import KVCache, cache_read, cache_update
+from weft.model.layers.attention import how_to_attend
+from weft.model.layers.norm import rms_norm
+from weft.model.layers.rope import rope
+from weft.model.linear import linear, linear_back
 from weft.model.ops.attention import attention
 from weft.model.ops.attention.cached import cached_attention
-from weft.model.rope import rope
+from weft.model.parameters import constant, residual_gain, weight
 from weft.sharding.collectives import unshard
 from weft.sharding.mesh import FSDP
 

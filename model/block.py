@@ -1,0 +1,81 @@
+"""One layer of the stack, from one device's view: attention and a feed-forward part, each added to what it read.
+
+Letters: B rows, T sequence, D model, E twice D.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import P
+
+from weft.model.config import LayerSpec, ModelConfig
+from weft.model.context import ForwardContext
+from weft.model.kv_cache import KVCache
+from weft.model.layers.attention import Attention
+from weft.model.layers.cross import CrossAttention
+from weft.model.layers.mla import LatentAttention
+from weft.model.layers.mlp import Mlp
+from weft.model.layers.moe import MoE
+from weft.model.layers.norm import Norm
+from weft.model.linear import linear_back
+from weft.model.parameters import weight
+from weft.sharding.collectives import unshard
+from weft.sharding.mesh import FSDP
+
+
+class Block(nnx.Module):
+    """One layer: attention, then an MLP or a mixture of experts, each added to what it read; norms as `norm_order` says."""
+
+    def __init__(self, c: ModelConfig, kind: LayerSpec, rngs: nnx.Rngs):
+        self.config = c
+        self.attention_norm = Norm(c)
+        self.attention = LatentAttention(c, kind, rngs) if c.latent else Attention(c, kind, rngs)
+        if c.encoder:
+            self.cross_norm, self.cross = Norm(c), CrossAttention(c, rngs)
+        self.mlp_norm = Norm(c)
+        self.mlp = MoE(c, rngs) if kind.experts else Mlp(c, c.mlp_dim, rngs)
+        if c.norm_order == 'sandwich':
+            self.attention_out_norm, self.mlp_out_norm = Norm(c), Norm(c)
+            if c.encoder:
+                self.cross_out_norm = Norm(c)
+
+    def __call__(self, x_BTD, ctx: ForwardContext, cache: KVCache | None, layer):
+        """x after the layer, the cache, and the router's figures (an empty dict without a router)."""
+        rate, figures, before = self.config.dropout, {}, self.config.norm_order in ('pre', 'sandwich')
+        y_BTD, cache = self.attention(self.attention_norm(x_BTD) if before else x_BTD, ctx, cache, layer)
+        x_BTD = self.add(x_BTD, y_BTD, 'attention', ctx, rate, 1, layer)
+        if self.config.encoder:
+            y_BTD, cache = self.cross(self.cross_norm(x_BTD) if before else x_BTD, ctx, cache, layer)
+            x_BTD = self.add(x_BTD, y_BTD, 'cross', ctx, rate, 4, layer)
+        y_BTD = self.mlp(self.mlp_norm(x_BTD) if before else x_BTD, ctx)
+        if isinstance(self.mlp, MoE):
+            y_BTD, figures = y_BTD
+        return self.add(x_BTD, y_BTD, 'mlp', ctx, rate, 2, layer), cache, figures
+
+    def add(self, x_BTD, y_BTD, part: str, ctx: ForwardContext, rate: float, *site):
+        """The sum of x and a part's output, of which the output or the sum is normed where the order asks for it."""
+        if self.config.norm_order in ('sandwich', 'output'):
+            name = 'out_norm' if self.config.norm_order == 'sandwich' else 'norm'
+            y_BTD = getattr(self, f'{part}_{name}')(y_BTD)
+        x_BTD = x_BTD + ctx.dropout(y_BTD, rate, *site)
+        return getattr(self, f'{part}_norm')(x_BTD) if self.config.norm_order == 'post' else x_BTD
+
+
+class Ahead(Block):
+    """A layer that predicts one token further than what it reads, with the model's embedding and head.
+
+    Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2): the activations that stand for a token are joined
+    with the embedding of the next one. As in published weights both the model's own activations and this layer's are normed
+    before the head reads them, and it is those that the next layer is given.
+    """
+
+    def __init__(self, c: ModelConfig, kind: LayerSpec, rngs: nnx.Rngs):
+        super().__init__(c, kind, rngs)
+        D = c.model_dim
+        self.embedding_norm, self.hidden_norm, self.norm = Norm(c), Norm(c), Norm(c)
+        self.join_DE = weight(rngs, c, (D, 2 * D), P(FSDP, None), fan_in=2 * D)  # E: embedding, then activations
+
+    def ahead(self, x_BTD, next_BTD, ctx: ForwardContext, layer):
+        """The activations that stand for the tokens of `next_BTD`, in the layout between blocks; the router's figures."""
+        x_BTE = jnp.concatenate([self.embedding_norm(next_BTD), self.hidden_norm(x_BTD)], -1)
+        x_BTD, _, figures = self(linear_back(x_BTE, unshard(self.join_DE[...], x_BTE.dtype)), ctx, None, layer)
+        return self.norm(x_BTD), figures

@@ -1,0 +1,83 @@
+"""What a block knows of its tokens beside their activations, from one device's view.
+
+Letters: B rows, T sequence, S tokens of a source, D model, R buckets of distances, N query heads.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from weft.model.kv_cache import CrossKVCache
+from weft.sharding.collectives import (
+    gather_sequence,
+    psum,
+    reduce_scatter_sequence,
+    tensor_slice,
+)
+from weft.sharding.pipeline import microbatch, my_microbatches
+
+
+class EncoderOutput(NamedTuple):
+    """An encoder's output while a decoder reads whole rows."""
+
+    x_BSD: jax.Array  # on each device of `tensor` all of it
+    segment_BS: jax.Array  # as a View's: the decoder's tokens attend to those of their own segment
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardContext:
+    """What a block needs to know of its tokens beside their activations: those of this device's part of `context`."""
+
+    position_BT: jax.Array  # place in the document, int32
+    segment_BT: jax.Array  # documents of a row, numbered from 1; 0 is padding
+    backend: str  # of attention
+    experts: str  # backend of the experts' grouped matmul
+    sequence_split: bool = True  # between blocks each device of `tensor` holds a slice of the sequence, not all of it
+    dropout_key: jax.Array | None = None  # one for all devices; None: no dropout
+    row_B: jax.Array | None = None  # number of each row in the global batch, for dropout
+    column_T: jax.Array | None = None  # number of each column in the row, for dropout
+    microbatches: int = 1  # of a pipeline, into which the rows are cut; 1 where `stage` is 1
+    decoding: bool = False  # one token a row, that sees the cache
+    kind_BT: jax.Array | None = None  # what text a token is of, where the model has `segment_kinds`; None: all 0
+    source: EncoderOutput | CrossKVCache | None = None  # what an encoder made of the rows' sources
+    relative_RN: jax.Array | None = None  # relative positions' biases of this device's heads
+
+    def my_microbatches(self) -> 'ForwardContext':
+        """The rows that this stage works on outside of the pipeline."""
+        return self._rows(lambda tree: my_microbatches(tree, self.microbatches))
+
+    def microbatch(self, number: jax.Array) -> 'ForwardContext':
+        """The rows of one microbatch."""
+        return self._rows(lambda tree: microbatch(tree, number, self.microbatches))
+
+    def _rows(self, choose) -> 'ForwardContext':
+        names = ('position_BT', 'segment_BT', 'row_B', 'kind_BT')
+        return dataclasses.replace(self, **choose({name: getattr(self, name) for name in names}))
+
+    @property
+    def live_BT(self) -> jax.Array:
+        """Which of the tokens that stand between blocks on this device are real."""
+        return (tensor_slice(self.segment_BT) if self.sequence_split else self.segment_BT) > 0
+
+    def gather_sequence(self, x_BTD):
+        """From the layout between blocks to this context's whole sequence on each device of `tensor`."""
+        return gather_sequence(x_BTD) if self.sequence_split else x_BTD
+
+    def reduce_scatter_sequence(self, x_BTD):
+        """Partial sums over `tensor` to the layout between blocks."""
+        return reduce_scatter_sequence(x_BTD) if self.sequence_split else psum(x_BTD, 'tensor')
+
+    def dropout(self, x_BTD, rate: float, *site: int | jax.Array):
+        """Zeroes a share of x; which ones depends on the key, the site, the row and the column alone, not on the mesh."""
+        if self.dropout_key is None or rate == 0:
+            return x_BTD
+        key = self.dropout_key
+        for number in site:
+            key = jax.random.fold_in(key, number)
+        column_T = tensor_slice(self.column_T, 0) if self.sequence_split else self.column_T
+        fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+        key_BT = fold(jax.vmap(jax.random.fold_in, (None, 0))(key, self.row_B), column_T)
+        keep_BTD = jax.vmap(jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x_BTD.shape[-1:])))(key_BT)
+        return jnp.where(keep_BTD, x_BTD / (1 - rate), 0).astype(x_BTD.dtype)

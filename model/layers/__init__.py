@@ -1,0 +1,1 @@
+"""One file a layer: its weights, forward pass and cache."""

@@ -1,0 +1,55 @@
+"""RMSNorm and LayerNorm, from one device's view.
+
+Letters: B rows, T sequence, D model, N heads times their width.
+"""
+
+from flax import nnx
+from jax import P, lax
+
+from weft.model.config import ModelConfig
+from weft.model.parameters import constant
+from weft.sharding.collectives import (
+    psum,
+    upcast,
+)
+
+
+def rms_norm(x, scale, epsilon: float):
+    """Zhang and Sennrich 2019 (arXiv:1910.07467), in at least float32; the result in x's dtype."""
+    h = upcast(x)
+    h = h * lax.rsqrt((h * h).mean(-1, keepdims=True) + epsilon)
+    return (h * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
+
+
+class Norm(nnx.Module):
+    """RMSNorm or LayerNorm over the last dim."""
+
+    def __init__(self, c: ModelConfig):
+        self.config = c
+        self.scale_D = constant(c, 1.0 - c.norm_offset, (c.model_dim,), P(None))
+        if c.norm == 'layernorm' and c.bias:
+            self.bias_D = constant(c, 0.0, (c.model_dim,), P(None))
+
+    def __call__(self, x_BTD):
+        c = self.config
+        scale_D = offset(self.scale_D[...], c)
+        if c.norm == 'rmsnorm':
+            return rms_norm(x_BTD, scale_D, c.norm_epsilon)
+        h = upcast(x_BTD)
+        h = h - h.mean(-1, keepdims=True)
+        h = h * lax.rsqrt((h * h).mean(-1, keepdims=True) + c.norm_epsilon) * scale_D[None, None]
+        return (h + upcast(self.bias_D[...])[None, None] if c.bias else h).astype(x_BTD.dtype)
+
+
+def offset(scale_D, c: ModelConfig):
+    """The scale that a norm multiplies by, of the one that is kept, in at least float32."""
+    return upcast(scale_D) + c.norm_offset if c.norm_offset else upcast(scale_D)
+
+
+def norm_of_all(x_BTN, scale_N, heads: int, c: ModelConfig):
+    """RMSNorm over all `heads` heads of all devices of `tensor`; heads of which several devices have copies count once."""
+    h, n = upcast(x_BTN), lax.axis_size('tensor')
+    copies = max(n // heads, 1)
+    squares = psum((h * h).sum(-1, keepdims=True), 'tensor') / copies
+    h = h * lax.rsqrt(squares / (heads * c.head_dim) + c.norm_epsilon)
+    return (h * scale_N[None, None]).astype(x_BTN.dtype)
