@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from weft.data.config import DataConfig
-from weft.model import decoder
+from weft.model import stack
 from weft.model.config import ModelConfig, MoEConfig
 from weft.model.config_parts import Dispatch
 from weft.model.decoder import Decoder
@@ -127,7 +127,7 @@ def precision(dtype: str) -> Iterator[None]:
     before = jax.config.read('jax_enable_x64')
     jax.config.update('jax_enable_x64', dtype == 'float64')
     try:
-        with mock.patch.object(decoder, 'UNROLLED', {}):
+        with mock.patch.object(stack, 'UNROLLED', {}):
             yield
     finally:
         jax.config.update('jax_enable_x64', before)

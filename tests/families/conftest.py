@@ -4,11 +4,11 @@ from unittest import mock
 
 import pytest
 
-from weft.model import decoder
+from weft.model import stack
 
 
 @pytest.fixture(autouse=True)
 def loops():
     """Layers in loops, as on accelerators: they compile quickly."""
-    with mock.patch.object(decoder, 'UNROLLED', {}):
+    with mock.patch.object(stack, 'UNROLLED', {}):
         yield

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from weft.model import cost
-from weft.model.config import LatentConfig, ModelConfig, MoEConfig
+from weft.model.config import MLAConfig, ModelConfig, MoEConfig
 from weft.model.decoder import Decoder
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.config import load
@@ -29,7 +29,7 @@ CONFIGS = [
         moe=MoEConfig(experts=8, mlp_dim=16, top_k=2, shared_experts=1, first_dense_layers=1, bias_update_rate=0.001),
     ),
 ]
-LATENT = LatentConfig(q_rank=12, kv_rank=8, plain_dim=6, rotary_dim=4, value_dim=10)
+LATENT = MLAConfig(q_rank=12, kv_rank=8, plain_dim=6, rotary_dim=4, value_dim=10)
 GATED = MoEConfig(experts=4, mlp_dim=16, shared_experts=2, shared_mlp_dim=10, shared_gate=True)
 BIASED = MoEConfig(experts=4, mlp_dim=16, shared_experts=2, router_bias=True, bias=True, pattern=(False, True))
 OPTIONS: list[dict[str, Any]] = [

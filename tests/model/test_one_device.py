@@ -15,7 +15,7 @@ from tests.hlo import MOVED, SENT, instructions
 from tests.planner.steps import run_config, training_step
 from weft.inference.step import decode, empty_cache, prefill
 from weft.inference.unstacked import kinds, unstacked
-from weft.model.config import LatentConfig, ModelConfig, MoEConfig
+from weft.model.config import MLAConfig, ModelConfig, MoEConfig
 from weft.sharding.mesh import BATCH, MeshConfig, make_mesh
 from weft.training.state import abstract_model
 
@@ -43,7 +43,7 @@ MODELS = {
         EXPERTS, attention_sinks=True, moe=dataclasses.replace(EXPERTS.moe, bias=True, router_bias=True)
     ),
     'latent': dataclasses.replace(
-        DENSE, kv_heads=4, head_dim=None, latent=LatentConfig(kv_rank=128, plain_dim=64, rotary_dim=64, value_dim=64)
+        DENSE, kv_heads=4, head_dim=None, latent=MLAConfig(kv_rank=128, plain_dim=64, rotary_dim=64, value_dim=64)
     ),
 }
 # What moves a parameter after all, and why: opcodes, and the shape of one expert or of the heads' part of a matrix.

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from tests.planner.steps import decode_step, mesh_shape, rows, run_config, training_step
 from weft.inference.step import encode, prefill
-from weft.model.config import EncoderConfig, LatentConfig, ModelConfig, MoEConfig
+from weft.model.config import EncoderConfig, MLAConfig, ModelConfig, MoEConfig
 from weft.model.ops import expert_dispatch as dispatch
 from weft.planner import communication, traffic
 from weft.sharding.mesh import MeshConfig, make_mesh
@@ -31,7 +31,7 @@ EXPERTS = dataclasses.replace(
 )
 BIASED = MoEConfig(experts=4, mlp_dim=16, router_bias=True, bias=True, pattern=(True, False))
 GATED = dataclasses.replace(EXPERTS.moe, shared_gate=True, shared_mlp_dim=24)
-LATENT = LatentConfig(q_rank=16, kv_rank=16, plain_dim=8, rotary_dim=4, value_dim=16)
+LATENT = MLAConfig(q_rank=16, kv_rank=16, plain_dim=8, rotary_dim=4, value_dim=16)
 LARGE = dataclasses.replace(DENSE, vocabulary=8192, layers=2, model_dim=512, mlp_dim=1024, dtype='bfloat16')
 
 

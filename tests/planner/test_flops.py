@@ -16,7 +16,7 @@ from tests.families.loading import read
 from tests.planner.steps import run_config
 from weft.inference.step import decode, empty_cache, encode, prefill
 from weft.model import cost
-from weft.model.config import LatentConfig, ModelConfig, MoEConfig
+from weft.model.config import MLAConfig, ModelConfig, MoEConfig
 from weft.model.forward import Source, logits
 from weft.model.ops.attention import attention
 from weft.planner.dots import dots
@@ -106,7 +106,7 @@ def test_each_family(name):
 
 DENSE = ModelConfig(vocabulary=256, layers=2, model_dim=32, heads=4, kv_heads=2, mlp_dim=48)
 EXPERTS = MoEConfig(experts=4, mlp_dim=16, top_k=2, shared_experts=1, first_dense_layers=1, dispatch='all_to_all')
-LATENT = LatentConfig(q_rank=16, kv_rank=8, plain_dim=6, rotary_dim=4, value_dim=10)
+LATENT = MLAConfig(q_rank=16, kv_rank=8, plain_dim=6, rotary_dim=4, value_dim=10)
 MODELS = {
     'dense': DENSE,
     'post': dataclasses.replace(DENSE, norm_order='post', norm='layernorm', bias=True, activation='gelu'),

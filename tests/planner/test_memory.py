@@ -14,7 +14,7 @@ from tests.families.cases import CASES, family
 from tests.families.loading import read
 from tests.planner.steps import decode_step, run_config, training_step
 from weft.inference.run import in_compute_dtype
-from weft.model.config import LatentConfig, ModelConfig, MoEConfig
+from weft.model.config import MLAConfig, ModelConfig, MoEConfig
 from weft.model.decoder import Decoder
 from weft.planner.memory import serving_memory, training_memory
 from weft.planner.weights import inventory
@@ -66,7 +66,7 @@ LATENT = dataclasses.replace(
     layers=5,
     kv_heads=None,
     head_dim=None,
-    latent=LatentConfig(q_rank=16, kv_rank=16, plain_dim=8, rotary_dim=4, value_dim=8),
+    latent=MLAConfig(q_rank=16, kv_rank=16, plain_dim=8, rotary_dim=4, value_dim=8),
     mtp_layers=1,
     tied_embedding=False,
     weight_dtype='bfloat16',

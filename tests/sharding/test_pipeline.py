@@ -11,7 +11,7 @@ from flax import nnx
 from jax import P
 
 from tests import reference
-from weft.model import decoder
+from weft.model import stack
 from weft.model.config import ModelConfig
 from weft.model.decoder import Decoder
 from weft.model.forward import place
@@ -101,7 +101,7 @@ def stacked_outputs(jaxpr, length: int) -> list:
 
 @pytest.mark.parametrize(('stages', 'microbatches'), [(2, 8), (4, 8)])
 def test_kept_activations_are_those_that_the_report_states(stages, microbatches, monkeypatch):
-    monkeypatch.setattr(decoder, 'UNROLLED', {})
+    monkeypatch.setattr(stack, 'UNROLLED', {})
     t = TrainingConfig(steps=1, batch=B, sequence_length=T, microbatches=microbatches)
     config = RunConfig(name='kept', mesh=MeshConfig(stage=stages), model=MODEL, training=t)
     length = ticks(microbatches, stages)
