@@ -16,7 +16,7 @@ import pytest
 from tests.families.loading import GOLDENS, changed, generated, golden, read
 from tests.families.test_families import TOLERANCE, error, of_golden, whole, whole_ahead
 from weft.hub.families import Entry, Joined, Woven
-from weft.model import layers
+from weft.model.layers import mlp, norm
 from weft.model.layers.rope import rope
 from weft.sharding.mesh import MeshConfig, make_mesh
 
@@ -262,7 +262,7 @@ AHEAD: list[tuple[str, dict[str, Any]]] = [
 def by_head(x_BTN, scale_N, heads, c):
     """In place of a norm over all heads: one of each head."""
     x_BTKH = x_BTN.reshape(*x_BTN.shape[:2], -1, c.head_dim)
-    x_BTKH = layers.rms_norm(x_BTKH, jax.numpy.ones(c.head_dim), c.norm_epsilon)
+    x_BTKH = norm.rms_norm(x_BTKH, jax.numpy.ones(c.head_dim), c.norm_epsilon)
     return x_BTKH.reshape(x_BTN.shape) * scale_N[None, None]
 
 
@@ -275,18 +275,18 @@ def scaled_everywhere(x_BTnH, position_BT, segment_BT, c, windowed=False):
 
 def unmoved(c):
     """In place of gpt-oss's gated unit: one whose up is not moved by 1."""
-    return lambda gate, up: layers.clamped_swiglu(gate, up - 1, limit=c.activation_limit)
+    return lambda gate, up: mlp.clamped_swiglu(gate, up - 1, limit=c.activation_limit)
 
 
 def clamped_twice(c):
     """In place of gpt-oss's gated unit: one whose gate is cut off on both sides."""
     limit = c.activation_limit
-    return lambda gate, up: layers.clamped_swiglu(jax.numpy.maximum(gate, -limit), up, limit=limit)
+    return lambda gate, up: mlp.clamped_swiglu(jax.numpy.maximum(gate, -limit), up, limit=limit)
 
 
 CODE: list[tuple[str, str, Callable]] = [
-    ('gpt_oss-defaults-no-biases-tied', 'model.moe.activation', unmoved),
-    ('gpt_oss-unscaled-late-windows', 'model.moe.activation', clamped_twice),
+    ('gpt_oss-defaults-no-biases-tied', 'weft.model.layers.moe.activation', unmoved),
+    ('gpt_oss-unscaled-late-windows', 'weft.model.layers.moe.activation', clamped_twice),
     ('gemma3-as-published', 'weft.model.layers.attention.rope', scaled_everywhere),
     ('olmoe-plain', 'weft.model.layers.attention.norm_of_all', by_head),
     ('grok1-as-published', 'jax.nn.gelu', functools.partial(jax.nn.gelu, approximate=False)),

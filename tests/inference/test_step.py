@@ -9,7 +9,6 @@ from tests.families.loading import read
 from tests.models import filled
 from weft.inference import step as steps
 from weft.inference.step import decode, empty_cache, encode, prefill
-from weft.model import encoder
 from weft.model.forward import place
 from weft.sharding.mesh import MeshConfig, make_mesh
 

@@ -11,9 +11,9 @@ from flax import nnx
 from jax import P
 
 from tests import reference
-from weft.model import moe as moe_module
 from weft.model.config import ModelConfig, MoEConfig
 from weft.model.context import ForwardContext
+from weft.model.layers import moe as moe_module
 from weft.model.layers.moe import MoE, updated_bias
 from weft.model.ops.expert_dispatch import capacity
 from weft.model.ops.grouped_matmul import needs_unchecked

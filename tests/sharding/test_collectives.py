@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import P, lax
 
-from weft.model import decoder
+from weft.model import head
 from weft.sharding import collectives
 from weft.sharding.collectives import all_gather, reduce_scatter, unshard
 from weft.sharding.mesh import MeshConfig, make_mesh
@@ -40,7 +40,9 @@ def test_the_two_hops_of_a_whole_tpu_are_one(monkeypatch, axes):
     )
     monkeypatch.setattr(collectives, 'platform', lambda: 'tpu')
     hops = []
-    monkeypatch.setattr(collectives, 'hops', lambda axis, real=collectives.hops: hops.append(real(axis)) or hops[-1])
+    monkeypatch.setattr(
+        collectives, 'gather_stages', lambda axis, real=collectives.gather_stages: hops.append(real(axis)) or hops[-1]
+    )
     twice = sums(mesh, (axis,), lambda w: all_gather(w, axis), lambda x: reduce_scatter(x, axis))
     assert all(len(groups) == 2 for groups in hops)
     for one, two in zip(once, twice, strict=True):
@@ -58,12 +60,12 @@ def test_axis_after_axis_is_all_at_once(axes):
 
 
 def test_a_matrix_is_filled_up_to_tiles_that_a_tpu_can_share_out(monkeypatch):
-    assert decoder.scattered_columns(128256) == 128256
-    monkeypatch.setattr(decoder, 'platform', lambda: 'tpu')
+    assert head.scattered_columns(128256) == 128256
+    monkeypatch.setattr(head, 'platform', lambda: 'tpu')
     for columns in (16032, 64128, 128256, 16160, 32000, 129280, 50304, 151936, 128, 100):
-        filled = decoder.scattered_columns(columns)
+        filled = head.scattered_columns(columns)
         tiles, rest = divmod(filled, 128)
         assert rest == 0
         assert 0 <= filled - columns <= max(128, columns / 32)
         assert tiles <= 64 or any(tiles % run == 0 for run in range(8, 65))
-    assert decoder.scattered_columns(32000) == 32000
+    assert head.scattered_columns(32000) == 32000
