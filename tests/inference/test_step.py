@@ -31,7 +31,7 @@ def test_rows_that_are_filled_up_for_tpus_change_nothing(name, mesh, monkeypatch
     found, widths = {}, {}
     for kind in ('cpu', 'tpu'):
         monkeypatch.setattr(steps, 'platform', lambda kind=kind: kind)
-        monkeypatch.setattr(encoder, 'platform', lambda kind=kind: kind)
+        monkeypatch.setattr(cross, 'platform', lambda kind=kind: kind)
         read_source = jax.jit(lambda *known: encode(*known))  # traced anew
         with jax.set_mesh(make_mesh(mesh)):
             model = filled(c)
