@@ -86,9 +86,8 @@ def walk(plan: Plan, body: Callable, carry: Any, start: jax.Array, size: jax.Arr
         row_B1 = first + lax.broadcasted_iota(jnp.int32, (B, 1), 0)
         return body(first, (row_B1 >= row) & (row_B1 < end), carry)
 
-    smallest = plan.blocks[-1]
-    for B in plan.blocks:
-        count = -(-size // B) if B == smallest else size // B
+    for i, B in enumerate(plan.blocks, 1):
+        count = size // B if i < len(plan.blocks) else -(-size // B)
         carry = lax.fori_loop(0, count, functools.partial(step, B, start, start + size), carry)
         start, size = start + count * B, size - count * B
     return carry
@@ -169,7 +168,7 @@ def by_group(plan: Plan, x_RD: jax.Array, weights: Any, sizes_E: jax.Array) -> j
 
 
 def batched(plan: Plan, x_RD: jax.Array, weights: Any, sizes_E: jax.Array) -> jax.Array:
-    """y_RG where no group has more rows than the smallest block: one matmul batched over all groups, which copies no weights."""
+    """y_RG where no group has more rows than the smallest block: a matmul batched over all groups, which copies no weights."""
     R, E = plan.rows, plan.groups
     start_E = jnp.cumsum(sizes_E) - sizes_E
     row_EB = jnp.minimum(start_E[:, None] + jnp.arange(plan.blocks[-1])[None], R - 1)
