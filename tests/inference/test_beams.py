@@ -13,9 +13,10 @@ from tests.families.loading import GOLDENS, generated, golden, read
 from tests.models import filled
 from weft.inference.beams import Search, search
 from weft.inference.prompts import Prompts
+from weft.model.batch import Source
 from weft.model.config import EncoderConfig, ModelConfig
 from weft.model.decoder import Decoder
-from weft.model.forward import Source, logits, place
+from weft.model.forward import logits, place
 from weft.sharding.mesh import MeshConfig, make_mesh
 
 EOS, V, MOST = 2, 4, 4
