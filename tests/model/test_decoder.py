@@ -49,8 +49,8 @@ VARIANTS = {
 }
 
 
-def place(batch: dict) -> dict:
-    return {name: jax.device_put(array, P(BATCH)) for name, array in batch.items()}
+def place(tree):
+    return jax.tree.map(lambda array: jax.device_put(array, P(BATCH)), tree)
 
 
 @pytest.mark.usefixtures('float64')
