@@ -41,10 +41,10 @@ from weft.storage import files as disk
 from weft.storage.bucket_checkpoint import checkpoints_of
 from weft.storage.buckets import Bucket
 from weft.storage.checkpoint import Checkpoints
-from weft.storage.checkpoint_reader import read_newest
 from weft.storage.foreign import shown_path
 from weft.storage.lock import Lock
 from weft.storage.manifest import named
+from weft.storage.newest import read_newest
 from weft.storage.staged import refuse_existing, staged
 from weft.training import config as configs
 from weft.training.config import RECORD, RunConfig, TrainingConfig

@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding
 
 from weft.runtime.errors import UserError
 from weft.storage.checkpoint import Checkpoints
-from weft.storage.checkpoint_reader import read_newest
 from weft.storage.manifest import META
+from weft.storage.newest import read_newest
 from weft.training import config as configs
 from weft.training.config import RunConfig
 from weft.training.step import State, init

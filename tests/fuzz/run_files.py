@@ -26,9 +26,9 @@ from weft.inference.run import open_run
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.storage.checkpoint import Checkpoints
-from weft.storage.checkpoint_reader import read_newest
 from weft.storage.local_copy import Mirror
 from weft.storage.manifest import MANIFEST, META, fingerprint
+from weft.storage.newest import read_newest
 from weft.storage.sealed import sealed, unsealed
 from weft.training import config as configs
 from weft.training import state
