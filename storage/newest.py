@@ -8,8 +8,6 @@ from weft.runtime.errors import UserError
 from weft.storage.checkpoint_reader import Gone, Reader
 
 AGAIN = 100  # checkpoints that a reader tries one after another, each deleted while it was read
-
-
 T = TypeVar('T')
 
 

@@ -29,7 +29,7 @@ from weft.hub import read as hub
 from weft.hub import write as publish
 from weft.hub.exported_tokenizer import exported_tokenizer
 from weft.hub.families import OPTIONAL, Tensor, families, tensors
-from weft.hub.gguf_tokenizer import tokenizer_files
+from weft.hub.gguf.tokenizer import tokenizer_files
 from weft.hub.published_tokenizer import published_tokenizer, run_tokenizer
 from weft.hub.streaming import narrowed, published
 from weft.model.config import ModelConfig
