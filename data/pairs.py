@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from weft.data.packing import Samples, best_fit
+from weft.data.packing import Samples, best_fit, padding
 from weft.data.reading import lines_of, plain_name
 from weft.data.sources import kind_of_text, objects, text_in
 from weft.data.tokenizer import Tokenizer
@@ -98,7 +98,7 @@ class PairRows(Samples):
         assert ((row_N >= 0) & (row_N < len(self))).all(), f'rows {row_N} of {len(self)}'
         shape = len(row_N), self.sequence_length
         source = Source(*(np.zeros(shape, np.int32) for _ in range(3)))
-        rows = Batch(*(np.zeros(shape, np.int32) for _ in range(4)), source)
+        rows = padding(shape, source)
         count_T = np.arange(self.sequence_length, dtype=np.int32)
         for n, row in enumerate(row_N.tolist()):
             begins = [0, 0]
