@@ -21,7 +21,7 @@ import math
 import jax.numpy as jnp
 
 from weft.model.config import ModelConfig
-from weft.model.cost import cached_numbers
+from weft.model.kv_cache import cached_numbers
 from weft.model.stack import written_out
 from weft.planner.weights import Group, Inventory, inventory
 from weft.sharding.mesh import BATCH, MeshConfig

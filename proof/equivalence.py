@@ -9,14 +9,13 @@ from unittest import mock
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding
 
 from weft.data.config import DataConfig
 from weft.model import stack
 from weft.model.config import ModelConfig, MoEConfig
 from weft.model.config_parts import Dispatch
-from weft.model.decoder import Decoder
+from weft.model.decoder import Decoder, init_decoder
 from weft.model.forward import place
 from weft.sharding.mesh import AXES, MeshConfig, factorizations, make_mesh
 from weft.training.config import RunConfig, TrainingConfig
@@ -145,7 +144,7 @@ def named(tree: Any) -> dict[str, np.ndarray]:
 def gradient(kind: str, mesh: MeshConfig) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradient of the first step in float64, from one device's initial parameters."""
     config = config_of(kind, mesh, 'float64')
-    make = lambda key: Decoder(config.model, nnx.Rngs(key))
+    make = lambda key: init_decoder(config.model, key)
     with precision('float64'), jax.set_mesh(make_mesh(mesh)):
         if mesh.size == 1:
             model = jax.jit(make)(jax.random.key(0))
@@ -164,7 +163,7 @@ def gradient(kind: str, mesh: MeshConfig) -> tuple[float, dict[str, np.ndarray]]
 def one_model(kind: str) -> Decoder:
     """Initial parameters in float64, made on one device, on the host."""
     with precision('float64'), jax.set_mesh(make_mesh(MeshConfig())):
-        make = lambda key: Decoder(config_of(kind, MeshConfig(), 'float64').model, nnx.Rngs(key))
+        make = lambda key: init_decoder(config_of(kind, MeshConfig(), 'float64').model, key)
         return jax.tree.map(np.asarray, jax.jit(make)(jax.random.key(0)))
 
 
@@ -172,7 +171,7 @@ def initial(kind: str, mesh: MeshConfig) -> dict[str, np.ndarray]:
     """Initial parameters in float32, made on the mesh."""
     config = config_of(kind, mesh, 'float32')
     with precision('float32'), jax.set_mesh(make_mesh(mesh)):
-        return named(jax.jit(lambda key: Decoder(config.model, nnx.Rngs(key)))(jax.random.key(config.seed)))
+        return named(jax.jit(lambda key: init_decoder(config.model, key))(jax.random.key(config.seed)))
 
 
 def losses_dtype(kind: str) -> Literal['float32', 'float64']:

@@ -106,7 +106,7 @@ def test_a_step_moves_them_and_their_routers_biases():
         for _ in range(10):
             state, figures = step(state, place(batch()))
             losses.append(float(figures['mtp_loss']))
-        bias_kE = np.asarray(state.model.mtp.mlp.bias_E[...])
+        bias_kE = np.asarray(state.model.mtp.mlp.correction_E[...])
     assert losses[-1] < losses[0] - 0.5
     assert bias_kE.shape == (2, 4)
     assert (bias_kE != 0).any(-1).all()
