@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 
 from weft.data.config import DataConfig
 from weft.model import stack
+from weft.model.batch import Batch
 from weft.model.config import ModelConfig, MoEConfig
 from weft.model.config_parts import Dispatch
 from weft.model.decoder import Decoder, init_decoder
@@ -82,7 +83,7 @@ LONG = [
 ]
 
 
-def packed_batch(seed: int) -> dict[str, np.ndarray]:
+def packed_batch(seed: int) -> Batch:
     """Random rows of documents, numbered from 1, the last tokens padding; each token is followed by one of two."""
     r = np.random.default_rng(seed)
     segment_BT = (1 + np.cumsum(r.random((B, T)) < 0.03, axis=1)).astype(np.int32)
@@ -95,12 +96,12 @@ def packed_batch(seed: int) -> dict[str, np.ndarray]:
     token_BT[:, 0] = r.integers(0, VOCABULARY, B)
     for t in range(T):
         token_BT[:, t + 1] = (token_BT[:, t] * 7 + r.integers(1, 3, B)) % VOCABULARY
-    return {
-        'tokens': token_BT[:, :-1],
-        'targets': token_BT[:, 1:],
-        'positions': np.where(padding_BT, 0, position_BT),
-        'segments': np.where(padding_BT, 0, segment_BT),
-    }
+    return Batch(
+        tokens_BT=token_BT[:, :-1],
+        target_BT=token_BT[:, 1:],
+        position_BT=np.where(padding_BT, 0, position_BT),
+        segment_BT=np.where(padding_BT, 0, segment_BT),
+    )
 
 
 def config_of(kind: str, mesh: MeshConfig, dtype: Literal['float32', 'float64'], steps: int = 50) -> RunConfig:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from weft.model.batch import Batch
 from weft.model.config import ModelConfig
 
 
@@ -112,19 +113,19 @@ def experts(w, x_BTD, segment_BT, c: ModelConfig, kept_BTE=True):
     return y, (balance, z, (chosen_BTE & live).sum((0, 1)))
 
 
-def forward(w: dict, batch: dict, c: ModelConfig):
+def forward(w: dict, batch: Batch, c: ModelConfig):
     """Logits [B, T, vocabulary], and (balance, z, load_E) of each layer with experts."""
-    x = w['embed_VD'][batch['tokens']]
+    x = w['embed_VD'][batch.tokens_BT]
     figures = []
     for number, layer in enumerate(w['layers']):
         normed = lambda x, part, layer=layer: norm(x, layer[f'{part}.scale_D'], layer.get(f'{part}.bias_D'), c)
         before = normed if c.norm_order == 'pre' else lambda x, part: x
         after = normed if c.norm_order == 'output' else lambda x, part: x
         h = before(x, 'attention_norm')
-        x = x + after(attend(layer, h, batch['positions'], batch['segments'], number, c), 'attention_norm')
+        x = x + after(attend(layer, h, batch.position_BT, batch.segment_BT, number, c), 'attention_norm')
         h = before(x, 'mlp_norm')
         if 'mlp.router.w_IO' in layer:
-            y, found = experts(layer, h, batch['segments'], c)
+            y, found = experts(layer, h, batch.segment_BT, c)
             figures.append(found)
         else:
             y = mlp(layer, 'mlp.', h, c)
@@ -134,11 +135,11 @@ def forward(w: dict, batch: dict, c: ModelConfig):
     return (x @ head)[..., : c.vocabulary], figures
 
 
-def loss(w: dict, batch: dict, c: ModelConfig):
+def loss(w: dict, batch: Batch, c: ModelConfig):
     """What training.loss.loss_fn minimises, and the mean cross-entropy that is part of it."""
     logits, figures = forward(w, batch, c)
-    live = batch['segments'] > 0
-    nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch['targets'][..., None], -1)[..., 0]
+    live = batch.segment_BT > 0
+    nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.target_BT[..., None], -1)[..., 0]
     entropy = total = jnp.where(live, nats, 0).sum() / live.sum()
     if c.moe:
         rows = live.any(1).sum()
@@ -147,7 +148,7 @@ def loss(w: dict, batch: dict, c: ModelConfig):
     return total, entropy
 
 
-def packed_batch(vocabulary: int, B: int, T: int, seed: int = 0, padding: int = 2) -> dict:
+def packed_batch(vocabulary: int, B: int, T: int, seed: int = 0, padding: int = 2) -> Batch:
     """Random rows of several documents each, the last tokens padding."""
     r = np.random.default_rng(seed)
     segments = 1 + np.cumsum(r.random((B, T)) < 0.2, axis=1).astype(np.int32)
@@ -157,4 +158,4 @@ def packed_batch(vocabulary: int, B: int, T: int, seed: int = 0, padding: int = 
     if padding:
         segments[:, -padding:], positions[:, -padding:] = 0, 0
     ids = r.integers(0, vocabulary, (2, B, T), dtype=np.int32)
-    return {'tokens': ids[0], 'targets': ids[1], 'positions': positions.astype(np.int32), 'segments': segments}
+    return Batch(ids[0], ids[1], positions.astype(np.int32), segments)

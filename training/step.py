@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from weft.model.batch import Batch
 from weft.model.decoder import Decoder, init_decoder, weights_of
 from weft.model.layers.moe import MoE, updated_bias
 from weft.model.parameters import name_of
@@ -54,29 +55,29 @@ def init(config: RunConfig, model: Decoder | None = None) -> State:
     return State(model, optimizer(config.training).init(model), jnp.int32(0), rest)
 
 
-def train_step(config: RunConfig, state: State, batch: dict) -> tuple[State, dict]:
-    """One optimizer step on a global batch. Returns the new state and the step's figures, on the device.
+def train_step(config: RunConfig, state: State, batch: Batch) -> tuple[State, dict]:
+    """One optimizer step on a global batch. Returns the new state and the step's metrics, on the device.
 
-    Figures: loss (mean cross-entropy in nats), tokens (real ones), grad_norm (before clipping), learning_rate, with
+    Metrics: loss (mean cross-entropy in nats), tokens (real ones), grad_norm (before clipping), learning_rate, with
     experts router and with `mtp_layers` mtp_loss (see `training.loss.loss_fn`).
     """
     key = jax.random.fold_in(state.key, state.step) if config.model.dropout else None
-    (_, figures), gradient = loss_and_gradient(
+    (_, metrics), gradient = loss_and_gradient(
         state.model, batch, key, config.microbatches, config.training.accumulation
     )
     updates, moments = optimizer(config.training).update(gradient, state.optimizer, state.model)
-    figures |= {'grad_norm': optax.tree.norm(gradient), 'learning_rate': schedule(config.training)(state.step)}
+    metrics |= {'grad_norm': optax.tree.norm(gradient), 'learning_rate': schedule(config.training)(state.step)}
     model = optax.apply_updates(state.model, updates)
     if config.model.moe and config.model.moe.bias_update_rate:
-        balance_choices(model, figures)
-    return State(model, moments, state.step + 1, state.key), figures
+        balance_choices(model, metrics)
+    return State(model, moments, state.step + 1, state.key), metrics
 
 
-def balance_choices(model: Decoder, figures: dict) -> None:
+def balance_choices(model: Decoder, metrics: dict) -> None:
     """Moves the routers' biases by what the whole step's tokens chose, whatever devices and parts they were on."""
     moe = model.config.moe
     # Shares of all choices back to whole numbers, so that every mesh compares the same.
-    load_LE = jnp.round(figures['router']['load'] * (figures['tokens'] * moe.top_k))
+    load_LE = jnp.round(metrics['router']['load'] * (metrics['tokens'] * moe.top_k))
     first = 0
     for blocks in [*model.groups, model.mtp] if model.config.mtp_layers else model.groups:
         if isinstance(blocks.mlp, MoE):

@@ -13,6 +13,7 @@ from tests.families.cases import CASES, family
 from tests.families.loading import read
 from tests.planner.steps import decode_step, run_config, training_step
 from weft.inference.run import in_compute_dtype
+from weft.model.batch import Source
 from weft.model.config import MLAConfig, ModelConfig, MoEConfig
 from weft.model.decoder import init_decoder
 from weft.planner.memory import serving_memory, training_memory
@@ -95,7 +96,7 @@ def test_arguments_are_those_of_the_real_steps(model, mesh):
     with jax.set_mesh(make_mesh(mesh)):
         _, (state, batch) = training_step(config)
         if model.encoder:
-            batch = batch | {f'source_{name}': batch['tokens'] for name in ('tokens', 'positions', 'segments')}
+            batch = batch._replace(source=Source(*batch[:1] * 3))
         memory = training_memory(config)
         assert memory.parameters == on_a_device(state.model)
         assert memory.optimizer + memory.parameters == on_a_device(state)

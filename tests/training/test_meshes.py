@@ -13,6 +13,7 @@ from tests import reference
 from tests.families.cases import CASES
 from tests.families.loading import read
 from weft.inference.step import decode, empty_cache, prefill
+from weft.model.batch import Batch
 from weft.model.config import ModelConfig, MoEConfig
 from weft.model.decoder import init_decoder
 from weft.model.forward import logits
@@ -50,7 +51,7 @@ RUN = RunConfig(
 )
 
 
-def batches() -> list[dict]:
+def batches() -> list[Batch]:
     """Text with something to learn: each token is followed by one of two."""
     r = np.random.default_rng(0)
     found = []
@@ -60,8 +61,7 @@ def batches() -> list[dict]:
         ids[:, 0] = r.integers(0, 300, 8)
         for t in range(1, 33):
             ids[:, t] = (ids[:, t - 1] * 7 + r.integers(1, 3, 8)) % 300
-        places = {name: batch[name][:, :32] for name in ('positions', 'segments')}
-        found.append({'tokens': ids[:, :-1], 'targets': ids[:, 1:], **places})
+        found.append(Batch(ids[:, :-1], ids[:, 1:], batch.position_BT[:, :32], batch.segment_BT[:, :32]))
     return found
 
 
