@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from weft.data.tokenizer import Tokenizer
 from weft.hub.published_tokenizer import has_tokenizer, run_tokenizer
 from weft.inference.unstacked import divided, is_written_out, kinds, unstacked
-from weft.model.config import ModelConfig
+from weft.model.compute import ComputeConfig
 from weft.model.cost import parameters
 from weft.model.decoder import Decoder
 from weft.model.parameters import is_matrix
@@ -94,7 +94,7 @@ def open_run(
     )
     wanted = own_mesh(config) if mesh is None else parse_mesh(mesh)
     check_divides(wanted, [*sizes(config.model), NO_PIPELINE])
-    start(wanted.size, config.model.dtype)
+    start(wanted.size, config.compute.dtype)
     devices = make_mesh(wanted)
     rows = context(folder, config)
     if needs_text and not has_tokenizer(files):
@@ -102,7 +102,7 @@ def open_run(
     with jax.set_mesh(devices):
         stored = abstract_model(config)
         computed = jax.tree_util.tree_map_with_path(
-            lambda path, w: w.update(dtype=_computed(path, w, config.model)), stored
+            lambda path, w: w.update(dtype=_computed(path, w, config.compute)), stored
         )
         apart = not stacked and is_written_out(computed)
         kind = unstacked(computed, kinds) if apart else computed
@@ -160,10 +160,10 @@ def in_compute_dtype(model: Decoder) -> Decoder:
     Routers, norms and biases compute in at least float32 and stay as they are.
     """
 
-    return jax.tree_util.tree_map_with_path(lambda path, w: w.astype(_computed(path, w, model.config)), model)
+    return jax.tree_util.tree_map_with_path(lambda path, w: w.astype(_computed(path, w, model.compute)), model)
 
 
-def _computed(path, w, c: ModelConfig) -> jnp.dtype:
+def _computed(path, w, compute: ComputeConfig) -> jnp.dtype:
     """The dtype of one of its weights."""
     narrow = is_matrix(path) and not any(getattr(part, 'name', '') == 'router_DE' for part in path)
-    return jnp.dtype(c.dtype) if narrow else w.dtype
+    return jnp.dtype(compute.dtype) if narrow else w.dtype

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import P, lax
 
-from weft.model.backends import backends
 from weft.model.block import Ahead
+from weft.model.compute import ComputeConfig, resolve
 from weft.model.config import ModelConfig
 from weft.model.context import EncoderOutput, ForwardContext
 from weft.model.embedding import lookup
@@ -27,7 +27,7 @@ from weft.model.layers.bert import HeadMlp, Pooler
 from weft.model.layers.cross import kept
 from weft.model.layers.norm import Norm
 from weft.model.layers.positions import sinusoids
-from weft.model.parameters import constant, weight
+from weft.model.parameters import constant, stored_as, weight
 from weft.model.stack import by_layer, in_order, pipelined, remat, stacked
 from weft.sharding.collectives import active_axes, all_gather, all_to_all, mark_varying, tensor_slice, unshard
 from weft.sharding.mesh import FSDP
@@ -43,8 +43,13 @@ class Decoder(nnx.Module):
     alone: an encoder's.
     """
 
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        self.config = c
+    def __init__(self, c: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
+        self.config, self.compute = c, compute
+        with stored_as(compute.parameter_dtype):
+            self._make(c, rngs)
+
+    def _make(self, c: ModelConfig, rngs: nnx.Rngs) -> None:
+        """The weights."""
         if c.vocabulary is not None:
             D, V = c.model_dim, c.padded_vocabulary
             # As the tied head too it must be small, or each token begins by predicting itself.
@@ -56,7 +61,7 @@ class Decoder(nnx.Module):
             if c.embedding_norm:
                 self.embedding_norm = Norm(c)
             if c.encoder:
-                self.encoder = Decoder(c.of_encoder, rngs)
+                self.encoder = Decoder(c.of_encoder, self.compute, rngs)
         if c.positions == 'relative':
             self.relative_RN = weight(rngs, c, (c.relative_buckets, c.heads), P(None, 'tensor'), fan_in=c.model_dim)
         self.groups = nnx.List(
@@ -80,6 +85,11 @@ class Decoder(nnx.Module):
         if c.mtp_layers:
             self.mtp = stacked(c, c.layer_specs[-1], c.mtp_layers, None, rngs, Ahead)
 
+    @property
+    def resolved_compute(self) -> ComputeConfig:
+        """`compute` on the current mesh, with no 'auto' in it."""
+        return resolve(self.compute, self.config)
+
     def hidden(self, tokens_BT, ctx: ForwardContext, cache: KVCache | None = None, for_head: bool = True):
         """Normed activations before the LM head, in the layout between blocks; the cache; the figures of each router.
 
@@ -100,7 +110,7 @@ class Decoder(nnx.Module):
             ctx,
             position_BT=position_BS,
             segment_BT=segment_BS,
-            backend=backends(e)['backend'],
+            compute=self.encoder.resolved_compute,
             sequence_split=tokens_BS.shape[1] % lax.axis_size('tensor') == 0,
             dropout_key=None if ctx.dropout_key is None else jax.random.fold_in(ctx.dropout_key, 3),
             column_T=jnp.arange(tokens_BS.shape[1]),
@@ -141,7 +151,9 @@ class Decoder(nnx.Module):
         found, figures = [], []
         for k, next_BT in enumerate(next_kBT):
             layer = jax.tree.map(lambda a, k=k: a[k], self.mtp)
-            run = remat(lambda layer, x, after, k=k: layer.ahead(x, after, ends, c.layers + k), c, True)
+            run = remat(
+                lambda layer, x, after, k=k: layer.ahead(x, after, ends, c.layers + k), ends.compute.remat, True
+            )
             x_BTD, of_layer = run(layer, x_BTD, self.embed(my_microbatches(next_BT, ctx.microbatches), ends))
             found.append(x_BTD)
             figures.append(jax.tree.map(lambda a: mark_varying(a)[None], of_layer))
@@ -150,7 +162,7 @@ class Decoder(nnx.Module):
     def embed(self, tokens_BT, ctx: ForwardContext):
         """Each device of `tensor` looks up its part of D for all tokens; what is sent then makes that all of D."""
         c = self.config
-        x = lookup(unshard(self.embed_VD[...], c.dtype), tokens_BT)
+        x = lookup(unshard(self.embed_VD[...], self.compute.dtype), tokens_BT)
         if c.embedding_scale != 1:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if c.segment_kinds:
@@ -175,6 +187,6 @@ class Decoder(nnx.Module):
             w_DV, fill = self.head_DV[...], scattered_columns(V) - V
             if fill and learns and active_axes(FSDP):  # kept apart from the gather, for the compiler joins them wrongly
                 w_DV = lax.optimization_barrier(jnp.pad(w_DV, ((0, 0), (0, fill))))
-            return Head(unshard(w_DV, self.config.dtype)[:, :V], bias_V)
-        embed_VD = unshard(self.embed_VD[...], self.config.dtype)
+            return Head(unshard(w_DV, self.compute.dtype)[:, :V], bias_V)
+        embed_VD = unshard(self.embed_VD[...], self.compute.dtype)
         return Head(all_to_all(embed_VD, 'tensor', 0, 1), bias_V)

@@ -4,6 +4,10 @@ Outside `jax.shard_map` a module holds global arrays, whose types carry their la
 module holds this device's shards.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +16,23 @@ from jax import P
 from weft.model.config import ModelConfig
 from weft.sharding.mesh import FSDP
 
+_PARAMETER_DTYPE = contextvars.ContextVar[jnp.dtype]('_PARAMETER_DTYPE')
+
+
+@contextlib.contextmanager
+def stored_as(dtype: jnp.dtype) -> Iterator[None]:
+    """Weights that are made inside have this dtype."""
+    token = _PARAMETER_DTYPE.set(dtype)
+    try:
+        yield
+    finally:
+        _PARAMETER_DTYPE.reset(token)
+
+
+def parameter_dtype() -> jnp.dtype:
+    """Of the weights that are being made: see `stored_as`."""
+    return _PARAMETER_DTYPE.get()
+
 
 def weight(rngs: nnx.Rngs, c: ModelConfig, shape, spec: P, fan_in: int, gain: float = 1.0) -> nnx.Param:
     """A normal weight of scale gain / √fan_in, born in its layout: no device ever holds all of it.
@@ -19,13 +40,13 @@ def weight(rngs: nnx.Rngs, c: ModelConfig, shape, spec: P, fan_in: int, gain: fl
     Its values depend on the key and the shape, not on the mesh.
     """
     return nnx.Param(
-        jax.random.normal(rngs.params(), shape, c.parameter_dtype, out_sharding=spec) * (gain * fan_in**-0.5)
+        jax.random.normal(rngs.params(), shape, parameter_dtype(), out_sharding=spec) * (gain * fan_in**-0.5)
     )
 
 
 def constant(c: ModelConfig, value: float, shape, spec: P) -> nnx.Param:
     """A weight that starts the same everywhere: a norm's scale, a bias."""
-    return nnx.Param(jnp.full(shape, value, c.parameter_dtype, out_sharding=spec))
+    return nnx.Param(jnp.full(shape, value, parameter_dtype(), out_sharding=spec))
 
 
 def specs(tree):

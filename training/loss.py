@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import P, lax
 
-from weft.model.backends import backends
 from weft.model.config import ModelConfig
 from weft.model.context import ForwardContext
 from weft.model.decoder import Decoder
@@ -129,7 +128,7 @@ def device_shares(model: Decoder, batch: dict, first, key, microbatches: int) ->
     ctx = ForwardContext(
         position_BT,
         segment_BT,
-        **backends(model.config),
+        compute=model.resolved_compute,
         dropout_key=key,
         row_B=first + jnp.arange(B),
         column_T=column_T,

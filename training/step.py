@@ -50,7 +50,7 @@ def init(config: RunConfig, model: Decoder | None = None) -> State:
     """
     weights, rest = jax.random.split(jax.random.key(config.seed))
     if model is None:
-        model = Decoder(config.model, nnx.Rngs(weights))
+        model = Decoder(config.model, config.compute, nnx.Rngs(weights))
     return State(model, optimizer(config.training).init(model), jnp.int32(0), rest)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from weft.hub.families.fields import Fields
+from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.decoder import Decoder
 from weft.runtime.errors import NAMED, UserError, shown
@@ -244,9 +245,9 @@ def near(name: str, known: Iterable[str]) -> str:
     return f'; did you mean {by_stem[close[0]]!r}?' if close else f'; the families are {", ".join(FAMILIES)}'
 
 
-def leaves(c: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Our arrays by name, as shapes with shardings on the current mesh."""
-    model = jax.eval_shape(lambda: Decoder(c, nnx.Rngs(jax.random.key(0))))
+def leaves(c: ModelConfig, compute: ComputeConfig = DEFAULT) -> dict[str, jax.ShapeDtypeStruct]:
+    """Our arrays by name, as shapes with shardings on the current mesh, in the dtype that `compute` stores."""
+    model = jax.eval_shape(lambda: Decoder(c, compute, nnx.Rngs(jax.random.key(0))))
     return {
         jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value'): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(model)
