@@ -10,6 +10,7 @@ from tests.models import filled
 from weft.inference import step as steps
 from weft.inference.step import decode, empty_cache, encode, prefill
 from weft.model.forward import place
+from weft.model.layers import cross
 from weft.sharding.mesh import MeshConfig, make_mesh
 
 ROWS, PROMPT, NEW = 2, 6, 3
