@@ -6,6 +6,7 @@ Legend: N rows of a batch, T inputs of a row, S tokens of a split's documents on
 
 import abc
 import contextlib
+import functools
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -16,7 +17,7 @@ import numpy as np
 
 from weft.data.shuffle import row_ids
 from weft.data.tokenizer import Tokenizer
-from weft.model.batch import Batch, Source
+from weft.model.batch import Batch
 
 LONG = 1 << 20  # characters of a document from which on its tokens are made a part at a time
 
@@ -83,7 +84,8 @@ class Rows(Samples):
         row_N = np.fromiter(indices, np.int64)
         assert ((row_N >= 0) & (row_N < len(self))).all(), f'rows {row_N} of {len(self)}'
         shape = len(row_N), self.sequence_length
-        rows = padding(shape)
+        zeros = functools.partial(np.zeros, shape, np.int32)
+        rows = Batch(zeros(), zeros(), zeros(), zeros())
         stream_S = self.stream_S
         count_T = np.arange(self.sequence_length, dtype=np.int32)
         for n, row in enumerate(row_N.tolist()):
@@ -99,12 +101,6 @@ class Rows(Samples):
                 rows.segment_BT[place] = segment
                 begin += length
         return rows
-
-
-def padding(shape: tuple[int, int], source: Source | None = None) -> Batch:
-    """Rows of nothing, to be filled in."""
-    tokens_NT, target_NT, position_NT, segment_NT = (np.zeros(shape, np.int32) for _ in range(4))
-    return Batch(tokens_NT, target_NT, position_NT, segment_NT, source)
 
 
 def best_fit(length_P: np.ndarray, capacity: int) -> np.ndarray:

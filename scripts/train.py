@@ -43,7 +43,7 @@ def main() -> int:
 
     from weft.sharding.mesh import configure_jax
 
-    configure_jax(config.mesh.size, config.model.dtype, processes)
+    configure_jax(config.mesh.size, config.compute.dtype, processes)
     if launch:
         initialize(launch, config.mesh.size)
 

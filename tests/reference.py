@@ -12,7 +12,7 @@ from weft.model.config import ModelConfig
 
 
 def weights(model) -> dict:
-    """The model's weights as a nested dict of host arrays, layers unstacked: {'embed_VD': …, 'layers': [{'q_DN': …}, …]}."""
+    """The model's weights as a nested dict of host arrays, layers unstacked: {'embed_VD': …, 'layers': [{'q.w_IO': …}, …]}."""
     flat = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
         flat[jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value')] = np.asarray(leaf)
@@ -66,7 +66,7 @@ def attend(w, x_BTD, position_BT, segment_BT, number: int, c: ModelConfig):
         see &= ago < c.window
     scores = jnp.where(see[:, None], jnp.einsum('BTNH,BSNH->BNTS', q, k) / np.sqrt(c.head_dim), -jnp.inf)
     a = jnp.einsum('BNTS,BSNH->BTNH', jax.nn.softmax(scores, axis=-1), v).reshape(B, T, -1)
-    return a @ get('o_DN').T + (get('o_bias_D') if c.bias else 0)
+    return a @ get('o.w_OI').T + (get('o.b_O') if c.bias else 0)
 
 
 def activate(c: ModelConfig, gate, up):
@@ -76,9 +76,9 @@ def activate(c: ModelConfig, gate, up):
 
 def mlp(w, prefix, x_BTD, c: ModelConfig):
     get = lambda name: w.get(prefix + name)
-    up = x_BTD @ get('up_DF') + (get('up_bias_F') if c.bias else 0)
-    gate = x_BTD @ get('gate_DF') + (get('gate_bias_F') if c.bias else 0) if c.gated else None
-    return activate(c, gate, up) @ get('down_DF').T + (get('down_bias_D') if c.bias else 0)
+    up = x_BTD @ get('up.w_IO') + (get('up.b_O') if c.bias else 0)
+    gate = x_BTD @ get('gate.w_IO') + (get('gate.b_O') if c.bias else 0) if c.gated else None
+    return activate(c, gate, up) @ get('down.w_OI').T + (get('down.b_O') if c.bias else 0)
 
 
 def experts(w, x_BTD, segment_BT, c: ModelConfig, kept_BTE=True):
@@ -87,9 +87,9 @@ def experts(w, x_BTD, segment_BT, c: ModelConfig, kept_BTE=True):
     Choices that are not `kept` add nothing. Also Σ of the balance and z losses, and loads.
     """
     m = c.moe
-    logit_BTE = x_BTD @ w['mlp.router_DE']
+    logit_BTE = x_BTD @ w['mlp.router.w_IO']
     score_BTE = jax.nn.softmax(logit_BTE, -1) if m.router == 'softmax' else jax.nn.sigmoid(logit_BTE)
-    rank_BTE = score_BTE + w.get('mlp.bias_E', 0)  # chooses; the gates are made of the scores
+    rank_BTE = score_BTE + w.get('mlp.correction_E', 0)  # chooses; the gates are made of the scores
     kth = jnp.sort(rank_BTE, -1)[..., -m.top_k, None]
     chosen_BTE = rank_BTE >= kth
     gate_BTE = jnp.where(chosen_BTE, score_BTE, 0)
@@ -97,9 +97,9 @@ def experts(w, x_BTD, segment_BT, c: ModelConfig, kept_BTE=True):
         gate_BTE = gate_BTE / gate_BTE.sum(-1, keepdims=True)
     live = (segment_BT > 0)[..., None]
     gate_BTE = jnp.where(live & kept_BTE, gate_BTE, 0)
-    up = jnp.einsum('BTD,EDF->BTEF', x_BTD, w['mlp.up_EDF'])
-    gate = jnp.einsum('BTD,EDF->BTEF', x_BTD, w['mlp.gate_EDF']) if c.gated else None
-    y = jnp.einsum('BTEF,EDF,BTE->BTD', activate(c, gate, up), w['mlp.down_EDF'], gate_BTE * m.routed_scale)
+    up = jnp.einsum('BTD,EDF->BTEF', x_BTD, w['mlp.up.w_EIO'])
+    gate = jnp.einsum('BTD,EDF->BTEF', x_BTD, w['mlp.gate.w_EIO']) if c.gated else None
+    y = jnp.einsum('BTEF,EDF,BTE->BTD', activate(c, gate, up), w['mlp.down.w_EOI'], gate_BTE * m.routed_scale)
     if m.shared_experts:
         weight = jax.nn.sigmoid(x_BTD @ w['mlp.shared_gate_D'])[..., None] if m.shared_gate else 1
         y = y + weight * mlp(w, 'mlp.shared.', x_BTD, c)
@@ -124,7 +124,7 @@ def forward(w: dict, batch: Batch, c: ModelConfig):
         h = before(x, 'attention_norm')
         x = x + after(attend(layer, h, batch.position_BT, batch.segment_BT, number, c), 'attention_norm')
         h = before(x, 'mlp_norm')
-        if 'mlp.router_DE' in layer:
+        if 'mlp.router.w_IO' in layer:
             y, found = experts(layer, h, batch.segment_BT, c)
             figures.append(found)
         else:

@@ -5,12 +5,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from weft.model.batch import Batch
-from weft.model.decoder import Decoder
+from weft.model.decoder import Decoder, init_decoder, weights_of
 from weft.model.layers.moe import MoE, updated_bias
-from weft.model.parameters import is_matrix
+from weft.model.parameters import name_of
 from weft.training.config import RunConfig, TrainingConfig
 from weft.training.loss import loss_and_gradient
 
@@ -39,9 +38,10 @@ def optimizer(t: TrainingConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(t.clip), adamw) if t.clip else adamw
 
 
-def decays(tree):
-    """Which weights decay: matrices, not scales and biases."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), tree)
+def decays(model: Decoder) -> Decoder:
+    """Which weights decay, by their role: matrices and tables, not scales and biases."""
+    known = weights_of(model.config)
+    return jax.tree_util.tree_map_with_path(lambda path, _: known[name_of(path)].role.decays, model)
 
 
 def init(config: RunConfig, model: Decoder | None = None) -> State:
@@ -51,7 +51,7 @@ def init(config: RunConfig, model: Decoder | None = None) -> State:
     """
     weights, rest = jax.random.split(jax.random.key(config.seed))
     if model is None:
-        model = Decoder(config.model, nnx.Rngs(weights))
+        model = init_decoder(config.model, config.compute, weights)
     return State(model, optimizer(config.training).init(model), jnp.int32(0), rest)
 
 
@@ -81,7 +81,7 @@ def balance_choices(model: Decoder, metrics: dict) -> None:
     first = 0
     for blocks in [*model.groups, model.mtp] if model.config.mtp_layers else model.groups:
         if isinstance(blocks.mlp, MoE):
-            bias_LE = blocks.mlp.bias_E
+            bias_LE = blocks.mlp.correction_E
             mine_LE = load_LE[first : first + len(bias_LE[...])]
             spec = jax.typeof(bias_LE[...]).sharding.spec
             bias_LE[...] = updated_bias(bias_LE[...], jax.reshard(mine_LE, spec), moe.bias_update_rate)
