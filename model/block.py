@@ -9,7 +9,7 @@ from jax import P
 
 from weft.model.config import LayerSpec, ModelConfig
 from weft.model.context import ForwardContext
-from weft.model.kv_cache import KVCache
+from weft.model.kv_cache import LayerCache
 from weft.model.layers.attention import Attention
 from weft.model.layers.cross import CrossAttention
 from weft.model.layers.mla import LatentAttention
@@ -22,13 +22,18 @@ from weft.sharding.collectives import unshard
 from weft.sharding.mesh import FSDP
 
 
+def mixer(c: ModelConfig) -> type[Attention | LatentAttention]:
+    """What joins the tokens of a row in each layer."""
+    return LatentAttention if c.latent else Attention
+
+
 class Block(nnx.Module):
     """One layer: attention, then an MLP or a mixture of experts, each added to what it read; norms as `norm_order` says."""
 
     def __init__(self, c: ModelConfig, kind: LayerSpec, rngs: nnx.Rngs):
         self.config = c
         self.attention_norm = Norm(c)
-        self.attention = LatentAttention(c, kind, rngs) if c.latent else Attention(c, kind, rngs)
+        self.attention = mixer(c)(c, kind, rngs)
         if c.encoder:
             self.cross_norm, self.cross = Norm(c), CrossAttention(c, rngs)
         self.mlp_norm = Norm(c)
@@ -38,13 +43,13 @@ class Block(nnx.Module):
             if c.encoder:
                 self.cross_out_norm = Norm(c)
 
-    def __call__(self, x_BTD, ctx: ForwardContext, cache: KVCache | None, layer):
+    def __call__(self, x_BTD, ctx: ForwardContext, cache: LayerCache | None, layer):
         """x after the layer, the cache, and the router's figures (an empty dict without a router)."""
         rate, figures, before = self.config.dropout, {}, self.config.norm_order in ('pre', 'sandwich')
         y_BTD, cache = self.attention(self.attention_norm(x_BTD) if before else x_BTD, ctx, cache, layer)
         x_BTD = self.add(x_BTD, y_BTD, 'attention', ctx, rate, 1, layer)
         if self.config.encoder:
-            y_BTD, cache = self.cross(self.cross_norm(x_BTD) if before else x_BTD, ctx, cache, layer)
+            y_BTD = self.cross(self.cross_norm(x_BTD) if before else x_BTD, ctx)
             x_BTD = self.add(x_BTD, y_BTD, 'cross', ctx, rate, 4, layer)
         y_BTD = self.mlp(self.mlp_norm(x_BTD) if before else x_BTD, ctx)
         if isinstance(self.mlp, MoE):

@@ -8,9 +8,12 @@ together with one of the source.
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 from weft.model.config import LayerSpec, ModelConfig
+from weft.model.kv_cache import CacheSize
+from weft.model.stack import stacked_caches
 
 
 def parameters(c: ModelConfig) -> dict[str, int]:
@@ -165,18 +168,10 @@ def decode_bytes(c: ModelConfig, rows: int, keys: float, weight_bytes: int, cach
 
 def cache_bytes_per_token(c: ModelConfig, number_bytes: int) -> int:
     """Bytes of one token in every layer's cache: its keys and values, or its latent vectors; without what TPUs fill up."""
-    return c.layers * c.cached_heads * sum(c.cached_widths) * number_bytes
-
-
-def cached_numbers(c: ModelConfig, tensor: int, platform: str) -> tuple[int, ...]:
-    """Numbers that a device of `tensor` keeps of a token and layer: of its keys and of its values, or of its latent vector.
-
-    TPUs tile arrays by 128 numbers of the last dim: a cache with other rows comes in another layout than the loop over the
-    layers works with, and is copied whole, there and back, at every step. So there rows are filled up.
-    """
-    heads = max(c.cached_heads // tensor, 1)
-    unit = 128 if platform == 'tpu' else 1
-    return tuple(-(-heads * width // unit) * unit for width in c.cached_widths)
+    numbers = (
+        math.prod(array.shape) for group in stacked_caches(c, CacheSize(rows=1, length=1)) for array in group.arrays
+    )
+    return sum(numbers) * number_bytes
 
 
 def projections(c: ModelConfig) -> list[tuple[int, int]]:

@@ -21,8 +21,8 @@ import math
 import jax.numpy as jnp
 
 from weft.model.config import ModelConfig
-from weft.model.cost import cached_numbers
-from weft.model.stack import written_out
+from weft.model.kv_cache import CacheSize
+from weft.model.stack import stacked_caches, written_out
 from weft.planner.weights import Group, Inventory, inventory
 from weft.sharding.mesh import BATCH, MeshConfig
 from weft.training.config import RunConfig
@@ -302,7 +302,7 @@ def serving_memory(
         c: the model; its weights are kept as `inference.run.in_compute_dtype` has them.
         mesh: without stages.
         rows: sequences at once, all devices together.
-        length: slots of the cache for each.
+        length: tokens of each at most.
         new: tokens of each row that the step works on.
         platform: 'cpu', 'gpu' or 'tpu'.
     """
@@ -312,8 +312,6 @@ def serving_memory(
     parameters = sum(numbers * size(weight) for weight, numbers in held.held(mesh))
     mine = rows / mesh.span(BATCH)
     device = Device(c, mesh, mine, new, platform)
-    slots = mine * -(-length // mesh.context)
-    cache = c.layers * slots * sum(cached_numbers(c, mesh.tensor, platform)) * b
     working = gathered = 0.0
     for group in held.groups:
         made, whole = residuals(group, device)
@@ -324,8 +322,14 @@ def serving_memory(
     return Memory(
         parameters=parameters,
         batch=mine * (new + 1) * INT32,
-        cache=cache,
+        cache=cache_bytes(c, mesh, rows, length, platform),
         activations=working,
         logits=logits,
         communication=max(gathered, head),
     )
+
+
+def cache_bytes(c: ModelConfig, mesh: MeshConfig, rows: int, length: int, platform: str = 'tpu') -> float:
+    """Bytes of the cache on one device for `rows` sequences of at most `length` tokens; an encoder's output is not counted."""
+    groups = stacked_caches(c, CacheSize(rows, length, 1, mesh.context, mesh.tensor, platform))
+    return sum(array.shard_bytes(mesh) for group in groups for array in group.arrays)

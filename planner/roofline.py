@@ -22,10 +22,11 @@ from typing import Literal
 import jax.numpy as jnp
 
 from weft.model.config import ModelConfig
-from weft.model.cost import cached_numbers, training_flops
+from weft.model.cost import training_flops
 from weft.planner import communication
 from weft.planner.chips import Chip, group_rate
 from weft.planner.flops import executed
+from weft.planner.memory import cache_bytes
 from weft.planner.traffic import Traffic
 from weft.planner.weights import Group, Weight, inventory
 from weft.sharding.mesh import AXES, BATCH, MeshConfig
@@ -297,7 +298,7 @@ def decode_flops(c: ModelConfig, mesh: MeshConfig, rows: int, length: int) -> di
 
 
 def decode_time(c: ModelConfig, mesh: MeshConfig, chip: Chip, rows: int, length: int) -> Time:
-    """Of one more token in each of `rows` sequences (all devices together), whose cache has `length` slots."""
+    """Of one more token in each of `rows` sequences (all devices together), whose cache is for `length` tokens."""
     flops = decode_flops(c, rows_as_data(mesh), rows, length)
     held, b, mine = inventory(c), jnp.dtype(c.dtype).itemsize, rows / mesh.span(BATCH)
     moved: dict[str, float] = {}
@@ -306,8 +307,7 @@ def decode_time(c: ModelConfig, mesh: MeshConfig, chip: Chip, rows: int, length:
             continue
         for name, size in _layer_bytes(group, mesh, mine, 1, 1, rows).items():
             moved[name] = moved.get(name, 0.0) + group.layers * size
-    cached = sum(cached_numbers(c, mesh.tensor, chip.platform))
-    moved['attention'] = c.layers * mine * (length / mesh.context) * cached * b
+    moved['attention'] = cache_bytes(c, mesh, rows, length, chip.platform)
     moved['head'] = (c.model_dim + mine) * c.padded_vocabulary / mesh.tensor * b
     return _time(c, mesh, chip, flops, moved, communication.decoding(c, mesh, rows))
 
