@@ -131,7 +131,9 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize(('name', 'mesh'), [('dense', MESHES[1]), *(('latent', mesh) for mesh in MESHES)], ids=str)
+@pytest.mark.parametrize(
+    ('name', 'mesh'), [('dense', MESHES[1]), ('kinds', MESHES[1]), *(('latent', mesh) for mesh in MESHES)], ids=str
+)
 def test_each_mesh(name, mesh):
     """What devices do alike, padded and idle counts once on each of them."""
     c = countable(MODELS[name], layers=5 if MODELS[name].moe else 4)  # mixtures after a dense layer: four of a kind

@@ -74,6 +74,7 @@ LATENT = dataclasses.replace(
 ARGUMENTS = [
     (DENSE, MeshConfig(data=2, stage=2, tensor=2)),
     (dataclasses.replace(DENSE, positions='learned', max_positions=64), MeshConfig(data=2, context=2, tensor=2)),
+    (dataclasses.replace(DENSE, window=5, window_pattern=(True, False)), MeshConfig(context=4, tensor=2)),
     (MIXED, MeshConfig(replica=2, expert=2, tensor=2)),
     (LATENT, MeshConfig(data=2, expert=2, tensor=2)),
     (LATENT, MeshConfig(stage=2, data=2, expert=2)),
