@@ -97,8 +97,9 @@ def encode(model: Decoder, tokens_BS, length_B) -> tuple[CrossCache, ...]:
         ctx = ForwardContext(position_BS, segment_BS, **backends(model.config))
         return model.kept(model.read(tokens_BS, position_BS, segment_BS, ctx))
 
-    tokens: Any = P(None, ROWS, 'context', 'tensor')
-    layout = CrossCache(tokens, tokens, P(None, BATCH))
+    of_tokens: Any = P(None, ROWS, 'context', 'tensor')
+    of_rows: Any = P(None, BATCH)
+    layout = CrossCache(of_tokens, of_tokens, of_rows)
     run = one_device(body, model, (TOKENS, TOKENS), (layout,) * len(model.groups))
     return run(model, tokens_BS, length_B)
 

@@ -3,13 +3,14 @@
 Letters: B rows, T sequence, D model, E twice D.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import P
 
 from weft.model.config import LayerSpec, ModelConfig
 from weft.model.context import ForwardContext
-from weft.model.kv_cache import LayerCache
 from weft.model.layers.attention import Attention
 from weft.model.layers.cross import CrossAttention
 from weft.model.layers.mla import LatentAttention
@@ -43,13 +44,13 @@ class Block(nnx.Module):
             if c.encoder:
                 self.cross_out_norm = Norm(c)
 
-    def __call__(self, x_BTD, ctx: ForwardContext, cache: LayerCache | None, layer):
-        """x after the layer, the cache, and the router's figures (an empty dict without a router)."""
+    def __call__(self, x_BTD, ctx: ForwardContext, cache: Any | None, layer):
+        """x after the layer, the cache (of its mixer's kind), and the router's figures (an empty dict without a router)."""
         rate, figures, before = self.config.dropout, {}, self.config.norm_order in ('pre', 'sandwich')
         y_BTD, cache = self.attention(self.attention_norm(x_BTD) if before else x_BTD, ctx, cache, layer)
         x_BTD = self.add(x_BTD, y_BTD, 'attention', ctx, rate, 1, layer)
         if self.config.encoder:
-            y_BTD = self.cross(self.cross_norm(x_BTD) if before else x_BTD, ctx)
+            y_BTD, _ = self.cross(self.cross_norm(x_BTD) if before else x_BTD, ctx)
             x_BTD = self.add(x_BTD, y_BTD, 'cross', ctx, rate, 4, layer)
         y_BTD = self.mlp(self.mlp_norm(x_BTD) if before else x_BTD, ctx)
         if isinstance(self.mlp, MoE):

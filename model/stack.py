@@ -75,8 +75,8 @@ def in_order(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, cache: KVCac
     repeats = jax.tree.leaves(blocks)[0].shape[0]
     unroll = written_out(repeats * len(blocks), blocks[0].config, ctx.decoding, platform())
     run = remat(unit, blocks[0].config, unroll)
-    repeat = jnp.arange(repeats)
-    numbered = (blocks, sources, repeat, first + repeat * len(blocks))
+    repeat_L = jnp.arange(repeats)
+    numbered = (blocks, sources, repeat_L, first + repeat_L * len(blocks))
     (x_BTD, groups), figures = lax.scan(run, (x_BTD, groups), numbered, unroll=unroll)
     return x_BTD, groups, figures
 

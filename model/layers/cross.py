@@ -4,6 +4,8 @@ Letters: B rows, T sequence, S tokens of a source, D model, K kv heads, G query 
 times H.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -25,8 +27,8 @@ class CrossAttention(Attention):
     def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
         super().__init__(c, LayerSpec(), rngs)
 
-    def __call__(self, x_BTD, ctx: ForwardContext):
-        """The output in the layout between blocks. The cache is `ctx.source`, which nothing is written to."""
+    def __call__(self, x_BTD, ctx: ForwardContext, cache: Any = None, layer: Any = None):
+        """The output in the layout between blocks, and no cache: what is kept of the source, `ctx.source`, is only read."""
         c, source = self.config, ctx.source
         x_BTD = ctx.gather_sequence(x_BTD)
         q = linear(x_BTD, unshard(self.q_DN[...], x_BTD.dtype))
@@ -47,7 +49,7 @@ class CrossAttention(Attention):
         y_BTD = ctx.reduce_scatter_sequence(
             linear_back(a_BTKGH.reshape(*q.shape[:2], -1), unshard(self.o_DN[...], q.dtype))
         )
-        return y_BTD + self.o_bias_D.astype(q.dtype)[None, None] if c.bias or c.o_bias else y_BTD
+        return (y_BTD + self.o_bias_D.astype(q.dtype)[None, None] if c.bias or c.o_bias else y_BTD), None
 
     def keys(self, x_BSD):
         """Keys and values of an encoder's output, [B, S, K, H] each."""
