@@ -10,14 +10,17 @@ Y kinds of segments, R buckets of distances.
 """
 
 import dataclasses
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import P, lax
 
-from weft.model.backends import backends
-from weft.model.block import Ahead
+from weft.model.block import Ahead, Block
+from weft.model.compute import DEFAULT, ComputeConfig, resolve
 from weft.model.config import ModelConfig
 from weft.model.context import CrossCache, EncoderOutput, ForwardContext
 from weft.model.embedding import lookup
@@ -26,8 +29,8 @@ from weft.model.kv_cache import KVCache, LayerCache
 from weft.model.layers.bert import HeadMlp, Pooler
 from weft.model.layers.norm import Norm
 from weft.model.layers.positions import sinusoids
-from weft.model.parameters import constant, weight
-from weft.model.stack import by_layer, each_layer, in_order, pipelined, remat, stacked
+from weft.model.parameters import Parameter, Role, Size, declared, initialise, parameter, stack_layers
+from weft.model.stack import by_layer, each_layer, in_order, pipelined, remat
 from weft.sharding.collectives import active_axes, all_gather, all_to_all, mark_varying, tensor_slice, unshard
 from weft.sharding.mesh import FSDP
 from weft.sharding.pipeline import my_microbatches
@@ -42,42 +45,58 @@ class Decoder(nnx.Module):
     alone: an encoder's.
     """
 
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        self.config = c
+    def __init__(self, c: ModelConfig, compute: ComputeConfig = DEFAULT):
+        self.config, self.compute = c, compute
+        D = Size(c.model_dim, 'model.model_dim')
         if c.vocabulary is not None:
-            D, V = c.model_dim, c.padded_vocabulary
+            V = Size(c.padded_vocabulary, 'the padded vocabulary')
             # As the tied head too it must be small, or each token begins by predicting itself.
-            self.embed_VD = weight(rngs, c, (V, D), P(FSDP, 'tensor'), fan_in=D if c.tied_embedding else 1)
+            scale = c.model_dim**-0.5 if c.tied_embedding else 1.0
+            embedding = {'part': 'embedding', 'gathered': FSDP}
+            self.embed_VD = parameter((V, D), P(FSDP, 'tensor'), Role.EMBEDDING, scale=scale, padded=0, **embedding)
+            table = {'scale': c.model_dim**-0.5, **embedding}
             if c.positions == 'learned':
-                self.position_PD = weight(rngs, c, (c.max_positions, D), P(None, ('tensor', *FSDP)), fan_in=D)
+                shape = c.max_positions, D
+                self.position_PD = parameter(shape, P(None, ('tensor', *FSDP)), Role.EMBEDDING, **table)
             if c.segment_kinds:
-                self.kind_YD = weight(rngs, c, (c.segment_kinds, D), P(None, ('tensor', *FSDP)), fan_in=D)
+                shape = c.segment_kinds, D
+                self.token_type_YD = parameter(shape, P(None, ('tensor', *FSDP)), Role.EMBEDDING, **table)
             if c.embedding_norm:
                 self.embedding_norm = Norm(c)
             if c.encoder:
-                self.encoder = Decoder(c.of_encoder, rngs)
+                self.encoder = Decoder(c.of_encoder, compute)
         if c.positions == 'relative':
-            self.relative_RN = weight(rngs, c, (c.relative_buckets, c.heads), P(None, 'tensor'), fan_in=c.model_dim)
-        self.groups = nnx.List(
-            [
-                stacked(c, kind, run.repeats, 'stage' if number == c.pipelined_group else None, rngs)
-                for number, run in enumerate(c.layer_groups)
-                for kind in run.specs
-            ]
-        )
+            shape = c.relative_buckets, Size(c.heads, 'model.heads')
+            scale = c.model_dim**-0.5
+            self.relative_RN = parameter(shape, P(None, 'tensor'), Role.EMBEDDING, scale=scale, part='attention')
+        self.groups = nnx.List(layer_stacks(c))
         if c.norm_order != 'post':
             self.norm = Norm(c)
         if c.vocabulary is not None:
             if c.head_mlp:
-                self.head_mlp = HeadMlp(c, rngs)
+                self.head_mlp = HeadMlp(c)
             if c.head and not c.tied_embedding:
-                self.head_DV = weight(rngs, c, (D, V), P(FSDP, 'tensor'), fan_in=D)
+                self.head_DV = parameter(
+                    (D, V),
+                    P(FSDP, 'tensor'),
+                    Role.HEAD,
+                    scale=c.model_dim**-0.5,
+                    gathered=FSDP,
+                    padded=1,
+                    part='head',
+                )
             if c.head_bias:
-                self.head_bias_V = constant(c, 0.0, (V,), P('tensor'))
+                self.head_bias_V = parameter((V,), P('tensor'), Role.BIAS, padded=0, part='head')
             if c.pooler:
-                self.pooler = Pooler(c, rngs)
+                self.pooler = Pooler(c)
         if c.mtp_layers:
-            self.mtp = stacked(c, c.layer_specs[-1], c.mtp_layers, None, rngs, Ahead)
+            numbers = tuple(range(c.layers, c.layers + c.mtp_layers))
+            self.mtp = stack_layers(Ahead(c, c.layer_specs[-1]), numbers, None)
+
+    @property
+    def resolved_compute(self) -> ComputeConfig:
+        """`compute` on the current mesh, with no 'auto' in it."""
+        return resolve(self.compute, self.config)
 
     def hidden(self, tokens_BT, ctx: ForwardContext, cache: KVCache | None = None, for_head: bool = True):
         """Normed activations before the LM head, in the layout between blocks; the cache; the figures of each router.
@@ -99,7 +118,7 @@ class Decoder(nnx.Module):
             ctx,
             position_BT=position_BS,
             segment_BT=segment_BS,
-            backend=backends(e)['backend'],
+            compute=self.encoder.resolved_compute,
             sequence_split=tokens_BS.shape[1] % lax.axis_size('tensor') == 0,
             dropout_key=None if ctx.dropout_key is None else jax.random.fold_in(ctx.dropout_key, 3),
             column_T=jnp.arange(tokens_BS.shape[1]),
@@ -142,7 +161,9 @@ class Decoder(nnx.Module):
         found, figures = [], []
         for k, next_BT in enumerate(next_kBT):
             layer = jax.tree.map(lambda a, k=k: a[k], self.mtp)
-            run = remat(lambda layer, x, after, k=k: layer.ahead(x, after, ends, c.layers + k), c, True)
+            run = remat(
+                lambda layer, x, after, k=k: layer.ahead(x, after, ends, c.layers + k), ends.compute.remat, True
+            )
             x_BTD, of_layer = run(layer, x_BTD, self.embed(my_microbatches(next_BT, ctx.microbatches), ends))
             found.append(x_BTD)
             figures.append(jax.tree.map(lambda a: mark_varying(a)[None], of_layer))
@@ -151,12 +172,12 @@ class Decoder(nnx.Module):
     def embed(self, tokens_BT, ctx: ForwardContext):
         """Each device of `tensor` looks up its part of D for all tokens; what is sent then makes that all of D."""
         c = self.config
-        x = lookup(unshard(self.embed_VD[...], c.dtype), tokens_BT)
+        x = lookup(unshard(self.embed_VD[...], self.compute.dtype), tokens_BT)
         if c.embedding_scale != 1:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if c.segment_kinds:
             kind_BT = jnp.zeros_like(tokens_BT) if ctx.kind_BT is None else ctx.kind_BT
-            x = x + unshard(self.kind_YD[...], x.dtype, dim=1)[kind_BT]
+            x = x + unshard(self.token_type_YD[...], x.dtype, dim=1)[kind_BT]
         if c.positions in ('learned', 'sinusoidal'):
             x = x + self.position_table(x.dtype)[ctx.position_BT]
         x = all_to_all(x, 'tensor', 1, 2) if ctx.sequence_split else all_gather(x, 'tensor', 2)
@@ -176,6 +197,35 @@ class Decoder(nnx.Module):
             w_DV, fill = self.head_DV[...], scattered_columns(V) - V
             if fill and learns and active_axes(FSDP):  # kept apart from the gather, for the compiler joins them wrongly
                 w_DV = lax.optimization_barrier(jnp.pad(w_DV, ((0, 0), (0, fill))))
-            return Head(unshard(w_DV, self.config.dtype)[:, :V], bias_V)
-        embed_VD = unshard(self.embed_VD[...], self.config.dtype)
+            return Head(unshard(w_DV, self.compute.dtype)[:, :V], bias_V)
+        embed_VD = unshard(self.embed_VD[...], self.compute.dtype)
         return Head(all_to_all(embed_VD, 'tensor', 0, 1), bias_V)
+
+
+def layer_stacks(c: ModelConfig) -> list[Block]:
+    """The layers as stacks of like ones: one for each kind that a group of `ModelConfig.layer_groups` repeats."""
+    found, first = [], 0
+    for number, group in enumerate(c.layer_groups):
+        axis = 'stage' if number == c.pipelined_group else None
+        for place, spec in enumerate(group.specs):
+            numbers = tuple(range(first + place, first + group.layers, len(group.specs)))
+            found.append(stack_layers(Block(c, spec), numbers, axis))
+        first += group.layers
+    return found
+
+
+def init_decoder(c: ModelConfig, compute: ComputeConfig, key: jax.Array) -> Decoder:
+    """A decoder with random weights, the same on every mesh, each born in its layout. Run it under `jax.jit` and a mesh."""
+    return initialise(Decoder(c, compute), key, compute.parameter_dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def declared_decoder(c: ModelConfig, compute: ComputeConfig = DEFAULT) -> Decoder:
+    """The decoder without arrays: each of its weights as it is declared. Not to be changed, for it is made once."""
+    return Decoder(c, compute)
+
+
+@functools.lru_cache(maxsize=256)
+def weights_of(c: ModelConfig) -> Mapping[str, Parameter]:
+    """Each weight of a decoder by name, as it is declared."""
+    return MappingProxyType(declared(declared_decoder(c)))

@@ -42,6 +42,7 @@ class CacheSize(NamedTuple):
     piece: int = 1  # tokens of a row at most that one step writes and then reads: more than 1 where `extend` is used
     context: int = 1  # devices of the mesh along this axis
     tensor: int = 1
+    dtype: str = 'float32'
     platform: str = 'cpu'
 
 
@@ -205,7 +206,7 @@ def slots(length: int, context: int, window: int | None = None, piece: int = 1) 
     return -(-tokens // context) * context
 
 
-def token_cache(size: CacheSize, dtype: str, window: int | None, heads: int, *widths: int) -> DenseCache:
+def token_cache(size: CacheSize, window: int | None, heads: int, *widths: int) -> DenseCache:
     """The declaration of a cache that keeps numbers of each token: one array for each of `widths`, a head's numbers in it.
 
     With a window a layer keeps no more than that shows. Where `tensor` has more devices than there are heads, each keeps the
@@ -213,7 +214,7 @@ def token_cache(size: CacheSize, dtype: str, window: int | None, heads: int, *wi
     """
     kept = slots(size.length, size.context, window, size.piece)
     numbers = (size.tensor * row_numbers(heads, width, size.tensor, size.platform) for width in widths)
-    arrays = tuple(CacheArray((size.rows, kept, M), dtype, P(ROWS, 'context', 'tensor')) for M in numbers)
+    arrays = tuple(CacheArray((size.rows, kept, M), size.dtype, P(ROWS, 'context', 'tensor')) for M in numbers)
     return DenseCache(arrays) if window is None else WindowCache(arrays, window=window, piece=size.piece)
 
 

@@ -8,10 +8,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import P, lax
+from jax import lax
 
 from weft.model.block import Block, mixer
-from weft.model.config import LayerSpec, ModelConfig
+from weft.model.compute import Remat
+from weft.model.config import ModelConfig
 from weft.model.context import ForwardContext
 from weft.model.kv_cache import CacheSize, KVCache, LayerCache
 from weft.sharding.collectives import mark_varying
@@ -25,14 +26,6 @@ UNROLLED = {'cpu': (8, 64), 'gpu': (16, 256)}
 
 # TPUs read a slice of a stack where it is used, but for experts, all of which they would copy to multiply by a few.
 UNROLLED_EXPERTS = {'tpu': (0, 64)}
-
-
-def stacked(
-    c: ModelConfig, kind: LayerSpec, repeats: int, axis: str | None, rngs: nnx.Rngs, layer: type[Block] = Block
-) -> Block:
-    """Layers of a kind as one module with a leading dim, which is split over `axis`."""
-    keys = jax.tree.map(lambda key: jax.reshard(key, P(axis)), rngs.split(repeats))
-    return jax.vmap(lambda rngs: layer(c, kind, rngs))(keys)
 
 
 def stacked_caches(c: ModelConfig, size: CacheSize) -> tuple[LayerCache, ...]:
@@ -55,8 +48,8 @@ def in_order(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, cache: KVCac
     sources = nothing if cache is None or cache.source is None else cache.source
 
     def unit(carry, numbered):
-        (x_BTD, groups), (blocks, sources, repeat, number) = carry, numbered
-        kept, figures = [], []
+        (x_BTD, groups), (blocks, sources, repeat) = carry, numbered
+        number, kept, figures = first + repeat * len(blocks), [], []
         for place, (block, group, source) in enumerate(zip(blocks, groups, sources, strict=True)):
             here = ctx if source is None else dataclasses.replace(ctx, source=source)
             x_BTD, group, found = block(x_BTD, here, group and group.of_layer(repeat), number + place)
@@ -66,25 +59,23 @@ def in_order(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, cache: KVCac
 
     if isinstance(blocks[0], nnx.List):
         figures = []
-        run = jax.jit(remat(unit, blocks[0][0].config, True))  # like layers are traced once
+        run = jax.jit(remat(unit, ctx.compute.remat, True))  # like layers are traced once
         for repeat, layers in enumerate(zip(*blocks, strict=True)):
             of_repeat = jax.tree.map(lambda kept, repeat=repeat: kept[repeat], sources)
-            (x_BTD, groups), found = run((x_BTD, groups), (layers, of_repeat, repeat, first + repeat * len(blocks)))
+            (x_BTD, groups), found = run((x_BTD, groups), (layers, of_repeat, repeat))
             figures.append(found)
         return x_BTD, groups, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *figures)
     repeats = jax.tree.leaves(blocks)[0].shape[0]
-    unroll = written_out(repeats * len(blocks), blocks[0].config, ctx.decoding, platform())
-    run = remat(unit, blocks[0].config, unroll)
-    repeat_L = jnp.arange(repeats)
-    numbered = (blocks, sources, repeat_L, first + repeat_L * len(blocks))
-    (x_BTD, groups), figures = lax.scan(run, (x_BTD, groups), numbered, unroll=unroll)
+    unroll = written_out(repeats * len(blocks), blocks[0].config, ctx.compute.remat, ctx.decoding, platform())
+    run = remat(unit, ctx.compute.remat, unroll)
+    (x_BTD, groups), figures = lax.scan(run, (x_BTD, groups), (blocks, sources, jnp.arange(repeats)), unroll=unroll)
     return x_BTD, groups, figures
 
 
-def written_out(layers: int, c: ModelConfig, decoding: bool, on: str) -> bool:
+def written_out(layers: int, c: ModelConfig, kept: Remat, decoding: bool, on: str) -> bool:
     """Whether so many layers are no loop on a platform."""
     # XLA for GPUs would compute all of them again at once, and what remat is to save would be there together.
-    together = c.remat != 'none' and on == 'gpu' and not decoding
+    together = kept != 'none' and on == 'gpu' and not decoding
     most = UNROLLED.get(on) or (UNROLLED_EXPERTS.get(on) if c.moe else None) or (0, 0)
     return not together and layers <= most[decoding]
 
@@ -117,9 +108,9 @@ def each_layer(f, group):
     return lax.map(f, group)
 
 
-def remat(layer, c: ModelConfig, unrolled: bool):
-    """The layer, keeping for its backward pass what `model.remat` says."""
-    if c.remat == 'none':
+def remat(layer, kept: Remat, unrolled: bool):
+    """The layer, keeping for its backward pass what `compute.remat` says."""
+    if kept == 'none':
         return layer
-    policy = None if c.remat == 'block' else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policy = None if kept == 'block' else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return jax.checkpoint(layer, policy=policy, prevent_cse=unrolled)  # a loop's border keeps it apart anyhow

@@ -17,6 +17,7 @@ from weft.inference.run import in_compute_dtype
 from weft.inference.step import empty_cache, prefill
 from weft.inference.unstacked import divided, is_written_out, unstacked
 from weft.model import cost
+from weft.model.batch import Batch
 from weft.model.forward import logits, place
 from weft.model.ops.grouped_matmul import default_backend, expert_mlp
 from weft.model.sizes import sizes
@@ -48,7 +49,7 @@ class Trainer:
             0, config.model.vocabulary, (t.batch, t.sequence_length + 1), dtype=np.int32
         )
         places = np.broadcast_to(np.arange(t.sequence_length, dtype=np.int32), (t.batch, t.sequence_length))
-        batch = {'tokens': ids[:, :-1], 'targets': ids[:, 1:], 'positions': places, 'segments': np.ones_like(places)}
+        batch = Batch(ids[:, :-1], ids[:, 1:], places, np.ones_like(places))
         self.batch = place(batch)
         self.state = jax.jit(functools.partial(init, config))()
         self.run = jax.jit(functools.partial(train_step, config), donate_argnums=0)
@@ -126,7 +127,7 @@ def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int, profil
         places = np.broadcast_to(np.arange(seen, dtype=np.int32), (rows, seen))
         arguments = place(ids[:, :seen]), place(places), place(np.ones_like(places))
         again = statistics.median(seconds_each(lambda: everything(model, *arguments), 5))
-    width = jnp.dtype(c.dtype).itemsize
+    width = jnp.dtype(config.compute.dtype).itemsize
     bytes_ = cost.decode_bytes(c, rows, prompt + new / 2, width, width)
     bandwidth, basis = peak_bandwidth(config)
     return {
@@ -210,7 +211,7 @@ def peak_flops(config: RunConfig) -> tuple[float | None, str]:
     """FLOP/s that the mesh's devices (a CPU: this machine) can reach at most in the config's dtype, and how that is known."""
     chip = chips.find(jax.devices()[0].device_kind)
     if chip:
-        one = chip.bfloat16_flops if config.model.dtype == 'bfloat16' else chip.float32_flops
+        one = chip.bfloat16_flops if config.compute.dtype == 'bfloat16' else chip.float32_flops
         return one * config.mesh.size, chip.source
     if not _is_cpu():
         return None, UNKNOWN

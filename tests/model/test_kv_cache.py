@@ -14,15 +14,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import P
-from jax.sharding import NamedSharding
 
 from tests.hlo import instructions
 from tests.models import filled
 from tests.planner.steps import decode_step, run_config
 from weft.inference.step import decode, empty_cache, extend, grown, prefill
 from weft.model import block, kv_cache, stack
+from weft.model.compute import ComputeConfig
 from weft.model.config import MLAConfig, ModelConfig, MoEConfig
-from weft.model.decoder import Decoder
 from weft.model.forward import logits, place
 from weft.model.kv_cache import CacheArray, CacheSize, DenseCache, LayerCache, WindowCache
 from weft.model.stack import stacked_caches
@@ -35,7 +34,8 @@ CONFIGS = Path(__file__).parents[2] / 'configs/models'
 ROWS, T, NEW = 4, 24, 12
 LENGTHS = np.array([1, 12, 5, 9], np.int32)  # of the rows' prompts, which decoding goes on with by NEW tokens each
 
-DENSE = ModelConfig(vocabulary=96, layers=2, model_dim=32, heads=8, kv_heads=4, head_dim=8, mlp_dim=32, dtype='float64')
+DOUBLE = ComputeConfig(dtype='float64')
+DENSE = ModelConfig(vocabulary=96, layers=2, model_dim=32, heads=8, kv_heads=4, head_dim=8, mlp_dim=32)
 WINDOWS = dataclasses.replace(DENSE, window=3)
 MIXED = dataclasses.replace(DENSE, layers=5, window=4, window_pattern=(True, True, False), attention_sinks=True)
 EXPERTS = dataclasses.replace(MIXED, layers=3, window=3, moe=MoEConfig(experts=4, mlp_dim=16, first_dense_layers=1))
@@ -99,7 +99,7 @@ def error(model) -> float:
 def test_decoding_past_the_window_is_the_full_forward_pass(c, mesh):
     """Prompts shorter and longer than the window, in one padded batch; each slot of a window is taken several times."""
     with jax.set_mesh(make_mesh(mesh)):
-        assert error(filled(c, gain=2)) < 1e-12
+        assert error(filled(c, DOUBLE, gain=2)) < 1e-12
 
 
 def one_slot_too_few(length, context, window=None, piece=1):
@@ -124,7 +124,7 @@ FAULTS = {
 def test_a_fault_in_going_round_is_seen(fault, monkeypatch):
     monkeypatch.setattr(*FAULTS[fault])
     with jax.set_mesh(make_mesh(MeshConfig())):
-        assert not error(filled(WINDOWS, gain=2)) < 1e-3  # or it is no number
+        assert not error(filled(WINDOWS, DOUBLE, gain=2)) < 1e-3  # or it is no number
 
 
 @pytest.mark.usefixtures('float64')
@@ -141,7 +141,7 @@ def test_text_in_pieces_past_the_window_gives_the_logits_of_all_of_it(c, mesh, p
     """Rows of different lengths, whose pieces go round in other steps; a cache that grows, and decoding after it."""
     ids_BT = tokens(c)
     with jax.set_mesh(make_mesh(mesh)):
-        model = filled(c, gain=2)
+        model = filled(c, DOUBLE, gain=2)
         whole_BTV = whole(model)
         cache = jax.jit(lambda model: empty_cache(model, ROWS, 8, piece=piece))(model)
         read, longer, step = jax.jit(extend), jax.jit(grown, static_argnums=1), jax.jit(decode)
@@ -170,7 +170,7 @@ def test_text_in_pieces_past_the_window_gives_the_logits_of_all_of_it(c, mesh, p
 
 def test_a_piece_that_a_window_cannot_hold_is_refused():
     with jax.set_mesh(make_mesh(MeshConfig())):
-        model = filled(dataclasses.replace(WINDOWS, dtype='float32'))
+        model = filled(WINDOWS)
         cache = empty_cache(model, ROWS, T, piece=2)
         numbers = place((np.zeros((ROWS, 3), np.int32), np.zeros(ROWS, np.int32), np.ones(ROWS, np.int32)))
         with pytest.raises(AssertionError, match='3 tokens at once, and a cache that was made for 2'):
@@ -206,11 +206,10 @@ def test_a_row_goes_on_from_where_its_window_is_still_there():
 
 
 def test_groups_of_layers_keep_what_each_needs():
-    c = dataclasses.replace(MIXED, dtype='float32')  # two of a kind with windows, one without, and two more with
-    groups = stacked_caches(c, CacheSize(rows=6, length=30, context=4, tensor=2))
+    groups = stacked_caches(MIXED, CacheSize(rows=6, length=30, context=4, tensor=2))
     kinds = [(type(group), [array.shape for array in group.arrays]) for group in groups]
     width = 4 * 8
-    assert sum(group.arrays[0].shape[0] for group in groups) == c.layers
+    assert sum(group.arrays[0].shape[0] for group in groups) == MIXED.layers
     for kind, (key, value) in kinds:
         assert key == value
         assert key[1:] == (6, 4 if kind is WindowCache else 32, width)
@@ -224,20 +223,18 @@ FORMER = 62 * LONG * 2 * 16 * 128 * 2  # bytes of a row with a slot for each tok
 
 def test_gemma_3s_cache_is_a_fifth_of_what_all_tokens_would_take(monkeypatch):
     """By the plan, and as the decoding step that was compiled for it is given it: 3.12 GB of 16.6 GB."""
-    c = load(GEMMA).model
+    run = load(GEMMA)
+    c, compute = run.model, run.compute
     want = 2 * 16 * 128 * 2 * (10 * LONG + 52 * 1024)
     assert want == 3_120_562_176
     assert want / FORMER == 0.1875
-    assert cache_bytes(c, MeshConfig(), 1, LONG) == want
+    assert cache_bytes(c, compute, MeshConfig(), 1, LONG) == want
     assert model_part(c, LONG)['cache']['bytes'] == want
-    assert cache_bytes(c, MeshConfig(data=2, context=2, tensor=4), 2, LONG) == want / 8
+    assert cache_bytes(c, compute, MeshConfig(data=2, context=2, tensor=4), 2, LONG) == want / 8
     monkeypatch.setattr(stack, 'UNROLLED', {})  # a loop, which is compiled sooner
     with jax.set_mesh(make_mesh(MeshConfig())):
-        mesh = jax.sharding.get_mesh()
-        on_mesh = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
-        step, (model, _, token_B, position_B) = decode_step(run_config(c, MeshConfig(), 1, 32))
-        cache = jax.tree.map(on_mesh, jax.eval_shape(lambda model: empty_cache(model, 1, LONG), model))
-        compiled = jax.jit(step, donate_argnums=1).lower(model, cache, token_B, position_B).compile()
+        step, (model, cache, *rest) = decode_step(run_config(c, MeshConfig(), 1, 32, compute), LONG)
+        compiled = jax.jit(step, donate_argnums=1).lower(model, cache, *rest).compile()
     weights, memory = size(model), compiled.memory_analysis()
     assert size(cache) == want
     assert memory.argument_size_in_bytes - weights - want == 2 * 4  # the token and its position
@@ -255,13 +252,9 @@ def size(tree: Any) -> int:
 def test_a_step_writes_to_the_caches_where_they_are(mesh, loop, monkeypatch):
     """No group's cache is copied: a step's new arrays are the old ones' memory."""
     monkeypatch.setattr(stack, 'UNROLLED', {} if loop else {'cpu': (8, 64)})
-    c = dataclasses.replace(MIXED, layers=6, window=1024, dtype='float32')
+    c = dataclasses.replace(MIXED, layers=6, window=1024)
     with jax.set_mesh(make_mesh(mesh)):
-        step, (model, _, *rest) = decode_step(run_config(c, mesh, 1, 32))
-        on_mesh = lambda x: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=NamedSharding(jax.sharding.get_mesh(), x.sharding.spec)
-        )
-        cache = jax.tree.map(on_mesh, jax.eval_shape(lambda model: empty_cache(model, 1, 4096), model))
+        step, (model, cache, *rest) = decode_step(run_config(c, mesh, 1, 32), 4096)
         compiled = jax.jit(step, donate_argnums=1).lower(model, cache, *rest).compile()
     stacks = [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(cache)]
     found = {(opcode, shape) for opcode, shape, _ in instructions(compiled.as_text())}
@@ -282,13 +275,13 @@ class StateCache(LayerCache):
 class Fading(nnx.Module):
     """A mixer whose output is a fading sum of what it read: y_t = y_{t-1} / 2 + x_t. On one device of `context`."""
 
-    def __init__(self, c, kind, rngs):
-        del c, kind, rngs
+    def __init__(self, c, kind):
+        del c, kind
 
     @staticmethod
     def cache(c, kind, size):
         del kind
-        return StateCache((CacheArray((size.rows, c.model_dim), c.dtype, P(kv_cache.ROWS, None)),))
+        return StateCache((CacheArray((size.rows, c.model_dim), size.dtype, P(kv_cache.ROWS, None)),))
 
     def __call__(self, x_BTD, ctx, cache, layer):
         x_BTD = ctx.gather_sequence(x_BTD)
@@ -312,10 +305,11 @@ class Fading(nnx.Module):
 @pytest.mark.usefixtures('float64')
 def test_a_recurrent_state_is_a_kind_of_cache_too(monkeypatch):
     """Decoder, steps and growth know nothing of it but its arrays."""
+    c = dataclasses.replace(DENSE, vocabulary=95)  # no other test's: what a config declares is kept
     monkeypatch.setattr(block, 'mixer', lambda c: Fading)
     monkeypatch.setattr(stack, 'mixer', lambda c: Fading)
     with jax.set_mesh(make_mesh(MeshConfig(data=2))):
-        model = jax.jit(lambda: Decoder(DENSE, nnx.Rngs(0)))()
+        model = filled(c, DOUBLE)
         assert error(model) < 1e-12
         cache = empty_cache(model, ROWS, T)
         assert [array.shape for array in cache.groups[0].arrays] == [(2, ROWS, 32)]
