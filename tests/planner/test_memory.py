@@ -78,6 +78,11 @@ ARGUMENTS = [
         DEFAULT,
         MeshConfig(data=2, context=2, tensor=2),
     ),
+    (
+        dataclasses.replace(DENSE, window=5, window_pattern=(True, False)),
+        DEFAULT,
+        MeshConfig(context=4, tensor=2),
+    ),
     (MIXED, NARROW, MeshConfig(replica=2, expert=2, tensor=2)),
     (LATENT, NARROW_WEIGHTS, MeshConfig(data=2, expert=2, tensor=2)),
     (LATENT, NARROW_WEIGHTS, MeshConfig(stage=2, data=2, expert=2)),
