@@ -35,7 +35,7 @@ ALWAYS = ('pyproject.toml',)
 ORDER = 'tests/durations.json'  # which tests come first, and none of what they find
 UNTRACKED = {'runs', 'build', 'dist', '__pycache__', 'node_modules'}
 BY_NAME = {'import_module', 'run_module', 'run_path', '__import__'}  # these import modules whose names are computed
-VARIABLES = ('JAX_', 'XLA_', 'WEFT_', 'GOLDENS', 'GGUF_')
+VARIABLES = ('JAX_', 'XLA_', 'WEFT_', 'GOLDENS', 'GGUF_', 'REGOLD')
 FORMAT = 2  # of Source in the cache: counts up when parsing changes
 
 
