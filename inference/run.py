@@ -14,8 +14,8 @@ from weft.hub.published_tokenizer import has_tokenizer, run_tokenizer
 from weft.inference.unstacked import divided, is_written_out, kinds, unstacked
 from weft.model.config import ModelConfig
 from weft.model.cost import parameters
-from weft.model.decoder import Decoder
-from weft.model.parameters import is_matrix
+from weft.model.decoder import Decoder, declared_decoder
+from weft.model.parameters import map_declared
 from weft.model.sizes import sizes
 from weft.runtime import background
 from weft.runtime.device_memory import explaining
@@ -24,7 +24,7 @@ from weft.sharding.mesh import Divides, MeshConfig, check_divides, make_mesh, ne
 from weft.storage.bucket_checkpoint import checkpoints_of
 from weft.storage.buckets import Bucket
 from weft.storage.checkpoint import Checkpoints
-from weft.storage.checkpoint_reader import read_newest
+from weft.storage.newest import read_newest
 from weft.training.config import RunConfig
 from weft.training.context import context, published_files
 from weft.training.finite import check_saved
@@ -101,9 +101,7 @@ def open_run(
         raise UserError(f'{folder} was imported without a tokenizer: it takes token ids alone (scripts/score.py)')
     with jax.set_mesh(devices):
         stored = abstract_model(config)
-        computed = jax.tree_util.tree_map_with_path(
-            lambda path, w: w.update(dtype=_computed(path, w, config.model)), stored
-        )
+        computed = jax.tree.map(lambda w, dtype: w.update(dtype=dtype), stored, dtypes_in_use(config.model))
         apart = not stacked and is_written_out(computed)
         kind = unstacked(computed, kinds) if apart else computed
 
@@ -155,15 +153,14 @@ def own_mesh(config: RunConfig) -> MeshConfig:
 
 
 def in_compute_dtype(model: Decoder) -> Decoder:
-    """Matrices as the forward pass uses them, so that decoding reads no wider numbers; the same results, bit for bit.
+    """Weights as the forward pass uses them, so that decoding reads no wider numbers; the same results, bit for bit.
 
     Routers, norms and biases compute in at least float32 and stay as they are.
     """
+    return jax.tree.map(lambda w, dtype: w.astype(dtype), model, dtypes_in_use(model.config))
 
-    return jax.tree_util.tree_map_with_path(lambda path, w: w.astype(_computed(path, w, model.config)), model)
 
-
-def _computed(path, w, c: ModelConfig) -> jnp.dtype:
-    """The dtype of one of its weights."""
-    narrow = is_matrix(path) and not any(getattr(part, 'name', '') == 'router_DE' for part in path)
-    return jnp.dtype(c.dtype) if narrow else w.dtype
+def dtypes_in_use(c: ModelConfig) -> Decoder:
+    """The dtype of each weight while a model is used."""
+    dtype = lambda name, weight: jnp.dtype(c.dtype) if weight.role.narrow else weight.role.dtype(c.parameter_dtype)
+    return map_declared(dtype, declared_decoder(c))

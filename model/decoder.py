@@ -10,6 +10,9 @@ Y kinds of segments, R buckets of distances.
 """
 
 import dataclasses
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,7 @@ from flax import nnx
 from jax import P, lax
 
 from weft.model.backends import backends
-from weft.model.block import Ahead
+from weft.model.block import Ahead, Block
 from weft.model.config import ModelConfig
 from weft.model.context import EncoderOutput, ForwardContext
 from weft.model.embedding import lookup
@@ -27,8 +30,8 @@ from weft.model.layers.bert import HeadMlp, Pooler
 from weft.model.layers.cross import kept
 from weft.model.layers.norm import Norm
 from weft.model.layers.positions import sinusoids
-from weft.model.parameters import constant, weight
-from weft.model.stack import by_layer, in_order, pipelined, remat, stacked
+from weft.model.parameters import Parameter, Role, Size, declared, initialise, parameter, stack_layers
+from weft.model.stack import by_layer, in_order, pipelined, remat
 from weft.sharding.collectives import active_axes, all_gather, all_to_all, mark_varying, tensor_slice, unshard
 from weft.sharding.mesh import FSDP
 from weft.sharding.pipeline import my_microbatches
@@ -43,42 +46,53 @@ class Decoder(nnx.Module):
     alone: an encoder's.
     """
 
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, c: ModelConfig):
         self.config = c
+        D = Size(c.model_dim, 'model.model_dim')
         if c.vocabulary is not None:
-            D, V = c.model_dim, c.padded_vocabulary
+            V = Size(c.padded_vocabulary, 'the padded vocabulary')
             # As the tied head too it must be small, or each token begins by predicting itself.
-            self.embed_VD = weight(rngs, c, (V, D), P(FSDP, 'tensor'), fan_in=D if c.tied_embedding else 1)
+            scale = c.model_dim**-0.5 if c.tied_embedding else 1.0
+            embedding = {'part': 'embedding', 'gathered': FSDP}
+            self.embed_VD = parameter((V, D), P(FSDP, 'tensor'), Role.EMBEDDING, scale=scale, padded=0, **embedding)
+            table = {'scale': c.model_dim**-0.5, **embedding}
             if c.positions == 'learned':
-                self.position_PD = weight(rngs, c, (c.max_positions, D), P(None, ('tensor', *FSDP)), fan_in=D)
+                shape = c.max_positions, D
+                self.position_PD = parameter(shape, P(None, ('tensor', *FSDP)), Role.EMBEDDING, **table)
             if c.segment_kinds:
-                self.kind_YD = weight(rngs, c, (c.segment_kinds, D), P(None, ('tensor', *FSDP)), fan_in=D)
+                shape = c.segment_kinds, D
+                self.token_type_YD = parameter(shape, P(None, ('tensor', *FSDP)), Role.EMBEDDING, **table)
             if c.embedding_norm:
                 self.embedding_norm = Norm(c)
             if c.encoder:
-                self.encoder = Decoder(c.of_encoder, rngs)
+                self.encoder = Decoder(c.of_encoder)
         if c.positions == 'relative':
-            self.relative_RN = weight(rngs, c, (c.relative_buckets, c.heads), P(None, 'tensor'), fan_in=c.model_dim)
-        self.groups = nnx.List(
-            [
-                stacked(c, kind, run.repeats, 'stage' if number == c.pipelined_group else None, rngs)
-                for number, run in enumerate(c.layer_groups)
-                for kind in run.specs
-            ]
-        )
+            shape = c.relative_buckets, Size(c.heads, 'model.heads')
+            scale = c.model_dim**-0.5
+            self.relative_RN = parameter(shape, P(None, 'tensor'), Role.EMBEDDING, scale=scale, part='attention')
+        self.groups = nnx.List(layer_stacks(c))
         if c.norm_order != 'post':
             self.norm = Norm(c)
         if c.vocabulary is not None:
             if c.head_mlp:
-                self.head_mlp = HeadMlp(c, rngs)
+                self.head_mlp = HeadMlp(c)
             if c.head and not c.tied_embedding:
-                self.head_DV = weight(rngs, c, (D, V), P(FSDP, 'tensor'), fan_in=D)
+                self.head_DV = parameter(
+                    (D, V),
+                    P(FSDP, 'tensor'),
+                    Role.HEAD,
+                    scale=c.model_dim**-0.5,
+                    gathered=FSDP,
+                    padded=1,
+                    part='head',
+                )
             if c.head_bias:
-                self.head_bias_V = constant(c, 0.0, (V,), P('tensor'))
+                self.head_bias_V = parameter((V,), P('tensor'), Role.BIAS, padded=0, part='head')
             if c.pooler:
-                self.pooler = Pooler(c, rngs)
+                self.pooler = Pooler(c)
         if c.mtp_layers:
-            self.mtp = stacked(c, c.layer_specs[-1], c.mtp_layers, None, rngs, Ahead)
+            numbers = tuple(range(c.layers, c.layers + c.mtp_layers))
+            self.mtp = stack_layers(Ahead(c, c.layer_specs[-1]), numbers, None)
 
     def hidden(self, tokens_BT, ctx: ForwardContext, cache: KVCache | None = None, for_head: bool = True):
         """Normed activations before the LM head, in the layout between blocks; the cache; the figures of each router.
@@ -155,7 +169,7 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if c.segment_kinds:
             kind_BT = jnp.zeros_like(tokens_BT) if ctx.kind_BT is None else ctx.kind_BT
-            x = x + unshard(self.kind_YD[...], x.dtype, dim=1)[kind_BT]
+            x = x + unshard(self.token_type_YD[...], x.dtype, dim=1)[kind_BT]
         if c.positions in ('learned', 'sinusoidal'):
             x = x + self.position_table(x.dtype)[ctx.position_BT]
         x = all_to_all(x, 'tensor', 1, 2) if ctx.sequence_split else all_gather(x, 'tensor', 2)
@@ -178,3 +192,32 @@ class Decoder(nnx.Module):
             return Head(unshard(w_DV, self.config.dtype)[:, :V], bias_V)
         embed_VD = unshard(self.embed_VD[...], self.config.dtype)
         return Head(all_to_all(embed_VD, 'tensor', 0, 1), bias_V)
+
+
+def layer_stacks(c: ModelConfig) -> list[Block]:
+    """The layers as stacks of like ones: one for each kind that a group of `ModelConfig.layer_groups` repeats."""
+    found, first = [], 0
+    for number, group in enumerate(c.layer_groups):
+        axis = 'stage' if number == c.pipelined_group else None
+        for place, spec in enumerate(group.specs):
+            numbers = tuple(range(first + place, first + group.layers, len(group.specs)))
+            found.append(stack_layers(Block(c, spec), numbers, axis))
+        first += group.layers
+    return found
+
+
+def init_decoder(c: ModelConfig, key: jax.Array) -> Decoder:
+    """A decoder with random weights, the same on every mesh, each born in its layout. Run it under `jax.jit` and a mesh."""
+    return initialise(Decoder(c), key, c.parameter_dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def declared_decoder(c: ModelConfig) -> Decoder:
+    """The decoder without arrays: each of its weights as it is declared. Not to be changed, for it is made once."""
+    return Decoder(c)
+
+
+@functools.lru_cache(maxsize=256)
+def weights_of(c: ModelConfig) -> Mapping[str, Parameter]:
+    """Each weight of a decoder by name, as it is declared."""
+    return MappingProxyType(declared(declared_decoder(c)))

@@ -1,35 +1,30 @@
 """What a mesh must divide to hold a model and a batch."""
 
 import dataclasses
+import functools
 
 from weft.model.config import VOCABULARY_MULTIPLE, LayerSpec, ModelConfig
+from weft.model.decoder import weights_of
+from weft.model.layers.attention import Attention
+from weft.model.layers.mla import LatentAttention
 from weft.sharding.mesh import BATCH, FSDP, SEQUENCE, Divides
 
 
+@functools.lru_cache(maxsize=256)
 def sizes(c: ModelConfig) -> list[Divides]:
-    """What the mesh must divide to hold this model."""
-    rules = [
-        Divides(('tensor',), 'model.heads', c.heads),
-        Divides(('tensor',), 'model.kv_heads', c.kv_heads, or_repeats=True),
-        Divides(FSDP, 'model.model_dim', c.model_dim),
-        Divides(('tensor',), 'model.model_dim', c.model_dim),
-    ]
+    """What the mesh must divide to hold this model: the dims of its weights, its heads, its layers."""
     vocabulary = VOCABULARY_MULTIPLE if c.vocabulary is None else c.padded_vocabulary
-    rules += [Divides(axes, 'the padded vocabulary', vocabulary) for axes in (FSDP, ('tensor',))]
+    rules = [
+        *(LatentAttention if c.latent else Attention).rules(c),
+        *(Divides(axes, 'model.model_dim', c.model_dim) for axes in (FSDP, ('tensor',))),
+        *(Divides(axes, 'the padded vocabulary', vocabulary) for axes in (FSDP, ('tensor',))),
+    ]
     run = c.layer_groups[c.pipelined_group]
     units = f'units of {len(run.specs)} layers' if len(run.specs) > 1 else f'{_name(run.specs[0])} layers'
     name = 'model.layers' if run.repeats == c.layers else f'the number of {units} in a row'
     rules.append(Divides(('stage',), name, run.repeats))
-    if not all(kind.experts for kind in c.layer_specs):
-        rules.append(Divides(('tensor',), 'model.mlp_dim', c.mlp_dim))
-    if not c.latent:
-        rules.append(Divides(('tensor',), 'model.kv_heads × model.head_dim', c.kv_heads * c.head_dim))
-    else:
-        rules.append(Divides(FSDP, 'model.latent.kv_rank', c.latent.kv_rank))
-        if c.latent.q_rank:
-            rules.append(Divides(FSDP, 'model.latent.q_rank', c.latent.q_rank))
-    if c.positions == 'learned' or c.segment_kinds or c.head_mlp or c.pooler:
-        rules.append(Divides((*FSDP, 'tensor'), 'model.model_dim', c.model_dim))
+    for name, weight in weights_of(c).items():
+        rules += [] if name.startswith('encoder.') else weight.rules()
     if c.encoder:
         whole = 'the number of parts that an encoder–decoder can be split into along it'
         rules += [
@@ -40,14 +35,7 @@ def sizes(c: ModelConfig) -> list[Divides]:
                 if rule.axes == ('tensor',)
             ),
         ]
-    if c.moe:
-        rules += [
-            Divides(('expert',), 'model.moe.experts', c.moe.experts),
-            Divides(('tensor',), 'model.moe.mlp_dim', c.moe.mlp_dim),
-        ]
-        if c.moe.shared_mlp_dim is not None:
-            rules.append(Divides(('tensor',), 'model.moe.shared_mlp_dim × model.moe.shared_experts', c.moe.shared_dim))
-    return rules
+    return list(dict.fromkeys(rules))
 
 
 def _name(kind: LayerSpec) -> str:

@@ -112,14 +112,22 @@ def _hash(content: str | bytes) -> str:
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]
 
 
+def notes_folder(root: Path) -> Path:
+    """Where the tests of a project keep what they note, apart for each Python."""
+    return root / '.cache' / 'tests' / f'{sys.version_info.major}.{sys.version_info.minor}'
+
+
 class Project:
     """The files below a root, as they are when this is made. Paths are relative to the root, with slashes."""
 
-    def __init__(self, root: Path, cache: Path | None = None):
-        self.root = root
+    def __init__(self, root: Path):
+        self.root, cache = (
+            root,
+            notes_folder(root) / 'sources.json',
+        )  # by a file's hash, so that it is never out of date
         self.contents: dict[str, str] = {}  # path -> hash of its bytes
         known: dict[str, dict] = {}
-        if cache and cache.exists():
+        if cache.exists():
             known = json.loads(cache.read_text(encoding='utf-8'))
             known = known if known.get('format') == FORMAT else {}
         self.sources: dict[str, Source] = {}
@@ -130,7 +138,7 @@ class Project:
             if path.endswith('.py'):
                 fields = known.get(digest) or dataclasses.asdict(parse(content.decode()))
                 self.sources[path], seen[digest] = Source(**fields), fields
-        if cache and seen.keys() - known.keys():
+        if seen.keys() - known.keys():
             cache.parent.mkdir(parents=True, exist_ok=True)
             part = cache.with_suffix(f'.{os.getpid()}')
             part.write_text(json.dumps({'format': FORMAT, **seen}), encoding='utf-8')

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from tests.changed import ORDER, Project, environment
+from tests.changed import ORDER, Project, environment, notes_folder
 
 UNKNOWN = 0.5  # seconds that a test which nobody has run is taken for
 SHARE = 0.7  # of --quick's seconds that is planned for; the rest goes into starting, and tests that take longer than they did
@@ -73,8 +73,7 @@ class Notes:
 
     def __init__(self, config: pytest.Config):
         self.root = config.rootpath
-        self.folder = self.root / '.cache' / 'tests' / f'{sys.version_info.major}.{sys.version_info.minor}'
-        self.project = Project(self.root, self.folder / 'sources.json')
+        self.folder, self.project = notes_folder(self.root), Project(self.root)
         given = getattr(config, 'workerinput', None)
         self.environment = environment() if given is None else given['environment']
         self.seconds: float | None = config.getoption('quick')
@@ -317,7 +316,7 @@ def _function(test: str) -> str:
 
 def write_durations(root: Path) -> None:
     """Writes tests/durations.json: seconds of each test function, all its cases together, as noted by this Python last."""
-    notes, found = root / '.cache' / 'tests' / f'{sys.version_info.major}.{sys.version_info.minor}', {}
+    notes, found = notes_folder(root), {}
     for path in sorted(Project(root).tests):
         file = notes / _record_name(path)
         tests = json.loads(file.read_text(encoding='utf-8'))['tests'] if file.exists() else {}

@@ -14,15 +14,12 @@ from weft.model.context import ForwardContext
 from weft.model.kv_cache import KVCache, cache_read, cache_update
 from weft.model.layers.norm import norm_of_all, offset, rms_norm
 from weft.model.layers.rope import rope, yarn_gain
-from weft.model.linear import linear, linear_back
+from weft.model.linear import Linear, TransposedLinear
 from weft.model.ops.attention import Relative, attention
 from weft.model.ops.attention.cached import cached_attention
-from weft.model.parameters import constant, residual_gain, weight
-from weft.sharding.collectives import (
-    unshard,
-    upcast,
-)
-from weft.sharding.mesh import FSDP
+from weft.model.parameters import Role, Size, parameter, residual_gain
+from weft.sharding.collectives import upcast
+from weft.sharding.mesh import Divides
 
 
 class Attention(nnx.Module):
@@ -31,42 +28,39 @@ class Attention(nnx.Module):
     Where `tensor` is a multiple of the KV heads, each of its devices uses one of them.
     """
 
-    def __init__(self, c: ModelConfig, kind: LayerSpec, rngs: nnx.Rngs):
+    def __init__(self, c: ModelConfig, kind: LayerSpec, part: str = 'attention'):
         self.config, self.windowed, self.turned = c, kind.windowed, kind.turned
-        D, N, M, H = c.model_dim, c.heads * c.head_dim, c.kv_heads * c.head_dim, c.head_dim
-        self.q_DN = weight(rngs, c, (D, N), P(FSDP, 'tensor'), fan_in=D)
-        self.k_DM = weight(rngs, c, (D, M), P(FSDP, 'tensor'), fan_in=D)
-        self.v_DM = weight(rngs, c, (D, M), P(FSDP, 'tensor'), fan_in=D)
-        self.o_DN = weight(rngs, c, (D, N), P(FSDP, 'tensor'), fan_in=N, gain=residual_gain(c))
-        if c.qkv_bias:
-            self.q_bias_N = constant(c, 0.0, (N,), P('tensor'))
-            self.k_bias_M = constant(c, 0.0, (M,), P('tensor'))
-            self.v_bias_M = constant(c, 0.0, (M,), P('tensor'))
-        if c.bias or c.o_bias:
-            self.o_bias_D = constant(c, 0.0, (D,), P(None))
+        D, H, K = Size(c.model_dim, 'model.model_dim'), c.head_dim, c.kv_heads
+        N = Size(c.heads * H, 'model.heads', c.heads)
+        of_source = part == 'cross_attention'
+        self.q = Linear(D, N, part=part, bias=c.qkv_bias)
+        self.k = KVLinear(D, K, H, part=part, bias=c.qkv_bias, of_source=of_source)
+        self.v = KVLinear(D, K, H, part=part, bias=c.qkv_bias, of_source=of_source)
+        self.o = TransposedLinear(N, D, part=part, bias=c.bias or c.o_bias, gain=residual_gain(c.layers))
+        one = {'value': 1.0 - c.norm_offset, 'part': part}
         if c.qk_norm == 'full':
-            self.q_scale_N = constant(c, 1.0 - c.norm_offset, (N,), P('tensor'))
-            self.k_scale_M = constant(c, 1.0 - c.norm_offset, (M,), P('tensor'))
+            self.q_scale_N = parameter((N,), P('tensor'), Role.SCALE, **one)
+            self.k_scale_M = parameter((kv_width(K, H),), P('tensor'), Role.SCALE, repeats=K, **one)
         elif c.qk_norm:
-            self.q_scale_H = constant(c, 1.0 - c.norm_offset, (H,), P(None))
-            self.k_scale_H = constant(c, 1.0 - c.norm_offset, (H,), P(None))
+            self.q_scale_H = parameter((H,), P(None), Role.SCALE, **one)
+            self.k_scale_H = parameter((H,), P(None), Role.SCALE, **one)
         if c.attention_sinks:
-            self.sink_N = constant(c, 0.0, (c.heads,), P('tensor'))
+            self.sink_N = parameter((Size(c.heads, 'model.heads'),), P('tensor'), Role.VECTOR, part=part)
+
+    @staticmethod
+    def rules(c: ModelConfig) -> list[Divides]:
+        """What a mesh must divide beside the weights."""
+        heads = Divides(('tensor',), 'model.heads', c.heads)
+        return [heads, Divides(('tensor',), 'model.kv_heads', c.kv_heads, or_repeats=True)]
 
     def __call__(self, x_BTD, ctx: ForwardContext, cache: KVCache | None, layer):
         """The block's output in the layout between blocks, and the cache with these tokens' keys and values at [layer]."""
         c, H = self.config, self.config.head_dim
         x_BTD = ctx.gather_sequence(x_BTD)
-        q = linear(x_BTD, unshard(self.q_DN[...], x_BTD.dtype))
-        k = linear(x_BTD, local_kv_heads(unshard(self.k_DM[...], x_BTD.dtype), c))
-        v = linear(x_BTD, local_kv_heads(unshard(self.v_DM[...], x_BTD.dtype), c))
-        if c.qkv_bias:
-            q = q + self.q_bias_N.astype(q.dtype)[None, None]
-            k = k + local_kv_heads(self.k_bias_M[...], c).astype(k.dtype)[None, None]
-            v = v + local_kv_heads(self.v_bias_M[...], c).astype(v.dtype)[None, None]
+        q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
         if c.qk_norm == 'full':
             q = norm_of_all(q, offset(self.q_scale_N[...], c), c.heads, c)
-            k = norm_of_all(k, offset(local_kv_heads(self.k_scale_M[...], c), c), c.kv_heads, c)
+            k = norm_of_all(k, offset(local_kv_heads(self.k_scale_M[...], c.kv_heads, H), c), c.kv_heads, c)
         k_BTKH, v_BTKH = (a.reshape(*a.shape[:2], -1, H) for a in (k, v))
         q_BTKGH = q.reshape(*q.shape[:2], k_BTKH.shape[2], -1, H)
         if c.qk_norm and c.qk_norm != 'full':
@@ -96,10 +90,26 @@ class Attention(nnx.Module):
         else:
             how |= {'causal': c.causal, 'backend': ctx.backend, 'ring': True}
             a_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, here, here, **how)
-        y_BTD = ctx.reduce_scatter_sequence(
-            linear_back(a_BTKGH.reshape(*q.shape[:2], -1), unshard(self.o_DN[...], q.dtype))
-        )
-        return (y_BTD + self.o_bias_D.astype(q.dtype)[None, None] if c.bias or c.o_bias else y_BTD), cache
+        return self.o(a_BTKGH.reshape(*q.shape[:2], -1), ctx.reduce_scatter_sequence), cache
+
+
+class KVLinear(Linear):
+    """To keys or values: where `tensor` has more devices than heads, each computes the head that its query heads use."""
+
+    def __init__(self, inputs: int, heads: int, head_dim: int, **more: Any):
+        super().__init__(inputs, kv_width(heads, head_dim), repeats=heads, **more)
+        self.heads, self.head_dim = heads, head_dim
+
+    def kernel(self, dtype):
+        return local_kv_heads(super().kernel(dtype), self.heads, self.head_dim)
+
+    def bias(self, dtype):
+        return local_kv_heads(self.b_O[...], self.heads, self.head_dim).astype(dtype)
+
+
+def kv_width(heads: int, head_dim: int) -> Size:
+    """All heads of keys, or of values, side by side."""
+    return Size(heads * head_dim, 'model.kv_heads × model.head_dim')
 
 
 def how_to_attend(c: ModelConfig, windowed: bool) -> dict[str, Any]:
@@ -114,11 +124,11 @@ def how_to_attend(c: ModelConfig, windowed: bool) -> dict[str, Any]:
     }
 
 
-def local_kv_heads(w_DM, c: ModelConfig):
+def local_kv_heads(w_DM, heads: int, head_dim: int):
     """This device's KV heads, in the last dim. More devices along `tensor` than heads: the head that its query heads use."""
     n = lax.axis_size('tensor')
-    if n <= c.kv_heads:
+    if n <= heads:
         return w_DM
     w_DM = lax.all_gather(w_DM, 'tensor', axis=w_DM.ndim - 1, tiled=True)
-    head = lax.axis_index('tensor') * c.kv_heads // n
-    return lax.dynamic_slice_in_dim(w_DM, head * c.head_dim, c.head_dim, axis=w_DM.ndim - 1)
+    head = lax.axis_index('tensor') * heads // n
+    return lax.dynamic_slice_in_dim(w_DM, head * head_dim, head_dim, axis=w_DM.ndim - 1)

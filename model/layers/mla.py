@@ -18,12 +18,11 @@ from weft.model.kv_cache import KVCache, cache_read, cache_update
 from weft.model.layers.attention import how_to_attend
 from weft.model.layers.norm import rms_norm
 from weft.model.layers.rope import rope
-from weft.model.linear import linear, linear_back
+from weft.model.linear import Linear, TransposedLinear
 from weft.model.ops.attention import attention
 from weft.model.ops.attention.cached import cached_attention
-from weft.model.parameters import constant, residual_gain, weight
-from weft.sharding.collectives import unshard
-from weft.sharding.mesh import FSDP
+from weft.model.parameters import Role, Size, parameter, residual_gain
+from weft.sharding.mesh import FSDP, Divides
 
 LATENT_EPSILON = 1e-6  # of the latent vectors' norms, in all published models, whatever the others' is
 
@@ -31,46 +30,42 @@ LATENT_EPSILON = 1e-6  # of the latent vectors' norms, in all published models, 
 class LatentAttention(nnx.Module):
     """Causal self-attention from latent vectors, heads split over `tensor`; the latent vectors are whole on each device."""
 
-    def __init__(self, c: ModelConfig, kind: LayerSpec, rngs: nnx.Rngs):
+    def __init__(self, c: ModelConfig, kind: LayerSpec):
         self.config, self.windowed, a = c, kind.windowed, c.latent
-        D, N, R = c.model_dim, c.heads * c.query_dim, a.kv_rank
+        D, R = Size(c.model_dim, 'model.model_dim'), Size(a.kv_rank, 'model.latent.kv_rank')
+        N, U = (Size(c.heads * width, 'model.heads', c.heads) for width in (c.query_dim, a.value_dim))
+        whole, part = (FSDP, None), 'attention'
         if a.q_rank:
-            self.q_down_DQ = weight(rngs, c, (D, a.q_rank), P(FSDP, None), fan_in=D)
-            self.q_scale_Q = constant(c, 1.0, (a.q_rank,), P(None))
-            self.q_up_QN = weight(rngs, c, (a.q_rank, N), P(FSDP, 'tensor'), fan_in=a.q_rank)
+            Q = Size(a.q_rank, 'model.latent.q_rank')
+            self.q_down = Linear(D, Q, part=part, bias=c.qkv_bias, split=whole)
+            self.q_scale_Q = parameter((Q,), P(None), Role.SCALE, value=1.0, part=part)
+            self.q_up = Linear(Q, N, part=part)
         else:
-            self.q_DN = weight(rngs, c, (D, N), P(FSDP, 'tensor'), fan_in=D)
-        self.kv_down_DR = weight(rngs, c, (D, R + a.rotary_dim), P(FSDP, None), fan_in=D)
-        if c.qkv_bias:
-            self.kv_down_bias_R = constant(c, 0.0, (R + a.rotary_dim,), P(None))
-            if a.q_rank:
-                self.q_down_bias_Q = constant(c, 0.0, (a.q_rank,), P(None))
-        self.kv_scale_R = constant(c, 1.0, (R,), P(None))
+            self.q = Linear(D, N, part=part)
+        self.kv_down = Linear(D, R + a.rotary_dim, part=part, bias=c.qkv_bias, split=whole)
+        self.kv_scale_R = parameter((R,), P(None), Role.SCALE, value=1.0, part=part)
         # Of each head first the key's columns, then the value's.
-        self.kv_up_RN = weight(rngs, c, (R, c.heads * (a.plain_dim + a.value_dim)), P(FSDP, 'tensor'), fan_in=R)
-        U = c.heads * a.value_dim
-        self.o_DU = weight(rngs, c, (D, U), P(FSDP, 'tensor'), fan_in=U, gain=residual_gain(c))
-        if c.bias or c.o_bias:
-            self.o_bias_D = constant(c, 0.0, (D,), P(None))
+        self.kv_up = Linear(R, Size(c.heads * (a.plain_dim + a.value_dim), 'model.heads', c.heads), part=part)
+        self.o = TransposedLinear(U, D, part=part, bias=c.bias or c.o_bias, gain=residual_gain(c.layers))
+
+    @staticmethod
+    def rules(c: ModelConfig) -> list[Divides]:
+        """What a mesh must divide beside the weights."""
+        return [Divides(('tensor',), 'model.heads', c.heads)]
 
     def __call__(self, x_BTD, ctx: ForwardContext, cache: KVCache | None, layer):
         """The block's output in the layout between blocks, and the cache with these tokens' latent vectors at [layer]."""
         c, a, dtype = self.config, self.config.latent, x_BTD.dtype
-        down_BTR = linear(x_BTD, unshard(self.kv_down_DR[...], dtype))
-        if c.qkv_bias:
-            down_BTR = down_BTR + self.kv_down_bias_R.astype(dtype)[None, None]
+        down_BTR = self.kv_down(x_BTD)
         latent_BTR = rms_norm(down_BTR[..., : a.kv_rank], self.kv_scale_R[...], LATENT_EPSILON)
         # What travels between the devices of `tensor` is the latent vectors, which are smaller than x.
         both_BTR = ctx.gather_sequence(jnp.concatenate([latent_BTR, down_BTR[..., a.kv_rank :]], -1))
         latent_BTR, key_BTr = both_BTR[..., : a.kv_rank], both_BTR[..., a.kv_rank :]
         if a.q_rank:
-            q_BTQ = linear(x_BTD, unshard(self.q_down_DQ[...], dtype))
-            if c.qkv_bias:
-                q_BTQ = q_BTQ + self.q_down_bias_Q.astype(dtype)[None, None]
-            q_BTQ = rms_norm(q_BTQ, self.q_scale_Q[...], LATENT_EPSILON)
-            q = linear(ctx.gather_sequence(q_BTQ), unshard(self.q_up_QN[...], dtype))
+            q_BTQ = rms_norm(self.q_down(x_BTD), self.q_scale_Q[...], LATENT_EPSILON)
+            q = self.q_up(ctx.gather_sequence(q_BTQ))
         else:
-            q = linear(ctx.gather_sequence(x_BTD), unshard(self.q_DN[...], dtype))
+            q = self.q(ctx.gather_sequence(x_BTD))
         q_BTnH = q.reshape(*q.shape[:2], -1, c.query_dim)
         plain_BTnH, turning_BTnr = q_BTnH[..., : a.plain_dim], q_BTnH[..., a.plain_dim :]
         turned_BTnr = rope(turning_BTnr, ctx.position_BT, ctx.segment_BT, c)
@@ -78,7 +73,7 @@ class LatentAttention(nnx.Module):
         if cache is not None:
             new_BT1R = jnp.concatenate([latent_BTR, key_BTr], -1)[:, :, None]
             cache = KVCache(cache_update(cache.k_LBSM, new_BT1R, layer, ctx.position_BT), None)
-        up_RnH = unshard(self.kv_up_RN[...], dtype).reshape(a.kv_rank, -1, a.plain_dim + a.value_dim)
+        up_RnH = self.kv_up.kernel(dtype).reshape(a.kv_rank, -1, a.plain_dim + a.value_dim)
         up_RnP, up_RnU = up_RnH[..., : a.plain_dim], up_RnH[..., a.plain_dim :]
         how = how_to_attend(c, self.windowed)
         if ctx.decoding:
@@ -96,7 +91,4 @@ class LatentAttention(nnx.Module):
             q_BTn1H = jnp.concatenate([plain_BTnH, turned_BTnr], -1)[:, :, :, None]
             here = (ctx.position_BT, ctx.segment_BT)
             out_BTnU = attention(q_BTn1H, k_BTnH, v_BTnU, here, here, **how, backend=ctx.backend, ring=True)
-        y_BTD = ctx.reduce_scatter_sequence(
-            linear_back(out_BTnU.reshape(*q.shape[:2], -1), unshard(self.o_DU[...], dtype))
-        )
-        return (y_BTD + self.o_bias_D.astype(dtype)[None, None] if c.bias or c.o_bias else y_BTD), cache
+        return self.o(out_BTnU.reshape(*q.shape[:2], -1), ctx.reduce_scatter_sequence), cache

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 
 from tests.planner.steps import decode_step, mesh_shape, rows, run_config, training_step
 from weft.inference.step import encode, prefill
+from weft.model.batch import Source
 from weft.model.config import EncoderConfig, MLAConfig, ModelConfig, MoEConfig
 from weft.model.ops import expert_dispatch as dispatch
 from weft.planner import communication, traffic
@@ -113,7 +114,7 @@ def test_steps_ask_for_what_their_shapes_say(name, monkeypatch):
     with jax.set_mesh(make_mesh(mesh)):
         step, (state, batch) = training_step(run)
         if c.encoder:
-            batch |= {f'source_{name}': batch['tokens'] for name in ('tokens', 'positions', 'segments')}
+            batch = batch._replace(source=Source(*batch[:1] * 3))
         parts = run.training.accumulation, run.microbatches
         same(jax.make_jaxpr(step)(state, batch), communication.training(c, mesh, BATCH, length, *parts))
         if mesh.stage > 1 or length != LENGTH:

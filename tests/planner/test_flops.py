@@ -16,8 +16,9 @@ from tests.families.loading import read
 from tests.planner.steps import run_config
 from weft.inference.step import decode, empty_cache, encode, prefill
 from weft.model import cost
+from weft.model.batch import Batch, Source
 from weft.model.config import MLAConfig, ModelConfig, MoEConfig
-from weft.model.forward import Source, logits
+from weft.model.forward import logits
 from weft.model.ops.attention import attention
 from weft.planner.dots import dots
 from weft.planner.flops import BACKWARD, ONE, executed
@@ -42,11 +43,11 @@ def traced(c: ModelConfig, what: str, mesh: MeshConfig, rows: int, length: int, 
     with jax.set_mesh(make_mesh(mesh)):
         model = abstract_state(run_config(c, mesh, rows, length)).model
         row_BT = integers(rows, length)
-        batch = dict.fromkeys(('tokens', 'targets', 'positions', 'segments'), row_BT)
+        batch = Batch(row_BT, row_BT, row_BT, row_BT)
         kept = None
         if c.encoder:
             row_BS = integers(rows, source)
-            batch |= dict.fromkeys(('source_tokens', 'source_positions', 'source_segments'), row_BS)
+            batch = batch._replace(source=Source(row_BS, row_BS, row_BS))
             kept = on_mesh(jax.eval_shape(encode, model, row_BS, integers(rows)))
         if what == 'train':
             run, arguments = functools.partial(loss_and_gradient, **step), (model, batch)
