@@ -6,6 +6,7 @@ Legend: N rows of a batch, T inputs of a row, S tokens of a split's documents on
 
 import abc
 import contextlib
+import functools
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -83,7 +84,8 @@ class Rows(Samples):
         row_N = np.fromiter(indices, np.int64)
         assert ((row_N >= 0) & (row_N < len(self))).all(), f'rows {row_N} of {len(self)}'
         shape = len(row_N), self.sequence_length
-        rows = Batch(*(np.zeros(shape, np.int32) for _ in range(4)))
+        zeros = functools.partial(np.zeros, shape, np.int32)
+        rows = Batch(zeros(), zeros(), zeros(), zeros())
         stream_S = self.stream_S
         count_T = np.arange(self.sequence_length, dtype=np.int32)
         for n, row in enumerate(row_N.tolist()):

@@ -4,6 +4,7 @@ Legend: N rows of a batch, T tokens of a row, on each side; S tokens of all pair
 """
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -97,8 +98,9 @@ class PairRows(Samples):
         row_N = np.fromiter(indices, np.int64)
         assert ((row_N >= 0) & (row_N < len(self))).all(), f'rows {row_N} of {len(self)}'
         shape = len(row_N), self.sequence_length
-        source = Source(*(np.zeros(shape, np.int32) for _ in range(3)))
-        rows = Batch(*(np.zeros(shape, np.int32) for _ in range(4)), source)
+        zeros = functools.partial(np.zeros, shape, np.int32)
+        source = Source(zeros(), zeros(), zeros())
+        rows = Batch(zeros(), zeros(), zeros(), zeros(), source)
         count_T = np.arange(self.sequence_length, dtype=np.int32)
         for n, row in enumerate(row_N.tolist()):
             begins = [0, 0]

@@ -30,6 +30,7 @@ from weft.hub.published_folder import SINGLE as SINGLE
 from weft.hub.published_folder import TEMPLATES as TEMPLATES
 from weft.hub.published_folder import side_files as side_files
 from weft.hub.streaming import arrays
+from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import ModelConfig
 from weft.runtime.errors import CLOSE, SEARCHED, UserError, nearest, shown
 from weft.sharding.mesh import AXES
@@ -59,6 +60,7 @@ class Published:
     fields: Fields
     family: Family
     model: ModelConfig
+    compute: ComputeConfig  # the dtypes that its weights are kept in and computed in
     table: list[Tensor]  # without copies
     sources: dict[str, Source]  # by the table's names
     files: dict[str, str]  # what tensors are called in the files, where the table calls them otherwise
@@ -70,7 +72,7 @@ class Published:
 
     @property
     def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        return shapes_of(self.model)
+        return shapes_of(self.model, self.compute)
 
     @property
     def bytes(self) -> int:
@@ -80,17 +82,19 @@ class Published:
     def arrays(self, mesh: jax.sharding.Mesh) -> Iterator[tuple[str, jax.Array]]:
         """Our arrays by name, one after another, in their layout on the mesh."""
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            shapes = leaves(self.model)  # whose layouts name the axes that this mesh splits something along
+            shapes = leaves(
+                self.model, self.compute
+            )  # whose layouts name the axes that this mesh splits something along
         return arrays(self.table, shapes, lambda name, take: self.sources[name].read(take), mesh)
 
 
-def shapes_of(c: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+def shapes_of(c: ModelConfig, compute: ComputeConfig = DEFAULT) -> dict[str, jax.ShapeDtypeStruct]:
     """`leaves`, also where no mesh is set and no device may be touched yet: their layouts are then those on one device."""
     if not jax.sharding.get_abstract_mesh().empty:
-        return leaves(c)
+        return leaves(c, compute)
     mesh = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
     with jax.sharding.use_abstract_mesh(mesh):
-        return leaves(c)
+        return leaves(c, compute)
 
 
 def read(
@@ -125,9 +129,11 @@ def read(
         from_gguf.check(table)
     sources, copies, fixed = _match(folder, family, table, stored, files, c)
     table = [one for one in table if not one.copy_of]
-    c = _with_dtypes(folder, c, table, sources, dtype)
+    compute = _dtypes(folder, table, sources, dtype)
     files = {name: file for name, file in files.items() if name in (*sources, *copies, *fixed)}
-    return Published(folder, fields, family, c, table, sources, files, copies, fixed, absent, tuple(ignore), from_gguf)
+    return Published(
+        folder, fields, family, c, compute, table, sources, files, copies, fixed, absent, tuple(ignore), from_gguf
+    )
 
 
 def _check_counts(family: Family, c: ModelConfig, tensors: int) -> None:
@@ -285,10 +291,8 @@ def _check_copy(one: Source, name: str, source: Source, of: str) -> None:
         )
 
 
-def _with_dtypes(
-    folder: Path, c: ModelConfig, table: list[Tensor], sources: Mapping[str, Source], dtype: str | None
-) -> ModelConfig:
-    """The config with the dtypes of storage and compute."""
+def _dtypes(folder: Path, table: list[Tensor], sources: Mapping[str, Source], dtype: str | None) -> ComputeConfig:
+    """The dtypes of storage and compute: see `read`."""
     found: Counter[np.dtype] = Counter()
     for one in table:
         source = sources[one.name]
@@ -308,4 +312,4 @@ def _with_dtypes(
             'with --dtype'
         )
     most = dtype or found.most_common(1)[0][0].name
-    return dataclasses.replace(c, weight_dtype=cast(Kept, kept), dtype='bfloat16' if most == 'bfloat16' else 'float32')
+    return ComputeConfig(weight_dtype=cast(Kept, kept), dtype='bfloat16' if most == 'bfloat16' else 'float32')

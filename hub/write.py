@@ -13,16 +13,13 @@ from weft.hub import tensor_files
 from weft.hub.families import Family, Fields, families, tensors
 from weft.hub.families.fields import passed_over
 from weft.hub.read import CONFIG, INDEX, SINGLE, shapes_of
-from weft.model.config import ModelConfig
+from weft.model.config import OF_TRAINING, ModelConfig
 from weft.runtime.errors import UserError, nearest
 from weft.storage import files as disk
 from weft.storage.staged import staged
 
 FILE_BYTES = 5 * 10**9  # of tensors in one file that is written
 NOT_EXPORTED = ('quantization_config', 'auto_map', 'transformers_version')
-# What a model's config says of running and training it.
-NO_LOGIT = ('dtype', 'weight_dtype', 'remat', 'attention', 'experts', 'dropout', 'mtp_loss')
-NO_LOGIT_MOE = ('balance_loss', 'z_loss', 'bias_update_rate', 'dispatch', 'capacity_factor')
 OF_KINDS = (
     'model.moe.first_dense_layers',
     'model.moe.pattern',
@@ -163,11 +160,11 @@ def _differing(found: ModelConfig, c: ModelConfig) -> list[Difference]:
 
 def _said(c: ModelConfig) -> dict[str, Any]:
     """The fields of a model that change its logits, as they are with this model's other fields."""
-    fields = {name: value for name, value in dataclasses.asdict(c).items() if name not in NO_LOGIT}
+    fields = {name: value for name, value in dataclasses.asdict(c).items() if name not in OF_TRAINING}
     if c.encoder is None or c.of_encoder.query_dim == c.query_dim:
         fields['query_scale'] = c.query_scale or c.query_dim**-0.5
     if c.moe:
-        fields['moe'] = {name: value for name, value in fields['moe'].items() if name not in NO_LOGIT_MOE}
+        fields['moe'] = {name: value for name, value in fields['moe'].items() if f'moe.{name}' not in OF_TRAINING}
         fields['moe']['choice_bias'] = c.moe.has_choice_bias
         fields['moe']['shared_mlp_dim'] = c.moe.shared_dim // max(c.moe.shared_experts, 1)
         if c.moe.groups == 1:

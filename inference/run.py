@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from weft.data.tokenizer import Tokenizer
 from weft.hub.published_tokenizer import has_tokenizer, run_tokenizer
 from weft.inference.unstacked import divided, is_written_out, kinds, unstacked
+from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.cost import parameters
 from weft.model.decoder import Decoder, declared_decoder
-from weft.model.parameters import map_declared
+from weft.model.parameters import Parameter, map_declared
 from weft.model.sizes import sizes
 from weft.runtime import background
 from weft.runtime.device_memory import explaining
@@ -94,14 +95,15 @@ def open_run(
     )
     wanted = own_mesh(config) if mesh is None else parse_mesh(mesh)
     check_divides(wanted, [*sizes(config.model), NO_PIPELINE])
-    start(wanted.size, config.model.dtype)
+    start(wanted.size, config.compute.dtype)
     devices = make_mesh(wanted)
     rows = context(folder, config)
     if needs_text and not has_tokenizer(files):
         raise UserError(f'{folder} was imported without a tokenizer: it takes token ids alone (scripts/score.py)')
     with jax.set_mesh(devices):
         stored = abstract_model(config)
-        computed = jax.tree.map(lambda w, dtype: w.update(dtype=dtype), stored, dtypes_in_use(config.model))
+        in_use = dtypes_in_use(config.model, config.compute)
+        computed = jax.tree.map(lambda w, dtype: w.update(dtype=dtype), stored, in_use)
         apart = not stacked and is_written_out(computed)
         kind = unstacked(computed, kinds) if apart else computed
 
@@ -157,10 +159,13 @@ def in_compute_dtype(model: Decoder) -> Decoder:
 
     Routers, norms and biases compute in at least float32 and stay as they are.
     """
-    return jax.tree.map(lambda w, dtype: w.astype(dtype), model, dtypes_in_use(model.config))
+    return jax.tree.map(lambda w, dtype: w.astype(dtype), model, dtypes_in_use(model.config, model.compute))
 
 
-def dtypes_in_use(c: ModelConfig) -> Decoder:
+def dtypes_in_use(c: ModelConfig, compute: ComputeConfig) -> Decoder:
     """The dtype of each weight while a model is used."""
-    dtype = lambda name, weight: jnp.dtype(c.dtype) if weight.role.narrow else weight.role.dtype(c.parameter_dtype)
-    return map_declared(dtype, declared_decoder(c))
+
+    def dtype(name: str, weight: Parameter) -> jnp.dtype:
+        return jnp.dtype(compute.dtype) if weight.role.narrow else weight.role.dtype(compute.parameter_dtype)
+
+    return map_declared(dtype, declared_decoder(c, compute))

@@ -124,7 +124,7 @@ def check_token(token: int) -> None:
     if token == NO_TOKEN:
         raise MachineError(
             'the logits of the next token are not finite: the weights are, so a number between them is too large for the '
-            'dtype that the model computes in (model.dtype)'
+            'dtype that the model computes in (compute.dtype)'
         )
 
 

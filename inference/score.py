@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from weft.model.batch import Source
+from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.decoder import Decoder
 from weft.model.forward import hidden_states, logits, place, row_ways
@@ -29,7 +30,7 @@ def score(
     split, ways = row_ways(), math.prod(jax.sharding.get_mesh().shape[axis] for axis in SEQUENCE)
     count, T = tokens_BT.shape
     padded = -(-T // ways) * ways
-    rows = split * rows_at_once(model.config, -(-count // split), padded)
+    rows = split * rows_at_once(model.config, model.compute, -(-count // split), padded)
     run = jax.jit(logits if model.config.head else hidden_states)
     position = place(np.broadcast_to(np.arange(padded, dtype=np.int32), (rows, padded)))
     document = place(np.broadcast_to((np.arange(padded) < T).astype(np.int32), (rows, padded)))
@@ -42,12 +43,12 @@ def score(
         yield begin, np.asarray(found, np.float32)[: len(block), :T]
 
 
-def rows_at_once(c: ModelConfig, rows: int, length: int) -> int:
+def rows_at_once(c: ModelConfig, compute: ComputeConfig, rows: int, length: int) -> int:
     """How many of its rows of so many tokens a device scores at once: in as few turns as its memory is for, all alike.
 
     One alone where rows compete for room at experts (`dispatch: all_to_all`): its logits are then those of no other's company.
     """
-    if c.moe and c.moe.dispatch == 'all_to_all':
+    if c.moe and compute.dispatch == 'all_to_all':
         return 1
     width = c.vocabulary if c.head else c.model_dim
     most = max(1, min(TOKENS.get(platform(), TOKENS_ELSEWHERE) // length, BYTES // (4 * length * width)))

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax import P, lax
 
-from weft.model.backends import backends
 from weft.model.context import ForwardContext
 from weft.model.decoder import Decoder
 from weft.model.forward import ROWS, TOKENS, columns, needs_causal, needs_no_stages, one_device, real_vocabulary
@@ -73,9 +72,9 @@ def empty_cache(model: Decoder, rows: int, slots: int, source: CrossKVCache | No
     """
     needs_no_stages('decoding')
     needs_causal(model, 'decoding')
-    c, mesh = model.config, jax.sharding.get_abstract_mesh().shape
+    c, dtype, mesh = model.config, model.compute.dtype, jax.sharding.get_abstract_mesh().shape
     slots = -(-slots // mesh['context']) * mesh['context']
-    make = lambda width: jnp.zeros((c.layers, rows, slots, mesh['tensor'] * width), c.dtype, out_sharding=CACHE_SPEC)
+    make = lambda width: jnp.zeros((c.layers, rows, slots, mesh['tensor'] * width), dtype, out_sharding=CACHE_SPEC)
     widths = cached_numbers(c, mesh['tensor'], platform())
     return KVCache(make(widths[0]), make(widths[1]) if len(widths) > 1 else None, source)
 
@@ -86,7 +85,7 @@ def encode(model: Decoder, tokens_BS, length_B) -> CrossKVCache:
     def body(model, tokens_BS, length_B):
         position_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
         segment_BS = (position_BS < length_B[:, None]).astype(jnp.int32)
-        ctx = ForwardContext(position_BS, segment_BS, **backends(model.config))
+        ctx = ForwardContext(position_BS, segment_BS, model.resolved_compute)
         return model.kept(model.read(tokens_BS, position_BS, segment_BS, ctx))
 
     layouts: tuple[Any, ...] = (CACHE_SPEC, CACHE_SPEC, TOKENS)
@@ -114,7 +113,7 @@ def prefill(model: Decoder, cache: KVCache, tokens_BT, length_B):
         position_BT = jnp.broadcast_to(column_T, tokens_BT.shape)
         segment_BT = (position_BT < length_B[:, None]).astype(jnp.int32)
         split = tokens_BT.shape[1] % lax.axis_size('tensor') == 0
-        ctx = ForwardContext(position_BT, segment_BT, **backends(model.config), sequence_split=split, source=source)
+        ctx = ForwardContext(position_BT, segment_BT, model.resolved_compute, sequence_split=split, source=source)
         x_BTD, cache, _ = model.hidden(tokens_BT, ctx, cache)
         last_BT1 = (position_BT == length_B[:, None] - 1)[..., None]  # one column, of one device of `context`
         last_BD = psum(jnp.where(last_BT1, ctx.gather_sequence(x_BTD), 0).sum(1), 'context')
@@ -137,7 +136,7 @@ def extend(model: Decoder, cache: KVCache, tokens_BT, begin_B, length_B):
         ctx = ForwardContext(
             begin_B[:, None] + column_1T,
             live_BT.astype(jnp.int32),
-            **backends(model.config),
+            model.resolved_compute,
             sequence_split=False,
             decoding=True,
             source=source,
@@ -169,7 +168,7 @@ def decode(model: Decoder, cache: KVCache, token_B, position_B):
     def body(model, cache, source, token_B, position_B):
         ones_B1 = jnp.ones_like(position_B)[:, None]
         ctx = ForwardContext(
-            position_B[:, None], ones_B1, **backends(model.config), sequence_split=False, decoding=True, source=source
+            position_B[:, None], ones_B1, model.resolved_compute, sequence_split=False, decoding=True, source=source
         )
         x_BTD, cache, _ = model.hidden(token_B[:, None], ctx, cache)
         return to_vocabulary(x_BTD[:, 0], model.head(), model.config), cache

@@ -16,7 +16,7 @@ from weft.sharding.mesh import platform
 
 def is_written_out(model: Decoder) -> bool:
     """Whether a decoding step on the current mesh's platform has no loop over this model's layers."""
-    return written_out(model.config.layers, model.config, True, platform())
+    return written_out(model.config.layers, model.config, model.compute.remat, True, platform())
 
 
 def unstacked(model: Decoder, divide: Callable[[Any], list[Any]]) -> Decoder:

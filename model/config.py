@@ -1,10 +1,11 @@
-"""What a decoder is made of. No mesh in here: the same config runs on any mesh that divides its sizes (model/sizes.py)."""
+"""What a decoder is made of. No mesh in here: the same config runs on any mesh that divides its sizes (model/sizes.py).
+
+How it is computed (dtypes, rematerialisation, backends) is `ComputeConfig`'s: model/compute.py.
+"""
 
 import dataclasses
 import functools
 from typing import Any, Literal
-
-import jax.numpy as jnp
 
 from weft.model.config_parts import (
     EncoderConfig,
@@ -23,6 +24,10 @@ MOST_COMPUTED = (
     2**28
 )  # numbers of a table of positions that no file holds: it is computed as often as a program is traced
 VOCABULARY_MULTIPLE = 128  # the embedding's rows are rounded up to it, on every mesh alike, so that they split evenly
+
+
+# Fields of a model that matter to training alone: no logit depends on them.
+OF_TRAINING = ('dropout', 'mtp_loss', 'moe.balance_loss', 'moe.z_loss', 'moe.bias_update_rate')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,13 +91,6 @@ class ModelConfig:
     # More layers, each of which predicts one token further ahead (DeepSeek-V3, arXiv:2412.19437, section 2.2).
     mtp_layers: int = 0
     mtp_loss: float = 0.3  # weight of the mean of their losses
-    dtype: Literal['float32', 'bfloat16', 'float16', 'float64'] = 'float32'  # of compute
-    # Of stored parameters, gradients and optimizer state; None: at least float32. An import keeps its source's, and
-    # training goes on from it in float32 unless told otherwise.
-    weight_dtype: Literal['float32', 'bfloat16', 'float16', 'float64'] | None = None
-    remat: Literal['none', 'dots', 'block'] = 'none'  # kept for the backward pass: all; matmul results; a layer's input
-    attention: Literal['auto', 'reference', 'blockwise', 'flash', 'splash'] = 'auto'
-    experts: Literal['auto', 'reference', 'blocked', 'ragged', 'gmm'] = 'auto'  # backend of the experts' grouped matmul
 
     def __post_init__(self):
         set_default = lambda field, value: (
@@ -261,11 +259,6 @@ class ModelConfig:
             return LayerSpec(bool(experts), windowed, turned)
 
         return tuple(kind(layer) for layer in range(self.layers))
-
-    @functools.cached_property
-    def parameter_dtype(self):
-        """Of parameters, gradients and optimizer state."""
-        return jnp.dtype(self.weight_dtype) if self.weight_dtype else jnp.promote_types(self.dtype, 'float32')
 
     @property
     def padded_vocabulary(self) -> int:

@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
-from weft.runtime.errors import UserError, nearest
+from weft.runtime.errors import UserError
 
 MOST_TRIED = 2**20  # divisors
-Dispatch = Literal['auto', 'all_gather', 'all_to_all', 'ragged']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +89,10 @@ class LayerGroup:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """A mixture-of-experts layer. Every token visits its `top_k` experts and all shared ones; `all_to_all` alone drops some."""
+    """A mixture-of-experts layer. Every token visits its `top_k` experts and all shared ones.
+
+    Of `compute.dispatch` `all_to_all` alone drops some.
+    """
 
     experts: int
     top_k: int = 2
@@ -115,10 +117,6 @@ class MoEConfig:
     z_loss: float = 0.001  # weight of the router z-loss (ST-MoE, arXiv:2202.08906, eq. 5)
     bias_update_rate: float = (
         0.0  # step of the choice's bias (DeepSeek-V3, section 2.1.2: 0.001); above 0: there is one
-    )
-    dispatch: Dispatch = 'auto'  # how tokens reach their experts: see model/ops/expert_dispatch.py
-    capacity_factor: float = (
-        1.25  # all_to_all: rows of an expert's buffer by its even share; what does not fit is dropped
     )
 
     @property
@@ -166,15 +164,6 @@ class MoEConfig:
             )
         if self.groups > 1 and self.group_score == 'top2' and self.experts // self.groups < 2:
             raise UserError('model.moe.group_score is top2 and a group has one expert; use max')
-        if self.dispatch not in get_args(Dispatch):
-            raise UserError(
-                f'model.moe.dispatch is {self.dispatch!r}: no such way{nearest(self.dispatch, get_args(Dispatch))}'
-            )
-        if not 0 < self.capacity_factor < math.inf:
-            raise UserError(
-                f'model.moe.capacity_factor is {self.capacity_factor}: it must be a number above 0; 1 makes room for even '
-                f'choices, model.moe.dispatch=ragged for any'
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from weft.model.compute import ComputeConfig
 from weft.model.kv_cache import CrossKVCache
 from weft.sharding.collectives import (
     gather_sequence,
@@ -32,8 +33,7 @@ class ForwardContext:
 
     position_BT: jax.Array  # place in the document, int32
     segment_BT: jax.Array  # documents of a row, numbered from 1; 0 is padding
-    backend: str  # of attention
-    experts: str  # backend of the experts' grouped matmul
+    compute: ComputeConfig  # resolved: no 'auto' in it
     sequence_split: bool = True  # between blocks each device of `tensor` holds a slice of the sequence, not all of it
     dropout_key: jax.Array | None = None  # one for all devices; None: no dropout
     row_B: jax.Array | None = None  # number of each row in the global batch, for dropout

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import P, lax
 
-from weft.model.backends import backends
 from weft.model.block import Ahead, Block
+from weft.model.compute import DEFAULT, ComputeConfig, resolve
 from weft.model.config import ModelConfig
 from weft.model.context import EncoderOutput, ForwardContext
 from weft.model.embedding import lookup
@@ -46,8 +46,8 @@ class Decoder(nnx.Module):
     alone: an encoder's.
     """
 
-    def __init__(self, c: ModelConfig):
-        self.config = c
+    def __init__(self, c: ModelConfig, compute: ComputeConfig = DEFAULT):
+        self.config, self.compute = c, compute
         D = Size(c.model_dim, 'model.model_dim')
         if c.vocabulary is not None:
             V = Size(c.padded_vocabulary, 'the padded vocabulary')
@@ -65,7 +65,7 @@ class Decoder(nnx.Module):
             if c.embedding_norm:
                 self.embedding_norm = Norm(c)
             if c.encoder:
-                self.encoder = Decoder(c.of_encoder)
+                self.encoder = Decoder(c.of_encoder, compute)
         if c.positions == 'relative':
             shape = c.relative_buckets, Size(c.heads, 'model.heads')
             scale = c.model_dim**-0.5
@@ -94,6 +94,11 @@ class Decoder(nnx.Module):
             numbers = tuple(range(c.layers, c.layers + c.mtp_layers))
             self.mtp = stack_layers(Ahead(c, c.layer_specs[-1]), numbers, None)
 
+    @property
+    def resolved_compute(self) -> ComputeConfig:
+        """`compute` on the current mesh, with no 'auto' in it."""
+        return resolve(self.compute, self.config)
+
     def hidden(self, tokens_BT, ctx: ForwardContext, cache: KVCache | None = None, for_head: bool = True):
         """Normed activations before the LM head, in the layout between blocks; the cache; the figures of each router.
 
@@ -114,7 +119,7 @@ class Decoder(nnx.Module):
             ctx,
             position_BT=position_BS,
             segment_BT=segment_BS,
-            backend=backends(e)['backend'],
+            compute=self.encoder.resolved_compute,
             sequence_split=tokens_BS.shape[1] % lax.axis_size('tensor') == 0,
             dropout_key=None if ctx.dropout_key is None else jax.random.fold_in(ctx.dropout_key, 3),
             column_T=jnp.arange(tokens_BS.shape[1]),
@@ -155,7 +160,9 @@ class Decoder(nnx.Module):
         found, figures = [], []
         for k, next_BT in enumerate(next_kBT):
             layer = jax.tree.map(lambda a, k=k: a[k], self.mtp)
-            run = remat(lambda layer, x, after, k=k: layer.ahead(x, after, ends, c.layers + k), c, True)
+            run = remat(
+                lambda layer, x, after, k=k: layer.ahead(x, after, ends, c.layers + k), ends.compute.remat, True
+            )
             x_BTD, of_layer = run(layer, x_BTD, self.embed(my_microbatches(next_BT, ctx.microbatches), ends))
             found.append(x_BTD)
             figures.append(jax.tree.map(lambda a: mark_varying(a)[None], of_layer))
@@ -164,7 +171,7 @@ class Decoder(nnx.Module):
     def embed(self, tokens_BT, ctx: ForwardContext):
         """Each device of `tensor` looks up its part of D for all tokens; what is sent then makes that all of D."""
         c = self.config
-        x = lookup(unshard(self.embed_VD[...], c.dtype), tokens_BT)
+        x = lookup(unshard(self.embed_VD[...], self.compute.dtype), tokens_BT)
         if c.embedding_scale != 1:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if c.segment_kinds:
@@ -189,8 +196,8 @@ class Decoder(nnx.Module):
             w_DV, fill = self.head_DV[...], scattered_columns(V) - V
             if fill and learns and active_axes(FSDP):  # kept apart from the gather, for the compiler joins them wrongly
                 w_DV = lax.optimization_barrier(jnp.pad(w_DV, ((0, 0), (0, fill))))
-            return Head(unshard(w_DV, self.config.dtype)[:, :V], bias_V)
-        embed_VD = unshard(self.embed_VD[...], self.config.dtype)
+            return Head(unshard(w_DV, self.compute.dtype)[:, :V], bias_V)
+        embed_VD = unshard(self.embed_VD[...], self.compute.dtype)
         return Head(all_to_all(embed_VD, 'tensor', 0, 1), bias_V)
 
 
@@ -206,15 +213,15 @@ def layer_stacks(c: ModelConfig) -> list[Block]:
     return found
 
 
-def init_decoder(c: ModelConfig, key: jax.Array) -> Decoder:
+def init_decoder(c: ModelConfig, compute: ComputeConfig, key: jax.Array) -> Decoder:
     """A decoder with random weights, the same on every mesh, each born in its layout. Run it under `jax.jit` and a mesh."""
-    return initialise(Decoder(c), key, c.parameter_dtype)
+    return initialise(Decoder(c, compute), key, compute.parameter_dtype)
 
 
 @functools.lru_cache(maxsize=256)
-def declared_decoder(c: ModelConfig) -> Decoder:
+def declared_decoder(c: ModelConfig, compute: ComputeConfig = DEFAULT) -> Decoder:
     """The decoder without arrays: each of its weights as it is declared. Not to be changed, for it is made once."""
-    return Decoder(c)
+    return Decoder(c, compute)
 
 
 @functools.lru_cache(maxsize=256)

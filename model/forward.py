@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import P, lax
 from jax.sharding import NamedSharding
 
-from weft.model.backends import backends
 from weft.model.batch import Source
 from weft.model.config import needs_head
 from weft.model.context import ForwardContext
@@ -84,9 +83,10 @@ def one_device(body, model: Decoder, in_specs, out_specs):
     check_vma finds a missing sum; attention kernels that cannot say what varies turn it off.
     """
     check_mesh_is_set()
-    on = backends(model.config)
+    how = model.resolved_compute
     checked = not (
-        attention.needs_unchecked(on['backend']) or (model.config.moe and grouped_matmul.needs_unchecked(on['experts']))
+        attention.needs_unchecked(how.attention)
+        or (model.config.moe and grouped_matmul.needs_unchecked(how.grouped_matmul))
     )
     own = lambda model, *rest: body(mark_varying(model), *rest)
     return jax.shard_map(own, in_specs=(specs(model), *in_specs), out_specs=out_specs, check_vma=checked)
@@ -130,7 +130,7 @@ def logits(model: Decoder, tokens_BT, position_BT, segment_BT, kind_BT=None, sou
         column_T = columns(rows['tokens_BT'].shape[1], contiguous)
         rows = {name: a_BT[:, column_T] for name, a_BT in rows.items()}
         tokens_BT = rows.pop('tokens_BT')
-        ctx = with_source(model, ForwardContext(**rows, **backends(model.config)), source)
+        ctx = with_source(model, ForwardContext(**rows, compute=model.resolved_compute), source)
         x_BTD, _, _ = model.hidden(tokens_BT, ctx)
         return to_vocabulary(gather_sequence(x_BTD), model.head(), model.config)
 
@@ -153,7 +153,7 @@ def hidden_states(model: Decoder, tokens_BT, position_BT, segment_BT, kind_BT=No
         column_T = columns(rows['tokens_BT'].shape[1], contiguous)
         rows = {name: a_BT[:, column_T] for name, a_BT in rows.items()}
         tokens_BT = rows.pop('tokens_BT')
-        return model.hidden(tokens_BT, ForwardContext(**rows, **backends(model.config)), for_head=False)[0]
+        return model.hidden(tokens_BT, ForwardContext(**rows, compute=model.resolved_compute), for_head=False)[0]
 
     rows = {'tokens_BT': tokens_BT, 'position_BT': position_BT, 'segment_BT': segment_BT}
     rows |= {} if kind_BT is None else {'kind_BT': kind_BT}
@@ -179,7 +179,7 @@ def logits_ahead(model: Decoder, tokens_BT, position_BT, segment_BT):
     def body(model, *batch):
         column_T = columns(batch[0].shape[1], contiguous)
         cut = lambda a_BT: a_BT[:, column_T]
-        ctx = ForwardContext(cut(batch[1]), cut(batch[2]), **backends(model.config))
+        ctx = ForwardContext(cut(batch[1]), cut(batch[2]), model.resolved_compute)
         x_BTD, _, _ = model.hidden(cut(batch[0]), ctx)
         found, _ = model.ahead(x_BTD, [cut(jnp.roll(batch[0], -1 - k, axis=1)) for k in range(depth)], ctx)
         return jnp.stack([to_vocabulary(gather_sequence(x_BTD), model.head(), model.config) for x_BTD in found])

@@ -9,6 +9,7 @@ from flax import nnx
 from jax import lax
 
 from weft.model.block import Block
+from weft.model.compute import Remat
 from weft.model.config import ModelConfig
 from weft.model.context import ForwardContext
 from weft.model.kv_cache import KVCache
@@ -41,23 +42,23 @@ def in_order(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, cache: KVCac
 
     if isinstance(blocks[0], nnx.List):
         figures = []
-        run = jax.jit(remat(unit, blocks[0][0].config, True))  # like layers are traced once
+        run = jax.jit(remat(unit, ctx.compute.remat, True))  # like layers are traced once
         for number, layers in enumerate(zip(*blocks, strict=True)):
             (x_BTD, cache), found = run((x_BTD, cache), (layers, first + number * len(blocks)))
             figures.append(found)
         return x_BTD, cache, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *figures)
     repeats = jax.tree.leaves(blocks)[0].shape[0]
-    unroll = written_out(repeats * len(blocks), blocks[0].config, ctx.decoding, platform())
-    run = remat(unit, blocks[0].config, unroll)
+    unroll = written_out(repeats * len(blocks), blocks[0].config, ctx.compute.remat, ctx.decoding, platform())
+    run = remat(unit, ctx.compute.remat, unroll)
     numbers = first + jnp.arange(repeats) * len(blocks)
     (x_BTD, cache), figures = lax.scan(run, (x_BTD, cache), (blocks, numbers), unroll=unroll)
     return x_BTD, cache, figures
 
 
-def written_out(layers: int, c: ModelConfig, decoding: bool, on: str) -> bool:
+def written_out(layers: int, c: ModelConfig, kept: Remat, decoding: bool, on: str) -> bool:
     """Whether so many layers are no loop on a platform."""
     # XLA for GPUs would compute all of them again at once, and what remat is to save would be there together.
-    together = c.remat != 'none' and on == 'gpu' and not decoding
+    together = kept != 'none' and on == 'gpu' and not decoding
     most = UNROLLED.get(on) or (UNROLLED_EXPERTS.get(on) if c.moe else None) or (0, 0)
     return not together and layers <= most[decoding]
 
@@ -83,9 +84,9 @@ def by_layer(figures: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found) if found else {}
 
 
-def remat(layer, c: ModelConfig, unrolled: bool):
-    """The layer, keeping for its backward pass what `model.remat` says."""
-    if c.remat == 'none':
+def remat(layer, kept: Remat, unrolled: bool):
+    """The layer, keeping for its backward pass what `compute.remat` says."""
+    if kept == 'none':
         return layer
-    policy = None if c.remat == 'block' else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policy = None if kept == 'block' else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return jax.checkpoint(layer, policy=policy, prevent_cse=unrolled)  # a loop's border keeps it apart anyhow

@@ -44,7 +44,7 @@ def fewest_to_train(run: RunConfig, chip: Chip) -> Fitting | None:
             for options in ways(run, mesh, chip, REMAT[-1]):
                 yield from (choice.knobs for choice in (options[0], options[-1]) if choice.fits)
 
-    return first_of(counts, 4 * stored(run.model, MeshConfig()) / chip.memory_bytes, fitting)
+    return first_of(counts, 4 * stored(run.model, run.compute, MeshConfig()) / chip.memory_bytes, fitting)
 
 
 def fewest_to_serve(serving: Serving, rows: int | None) -> Fitting | None:

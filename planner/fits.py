@@ -96,10 +96,10 @@ def nearest_that_fits(run: RunConfig, platform: str, room: Room) -> str:
 def changes_of(run: RunConfig) -> Iterator[dict[str, Any]]:
     """What may be changed, the least first: how the step is worked on, where, then the batch, then the rows' length."""
     t = run.training
-    ways = [{}] if run.model.remat == 'block' else [{}, {'model.remat': 'block'}]
+    ways = [{}] if run.compute.remat == 'block' else [{}, {'compute.remat': 'block'}]
     for way, parts in itertools.product(ways, [n for n in divisors(t.batch) if n >= t.accumulation]):
         yield {'training.accumulation': parts, **way}
-    tightest = {'model.remat': 'block', 'training.accumulation': 1}
+    tightest = {'compute.remat': 'block', 'training.accumulation': 1}
     for mesh in nearest_meshes(run.mesh, rules_of(run)):
         if mesh.size < run.mesh.size:
             break
@@ -128,7 +128,7 @@ def changed(run: RunConfig, changes: dict[str, Any]) -> RunConfig | None:
         tried = dataclasses.replace(
             run,
             mesh=dataclasses.replace(run.mesh, **part('mesh.')),
-            model=dataclasses.replace(run.model, **part('model.')),
+            compute=dataclasses.replace(run.compute, **part('compute.')),
             training=dataclasses.replace(run.training, **part('training.')),
         )
     except UserError:

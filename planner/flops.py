@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from weft.model.compute import ComputeConfig
 from weft.model.config import LayerSpec, ModelConfig
 from weft.model.cost import keys_seen
 from weft.model.ops.cross_entropy import CHUNK
@@ -44,6 +45,7 @@ class Program:
     """One of our programs on a mesh, and the sizes that its terms share."""
 
     config: ModelConfig
+    compute: ComputeConfig
     what: What
     rows: int  # all devices together; of a step in parts, those of one part
     length: int  # tokens a row; of `decode` slots of the cache
@@ -89,6 +91,7 @@ class Program:
 
 def executed(
     c: ModelConfig,
+    compute: ComputeConfig,
     what: What,
     *,
     rows: int,
@@ -103,6 +106,7 @@ def executed(
 
     Args:
         c: a model with its vocabulary.
+        compute: how it is computed; of it `remat`, `dispatch` and `capacity_factor` count.
         what: `train` a step's loss and gradient; `loss` its forward pass alone; `score` all logits; `prefill` reading prompts;
             `decode` one more token in each row; `encode` what an encoder–decoder keeps of its sources.
         rows: all devices together.
@@ -117,7 +121,7 @@ def executed(
     """
     assert (c.encoder is None) == (source == 0), 'an encoder reads a source'
     length = -(-length // mesh.context) * mesh.context
-    p = Program(c, what, rows // accumulation, length, source, mesh, microbatches, attention)
+    p = Program(c, compute, what, rows // accumulation, length, source, mesh, microbatches, attention)
     parts: dict[str, float] = {}
     for part, flops in _terms(p):
         parts[part] = parts.get(part, 0.0) + flops * accumulation
@@ -130,6 +134,7 @@ def of_run(run: RunConfig, attention: str = 'reference') -> dict[str, float]:
     source = t.sequence_length if run.model.encoder else 0
     return executed(
         run.model,
+        run.compute,
         'train',
         rows=t.batch,
         length=t.sequence_length,
@@ -176,7 +181,7 @@ def _passes(p: Program, dot: Dot) -> float:
     """How often a layer's product is computed in all, a backward one counted by its size."""
     if not p.backward:
         return 1.0
-    remat = p.config.remat
+    remat = p.compute.remat
     again = (remat == 'block' and not dot.unused) or (remat == 'dots' and dot.batched)
     return 1.0 + dot.back + again
 
@@ -260,10 +265,10 @@ def _experts(p: Program, ends_unit: bool) -> Iterator[Dot]:
     D, F, inner = c.model_dim, m.mlp_dim, 2 if c.gated else 1
     yield Dot('router', 2.0 * p.own * D * m.experts)
     rows = p.tokens * m.top_k
-    if m.dispatch == 'all_to_all':
+    if p.compute.dispatch == 'all_to_all':
         senders = p.mesh.span(BATCH) * p.cut * p.mesh.context * (p.mesh.tensor if p.split else 1)
         here = p.tokens // senders if not p.decoding else p.rows // p.mesh.span(BATCH)
-        held = capacity(here, m.top_k, m.experts, m.capacity_factor) if p.split else here
+        held = capacity(here, m.top_k, m.experts, p.compute.capacity_factor) if p.split else here
         rows = senders * m.experts * held
     yield Dot('experts', 2.0 * rows * D * F * inner, batched=True)
     # Needed once more, for the gradient of the gates that it is multiplied by.

@@ -20,6 +20,7 @@ import math
 
 import jax.numpy as jnp
 
+from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.kv_cache import cached_numbers
 from weft.model.ops.cross_entropy import CHUNK
@@ -69,6 +70,7 @@ class Device:
     """What one device works on at once."""
 
     config: ModelConfig
+    compute: ComputeConfig
     mesh: MeshConfig
     rows: float  # of one part of a step, or of one microbatch
     columns: int  # of each row, all devices of `context` together
@@ -77,7 +79,7 @@ class Device:
     @property
     def number(self) -> int:
         """Bytes of a number in the compute dtype."""
-        return jnp.dtype(self.config.dtype).itemsize
+        return jnp.dtype(self.compute.dtype).itemsize
 
     @property
     def wide(self) -> int:
@@ -97,8 +99,8 @@ class Device:
 
 def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
     """Of a step of training on a 'cpu', 'gpu' or 'tpu'; the vocabulary must be known."""
-    c, mesh, t = run.model, run.mesh, run.training
-    held, parameters = inventory(c), stored(c, mesh)
+    c, compute, mesh, t = run.model, run.compute, run.mesh, run.training
+    held, parameters = inventory(c), stored(c, compute, mesh)
     rows = t.batch / mesh.span(BATCH)
     names = 4 + 3 * bool(c.encoder)
     fixed = Memory(
@@ -107,7 +109,7 @@ def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
         batch=names * rows * t.sequence_length * INT32,
     )
     part = rows / t.accumulation
-    outside = Device(c, mesh, part / mesh.stage, t.sequence_length, platform)
+    outside = Device(c, compute, mesh, part / mesh.stage, t.sequence_length, platform)
     inside = dataclasses.replace(outside, rows=part / run.microbatches)
     sums = parameters if t.accumulation > 1 else 0  # of the parts before this one
     ticks = run.microbatches + mesh.stage - 1 if mesh.stage > 1 else 1
@@ -126,7 +128,7 @@ def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
     head, logits = in_loss(outside)
     waits = head * outside.number  # the head's gradient, which is scattered with the others
     of_layers = sum(group.held(mesh) * weight.shard(mesh) for group in held.groups for weight in group.weights)
-    of_layers *= jnp.dtype(c.parameter_dtype).itemsize
+    of_layers *= compute.parameter_dtype.itemsize
     cast = casts(held, outside)
     table = c.padded_vocabulary * c.model_dim / mesh.tensor
     moments = [
@@ -153,9 +155,9 @@ def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
     return max(moments, key=lambda moment: moment.total)
 
 
-def stored(c: ModelConfig, mesh: MeshConfig) -> float:
+def stored(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig) -> float:
     """Bytes of the weights that a device keeps while it trains; their gradients and two moments take as many each."""
-    state = jnp.dtype(c.parameter_dtype).itemsize
+    state = compute.parameter_dtype.itemsize
     size = lambda weight: max(state, FLOAT32) if weight.wide else state
     return sum(numbers * size(weight) for weight, numbers in inventory(c).held(mesh))
 
@@ -166,7 +168,7 @@ def casts(held: Inventory, device: Device) -> float:
     A layer casts its own, but all of them are known before the loop over layers, and XLA casts them there, at once, where they
     are gathered next or are experts'; a plain matmul of what is not gathered casts as it reads.
     """
-    if jnp.dtype(device.config.parameter_dtype).itemsize == device.number:
+    if device.compute.parameter_dtype.itemsize == device.number:
         return 0
     numbers = sum(
         group.held(device.mesh) * weight.shard(device.mesh)
@@ -180,13 +182,13 @@ def casts(held: Inventory, device: Device) -> float:
 def kept_by(group: Group, device: Device) -> float:
     """Bytes that the layers of a group keep from their forward pass for their backward pass."""
     layers = group.held(device.mesh)
-    if group.config.remat == 'none':
+    if device.compute.remat == 'none':
         made, whole = residuals(group, device)
-        if not written_out(math.ceil(layers), group.config, False, device.platform):
+        if not written_out(math.ceil(layers), group.config, device.compute.remat, False, device.platform):
             made = stacked(group, device)
         return layers * (made + whole)
     kept = device.x
-    if group.config.remat == 'dots':
+    if device.compute.remat == 'dots':
         kept += dots(group, device)
     return layers * kept
 
@@ -207,7 +209,7 @@ def at_work(group: Group, device: Device) -> tuple[float, float]:
         hidden *= 2
     if n > 1:
         hidden += t * c.model_dim * b
-    if group.config.remat == 'none':
+    if device.compute.remat == 'none':
         return hidden, whole
     return made + hidden, 2 * whole
 
@@ -245,7 +247,7 @@ def stacked(group: Group, device: Device) -> float:
         return made + t * c.model_dim * b + HIDDEN * t * c.mlp_dim / n * b
     m = c.moe
     assert m is not None
-    if device.platform == 'gpu' and m.dispatch != 'all_to_all':
+    if device.platform == 'gpu' and device.compute.dispatch != 'all_to_all':
         return made + inner(group, device)  # our kernels' own backward pass
     rows, masks = expert_rows(c, device), 2  # a byte for each number
     made += rows * (2 * c.model_dim * b + masks * c.model_dim + HIDDEN * m.mlp_dim / n * b)
@@ -270,10 +272,10 @@ def expert_rows(c: ModelConfig, device: Device) -> float:
     m, mesh = c.moe, device.mesh
     assert m is not None
     t = device.tokens
-    if m.dispatch == 'all_to_all':
-        each = min(t / mesh.tensor, math.ceil(m.capacity_factor * t / mesh.tensor * m.top_k / m.experts))
+    if device.compute.dispatch == 'all_to_all':
+        each = min(t / mesh.tensor, math.ceil(device.compute.capacity_factor * t / mesh.tensor * m.top_k / m.experts))
         return m.experts * each * mesh.tensor
-    if m.dispatch == 'ragged':
+    if device.compute.dispatch == 'ragged':
         return mesh.expert * t * min(m.top_k, m.experts / mesh.expert)
     return mesh.expert * t * m.top_k
 
@@ -294,24 +296,31 @@ def in_loss(device: Device) -> tuple[float, float]:
 
 
 def serving_memory(
-    c: ModelConfig, mesh: MeshConfig, rows: int, length: int, new: int = 1, platform: str = 'tpu'
+    c: ModelConfig,
+    compute: ComputeConfig,
+    mesh: MeshConfig,
+    rows: int,
+    length: int,
+    new: int = 1,
+    platform: str = 'tpu',
 ) -> Memory:
     """Of a step that decodes one token in each row, or, with `new` above 1, reads prompts of so many tokens.
 
     Args:
         c: the model; its weights are kept as `inference.run.in_compute_dtype` has them.
+        compute: of it the dtypes count, and `dispatch` and `capacity_factor`.
         mesh: without stages.
         rows: sequences at once, all devices together.
         length: slots of the cache for each.
         new: tokens of each row that the step works on.
         platform: 'cpu', 'gpu' or 'tpu'.
     """
-    b, state = jnp.dtype(c.dtype).itemsize, jnp.dtype(c.parameter_dtype).itemsize
+    b, state = jnp.dtype(compute.dtype).itemsize, compute.parameter_dtype.itemsize
     size = lambda weight: b if weight.narrow_in_use else max(state, FLOAT32) if weight.wide else state
     held = inventory(c)
     parameters = sum(numbers * size(weight) for weight, numbers in held.held(mesh))
     mine = rows / mesh.span(BATCH)
-    device = Device(c, mesh, mine, new, platform)
+    device = Device(c, compute, mesh, mine, new, platform)
     slots = mine * -(-length // mesh.context)
     cache = c.layers * slots * sum(cached_numbers(c, mesh.tensor, platform)) * b
     working = gathered = 0.0

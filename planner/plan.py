@@ -67,7 +67,7 @@ def training_part(choice: Choice, chip: Chip, terms: Terms) -> dict[str, Any]:
         'what': 'train',
         'settings': choice.knobs,
         'mesh': mesh_part(run.mesh),
-        'remat': run.model.remat,
+        'remat': run.compute.remat,
         'accumulation': t.accumulation,
         'microbatches': run.microbatches,
         'tokens_per_step': step_tokens,
@@ -109,7 +109,7 @@ def serving_part(serving: Serving, chip: Chip, terms: Terms) -> dict[str, Any]:
         'fits': serving.fits,
         'time': time_part(serving.time),
         'step_seconds': seconds,
-        'mfu': flops * per_second / (chip.flops(serving.model.dtype) * chips),
+        'mfu': flops * per_second / (chip.flops(serving.compute.dtype) * chips),
         'tokens_per_second': per_second,
         'tokens_per_day': per_second * SECONDS_A_DAY,
         'serving': {
@@ -193,8 +193,8 @@ def settled(run: RunConfig, chosen: Mapping[str, Any]) -> RunConfig:
         accumulation=chosen['accumulation'],
         microbatches=chosen['microbatches'] if mesh.stage > 1 else None,
     )
-    model = dataclasses.replace(run.model, remat=chosen['remat'])
-    return dataclasses.replace(run, mesh=mesh, model=model, training=training)
+    compute = dataclasses.replace(run.compute, remat=chosen['remat'])
+    return dataclasses.replace(run, mesh=mesh, compute=compute, training=training)
 
 
 def compiled_part(compiled: 'Compiled', chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,8 +250,8 @@ def run_part(run: RunConfig) -> dict[str, Any]:
     t = run.training
     return {
         'name': run.name,
-        'dtype': run.model.dtype,
-        'weight_dtype': str(run.model.parameter_dtype),
+        'dtype': run.compute.dtype,
+        'weight_dtype': str(run.compute.parameter_dtype),
         'layers': run.model.layers,
         'batch': t.batch,
         'sequence_length': t.sequence_length,

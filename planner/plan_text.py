@@ -147,7 +147,7 @@ def search_table(search: dict[str, Any]) -> Table:
             parts = f'{settings["training.accumulation"]:,}'
             if 'training.microbatches' in settings:
                 parts += f' × {settings["training.microbatches"]}'
-            how = [settings['model.remat'], parts]
+            how = [settings['compute.remat'], parts]
         seconds = f'{choice["step_seconds"]:.3g}' if choice['fits'] else '–'
         table.add_row(choice['mesh'], *how, seconds, in_gib(choice['memory_bytes']), choice['why'])
     return table

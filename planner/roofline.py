@@ -21,6 +21,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.cost import training_flops
 from weft.model.kv_cache import cached_numbers
@@ -141,19 +142,18 @@ class Time:
 
 def train_time(run: RunConfig, chip: Chip) -> Time:
     """Of one step of a run, its batch whole, on as many chips as its mesh has devices."""
-    c, mesh = run.model, run.mesh
-    return _time(c, mesh, chip, _flops_of(run), train_bytes(run), run_traffic(run))
+    return _time(run.compute, run.mesh, chip, _flops_of(run), train_bytes(run), run_traffic(run))
 
 
 def least_time(run: RunConfig, chip: Chip) -> float:
     """Seconds that `train_time` predicts at least, found much sooner: of the multiplying alone."""
-    return sum(_flops_of(run).values()) / run.mesh.size / chip.flops(run.model.dtype) / chip.efficiency
+    return sum(_flops_of(run).values()) / run.mesh.size / chip.flops(run.compute.dtype) / chip.efficiency
 
 
 def _flops_of(run: RunConfig) -> dict[str, float]:
     t = run.training
     mesh = rows_as_data(run.mesh)
-    return train_flops(run.model, mesh, t.batch, t.sequence_length, t.accumulation, run.microbatches)
+    return train_flops(run.model, run.compute, mesh, t.batch, t.sequence_length, t.accumulation, run.microbatches)
 
 
 def rows_as_data(mesh: MeshConfig) -> MeshConfig:
@@ -163,11 +163,18 @@ def rows_as_data(mesh: MeshConfig) -> MeshConfig:
 
 @functools.lru_cache(maxsize=2**12)
 def train_flops(
-    c: ModelConfig, mesh: MeshConfig, batch: int, length: int, accumulation: int, microbatches: int
+    c: ModelConfig,
+    compute: ComputeConfig,
+    mesh: MeshConfig,
+    batch: int,
+    length: int,
+    accumulation: int,
+    microbatches: int,
 ) -> dict[str, float]:
     """By part of one step, all devices together."""
     return executed(
         c,
+        compute,
         'train',
         rows=batch,
         length=length,
@@ -180,10 +187,15 @@ def train_flops(
 
 
 def _time(
-    c: ModelConfig, mesh: MeshConfig, chip: Chip, flops: dict[str, float], moved: dict[str, float], sent: Traffic
+    compute: ComputeConfig,
+    mesh: MeshConfig,
+    chip: Chip,
+    flops: dict[str, float],
+    moved: dict[str, float],
+    sent: Traffic,
 ) -> Time:
     """FLOPs of all devices together, bytes of one."""
-    peak = chip.flops(c.dtype)
+    peak = chip.flops(compute.dtype)
     parts = []
     for name in [*flops, *(name for name in moved if name not in flops)]:
         mine, bytes_ = flops.get(name, 0.0) / mesh.size, moved.get(name, 0.0)
@@ -224,13 +236,14 @@ def stride(mesh: MeshConfig, axes: Iterable[str]) -> int:
 def run_traffic(run: RunConfig) -> Traffic:
     """What one device sends in a step."""
     t = run.training
-    return communication.training(run.model, run.mesh, t.batch, t.sequence_length, t.accumulation, run.microbatches)
+    step = (t.batch, t.sequence_length, t.accumulation, run.microbatches)
+    return communication.training(run.model, run.compute, run.mesh, *step)
 
 
 def train_bytes(run: RunConfig) -> dict[str, float]:
     """Bytes that one device moves in a step, by part."""
-    c, mesh, t = run.model, run.mesh, run.training
-    held, wide = inventory(c), jnp.dtype(c.parameter_dtype).itemsize
+    c, compute, mesh, t = run.model, run.compute, run.mesh, run.training
+    held, wide = inventory(c), compute.parameter_dtype.itemsize
     rows = t.batch / mesh.span(BATCH)
     tokens = rows * t.sequence_length / mesh.context
     moved: dict[str, float] = {}
@@ -238,11 +251,11 @@ def train_bytes(run: RunConfig) -> dict[str, float]:
         # A pipeline's bubble is worked on like the rest; what no stage owns is shared out by rows.
         layers = group.held(mesh)
         busy = tokens * (ticks_share(run) if group.where == 'pipeline' else 1 / mesh.stage)
-        passes = (2 if c.remat == 'block' else 1) + 2  # forward, again, and both gradients
+        passes = (2 if compute.remat == 'block' else 1) + 2  # forward, again, and both gradients
         times = t.accumulation * (run.microbatches if group.where == 'pipeline' else 1)
-        for name, size in _layer_bytes(group, mesh, busy, passes, times).items():
+        for name, size in _layer_bytes(group, compute, mesh, busy, passes, times).items():
             moved[name] = moved.get(name, 0.0) + layers * size
-    b = jnp.dtype(c.dtype).itemsize
+    b = jnp.dtype(compute.dtype).itemsize
     width = c.padded_vocabulary / mesh.tensor
     logits = 3 * (c.model_dim + width) * tokens / mesh.stage * b  # forward, and both gradients
     moved['head'] = moved.get('head', 0.0) + logits + 3 * c.model_dim * width * b
@@ -257,14 +270,20 @@ def ticks_share(run: RunConfig) -> float:
 
 
 def _layer_bytes(
-    group: Group, mesh: MeshConfig, tokens: float, passes: int, times: int, rows: int | None = None
+    group: Group,
+    compute: ComputeConfig,
+    mesh: MeshConfig,
+    tokens: float,
+    passes: int,
+    times: int,
+    rows: int | None = None,
 ) -> dict[str, float]:
     """Bytes that one layer moves in a step: each matrix and, for each token, both sides of its matmul, in each pass.
 
     With `rows`, tokens of all devices together, only the experts that one of them is expected to visit if choices are even.
     """
     c, n = group.config, mesh.tensor
-    b = jnp.dtype(c.dtype).itemsize
+    b = jnp.dtype(compute.dtype).itemsize
     found: dict[str, float] = {}
     for weight in group.weights:
         if len(weight.declared.shape) < 2 or ('tensor' not in weight.split and not weight.gathered):
@@ -291,44 +310,44 @@ def _matmul_bytes(c: ModelConfig, weight: Weight, mesh: MeshConfig, tokens: floa
 
 
 @functools.lru_cache(maxsize=2**12)
-def decode_flops(c: ModelConfig, mesh: MeshConfig, rows: int, length: int) -> dict[str, float]:
+def decode_flops(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, rows: int, length: int) -> dict[str, float]:
     """By part of one more token in each row, all devices together."""
     source = length if c.encoder else 0
-    return executed(c, 'decode', rows=rows, length=length, source=source, mesh=mesh, attention='flash')
+    return executed(c, compute, 'decode', rows=rows, length=length, source=source, mesh=mesh, attention='flash')
 
 
-def decode_time(c: ModelConfig, mesh: MeshConfig, chip: Chip, rows: int, length: int) -> Time:
+def decode_time(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, chip: Chip, rows: int, length: int) -> Time:
     """Of one more token in each of `rows` sequences (all devices together), whose cache has `length` slots."""
-    flops = decode_flops(c, rows_as_data(mesh), rows, length)
-    held, b, mine = inventory(c), jnp.dtype(c.dtype).itemsize, rows / mesh.span(BATCH)
+    flops = decode_flops(c, compute, rows_as_data(mesh), rows, length)
+    held, b, mine = inventory(c), jnp.dtype(compute.dtype).itemsize, rows / mesh.span(BATCH)
     moved: dict[str, float] = {}
     for group in held.groups:
         if group.where == 'ahead' or group.where == 'encoder':
             continue
-        for name, size in _layer_bytes(group, mesh, mine, 1, 1, rows).items():
+        for name, size in _layer_bytes(group, compute, mesh, mine, 1, 1, rows).items():
             moved[name] = moved.get(name, 0.0) + group.layers * size
     cached = sum(cached_numbers(c, mesh.tensor, chip.platform))
     moved['attention'] = c.layers * mine * (length / mesh.context) * cached * b
     moved['head'] = (c.model_dim + mine) * c.padded_vocabulary / mesh.tensor * b
-    return _time(c, mesh, chip, flops, moved, communication.decoding(c, mesh, rows))
+    return _time(compute, mesh, chip, flops, moved, communication.decoding(c, compute, mesh, rows))
 
 
-def prefill_time(c: ModelConfig, mesh: MeshConfig, chip: Chip, rows: int, length: int) -> Time:
+def prefill_time(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, chip: Chip, rows: int, length: int) -> Time:
     """Of reading a prompt of `length` tokens in each of `rows` sequences, all devices together."""
     source = length if c.encoder else 0
-    flops = executed(c, 'prefill', rows=rows, length=length, source=source, mesh=mesh, attention='flash')
+    flops = executed(c, compute, 'prefill', rows=rows, length=length, source=source, mesh=mesh, attention='flash')
     tokens = rows / mesh.span(BATCH) * length / mesh.context
     moved: dict[str, float] = {}
     for group in inventory(c).groups:
         if group.where == 'ahead':
             continue
-        for name, size in _layer_bytes(group, mesh, tokens, 1, 1).items():
+        for name, size in _layer_bytes(group, compute, mesh, tokens, 1, 1).items():
             moved[name] = moved.get(name, 0.0) + group.layers * size
-    return _time(c, mesh, chip, flops, moved, communication.prefill(c, mesh, rows, length))
+    return _time(compute, mesh, chip, flops, moved, communication.prefill(c, compute, mesh, rows, length))
 
 
 def mfu(run: RunConfig, chip: Chip, seconds: float) -> float:
     """Model FLOPs (causal, nothing computed twice) by what the chips could have done in a step's seconds."""
     t = run.training
     needed = training_flops(run.model, t.sequence_length) * t.batch * t.sequence_length
-    return needed / (seconds * chip.flops(run.model.dtype) * run.mesh.size)
+    return needed / (seconds * chip.flops(run.compute.dtype) * run.mesh.size)

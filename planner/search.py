@@ -11,9 +11,9 @@ import functools
 import heapq
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any
 
-from weft.model.config import ModelConfig
+from weft.model.compute import ComputeConfig, Remat
 from weft.model.sizes import batch_sizes, sizes
 from weft.planner.chips import Chip
 from weft.planner.layouts import divisors, meshes, nearest_count
@@ -26,7 +26,6 @@ from weft.training.config import RunConfig
 
 FAR = 2.0  # times as long as the fastest: not looked at any closer
 ALIKE = 1.01  # times as long that counts as equal: the simpler wins
-Remat = Literal['none', 'dots', 'block']
 REMAT: tuple[Remat, ...] = ('none', 'dots', 'block')
 MOST_MICROBATCHES = 16  # a stage: the bubble is below a seventeenth of the work by then
 
@@ -81,7 +80,7 @@ class Choice(Planned):
         """What the search chose, as config keys."""
         r = self.run
         found: dict[str, str | int] = {f'mesh.{axis}': getattr(r.mesh, axis) for axis in AXES}
-        found |= {'model.remat': r.model.remat, 'training.accumulation': r.training.accumulation}
+        found |= {'compute.remat': r.compute.remat, 'training.accumulation': r.training.accumulation}
         return found | ({'training.microbatches': r.microbatches} if r.mesh.stage > 1 else {})
 
     @property
@@ -160,7 +159,7 @@ def search(run: RunConfig, chip: Chip, chips: int) -> Found:
 
 def least_memory(run: RunConfig, mesh: MeshConfig) -> float:
     """Bytes that a chip needs at least: of the weights, their gradients and the optimizer."""
-    return 4 * stored(run.model, mesh)
+    return 4 * stored(run.model, run.compute, mesh)
 
 
 def _lowest(run: RunConfig, mesh: MeshConfig, chip: Chip) -> float:
@@ -286,11 +285,11 @@ def _works(run: RunConfig, mesh: MeshConfig, accumulation: int, microbatches: in
 
 
 def _with(run: RunConfig, mesh: MeshConfig, remat: Remat, accumulation: int, microbatches: int | None) -> RunConfig:
-    model = _rematerialized(run.model, remat)
+    compute = _rematerialized(run.compute, remat)
     training = dataclasses.replace(run.training, accumulation=accumulation, microbatches=microbatches)
-    return dataclasses.replace(run, mesh=mesh, model=model, training=training)
+    return dataclasses.replace(run, mesh=mesh, compute=compute, training=training)
 
 
 @functools.lru_cache(maxsize=64)
-def _rematerialized(c: ModelConfig, remat: Remat) -> ModelConfig:
-    return dataclasses.replace(c, remat=remat)
+def _rematerialized(compute: ComputeConfig, remat: Remat) -> ComputeConfig:
+    return dataclasses.replace(compute, remat=remat)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 
+from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.sizes import sizes
 from weft.planner.chips import Chip
@@ -33,6 +34,7 @@ class Serving(Planned):
     """One way to serve, and what it costs; a step is one more token in each row."""
 
     model: ModelConfig
+    compute: ComputeConfig
     mesh: MeshConfig
     chip: Chip
     rows: int  # at once, all devices together
@@ -43,21 +45,25 @@ class Serving(Planned):
     @functools.cached_property
     def memory(self) -> Memory:  # type: ignore[override]
         """Of a chip while it decodes, or while it reads prompts, whichever needs more."""
-        decode = serving_memory(self.model, self.mesh, self.rows, self.length, platform=self.chip.platform)
+        decode = serving_memory(
+            self.model, self.compute, self.mesh, self.rows, self.length, platform=self.chip.platform
+        )
         rows = self.mesh.span(BATCH)  # prompts are read one row a device at a time
-        prefill = serving_memory(self.model, self.mesh, rows, self.length, self.prompt, self.chip.platform)
+        prefill = serving_memory(
+            self.model, self.compute, self.mesh, rows, self.length, self.prompt, self.chip.platform
+        )
         prefill = dataclasses.replace(prefill, cache=decode.cache)
         return max(decode, prefill, key=lambda memory: memory.total)
 
     @functools.cached_property
     def time(self) -> Time:  # type: ignore[override]
         """Of one more token in each row."""
-        return decode_time(self.model, self.mesh, self.chip, self.rows, self.length)
+        return decode_time(self.model, self.compute, self.mesh, self.chip, self.rows, self.length)
 
     @functools.cached_property
     def prefill(self) -> Time:
         """Of reading one prompt a device of the batch's axes."""
-        return prefill_time(self.model, self.mesh, self.chip, self.mesh.span(BATCH), self.prompt)
+        return prefill_time(self.model, self.compute, self.mesh, self.chip, self.mesh.span(BATCH), self.prompt)
 
     @property
     def tokens_per_second(self) -> float:
@@ -84,7 +90,14 @@ class Serving(Planned):
 
 
 def search_serving(
-    c: ModelConfig, chip: Chip, chips: int, rows: int | None, length: int, prompt: int, target: Target
+    c: ModelConfig,
+    compute: ComputeConfig,
+    chip: Chip,
+    chips: int,
+    rows: int | None,
+    length: int,
+    prompt: int,
+    target: Target,
 ) -> Found:
     """The ways to serve on so many chips, the best first, one for each set of mesh axes.
 
@@ -94,7 +107,9 @@ def search_serving(
     count, near = 0, list[Serving]()
     for mesh in serving_meshes(c, chips, rows):
         count += 1
-        options = [Serving(c, mesh, chip, n, length, prompt, target) for n in ([rows] if rows else rows_on(mesh))]
+        options = [
+            Serving(c, compute, mesh, chip, n, length, prompt, target) for n in ([rows] if rows else rows_on(mesh))
+        ]
         # More rows need more memory, and take longer, but not as much longer as they are more.
         fitting = bisect.bisect_left(options, True, key=lambda serving: not serving.fits)
         if options[fitting:]:

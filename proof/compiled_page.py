@@ -49,14 +49,17 @@ class Planned(NamedTuple):
 def plan(pair: Pair) -> Planned:
     """By shapes alone."""
     run, chip = pair.config, CHIPS[pair.chip]
-    c, mesh, rows, length = run.model, run.mesh, run.training.batch, run.training.sequence_length
+    c, compute, mesh = run.model, run.compute, run.mesh
+    rows, length = run.training.batch, run.training.sequence_length
     if pair.what == 'train':
         return Planned(training_memory(run, chip.platform), run_traffic(run), train_time(run, chip))
     if pair.what == 'decode':
-        memory = serving_memory(c, mesh, rows, length, platform=chip.platform)
-        return Planned(memory, communication.decoding(c, mesh, rows), decode_time(c, mesh, chip, rows, length))
-    memory = serving_memory(c, mesh, rows, length, length, chip.platform)
-    return Planned(memory, communication.prefill(c, mesh, rows, length), prefill_time(c, mesh, chip, rows, length))
+        memory = serving_memory(c, compute, mesh, rows, length, platform=chip.platform)
+        time = decode_time(c, compute, mesh, chip, rows, length)
+        return Planned(memory, communication.decoding(c, compute, mesh, rows), time)
+    memory = serving_memory(c, compute, mesh, rows, length, length, chip.platform)
+    time = prefill_time(c, compute, mesh, chip, rows, length)
+    return Planned(memory, communication.prefill(c, compute, mesh, rows, length), time)
 
 
 def by_axes(sent: Traffic) -> dict[str, float]:
@@ -202,7 +205,7 @@ def chosen(found: list[Searched]) -> Iterator[str]:
             continue
         parts = f' in {t.accumulation} parts' if t.accumulation > 1 else ''
         about = f'{one.name} | {one.case.chips} {one.case.chip} | {t.batch} × {t.sequence_length:,}'
-        what = f'{choice.mesh}, {choice.run.model.remat}{parts}'
+        what = f'{choice.mesh}, {choice.run.compute.remat}{parts}'
         if made.status != 'compiled':
             yield f'| {about} | {what} | {choice.total / 1e9:.4g} / – | | | | **{made.status}** |'
             continue

@@ -77,7 +77,7 @@ PAIRS = (
         'deepseek-v3',
         'v5p',
         'train',
-        mesh('data=16 expert=16 tensor=8', 4096, 4096, 'training.accumulation=16 model.moe.dispatch=all_to_all'),
+        mesh('data=16 expert=16 tensor=8', 4096, 4096, 'training.accumulation=16 compute.dispatch=all_to_all'),
         shown=True,
     ),
     Pair('llama-3.1-70b', 'v5p', 'train', mesh('data=16 tensor=4', 32, 8192)),

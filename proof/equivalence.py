@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding
 from weft.data.config import DataConfig
 from weft.model import stack
 from weft.model.batch import Batch
+from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig, MoEConfig
-from weft.model.config_parts import Dispatch
 from weft.model.decoder import Decoder, init_decoder
 from weft.model.forward import place
 from weft.sharding.mesh import AXES, MeshConfig, factorizations, make_mesh
@@ -38,24 +38,25 @@ EXPERTS = MoEConfig(
     mlp_dim=16,
     router='sigmoid',
     bias_update_rate=0.001,
-    capacity_factor=4.0,  # as many rows as there are: nothing is dropped, so that all dispatchers mean the same
 )
 
 
-def mixture(dispatch: Dispatch, **more: Any) -> ModelConfig:
-    return dataclasses.replace(
-        DENSE, window=None, qk_norm=False, moe=dataclasses.replace(EXPERTS, dispatch=dispatch, **more)
-    )
-
-
+MIXTURE = dataclasses.replace(DENSE, window=None, qk_norm=False, moe=EXPERTS)
 MODELS = {
     'dense': DENSE,
     # With what compiles longest: rematerialisation, shared experts, and a dense layer before the pipeline.
     'all_gather': dataclasses.replace(
-        mixture('all_gather', shared_experts=1, first_dense_layers=1), layers=9, remat='block'
+        MIXTURE, layers=9, moe=dataclasses.replace(EXPERTS, shared_experts=1, first_dense_layers=1)
     ),
-    'all_to_all': mixture('all_to_all'),
-    'ragged': mixture('ragged'),
+    'all_to_all': MIXTURE,
+    'ragged': MIXTURE,
+}
+COMPUTE = {
+    'dense': ComputeConfig(),
+    'all_gather': ComputeConfig(dispatch='all_gather', remat='block'),
+    # As many rows as there are: nothing is dropped, so that all dispatchers mean the same.
+    'all_to_all': ComputeConfig(dispatch='all_to_all', capacity_factor=4.0),
+    'ragged': ComputeConfig(dispatch='ragged'),
 }
 ACCUMULATION = {'dense': 2, 'all_to_all': 2}  # parts a step, on every mesh but the one device; 1 for the others
 
@@ -113,7 +114,8 @@ def config_of(kind: str, mesh: MeshConfig, dtype: Literal['float32', 'float64'],
     config = RunConfig(
         name='proof',
         mesh=mesh,
-        model=dataclasses.replace(MODELS[kind], dtype=dtype),
+        model=MODELS[kind],
+        compute=dataclasses.replace(COMPUTE[kind], dtype=dtype),
         data=DataConfig(),
         training=t,
     )
@@ -145,7 +147,7 @@ def named(tree: Any) -> dict[str, np.ndarray]:
 def gradient(kind: str, mesh: MeshConfig) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradient of the first step in float64, from one device's initial parameters."""
     config = config_of(kind, mesh, 'float64')
-    make = lambda key: init_decoder(config.model, key)
+    make = lambda key: init_decoder(config.model, config.compute, key)
     with precision('float64'), jax.set_mesh(make_mesh(mesh)):
         if mesh.size == 1:
             model = jax.jit(make)(jax.random.key(0))
@@ -164,7 +166,8 @@ def gradient(kind: str, mesh: MeshConfig) -> tuple[float, dict[str, np.ndarray]]
 def one_model(kind: str) -> Decoder:
     """Initial parameters in float64, made on one device, on the host."""
     with precision('float64'), jax.set_mesh(make_mesh(MeshConfig())):
-        make = lambda key: init_decoder(config_of(kind, MeshConfig(), 'float64').model, key)
+        config = config_of(kind, MeshConfig(), 'float64')
+        make = lambda key: init_decoder(config.model, config.compute, key)
         return jax.tree.map(np.asarray, jax.jit(make)(jax.random.key(0)))
 
 
@@ -172,7 +175,7 @@ def initial(kind: str, mesh: MeshConfig) -> dict[str, np.ndarray]:
     """Initial parameters in float32, made on the mesh."""
     config = config_of(kind, mesh, 'float32')
     with precision('float32'), jax.set_mesh(make_mesh(mesh)):
-        return named(jax.jit(lambda key: init_decoder(config.model, key))(jax.random.key(config.seed)))
+        return named(jax.jit(lambda key: init_decoder(config.model, config.compute, key))(jax.random.key(config.seed)))
 
 
 def losses_dtype(kind: str) -> Literal['float32', 'float64']:

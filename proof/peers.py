@@ -33,7 +33,8 @@ def recipe(config: RunConfig) -> dict[str, Any]:
     if t.accumulation > 1:
         raise UserError(f'training.accumulation is {t.accumulation}: beside nanoGPT it must be 1')
     return {
-        **{field: getattr(m, field) for field in ('layers', 'heads', 'model_dim', 'vocabulary', 'bias', 'dtype')},
+        **{field: getattr(m, field) for field in ('layers', 'heads', 'model_dim', 'vocabulary', 'bias')},
+        'dtype': config.compute.dtype,
         'sequence_length': t.sequence_length,
         'batch': t.batch,
     }
@@ -121,8 +122,8 @@ def beside_transformers(
         rows, prompt, new: rows of a batch, tokens of each prompt, and tokens after it, of which the first is the prompt's.
     """
     run = open_run(folder, mesh, needs_text=False)
-    if run.config.model.dtype != 'float32':
-        raise UserError(f'{folder}: computes in {run.config.model.dtype}; beside transformers it must be float32')
+    if run.config.compute.dtype != 'float32':
+        raise UserError(f'{folder}: computes in {run.config.compute.dtype}; beside transformers it must be float32')
     ids = np.random.default_rng(0).integers(0, run.config.model.vocabulary, (rows, prompt), dtype=np.int32)
     with tempfile.TemporaryDirectory() as place, jax.set_mesh(run.mesh):
         export_run(run.folder, Path(place) / 'exported', 'float32', say=lambda line: None)

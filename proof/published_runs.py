@@ -77,8 +77,8 @@ class Published:
     @functools.cached_property
     def bound(self) -> float:
         """Seconds a step at least, whatever is kept."""
-        model = dataclasses.replace(self.run.model, remat='none')
-        return self.time(dataclasses.replace(self.run, model=model)).bound
+        compute = dataclasses.replace(self.run.compute, remat='none')
+        return self.time(dataclasses.replace(self.run, compute=compute)).bound
 
     @property
     def predicted(self) -> float:
@@ -108,8 +108,8 @@ def _published(row: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]], 
         changes = {key: value for key, value in models[name].items() if key != 'of'} | changes
         name = models[name]['of']
     changes |= {
-        'model.dtype': 'bfloat16',
-        'model.remat': row['remat'],
+        'compute.dtype': 'bfloat16',
+        'compute.remat': row['remat'],
         'training.batch': row['batch'],
         'training.sequence_length': row['length'],
         'training.accumulation': row.get('accumulation', 1),

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig, MoEConfig
 from weft.training.config import RunConfig, TrainingConfig
 
@@ -14,7 +15,6 @@ SMALL = ModelConfig(
     kv_heads=4,
     mlp_dim=8192,
     tied_embedding=False,
-    dtype='bfloat16',
 )
 LARGE = dataclasses.replace(SMALL, layers=64, model_dim=8192, heads=64, head_dim=128, kv_heads=8, mlp_dim=28672)
 MIXTURE = dataclasses.replace(SMALL, moe=MoEConfig(experts=8, mlp_dim=4096))
@@ -22,9 +22,13 @@ WIDE = dataclasses.replace(LARGE, layers=32, moe=MoEConfig(experts=16, top_k=2, 
 DEEP = dataclasses.replace(SMALL, layers=48, mlp_dim=6144)
 
 
+NARROW = ComputeConfig(dtype='bfloat16')
+
+
 def run_of(model: ModelConfig, batch: int, length: int) -> RunConfig:
     """Without a mesh."""
-    return RunConfig(name='x', model=model, training=TrainingConfig(steps=1, batch=batch, sequence_length=length))
+    training = TrainingConfig(steps=1, batch=batch, sequence_length=length)
+    return RunConfig(name='x', model=model, compute=NARROW, training=training)
 
 
 class Case(NamedTuple):

@@ -127,7 +127,7 @@ def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int, profil
         places = np.broadcast_to(np.arange(seen, dtype=np.int32), (rows, seen))
         arguments = place(ids[:, :seen]), place(places), place(np.ones_like(places))
         again = statistics.median(seconds_each(lambda: everything(model, *arguments), 5))
-    width = jnp.dtype(c.dtype).itemsize
+    width = jnp.dtype(config.compute.dtype).itemsize
     bytes_ = cost.decode_bytes(c, rows, prompt + new / 2, width, width)
     bandwidth, basis = peak_bandwidth(config)
     return {
@@ -211,7 +211,7 @@ def peak_flops(config: RunConfig) -> tuple[float | None, str]:
     """FLOP/s that the mesh's devices (a CPU: this machine) can reach at most in the config's dtype, and how that is known."""
     chip = chips.find(jax.devices()[0].device_kind)
     if chip:
-        one = chip.bfloat16_flops if config.model.dtype == 'bfloat16' else chip.float32_flops
+        one = chip.bfloat16_flops if config.compute.dtype == 'bfloat16' else chip.float32_flops
         return one * config.mesh.size, chip.source
     if not _is_cpu():
         return None, UNKNOWN

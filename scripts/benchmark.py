@@ -37,7 +37,7 @@ OLMOE = ('configs/models/olmoe-1b-7b.yaml', 'mesh.expert=1')
 EIGHT = ('model.layers=8', 'training.batch=4', 'training.sequence_length=4096')
 ACCELERATOR = (  # one device with 80 GB or more
     ('train', 'configs/models/gpt2.yaml'),
-    ('train', *LLAMA, *EIGHT, 'model.remat=none'),
+    ('train', *LLAMA, *EIGHT, 'compute.remat=none'),
     ('train', *OLMOE, *EIGHT, 'model.layers=4'),
     ('decode', *LLAMA, '--rows', '1', '--prompt', '1024', '--new', '64'),
     ('decode', *LLAMA, '--rows', '64', '--prompt', '1024', '--new', '64'),
@@ -69,7 +69,9 @@ def main() -> None:
     for name, default in (('rows', 8192), ('experts', 8), ('dim', 256), ('hidden', 512)):
         options['experts'].add_argument(f'--{name}', type=whole(0), default=default)
     options['experts'].add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
-    options['experts'].add_argument('--backend', default='auto', help='of the grouped matmul, as model.experts')
+    options['experts'].add_argument(
+        '--backend', default='auto', help='of the grouped matmul, as compute.grouped_matmul'
+    )
     options['nanogpt'].add_argument('--repository', type=Path, required=True, help='a checkout of nanoGPT')
     options['nanogpt'].add_argument('--python', default=sys.executable, help='an interpreter that has torch')
     options['transformers'].add_argument('run', metavar='RUN', help='a folder such as runs/smollm2')
@@ -104,7 +106,7 @@ def configured(given: argparse.Namespace) -> dict[str, Any]:
 
     from weft.sharding.mesh import start
 
-    start(config.mesh.size, config.model.dtype)
+    start(config.mesh.size, config.compute.dtype)
 
     from weft.proof import peers
     from weft.proof import speed as measure

@@ -183,11 +183,12 @@ def serve(options, config, chip, length: int, terms, mesh: str):
     target = Target(latency=None if options.latency is None else options.latency / 1e3, throughput=options.throughput)
     rows = options.rows or (None if options.latency or options.throughput else 64)
     if mesh == SEARCHED:
-        found = search_serving(config.model, chip, options.chips, rows, length, prompt, target)
+        found = search_serving(config.model, config.compute, chip, options.chips, rows, length, prompt, target)
         chosen = found.ranked[0]
     else:
         found = None
-        chosen = Serving(config.model, config.mesh, chip, rows or config.mesh.span(BATCH), length, prompt, target)
+        held = rows or config.mesh.span(BATCH)
+        chosen = Serving(config.model, config.compute, config.mesh, chip, held, length, prompt, target)
         check_serves(chosen)
     fits_from = None if chosen.fits else fewest_to_serve(chosen, rows)
     return mesh, found, serving_part(chosen, chip, terms), fits_from

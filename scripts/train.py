@@ -43,7 +43,7 @@ def main() -> int:
 
     from weft.sharding.mesh import start
 
-    start(config.mesh.size, config.model.dtype, processes)
+    start(config.mesh.size, config.compute.dtype, processes)
     if launch:
         begin(launch, config.mesh.size)
 

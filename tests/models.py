@@ -6,18 +6,19 @@ import numpy as np
 
 from tests.families.loading import from_leaves
 from weft.hub.families import leaves
+from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.decoder import Decoder, weights_of
 from weft.model.parameters import Role
 
 
-def filled(c: ModelConfig, seed: int = 0, gain: float = 1.0) -> Decoder:
+def filled(c: ModelConfig, compute: ComputeConfig = DEFAULT, seed: int = 0, gain: float = 1.0) -> Decoder:
     """A decoder on the current mesh, the same on all. Matrices are about as large as at birth, norms and biases not trivial.
 
     `gain` is of the matrices.
     """
     found = {}
-    for name, leaf in leaves(c).items():
+    for name, leaf in leaves(c, compute).items():
         noise = np.random.default_rng((seed, zlib.crc32(name.encode()))).standard_normal(leaf.shape)
         role = weights_of(c)[name].role
         if role.decays:
@@ -25,4 +26,4 @@ def filled(c: ModelConfig, seed: int = 0, gain: float = 1.0) -> Decoder:
         else:
             value = (1 - c.norm_offset if role is Role.SCALE else 0) + 0.3 * noise
         found[name] = value.astype(leaf.dtype)
-    return from_leaves(c, found)
+    return from_leaves(c, found, compute)

@@ -12,7 +12,8 @@ import pydantic
 
 from weft.data.config import DataConfig
 from weft.data.reading import decoded, opened
-from weft.model.config import ModelConfig, needs_head
+from weft.model.compute import ComputeConfig
+from weft.model.config import OF_TRAINING, ModelConfig, needs_head
 from weft.model.config_parts import nearest_divisor
 from weft.model.sizes import batch_sizes, sizes
 from weft.runtime.errors import UserError, nearest_path, shown
@@ -108,6 +109,7 @@ class RunConfig:
     seed: int = 0
     mesh: MeshConfig = MeshConfig()
     model: ModelConfig
+    compute: ComputeConfig = ComputeConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -173,18 +175,21 @@ MAY_BEGIN_WITH = (
     'seed',
     'data',
     'training',
-    'model.dtype',
-    'model.weight_dtype',
-    'model.dropout',
-    'model.remat',
-    'model.attention',
-    'model.experts',
-    'model.moe.balance_loss',
-    'model.moe.z_loss',
-    'model.moe.bias_update_rate',
-    'model.moe.dispatch',
-    'model.moe.capacity_factor',
+    'compute',
+    *(f'model.{field}' for field in OF_TRAINING),
 )  # too, where the run is an imported model that has not been trained on
+
+
+# Keys of earlier configs -> what they are called now.
+RENAMED = {
+    'model.dtype': 'compute.dtype',
+    'model.weight_dtype': 'compute.weight_dtype',
+    'model.remat': 'compute.remat',
+    'model.attention': 'compute.attention',
+    'model.experts': 'compute.grouped_matmul',
+    'model.moe.dispatch': 'compute.dispatch',
+    'model.moe.capacity_factor': 'compute.capacity_factor',
+}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -220,6 +225,8 @@ def parse(content: str | bytes, path: str, overrides: Sequence[str] = ()) -> Run
 def validate(tree: dict, source: str) -> RunConfig:
     """A mapping as a RunConfig; `source` names where it came from in the message of a UserError."""
     for key, value in _leaves(tree):
+        if key in RENAMED:
+            raise UserError(f'{source}: no key {key!r}; did you mean {RENAMED[key]!r}?')
         key = shown(key, 80)
         if isinstance(value, float) and not abs(value) <= FLOAT32:
             raise UserError(

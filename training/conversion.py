@@ -32,7 +32,6 @@ from weft.hub.families import OPTIONAL, Tensor, families, tensors
 from weft.hub.gguf.tokenizer import tokenizer_files
 from weft.hub.published_tokenizer import published_tokenizer, run_tokenizer
 from weft.hub.streaming import narrowed, published
-from weft.model.config import ModelConfig
 from weft.model.sizes import sizes
 from weft.runtime.device_memory import told_bytes
 from weft.runtime.errors import UserError, shown
@@ -91,7 +90,7 @@ def make_run(
     Raises UserError, before anything is written, if it cannot be one. The arguments are those of `hub.read`.
     """
     found, files, config, tokenizer, unread = examined(source, run.name, mesh, dtype, without_remote_code, ignore)
-    start(mesh.size, config.model.dtype)
+    start(mesh.size, config.compute.dtype)
     devices = make_mesh(mesh)
     kept = {'config.yaml': configs.dump(config).encode()} | (tokenizer.files() if tokenizer else {})
     beside = kept | {'config.yaml': configs.dump(trained_on(config)).encode()}
@@ -108,7 +107,7 @@ def make_run(
             disk.make_folder((place / SOURCE / name).parent)
             disk.put(place / SOURCE / name, content)
         disk.put(place / RECORD, (json.dumps(record(found, dtype), indent=1) + '\n').encode())
-    say(f'{run}: {found.family.name}, {parameters(found):,} parameters, weights in {found.model.weight_dtype}')
+    say(f'{run}: {found.family.name}, {parameters(found):,} parameters, weights in {found.compute.weight_dtype}')
     for line in (*left_out(found), *unread):
         say(line)
     if found.of_gguf and (packed := found.of_gguf.packed):
@@ -232,18 +231,20 @@ def run_config(name: str, found: hub.Published, mesh: MeshConfig) -> RunConfig:
         sequence_length=max(positions // ways, 1) * ways,
         learning_rate=1e-5,
     )
-    return RunConfig(name=name, mesh=mesh, model=found.model, data=NO_DATA, training=training)
+    return RunConfig(name=name, mesh=mesh, model=found.model, compute=found.compute, data=NO_DATA, training=training)
 
 
 def trained_on(config: RunConfig) -> RunConfig:
     """The config that training goes on with: narrow weights become float32, for a small step is lost in them."""
-    narrow = jnp.promote_types(config.model.parameter_dtype, jnp.float32) != config.model.parameter_dtype
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, weight_dtype=None)) if narrow else config
+    kept = config.compute.parameter_dtype
+    if jnp.promote_types(kept, jnp.float32) == kept:
+        return config
+    return dataclasses.replace(config, compute=dataclasses.replace(config.compute, weight_dtype=None))
 
 
 def record(found: hub.Published, dtype: str | None) -> dict[str, Any]:
     """What an export needs beside the weights: the family, and what each tensor was, whatever it becomes here."""
-    kept = found.model.weight_dtype
+    kept = found.compute.weight_dtype
     shapes = found.shapes
     # Those of a source that is imported in another dtype become what our arrays are.
     own = lambda one: shapes[one.parts[0].leaf].dtype if dtype else found.sources[one.name].dtype
@@ -278,7 +279,7 @@ def export_run(
     first, config, files = read_newest(
         checkpoints, lambda newest: (newest, saved_config(checkpoints, newest), checkpoints.files(newest))
     )
-    c = config.model
+    c, stored = config.model, config.compute.parameter_dtype
     known = imported(run)
     if known and family not in (None, known.family):
         raise UserError(f'--family {family}: {run} was imported as {known.family}, and is exported as that')
@@ -301,12 +302,12 @@ def export_run(
     else:
         fields |= {'bos_token_id': tokenizer.bos, 'eos_token_id': tokenizer.eos}
         beside = exported_tokenizer(tokenizer, fields.get('max_position_embeddings', context))
-    kept = dtype or (known.dtype if known else c.parameter_dtype.name)
+    kept = dtype or (known.dtype if known else stored.name)
     fields['torch_dtype' if 'torch_dtype' in fields else 'dtype'] = kept
     wanted = mesh or config.mesh
     check_divides(wanted, sizes(c))
-    start(wanted.size, c.dtype)
-    shapes = hub.shapes_of(c)
+    start(wanted.size, config.compute.dtype)
+    shapes = hub.shapes_of(c, config.compute)
     with jax.set_mesh(make_mesh(wanted)):
         model, step = restore_newest(checkpoints, first, config, files, abstract_model(config))
         check_saved(checkpoints, step, {'model': model}, 'which are not to be published')
@@ -325,11 +326,11 @@ def export_run(
         )
     for one in table.values():
         if not (known and one.copy_of):  # the copies are those that there were
-            kept = dtype_of(one, c, shapes, known, dtype)
+            kept = dtype_of(one, stored, shapes, known, dtype)
             add(one.name, kept, one.shape, functools.partial(published, one, found))
     if known:
         for name, of in known.copies.items():
-            kept = dtype_of(table[of], c, shapes, known, dtype)
+            kept = dtype_of(table[of], stored, shapes, known, dtype)
             add(name, kept, table[of].shape, functools.partial(published, table[of], found))
         for name, own in known.fixed.items():
             numbers = chosen.fixed[name](c)
@@ -338,15 +339,13 @@ def export_run(
     publish.write(target, fields, beside, kinds, content)
     size = sum(math.prod(shape) * kept.itemsize for kept, shape in kinds.values())
     say(f'{target}: {fields["architectures"][0]}, {len(kinds)} tensors in {kept}, {told_bytes(size)} (step {step})')
-    if not dtype and jnp.promote_types(kept, c.parameter_dtype) != kept:
-        say(
-            f'rounded from {c.parameter_dtype} to {kept}, as it was imported; --dtype {c.parameter_dtype} keeps all digits'
-        )
+    if not dtype and jnp.promote_types(kept, stored) != kept:
+        say(f'rounded from {stored} to {kept}, as it was imported; --dtype {stored} keeps all digits')
 
 
 def dtype_of(
     one: Tensor,
-    c: ModelConfig,
+    stored: jnp.dtype,
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     known: 'Imported | None',
     dtype: str | None,
@@ -356,7 +355,7 @@ def dtype_of(
         return known.dtypes.get(one.name, known.dtype)
     if all(part.leaf.endswith('.bias_E') for part in one.parts):
         return shapes[one.parts[0].leaf].dtype.name
-    return dtype or c.parameter_dtype.name
+    return dtype or stored.name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -314,10 +314,10 @@ def tokens_so_far(checkpoints: Checkpoints, step: int) -> int:
 
 def widened(checkpoints: Checkpoints, config: RunConfig) -> str:
     """In what dtype an imported model is trained on, where that is not its own; the end of a sentence."""
-    stored, kept = saved_config(checkpoints, 0).model.parameter_dtype, config.model.parameter_dtype
+    stored, kept = saved_config(checkpoints, 0).compute.parameter_dtype, config.compute.parameter_dtype
     if stored == kept:
         return ''
-    return f', in {kept}: small steps would be lost in {stored} (model.weight_dtype={stored} keeps that)'
+    return f', in {kept}: small steps would be lost in {stored} (compute.weight_dtype={stored} keeps that)'
 
 
 def write_config(config: RunConfig, folder: Path) -> None:

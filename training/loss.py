@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax import P, lax
 
-from weft.model.backends import backends
 from weft.model.batch import Batch
 from weft.model.context import ForwardContext
 from weft.model.decoder import Decoder
@@ -136,7 +135,7 @@ def local_loss_sums(model: Decoder, batch: Batch, first: jax.Array, key: jax.Arr
     ctx = ForwardContext(
         position_BT,
         segment_BT,
-        **backends(model.config),
+        compute=model.resolved_compute,
         dropout_key=key,
         row_B=first + jnp.arange(B),
         column_T=column_T,

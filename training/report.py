@@ -75,12 +75,12 @@ def pipeline_line(config: RunConfig) -> str:
 
 
 def kept_inputs(config: RunConfig) -> int:
-    """Bytes on one device of the layers' inputs that wait for the backward pass: all that model.remat=block keeps.
+    """Bytes on one device of the layers' inputs that wait for the backward pass: all that compute.remat=block keeps.
 
     A pipeline keeps those of each tick, the bubble's too: (M + S - 1) · L / S inputs of a microbatch.
     """
     t, m, mesh = config.training, config.model, config.mesh
-    width = jnp.dtype(m.dtype).itemsize
+    width = jnp.dtype(config.compute.dtype).itemsize
     row = t.sequence_length * m.model_dim * width // mesh.span(SEQUENCE)
     rows = t.batch // (t.accumulation * mesh.span(BATCH))
     if mesh.stage == 1:
@@ -113,10 +113,12 @@ def weights_table(model: Any) -> Table:
 
 def memory_line(config: RunConfig, state: Any) -> str:
     """What a training step keeps on each device, and what to change. `state` may be abstract (shapes with shardings)."""
-    t, m, mesh = config.training, config.model, config.mesh
+    t, how, mesh = config.training, config.compute, config.mesh
     inputs = kept_inputs(config)
     weights, moments = shard_bytes(state.model), shard_bytes(state.optimizer)
-    remat = '' if m.remat == 'block' else f'set model.remat=block (now {m.remat}) to keep only the layers’ inputs, '
+    remat = (
+        '' if how.remat == 'block' else f'set compute.remat=block (now {how.remat}) to keep only the layers’ inputs, '
+    )
     return (
         f'out of memory on a device: weights {gib(weights)}, gradients {gib(weights)}, optimizer state {gib(moments)}, '
         f'layers’ inputs {gib(inputs)}, the rest activations; {remat}raise '

@@ -28,7 +28,7 @@ def abstract_state(config: RunConfig) -> State:
 
 def abstract_model(config: RunConfig) -> Any:
     """Of the weights alone; as `abstract_state`."""
-    return abstract_module(declared_decoder(config.model), config.model.parameter_dtype)
+    return abstract_module(declared_decoder(config.model, config.compute), config.compute.parameter_dtype)
 
 
 def abstract(make: Callable[..., Any], *arguments: Any) -> Any:
@@ -81,7 +81,8 @@ def restore_newest(
 
     def read(found: int) -> tuple[Any, int]:
         if found != first:
-            same = saved_config(checkpoints, found).model == config.model
+            saved = saved_config(checkpoints, found)
+            same = (saved.model, saved.compute) == (config.model, config.compute)
             if not same or fixed(checkpoints.files(found)) != fixed(files):
                 raise UserError(f'{checkpoints.run} became another model while it was read: begin again')
         return checkpoints.restore(found, {'model': abstract})['model'], found
@@ -102,13 +103,14 @@ def restore_imported(checkpoints: Checkpoints, config: RunConfig) -> Any:
 
     Raises UserError where they would have to be rounded.
     """
-    stored, kept = saved_config(checkpoints, 0).model.parameter_dtype, config.model.parameter_dtype
+    saved = saved_config(checkpoints, 0)
+    stored, kept = saved.compute.parameter_dtype, config.compute.parameter_dtype
     if jnp.promote_types(stored, kept) != kept:
         raise UserError(
-            f'model.weight_dtype is {kept} and the imported weights are {stored}, which it would round: nearest that works: '
-            f'model.weight_dtype={jnp.promote_types(stored, kept)}; or import the model again with --dtype {kept}'
+            f'compute.weight_dtype is {kept} and the imported weights are {stored}, which it would round: nearest that works: '
+            f'compute.weight_dtype={jnp.promote_types(stored, kept)}; or import the model again with --dtype {kept}'
         )
-    narrow = dataclasses.replace(config, model=dataclasses.replace(config.model, weight_dtype=stored.name))
+    narrow = dataclasses.replace(config, compute=saved.compute)
     wanted, structure = jax.tree.flatten(abstract_state(config).model)
     found = jax.tree.leaves(restore_model(checkpoints, 0, narrow))
     for i, kind in enumerate(wanted):

@@ -51,7 +51,7 @@ def init(config: RunConfig, model: Decoder | None = None) -> State:
     """
     weights, rest = jax.random.split(jax.random.key(config.seed))
     if model is None:
-        model = init_decoder(config.model, weights)
+        model = init_decoder(config.model, config.compute, weights)
     return State(model, optimizer(config.training).init(model), jnp.int32(0), rest)
 
 

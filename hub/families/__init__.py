@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from weft.hub.families.fields import Fields
+from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.decoder import declared_decoder, weights_of
 from weft.model.parameters import Parameter, abstract, name_of
@@ -243,9 +244,9 @@ def near(name: str, known: Iterable[str]) -> str:
     return f'; did you mean {by_stem[close[0]]!r}?' if close else f'; the families are {", ".join(FAMILIES)}'
 
 
-def leaves(c: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Our arrays by name, as shapes with shardings on the current mesh."""
-    found = abstract(declared_decoder(c), c.parameter_dtype)
+def leaves(c: ModelConfig, compute: ComputeConfig = DEFAULT) -> dict[str, jax.ShapeDtypeStruct]:
+    """Our arrays by name, as shapes with shardings on the current mesh, in the dtype that `compute` stores."""
+    found = abstract(declared_decoder(c, compute), compute.parameter_dtype)
     return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
 
 

@@ -88,7 +88,7 @@ class Attention(nnx.Module):
             k_BSKH, v_BSKH = (cache_read(kept, layer, k_BTKH) for kept in cache[:2])
             a_BTKGH = cached_attention(q_BTKGH, k_BSKH, v_BSKH, ctx.position_BT, **how)
         else:
-            how |= {'causal': c.causal, 'backend': ctx.backend, 'ring': True}
+            how |= {'causal': c.causal, 'backend': ctx.compute.attention, 'ring': True}
             a_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, here, here, **how)
         return self.o(a_BTKGH.reshape(*q.shape[:2], -1), ctx.reduce_scatter_sequence), cache
 

@@ -38,7 +38,9 @@ class CrossAttention(Attention):
             k_BSKH, v_BSKH = self.keys(source.x_BSD)
             q_BTKGH = q.reshape(*q.shape[:2], k_BSKH.shape[2], -1, c.head_dim)
             here, there = (ctx.position_BT, ctx.segment_BT), (jnp.zeros_like(source.segment_BS), source.segment_BS)
-            a_BTKGH = attention(q_BTKGH, k_BSKH, v_BSKH, here, there, **how, causal=False, backend=ctx.backend)
+            a_BTKGH = attention(
+                q_BTKGH, k_BSKH, v_BSKH, here, there, **how, causal=False, backend=ctx.compute.attention
+            )
         return self.o(a_BTKGH.reshape(*q.shape[:2], -1), ctx.reduce_scatter_sequence), cache
 
     def keys(self, x_BSD):

@@ -90,5 +90,5 @@ class LatentAttention(nnx.Module):
             k_BTnH = jnp.concatenate([k_BTnP, shared], -1)
             q_BTn1H = jnp.concatenate([plain_BTnH, turned_BTnr], -1)[:, :, :, None]
             here = (ctx.position_BT, ctx.segment_BT)
-            out_BTnU = attention(q_BTn1H, k_BTnH, v_BTnU, here, here, **how, backend=ctx.backend, ring=True)
+            out_BTnU = attention(q_BTn1H, k_BTnH, v_BTnU, here, here, **how, backend=ctx.compute.attention, ring=True)
         return self.o(out_BTnU.reshape(*q.shape[:2], -1), ctx.reduce_scatter_sequence), cache

@@ -9,14 +9,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import P, lax
 
+from weft.model.compute import GroupedMatmul
 from weft.model.config import ModelConfig, MoEConfig
 from weft.model.context import ForwardContext
 from weft.model.layers.mlp import Mlp, activation
 from weft.model.linear import ExpertLinear, Linear
-from weft.model.ops.expert_dispatch import LocalExperts, default_dispatch, dispatch
+from weft.model.ops.expert_dispatch import LocalExperts, dispatch
 from weft.model.parameters import Role, Size, parameter, residual_gain
 from weft.sharding.collectives import mark_varying, psum, upcast
-from weft.sharding.mesh import FSDP, SEQUENCE, platform
+from weft.sharding.mesh import FSDP, SEQUENCE
 
 
 class MoE(nnx.Module):
@@ -51,14 +52,14 @@ class MoE(nnx.Module):
         gate_BTK, expert_BTK, figures = route(x_BTD, router_DE, bias_E, ctx, c, router_bias_E)
         expert_BTK = jnp.where(ctx.live_BT[..., None], expert_BTK, c.moe.experts)
         flat = lambda a: a.reshape(-1, a.shape[-1])
-        send = dispatch(default_dispatch(platform()) if c.moe.dispatch == 'auto' else c.moe.dispatch)
+        send = dispatch(ctx.compute.dispatch)
         y_ND, figures['dropped'] = send(
             flat(x_BTD),
             flat(gate_BTK),
             flat(expert_BTK),
-            self.experts(x_BTD.dtype, ctx.experts),
+            self.experts(x_BTD.dtype, ctx.compute.grouped_matmul),
             split=ctx.sequence_split,
-            capacity_factor=c.moe.capacity_factor,
+            capacity_factor=ctx.compute.capacity_factor,
         )
         y_BTD = y_ND.reshape(x_BTD.shape)
         return (y_BTD + self.visited(x_BTD, ctx) if c.moe.shared_experts else y_BTD), figures
@@ -71,7 +72,7 @@ class MoE(nnx.Module):
         gate_BT1 = jax.nn.sigmoid((upcast(x_BTD) * upcast(self.shared_gate_D[...])[None, None]).sum(-1, keepdims=True))
         return (gate_BT1 * y_BTD).astype(y_BTD.dtype)
 
-    def experts(self, dtype, backend: str) -> LocalExperts:
+    def experts(self, dtype, backend: GroupedMatmul) -> LocalExperts:
         """The experts that this device holds, D whole."""
         c = self.config
         inner = (self.gate, self.up) if c.gated else (self.up,)

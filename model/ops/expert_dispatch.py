@@ -65,7 +65,7 @@ class LocalExperts(NamedTuple):
 
 
 def default_dispatch(platform: str) -> str:
-    """What `model.moe.dispatch: auto` means on a `jax.Device.platform`: 'cpu', 'gpu' or 'tpu'.
+    """What `compute.dispatch: auto` means on a `jax.Device.platform`: 'cpu', 'gpu' or 'tpu'.
 
     It drops nothing, so that losses do not depend on the mesh and decoding equals the full forward pass. Of the two that do
     not, all_gather sends the less, or as much, while `expert` has no more devices than a token has experts, and was no

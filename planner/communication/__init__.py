@@ -8,6 +8,7 @@ replicate a weight. Left out: scalars (the loss's sums, the gradient's norm).
 A count takes as long for a deep model as for a shallow one, so that a search may try thousands of meshes.
 """
 
+from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
 from weft.planner.communication import ends
 from weft.planner.communication.layers import copies, layers
@@ -22,6 +23,7 @@ __all__ = ['decoding', 'prefill', 'training']
 
 def training(
     c: ModelConfig,
+    compute: ComputeConfig,
     mesh: MeshConfig,
     batch: int,
     sequence_length: int,
@@ -32,6 +34,7 @@ def training(
 
     Args:
         c: the model.
+        compute: how it is computed.
         mesh: what it is laid out on; it must divide the sizes (`RunConfig.check_sizes`).
         batch: rows a step, all devices together.
         sequence_length: tokens a row; of an encoder–decoder also of the row's source.
@@ -45,8 +48,8 @@ def training(
         raise ValueError('model.causal is false: such a model is not trained, and its traffic not counted')
     held, part = inventory(c), Traffic()
     rows = batch / (mesh.span(BATCH) * accumulation)
-    dealt = View(c, mesh, part, rows / mesh.stage, sequence_length)
-    microbatch = View(c, mesh, part, rows / microbatches, sequence_length)
+    dealt = View(c, compute, mesh, part, rows / mesh.stage, sequence_length)
+    microbatch = View(c, compute, mesh, part, rows / microbatches, sequence_length)
     ends.embedding(dealt, 1 + bool(c.encoder) + c.mtp_layers)
     for group in held.groups:
         if group.where == 'pipeline' and mesh.stage > 1:
@@ -61,14 +64,14 @@ def training(
     ends.cross_entropy(dealt, 1 + c.mtp_layers)
     found = Traffic()
     found.include(part, accumulation)
-    once = View(c, mesh, found, rows, sequence_length)
+    once = View(c, compute, mesh, found, rows, sequence_length)
     for group in held.groups:
         copies(once, group)
     ends.copies(once, held)
     return found
 
 
-def prefill(c: ModelConfig, mesh: MeshConfig, rows: int, tokens: int) -> Traffic:
+def prefill(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, rows: int, tokens: int) -> Traffic:
     """What one device sends to read prompts of `tokens` tokens in each of `rows` rows, all devices together.
 
     What an encoder sends for its sources is not among it. Raises ValueError for a mesh with stages and a model that cannot
@@ -77,7 +80,7 @@ def prefill(c: ModelConfig, mesh: MeshConfig, rows: int, tokens: int) -> Traffic
     _can_decode(c, mesh)
     columns = -(-tokens // mesh.context) * mesh.context
     split = columns // mesh.context % mesh.tensor == 0
-    view = View(c, mesh, Traffic(), rows / mesh.span(BATCH), columns, training=False, split=split)
+    view = View(c, compute, mesh, Traffic(), rows / mesh.span(BATCH), columns, training=False, split=split)
     _forward(view)
     if split:
         view.gather(('tensor',), view.tokens * c.model_dim * view.number)
@@ -86,13 +89,15 @@ def prefill(c: ModelConfig, mesh: MeshConfig, rows: int, tokens: int) -> Traffic
     return view.found
 
 
-def decoding(c: ModelConfig, mesh: MeshConfig, rows: int) -> Traffic:
+def decoding(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, rows: int) -> Traffic:
     """What one device sends to decode one more token in each of `rows` rows, all devices together, however long they are.
 
     Raises ValueError as `prefill`.
     """
     _can_decode(c, mesh)
-    view = View(c, mesh, Traffic(), rows / mesh.span(BATCH), columns=1, training=False, split=False, decoding=True)
+    view = View(
+        c, compute, mesh, Traffic(), rows / mesh.span(BATCH), columns=1, training=False, split=False, decoding=True
+    )
     _forward(view)
     ends.logits(view)
     return view.found
@@ -107,7 +112,7 @@ def _forward(view: View) -> None:
 
 
 def _of(view: View, c: ModelConfig) -> View:
-    return view if view.config is c else View(c, view.mesh, view.found, view.rows, view.columns)
+    return view if view.config is c else View(c, view.compute, view.mesh, view.found, view.rows, view.columns)
 
 
 def _can_decode(c: ModelConfig, mesh: MeshConfig) -> None:

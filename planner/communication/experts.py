@@ -17,7 +17,8 @@ def mixture(view: View, times: int, ends: int, written: int) -> None:
     axes = SEQUENCE if view.split else ('context',)
     view.send('psum', axes, view.rows * m.experts * view.wide, times * (2 + view.again))
     view.send('psum', axes, view.rows * view.wide, view.unchanged(times, written))
-    name = default_dispatch('tpu') if m.dispatch == 'auto' else m.dispatch
+    dispatch = view.compute.dispatch
+    name = default_dispatch('tpu') if dispatch == 'auto' else dispatch
     WAYS[name](view, times, ends)
     if m.shared_experts:
         view.join(c.model_dim, times)
@@ -44,7 +45,7 @@ def all_to_all(view: View, times: int, ends: int) -> None:
     m, n = view.config.moe, view.mesh.tensor
     assert m is not None
     N = int(view.mine)
-    rows = m.experts * (capacity(N, m.top_k, m.experts, m.capacity_factor) if view.split else N)
+    rows = m.experts * (capacity(N, m.top_k, m.experts, view.compute.capacity_factor) if view.split else N)
     size = rows * view.config.model_dim * view.number
     view.exchange(('expert',), size, 2 * times, view.again)
     if view.split:

@@ -77,7 +77,7 @@ def ring(view: View, times: int, written: int) -> None:
     heads = max(c.kv_heads, view.mesh.tensor) / view.mesh.tensor
     for width in (c.query_dim, c.value_dim):
         numbers = view.tokens * heads * width
-        if c.attention == 'reference':
+        if view.compute.attention == 'reference':
             view.gather(('context',), n * numbers * view.number, times, view.again)
         elif n > 1:
             sends = times * (1 + view.again + view.training) * (n - 1)
@@ -85,7 +85,7 @@ def ring(view: View, times: int, written: int) -> None:
             if view.training:
                 view.send('ppermute', ('context',), numbers * view.wide, times * n)
     places = 2 * view.unchanged(times, written)
-    if c.attention == 'reference':
+    if view.compute.attention == 'reference':
         view.send('all_gather', ('context',), n * view.tokens * INT32, places)
     elif n > 1:
         view.send('ppermute', ('context',), view.tokens * INT32, (places + 2 * times * view.training) * (n - 1))

@@ -5,6 +5,7 @@ import functools
 
 import jax.numpy as jnp
 
+from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
 from weft.planner.traffic import Traffic, cost, label, span
 from weft.sharding.mesh import AXES, MeshConfig
@@ -28,6 +29,7 @@ class View:
     """
 
     config: ModelConfig
+    compute: ComputeConfig
     mesh: MeshConfig
     found: Traffic
     rows: float  # B of this device
@@ -49,7 +51,7 @@ class View:
     @functools.cached_property
     def number(self) -> int:
         """Bytes of a number in the compute dtype, in which weights and activations are sent."""
-        return jnp.dtype(self.config.dtype).itemsize
+        return jnp.dtype(self.compute.dtype).itemsize
 
     @functools.cached_property
     def wide(self) -> int:
@@ -59,12 +61,12 @@ class View:
     @functools.cached_property
     def stored(self) -> int:
         """Bytes of a stored parameter and of its gradient."""
-        return jnp.dtype(self.config.parameter_dtype).itemsize
+        return self.compute.parameter_dtype.itemsize
 
     @property
     def again(self) -> int:
         """How often a layer's forward pass is computed once more for its backward pass."""
-        return int(self.training and self.config.remat != 'none')
+        return int(self.training and self.compute.remat != 'none')
 
     def unchanged(self, times: int, written: int) -> int:
         """How often `times` layers send what is the same for all of a loop's layers, `written` of them in the program.

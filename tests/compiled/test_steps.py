@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 
 from tests.hlo import MOVED, SENT, instructions
+from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig, MoEConfig
 from weft.planner import communication
 from weft.planner.aot import compile_step
@@ -26,9 +27,8 @@ RUN = RunConfig(
         heads=8,
         mlp_dim=4096,
         tied_embedding=False,  # a compiler gathers a tied one once for both its uses, where the code asks twice
-        dtype='bfloat16',
-        remat='block',
     ),
+    compute=ComputeConfig(dtype='bfloat16', remat='block'),
     training=TrainingConfig(steps=1, batch=8, sequence_length=2048),
 )
 
@@ -41,7 +41,9 @@ def test_a_step_for_eight_devices_sends_what_it_asks_for(chip):
     lines = difference(found.asked, found.sent, ignore=0.01)
     assert not lines, '\n'.join([*lines, 'asked:', str(found.asked), 'sent:', str(found.sent)])
     t = RUN.training
-    for axes, size in communication.training(RUN.model, RUN.mesh, t.batch, t.sequence_length).bytes_by_axes().items():
+    for axes, size in (
+        communication.training(RUN.model, RUN.compute, RUN.mesh, t.batch, t.sequence_length).bytes_by_axes().items()
+    ):
         assert found.asked.bytes_by_axes()[axes] == pytest.approx(size, rel=0.01), axes
         assert found.sent.bytes_by_axes()[axes] == pytest.approx(size, rel=0.01), f'{axes}\n{found.sent}'
 

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 
 from tests.families import cases, weights
 from weft.hub.families import Family, Fields, family_of, leaves, stored_name, tensors
+from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.decoder import Decoder, init_decoder
 
@@ -68,9 +69,9 @@ def generated(name: str, family: Family, c: ModelConfig, seed: int) -> Decoder:
     return from_leaves(c, filled)
 
 
-def from_leaves(c: ModelConfig, filled: dict[str, np.ndarray]) -> Decoder:
+def from_leaves(c: ModelConfig, filled: dict[str, np.ndarray], compute: ComputeConfig = DEFAULT) -> Decoder:
     """The model of host arrays by name, in its layout on the current mesh."""
-    model = jax.eval_shape(lambda key: init_decoder(c, key), jax.random.key(0))
+    model = jax.eval_shape(lambda key: init_decoder(c, compute, key), jax.random.key(0))
     paths, structure = jax.tree_util.tree_flatten_with_path(model)
     mesh = jax.sharding.get_mesh()
     put = []

@@ -78,7 +78,7 @@ def test_a_file_equals_the_folder_that_it_was_made_of(name, split, tmp_path):
     folder = hub.read(folders.write(tmp_path / 'folder', config, tensors))
     keys, packed = written.of_folder(config, tensors, split)
     file = hub.read(written.write(tmp_path / 'model.gguf', keys, packed))
-    assert file.model == folder.model
+    assert (file.model, file.compute) == (folder.model, folder.compute)
     mesh = make_mesh(MeshConfig())
     ours, theirs = dict(file.arrays(mesh)), dict(folder.arrays(mesh))
     assert ours.keys() == theirs.keys()
@@ -96,13 +96,13 @@ def test_a_file_in_16_bits_is_kept_in_them(dtype, tmp_path):
     keys, packed = written.of_folder(config, tensors)
     packed = {name: x.astype(np.float32) if x.ndim == 1 else x for name, x in packed.items()}
     file = hub.read(written.write(tmp_path / 'a.gguf', keys, packed))
-    assert file.model == folder.model
+    assert (file.model, file.compute) == (folder.model, folder.compute)
     assert {one.name: file.sources[one.name].read().tobytes() for one in file.table} == {
         one.name: x.tobytes() for one in file.table for x in [tensors[one.name]]
     }
     packed['output_norm.weight'] = packed['output_norm.weight'] + np.float32(1e-6)
     odd = hub.read(written.write(tmp_path / 'b.gguf', keys, packed))
-    assert (odd.model.weight_dtype, odd.model.dtype) == ('float32', folder.model.dtype)
+    assert (odd.compute.weight_dtype, odd.compute.dtype) == ('float32', folder.compute.dtype)
     assert odd.sources['model.norm.weight'].read().tobytes() == packed['output_norm.weight'].tobytes()
 
 
@@ -139,7 +139,7 @@ def test_gpt_oss_in_mxfp4_equals_its_folder_in_mxfp4(tmp_path):
     theirs = hub.read(folders.write(tmp_path / 'folder', config | said, folder))
     ours = hub.read(written.write(tmp_path / 'a.gguf', keys, packed))
     assert ours.of_gguf.packed == ['MXFP4']
-    assert (ours.model, ours.model.weight_dtype) == (theirs.model, 'bfloat16')
+    assert (ours.model, ours.compute, ours.compute.weight_dtype) == (theirs.model, theirs.compute, 'bfloat16')
     for one in theirs.table:
         a, b = (np.ascontiguousarray(found.sources[one.name].read()) for found in (ours, theirs))
         assert a.dtype == b.dtype

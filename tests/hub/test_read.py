@@ -139,11 +139,11 @@ def test_a_run_gives_back_what_it_was_imported_from(kind, mesh, tmp_path):
     (source / 'modeling_glm4.py').write_text('raise SystemExit')
     import_run(source, tmp_path / 'runs' / 'run', MESHES[mesh], say=str)
     opened = open_run(tmp_path / 'runs' / 'run', needs_text=False)
-    assert opened.config.model.weight_dtype == ('bfloat16' if kind == 'bfloat16' else 'float32')
+    assert opened.config.compute.weight_dtype == ('bfloat16' if kind == 'bfloat16' else 'float32')
     export_run(tmp_path / 'runs' / 'run', tmp_path / 'target', say=str)
     same(folders.stored(tmp_path / 'target'), found)
     written = json.loads((tmp_path / 'target' / 'config.json').read_text())
-    assert written == config | {'torch_dtype': opened.config.model.weight_dtype}
+    assert written == config | {'torch_dtype': opened.config.compute.weight_dtype}
     for name in ('chat_template.jinja', 'generation_config.json'):
         assert (tmp_path / 'target' / name).read_bytes() == (source / name).read_bytes()
     assert not (tmp_path / 'target' / 'modeling_glm4.py').exists()
@@ -166,7 +166,7 @@ def test_each_tensor_is_given_back_in_its_own_dtype(name, tmp_path):
     }
     assert len({x.dtype for x in found.values()}) == len({bias, norm, other})
     source = folders.write(tmp_path / 'source', cases.CASES['deepseek_v3-as-published'], found)
-    assert hub.read(source).model.weight_dtype == kept
+    assert hub.read(source).compute.weight_dtype == kept
     import_run(source, tmp_path / 'run', MESHES['one'], say=str)
     export_run(tmp_path / 'run', tmp_path / 'target', say=str)
     same(folders.stored(tmp_path / 'target'), found)
@@ -316,10 +316,10 @@ def test_older_names_and_files_without_the_prefix_are_given_back(tmp_path):
 @pytest.mark.parametrize('name', cases.CASES)
 def test_a_model_that_was_not_imported_finds_a_family(name):
     _, c = read(cases.CASES[name])
-    c = dataclasses.replace(c, dtype='bfloat16', remat='block', dropout=0.1)
+    c = dataclasses.replace(c, dropout=0.1)
     family, fields = publish.published_config(c, 512)
     found = family.model(Fields({**fields}))
-    assert dataclasses.replace(found, dtype='bfloat16', remat='block', dropout=0.1) == c
+    assert dataclasses.replace(found, dropout=0.1) == c
 
 
 NOT_SAID = {  # a config with changes -> the family that it is, or the whole refusal

@@ -1,6 +1,5 @@
 """Beam search: against every continuation there is, and against transformers."""
 
-import dataclasses
 import itertools
 
 import jax
@@ -14,6 +13,7 @@ from tests.models import filled
 from weft.inference.beams import RowSearch, beam_search
 from weft.inference.prompts import Prompts
 from weft.model.batch import Source
+from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import EncoderConfig, ModelConfig
 from weft.model.decoder import Decoder
 from weft.model.forward import logits, place
@@ -33,9 +33,9 @@ def prompts(c: ModelConfig) -> Prompts:
     return PROMPTS._replace(source=SOURCE) if c.encoder else PROMPTS
 
 
-def model_of(c: ModelConfig) -> Decoder:
+def model_of(c: ModelConfig, compute: ComputeConfig = DEFAULT) -> Decoder:
     """A model that prefers some tokens much: its weights are larger than at birth."""
-    return filled(c, seed=3, gain=2)
+    return filled(c, compute, seed=3, gain=2)
 
 
 def continuations():
@@ -77,10 +77,10 @@ def scores_of_all(model: Decoder, row: int, penalty: float) -> list[tuple[float,
 @pytest.mark.parametrize('penalty', [0.0, 1.0, 2.0])
 @pytest.mark.parametrize('name', MODELS)
 def test_a_beam_as_wide_as_all_prefixes_finds_what_an_exhaustive_search_finds(name, penalty):
-    c = dataclasses.replace(MODELS[name], dtype='float64')
+    c = MODELS[name]
     width = sum(1 for _ in continuations())
     with jax.set_mesh(make_mesh(MeshConfig())):
-        model = model_of(c)
+        model = model_of(c, ComputeConfig(dtype='float64'))
         found, _ = beam_search(model, prompts(c), width, frozenset([EOS]), [MOST, MOST], penalty, 32)
         for row, of_row in enumerate(found):
             expected = scores_of_all(model, row, penalty)

@@ -9,6 +9,7 @@ import pytest
 from weft.inference import score as scoring
 from weft.inference.score import rows_at_once, score
 from weft.model.batch import Batch
+from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import ModelConfig, MoEConfig
 from weft.model.forward import logits, place
 from weft.runtime.errors import UserError
@@ -18,7 +19,7 @@ from weft.training.loss import loss_and_gradient
 from weft.training.step import init
 
 MODEL = ModelConfig(vocabulary=320, layers=2, model_dim=32, heads=4, mlp_dim=48)
-MIXTURE = dataclasses.replace(MODEL, moe=MoEConfig(experts=4, top_k=2, mlp_dim=16, dispatch='all_to_all'))
+MIXTURE = dataclasses.replace(MODEL, moe=MoEConfig(experts=4, top_k=2, mlp_dim=16))
 
 
 @pytest.mark.parametrize(
@@ -26,14 +27,15 @@ MIXTURE = dataclasses.replace(MODEL, moe=MoEConfig(experts=4, top_k=2, mlp_dim=1
     [(100, 32, 15), (16, 32, 16), (17, 32, 9), (3, 512, 1), (3, 513, 1), (1, 8, 1), (5, 250, 2), (512, 1, 512)],
 )
 def test_a_device_takes_as_many_rows_as_it_works_on_well_in_turns_that_are_alike(rows, length, at_once):
-    assert rows_at_once(MODEL, rows, length) == at_once
-    assert rows_at_once(MIXTURE, rows, length) == 1
+    assert rows_at_once(MODEL, DEFAULT, rows, length) == at_once
+    assert rows_at_once(MIXTURE, ComputeConfig(dispatch='all_to_all'), rows, length) == 1
+    assert rows_at_once(MIXTURE, DEFAULT, rows, length) == at_once
 
 
 def test_logits_of_many_tokens_bound_the_rows():
     wide = dataclasses.replace(MODEL, vocabulary=2**20)
-    assert rows_at_once(wide, 100, 16) == 4
-    assert rows_at_once(wide, 100, 200) == 1
+    assert rows_at_once(wide, DEFAULT, 100, 16) == 4
+    assert rows_at_once(wide, DEFAULT, 100, 200) == 1
 
 
 @pytest.mark.parametrize('mesh', [MeshConfig(), MeshConfig(data=2, tensor=2)], ids=str)

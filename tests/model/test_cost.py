@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from weft.model import cost
+from weft.model.compute import DEFAULT
 from weft.model.config import MLAConfig, ModelConfig, MoEConfig
 from weft.model.decoder import init_decoder
 from weft.model.kv_cache import cached_numbers
@@ -18,7 +19,7 @@ from weft.training.config import load
 
 ROOT = Path(__file__).parents[2]
 
-DENSE = ModelConfig(vocabulary=256, layers=2, model_dim=32, heads=4, kv_heads=2, mlp_dim=48, attention='reference')
+DENSE = ModelConfig(vocabulary=256, layers=2, model_dim=32, heads=4, kv_heads=2, mlp_dim=48)
 CONFIGS = [
     DENSE,
     dataclasses.replace(DENSE, norm='layernorm', bias=True, qkv_bias=True, activation='gelu', tied_embedding=False),
@@ -47,7 +48,7 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize('c', CONFIGS + [dataclasses.replace(DENSE, **o) for o in OPTIONS])
 def test_parameters_are_those_of_the_built_model(c):
     with jax.set_mesh(make_mesh(MeshConfig())):
-        model = jax.eval_shape(lambda: init_decoder(c, jax.random.key(0)))
+        model = jax.eval_shape(lambda: init_decoder(c, DEFAULT, jax.random.key(0)))
     assert sum(cost.parameters(c).values()) == sum(leaf.size for leaf in jax.tree.leaves(model))
 
 

@@ -10,6 +10,7 @@ from jax import P
 
 from tests import reference
 from tests.models import filled
+from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig, MoEConfig
 from weft.model.forward import logits
 from weft.sharding.mesh import BATCH, MeshConfig, make_mesh
@@ -60,10 +61,10 @@ def place(tree):
     [*((name, 'none') for name in VARIANTS), ('sigmoid experts, shared ones, dense first layer', 'block')],
 )
 def test_loss_and_gradients_equal_the_plain_decoder(name, remat):
-    c = dataclasses.replace(VARIANTS[name], dtype='float64', remat=remat)
+    c, compute = VARIANTS[name], ComputeConfig(dtype='float64', remat=remat)
     batch = reference.packed_batch(c.vocabulary, B=4, T=12)
     with jax.set_mesh(make_mesh(MeshConfig(data=1, expert=2, tensor=2))):
-        model = filled(c)
+        model = filled(c, compute)
         (total, metrics), gradient = jax.jit(loss_and_gradient)(model, place(batch))
         assert jax.tree.all(
             jax.tree.map(lambda g, w: jax.typeof(g).sharding.spec == jax.typeof(w).sharding.spec, gradient, model)
@@ -125,15 +126,15 @@ def test_dropout_is_the_same_on_every_mesh_and_off_without_a_key():
 
 
 def test_bfloat16_computes_narrow_and_keeps_wide_parameters():
-    c = dataclasses.replace(VARIANTS['softmax experts'], dtype='bfloat16')
+    c = VARIANTS['softmax experts']
     batch = reference.packed_batch(c.vocabulary, B=4, T=12)
     with jax.set_mesh(make_mesh(MeshConfig(expert=2, tensor=2))):
-        model, at = filled(c), place(batch)
+        model, at = filled(c, ComputeConfig(dtype='bfloat16')), place(batch)
         (narrow, _), gradient = jax.jit(loss_and_gradient)(model, at)
         assert {leaf.dtype for leaf in jax.tree.leaves((model, gradient))} == {jnp.dtype('float32')}
         traced = str(jax.make_jaxpr(loss_fn)(model, at))
         assert 'bf16[' in traced
         w = reference.weights(model)
     with jax.numpy_rank_promotion('allow'):
-        want, _ = reference.loss(w, batch, dataclasses.replace(c, dtype='float32'))
+        want, _ = reference.loss(w, batch, c)
     np.testing.assert_allclose(narrow, want, rtol=2e-2)

@@ -11,6 +11,7 @@ import pytest
 from tests.models import filled
 from weft.inference.step import decode, empty_cache, prefill
 from weft.model import cost
+from weft.model.compute import DEFAULT
 from weft.model.config import MLAConfig, ModelConfig, RopeScaling
 from weft.model.decoder import init_decoder
 from weft.model.forward import logits, place
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_cache_is_as_small_as_published(name, numbers):
     c = load(ROOT / f'configs/models/{name}.yaml').model
     with jax.set_mesh(make_mesh(MeshConfig())):
-        model = jax.eval_shape(lambda key: init_decoder(c, key), jax.random.key(0))
+        model = jax.eval_shape(lambda key: init_decoder(c, DEFAULT, key), jax.random.key(0))
         cache = jax.eval_shape(lambda: empty_cache(model, 3, 1000))
     assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(cache)) == c.layers * 3 * 1000 * numbers
     assert cost.cache_bytes_per_token(c, 2) == c.layers * numbers * 2

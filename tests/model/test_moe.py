@@ -10,6 +10,7 @@ import pytest
 from jax import P
 
 from tests import reference
+from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig, MoEConfig
 from weft.model.context import ForwardContext
 from weft.model.layers import moe as moe_module
@@ -42,20 +43,25 @@ EVERY = np.ones((1, 1, 1), bool)
 LOSSES = {'balance': 3.0, 'z': 0.1}  # weights in the differentiated sum, so that it feels both
 
 
-def config(dtype='float32', **changes) -> ModelConfig:
-    """Capacity has room for everything, unless `changes` to the mixture say otherwise."""
-    moe = dataclasses.replace(MODEL.moe, **{'capacity_factor': 4.0} | changes)
-    return dataclasses.replace(MODEL, dtype=dtype, moe=moe)
+def config(**changes) -> ModelConfig:
+    """With `changes` to the mixture."""
+    return dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, **changes))
+
+
+def computed(dtype='float32', **changes) -> ComputeConfig:
+    """Capacity has room for everything, unless `changes` say otherwise."""
+    fields = {'attention': 'reference', 'grouped_matmul': 'blocked', 'dispatch': 'all_gather', 'capacity_factor': 4.0}
+    return ComputeConfig(dtype=dtype, **fields | changes)
 
 
 @functools.cache
-def sparse(c: ModelConfig, backend: str, sequence_split: bool = True):
+def sparse(compute: ComputeConfig, sequence_split: bool = True):
     """A jitted function of global arrays: ((Σ y · ct + losses, (y, figures)), gradients of weights and x)."""
     x_spec, copies = (P(BATCH, SEQUENCE), ('stage',)) if sequence_split else (P(BATCH), ('stage', *SEQUENCE))
 
     def body(moe, x_BTD, ct_BTD, segment_BT):
         here = {} if sequence_split else {'sequence_split': False, 'decoding': True}
-        ctx = ForwardContext(jnp.zeros_like(segment_BT), segment_BT, backend='reference', experts=backend, **here)
+        ctx = ForwardContext(jnp.zeros_like(segment_BT), segment_BT, compute, **here)
         y_BTD, figures = moe(mark_varying(x_BTD), ctx)
         y_BTD = jax.lax.pmean(mark_varying(y_BTD), copies)
         figures = jax.lax.psum(mark_varying(figures), AXES)
@@ -66,7 +72,7 @@ def sparse(c: ModelConfig, backend: str, sequence_split: bool = True):
     def run(moe, x, ct, segment):
         segment_spec = P(BATCH, 'context') if sequence_split else P(BATCH)
         out_specs = (P(), x_spec, P())
-        in_specs, checked = (specs(moe), x_spec, x_spec, segment_spec), not needs_unchecked(backend)
+        in_specs, checked = (specs(moe), x_spec, x_spec, segment_spec), not needs_unchecked(compute.grouped_matmul)
         body_ = jax.shard_map(body, in_specs=in_specs, out_specs=out_specs, check_vma=checked)
         total, y, figures = body_(moe, x, ct, segment)
         return total, (y, figures)
@@ -84,39 +90,33 @@ def dense(w, x, ct, segment, c, kept_BTE=EVERY):
     return jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(w, x)
 
 
-def inputs(c: ModelConfig, tokens: int = T):
+def inputs(c: ModelConfig, dtype: str, tokens: int = T):
     """x, ct, and segments: the first tokens of a row are padding, of row 0 none, of row 5 all but one."""
     r = np.random.default_rng(0)
-    x, ct = r.normal(size=(2, B, tokens, c.model_dim)).astype(c.dtype)
+    x, ct = r.normal(size=(2, B, tokens, c.model_dim)).astype(dtype)
     segment = (np.arange(tokens)[None] >= np.array([0, 3, 0, 0, 1, tokens - 1, 0, 2])[:, None]).astype(np.int32)
     return x, ct, segment
 
 
 @functools.cache
-def values(c: ModelConfig, skewed: bool) -> list[np.ndarray]:
+def values(c: ModelConfig, dtype: str, skewed: bool) -> list[np.ndarray]:
     """A layer's weights. `skewed`: where x is positive experts 0 and 1 win everywhere, and six get nothing."""
     with jax.set_mesh(make_mesh(MeshConfig())):
-        moe = jax.device_get(jax.jit(lambda key: initialise(MoE(c), key, c.parameter_dtype))(jax.random.key(0)))
+        moe = jax.device_get(jax.jit(lambda key: initialise(MoE(c), key, dtype))(jax.random.key(0)))
     if skewed:
-        skew = np.array([0.3, 0.2, -0.1, -0.1, -0.1, -0.1, -0.1, -0.1], c.dtype)
+        skew = np.array([0.3, 0.2, -0.1, -0.1, -0.1, -0.1, -0.1, -0.1], dtype)
         moe.router.w_IO.set_value(moe.router.w_IO[...] * 0.01 + skew)
     elif c.moe.bias_update_rate:
-        moe.bias_E.set_value(np.random.default_rng(1).normal(size=c.moe.experts).astype(c.dtype) * 0.2)
+        moe.correction_E.set_value(np.random.default_rng(1).normal(size=c.moe.experts).astype(dtype) * 0.2)
     return jax.tree.leaves(moe)
 
 
-def layer(c: ModelConfig, skewed: bool = False) -> MoE:
+def layer(c: ModelConfig, dtype: str, skewed: bool = False) -> MoE:
     """A layer on the current mesh."""
-    moe = jax.eval_shape(lambda: initialise(MoE(c), jax.random.key(0), c.parameter_dtype))
+    moe = jax.eval_shape(lambda: initialise(MoE(c), jax.random.key(0), dtype))
     leaves, structure = jax.tree.flatten(moe)
-    put = [jax.device_put(a, s.sharding.spec) for a, s in zip(values(plain(c), skewed), leaves, strict=True)]
+    put = [jax.device_put(a, s.sharding.spec) for a, s in zip(values(c, dtype, skewed), leaves, strict=True)]
     return jax.tree.unflatten(structure, put)
-
-
-def plain(c: ModelConfig) -> ModelConfig:
-    """Without what the dense reference does not know, so that it is compiled once for all."""
-    moe = dataclasses.replace(c.moe, dispatch='auto', capacity_factor=1.0)
-    return dataclasses.replace(c, moe=moe)
 
 
 def named(tree) -> dict:
@@ -126,19 +126,21 @@ def named(tree) -> dict:
     }
 
 
-def check(c: ModelConfig, mesh: MeshConfig, backend: str, tolerance: float, skewed: bool, kept_BTE=EVERY) -> dict:
+def check(
+    c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, tolerance: float, skewed: bool, kept_BTE=EVERY
+) -> dict:
     """Asserts that value, gradients and figures equal the dense reference. Returns what was got."""
-    x, ct, segment = inputs(c)
+    x, ct, segment = inputs(c, compute.dtype)
     x = np.abs(x) if skewed else x
     with jax.set_mesh(make_mesh(mesh)):
-        moe = layer(c, skewed)
+        moe = layer(c, compute.dtype, skewed)
         put = lambda a, *spec: jax.device_put(a, P(*spec))
         arrays = put(x, BATCH, SEQUENCE), put(ct, BATCH, SEQUENCE), put(segment, BATCH, 'context')
-        (_, (y, figures)), (dw, dx) = sparse(c, backend)(moe, *arrays)
+        (_, (y, figures)), (dw, dx) = sparse(compute)(moe, *arrays)
         got = {**named(dw), 'x': dx, 'y': y, **{name: figures[name] for name in ('balance', 'z', 'load_E')}}
         got, w, dropped = jax.device_get(got), named(moe), float(figures['dropped'])
     with jax.numpy_rank_promotion('allow'):
-        (_, (want_y, want_figures)), (want_dw, want_dx) = dense(w, x, ct, segment, plain(c), kept_BTE)
+        (_, (want_y, want_figures)), (want_dw, want_dx) = dense(w, x, ct, segment, c, kept_BTE)
     want = {**want_dw, 'x': want_dx, 'y': want_y, **want_figures}
     assert got.keys() == want.keys()
     for name in want:
@@ -157,14 +159,14 @@ def test_sparse_experts_equal_dense_ones(mesh, dtype, tolerance, backend, reques
     if dtype == 'float64':
         request.getfixturevalue('float64')
     for skewed in (False, True):
-        check(config(dtype), mesh, backend, tolerance, skewed)
+        check(config(), computed(dtype, grouped_matmul=backend), mesh, tolerance, skewed)
 
 
 @pytest.mark.parametrize(
     'mesh', MESHES[:1] if jax.default_backend() != 'cpu' else MESHES[1:2]
 )  # interpreting takes long
 def test_the_kernels_equal_dense_experts(mesh):
-    check(config(), mesh, 'gmm', 1e-5, skewed=True)
+    check(config(), computed(grouped_matmul='gmm'), mesh, 1e-5, skewed=True)
 
 
 # With a bias: it chooses, and the gates are made of the scores without it. Sigmoid scores, as DeepSeek-V3 uses it with.
@@ -173,9 +175,9 @@ def test_the_kernels_equal_dense_experts(mesh):
 def test_every_dispatch_equals_dense_experts(mesh, dtype, dispatch, request):
     if dtype == 'float64':
         request.getfixturevalue('float64')
-    c = config(dtype, dispatch=dispatch, bias_update_rate=0.001, router='sigmoid')
+    c, compute = config(bias_update_rate=0.001, router='sigmoid'), computed(dtype, dispatch=dispatch)
     for skewed in (False, True):
-        got = check(c, mesh, 'blocked', 1e-5 if dtype == 'float32' else 1e-10, skewed)
+        got = check(c, compute, mesh, 1e-5 if dtype == 'float32' else 1e-10, skewed)
         assert got['dropped'] == 0
         assert not got['mlp.correction_E'].any(), 'no gradient moves the bias'
 
@@ -189,18 +191,18 @@ def test_a_wrong_expert_is_noticed(dispatch, monkeypatch):
         return held._replace(up_EDF=jnp.roll(held.up_EDF, 1, 0))
 
     monkeypatch.setattr(MoE, 'experts', shifted)
-    c = config(dispatch=dispatch, z_loss=0.5)  # a config of its own: `sparse` keeps what it traced
+    compute = computed(dispatch=dispatch, capacity_factor=5.0)  # of its own: `sparse` keeps what it traced
     with pytest.raises(AssertionError, match='mlp'):
-        check(c, MeshConfig(expert=4, tensor=2), 'blocked', 1e-2, skewed=False)
+        check(config(), compute, MeshConfig(expert=4, tensor=2), 1e-2, skewed=False)
 
 
-def kept(c: ModelConfig, mesh: MeshConfig, w: dict, skewed: bool) -> tuple[np.ndarray, int]:
+def kept(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, w: dict, skewed: bool) -> tuple[np.ndarray, int]:
     """Which choices find room, [B, T, E], and how many do not: one device after the other, one token after the other."""
-    x, _, segment = inputs(c)
+    x, _, segment = inputs(c, compute.dtype)
     score = np.abs(x) @ w['mlp.router.w_IO'] if skewed else x @ w['mlp.router.w_IO']
     choice_BTK = np.argsort(-score, axis=-1)[..., : c.moe.top_k]
     rows, columns = mesh.span(BATCH), mesh.span(SEQUENCE)
-    room = capacity(B * T // rows // columns, c.moe.top_k, c.moe.experts, c.moe.capacity_factor)
+    room = capacity(B * T // rows // columns, c.moe.top_k, c.moe.experts, compute.capacity_factor)
     kept_BTE, dropped = np.zeros((B, T, c.moe.experts), bool), 0
     for rows_b in np.split(np.arange(B), rows):
         for columns_t in np.split(np.arange(T), columns):
@@ -216,12 +218,12 @@ def kept(c: ModelConfig, mesh: MeshConfig, w: dict, skewed: bool) -> tuple[np.nd
 
 @pytest.mark.parametrize('mesh', [MESHES[1], MESHES[4]])
 def test_what_exceeds_the_capacity_is_dropped_later_tokens_first(mesh, float64):
-    c = config('float64', dispatch='all_to_all', capacity_factor=0.5)
+    c, compute = config(), computed('float64', dispatch='all_to_all', capacity_factor=0.5)
     for skewed in (False, True):
         with jax.set_mesh(make_mesh(mesh)):
-            w = named(layer(c, skewed))
-        kept_BTE, dropped = kept(c, mesh, w, skewed)
-        got = check(c, mesh, 'blocked', 1e-10, skewed, kept_BTE)
+            w = named(layer(c, 'float64', skewed))
+        kept_BTE, dropped = kept(c, compute, mesh, w, skewed)
+        got = check(c, compute, mesh, 1e-10, skewed, kept_BTE)
         assert got['dropped'] == dropped > 0
 
 
@@ -229,15 +231,15 @@ def test_what_exceeds_the_capacity_is_dropped_later_tokens_first(mesh, float64):
 @pytest.mark.parametrize('mesh', [MeshConfig(expert=8), MeshConfig(expert=4, tensor=2)])
 def test_decoding_drops_nothing_and_equals_dense_experts(mesh, dispatch, float64):
     """One token a row, the same on all devices of `tensor`: on the first mesh one on each device."""
-    c = config('float64', dispatch=dispatch, capacity_factor=0.01)
-    x, ct, segment = (a[:, -1:] for a in inputs(c))
+    c, compute = config(), computed('float64', dispatch=dispatch, capacity_factor=0.01)
+    x, ct, segment = (a[:, -1:] for a in inputs(c, 'float64'))
     with jax.set_mesh(make_mesh(mesh)):
-        moe = layer(c)
+        moe = layer(c, 'float64')
         arrays = (jax.device_put(a, P(BATCH)) for a in (x, ct, segment))
-        _, (y, figures) = sparse(c, 'blocked', sequence_split=False)(moe, *arrays)
+        _, (y, figures) = sparse(compute, sequence_split=False)(moe, *arrays)
         y, w, figures = np.asarray(y), named(moe), jax.device_get(figures)
     with jax.numpy_rank_promotion('allow'):
-        (_, (want, want_figures)), _ = dense(w, x, ct, segment, plain(c))
+        (_, (want, want_figures)), _ = dense(w, x, ct, segment, c)
     assert np.abs(y - want).max() <= 1e-10 * np.abs(want).max()
     np.testing.assert_allclose(figures['load_E'], want_figures['load_E'])
     np.testing.assert_allclose(figures['balance'], want_figures['balance'])
@@ -246,12 +248,12 @@ def test_decoding_drops_nothing_and_equals_dense_experts(mesh, dispatch, float64
 
 
 def test_a_bias_changes_the_choice_and_not_the_gates(float64):
-    c = config('float64', router='sigmoid', renormalize=False)
-    x, _, segment = inputs(c)
+    c = config(router='sigmoid', renormalize=False)
+    x, _, segment = inputs(c, 'float64')
     router = np.random.default_rng(2).normal(size=(c.model_dim, c.moe.experts))
 
     def body(x, segment, bias):
-        ctx = ForwardContext(jnp.zeros_like(segment), segment, backend='reference', experts='blocked')
+        ctx = ForwardContext(jnp.zeros_like(segment), segment, computed('float64'))
         return moe_module.route(mark_varying(x), jnp.asarray(router), bias, ctx, c)[:2]
 
     with jax.set_mesh(make_mesh(MeshConfig())):
@@ -275,14 +277,14 @@ def test_the_bias_rises_where_experts_have_few_tokens():
 
 
 @pytest.mark.parametrize(
-    ('field', 'value', 'message'),
+    ('make', 'field', 'value', 'message'),
     [
-        ('dispatch', 'al_to_all', "model.moe.dispatch is 'al_to_all'.* did you mean 'all_to_all'"),
-        ('capacity_factor', 0.0, 'model.moe.capacity_factor is 0.0: it must be a number above 0; 1 makes room'),
-        ('capacity_factor', float('nan'), 'model.moe.capacity_factor is nan'),
-        ('bias_update_rate', -0.1, 'model.moe.bias_update_rate is -0.1: it cannot be negative; nearest: 0'),
+        (computed, 'dispatch', 'al_to_all', "compute.dispatch is 'al_to_all'.* did you mean 'all_to_all'"),
+        (computed, 'capacity_factor', 0.0, 'compute.capacity_factor is 0.0: it must be a number above 0; 1 makes room'),
+        (computed, 'capacity_factor', float('nan'), 'compute.capacity_factor is nan'),
+        (config, 'bias_update_rate', -0.1, 'model.moe.bias_update_rate is -0.1: it cannot be negative; nearest: 0'),
     ],
 )
-def test_mistakes_in_the_config_are_named(field, value, message):
+def test_mistakes_in_the_config_are_named(make, field, value, message):
     with pytest.raises(UserError, match=message):
-        config(**{field: value})
+        make(**{field: value})

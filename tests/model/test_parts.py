@@ -192,7 +192,7 @@ def test_fields_are_passed_over_by_name_said_kept_and_given_back(tmp_path):
 
 @pytest.mark.parametrize('left', [{}, {'quant_method': None, 'bits': None}], ids=str)
 def test_what_is_left_of_a_quantization_says_nothing(left, tmp_path):
-    assert hub.read(folder(tmp_path, 'llama-grouped', quantization_config=left)).model.weight_dtype == 'float32'
+    assert hub.read(folder(tmp_path, 'llama-grouped', quantization_config=left)).compute.weight_dtype == 'float32'
     source = folder(tmp_path / 'other', 'llama-grouped', quantization_config={'quant_method': 'bitsandbytes'})
     with pytest.raises(UserError, match='bitsandbytes'):
         hub.read(source)

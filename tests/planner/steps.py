@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding
 
 from weft.inference.step import decode, empty_cache
 from weft.model.batch import Batch
+from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import ModelConfig
 from weft.sharding.mesh import BATCH, MeshConfig
 from weft.training.config import RunConfig, TrainingConfig
@@ -18,10 +19,12 @@ from weft.training.step import train_step
 SLOTS = 16  # of the cache of a decode step
 
 
-def run_config(model: ModelConfig, mesh: MeshConfig, batch: int, sequence_length: int, **training) -> RunConfig:
+def run_config(
+    model: ModelConfig, mesh: MeshConfig, batch: int, sequence_length: int, compute: ComputeConfig = DEFAULT, **training
+) -> RunConfig:
     """A run of one step; `training` are fields of TrainingConfig."""
     t = TrainingConfig(steps=1, batch=batch, sequence_length=sequence_length, **training)
-    return RunConfig(name='traffic', mesh=mesh, model=model, training=t)
+    return RunConfig(name='traffic', mesh=mesh, model=model, compute=compute, training=t)
 
 
 def rows(*shape: int) -> jax.ShapeDtypeStruct:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
 from weft.planner import aot
 from weft.planner.aot import Compiled, compile_step
@@ -21,7 +22,8 @@ from weft.training.config import RunConfig, TrainingConfig
 RUN = RunConfig(
     name='x',
     mesh=MeshConfig(data=8),
-    model=ModelConfig(vocabulary=256, layers=2, model_dim=64, heads=4, mlp_dim=64, dtype='bfloat16'),
+    model=ModelConfig(vocabulary=256, layers=2, model_dim=64, heads=4, mlp_dim=64),
+    compute=ComputeConfig(dtype='bfloat16'),
     training=TrainingConfig(steps=1, batch=8, sequence_length=32),
 )
 

@@ -16,6 +16,7 @@ from jax import lax
 
 from tests.planner.steps import decode_step, mesh_shape, run_config, training_step
 from weft.model import context
+from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import ModelConfig, MoEConfig
 from weft.model.layers import attention
 from weft.planner import traffic
@@ -29,11 +30,6 @@ EXPERTS = dataclasses.replace(
 )
 
 
-def sent_by(dispatch: str) -> ModelConfig:
-    """EXPERTS, to which the tokens go in another way."""
-    return dataclasses.replace(EXPERTS, moe=dataclasses.replace(EXPERTS.moe, dispatch=dispatch))
-
-
 class Case(NamedTuple):
     """A model on a mesh; its step of training is traced, and a step of decoding where the mesh has no pipeline."""
 
@@ -41,16 +37,17 @@ class Case(NamedTuple):
     mesh: MeshConfig
     training: dict = {}  # noqa: RUF012  # fields of TrainingConfig
     compiled: bool = False  # for CPUs too, which takes seconds
+    compute: ComputeConfig = DEFAULT
 
     def config(self) -> RunConfig:
-        return run_config(self.model, self.mesh, 8, 32, **self.training)
+        return run_config(self.model, self.mesh, 8, 32, self.compute, **self.training)
 
 
 # One line for each kind of model and mesh whose traffic is to stay what it is.
 CASES = {
     'dense_data2_tensor4': Case(DENSE, MeshConfig(data=2, tensor=4), compiled=True),
     'dense_remat_data4_tensor2': Case(
-        dataclasses.replace(DENSE, remat='block', qk_norm=True), MeshConfig(data=4, tensor=2)
+        dataclasses.replace(DENSE, qk_norm=True), MeshConfig(data=4, tensor=2), compute=ComputeConfig(remat='block')
     ),
     'dense_untied_data8': Case(
         dataclasses.replace(DENSE, tied_embedding=False, norm='layernorm', bias=True, qkv_bias=True, activation='gelu'),
@@ -63,9 +60,13 @@ CASES = {
     'dense_context4_tensor2': Case(DENSE, MeshConfig(context=4, tensor=2)),
     'dense_stage2_context2_tensor2': Case(DENSE, MeshConfig(stage=2, context=2, tensor=2)),
     'experts_data2_expert2_tensor2': Case(EXPERTS, MeshConfig(data=2, expert=2, tensor=2), compiled=True),
-    'experts_all_to_all_expert4_tensor2': Case(sent_by('all_to_all'), MeshConfig(expert=4, tensor=2)),
-    'experts_ragged_expert4_tensor2': Case(sent_by('ragged'), MeshConfig(expert=4, tensor=2)),
-    'experts_remat_expert8': Case(dataclasses.replace(EXPERTS, remat='block'), MeshConfig(expert=8)),
+    'experts_all_to_all_expert4_tensor2': Case(
+        EXPERTS, MeshConfig(expert=4, tensor=2), compute=ComputeConfig(dispatch='all_to_all')
+    ),
+    'experts_ragged_expert4_tensor2': Case(
+        EXPERTS, MeshConfig(expert=4, tensor=2), compute=ComputeConfig(dispatch='ragged')
+    ),
+    'experts_remat_expert8': Case(EXPERTS, MeshConfig(expert=8), compute=ComputeConfig(remat='block')),
 }
 # Of a compiled program only the bytes are held to the budget, with this slack for another version of the compiler.
 SLACK = 0.02

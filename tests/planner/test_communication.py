@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from tests.planner.steps import decode_step, mesh_shape, rows, run_config, training_step
 from weft.inference.step import encode, prefill
 from weft.model.batch import Source
+from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import EncoderConfig, MLAConfig, ModelConfig, MoEConfig
 from weft.model.ops import expert_dispatch as dispatch
 from weft.planner import communication, traffic
@@ -27,13 +28,12 @@ DENSE = ModelConfig(vocabulary=300, layers=4, model_dim=64, heads=8, kv_heads=4,
 EXPERTS = dataclasses.replace(
     DENSE,
     layers=3,
-    dtype='bfloat16',
     moe=MoEConfig(experts=8, mlp_dim=32, shared_experts=1, first_dense_layers=1, bias_update_rate=0.001),
 )
 BIASED = MoEConfig(experts=4, mlp_dim=16, router_bias=True, bias=True, pattern=(True, False))
 GATED = dataclasses.replace(EXPERTS.moe, shared_gate=True, shared_mlp_dim=24)
 LATENT = MLAConfig(q_rank=16, kv_rank=16, plain_dim=8, rotary_dim=4, value_dim=16)
-LARGE = dataclasses.replace(DENSE, vocabulary=8192, layers=2, model_dim=512, mlp_dim=1024, dtype='bfloat16')
+LARGE = dataclasses.replace(DENSE, vocabulary=8192, layers=2, model_dim=512, mlp_dim=1024)
 
 
 class Case(NamedTuple):
@@ -44,71 +44,97 @@ class Case(NamedTuple):
     mesh: MeshConfig
     training: dict = {}  # noqa: RUF012
     length: int = LENGTH
-
-
-def sent(way: str) -> dict:
-    return {'moe': dataclasses.replace(EXPERTS.moe, dispatch=way)}
+    compute: ComputeConfig = DEFAULT
 
 
 LAYERNORM = {'norm': 'layernorm', 'norm_order': 'post', 'bias': True, 'activation': 'gelu'}
 LEARNED = {'positions': 'learned', 'max_positions': 64, 'segment_kinds': 2, 'embedding_norm': True}
 MLA = {'kv_heads': None, 'head_dim': None, 'latent': LATENT}
+BLOCK = ComputeConfig(remat='block')
+NARROW = ComputeConfig(dtype='bfloat16')
+
+
+def narrow(**fields) -> ComputeConfig:
+    return dataclasses.replace(NARROW, **fields)
+
+
 CASES = {
-    'dots, ring': Case(DENSE, {'remat': 'dots'}, MeshConfig(data=2, context=2, tensor=2)),
+    'dots, ring': Case(DENSE, {}, MeshConfig(data=2, context=2, tensor=2), compute=ComputeConfig(remat='dots')),
     'one kv head for several devices': Case(
         DENSE,
         {'qk_norm': 'full', 'qkv_bias': True, 'attention_sinks': True, 'o_bias': True, 'norm_order': 'sandwich'},
         MeshConfig(tensor=8),
     ),
-    'norms after, tables': Case(DENSE, {'remat': 'block', **LAYERNORM, **LEARNED}, MeshConfig(data=2, tensor=4)),
+    'norms after, tables': Case(DENSE, {**LAYERNORM, **LEARNED}, MeshConfig(data=2, tensor=4), compute=BLOCK),
     'windows, replicas, parts': Case(
         DENSE,
-        {'layers': 5, 'window': 8, 'window_pattern': (True, False), 'remat': 'block', 'qk_norm': True},
+        {'layers': 5, 'window': 8, 'window_pattern': (True, False), 'qk_norm': True},
         MeshConfig(replica=2, data=2, tensor=2),
         {'accumulation': 2},
+        compute=BLOCK,
     ),
     'pipeline': Case(
         DENSE,
-        {'remat': 'block', 'tied_embedding': False},
+        {'tied_embedding': False},
         MeshConfig(stage=2, context=2, tensor=2),
         {'accumulation': 2},
+        compute=BLOCK,
     ),
     'pipeline of experts, one ahead': Case(
-        EXPERTS, {'layers': 5, 'mtp_layers': 1}, MeshConfig(stage=2, data=2, tensor=2)
+        EXPERTS, {'layers': 5, 'mtp_layers': 1}, MeshConfig(stage=2, data=2, tensor=2), compute=NARROW
     ),
-    'experts gathered, a gate': Case(EXPERTS, {'remat': 'block', 'moe': GATED}, MeshConfig(data=2, expert=2, tensor=2)),
+    'experts gathered, a gate': Case(
+        EXPERTS, {'moe': GATED}, MeshConfig(data=2, expert=2, tensor=2), compute=narrow(remat='block')
+    ),
     'experts gathered, dots, norms of outputs': Case(
-        EXPERTS, {'remat': 'dots', 'norm_order': 'output'}, MeshConfig(context=2, expert=2, tensor=2)
+        EXPERTS, {'norm_order': 'output'}, MeshConfig(context=2, expert=2, tensor=2), compute=narrow(remat='dots')
     ),
-    'experts all_to_all': Case(EXPERTS, {'remat': 'block', **sent('all_to_all')}, MeshConfig(expert=4, tensor=2)),
-    'experts ragged': Case(EXPERTS, {'remat': 'block', **sent('ragged')}, MeshConfig(data=2, expert=2, tensor=2)),
+    'experts all_to_all': Case(
+        EXPERTS, {}, MeshConfig(expert=4, tensor=2), compute=narrow(remat='block', dispatch='all_to_all')
+    ),
+    'experts ragged': Case(
+        EXPERTS, {}, MeshConfig(data=2, expert=2, tensor=2), compute=narrow(remat='block', dispatch='ragged')
+    ),
     'experts with biases': Case(
-        EXPERTS, {'layers': 4, 'moe': BIASED, 'remat': 'block'}, MeshConfig(data=2, expert=2, tensor=2)
+        EXPERTS,
+        {'layers': 4, 'moe': BIASED},
+        MeshConfig(data=2, expert=2, tensor=2),
+        compute=narrow(remat='block'),
     ),
     'latent, two ahead': Case(
         EXPERTS,
-        {**MLA, 'mtp_layers': 2, 'remat': 'block', 'tied_embedding': False, 'weight_dtype': 'bfloat16'},
+        {**MLA, 'mtp_layers': 2, 'tied_embedding': False},
         MeshConfig(data=2, expert=2, tensor=2),
+        compute=narrow(remat='block', weight_dtype='bfloat16'),
     ),
-    'latent, ring': Case(DENSE, {**MLA, 'qkv_bias': True, 'remat': 'block'}, MeshConfig(context=4, tensor=2)),
-    'reference ring': Case(DENSE, {'attention': 'reference', 'remat': 'block'}, MeshConfig(context=4, tensor=2)),
+    'latent, ring': Case(DENSE, {**MLA, 'qkv_bias': True}, MeshConfig(context=4, tensor=2), compute=BLOCK),
+    'reference ring': Case(
+        DENSE, {}, MeshConfig(context=4, tensor=2), compute=ComputeConfig(attention='reference', remat='block')
+    ),
     'encoder': Case(
         DENSE,
-        {'encoder': EncoderConfig(layers=3, mlp_dim=32), 'positions': 'relative', 'remat': 'block'},
+        {'encoder': EncoderConfig(layers=3, mlp_dim=32), 'positions': 'relative'},
         MeshConfig(data=2, tensor=4),
+        compute=BLOCK,
     ),
     'chunks of the loss': Case(
-        LARGE, {'remat': 'block', 'attention': 'reference'}, MeshConfig(data=4, tensor=2), length=2048
+        LARGE,
+        {},
+        MeshConfig(data=4, tensor=2),
+        length=2048,
+        compute=narrow(remat='block', attention='reference'),
     ),
-    'rings in tiles': Case(LARGE, {'attention': 'blockwise'}, MeshConfig(context=4, tensor=2), length=2048),
+    'rings in tiles': Case(
+        LARGE, {}, MeshConfig(context=4, tensor=2), length=2048, compute=narrow(attention='blockwise')
+    ),
 }
 
 
 @pytest.mark.parametrize('name', CASES)
 def test_steps_ask_for_what_their_shapes_say(name, monkeypatch):
-    base, fields, mesh, training, length = CASES[name]
+    base, fields, mesh, training, length, compute = CASES[name]
     c = dataclasses.replace(base, **fields)
-    run = run_config(c, mesh, BATCH, length, **training)
+    run = run_config(c, mesh, BATCH, length, compute, **training)
     run.check_sizes()
     monkeypatch.setattr(dispatch, 'platform', lambda: 'tpu')  # a CPU's `ragged` gathers
     with jax.set_mesh(make_mesh(mesh)):
@@ -116,7 +142,7 @@ def test_steps_ask_for_what_their_shapes_say(name, monkeypatch):
         if c.encoder:
             batch = batch._replace(source=Source(*batch[:1] * 3))
         parts = run.training.accumulation, run.microbatches
-        same(jax.make_jaxpr(step)(state, batch), communication.training(c, mesh, BATCH, length, *parts))
+        same(jax.make_jaxpr(step)(state, batch), communication.training(c, compute, mesh, BATCH, length, *parts))
         if mesh.stage > 1 or length != LENGTH:
             return
         step, (model, cache, *one) = decode_step(run)
@@ -126,10 +152,10 @@ def test_steps_ask_for_what_their_shapes_say(name, monkeypatch):
             )
             source = jax.eval_shape(encode, model, rows(BATCH, 16), rows(BATCH))
             cache = cache._replace(source=jax.tree.map(here, source))
-        same(jax.make_jaxpr(step)(model, cache, *one), communication.decoding(c, mesh, BATCH))
+        same(jax.make_jaxpr(step)(model, cache, *one), communication.decoding(c, compute, mesh, BATCH))
         for tokens in PROMPTS:
             traced = jax.make_jaxpr(prefill)(model, cache, rows(BATCH, tokens), rows(BATCH))
-            same(traced, communication.prefill(c, mesh, BATCH, tokens))
+            same(traced, communication.prefill(c, compute, mesh, BATCH, tokens))
 
 
 def same(traced, counted: traffic.Traffic) -> None:
@@ -147,19 +173,20 @@ def same(traced, counted: traffic.Traffic) -> None:
 def test_what_is_not_done_is_not_counted():
     both_ways = dataclasses.replace(DENSE, causal=False)
     with pytest.raises(ValueError, match=r'model\.causal is false'):
-        communication.training(both_ways, MeshConfig(), 8, 32)
+        communication.training(both_ways, DEFAULT, MeshConfig(), 8, 32)
     with pytest.raises(ValueError, match=r'model\.causal is false'):
-        communication.decoding(both_ways, MeshConfig(), 8)
+        communication.decoding(both_ways, DEFAULT, MeshConfig(), 8)
     with pytest.raises(ValueError, match=r'mesh\.stage is 2.*mesh\.data=2'):
-        communication.decoding(DENSE, MeshConfig(stage=2), 8)
+        communication.decoding(DENSE, DEFAULT, MeshConfig(stage=2), 8)
 
 
 @pytest.mark.parametrize('name', ['llama-3.1-405b', 'deepseek-v3'])
 def test_a_count_takes_no_time_whatever_the_depth(name):
-    c, mesh = load(CONFIGS / f'{name}.yaml').model, MeshConfig(data=8, expert=8, tensor=8)
-    communication.training(c, mesh, 512, 4096)
+    run, mesh = load(CONFIGS / f'{name}.yaml'), MeshConfig(data=8, expert=8, tensor=8)
+    c, compute = run.model, run.compute
+    communication.training(c, compute, mesh, 512, 4096)
     start = time.process_time()
     for _ in range(20):
-        communication.training(c, mesh, 512, 4096)
-        communication.decoding(c, mesh, 512)
+        communication.training(c, compute, mesh, 512, 4096)
+        communication.decoding(c, compute, mesh, 512)
     assert (time.process_time() - start) / 20 < 0.02

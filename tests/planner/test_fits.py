@@ -40,7 +40,7 @@ def test_a_run_that_does_not_is_refused_with_what_fits(share):
         plan_first(RUN, device(needed * share))
     told = re.search(r'nearest that fits: (.*?);', str(error.value))[1]
     changes = dict(part.split('=') for part in told.split())
-    tried = changed(RUN, {key: value if key == 'model.remat' else int(value) for key, value in changes.items()})
+    tried = changed(RUN, {key: value if key == 'compute.remat' else int(value) for key, value in changes.items()})
     assert training_memory(tried, 'gpu').total <= needed * share
     line = plan_first(RUN, device(needed * share), force=True)
     assert re.fullmatch(r'plan: .* GiB a device of .* GiB: does not fit, and is tried as --force says', line)

@@ -17,6 +17,7 @@ from tests.planner.steps import run_config
 from weft.inference.step import decode, empty_cache, encode, prefill
 from weft.model import cost
 from weft.model.batch import Batch, Source
+from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import MLAConfig, ModelConfig, MoEConfig
 from weft.model.forward import logits
 from weft.model.ops.attention import attention
@@ -29,19 +30,27 @@ from weft.training.state import abstract_state
 B, T, S, SLOTS = 4, 8, 6, 12  # rows, tokens, tokens of a source, slots of a cache
 
 
-def countable(c: ModelConfig, **changes: Any) -> ModelConfig:
-    """Backends whose every product is a dot of known size."""
-    return dataclasses.replace(c, attention='reference', experts='ragged', **changes)
+# Backends whose every product is a dot of known size.
+COUNTABLE = ComputeConfig(attention='reference', grouped_matmul='ragged')
 
 
 def integers(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(jax.sharding.get_mesh(), P(BATCH)))
 
 
-def traced(c: ModelConfig, what: str, mesh: MeshConfig, rows: int, length: int, source: int, **step: int) -> float:
+def traced(
+    c: ModelConfig,
+    compute: ComputeConfig,
+    what: str,
+    mesh: MeshConfig,
+    rows: int,
+    length: int,
+    source: int,
+    **step: int,
+) -> float:
     """FLOPs of the dots in a program, all devices together."""
     with jax.set_mesh(make_mesh(mesh)):
-        model = abstract_state(run_config(c, mesh, rows, length)).model
+        model = abstract_state(run_config(c, mesh, rows, length, compute)).model
         row_BT = integers(rows, length)
         batch = Batch(row_BT, row_BT, row_BT, row_BT)
         kept = None
@@ -75,11 +84,11 @@ def on_mesh(tree: Any) -> Any:
     return jax.tree.map(place, tree)
 
 
-def check(c: ModelConfig, what: str, mesh: MeshConfig = ONE, rows=B, length=T, **step: int) -> None:
+def check(c: ModelConfig, what: str, mesh: MeshConfig = ONE, rows=B, length=T, compute=COUNTABLE, **step: int) -> None:
     source = S if c.encoder else 0
     length = SLOTS if what == 'decode' else length
-    want = executed(c, what, rows=rows, length=length, source=source, mesh=mesh, **step)
-    assert sum(want.values()) == traced(c, what, mesh, rows, length, source, **step), want
+    want = executed(c, compute, what, rows=rows, length=length, source=source, mesh=mesh, **step)
+    assert sum(want.values()) == traced(c, compute, what, mesh, rows, length, source, **step), want
 
 
 # Of each family the first case, and what differs in its products from that.
@@ -102,27 +111,31 @@ def test_each_family(name):
     else:
         programs = ['decode', *(['prefill'] if c.latent or c.encoder else []), *(['encode'] if c.encoder else [])]
     for what in ['train', *programs]:
-        check(countable(c), what)
+        check(c, what)
 
 
 DENSE = ModelConfig(vocabulary=256, layers=2, model_dim=32, heads=4, kv_heads=2, mlp_dim=48)
-EXPERTS = MoEConfig(experts=4, mlp_dim=16, top_k=2, shared_experts=1, first_dense_layers=1, dispatch='all_to_all')
+EXPERTS = MoEConfig(experts=4, mlp_dim=16, top_k=2, shared_experts=1, first_dense_layers=1)
 LATENT = MLAConfig(q_rank=16, kv_rank=8, plain_dim=6, rotary_dim=4, value_dim=10)
 MODELS = {
     'dense': DENSE,
     'post': dataclasses.replace(DENSE, norm_order='post', norm='layernorm', bias=True, activation='gelu'),
     'kinds': dataclasses.replace(DENSE, layers=4, window=3, window_pattern=(True, False)),
-    'experts': dataclasses.replace(DENSE, layers=3, moe=dataclasses.replace(EXPERTS, dispatch='auto', bias=True)),
+    'experts': dataclasses.replace(DENSE, layers=3, moe=dataclasses.replace(EXPERTS, bias=True)),
     'gate': dataclasses.replace(DENSE, moe=dataclasses.replace(EXPERTS, first_dense_layers=0, shared_gate=True)),
     'output': dataclasses.replace(DENSE, norm_order='output', rotary_pattern=(True, False)),
     'latent': dataclasses.replace(DENSE, layers=3, kv_heads=4, head_dim=None, latent=LATENT, moe=EXPERTS),
 }
 
 
+BUFFERED = ('gate', 'latent')  # mixtures whose tokens go to their experts in buffers
+
+
 @pytest.mark.parametrize('name', MODELS)
 @pytest.mark.parametrize('remat', ['dots', 'block'])
 def test_what_rematerialisation_computes_again(name, remat):
-    check(countable(MODELS[name], remat=remat), 'train')
+    dispatch = 'all_to_all' if name in BUFFERED else 'auto'
+    check(MODELS[name], 'train', compute=dataclasses.replace(COUNTABLE, remat=remat, dispatch=dispatch))
 
 
 MESHES = [
@@ -135,12 +148,15 @@ MESHES = [
 @pytest.mark.parametrize(('name', 'mesh'), [('dense', MESHES[1]), *(('latent', mesh) for mesh in MESHES)], ids=str)
 def test_each_mesh(name, mesh):
     """What devices do alike, padded and idle counts once on each of them."""
-    c = countable(MODELS[name], layers=5 if MODELS[name].moe else 4)  # mixtures after a dense layer: four of a kind
+    c = dataclasses.replace(
+        MODELS[name], layers=5 if MODELS[name].moe else 4
+    )  # mixtures after a dense layer: four of a kind
+    compute = dataclasses.replace(COUNTABLE, dispatch='all_to_all' if name in BUFFERED else 'auto')
     training = {'microbatches': 4} if mesh.stage > 1 else {}
-    check(c, 'train', mesh, rows=16, **training)
+    check(c, 'train', mesh, rows=16, compute=compute, **training)
     if mesh.stage == 1:
-        check(c, 'prefill', mesh, rows=8, length=7)
-        check(c, 'decode', mesh, rows=8)
+        check(c, 'prefill', mesh, rows=8, length=7, compute=compute)
+        check(c, 'decode', mesh, rows=8, compute=compute)
 
 
 @pytest.mark.parametrize('name', cases.CASES)
@@ -150,28 +166,32 @@ def test_what_a_model_needs_is_what_is_executed_where_nothing_is_masked_padded_o
     c = dataclasses.replace(c, vocabulary=256, window=None, mtp_layers=0)
     how: dict[str, Any] = {'rows': B, 'length': T, 'source': T if c.encoder else 0}
     same = lambda a, b: {k: v for k, v in a.items() if v} == {k: v for k, v in b.items() if v}
-    assert same(executed(c, 'loss', **how), {k: B * T * v for k, v in cost.forward_flops(c, T).items()})
+    assert same(executed(c, DEFAULT, 'loss', **how), {k: B * T * v for k, v in cost.forward_flops(c, T).items()})
     if c.causal:
-        assert same(executed(c, 'decode', **how), {k: B * v for k, v in cost.flops_per_token(c, 'decode', T).items()})
+        assert same(
+            executed(c, DEFAULT, 'decode', **how), {k: B * v for k, v in cost.flops_per_token(c, 'decode', T).items()}
+        )
     if c.causal and not c.encoder:
-        prefill = executed(c, 'prefill', attention='flash', **how)
+        prefill = executed(c, DEFAULT, 'prefill', attention='flash', **how)
         assert same(prefill, {k: B * T * v for k, v in cost.flops_per_token(c, 'prefill', T).items()})
 
 
 def test_a_step_in_parts_with_chunks_that_do_not_divide():
     """4,998 tokens a part are three chunks of 1,666; 2,049 are two of 1,025, the last token of which is padding."""
     for T, parts in ((2499, 2), (2049, 4)):
-        check(countable(DENSE, layers=1), 'train', rows=4, length=T, accumulation=parts)
+        check(dataclasses.replace(DENSE, layers=1), 'train', rows=4, length=T, accumulation=parts)
 
 
 def test_tiles_compute_no_more_than_the_mask_lets_through():
     c = dataclasses.replace(DENSE, window=4, window_pattern=(True, False))
     how = {'rows': 1, 'length': 16}
-    square, tiles = (executed(c, 'loss', attention=name, **how)['attention'] for name in ('reference', 'flash'))
+    square, tiles = (
+        executed(c, DEFAULT, 'loss', attention=name, **how)['attention'] for name in ('reference', 'flash')
+    )
     seen = 16 * 17 / 2 + (4 * 5 / 2 + 12 * 4)  # of the layer without a window, and of the one with it
     assert tiles == 2 * 2 * c.heads * c.head_dim * seen
     assert square == 2 * 2 * c.heads * c.head_dim * 2 * 16 * 16
-    back = executed(c, 'train', attention='flash', **how)['attention']
+    back = executed(c, DEFAULT, 'train', attention='flash', **how)['attention']
     assert back == tiles * (1 + 7 / 2), 'the backward pass has scores twice more'
 
 

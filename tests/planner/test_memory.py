@@ -14,6 +14,7 @@ from tests.families.loading import read
 from tests.planner.steps import decode_step, run_config, training_step
 from weft.inference.run import in_compute_dtype
 from weft.model.batch import Source
+from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import MLAConfig, ModelConfig, MoEConfig
 from weft.model.decoder import init_decoder
 from weft.planner.memory import serving_memory, training_memory
@@ -31,7 +32,7 @@ def test_weights_are_those_that_the_model_declares(name):
     jax.config.update('jax_remove_size_one_mesh_axis_from_type', False)  # the axes that are declared, on one device too
     try:
         with jax.set_mesh(make_mesh(MeshConfig())):
-            model = jax.eval_shape(lambda key: init_decoder(c, key), jax.random.key(0))
+            model = jax.eval_shape(lambda key: init_decoder(c, DEFAULT, key), jax.random.key(0))
     finally:
         jax.config.update('jax_remove_size_one_mesh_axis_from_type', True)
     declared, counted = Counter(), Counter()
@@ -58,7 +59,6 @@ def test_weights_are_those_that_the_model_declares(name):
 DENSE = ModelConfig(vocabulary=300, layers=4, model_dim=32, heads=8, kv_heads=4, mlp_dim=48)
 MIXED = dataclasses.replace(
     DENSE,
-    dtype='bfloat16',
     moe=MoEConfig(experts=8, mlp_dim=16, shared_experts=1, first_dense_layers=1, bias_update_rate=0.001),
 )
 LATENT = dataclasses.replace(
@@ -69,15 +69,20 @@ LATENT = dataclasses.replace(
     latent=MLAConfig(q_rank=16, kv_rank=16, plain_dim=8, rotary_dim=4, value_dim=8),
     mtp_layers=1,
     tied_embedding=False,
-    weight_dtype='bfloat16',
 )
+NARROW = ComputeConfig(dtype='bfloat16')
+NARROW_WEIGHTS = ComputeConfig(dtype='bfloat16', weight_dtype='bfloat16')
 ARGUMENTS = [
-    (DENSE, MeshConfig(data=2, stage=2, tensor=2)),
-    (dataclasses.replace(DENSE, positions='learned', max_positions=64), MeshConfig(data=2, context=2, tensor=2)),
-    (MIXED, MeshConfig(replica=2, expert=2, tensor=2)),
-    (LATENT, MeshConfig(data=2, expert=2, tensor=2)),
-    (LATENT, MeshConfig(stage=2, data=2, expert=2)),
-    (read(CASES['t5-v1.1'])[1], MeshConfig(data=4, tensor=2)),
+    (DENSE, DEFAULT, MeshConfig(data=2, stage=2, tensor=2)),
+    (
+        dataclasses.replace(DENSE, positions='learned', max_positions=64),
+        DEFAULT,
+        MeshConfig(data=2, context=2, tensor=2),
+    ),
+    (MIXED, NARROW, MeshConfig(replica=2, expert=2, tensor=2)),
+    (LATENT, NARROW_WEIGHTS, MeshConfig(data=2, expert=2, tensor=2)),
+    (LATENT, NARROW_WEIGHTS, MeshConfig(stage=2, data=2, expert=2)),
+    (read(CASES['t5-v1.1'])[1], DEFAULT, MeshConfig(data=4, tensor=2)),
 ]
 
 
@@ -90,9 +95,9 @@ def on_a_device(tree) -> int:
     return sum(sizes)
 
 
-@pytest.mark.parametrize(('model', 'mesh'), ARGUMENTS, ids=[str(mesh) for _, mesh in ARGUMENTS])
-def test_arguments_are_those_of_the_real_steps(model, mesh):
-    config = run_config(model, mesh, 8, 32)
+@pytest.mark.parametrize(('model', 'compute', 'mesh'), ARGUMENTS, ids=[str(mesh) for *_, mesh in ARGUMENTS])
+def test_arguments_are_those_of_the_real_steps(model, compute, mesh):
+    config = run_config(model, mesh, 8, 32, compute)
     with jax.set_mesh(make_mesh(mesh)):
         _, (state, batch) = training_step(config)
         if model.encoder:
@@ -104,7 +109,7 @@ def test_arguments_are_those_of_the_real_steps(model, mesh):
         if mesh.stage == 1 and not model.encoder:
             _, (model_, cache, *rest) = decode_step(config)
             model_ = jax.eval_shape(in_compute_dtype, model_)
-            memory = serving_memory(model, mesh, 8, 16, platform='cpu')
+            memory = serving_memory(model, compute, mesh, 8, 16, platform='cpu')
             assert memory.parameters == on_a_device(model_)
             assert memory.cache == on_a_device(cache)
             assert memory.batch == on_a_device(rest)

@@ -8,7 +8,7 @@ from weft.planner.chips import CHIPS
 from weft.planner.layouts import divisors, meshes
 from weft.planner.search import ALIKE, everything, search, why
 from weft.planner.serving import Serving, Target, search_serving, serving_meshes
-from weft.proof.search_cases import CASES, LARGE, MIXTURE, SMALL, WIDE, run_of
+from weft.proof.search_cases import CASES, LARGE, MIXTURE, NARROW, SMALL, WIDE, run_of
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import AXES, MeshConfig, factorizations
 
@@ -64,14 +64,14 @@ def test_meshes_are_all_that_the_rules_allow():
 @pytest.mark.parametrize(('model', 'chip', 'chips'), [(SMALL, 'h100', 8), (WIDE, 'h200', 8), (MIXTURE, 'v6e', 16)])
 @pytest.mark.parametrize('target', [Target(), Target(latency=0.03), Target(throughput=3000.0)], ids=str)
 def test_serving_finds_the_best_for_its_target(model, chip, chips, target):
-    found = search_serving(model, CHIPS[chip], chips, None if target != Target() else 64, 4096, 1024, target)
+    found = search_serving(model, NARROW, CHIPS[chip], chips, None if target != Target() else 64, 4096, 1024, target)
     assert found.best.fits
     assert found.best.reaches
     rows = [64] if target == Target() else [2**power for power in range(15)]
     for mesh in serving_meshes(model, chips, None):
         for count in rows:
             if count % mesh.span(('replica', 'data', 'expert')) == 0:
-                other = Serving(model, mesh, CHIPS[chip], count, 4096, 1024, target)
+                other = Serving(model, NARROW, mesh, CHIPS[chip], count, 4096, 1024, target)
                 assert not (other.fits and other.reaches and other.cost < found.best.cost / ALIKE**2)
 
 
@@ -79,4 +79,4 @@ def test_serving_that_cannot_be_fast_enough_is_answered_with_the_nearest():
     with pytest.raises(
         UserError, match=r'--latency 0\.001: no mesh of 8 chips reaches it; nearest: .* ms between tokens'
     ):
-        search_serving(SMALL, CHIPS['h100'], 8, None, 4096, 1024, Target(latency=1e-6))
+        search_serving(SMALL, NARROW, CHIPS['h100'], 8, None, 4096, 1024, Target(latency=1e-6))

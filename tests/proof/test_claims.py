@@ -13,6 +13,7 @@ import pytest
 
 from weft.inference.step import empty_cache, prefill
 from weft.model import cost
+from weft.model.compute import DEFAULT
 from weft.model.config import ModelConfig, MoEConfig
 from weft.model.decoder import init_decoder
 from weft.model.forward import logits, place
@@ -196,7 +197,7 @@ def test_gpt3(says):
 
 def test_a_token_reads_its_context(says):
     """Decoding one token (whose dots tests/planner/test_flops.py counts) does no more than attend to longer caches."""
-    short, long = (executed(TINY, 'decode', rows=1, length=S) for S in (32, 64))
+    short, long = (executed(TINY, DEFAULT, 'decode', rows=1, length=S) for S in (32, 64))
     assert long['attention'] == 2 * short['attention']
     assert all(long[part] == short[part] for part in short if part != 'attention')
     short, long = (sum(cost.flops_per_token(LARGE, 'decode', S).values()) for S in (2048, 131_072))
@@ -231,7 +232,7 @@ def test_share_of_peak(says):
 def test_a_mixture_saves_arithmetic_and_no_memory(says):
     """Four times the experts: the same FLOPs but for the router, and four times their parameters."""
     few, many = (dataclasses.replace(TINY, moe=MoEConfig(experts=experts, top_k=2, mlp_dim=64)) for experts in (4, 16))
-    a, b = (executed(c, 'train', rows=2, length=32) for c in (few, many))
+    a, b = (executed(c, DEFAULT, 'train', rows=2, length=32) for c in (few, many))
     assert {part for part in a if a[part] != b[part]} == {'router'}
     assert bill(many).parts()['experts'] == 4 * bill(few).parts()['experts']
     found = bill(MIXTURE)
@@ -283,7 +284,7 @@ def test_closer_words_have_larger_products(says):
 
 def last_logits(c: ModelConfig, tokens_BT: np.ndarray) -> np.ndarray:
     """After the last token of each row."""
-    model = jax.jit(lambda: init_decoder(c, jax.random.key(0)))()
+    model = jax.jit(lambda: init_decoder(c, DEFAULT, jax.random.key(0)))()
     T = tokens_BT.shape[1]
     places = np.broadcast_to(np.arange(T, dtype=np.int32), tokens_BT.shape)
     return np.asarray(logits(model, *place((tokens_BT, places, np.ones_like(tokens_BT)))))[:, -1]
@@ -321,7 +322,7 @@ def test_heads_and_scores(says):
 
 def test_what_a_word_sees_in_the_first_layer(says, one_device):
     """Other first words: the third word's key is the same in layer 1, and another in layer 2."""
-    model = jax.jit(lambda: init_decoder(TINY, jax.random.key(0)))()
+    model = jax.jit(lambda: init_decoder(TINY, DEFAULT, jax.random.key(0)))()
     tokens_BT, lengths = np.array([[5, 9, 2, 7], [8, 1, 2, 7]], np.int32), np.full(2, 4, np.int32)
     _, cache = prefill(model, empty_cache(model, 2, 4), *place((tokens_BT, lengths)))
     first, second = (np.asarray(k_BSM[:, 2]) for k_BSM in cache.k_LBSM)

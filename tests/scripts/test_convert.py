@@ -76,7 +76,7 @@ def test_small_steps_are_not_lost_in_narrow_weights(place):
     few.append(f'data.source={place / "text"}')
     config = load(place / 'runs' / 'narrow' / 'config.yaml', few)
     with pytest.raises(UserError, match=r'weight_dtype is float16 and the imported weights are bfloat16.*=float32'):
-        train(load(place / 'runs' / 'narrow' / 'config.yaml', [*few, 'model.weight_dtype=float16']), place / 'runs')
+        train(load(place / 'runs' / 'narrow' / 'config.yaml', [*few, 'compute.weight_dtype=float16']), place / 'runs')
     out = io.StringIO()
     train(config, place / 'runs', console=Console(file=out, width=200))
     assert 'narrow, in float32: small steps would be lost in bfloat16' in out.getvalue()

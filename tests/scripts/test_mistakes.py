@@ -195,7 +195,7 @@ def test_out_of_memory_says_what_used_it_and_what_to_change(place):
     (line,) = done.stderr.strip().splitlines()
     assert all(
         word in line
-        for word in ('weights', 'GiB', 'optimizer state', 'training.batch', 'model.remat=block', 'mesh.data')
+        for word in ('weights', 'GiB', 'optimizer state', 'training.batch', 'compute.remat=block', 'mesh.data')
     ), line
 
 

@@ -11,6 +11,7 @@ from jax import P
 
 from tests import reference
 from weft.model import stack
+from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.decoder import init_decoder
 from weft.model.forward import place
@@ -22,7 +23,8 @@ from weft.training.config import RunConfig, TrainingConfig
 from weft.training.loss import loss_and_gradient
 from weft.training.report import kept_inputs, pipeline_line
 
-MODEL = ModelConfig(vocabulary=100, layers=8, model_dim=16, heads=2, mlp_dim=16, remat='block', attention='reference')
+MODEL = ModelConfig(vocabulary=100, layers=8, model_dim=16, heads=2, mlp_dim=16)
+COMPUTE = ComputeConfig(remat='block', attention='reference')
 B, T = 16, 8
 
 
@@ -66,7 +68,7 @@ def traced(stages: int, microbatches: int, layers: int = 8):
     """The program of a loss and its gradient, traced."""
     c = dataclasses.replace(MODEL, layers=layers)
     with jax.set_mesh(make_mesh(MeshConfig(stage=stages))):
-        model = jax.eval_shape(lambda key: init_decoder(c, key), jax.random.key(0))
+        model = jax.eval_shape(lambda key: init_decoder(c, COMPUTE, key), jax.random.key(0))
         batch = place(reference.packed_batch(100, B, T))
         return jax.make_jaxpr(functools.partial(loss_and_gradient, microbatches=microbatches))(model, batch).jaxpr
 
@@ -102,7 +104,7 @@ def stacked_outputs(jaxpr, length: int) -> list:
 def test_kept_activations_are_those_that_the_report_states(stages, microbatches, monkeypatch):
     monkeypatch.setattr(stack, 'UNROLLED', {})
     t = TrainingConfig(steps=1, batch=B, sequence_length=T, microbatches=microbatches)
-    config = RunConfig(name='kept', mesh=MeshConfig(stage=stages), model=MODEL, training=t)
+    config = RunConfig(name='kept', mesh=MeshConfig(stage=stages), model=MODEL, compute=COMPUTE, training=t)
     length = ticks(microbatches, stages)
     kept = [a for a in stacked_outputs(traced(stages, microbatches), length) if jnp.issubdtype(a.dtype, jnp.floating)]
     shape = (length, MODEL.layers // stages, B // microbatches, T, MODEL.model_dim)

@@ -12,7 +12,7 @@ from tests.scripts.runs import ROOT
 from weft.model.config_parts import nearest_divisor
 from weft.runtime.errors import UserError
 from weft.training import yaml_text
-from weft.training.config import RunConfig, dump, load, parse
+from weft.training.config import RENAMED, RunConfig, dump, load, parse
 
 BASE = """
 name: tiny
@@ -151,8 +151,8 @@ def test_overrides_are_read_as_their_fields_are() -> None:
             'model.qk_norm=full',
             'model.moe={experts: 4, top_k: 2, mlp_dim: 16}',
             'model.moe.experts=8',
-            'model.dtype=bfloat16',
-            'model.weight_dtype=null',
+            'compute.dtype=bfloat16',
+            'compute.weight_dtype=null',
             'mesh={data: 2}',
             'mesh.tensor=2',
         ],
@@ -165,7 +165,7 @@ def test_overrides_are_read_as_their_fields_are() -> None:
         'full',
         False,
     )
-    assert (config.model.moe.experts, config.model.dtype, config.model.weight_dtype) == (8, 'bfloat16', None)
+    assert (config.model.moe.experts, config.compute.dtype, config.compute.weight_dtype) == (8, 'bfloat16', None)
     assert (config.mesh.data, config.mesh.tensor) == (2, 2)
     assert parse(BASE, 'a.yaml', ['data.source=null']).data.source is None
 
@@ -220,6 +220,18 @@ def test_a_mistaken_override_is_named(override: str) -> None:
     line = told(base, override)
     assert all(word in line for word in OVERRIDES[override]), line
     assert 'optimizer' not in override or 'did you mean' not in line
+
+
+@pytest.mark.parametrize('key', RENAMED)
+def test_a_key_that_was_renamed_is_answered_with_its_new_name(key: str) -> None:
+    from weft.training.overrides import kind_of
+
+    said = f"no key '{key}'; did you mean '{RENAMED[key]}'?"
+    assert told(BASE, f'{key}=1').endswith(said)
+    *sections, field = key.split('.')
+    text = ''.join(f'{section}: {{' for section in sections) + f'{field}: 1' + '}' * len(sections)
+    assert told(text).endswith(said)
+    assert kind_of(RunConfig, RENAMED[key].split('.')) is not None
 
 
 def test_every_key_is_known_and_its_typo_is_found() -> None:

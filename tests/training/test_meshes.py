@@ -14,6 +14,7 @@ from tests.families.cases import CASES
 from tests.families.loading import read
 from weft.inference.step import decode, empty_cache, prefill
 from weft.model.batch import Batch
+from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import ModelConfig, MoEConfig
 from weft.model.decoder import init_decoder
 from weft.model.forward import logits
@@ -73,7 +74,7 @@ def place(batch):
 def run_on(shape: tuple[int, ...], dtype: str) -> dict:
     """Initial weights, losses of 20 steps, and then greedy text: its tokens and how far apart the two best logits were."""
     config = dataclasses.replace(RUN, mesh=MeshConfig(**dict(zip(AXES, shape, strict=True))))
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+    config = dataclasses.replace(config, compute=ComputeConfig(dtype=dtype))
     with jax.set_mesh(make_mesh(config.mesh)):
         state = jax.jit(functools.partial(init, config))()
         born = jax.tree.map(np.asarray, state.model)
@@ -141,7 +142,7 @@ def test_other_kinds_of_models_are_born_alike(name):
     c, born = read(CASES[name])[1], []
     for mesh in (MeshConfig(), MeshConfig(data=2, expert=2, tensor=2)):
         with jax.set_mesh(make_mesh(mesh)):
-            model = jax.jit(lambda key: init_decoder(c, key))(jax.random.key(0))
+            model = jax.jit(lambda key: init_decoder(c, DEFAULT, key))(jax.random.key(0))
             born.append(jax.tree.map(np.asarray, model))
     assert jax.tree.all(jax.tree.map(np.array_equal, *born))
 

@@ -1,6 +1,5 @@
 """Layers that predict further ahead: what they must predict, their loss, and that every mesh gives the same."""
 
-import dataclasses
 import functools
 
 import jax
@@ -10,6 +9,7 @@ import pytest
 from tests import reference
 from tests.models import filled
 from weft.model.batch import Batch
+from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig, MoEConfig
 from weft.model.forward import logits_ahead, place
 from weft.sharding.mesh import MeshConfig, make_mesh
@@ -26,9 +26,9 @@ MODEL = ModelConfig(
     mlp_dim=32,
     mtp_layers=2,
     mtp_loss=0.5,
-    moe=MoEConfig(experts=4, mlp_dim=16, first_dense_layers=0, bias_update_rate=0.001, dispatch='all_gather'),
-    dtype='float64',
+    moe=MoEConfig(experts=4, mlp_dim=16, first_dense_layers=0, bias_update_rate=0.001),
 )
+DOUBLE = ComputeConfig(dtype='float64', dispatch='all_gather')
 MESHES = [
     MeshConfig(stage=2, context=2, expert=2),
 ]
@@ -55,7 +55,7 @@ def step_on(mesh: MeshConfig):
     microbatches = 2 * mesh.stage if mesh.stage > 1 else 1
     run = functools.partial(loss_and_gradient, microbatches=microbatches)
     with jax.set_mesh(make_mesh(mesh)):
-        model = filled(MODEL)
+        model = filled(MODEL, DOUBLE)
         return jax.tree.map(np.asarray, jax.jit(run)(model, place(batch())))
 
 
@@ -78,7 +78,7 @@ def test_the_loss_is_that_of_the_logits():
     )  # one document a row, so that the logits' shift is the loss'
     rows = Batch(ids[:, :-1], ids[:, 1:], alone, np.ones_like(alone))
     with jax.set_mesh(make_mesh(MeshConfig())):
-        model = filled(MODEL)
+        model = filled(MODEL, DOUBLE)
         (loss, figures), _ = jax.jit(loss_and_gradient)(model, place(rows))
         padded = np.pad(ids, ((0, 0), (0, 7)))
         places = np.arange(40, dtype=np.int32)[None].repeat(8, 0)
@@ -95,9 +95,8 @@ def test_the_loss_is_that_of_the_logits():
 
 
 def test_a_step_moves_them_and_their_routers_biases():
-    model = dataclasses.replace(MODEL, dtype='float32')
     config = RunConfig(
-        name='mtp', model=model, training=TrainingConfig(steps=10, batch=8, sequence_length=32, learning_rate=1e-2)
+        name='mtp', model=MODEL, training=TrainingConfig(steps=10, batch=8, sequence_length=32, learning_rate=1e-2)
     )
     with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2))):
         state = jax.jit(functools.partial(init, config))()
