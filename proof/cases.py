@@ -71,7 +71,7 @@ def holds(case: str, found: dict[str, Any]) -> bool:
     return found['error'] <= TOLERANCE[part]
 
 
-def tell(found: dict[str, Any]) -> str:
+def figures_line(found: dict[str, Any]) -> str:
     """A case's figures in a line."""
     return ', '.join(
         f'{name} {value:.2g}' if isinstance(value, float) else f'{name} {value}' for name, value in found.items()
