@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.typing import DTypeLike
 
 from weft.model.ops.attention.blockwise import fill
 from weft.model.ops.attention.mask import FLOOR, HIDDEN, TokenIndex, sees, tiles_of, tiles_see
@@ -308,7 +309,7 @@ def by_head(x_BTKG: jax.Array) -> jax.Array:
     return x_BTKG.reshape(*x_BTKG.shape[:2], -1).swapaxes(1, 2)
 
 
-def tiles_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan: Plan, dtype: jnp.dtype) -> list[jax.Array]:
+def tiles_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan: Plan, dtype: DTypeLike) -> list[jax.Array]:
     """Output [B, T, K, G, H] in `dtype` and log-sum-exp [B, N, T] in base 2 and float32; of no key, 0 and `FLOOR`."""
     (B, T, K, G, H), S, t = q_BTKGH.shape, k_BSKH.shape[1], plan.forward
     q, kv, lse, at_q, at_k, span = query_specs(t, T, S, G, H)
@@ -326,7 +327,7 @@ def tiles_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan: Plan, dtype: jn
 
 
 def tiles_backward(
-    q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, dout_BTKGH, lse_BNT, delta_BNT, plan: Plan, dtype: jnp.dtype
+    q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, dout_BTKGH, lse_BNT, delta_BNT, plan: Plan, dtype: DTypeLike
 ) -> list[jax.Array]:
     """dq, dk and dv in `dtype`. Log-sum-exp and delta may be of a softmax over more keys than these."""
     (B, T, K, G, H), S = q_BTKGH.shape, k_BSKH.shape[1]
