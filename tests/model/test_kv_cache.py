@@ -76,8 +76,10 @@ def decoded(model) -> np.ndarray:
     """Logits [B, 1 + NEW, V] after each row's prompt and after each of the tokens that follow it."""
     ids_BT = tokens(model.config)
     cache = jax.jit(lambda model: empty_cache(model, ROWS, T))(model)
-    logit_BV, cache = jax.jit(prefill)(model, cache, *place((ids_BT[:, : LENGTHS.max()], LENGTHS)))
-    found, step = [np.asarray(logit_BV)], jax.jit(decode)
+    traced_anew = lambda step: jax.jit(lambda *arguments: step(*arguments))  # a fault may have been planted since
+    read, step = traced_anew(prefill), traced_anew(decode)
+    logit_BV, cache = read(model, cache, *place((ids_BT[:, : LENGTHS.max()], LENGTHS)))
+    found = [np.asarray(logit_BV)]
     for n in range(NEW):
         position_B = LENGTHS + n
         logit_BV, cache = step(model, cache, *place((ids_BT[np.arange(ROWS), position_B], position_B)))
