@@ -10,14 +10,13 @@ from jax import P
 from weft.model.config import LayerSpec, ModelConfig
 from weft.model.context import ForwardContext
 from weft.model.kv_cache import KVCache
-from weft.model.layers.attention import Attention
+from weft.model.layers import attention, mla, mlp  # whose kinds are known by their being imported  # noqa: F401
 from weft.model.layers.cross import CrossAttention
-from weft.model.layers.mla import LatentAttention
-from weft.model.layers.mlp import Mlp
 from weft.model.layers.moe import MoE
 from weft.model.layers.norm import Norm
 from weft.model.linear import linear_back
 from weft.model.parameters import weight
+from weft.model.parts.registry import FEED_FORWARDS, MIXERS, MIXTURES
 from weft.sharding.collectives import unshard
 from weft.sharding.mesh import FSDP
 
@@ -28,19 +27,19 @@ class Block(nnx.Module):
     def __init__(self, c: ModelConfig, kind: LayerSpec, rngs: nnx.Rngs):
         self.config = c
         self.attention_norm = Norm(c)
-        self.attention = LatentAttention(c, kind, rngs) if c.latent else Attention(c, kind, rngs)
+        self.attention = MIXERS.module(c.attention)(c, kind, rngs)
         if c.encoder:
             self.cross_norm, self.cross = Norm(c), CrossAttention(c, rngs)
         self.mlp_norm = Norm(c)
-        self.mlp = MoE(c, rngs) if kind.experts else Mlp(c, c.mlp_dim, rngs)
-        if c.norm_order == 'sandwich':
+        self.mlp = MIXTURES.module(c.moe)(c, rngs) if kind.experts else FEED_FORWARDS.module(c.mlp)(c, rngs)
+        if c.norm.order == 'sandwich':
             self.attention_out_norm, self.mlp_out_norm = Norm(c), Norm(c)
             if c.encoder:
                 self.cross_out_norm = Norm(c)
 
     def __call__(self, x_BTD, ctx: ForwardContext, cache: KVCache | None, layer):
         """x after the layer, the cache, and the router's figures (an empty dict without a router)."""
-        rate, figures, before = self.config.dropout, {}, self.config.norm_order in ('pre', 'sandwich')
+        rate, figures, before = self.config.dropout, {}, self.config.norm.order in ('pre', 'sandwich')
         y_BTD, cache = self.attention(self.attention_norm(x_BTD) if before else x_BTD, ctx, cache, layer)
         x_BTD = self.add(x_BTD, y_BTD, 'attention', ctx, rate, 1, layer)
         if self.config.encoder:
@@ -53,11 +52,11 @@ class Block(nnx.Module):
 
     def add(self, x_BTD, y_BTD, part: str, ctx: ForwardContext, rate: float, *site):
         """The sum of x and a part's output, of which the output or the sum is normed where the order asks for it."""
-        if self.config.norm_order in ('sandwich', 'output'):
-            name = 'out_norm' if self.config.norm_order == 'sandwich' else 'norm'
+        if self.config.norm.order in ('sandwich', 'output'):
+            name = 'out_norm' if self.config.norm.order == 'sandwich' else 'norm'
             y_BTD = getattr(self, f'{part}_{name}')(y_BTD)
         x_BTD = x_BTD + ctx.dropout(y_BTD, rate, *site)
-        return getattr(self, f'{part}_norm')(x_BTD) if self.config.norm_order == 'post' else x_BTD
+        return getattr(self, f'{part}_norm')(x_BTD) if self.config.norm.order == 'post' else x_BTD
 
 
 class Ahead(Block):

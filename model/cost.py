@@ -10,21 +10,21 @@ together with one of the source.
 import dataclasses
 from typing import Literal
 
-from weft.model.config import LayerSpec, ModelConfig
+from weft.model.config import LayerSpec, ModelConfig, changed
 
 
 def parameters(c: ModelConfig) -> dict[str, int]:
     """Parameters by part; the sum is what a checkpoint holds (with the embedding's padding rows)."""
     D = c.model_dim
     V = 0 if c.vocabulary is None else c.padded_vocabulary
-    table = c.max_positions if V and c.positions == 'learned' else 0
+    table = c.max_positions if V and c.positions.kind == 'learned' else 0
     parts = {
-        'embedding': (V + table + c.segment_kinds) * D,
-        'head': (V * D if c.head and not c.tied_embedding else 0)
+        'embedding': (V + table + c.embedding.token_types) * D,
+        'head': (V * D if c.head and not c.embedding.tied else 0)
         + V * c.head_bias
         + c.head_mlp * (D * D + D + norm_parameters(c)),
-        'norms': ((c.norm_order != 'post') + c.embedding_norm) * norm_parameters(c),
-        'attention': c.relative_buckets * c.heads if c.positions == 'relative' else 0,
+        'norms': ((c.norm.order != 'post') + c.embedding.norm) * norm_parameters(c),
+        'attention': c.positions.buckets * c.attention.heads if c.positions.kind == 'relative' else 0,
     }
     if c.pooler:
         parts['pooler'] = D * D + D + c.next_sentence * (2 * D + 2)
@@ -34,8 +34,8 @@ def parameters(c: ModelConfig) -> dict[str, int]:
     if c.encoder:
         parts['cross_attention'] = c.layers * attention_parameters(c)
         parts['encoder'] = sum(parameters(c.of_encoder).values())
-    if c.mtp_layers:
-        parts['mtp'] = c.mtp_layers * (
+    if c.mtp.layers:
+        parts['mtp'] = c.mtp.layers * (
             sum(layer_parameters(c, c.layer_specs[-1]).values()) + 2 * D * D + 3 * norm_parameters(c)
         )
     return parts
@@ -44,10 +44,10 @@ def parameters(c: ModelConfig) -> dict[str, int]:
 def layer_parameters(c: ModelConfig, kind: LayerSpec) -> dict[str, int]:
     """Parameters of one layer by part."""
     D, m = c.model_dim, c.moe
-    norms = (3 if c.encoder else 2) * (2 if c.norm_order == 'sandwich' else 1)
+    norms = (3 if c.encoder else 2) * (2 if c.norm.order == 'sandwich' else 1)
     parts = {'attention': attention_parameters(c), 'norms': norms * norm_parameters(c)}
     if not kind.experts:
-        return parts | {'mlp': _mlp(c, c.mlp_dim)}
+        return parts | {'mlp': _mlp(c, c.mlp.dim)}
     expert = _matrices(c) * D * m.mlp_dim + m.bias * ((_matrices(c) - 1) * m.mlp_dim + D)
     return parts | {
         'router': m.experts * (D + m.router_bias + m.has_choice_bias),
@@ -68,7 +68,7 @@ def keys_seen(c: ModelConfig, sequence_length: int) -> float:
     """Keys that a token of a row sees, itself one of them, on average over tokens and layers."""
 
     def seen(windowed: bool) -> float:
-        window = min(c.window if windowed else sequence_length, sequence_length)
+        window = min(c.attention.window if windowed else sequence_length, sequence_length)
         if not c.causal:  # as far ahead as behind
             return ((2 * window - 1) * sequence_length - window * (window - 1)) / sequence_length
         return (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
@@ -83,12 +83,12 @@ def forward_flops(c: ModelConfig, keys: float, source_keys: float | None = None)
     """
     D, moe = c.model_dim, sum(kind.experts for kind in c.layer_specs)
     source_keys = keys if source_keys is None else source_keys
-    scores = c.layers * 2.0 * c.heads * (c.query_dim + c.value_dim)  # for each key
+    scores = c.layers * 2.0 * c.attention.heads * (c.attention.query_dim + c.attention.value_dim)  # for each key
     flops = {
         'projections': c.layers * 2.0 * sum(a * b for a, b in projections(c)),
         'attention': scores * keys,
-        'mlp': (c.layers - moe) * 2.0 * _matrices(c) * D * c.mlp_dim,
-        'head': 2.0 * D * (c.vocabulary or 0) * c.head + 2.0 * D * D * c.head_mlp,
+        'mlp': (c.layers - moe) * 2.0 * _matrices(c) * D * c.mlp.dim,
+        'head': 2.0 * D * (c.vocabulary or 0) * bool(c.head) + 2.0 * D * D * c.head_mlp,
     }
     if c.encoder:
         flops['cross_attention'] = flops['projections'] + scores * source_keys
@@ -120,30 +120,32 @@ def flops_per_token(c: ModelConfig, what: Literal['train', 'prefill', 'decode'],
     forward = forward_flops(c, keys_seen(c, int(context)), context)
     if what == 'prefill':
         return forward | {'head': forward['head'] / context}
-    if c.mtp_layers:
+    if c.mtp.layers:
         last = c.layer_specs[-1]
-        one = dataclasses.replace(
+        one = changed(
             c,
-            layers=1,
-            mtp_layers=0,
-            window_pattern=(last.windowed,),
-            moe=dataclasses.replace(c.moe, first_dense_layers=0, pattern=(True,)) if last.experts else None,
+            {
+                'layers': 1,
+                'mtp.layers': 0,
+                'attention.window_pattern': (last.windowed,),
+                'moe': dataclasses.replace(c.moe, first_dense_layers=0, pattern=(True,)) if last.experts else None,
+            },
         )
         layer = sum(forward_flops(one, keys_seen(one, int(context))).values())  # with the head, which each has too
-        forward['mtp'] = c.mtp_layers * (layer + 2 * 2 * c.model_dim**2)
+        forward['mtp'] = c.mtp.layers * (layer + 2 * 2 * c.model_dim**2)
     return {part: 3 * flops for part, flops in forward.items()}
 
 
 def _decode_flops(c: ModelConfig, context: float) -> dict[str, float]:
     """One token whose keys are in a cache. Latent attention goes to the latent space instead (model/latent.py)."""
-    a = c.latent
-    seen = sum(min(context, c.window) if kind.windowed else context for kind in c.layer_specs) / c.layers
+    a = c.attention
+    seen = sum(min(context, c.attention.window) if kind.windowed else context for kind in c.layer_specs) / c.layers
     flops = forward_flops(c, seen, context)
     flops.pop('encoder', None)
-    if a:
-        flops['attention'] = c.layers * 2.0 * c.heads * (2 * a.kv_rank + a.rotary_dim) * seen
+    if a.kind == 'mla':
+        flops['attention'] = c.layers * 2.0 * a.heads * (2 * a.kv_lora_rank + a.qk_rope_head_dim) * seen
     if c.encoder:  # the source's keys and values are there
-        flops['cross_attention'] -= c.layers * 2.0 * 2 * c.model_dim * c.kv_heads * c.head_dim
+        flops['cross_attention'] -= c.layers * 2.0 * 2 * c.model_dim * c.attention.kv_heads * c.attention.head_dim
     return flops
 
 
@@ -155,17 +157,17 @@ def decode_bytes(c: ModelConfig, rows: int, keys: float, weight_bytes: int, cach
     """
     parts: dict[str, float] = dict(parameters(c))
     parts.pop('mtp', None)
-    if not (c.head and c.tied_embedding):
+    if not (c.head and c.embedding.tied):
         parts.pop('embedding')
     if c.moe:
         parts['experts'] *= 1 - (1 - c.moe.top_k / c.moe.experts) ** rows
-    seen = sum(min(keys, c.window if kind.windowed else keys) for kind in c.layer_specs) / c.layers
+    seen = sum(min(keys, c.attention.window if kind.windowed else keys) for kind in c.layer_specs) / c.layers
     return sum(parts.values()) * weight_bytes / rows + cache_bytes_per_token(c, cache_bytes) * seen
 
 
 def cache_bytes_per_token(c: ModelConfig, number_bytes: int) -> int:
     """Bytes of one token in every layer's cache: its keys and values, or its latent vectors; without what TPUs fill up."""
-    return c.layers * c.cached_heads * sum(c.cached_widths) * number_bytes
+    return c.layers * c.attention.cached_heads * sum(c.attention.cached_widths) * number_bytes
 
 
 def cached_numbers(c: ModelConfig, tensor: int, platform: str) -> tuple[int, ...]:
@@ -174,43 +176,45 @@ def cached_numbers(c: ModelConfig, tensor: int, platform: str) -> tuple[int, ...
     TPUs tile arrays by 128 numbers of the last dim: a cache with other rows comes in another layout than the loop over the
     layers works with, and is copied whole, there and back, at every step. So there rows are filled up.
     """
-    heads = max(c.cached_heads // tensor, 1)
+    heads = max(c.attention.cached_heads // tensor, 1)
     unit = 128 if platform == 'tpu' else 1
-    return tuple(-(-heads * width // unit) * unit for width in c.cached_widths)
+    return tuple(-(-heads * width // unit) * unit for width in c.attention.cached_widths)
 
 
 def projections(c: ModelConfig) -> list[tuple[int, int]]:
     """Rows and columns of each of a layer's matrices of attention, as training and prefill use them."""
-    D, a = c.model_dim, c.latent
-    N, M = c.heads * c.query_dim, c.kv_heads * c.head_dim
-    if a is None:
+    D, a = c.model_dim, c.attention
+    N, M = a.heads * a.query_dim, a.kv_heads * a.head_dim
+    if a.kind == 'gqa':
         return [(D, N), (D, M), (D, M), (D, N)]
-    queries = [(D, a.q_rank), (a.q_rank, N)] if a.q_rank else [(D, N)]
-    latent = [(D, a.kv_rank + a.rotary_dim), (a.kv_rank, c.heads * (a.plain_dim + a.value_dim))]
-    return [*queries, *latent, (D, c.heads * a.value_dim)]
+    queries = [(D, a.q_lora_rank), (a.q_lora_rank, N)] if a.q_lora_rank else [(D, N)]
+    latent = [(D, a.kv_lora_rank + a.qk_rope_head_dim), (a.kv_lora_rank, a.heads * (a.qk_nope_head_dim + a.v_head_dim))]
+    return [*queries, *latent, (D, a.heads * a.v_head_dim)]
 
 
 def attention_parameters(c: ModelConfig) -> int:
     """Parameters of a layer's attention."""
-    N, M, a = c.heads * c.head_dim, c.kv_heads * c.head_dim, c.latent
-    first = N + 2 * M if a is None else (a.q_rank or 0) + a.kv_rank + a.rotary_dim
-    vectors = first * c.qkv_bias + c.model_dim * (c.bias or c.o_bias) + c.heads * c.attention_sinks
-    if c.qk_norm:
-        vectors += N + M if c.qk_norm == 'full' else 2 * c.head_dim
-    if a:
-        vectors += a.kv_rank + (a.q_rank or 0)
-    return sum(a * b for a, b in projections(c)) + vectors
+    a = c.attention
+    vectors = c.model_dim * a.o_bias
+    if a.kind == 'mla':
+        first = (a.q_lora_rank or 0) + a.kv_lora_rank + a.qk_rope_head_dim
+        vectors += first * a.qkv_bias + a.kv_lora_rank + (a.q_lora_rank or 0)
+    else:
+        N, M = a.heads * a.head_dim, a.kv_heads * a.head_dim
+        vectors += (N + 2 * M) * a.qkv_bias + a.heads * a.sinks
+        vectors += (N + M if a.qk_norm == 'full' else 2 * a.head_dim) if a.qk_norm else 0
+    return sum(rows * columns for rows, columns in projections(c)) + vectors
 
 
 def norm_parameters(c: ModelConfig) -> int:
     """Parameters of one norm."""
-    return c.model_dim * (2 if c.norm == 'layernorm' and c.bias else 1)
+    return c.model_dim * (2 if c.norm.bias else 1)
 
 
 def _matrices(c: ModelConfig) -> int:
-    return 3 if c.gated else 2
+    return 3 if c.mlp.gated else 2
 
 
 def _mlp(c: ModelConfig, hidden: int) -> int:
     biases = (_matrices(c) - 1) * hidden + c.model_dim
-    return _matrices(c) * c.model_dim * hidden + biases * (c.bias or c.mlp_bias)
+    return _matrices(c) * c.model_dim * hidden + biases * c.mlp.bias

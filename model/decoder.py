@@ -53,17 +53,19 @@ class Decoder(nnx.Module):
         if c.vocabulary is not None:
             D, V = c.model_dim, c.padded_vocabulary
             # As the tied head too it must be small, or each token begins by predicting itself.
-            self.embed_VD = weight(rngs, c, (V, D), P(FSDP, 'tensor'), fan_in=D if c.tied_embedding else 1)
-            if c.positions == 'learned':
+            self.embed_VD = weight(rngs, c, (V, D), P(FSDP, 'tensor'), fan_in=D if c.embedding.tied else 1)
+            if c.positions.kind == 'learned':
                 self.position_PD = weight(rngs, c, (c.max_positions, D), P(None, ('tensor', *FSDP)), fan_in=D)
-            if c.segment_kinds:
-                self.kind_YD = weight(rngs, c, (c.segment_kinds, D), P(None, ('tensor', *FSDP)), fan_in=D)
-            if c.embedding_norm:
+            if c.embedding.token_types:
+                self.kind_YD = weight(rngs, c, (c.embedding.token_types, D), P(None, ('tensor', *FSDP)), fan_in=D)
+            if c.embedding.norm:
                 self.embedding_norm = Norm(c)
             if c.encoder:
                 self.encoder = Decoder(c.of_encoder, self.compute, rngs)
-        if c.positions == 'relative':
-            self.relative_RN = weight(rngs, c, (c.relative_buckets, c.heads), P(None, 'tensor'), fan_in=c.model_dim)
+        if c.positions.kind == 'relative':
+            self.relative_RN = weight(
+                rngs, c, (c.positions.buckets, c.attention.heads), P(None, 'tensor'), fan_in=c.model_dim
+            )
         self.groups = nnx.List(
             [
                 stacked(c, kind, run.repeats, 'stage' if number == c.pipelined_group else None, rngs)
@@ -71,19 +73,19 @@ class Decoder(nnx.Module):
                 for kind in run.specs
             ]
         )
-        if c.norm_order != 'post':
+        if c.norm.order != 'post':
             self.norm = Norm(c)
         if c.vocabulary is not None:
             if c.head_mlp:
                 self.head_mlp = HeadMlp(c, rngs)
-            if c.head and not c.tied_embedding:
+            if c.head and not c.embedding.tied:
                 self.head_DV = weight(rngs, c, (D, V), P(FSDP, 'tensor'), fan_in=D)
             if c.head_bias:
                 self.head_bias_V = constant(c, 0.0, (V,), P('tensor'))
             if c.pooler:
                 self.pooler = Pooler(c, rngs)
-        if c.mtp_layers:
-            self.mtp = stacked(c, c.layer_specs[-1], c.mtp_layers, None, rngs, Ahead)
+        if c.mtp.layers:
+            self.mtp = stacked(c, c.layer_specs[-1], c.mtp.layers, None, rngs, Ahead)
 
     @property
     def resolved_compute(self) -> ComputeConfig:
@@ -129,7 +131,7 @@ class Decoder(nnx.Module):
     def stack(self, x_BTD, ctx: ForwardContext, cache: KVCache | None = None):
         """The layers and the final norm; as `hidden`."""
         c, ends = self.config, ctx.my_microbatches()
-        if c.positions == 'relative':
+        if c.positions.kind == 'relative':
             ctx, ends = (dataclasses.replace(one, relative_RN=self.relative_RN[...]) for one in (ctx, ends))
         first, group, figures = 0, 0, list[dict[str, jax.Array]]()
         for number, run in enumerate(c.layer_groups):
@@ -140,7 +142,7 @@ class Decoder(nnx.Module):
             else:
                 x_BTD, cache, found = in_order(blocks, x_BTD, ends, cache, first)
             first, group, figures = first + run.layers, group + len(run.specs), [*figures, *found]
-        return (x_BTD if c.norm_order == 'post' else self.norm(x_BTD)), cache, by_layer(figures)
+        return (x_BTD if c.norm.order == 'post' else self.norm(x_BTD)), cache, by_layer(figures)
 
     def ahead(self, x_BTD, next_kBT, ctx: ForwardContext):
         """Of each layer of `mtp` its normed activations before the LM head, and the figures of their routers by layer.
@@ -163,26 +165,26 @@ class Decoder(nnx.Module):
         """Each device of `tensor` looks up its part of D for all tokens; what is sent then makes that all of D."""
         c = self.config
         x = lookup(unshard(self.embed_VD[...], self.compute.dtype), tokens_BT)
-        if c.embedding_scale != 1:
-            x = x * jnp.asarray(c.embedding_scale, x.dtype)
-        if c.segment_kinds:
+        if c.embedding.scale != 1:
+            x = x * jnp.asarray(c.embedding.scale, x.dtype)
+        if c.embedding.token_types:
             kind_BT = jnp.zeros_like(tokens_BT) if ctx.kind_BT is None else ctx.kind_BT
             x = x + unshard(self.kind_YD[...], x.dtype, dim=1)[kind_BT]
-        if c.positions in ('learned', 'sinusoidal'):
+        if c.positions.kind in ('learned', 'sinusoidal'):
             x = x + self.position_table(x.dtype)[ctx.position_BT]
         x = all_to_all(x, 'tensor', 1, 2) if ctx.sequence_split else all_gather(x, 'tensor', 2)
-        return self.embedding_norm(x) if c.embedding_norm else x
+        return self.embedding_norm(x) if c.embedding.norm else x
 
     def position_table(self, dtype):
         """What is added to the tokens' embeddings by position, this device's part of D: [P, D / tensor]."""
-        if self.config.positions == 'sinusoidal':
+        if self.config.positions.kind == 'sinusoidal':
             return tensor_slice(jnp.asarray(sinusoids(self.config), dtype))
         return unshard(self.position_PD[...], dtype, dim=1)
 
     def head(self, learns: bool = False) -> 'Head':
         """The LM head in the compute dtype, its part of the vocabulary on each device of `tensor`; `learns`: has a gradient."""
         bias_V = self.head_bias_V[...] if self.config.head_bias else None
-        if not self.config.tied_embedding:
+        if not self.config.embedding.tied:
             V = self.head_DV.shape[1]
             w_DV, fill = self.head_DV[...], scattered_columns(V) - V
             if fill and learns and active_axes(FSDP):  # kept apart from the gather, for the compiler joins them wrongly

@@ -2,15 +2,16 @@
 
 import dataclasses
 
-from weft.model.config import VOCABULARY_MULTIPLE, LayerSpec, ModelConfig
+from weft.model.config import VOCABULARY_MULTIPLE, LayerSpec, ModelConfig, encoder_field
 from weft.sharding.mesh import BATCH, FSDP, SEQUENCE, Divides
 
 
 def sizes(c: ModelConfig) -> list[Divides]:
     """What the mesh must divide to hold this model."""
+    a = c.attention
     rules = [
-        Divides(('tensor',), 'model.heads', c.heads),
-        Divides(('tensor',), 'model.kv_heads', c.kv_heads, or_repeats=True),
+        Divides(('tensor',), 'model.attention.heads', a.heads),
+        Divides(('tensor',), 'model.attention.kv_heads', a.kv_heads, or_repeats=True),
         Divides(FSDP, 'model.model_dim', c.model_dim),
         Divides(('tensor',), 'model.model_dim', c.model_dim),
     ]
@@ -21,21 +22,22 @@ def sizes(c: ModelConfig) -> list[Divides]:
     name = 'model.layers' if run.repeats == c.layers else f'the number of {units} in a row'
     rules.append(Divides(('stage',), name, run.repeats))
     if not all(kind.experts for kind in c.layer_specs):
-        rules.append(Divides(('tensor',), 'model.mlp_dim', c.mlp_dim))
-    if not c.latent:
-        rules.append(Divides(('tensor',), 'model.kv_heads × model.head_dim', c.kv_heads * c.head_dim))
+        rules.append(Divides(('tensor',), 'model.mlp.dim', c.mlp.dim))
+    if a.kind == 'mla':
+        rules.append(Divides(FSDP, 'model.attention.kv_lora_rank', a.kv_lora_rank))
+        if a.q_lora_rank:
+            rules.append(Divides(FSDP, 'model.attention.q_lora_rank', a.q_lora_rank))
     else:
-        rules.append(Divides(FSDP, 'model.latent.kv_rank', c.latent.kv_rank))
-        if c.latent.q_rank:
-            rules.append(Divides(FSDP, 'model.latent.q_rank', c.latent.q_rank))
-    if c.positions == 'learned' or c.segment_kinds or c.head_mlp or c.pooler:
+        name = 'model.attention.kv_heads × model.attention.head_dim'
+        rules.append(Divides(('tensor',), name, a.kv_heads * a.head_dim))
+    if c.positions.kind == 'learned' or c.embedding.token_types or c.head_mlp or c.pooler:
         rules.append(Divides((*FSDP, 'tensor'), 'model.model_dim', c.model_dim))
     if c.encoder:
         whole = 'the number of parts that an encoder–decoder can be split into along it'
         rules += [
             *(Divides((axis,), whole, 1) for axis in ('stage', 'context')),
             *(
-                dataclasses.replace(rule, field=rule.field.replace('model.', 'model.encoder.'))
+                dataclasses.replace(rule, field=encoder_field(rule.field))
                 for rule in sizes(c.of_encoder)
                 if rule.axes == ('tensor',)
             ),

@@ -128,7 +128,7 @@ def inventory(c: ModelConfig) -> Inventory:
     if c.encoder:
         groups += [dataclasses.replace(group, where='encoder') for group in _groups(c.of_encoder)]
         outside += _outside(c.of_encoder)
-    if c.mtp_layers:
+    if c.mtp.layers:
         D, last = c.model_dim, c.layer_specs[-1]
         more = (
             *_norm(c, 'embedding_norm'),
@@ -136,7 +136,7 @@ def inventory(c: ModelConfig) -> Inventory:
             *_norm(c, 'norm'),
             Weight('join_DE', 'mtp', (D, 2 * D), FSDP, FSDP),
         )
-        groups.append(Group('ahead', last.experts, c.mtp_layers, 0, c.mtp_layers, c, (*_layer(c, last.experts), *more)))
+        groups.append(Group('ahead', last.experts, c.mtp.layers, 0, c.mtp.layers, c, (*_layer(c, last.experts), *more)))
     return Inventory(tuple(groups), tuple(outside))
 
 
@@ -160,15 +160,15 @@ def _outside(c: ModelConfig) -> tuple[Weight, ...]:
     found: list[Weight] = []
     if V:
         found.append(Weight('embed_VD', 'embedding', (V, D), EVERY, FSDP))
-        if c.positions == 'learned':
+        if c.positions.kind == 'learned':
             found.append(Weight('position_PD', 'embedding', (c.max_positions or 0, D), EVERY, FSDP))
-        if c.segment_kinds:
-            found.append(Weight('kind_YD', 'embedding', (c.segment_kinds, D), EVERY, FSDP))
-        if c.embedding_norm:
+        if c.embedding.token_types:
+            found.append(Weight('kind_YD', 'embedding', (c.embedding.token_types, D), EVERY, FSDP))
+        if c.embedding.norm:
             found += _norm(c, 'embedding_norm')
-    if c.positions == 'relative':
-        found.append(Weight('relative_RN', 'attention', (c.relative_buckets, c.heads), ('tensor',)))
-    if c.norm_order != 'post':
+    if c.positions.kind == 'relative':
+        found.append(Weight('relative_RN', 'attention', (c.positions.buckets, c.attention.heads), ('tensor',)))
+    if c.norm.order != 'post':
         found += _norm(c, 'norm')
     if V and c.head_mlp:
         found += [
@@ -176,7 +176,7 @@ def _outside(c: ModelConfig) -> tuple[Weight, ...]:
             Weight('up_bias_D', 'head', (D,)),
             *_norm(c, 'norm', 'head'),
         ]
-    if V and c.head and not c.tied_embedding:
+    if V and c.head and not c.embedding.tied:
         found.append(Weight('head_DV', 'head', (D, V), EVERY, FSDP))
     if V and c.head_bias:
         found.append(Weight('head_bias_V', 'head', (V,), ('tensor',)))
@@ -191,72 +191,83 @@ def _layer(c: ModelConfig, experts: bool) -> tuple[Weight, ...]:
     """Of one layer."""
     names = ['attention', 'cross', 'mlp'] if c.encoder else ['attention', 'mlp']
     norms = [f'{name}_norm' for name in names]
-    if c.norm_order == 'sandwich':
+    if c.norm.order == 'sandwich':
         norms += [f'{name}_out_norm' for name in names]
     found = [weight for name in norms for weight in _norm(c, name)]
-    found += _latent(c) if c.latent else _attention(c, 'attention')
+    found += _latent(c) if c.attention.kind == 'mla' else _attention(c, 'attention')
     if c.encoder:
         found += _attention(c, 'cross_attention')
-    return (*found, *(_experts(c) if experts else _mlp(c, c.mlp_dim, 'mlp')))
+    return (*found, *(_experts(c) if experts else _mlp(c, c.mlp.dim, 'mlp')))
 
 
 def _norm(c: ModelConfig, name: str, part: str = 'norms') -> list[Weight]:
     found = [Weight(f'{name}.scale_D', part, (c.model_dim,))]
-    if c.norm == 'layernorm' and c.bias:
+    if c.norm.bias:
         found.append(Weight(f'{name}.bias_D', part, (c.model_dim,)))
     return found
 
 
 def _attention(c: ModelConfig, part: str) -> list[Weight]:
-    D, N, M, H = c.model_dim, c.heads * c.head_dim, c.kv_heads * c.head_dim, c.head_dim
+    D, N, M, H = (
+        c.model_dim,
+        c.attention.heads * c.attention.head_dim,
+        c.attention.kv_heads * c.attention.head_dim,
+        c.attention.head_dim,
+    )
     matrices = {'q_DN': N, 'k_DM': M, 'v_DM': M, 'o_DN': N}
     found = [Weight(name, part, (D, columns), EVERY, FSDP) for name, columns in matrices.items()]
-    if c.qkv_bias:
+    if c.attention.qkv_bias:
         found += [
             Weight(name, part, (columns,), ('tensor',))
             for name, columns in (('q_bias_N', N), ('k_bias_M', M), ('v_bias_M', M))
         ]
-    if c.bias or c.o_bias:
+    if c.attention.o_bias:
         found.append(Weight('o_bias_D', part, (D,)))
-    if c.qk_norm == 'full':
+    if c.attention.qk_norm == 'full':
         found += [Weight('q_scale_N', part, (N,), ('tensor',)), Weight('k_scale_M', part, (M,), ('tensor',))]
-    elif c.qk_norm:
+    elif c.attention.qk_norm:
         found += [Weight('q_scale_H', part, (H,)), Weight('k_scale_H', part, (H,))]
-    if c.attention_sinks:
-        found.append(Weight('sink_N', part, (c.heads,), ('tensor',)))
+    if c.attention.sinks:
+        found.append(Weight('sink_N', part, (c.attention.heads,), ('tensor',)))
     return found
 
 
 def _latent(c: ModelConfig) -> list[Weight]:
-    a, D, N = c.latent, c.model_dim, c.heads * c.query_dim
+    a = c.attention
+    assert a.kind == 'mla'
+    D, N = c.model_dim, c.attention.heads * c.attention.query_dim
     assert a is not None
     matrix = lambda name, rows, columns: Weight(name, 'attention', (rows, columns), EVERY, FSDP)
     down = lambda name, columns: Weight(name, 'attention', (D, columns), FSDP, FSDP)
     vector = lambda name, size: Weight(name, 'attention', (size,))
-    found = [down('kv_down_DR', a.kv_rank + a.rotary_dim), vector('kv_scale_R', a.kv_rank)]
-    found.append(matrix('kv_up_RN', a.kv_rank, c.heads * (a.plain_dim + a.value_dim)))
-    if a.q_rank:
-        found += [down('q_down_DQ', a.q_rank), vector('q_scale_Q', a.q_rank), matrix('q_up_QN', a.q_rank, N)]
+    found = [down('kv_down_DR', a.kv_lora_rank + a.qk_rope_head_dim), vector('kv_scale_R', a.kv_lora_rank)]
+    found.append(matrix('kv_up_RN', a.kv_lora_rank, c.attention.heads * (a.qk_nope_head_dim + a.v_head_dim)))
+    if a.q_lora_rank:
+        found += [
+            down('q_down_DQ', a.q_lora_rank),
+            vector('q_scale_Q', a.q_lora_rank),
+            matrix('q_up_QN', a.q_lora_rank, N),
+        ]
     else:
         found.append(matrix('q_DN', D, N))
-    if c.qkv_bias:
-        found.append(vector('kv_down_bias_R', a.kv_rank + a.rotary_dim))
-        found += [vector('q_down_bias_Q', a.q_rank)] if a.q_rank else []
-    found.append(matrix('o_DU', D, c.heads * a.value_dim))
-    return [*found, vector('o_bias_D', D)] if c.bias or c.o_bias else found
+    if c.attention.qkv_bias:
+        found.append(vector('kv_down_bias_R', a.kv_lora_rank + a.qk_rope_head_dim))
+        found += [vector('q_down_bias_Q', a.q_lora_rank)] if a.q_lora_rank else []
+    found.append(matrix('o_DU', D, c.attention.heads * a.v_head_dim))
+    return [*found, vector('o_bias_D', D)] if c.attention.o_bias else found
 
 
 def _mlp(c: ModelConfig, hidden: int, part: str) -> list[Weight]:
-    D, inner = c.model_dim, ('gate', 'up') if c.gated else ('up',)
+    D, inner = c.model_dim, ('gate', 'up') if c.mlp.gated else ('up',)
     found = [Weight(f'{name}_DF', part, (D, hidden), EVERY, FSDP) for name in (*inner, 'down')]
-    if c.bias or c.mlp_bias:
+    if c.mlp.bias:
         found += [Weight(f'{name}_bias_F', part, (hidden,), ('tensor',)) for name in inner]
         found.append(Weight('down_bias_D', part, (D,)))
     return found
 
 
 def _experts(c: ModelConfig) -> list[Weight]:
-    D, m, inner = c.model_dim, c.moe, ('gate', 'up') if c.gated else ('up',)
+    D, m, inner = c.model_dim, c.moe, ('gate', 'up') if c.mlp.gated else ('up',)
     assert m is not None
     E, F = m.experts, m.mlp_dim
     found = [Weight('router_DE', 'router', (D, E), FSDP, FSDP)]

@@ -141,9 +141,9 @@ def device_shares(model: Decoder, batch: dict, first, key, microbatches: int) ->
     target_BT, live_BT = tensor_slice(my_microbatches(target_BT, microbatches)), ctx.my_microbatches().live_BT
     head = model.head(learns=True)
     shares = {'nats': cross_entropy(head, x_BTD, target_BT, live_BT, model.config), 'router': figures}
-    if model.config.mtp_layers:
+    if model.config.mtp.layers:
         next_kBT, target_kBT, live_kBT = (
-            [a_BT[:, column_T] for a_BT in a_kBT] for a_kBT in shifted(batch, model.config.mtp_layers)
+            [a_BT[:, column_T] for a_BT in a_kBT] for a_kBT in shifted(batch, model.config.mtp.layers)
         )
         x_kBTD, found = model.ahead(x_BTD, next_kBT, ctx)
         mine = lambda a_BT: tensor_slice(my_microbatches(a_BT, microbatches))
@@ -176,8 +176,8 @@ def total_loss(sums: dict, known: dict, model: Decoder):
     """The loss of whole sums, or a device's share of it: of its own sums and the counts of the whole batch."""
     tokens, moe = jnp.maximum(known['tokens'], 1), model.config.moe
     total = sums['nats'] / tokens
-    if model.config.mtp_layers:
-        total = total + model.config.mtp_loss * sums['ahead'].mean() / tokens
+    if model.config.mtp.layers:
+        total = total + model.config.mtp.loss * sums['ahead'].mean() / tokens
     if moe:
         router, rows = sums['router'], jnp.maximum(known['rows'], 1)
         total = total + moe.balance_loss * router['balance'].mean() / rows + moe.z_loss * router['z'].mean() / tokens
@@ -188,7 +188,7 @@ def parts(sums: dict, model: Decoder) -> dict:
     """What is reported of whole sums."""
     tokens, moe = jnp.maximum(sums['tokens'], 1), model.config.moe
     found = {'loss': sums['nats'] / tokens, 'tokens': sums['tokens']}
-    if model.config.mtp_layers:
+    if model.config.mtp.layers:
         found['mtp_loss'] = sums['ahead'].mean() / tokens
     if moe:
         router = sums['router']
@@ -210,7 +210,7 @@ def cross_entropy(head: Head, x_BTD, target_BT, live_BT, c: ModelConfig):
     The vocabulary is split over `tensor`; logits exist for CHUNK tokens at a time, and once: the gradient is made along with
     the value, and scaled in the backward pass by what the sum counts in the loss, on all devices the same.
     """
-    n, shard = lax.axis_size('tensor'), head.w.shape[0 if c.tied_embedding else 1]
+    n, shard = lax.axis_size('tensor'), head.w.shape[0 if c.embedding.tied else 1]
     columns_V = axis_index('tensor') * shard + jnp.arange(shard)
 
     def chunk(head, x_1ND, target_1N, live_1N):

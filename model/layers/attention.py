@@ -18,6 +18,7 @@ from weft.model.linear import linear, linear_back
 from weft.model.ops.attention import Relative, attention
 from weft.model.ops.attention.cached import cached_attention
 from weft.model.parameters import constant, residual_gain, weight
+from weft.model.parts.registry import MIXERS
 from weft.sharding.collectives import (
     unshard,
     upcast,
@@ -33,48 +34,53 @@ class Attention(nnx.Module):
 
     def __init__(self, c: ModelConfig, kind: LayerSpec, rngs: nnx.Rngs):
         self.config, self.windowed, self.turned = c, kind.windowed, kind.turned
-        D, N, M, H = c.model_dim, c.heads * c.head_dim, c.kv_heads * c.head_dim, c.head_dim
+        D, N, M, H = (
+            c.model_dim,
+            c.attention.heads * c.attention.head_dim,
+            c.attention.kv_heads * c.attention.head_dim,
+            c.attention.head_dim,
+        )
         self.q_DN = weight(rngs, c, (D, N), P(FSDP, 'tensor'), fan_in=D)
         self.k_DM = weight(rngs, c, (D, M), P(FSDP, 'tensor'), fan_in=D)
         self.v_DM = weight(rngs, c, (D, M), P(FSDP, 'tensor'), fan_in=D)
         self.o_DN = weight(rngs, c, (D, N), P(FSDP, 'tensor'), fan_in=N, gain=residual_gain(c))
-        if c.qkv_bias:
+        if c.attention.qkv_bias:
             self.q_bias_N = constant(c, 0.0, (N,), P('tensor'))
             self.k_bias_M = constant(c, 0.0, (M,), P('tensor'))
             self.v_bias_M = constant(c, 0.0, (M,), P('tensor'))
-        if c.bias or c.o_bias:
+        if c.attention.o_bias:
             self.o_bias_D = constant(c, 0.0, (D,), P(None))
-        if c.qk_norm == 'full':
-            self.q_scale_N = constant(c, 1.0 - c.norm_offset, (N,), P('tensor'))
-            self.k_scale_M = constant(c, 1.0 - c.norm_offset, (M,), P('tensor'))
-        elif c.qk_norm:
-            self.q_scale_H = constant(c, 1.0 - c.norm_offset, (H,), P(None))
-            self.k_scale_H = constant(c, 1.0 - c.norm_offset, (H,), P(None))
-        if c.attention_sinks:
-            self.sink_N = constant(c, 0.0, (c.heads,), P('tensor'))
+        if c.attention.qk_norm == 'full':
+            self.q_scale_N = constant(c, 1.0 - c.norm.offset, (N,), P('tensor'))
+            self.k_scale_M = constant(c, 1.0 - c.norm.offset, (M,), P('tensor'))
+        elif c.attention.qk_norm:
+            self.q_scale_H = constant(c, 1.0 - c.norm.offset, (H,), P(None))
+            self.k_scale_H = constant(c, 1.0 - c.norm.offset, (H,), P(None))
+        if c.attention.sinks:
+            self.sink_N = constant(c, 0.0, (c.attention.heads,), P('tensor'))
 
     def __call__(self, x_BTD, ctx: ForwardContext, cache: KVCache | None, layer):
         """The block's output in the layout between blocks, and the cache with these tokens' keys and values at [layer]."""
-        c, H = self.config, self.config.head_dim
+        c, H = self.config, self.config.attention.head_dim
         x_BTD = ctx.gather_sequence(x_BTD)
         q = linear(x_BTD, unshard(self.q_DN[...], x_BTD.dtype))
         k = linear(x_BTD, local_kv_heads(unshard(self.k_DM[...], x_BTD.dtype), c))
         v = linear(x_BTD, local_kv_heads(unshard(self.v_DM[...], x_BTD.dtype), c))
-        if c.qkv_bias:
+        if c.attention.qkv_bias:
             q = q + self.q_bias_N.astype(q.dtype)[None, None]
             k = k + local_kv_heads(self.k_bias_M[...], c).astype(k.dtype)[None, None]
             v = v + local_kv_heads(self.v_bias_M[...], c).astype(v.dtype)[None, None]
-        if c.qk_norm == 'full':
-            q = norm_of_all(q, offset(self.q_scale_N[...], c), c.heads, c)
-            k = norm_of_all(k, offset(local_kv_heads(self.k_scale_M[...], c), c), c.kv_heads, c)
+        if c.attention.qk_norm == 'full':
+            q = norm_of_all(q, offset(self.q_scale_N[...], c), c.attention.heads, c)
+            k = norm_of_all(k, offset(local_kv_heads(self.k_scale_M[...], c), c), c.attention.kv_heads, c)
         k_BTKH, v_BTKH = (a.reshape(*a.shape[:2], -1, H) for a in (k, v))
         q_BTKGH = q.reshape(*q.shape[:2], k_BTKH.shape[2], -1, H)
-        if c.qk_norm and c.qk_norm != 'full':
-            q_BTKGH = rms_norm(q_BTKGH, offset(self.q_scale_H[...], c), c.norm_epsilon)
-            k_BTKH = rms_norm(k_BTKH, offset(self.k_scale_H[...], c), c.norm_epsilon)
-        if c.query_scale_by_layer:
+        if c.attention.qk_norm and c.attention.qk_norm != 'full':
+            q_BTKGH = rms_norm(q_BTKGH, offset(self.q_scale_H[...], c), c.norm.epsilon)
+            k_BTKH = rms_norm(k_BTKH, offset(self.k_scale_H[...], c), c.norm.epsilon)
+        if c.attention.scale_by_layer:
             q_BTKGH = (upcast(q_BTKGH) / (layer + 1)).astype(q_BTKGH.dtype)
-        if c.positions == 'rotary' and self.turned:
+        if c.positions.kind == 'rotary' and self.turned:
             place = (ctx.position_BT, ctx.segment_BT)
             q_BTKGH, k_BTKH = (rope(a, *place, c, self.windowed) for a in (q_BTKGH, k_BTKH))
         if cache is not None:
@@ -85,11 +91,12 @@ class Attention(nnx.Module):
             cache = KVCache(*kept)
         here = (ctx.position_BT, ctx.segment_BT)
         how = how_to_attend(c, self.windowed)
-        if c.attention_sinks:
+        if c.attention.sinks:
             how['sink_KG'] = self.sink_N.reshape(q_BTKGH.shape[2:4])
         if ctx.relative_RN is not None:
+            assert c.positions.kind == 'relative'
             table_KGR = ctx.relative_RN.T.reshape(*q_BTKGH.shape[2:4], -1)
-            how['relative'] = Relative(table_KGR, not c.causal, c.relative_most)
+            how['relative'] = Relative(table_KGR, not c.causal, c.positions.max_distance)
         if ctx.decoding:
             k_BSKH, v_BSKH = (cache_read(kept, layer, k_BTKH) for kept in cache[:2])
             a_BTKGH = cached_attention(q_BTKGH, k_BSKH, v_BSKH, ctx.position_BT, **how)
@@ -99,26 +106,29 @@ class Attention(nnx.Module):
         y_BTD = ctx.reduce_scatter_sequence(
             linear_back(a_BTKGH.reshape(*q.shape[:2], -1), unshard(self.o_DN[...], q.dtype))
         )
-        return (y_BTD + self.o_bias_D.astype(q.dtype)[None, None] if c.bias or c.o_bias else y_BTD), cache
+        return (y_BTD + self.o_bias_D.astype(q.dtype)[None, None] if c.attention.o_bias else y_BTD), cache
 
 
 def how_to_attend(c: ModelConfig, windowed: bool) -> dict[str, Any]:
     """The arguments of `attention` and `cached_attention` that the config decides."""
-    scale = c.query_dim**-0.5 if c.query_scale is None else c.query_scale
-    if c.rope_scaling and c.rope_scaling.mscale_all_dim:
-        scale *= yarn_gain(c.rope_scaling.factor, c.rope_scaling.mscale_all_dim) ** 2
+    scale = c.attention.query_dim**-0.5 if c.attention.scale is None else c.attention.scale
+    if (scaling := c.rope_scaling) and scaling.mscale_all_dim:
+        scale *= yarn_gain(scaling.factor, scaling.mscale_all_dim) ** 2
     return {
-        'window': c.window if windowed else None,
+        'window': c.attention.window if windowed else None,
         'scale': scale,
-        'softcap': c.attention_softcap,
+        'softcap': c.attention.softcap,
     }
 
 
 def local_kv_heads(w_DM, c: ModelConfig):
     """This device's KV heads, in the last dim. More devices along `tensor` than heads: the head that its query heads use."""
     n = lax.axis_size('tensor')
-    if n <= c.kv_heads:
+    if n <= c.attention.kv_heads:
         return w_DM
     w_DM = lax.all_gather(w_DM, 'tensor', axis=w_DM.ndim - 1, tiled=True)
-    head = lax.axis_index('tensor') * c.kv_heads // n
-    return lax.dynamic_slice_in_dim(w_DM, head * c.head_dim, c.head_dim, axis=w_DM.ndim - 1)
+    head = lax.axis_index('tensor') * c.attention.kv_heads // n
+    return lax.dynamic_slice_in_dim(w_DM, head * c.attention.head_dim, c.attention.head_dim, axis=w_DM.ndim - 1)
+
+
+MIXERS.implement('gqa', Attention)

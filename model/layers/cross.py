@@ -31,17 +31,17 @@ class CrossAttention(Attention):
         c, source = self.config, ctx.source
         x_BTD = ctx.gather_sequence(x_BTD)
         q = linear(x_BTD, unshard(self.q_DN[...], x_BTD.dtype))
-        if c.qkv_bias:
+        if c.attention.qkv_bias:
             q = q + self.q_bias_N.astype(q.dtype)[None, None]
         how = how_to_attend(c, windowed=False)
         if isinstance(source, CrossKVCache):
-            K = max(c.kv_heads // lax.axis_size('tensor'), 1)
-            q_BTKGH = q.reshape(*q.shape[:2], K, -1, c.head_dim)
+            K = max(c.attention.kv_heads // lax.axis_size('tensor'), 1)
+            q_BTKGH = q.reshape(*q.shape[:2], K, -1, c.attention.head_dim)
             k_BSKH, v_BSKH = (cache_read(kept, layer, q_BTKGH[:, :, :, 0]) for kept in (source.k_LBSM, source.v_LBSM))
             a_BTKGH = cached_attention(q_BTKGH, k_BSKH, v_BSKH, ctx.position_BT, **how, length_B=source.length_B)
         else:
             k_BSKH, v_BSKH = self.keys(source.x_BSD)
-            q_BTKGH = q.reshape(*q.shape[:2], k_BSKH.shape[2], -1, c.head_dim)
+            q_BTKGH = q.reshape(*q.shape[:2], k_BSKH.shape[2], -1, c.attention.head_dim)
             here, there = (ctx.position_BT, ctx.segment_BT), (jnp.zeros_like(source.segment_BS), source.segment_BS)
             a_BTKGH = attention(
                 q_BTKGH, k_BSKH, v_BSKH, here, there, **how, causal=False, backend=ctx.compute.attention
@@ -49,17 +49,17 @@ class CrossAttention(Attention):
         y_BTD = ctx.reduce_scatter_sequence(
             linear_back(a_BTKGH.reshape(*q.shape[:2], -1), unshard(self.o_DN[...], q.dtype))
         )
-        return (y_BTD + self.o_bias_D.astype(q.dtype)[None, None] if c.bias or c.o_bias else y_BTD), cache
+        return (y_BTD + self.o_bias_D.astype(q.dtype)[None, None] if c.attention.o_bias else y_BTD), cache
 
     def keys(self, x_BSD):
         """Keys and values of an encoder's output, [B, S, K, H] each."""
         c = self.config
         k = linear(x_BSD, local_kv_heads(unshard(self.k_DM[...], x_BSD.dtype), c))
         v = linear(x_BSD, local_kv_heads(unshard(self.v_DM[...], x_BSD.dtype), c))
-        if c.qkv_bias:
+        if c.attention.qkv_bias:
             k = k + local_kv_heads(self.k_bias_M[...], c).astype(k.dtype)[None, None]
             v = v + local_kv_heads(self.v_bias_M[...], c).astype(v.dtype)[None, None]
-        return tuple(a.reshape(*a.shape[:2], -1, c.head_dim) for a in (k, v))
+        return tuple(a.reshape(*a.shape[:2], -1, c.attention.head_dim) for a in (k, v))
 
     def kept(self, x_BSD):
         """Keys and values as a cache keeps them, [B, S, M] each."""

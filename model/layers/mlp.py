@@ -15,6 +15,7 @@ from weft.model.config import ModelConfig
 from weft.model.context import ForwardContext
 from weft.model.linear import linear, linear_back
 from weft.model.parameters import constant, residual_gain, weight
+from weft.model.parts.registry import FEED_FORWARDS
 from weft.sharding.collectives import (
     unshard,
 )
@@ -39,9 +40,9 @@ ACTIVATIONS: dict[str, Callable] = {
 
 
 def activation(c: ModelConfig) -> Callable[..., jax.Array]:
-    """Of an MLP's hidden units: a function of up, or of gate and up where `c.gated`."""
-    found = ACTIVATIONS[c.activation]
-    return partial(found, limit=c.activation_limit) if c.activation == 'clamped_swiglu' else found
+    """Of an MLP's hidden units: a function of up, or of gate and up where `c.mlp.gated`."""
+    found = ACTIVATIONS[c.mlp.activation]
+    return partial(found, limit=c.mlp.limit) if c.mlp.activation == 'clamped_swiglu' else found
 
 
 class Mlp(nnx.Module):
@@ -50,13 +51,13 @@ class Mlp(nnx.Module):
     def __init__(self, c: ModelConfig, hidden: int, rngs: nnx.Rngs):
         self.config = c
         D, F = c.model_dim, hidden
-        if c.gated:
+        if c.mlp.gated:
             self.gate_DF = weight(rngs, c, (D, F), P(FSDP, 'tensor'), fan_in=D)
         self.up_DF = weight(rngs, c, (D, F), P(FSDP, 'tensor'), fan_in=D)
         self.down_DF = weight(rngs, c, (D, F), P(FSDP, 'tensor'), fan_in=F, gain=residual_gain(c))
-        self.biased = c.bias or c.mlp_bias
+        self.biased = c.mlp.bias
         if self.biased:
-            if c.gated:
+            if c.mlp.gated:
                 self.gate_bias_F = constant(c, 0.0, (F,), P('tensor'))
             self.up_bias_F = constant(c, 0.0, (F,), P('tensor'))
             self.down_bias_D = constant(c, 0.0, (D,), P(None))
@@ -68,7 +69,7 @@ class Mlp(nnx.Module):
         h_BTF = linear(x_BTD, unshard(self.up_DF[...], dtype))
         if self.biased:
             h_BTF = h_BTF + self.up_bias_F.astype(dtype)[None, None]
-        if c.gated:
+        if c.mlp.gated:
             gate_BTF = linear(x_BTD, unshard(self.gate_DF[...], dtype))
             if self.biased:
                 gate_BTF = gate_BTF + self.gate_bias_F.astype(dtype)[None, None]
@@ -77,3 +78,6 @@ class Mlp(nnx.Module):
             h_BTF = activation(c)(h_BTF)
         y_BTD = ctx.reduce_scatter_sequence(linear_back(h_BTF, unshard(self.down_DF[...], dtype)))
         return y_BTD + self.down_bias_D.astype(dtype)[None, None] if self.biased else y_BTD
+
+
+FEED_FORWARDS.implement('mlp', lambda c, rngs: Mlp(c, c.mlp.dim, rngs))

@@ -15,6 +15,7 @@ from weft.model.context import ForwardContext
 from weft.model.layers.mlp import Mlp, activation
 from weft.model.ops.expert_dispatch import LocalExperts, dispatch
 from weft.model.parameters import constant, parameter_dtype, residual_gain, weight
+from weft.model.parts.registry import MIXTURES
 from weft.sharding.collectives import axis_index, mark_varying, psum, unshard, upcast
 from weft.sharding.mesh import FSDP, SEQUENCE
 
@@ -28,14 +29,14 @@ class MoE(nnx.Module):
         self.config = c
         D, E, F = c.model_dim, c.moe.experts, c.moe.mlp_dim
         self.router_DE = weight(rngs, c, (D, E), P(FSDP, None), fan_in=D)
-        if c.gated:
+        if c.mlp.gated:
             self.gate_EDF = weight(rngs, c, (E, D, F), EXPERTS, fan_in=D)
         self.up_EDF = weight(rngs, c, (E, D, F), EXPERTS, fan_in=D)
         self.down_EDF = weight(rngs, c, (E, D, F), EXPERTS, fan_in=F, gain=residual_gain(c))
         if c.moe.bias:
             self.up_bias_EF = constant(c, 0.0, (E, F), P('expert', 'tensor'))
             self.down_bias_ED = constant(c, 0.0, (E, D), P('expert', None))
-            if c.gated:
+            if c.mlp.gated:
                 self.gate_bias_EF = constant(c, 0.0, (E, F), P('expert', 'tensor'))
         if c.moe.router_bias:
             self.router_bias_E = constant(c, 0.0, (E,), P(None))
@@ -84,10 +85,10 @@ class MoE(nnx.Module):
         """The experts that this device holds, D whole."""
         c = self.config
         gather = lambda w_EDF: unshard(w_EDF[...], dtype, ('data', 'context'), 1)
-        gate_EDF = gather(self.gate_EDF) if c.gated else None
+        gate_EDF = gather(self.gate_EDF) if c.mlp.gated else None
         biases = None
         if c.moe.bias:
-            inner = (self.gate_bias_EF, self.up_bias_EF) if c.gated else (self.up_bias_EF,)
+            inner = (self.gate_bias_EF, self.up_bias_EF) if c.mlp.gated else (self.up_bias_EF,)
             # What the devices of `tensor` make of a row is added up, and so one of them adds the last bias.
             last_ED = jnp.where(axis_index('tensor') == 0, self.down_bias_ED[...], 0)
             biases = tuple(bias.astype(dtype) for bias in inner), last_ED.astype(dtype)
@@ -158,3 +159,6 @@ def updated_bias(bias_LE, load_LE, rate: float):
     """
     load_LE = load_LE.astype(bias_LE.dtype)
     return bias_LE + rate * jnp.sign(load_LE.mean(-1, keepdims=True) - load_LE)
+
+
+MIXTURES.implement('moe', MoE)

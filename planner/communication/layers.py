@@ -10,7 +10,7 @@ def layers(view: View, group: Group, ticks: int = 1) -> None:
     """All layers of a group that this device holds, each on `ticks` passes of the view's rows."""
     c, times = group.config, group.held(view.mesh) * ticks
     # Where a norm follows a part's sum the sum is needed once more, also the last one.
-    ends = group.ends // group.stages(view.mesh) * ticks if c.norm_order == 'pre' else 0
+    ends = group.ends // group.stages(view.mesh) * ticks if c.norm.order == 'pre' else 0
     weights(view, group, ticks)
     attention(view, times, group.written * ticks)
     if c.encoder:  # attention to its output
@@ -41,7 +41,7 @@ def weights(view: View, group: Group, ticks: int) -> None:
             number = view.stored if weight.name == 'router_DE' else view.number
             gather(weight.gathered, weight.used(view.mesh) * number, arrays)
     # More devices than heads: each uses one head of keys and one of values, which it takes from all of them.
-    for weight in group.weights if n > c.kv_heads else ():
+    for weight in group.weights if n > c.attention.kv_heads else ():
         if weight.name in ('k_DM', 'v_DM') and not kept(weight):
             gather(('tensor',), weight.size * view.number)
         if weight.name in ('k_bias_M', 'v_bias_M', 'k_scale_M') and not kept(weight):
@@ -50,18 +50,18 @@ def weights(view: View, group: Group, ticks: int) -> None:
 
 def attention(view: View, times: int, written: int) -> None:
     """Activations joined before and summed after; what stands between devices of `context`: see `ring`."""
-    c, a = view.config, view.config.latent
-    if a:
-        view.join(a.kv_rank + a.rotary_dim, times)
-        view.join(a.q_rank or c.model_dim, times)
+    c, a = view.config, view.config.attention
+    if a.kind == 'mla':
+        view.join(a.kv_lora_rank + a.qk_rope_head_dim, times)
+        view.join(a.q_lora_rank or c.model_dim, times)
     else:
         view.join(c.model_dim, times)
     view.sum(times)
-    if c.qk_norm == 'full':  # of queries and of keys, and of the gradients of both
+    if c.attention.qk_norm == 'full':  # of queries and of keys, and of the gradients of both
         view.send('psum', ('tensor',), view.tokens * view.wide, times * 2 * (1 + view.again + view.training))
     if view.decoding:
-        heads = c.heads / view.mesh.tensor
-        width = a.kv_rank if a else c.head_dim
+        heads = c.attention.heads / view.mesh.tensor
+        width = a.kv_lora_rank if a.kind == 'mla' else a.head_dim
         view.send('pmax', ('context',), view.rows * heads * view.wide, times)
         view.send('psum', ('context',), view.rows * heads * width * view.wide, times)
         view.send('psum', ('context',), view.rows * heads * view.wide, times)
@@ -76,8 +76,8 @@ def ring(view: View, times: int, written: int) -> None:
     gathers them instead. Places are the same for all layers: see `View.unchanged`.
     """
     c, n = view.config, view.mesh.context
-    heads = max(c.kv_heads, view.mesh.tensor) / view.mesh.tensor
-    for width in (c.query_dim, c.value_dim):
+    heads = max(c.attention.kv_heads, view.mesh.tensor) / view.mesh.tensor
+    for width in (c.attention.query_dim, c.attention.value_dim):
         numbers = view.tokens * heads * width
         if view.compute.attention == 'reference':
             view.gather(('context',), n * numbers * view.number, times, view.again)
