@@ -7,13 +7,20 @@ import jax
 import numpy as np
 
 from tests.scripts.runs import ROOT
-from weft.model.config import ModelConfig
+from weft.model.config import AttentionConfig, EmbeddingConfig, MLPConfig, ModelConfig
 from weft.sharding.mesh import make_mesh, parse_mesh
 from weft.training.config import RunConfig, TrainingConfig
 from weft.training.loss import loss_and_gradient
 from weft.training.step import init
 
-MODEL = ModelConfig(vocabulary=64, layers=2, model_dim=32, heads=4, mlp_dim=48, tied_embedding=False)
+MODEL = ModelConfig(
+    vocabulary=64,
+    layers=2,
+    model_dim=32,
+    attention=AttentionConfig(heads=4),
+    mlp=MLPConfig(dim=48),
+    embedding=EmbeddingConfig(tied=False),
+)
 
 
 def test_the_page_on_research_runs():

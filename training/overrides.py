@@ -89,7 +89,7 @@ def sections_of(kind: Any) -> list[Any]:
 
 
 def kind_of(root: Any, path: Sequence[str]) -> Any:
-    """The type of the field at `path`, where a section has kinds of the first one that has it; None if there is no such field."""
+    """The type of the field at `path`, of the first kind that has it where a section has several; None: no such field."""
     kind = root
     for name in path:
         found = [

@@ -13,16 +13,16 @@ from tests.models import filled
 from weft.inference.beams import Search, search
 from weft.inference.prompts import Prompts
 from weft.model.compute import DEFAULT, ComputeConfig
-from weft.model.config import EncoderConfig, ModelConfig
+from weft.model.config import EncoderConfig, ModelConfig, model_of
 from weft.model.decoder import Decoder
 from weft.model.forward import Source, logits, place
 from weft.sharding.mesh import MeshConfig, make_mesh
 
 EOS, V, MOST = 2, 4, 4
-TINY = {'vocabulary': V, 'layers': 2, 'model_dim': 16, 'heads': 4, 'mlp_dim': 16, 'tied_embedding': False}
+TINY = {'vocabulary': V, 'layers': 2, 'model_dim': 16, 'attention.heads': 4, 'mlp.dim': 16, 'embedding.tied': False}
 MODELS = {
-    'decoder': ModelConfig(**TINY),
-    'encoder–decoder': ModelConfig(**TINY, positions='relative', encoder=EncoderConfig(layers=1)),
+    'decoder': model_of(TINY),
+    'encoder–decoder': model_of(TINY | {'positions.kind': 'relative', 'encoder': EncoderConfig(layers=1)}),
 }
 PROMPTS = Prompts(np.array([[1, 3, 0, 1], [3, 1, 0, 0]], np.int32), np.array([4, 2], np.int32))
 SOURCE = (np.array([[3, 0, 1, 1], [0, 3, 3, 2]], np.int32), np.array([4, 3], np.int32))
