@@ -6,6 +6,7 @@ Legend: N rows of a batch, T inputs of a row, S tokens of a split's documents on
 
 import abc
 import contextlib
+import functools
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ import numpy as np
 
 from weft.data.shuffle import row_ids
 from weft.data.tokenizer import Tokenizer
+from weft.model.batch import Batch
 
 LONG = 1 << 20  # characters of a document from which on its tokens are made a part at a time
 
@@ -41,14 +43,14 @@ class Samples(abc.ABC):
         """Those tokens and others without text, document after document."""
 
     @abc.abstractmethod
-    def take(self, indices: Iterable[int]) -> dict[str, np.ndarray]:
-        """The rows `indices`, by what a batch calls their parts."""
+    def take(self, indices: Iterable[int]) -> Batch:
+        """The rows `indices`, int32 [N, T] each."""
 
     def row_ids(self, seed: int, step: int, batch: int) -> np.ndarray:
         """The rows of global batch `step`, int64 [batch]: a function of these numbers alone, in O(1) of `step`."""
         return row_ids(len(self), seed, step, batch)
 
-    def batch(self, seed: int, step: int, batch: int, begin: int = 0, end: int | None = None) -> dict[str, np.ndarray]:
+    def batch(self, seed: int, step: int, batch: int, begin: int = 0, end: int | None = None) -> Batch:
         """Rows `begin:end` of the `batch` rows of global batch `step`: one host's part, as `take` gives it."""
         return self.take(self.row_ids(seed, step, batch)[begin:end])
 
@@ -77,16 +79,13 @@ class Rows(Samples):
         """All documents' tokens."""
         return self.stream_S.tolist()
 
-    def take(self, indices: Iterable[int]) -> dict[str, np.ndarray]:
-        """The rows `indices` as int32 [N, T] each: tokens, targets, positions, segments.
-
-        Segments number a row's documents from 1, and positions count from 0 in each; where segments are 0 there is
-        padding, and everything is 0. A target is valid exactly where its segment is above 0.
-        """
+    def take(self, indices: Iterable[int]) -> Batch:
+        """The rows `indices`, int32 [N, T] each."""
         row_N = np.fromiter(indices, np.int64)
         assert ((row_N >= 0) & (row_N < len(self))).all(), f'rows {row_N} of {len(self)}'
         shape = len(row_N), self.sequence_length
-        tokens_NT, targets_NT, positions_NT, segments_NT = (np.zeros(shape, np.int32) for _ in range(4))
+        zeros = functools.partial(np.zeros, shape, np.int32)
+        rows = Batch(zeros(), zeros(), zeros(), zeros())
         stream_S = self.stream_S
         count_T = np.arange(self.sequence_length, dtype=np.int32)
         for n, row in enumerate(row_N.tolist()):
@@ -96,12 +95,12 @@ class Rows(Samples):
             for segment, (start, length) in enumerate(pieces, start=1):
                 place = n, slice(begin, begin + length)
                 piece = stream_S[start : start + length + 1]
-                tokens_NT[place] = piece[:-1]
-                targets_NT[place] = piece[1:]
-                positions_NT[place] = count_T[:length]
-                segments_NT[place] = segment
+                rows.tokens_BT[place] = piece[:-1]
+                rows.target_BT[place] = piece[1:]
+                rows.position_BT[place] = count_T[:length]
+                rows.segment_BT[place] = segment
                 begin += length
-        return {'tokens': tokens_NT, 'targets': targets_NT, 'positions': positions_NT, 'segments': segments_NT}
+        return rows
 
 
 def best_fit(length_P: np.ndarray, capacity: int) -> np.ndarray:

@@ -4,6 +4,7 @@ Legend: N rows of a batch, T tokens of a row, on each side; S tokens of all pair
 """
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +18,7 @@ from weft.data.reading import lines_of, plain_name
 from weft.data.sources import kind_of_text, objects, text_in
 from weft.data.tokenizer import Tokenizer
 from weft.data.walk import LeftOut, files_of, is_named
+from weft.model.batch import Batch, Source
 from weft.runtime.errors import UserError, shown
 
 
@@ -91,16 +93,14 @@ class PairRows(Samples):
             for token in self.stream_S[begin + 1 : begin + 1 + length].tolist()
         ]
 
-    def take(self, indices: Iterable[int]) -> dict[str, np.ndarray]:
-        """The rows `indices` as int32 [N, T] each: as `Rows.take`, and source_tokens, source_positions, source_segments.
-
-        A target attends to the source of its own segment.
-        """
+    def take(self, indices: Iterable[int]) -> Batch:
+        """The rows `indices`, int32 [N, T] each, with their sources; a target attends to the source of its own segment."""
         row_N = np.fromiter(indices, np.int64)
         assert ((row_N >= 0) & (row_N < len(self))).all(), f'rows {row_N} of {len(self)}'
-        targets = 'tokens', 'targets', 'positions', 'segments'
-        sources = 'source_tokens', 'source_positions', 'source_segments'
-        found = {name: np.zeros((len(row_N), self.sequence_length), np.int32) for name in targets + sources}
+        shape = len(row_N), self.sequence_length
+        zeros = functools.partial(np.zeros, shape, np.int32)
+        source = Source(zeros(), zeros(), zeros())
+        rows = Batch(zeros(), zeros(), zeros(), zeros(), source)
         count_T = np.arange(self.sequence_length, dtype=np.int32)
         for n, row in enumerate(row_N.tolist()):
             begins = [0, 0]
@@ -109,14 +109,15 @@ class PairRows(Samples):
             for segment, (start, *lengths) in enumerate(zip(*arrays, strict=True), start=1):
                 pair = self.stream_S[start : start + sum(lengths) + 1]
                 from_, to = ((n, slice(a, a + length)) for a, length in zip(begins, lengths, strict=True))
-                found['source_tokens'][from_] = pair[: lengths[0]]
-                found['tokens'][to] = pair[lengths[0] : -1]
-                found['targets'][to] = pair[lengths[0] + 1 :]
-                for place, length, prefix in ((from_, lengths[0], 'source_'), (to, lengths[1], '')):
-                    found[f'{prefix}positions'][place] = count_T[:length]
-                    found[f'{prefix}segments'][place] = segment
+                source.tokens_BS[from_] = pair[: lengths[0]]
+                source.position_BS[from_] = count_T[: lengths[0]]
+                source.segment_BS[from_] = segment
+                rows.tokens_BT[to] = pair[lengths[0] : -1]
+                rows.target_BT[to] = pair[lengths[0] + 1 :]
+                rows.position_BT[to] = count_T[: lengths[1]]
+                rows.segment_BT[to] = segment
                 begins = [a + length for a, length in zip(begins, lengths, strict=True)]
-        return found
+        return rows
 
 
 def first_token(tokenizer: Tokenizer, start: int | None) -> int:

@@ -26,7 +26,7 @@ from weft.model.kv_cache import KVCache
 from weft.runtime.errors import UserError
 
 
-class Found(NamedTuple):
+class Hypothesis(NamedTuple):
     """A whole continuation."""
 
     score: float
@@ -42,13 +42,13 @@ class Candidates(NamedTuple):
     token_BC: Any
 
 
-class Search:
+class RowSearch:
     """One prompt's beams and what has ended of them: plain numbers, on the host."""
 
     def __init__(self, beams: int, ends: frozenset[int], most: int, penalty: float):
         self.beams, self.ends, self.most, self.penalty = beams, ends, most, penalty
         self.running: list[tuple[float, list[int]]] = [(0.0, [])]
-        self.finished: list[Found] = []
+        self.finished: list[Hypothesis] = []
         self.open = True
 
     def step(self, scores: Sequence[float], beams: Sequence[int], tokens: Sequence[int]) -> list[int]:
@@ -62,7 +62,9 @@ class Search:
             if token in self.ends or len(so_far) == self.most:
                 if rank < self.beams:  # those behind are there to go on with
                     ended = token in self.ends
-                    self.finish(Found(score / len(so_far) ** self.penalty, so_far[:-1] if ended else so_far, ended))
+                    self.finish(
+                        Hypothesis(score / len(so_far) ** self.penalty, so_far[:-1] if ended else so_far, ended)
+                    )
             elif len(running) < self.beams:
                 running.append((score, so_far))
                 parents.append(beam)
@@ -73,21 +75,21 @@ class Search:
         self.open = self.open and bool(running)
         return parents
 
-    def finish(self, found: Found) -> None:
+    def finish(self, found: Hypothesis) -> None:
         """Keeps it if it is among the best."""
         self.finished = sorted([*self.finished, found], key=lambda one: -one.score)[: self.beams]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def first_candidates(model: Decoder, slots: int, beams: int, ways: int, prompts: Prompts):
+def first_candidates(model: Decoder, slots: int, beams: int, per_beam: int, prompts: Prompts):
     """Candidates after the prompts, and their cache with each row `beams` times."""
     logit_BV, cache = begin(model, slots, prompts)
-    found = candidates(logit_BV, jnp.zeros(logit_BV.shape[0], out_sharding=TOKENS), ways * beams, 1)
+    found = candidates(logit_BV, jnp.zeros(logit_BV.shape[0], out_sharding=TOKENS), per_beam * beams, 1)
     return found, by_row(cache, lambda a, axis: jnp.repeat(a, beams, axis))
 
 
 @functools.partial(jit_step, static_argnums=(2, 3), donate_argnums=1)
-def next_candidates(model: Decoder, cache: KVCache, beams: int, ways: int, parent_R, token_R, score_R, position_R):
+def next_candidates(model: Decoder, cache: KVCache, beams: int, per_beam: int, parent_R, token_R, score_R, position_R):
     """Candidates after one more token in each of B × N rows, whose beams come from others of their prompt."""
 
     def chosen(a, axis, parent_R):
@@ -97,7 +99,7 @@ def next_candidates(model: Decoder, cache: KVCache, beams: int, ways: int, paren
     own = cache._replace(source=None)  # the beams of a prompt have one source
     cache = by_row(own, chosen, parent_R)._replace(source=cache.source)
     logit_RV, cache = decode(model, cache, token_R, position_R)
-    return candidates(logit_RV, score_R, ways * beams, beams), cache
+    return candidates(logit_RV, score_R, per_beam * beams, beams), cache
 
 
 def candidates(logit_RV, score_R, count: int, beams: int) -> Candidates:
@@ -119,7 +121,7 @@ def by_row(cache: KVCache, change, *rows):
     return jax.shard_map(change_all, in_specs=(layout, *[TOKENS] * len(rows)), out_specs=layout)(cache, *rows)
 
 
-def search(
+def beam_search(
     model: Decoder,
     prompts: Prompts,
     beams: int,
@@ -127,34 +129,59 @@ def search(
     most: Sequence[int],
     penalty: float,
     slots: int,
-) -> tuple[list[list[Found]], float]:
-    """For each row the best continuations, best first, of at most as many tokens as `most` says of the row.
+) -> tuple[list[list[Hypothesis]], float]:
+    """Each row's best whole continuations, best first; and the seconds of all steps but the first two, which compile.
 
-    Also seconds of all steps but the first two.
+    Args:
+        prompts: B rows, those that fill up a device's share among them.
+        beams: followed at once in each row, N.
+        ends: tokens that end a continuation.
+        most: tokens of each row's continuation at most.
+        penalty: the power of a continuation's length by which its score is divided.
+        slots: tokens of a row that the cache has room for.
     """
-    found = [Search(beams, ends, of_row, penalty) for of_row in most]
-    ways = 1 + len(ends)  # of each beam: if all ends are among its best, one more goes on
-    best, cache = first_candidates(model, slots, beams, ways, prompts.placed())
-    position_R, began = np.repeat(prompts.length_B, beams).astype(np.int32), 0.0
+    searches = [RowSearch(beams, ends, of_row, penalty) for of_row in most]
+    per_beam = 1 + len(ends)  # candidates: if all ends are among its best, one more goes on
+    found, cache = first_candidates(model, slots, beams, per_beam, prompts.placed())
+    position_R = np.repeat(prompts.length_B, beams).astype(np.int32)
+    began: float | None = None
     while True:
-        shape = len(found), beams
-        parent, token, score = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float32)
-        for b, (one, *at) in enumerate(zip(found, *map(np.asarray, best), strict=True)):
-            if not one.open:
-                continue
-            if not np.isfinite(at[0][0]):  # the best one's score
-                check_token(NO_TOKEN)
-            parents = one.step(*(numbers.tolist() for numbers in at))
-            for n, (was, (total, tokens)) in enumerate(zip(parents, one.running, strict=True)):
-                parent[b, n], token[b, n], score[b, n] = was, tokens[-1], total
-        if not any(one.open for one in found):
-            return [one.finished for one in found], time.perf_counter() - began if began else 0.0
-        rows = place((parent.reshape(-1), token.reshape(-1), score.reshape(-1), position_R))
-        best, cache = next_candidates(model, cache, beams, ways, *rows)
+        rows = advance(searches, beams, found)
+        if not any(one.open for one in searches):
+            return [one.finished for one in searches], time.perf_counter() - began if began else 0.0
+        found, cache = next_candidates(model, cache, beams, per_beam, *place((*rows, position_R)))
         position_R = position_R + 1
-        if not began:  # the first step compiles
-            jax.block_until_ready(best)
+        if began is None:
+            jax.block_until_ready(found)
             began = time.perf_counter()
+
+
+class NextRows(NamedTuple):
+    """What the next step reads of each of R = B × N rows; rows without a beam have a score of -inf."""
+
+    parent_R: np.ndarray  # int32: which of its prompt's rows it goes on from
+    token_R: np.ndarray  # int32: its last token
+    score_R: np.ndarray  # float32: of all its tokens
+
+
+def advance(searches: Sequence[RowSearch], beams: int, found: Candidates) -> NextRows:
+    """Takes each open search a token further, and says what its beams are then.
+
+    Raises MachineError where a row's logits are not finite.
+    """
+    shape = len(searches), beams
+    parent_BN, token_BN = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    total_BN = np.full(shape, -np.inf, np.float32)
+    score_BC, beam_BC, token_BC = map(np.asarray, found)
+    for b, one in enumerate(searches):
+        if not one.open:
+            continue
+        if not np.isfinite(score_BC[b, 0]):  # the best one's
+            check_token(NO_TOKEN)
+        parents = one.step(score_BC[b].tolist(), beam_BC[b].tolist(), token_BC[b].tolist())
+        for n, (parent, (score, tokens)) in enumerate(zip(parents, one.running, strict=True)):
+            parent_BN[b, n], token_BN[b, n], total_BN[b, n] = parent, tokens[-1], score
+    return NextRows(parent_BN.reshape(-1), token_BN.reshape(-1), total_BN.reshape(-1))
 
 
 def generate_by_beams(
@@ -177,7 +204,7 @@ def generate_by_beams(
     prompts = read_prompts(model.config, tokenizer, texts, context)
     most_B = np.minimum(max_new_tokens, context - prompts.length_B)
     slots = prompts.slots(max_new_tokens, context)
-    found, seconds = search(model, prompts, beams, tokenizer.ends, most_B.tolist(), length_penalty, slots)
+    found, seconds = beam_search(model, prompts, beams, tokenizer.ends, most_B.tolist(), length_penalty, slots)
     completions = []
     for text, (best, *_) in zip(texts, found, strict=False):
         reason = 'stop' if best.ended else 'length'

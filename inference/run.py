@@ -13,9 +13,10 @@ from weft.data.tokenizer import Tokenizer
 from weft.hub.published_tokenizer import has_tokenizer, run_tokenizer
 from weft.inference.unstacked import divided, is_written_out, kinds, unstacked
 from weft.model.compute import ComputeConfig
+from weft.model.config import ModelConfig
 from weft.model.cost import parameters
-from weft.model.decoder import Decoder
-from weft.model.parameters import is_matrix
+from weft.model.decoder import Decoder, declared_decoder
+from weft.model.parameters import Parameter, map_declared
 from weft.model.sizes import sizes
 from weft.runtime import background
 from weft.runtime.device_memory import explaining
@@ -24,7 +25,7 @@ from weft.sharding.mesh import Divides, MeshConfig, check_divides, make_mesh, ne
 from weft.storage.bucket_checkpoint import checkpoints_of
 from weft.storage.buckets import Bucket
 from weft.storage.checkpoint import Checkpoints
-from weft.storage.checkpoint_reader import read_newest
+from weft.storage.newest import read_newest
 from weft.training.config import RunConfig
 from weft.training.context import context, published_files
 from weft.training.finite import check_saved
@@ -101,9 +102,8 @@ def open_run(
         raise UserError(f'{folder} was imported without a tokenizer: it takes token ids alone (scripts/score.py)')
     with jax.set_mesh(devices):
         stored = abstract_model(config)
-        computed = jax.tree_util.tree_map_with_path(
-            lambda path, w: w.update(dtype=_computed(path, w, config.compute)), stored
-        )
+        in_use = dtypes_in_use(config.model, config.compute)
+        computed = jax.tree.map(lambda w, dtype: w.update(dtype=dtype), stored, in_use)
         apart = not stacked and is_written_out(computed)
         kind = unstacked(computed, kinds) if apart else computed
 
@@ -155,15 +155,17 @@ def own_mesh(config: RunConfig) -> MeshConfig:
 
 
 def in_compute_dtype(model: Decoder) -> Decoder:
-    """Matrices as the forward pass uses them, so that decoding reads no wider numbers; the same results, bit for bit.
+    """Weights as the forward pass uses them, so that decoding reads no wider numbers; the same results, bit for bit.
 
     Routers, norms and biases compute in at least float32 and stay as they are.
     """
+    return jax.tree.map(lambda w, dtype: w.astype(dtype), model, dtypes_in_use(model.config, model.compute))
 
-    return jax.tree_util.tree_map_with_path(lambda path, w: w.astype(_computed(path, w, model.compute)), model)
 
+def dtypes_in_use(c: ModelConfig, compute: ComputeConfig) -> Decoder:
+    """The dtype of each weight while a model is used."""
 
-def _computed(path, w, compute: ComputeConfig) -> jnp.dtype:
-    """The dtype of one of its weights."""
-    narrow = is_matrix(path) and not any(getattr(part, 'name', '') == 'router_DE' for part in path)
-    return jnp.dtype(compute.dtype) if narrow else w.dtype
+    def dtype(name: str, weight: Parameter) -> jnp.dtype:
+        return jnp.dtype(compute.dtype) if weight.role.narrow else weight.role.dtype(compute.parameter_dtype)
+
+    return map_declared(dtype, declared_decoder(c, compute))

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
+from weft.model.batch import Source
 from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.decoder import Decoder
-from weft.model.forward import Source, hidden_states, logits, place, row_ways
+from weft.model.forward import hidden_states, logits, place, row_ways
 from weft.sharding.mesh import SEQUENCE, platform
 
 TOKENS = {'cpu': 512}  # that a device works on at once; of these, rows of 32 take 0.45 of their time one by one

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 from jax import P, lax
 
 from weft.model.context import ForwardContext
-from weft.model.cost import cached_numbers
 from weft.model.decoder import Decoder
 from weft.model.forward import ROWS, TOKENS, columns, needs_causal, needs_no_stages, one_device, real_vocabulary
 from weft.model.head import to_vocabulary
-from weft.model.kv_cache import CACHE_SPEC, CrossKVCache, KVCache
+from weft.model.kv_cache import CACHE_SPEC, CrossKVCache, KVCache, cached_numbers
 from weft.runtime import background
 from weft.sharding.collectives import as_replicated, mark_varying, psum
 from weft.sharding.mesh import platform
@@ -67,7 +66,7 @@ def jit_step(step: Callable, **how: Any) -> Program:
 def empty_cache(model: Decoder, rows: int, slots: int, source: CrossKVCache | None = None) -> KVCache:
     """A cache for `rows` sequences of at most `slots` tokens, in the compute dtype, split over BATCH, `context`, `tensor`.
 
-    [layers, rows, slots, tensor × numbers of a device] (`model.cost.cached_numbers`). `slots` is rounded up to what `context`
+    [layers, rows, slots, tensor × numbers of a device] (`kv_cache.cached_numbers`). `slots` is rounded up to what `context`
     divides. Where `tensor` has more devices than there are KV heads, each keeps the head that it uses. `source` is what
     `encode` gives. Raises UserError on a mesh with stages.
     """

@@ -5,33 +5,31 @@ Letters: B rows, T sequence, D model, E twice D.
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import P
 
 from weft.model.config import LayerSpec, ModelConfig
 from weft.model.context import ForwardContext
 from weft.model.kv_cache import KVCache
-from weft.model.layers import attention, mla, mlp  # whose kinds are known by their being imported  # noqa: F401
+from weft.model.layers import attention, mla, mlp  # noqa: F401  (they add what computes their kinds to the registries)
 from weft.model.layers.cross import CrossAttention
 from weft.model.layers.moe import MoE
 from weft.model.layers.norm import Norm
-from weft.model.linear import linear_back
-from weft.model.parameters import weight
+from weft.model.linear import TransposedLinear
+from weft.model.parameters import Size
 from weft.model.parts.registry import FEED_FORWARDS, MIXERS, MIXTURES
-from weft.sharding.collectives import unshard
 from weft.sharding.mesh import FSDP
 
 
 class Block(nnx.Module):
-    """One layer: attention, then an MLP or a mixture of experts, each added to what it read; norms as `norm_order` says."""
+    """One layer: attention, then an MLP or a mixture of experts, each added to what it read; norms as `norm.order` says."""
 
-    def __init__(self, c: ModelConfig, kind: LayerSpec, rngs: nnx.Rngs):
+    def __init__(self, c: ModelConfig, kind: LayerSpec):
         self.config = c
         self.attention_norm = Norm(c)
-        self.attention = MIXERS.module(c.attention)(c, kind, rngs)
+        self.attention = MIXERS.module(c.attention)(c, kind)
         if c.encoder:
-            self.cross_norm, self.cross = Norm(c), CrossAttention(c, rngs)
+            self.cross_norm, self.cross = Norm(c), CrossAttention(c)
         self.mlp_norm = Norm(c)
-        self.mlp = MIXTURES.module(c.moe)(c, rngs) if kind.experts else FEED_FORWARDS.module(c.mlp)(c, rngs)
+        self.mlp = MIXTURES.module(c.moe)(c) if kind.experts else FEED_FORWARDS.module(c.mlp)(c)
         if c.norm.order == 'sandwich':
             self.attention_out_norm, self.mlp_out_norm = Norm(c), Norm(c)
             if c.encoder:
@@ -67,14 +65,14 @@ class Ahead(Block):
     before the head reads them, and it is those that the next layer is given.
     """
 
-    def __init__(self, c: ModelConfig, kind: LayerSpec, rngs: nnx.Rngs):
-        super().__init__(c, kind, rngs)
-        D = c.model_dim
-        self.embedding_norm, self.hidden_norm, self.norm = Norm(c), Norm(c), Norm(c)
-        self.join_DE = weight(rngs, c, (D, 2 * D), P(FSDP, None), fan_in=2 * D)  # E: embedding, then activations
+    def __init__(self, c: ModelConfig, kind: LayerSpec):
+        super().__init__(c, kind)
+        D = Size(c.model_dim, 'model.model_dim')
+        self.embedding_norm, self.hidden_norm, self.norm = Norm(c, 'mtp'), Norm(c, 'mtp'), Norm(c, 'mtp')
+        self.join = TransposedLinear(2 * D, D, part='mtp', split=(FSDP, None))  # of the embedding, then the activations
 
     def ahead(self, x_BTD, next_BTD, ctx: ForwardContext, layer):
         """The activations that stand for the tokens of `next_BTD`, in the layout between blocks; the router's figures."""
         x_BTE = jnp.concatenate([self.embedding_norm(next_BTD), self.hidden_norm(x_BTD)], -1)
-        x_BTD, _, figures = self(linear_back(x_BTE, unshard(self.join_DE[...], x_BTE.dtype)), ctx, None, layer)
+        x_BTD, _, figures = self(self.join(x_BTE), ctx, None, layer)
         return self.norm(x_BTD), figures

@@ -8,52 +8,46 @@ together with one of the source.
 """
 
 import dataclasses
+import math
+from collections.abc import Iterable
 from typing import Literal
 
+from weft.model.block import Block
 from weft.model.config import LayerSpec, ModelConfig, changed
+from weft.model.decoder import weights_of
+from weft.model.layers.norm import Norm
+from weft.model.parameters import Parameter, declared
 
 
 def parameters(c: ModelConfig) -> dict[str, int]:
     """Parameters by part; the sum is what a checkpoint holds (with the embedding's padding rows)."""
-    D = c.model_dim
-    V = 0 if c.vocabulary is None else c.padded_vocabulary
-    table = c.max_positions if V and c.positions.kind == 'learned' else 0
-    parts = {
-        'embedding': (V + table + c.embedding.token_types) * D,
-        'head': (V * D if c.head and not c.embedding.tied else 0)
-        + V * c.head_bias
-        + c.head_mlp * (D * D + D + norm_parameters(c)),
-        'norms': ((c.norm.order != 'post') + c.embedding.norm) * norm_parameters(c),
-        'attention': c.positions.buckets * c.attention.heads if c.positions.kind == 'relative' else 0,
-    }
-    if c.pooler:
-        parts['pooler'] = D * D + D + c.next_sentence * (2 * D + 2)
-    for kind in c.layer_specs:
-        for part, count in layer_parameters(c, kind).items():
-            parts[part] = parts.get(part, 0) + count
-    if c.encoder:
-        parts['cross_attention'] = c.layers * attention_parameters(c)
-        parts['encoder'] = sum(parameters(c.of_encoder).values())
-    if c.mtp.layers:
-        parts['mtp'] = c.mtp.layers * (
-            sum(layer_parameters(c, c.layer_specs[-1]).values()) + 2 * D * D + 3 * norm_parameters(c)
-        )
+    parts: dict[str, int] = {}
+    for name, weight in weights_of(c).items():
+        part = next((whole for whole in ('mtp', 'encoder') if name.startswith(f'{whole}.')), weight.part)
+        parts[part] = parts.get(part, 0) + math.prod(weight.global_shape)
     return parts
 
 
-def layer_parameters(c: ModelConfig, kind: LayerSpec) -> dict[str, int]:
+def layer_parameters(c: ModelConfig, spec: LayerSpec) -> dict[str, int]:
     """Parameters of one layer by part."""
-    D, m = c.model_dim, c.moe
-    norms = (3 if c.encoder else 2) * (2 if c.norm.order == 'sandwich' else 1)
-    parts = {'attention': attention_parameters(c), 'norms': norms * norm_parameters(c)}
-    if not kind.experts:
-        return parts | {'mlp': _mlp(c, c.mlp.dim)}
-    expert = _matrices(c) * D * m.mlp_dim + m.bias * ((_matrices(c) - 1) * m.mlp_dim + D)
-    return parts | {
-        'router': m.experts * (D + m.router_bias + m.has_choice_bias),
-        'experts': m.experts * expert,
-        'shared_experts': _mlp(c, m.shared_dim) + D * m.shared_gate if m.shared_experts else 0,
-    }
+    return _by_part(declared(Block(c, spec)).values())
+
+
+def norm_parameters(c: ModelConfig) -> int:
+    """Parameters of one norm."""
+    return sum(weight.size for weight in declared(Norm(c)).values())
+
+
+def mtp_layer_parameters(c: ModelConfig) -> int:
+    """Parameters of one layer of `mtp`."""
+    return sum(weight.size for name, weight in weights_of(c).items() if name.startswith('mtp.'))
+
+
+def _by_part(weights: Iterable[Parameter]) -> dict[str, int]:
+    parts: dict[str, int] = {}
+    for weight in weights:
+        parts[weight.part] = parts.get(weight.part, 0) + weight.size
+    return parts
 
 
 def active_parameters(c: ModelConfig) -> int:
@@ -170,17 +164,6 @@ def cache_bytes_per_token(c: ModelConfig, number_bytes: int) -> int:
     return c.layers * c.attention.cached_heads * sum(c.attention.cached_widths) * number_bytes
 
 
-def cached_numbers(c: ModelConfig, tensor: int, platform: str) -> tuple[int, ...]:
-    """Numbers that a device of `tensor` keeps of a token and layer: of its keys and of its values, or of its latent vector.
-
-    TPUs tile arrays by 128 numbers of the last dim: a cache with other rows comes in another layout than the loop over the
-    layers works with, and is copied whole, there and back, at every step. So there rows are filled up.
-    """
-    heads = max(c.attention.cached_heads // tensor, 1)
-    unit = 128 if platform == 'tpu' else 1
-    return tuple(-(-heads * width // unit) * unit for width in c.attention.cached_widths)
-
-
 def projections(c: ModelConfig) -> list[tuple[int, int]]:
     """Rows and columns of each of a layer's matrices of attention, as training and prefill use them."""
     D, a = c.model_dim, c.attention
@@ -192,29 +175,5 @@ def projections(c: ModelConfig) -> list[tuple[int, int]]:
     return [*queries, *latent, (D, a.heads * a.v_head_dim)]
 
 
-def attention_parameters(c: ModelConfig) -> int:
-    """Parameters of a layer's attention."""
-    a = c.attention
-    vectors = c.model_dim * a.o_bias
-    if a.kind == 'mla':
-        first = (a.q_lora_rank or 0) + a.kv_lora_rank + a.qk_rope_head_dim
-        vectors += first * a.qkv_bias + a.kv_lora_rank + (a.q_lora_rank or 0)
-    else:
-        N, M = a.heads * a.head_dim, a.kv_heads * a.head_dim
-        vectors += (N + 2 * M) * a.qkv_bias + a.heads * a.sinks
-        vectors += (N + M if a.qk_norm == 'full' else 2 * a.head_dim) if a.qk_norm else 0
-    return sum(rows * columns for rows, columns in projections(c)) + vectors
-
-
-def norm_parameters(c: ModelConfig) -> int:
-    """Parameters of one norm."""
-    return c.model_dim * (2 if c.norm.bias else 1)
-
-
 def _matrices(c: ModelConfig) -> int:
     return 3 if c.mlp.gated else 2
-
-
-def _mlp(c: ModelConfig, hidden: int) -> int:
-    biases = (_matrices(c) - 1) * hidden + c.model_dim
-    return _matrices(c) * c.model_dim * hidden + biases * c.mlp.bias

@@ -10,14 +10,17 @@ Y kinds of segments, R buckets of distances.
 """
 
 import dataclasses
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import P, lax
 
-from weft.model.block import Ahead
-from weft.model.compute import ComputeConfig, resolve
+from weft.model.block import Ahead, Block
+from weft.model.compute import DEFAULT, ComputeConfig, resolve
 from weft.model.config import ModelConfig
 from weft.model.context import EncoderOutput, ForwardContext
 from weft.model.embedding import lookup
@@ -27,8 +30,8 @@ from weft.model.layers.bert import HeadMlp, Pooler
 from weft.model.layers.cross import kept
 from weft.model.layers.norm import Norm
 from weft.model.layers.positions import sinusoids
-from weft.model.parameters import constant, stored_as, weight
-from weft.model.stack import by_layer, in_order, pipelined, remat, stacked
+from weft.model.parameters import Parameter, Role, Size, declared, initialise, parameter, stack_layers
+from weft.model.stack import by_layer, in_order, pipelined, remat
 from weft.sharding.collectives import active_axes, all_gather, all_to_all, mark_varying, tensor_slice, unshard
 from weft.sharding.mesh import FSDP
 from weft.sharding.pipeline import my_microbatches
@@ -43,49 +46,53 @@ class Decoder(nnx.Module):
     alone: an encoder's.
     """
 
-    def __init__(self, c: ModelConfig, compute: ComputeConfig, rngs: nnx.Rngs):
+    def __init__(self, c: ModelConfig, compute: ComputeConfig = DEFAULT):
         self.config, self.compute = c, compute
-        with stored_as(compute.parameter_dtype):
-            self._make(c, rngs)
-
-    def _make(self, c: ModelConfig, rngs: nnx.Rngs) -> None:
-        """The weights."""
+        D = Size(c.model_dim, 'model.model_dim')
         if c.vocabulary is not None:
-            D, V = c.model_dim, c.padded_vocabulary
+            V = Size(c.padded_vocabulary, 'the padded vocabulary')
             # As the tied head too it must be small, or each token begins by predicting itself.
-            self.embed_VD = weight(rngs, c, (V, D), P(FSDP, 'tensor'), fan_in=D if c.embedding.tied else 1)
+            scale = c.model_dim**-0.5 if c.embedding.tied else 1.0
+            embedding = {'part': 'embedding', 'gathered': FSDP}
+            self.embed_VD = parameter((V, D), P(FSDP, 'tensor'), Role.EMBEDDING, scale=scale, padded=0, **embedding)
+            table = {'scale': c.model_dim**-0.5, **embedding}
             if c.positions.kind == 'learned':
-                self.position_PD = weight(rngs, c, (c.max_positions, D), P(None, ('tensor', *FSDP)), fan_in=D)
+                shape = c.max_positions, D
+                self.position_PD = parameter(shape, P(None, ('tensor', *FSDP)), Role.EMBEDDING, **table)
             if c.embedding.token_types:
-                self.kind_YD = weight(rngs, c, (c.embedding.token_types, D), P(None, ('tensor', *FSDP)), fan_in=D)
+                shape = c.embedding.token_types, D
+                self.token_type_YD = parameter(shape, P(None, ('tensor', *FSDP)), Role.EMBEDDING, **table)
             if c.embedding.norm:
                 self.embedding_norm = Norm(c)
             if c.encoder:
-                self.encoder = Decoder(c.of_encoder, self.compute, rngs)
+                self.encoder = Decoder(c.of_encoder, compute)
         if c.positions.kind == 'relative':
-            self.relative_RN = weight(
-                rngs, c, (c.positions.buckets, c.attention.heads), P(None, 'tensor'), fan_in=c.model_dim
-            )
-        self.groups = nnx.List(
-            [
-                stacked(c, kind, run.repeats, 'stage' if number == c.pipelined_group else None, rngs)
-                for number, run in enumerate(c.layer_groups)
-                for kind in run.specs
-            ]
-        )
+            shape = c.positions.buckets, Size(c.attention.heads, 'model.attention.heads')
+            scale = c.model_dim**-0.5
+            self.relative_RN = parameter(shape, P(None, 'tensor'), Role.EMBEDDING, scale=scale, part='attention')
+        self.groups = nnx.List(layer_stacks(c))
         if c.norm.order != 'post':
             self.norm = Norm(c)
         if c.vocabulary is not None:
             if c.head_mlp:
-                self.head_mlp = HeadMlp(c, rngs)
+                self.head_mlp = HeadMlp(c)
             if c.head and not c.embedding.tied:
-                self.head_DV = weight(rngs, c, (D, V), P(FSDP, 'tensor'), fan_in=D)
+                self.head_DV = parameter(
+                    (D, V),
+                    P(FSDP, 'tensor'),
+                    Role.HEAD,
+                    scale=c.model_dim**-0.5,
+                    gathered=FSDP,
+                    padded=1,
+                    part='head',
+                )
             if c.head_bias:
-                self.head_bias_V = constant(c, 0.0, (V,), P('tensor'))
+                self.head_bias_V = parameter((V,), P('tensor'), Role.BIAS, padded=0, part='head')
             if c.pooler:
-                self.pooler = Pooler(c, rngs)
+                self.pooler = Pooler(c)
         if c.mtp.layers:
-            self.mtp = stacked(c, c.layer_specs[-1], c.mtp.layers, None, rngs, Ahead)
+            numbers = tuple(range(c.layers, c.layers + c.mtp.layers))
+            self.mtp = stack_layers(Ahead(c, c.layer_specs[-1]), numbers, None)
 
     @property
     def resolved_compute(self) -> ComputeConfig:
@@ -169,7 +176,7 @@ class Decoder(nnx.Module):
             x = x * jnp.asarray(c.embedding.scale, x.dtype)
         if c.embedding.token_types:
             kind_BT = jnp.zeros_like(tokens_BT) if ctx.kind_BT is None else ctx.kind_BT
-            x = x + unshard(self.kind_YD[...], x.dtype, dim=1)[kind_BT]
+            x = x + unshard(self.token_type_YD[...], x.dtype, dim=1)[kind_BT]
         if c.positions.kind in ('learned', 'sinusoidal'):
             x = x + self.position_table(x.dtype)[ctx.position_BT]
         x = all_to_all(x, 'tensor', 1, 2) if ctx.sequence_split else all_gather(x, 'tensor', 2)
@@ -192,3 +199,32 @@ class Decoder(nnx.Module):
             return Head(unshard(w_DV, self.compute.dtype)[:, :V], bias_V)
         embed_VD = unshard(self.embed_VD[...], self.compute.dtype)
         return Head(all_to_all(embed_VD, 'tensor', 0, 1), bias_V)
+
+
+def layer_stacks(c: ModelConfig) -> list[Block]:
+    """The layers as stacks of like ones: one for each kind that a group of `ModelConfig.layer_groups` repeats."""
+    found, first = [], 0
+    for number, group in enumerate(c.layer_groups):
+        axis = 'stage' if number == c.pipelined_group else None
+        for place, spec in enumerate(group.specs):
+            numbers = tuple(range(first + place, first + group.layers, len(group.specs)))
+            found.append(stack_layers(Block(c, spec), numbers, axis))
+        first += group.layers
+    return found
+
+
+def init_decoder(c: ModelConfig, compute: ComputeConfig, key: jax.Array) -> Decoder:
+    """A decoder with random weights, the same on every mesh, each born in its layout. Run it under `jax.jit` and a mesh."""
+    return initialise(Decoder(c, compute), key, compute.parameter_dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def declared_decoder(c: ModelConfig, compute: ComputeConfig = DEFAULT) -> Decoder:
+    """The decoder without arrays: each of its weights as it is declared. Not to be changed, for it is made once."""
+    return Decoder(c, compute)
+
+
+@functools.lru_cache(maxsize=256)
+def weights_of(c: ModelConfig) -> Mapping[str, Parameter]:
+    """Each weight of a decoder by name, as it is declared."""
+    return MappingProxyType(declared(declared_decoder(c)))

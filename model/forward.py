@@ -8,13 +8,14 @@ Letters: B rows, T sequence, S tokens of a source, V vocabulary.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import P, lax
 from jax.sharding import NamedSharding
 
+from weft.model.batch import Source
 from weft.model.config import needs_head
 from weft.model.context import ForwardContext
 from weft.model.decoder import Decoder
@@ -104,14 +105,6 @@ def needs_no_stages(what: str) -> None:
         raise UserError(
             f'mesh.stage is {stages}: {what} has no pipeline; use the same devices as mesh.data={stages} more'
         )
-
-
-class Source(NamedTuple):
-    """Rows that an encoder reads, int32 [B, S] each; their segments are those of the rows that attend to them."""
-
-    tokens_BS: Any
-    position_BS: Any
-    segment_BS: Any
 
 
 def needs_causal(model: Decoder, what: str) -> None:

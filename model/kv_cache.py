@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import P, lax
 
-from weft.sharding.collectives import (
-    axis_index,
-)
+from weft.model.config import ModelConfig
+from weft.sharding.collectives import axis_index
 from weft.sharding.mesh import BATCH
 
 
@@ -27,7 +26,7 @@ class KVCache(NamedTuple):
     """Keys and values of the tokens so far: a row's token at position p is in slot p // n of device p mod n of `context`.
 
     [L, B, S, tensor × numbers]: each device of `tensor` has its heads side by side; on TPUs zeros follow, up to a multiple of
-    128 (`model.cost.cached_numbers`).
+    128 (`cached_numbers`).
     """
 
     k_LBSM: jax.Array
@@ -57,3 +56,14 @@ def cache_read(cached_LBSM, layer, like_BTKH):
     K, H = like_BTKH.shape[2:]
     kept_BSM = cached_LBSM[layer].astype(like_BTKH.dtype)
     return kept_BSM[..., : K * H].reshape(*kept_BSM.shape[:2], K, H)
+
+
+def cached_numbers(c: ModelConfig, tensor: int, platform: str) -> tuple[int, ...]:
+    """Numbers that a device of `tensor` keeps of a token and layer: of its keys and of its values, or of its latent vector.
+
+    TPUs tile arrays by 128 numbers of the last dim: a cache with other rows comes in another layout than the loop over the
+    layers works with, and is copied whole, there and back, at every step. So there rows are filled up.
+    """
+    heads = max(c.attention.cached_heads // tensor, 1)
+    unit = 128 if platform == 'tpu' else 1
+    return tuple(-(-heads * width // unit) * unit for width in c.attention.cached_widths)

@@ -28,31 +28,47 @@ class LayerGroup:
 
 
 @functools.cache
-def group_layers(kinds: tuple[LayerSpec, ...]) -> tuple[LayerGroup, ...]:
-    """Kinds in a row as repeated units: the fewest kinds written down, of those the fewest runs, of those the first longest."""
-    L = len(kinds)
-    number = {kind: i for i, kind in enumerate(dict.fromkeys(kinds))}
-    kind_L = np.array([number[kind] for kind in kinds])
-    # Of the layers from each on: the kinds written down, the runs, and the first run's unit and length.
-    written, runs, unit_of, length_of = np.zeros((4, L + 1), np.int64)
-    alike = np.zeros(L + 1, np.int64)  # by a distance: how many layers from here on equal those so far behind
+def group_layers(specs: tuple[LayerSpec, ...]) -> tuple[LayerGroup, ...]:
+    """Splits the layers into repeated patterns to scan: fewest traced layers, then fewest scans, then the longest first scan.
+
+    A dynamic program from the last layer back: the best split of the layers from `first` on is a group of some n layers and
+    the best split of the layers after those. Vectors over n make it L steps of NumPy, for models of thousands of layers.
+    """
+    L = len(specs)
+    number = {spec: i for i, spec in enumerate(dict.fromkeys(specs))}
+    spec_L = np.array([number[spec] for spec in specs])
+    # Of the best split of the layers from each one on: layers traced, groups, and the first group's pattern and layers.
+    traced, groups, pattern, layers = np.zeros((4, L + 1), np.int64)
+    same = np.zeros(L + 1, np.int64)  # [d]: so many layers from `first` on equal those d further on
     for first in reversed(range(L)):
         left = L - first
-        alike[1:left] = np.where(kind_L[first + 1 :] == kind_L[first], alike[1:left] + 1, 0)
-        unit = np.arange(left + 1)  # by a run's length: the shortest unit that it repeats
-        repeated = 1 + np.flatnonzero(alike[1:left] >= unit[1:left])
-        while len(repeated):
-            shortest = repeated[0]
-            lengths = slice(shortest, shortest + alike[shortest] + 1, shortest)
-            unit[lengths] = np.minimum(unit[lengths], shortest)
-            repeated = repeated[1:][unit[repeated[1:]] == repeated[1:]]  # others repeat what is repeated already
-        cost = (written[first + 1 :] + unit[1:]) * (L + 1) + runs[first + 1 :] + 1
-        length = left - int(np.argmin(cost[::-1]))  # the longest of those that cost the least
-        written[first], runs[first] = divmod(int(cost[length - 1]), L + 1)
-        unit_of[first], length_of[first] = unit[length], length
-    found, at = list[LayerGroup](), 0
-    while at < L:
-        length = int(length_of[at])
-        found.append(LayerGroup(kinds[at : at + int(unit_of[at])], length // int(unit_of[at])))
-        at += length
+        same[1:left] = np.where(spec_L[first + 1 :] == spec_L[first], same[1:left] + 1, 0)
+        patterns = _shortest_patterns(same[:left])
+        # [n - 1], of a first group of n layers; the two costs in one number, for there are at most L groups.
+        cost = (patterns[1:] + traced[first + 1 :]) * (L + 1) + 1 + groups[first + 1 :]
+        n = left - int(np.argmin(cost[::-1]))  # the longest of those that cost the least
+        traced[first], groups[first] = divmod(int(cost[n - 1]), L + 1)
+        pattern[first], layers[first] = patterns[n], n
+    found, first = list[LayerGroup](), 0
+    while first < L:
+        unit, n = int(pattern[first]), int(layers[first])
+        found.append(LayerGroup(specs[first : first + unit], n // unit))
+        first += n
     return tuple(found)
+
+
+def _shortest_patterns(same: np.ndarray) -> np.ndarray:
+    """[n]: the layers of the shortest pattern that the next n layers repeat a whole number of times, at worst n itself.
+
+    `same[d]`: so many of the next layers equal those d further on. A pattern of d layers is then repeated by n layers where d
+    divides n and n - d <= same[d].
+    """
+    left = len(same)
+    shortest = np.arange(left + 1)
+    repeated = 1 + np.flatnonzero(same[1:] >= shortest[1:left])  # patterns that stand there twice at least, ascending
+    while len(repeated):
+        d = repeated[0]
+        multiples = slice(d, d + same[d] + 1, d)
+        shortest[multiples] = np.minimum(shortest[multiples], d)
+        repeated = repeated[1:][shortest[repeated[1:]] == repeated[1:]]  # others only repeat a shorter pattern
+    return shortest

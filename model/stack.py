@@ -6,11 +6,11 @@ Letters: B rows, T sequence, D model, m microbatches of this stage.
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import P, lax
+from jax import lax
 
 from weft.model.block import Block
 from weft.model.compute import Remat
-from weft.model.config import LayerSpec, ModelConfig
+from weft.model.config import ModelConfig
 from weft.model.context import ForwardContext
 from weft.model.kv_cache import KVCache
 from weft.sharding.collectives import mark_varying
@@ -24,14 +24,6 @@ UNROLLED = {'cpu': (8, 64), 'gpu': (16, 256)}
 
 # TPUs read a slice of a stack where it is used, but for experts, all of which they would copy to multiply by a few.
 UNROLLED_EXPERTS = {'tpu': (0, 64)}
-
-
-def stacked(
-    c: ModelConfig, kind: LayerSpec, repeats: int, axis: str | None, rngs: nnx.Rngs, layer: type[Block] = Block
-) -> Block:
-    """Layers of a kind as one module with a leading dim, which is split over `axis`."""
-    keys = jax.tree.map(lambda key: jax.reshard(key, P(axis)), rngs.split(repeats))
-    return jax.vmap(lambda rngs: layer(c, kind, rngs))(keys)
 
 
 def in_order(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, cache: KVCache | None, first):

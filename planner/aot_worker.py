@@ -27,6 +27,7 @@ from weft.inference.run import in_compute_dtype
 from weft.inference.sampling import Choice
 from weft.inference.step import OPTIONS as DECODING
 from weft.inference.unstacked import is_written_out, kinds, unstacked
+from weft.model.batch import Batch, Source
 from weft.planner import traffic
 from weft.planner.aot import PLUGINS
 from weft.sharding.mesh import BATCH, make_mesh
@@ -46,11 +47,10 @@ def rows(*shape: int, dtype: Any = jnp.int32) -> Any:
 
 def training(config: RunConfig, batch: int, length: int):
     """The step of training, which keeps its state's memory, and its arguments."""
-    names = ['tokens', 'targets', 'positions', 'segments']
-    if config.model.encoder:
-        names += [f'source_{name}' for name in ('tokens', 'positions', 'segments')]
+    row_BT = rows(batch, length)
+    source = Source(row_BT, row_BT, row_BT) if config.model.encoder else None
     step = jax.jit(functools.partial(train_step, config), donate_argnums=0, keep_unused=True)
-    return step, (abstract_state(config), dict.fromkeys(names, rows(batch, length)))
+    return step, (abstract_state(config), Batch(row_BT, row_BT, row_BT, row_BT, source))
 
 
 def serving(config: RunConfig, what: str, batch: int, length: int):

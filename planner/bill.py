@@ -122,9 +122,7 @@ def _layers(c: ModelConfig, name: str):
     counts = collections.Counter(kind.experts for kind in c.layer_specs)
     for experts, times in sorted(counts.items()):
         label = name if len(counts) == 1 else f'{"mixture" if experts else "dense"} {name}'
-        parts = cost.layer_parameters(c, LayerSpec(experts)) | {
-            'cross_attention': cost.attention_parameters(c) if c.encoder else 0
-        }
+        parts = cost.layer_parameters(c, LayerSpec(experts))
         for part in ('attention', 'cross_attention', 'mlp', 'router', 'experts', 'shared_experts', 'norms'):
             if not (each := parts.get(part, 0)):
                 continue
@@ -144,7 +142,7 @@ def _after(c: ModelConfig):
     if c.pooler:
         yield _once('pooler', D * D + D + c.next_sentence * (2 * D + 2), _with_vectors(_by(D, D), 1))
     if c.mtp.layers:
-        each = sum(cost.layer_parameters(c, c.layer_specs[-1]).values()) + 2 * D * D + 3 * cost.norm_parameters(c)
+        each = cost.mtp_layer_parameters(c)
         yield Row('mtp', f'a layer + {_by(D, 2 * D)} + norms', each, c.mtp.layers, 0)
 
 

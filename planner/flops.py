@@ -16,11 +16,11 @@ from typing import Literal, NamedTuple
 from weft.model.compute import ComputeConfig
 from weft.model.config import LayerSpec, ModelConfig, changed
 from weft.model.cost import keys_seen
+from weft.model.ops.cross_entropy import CHUNK
 from weft.model.ops.expert_dispatch import capacity
 from weft.sharding.mesh import BATCH, MeshConfig
 from weft.sharding.pipeline import ticks
 from weft.training.config import RunConfig
-from weft.training.loss import CHUNK
 
 ONE = MeshConfig()  # device
 What = Literal['train', 'loss', 'score', 'prefill', 'decode', 'encode']

@@ -22,12 +22,12 @@ import jax.numpy as jnp
 
 from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
-from weft.model.cost import cached_numbers
+from weft.model.kv_cache import cached_numbers
+from weft.model.ops.cross_entropy import CHUNK
 from weft.model.stack import written_out
 from weft.planner.weights import Group, Inventory, inventory
 from weft.sharding.mesh import BATCH, MeshConfig
 from weft.training.config import RunConfig
-from weft.training.loss import CHUNK
 
 INT32 = 4  # bytes
 HIDDEN = 6  # arrays that a loop keeps of an MLP's hidden units: what goes into each product, and the activation's steps

@@ -8,7 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from weft.planner.plan_text import amount, count, flops_line, in_gib, mesh_text, peak, tables, verdict
+from weft.planner.plan_text import flops_line, peak, tables, verdict
+from weft.planner.text_format import amount, count, in_gib, mesh_text
 from weft.training.tables import bound
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; grey and a light blue beside it.

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 
 from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
-from weft.model.cost import cached_numbers, training_flops
+from weft.model.cost import training_flops
+from weft.model.kv_cache import cached_numbers
 from weft.planner import communication
 from weft.planner.chips import Chip, group_rate
 from weft.planner.flops import executed
@@ -285,7 +286,7 @@ def _layer_bytes(
     b = jnp.dtype(compute.dtype).itemsize
     found: dict[str, float] = {}
     for weight in group.weights:
-        if len(weight.shape) < 2 or ('tensor' not in weight.split and not weight.gathered):
+        if len(weight.declared.shape) < 2 or ('tensor' not in weight.split and not weight.gathered):
             continue
         name = {'attention': 'projections', 'shared_experts': 'experts'}.get(weight.part, weight.part)
         name = name if group.where in ('pipeline', 'stack') else {'encoder': 'encoder', 'ahead': 'mtp'}[group.where]
@@ -305,7 +306,7 @@ def _layer_bytes(
 
 def _matmul_bytes(c: ModelConfig, weight: Weight, mesh: MeshConfig, tokens: float) -> float:
     """Numbers that one matmul of a weight reads and writes beside it, for a device's tokens."""
-    rows, columns = weight.shape[-2:]
+    rows, columns = weight.declared.shape[-2:]
     mine = columns / mesh.tensor if 'tensor' in weight.split else columns
     visits = c.moe.top_k if c.moe and weight.part == 'experts' else 1
     return tokens * visits * (rows + mine)

@@ -9,14 +9,14 @@ from unittest import mock
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding
 
 from weft.data.config import DataConfig
 from weft.model import stack
+from weft.model.batch import Batch
 from weft.model.compute import ComputeConfig
 from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig, changed
-from weft.model.decoder import Decoder
+from weft.model.decoder import Decoder, init_decoder
 from weft.model.forward import place
 from weft.sharding.mesh import AXES, MeshConfig, factorizations, make_mesh
 from weft.training.config import RunConfig, TrainingConfig
@@ -88,7 +88,7 @@ LONG = [
 ]
 
 
-def packed_batch(seed: int) -> dict[str, np.ndarray]:
+def packed_batch(seed: int) -> Batch:
     """Random rows of documents, numbered from 1, the last tokens padding; each token is followed by one of two."""
     r = np.random.default_rng(seed)
     segment_BT = (1 + np.cumsum(r.random((B, T)) < 0.03, axis=1)).astype(np.int32)
@@ -101,12 +101,12 @@ def packed_batch(seed: int) -> dict[str, np.ndarray]:
     token_BT[:, 0] = r.integers(0, VOCABULARY, B)
     for t in range(T):
         token_BT[:, t + 1] = (token_BT[:, t] * 7 + r.integers(1, 3, B)) % VOCABULARY
-    return {
-        'tokens': token_BT[:, :-1],
-        'targets': token_BT[:, 1:],
-        'positions': np.where(padding_BT, 0, position_BT),
-        'segments': np.where(padding_BT, 0, segment_BT),
-    }
+    return Batch(
+        tokens_BT=token_BT[:, :-1],
+        target_BT=token_BT[:, 1:],
+        position_BT=np.where(padding_BT, 0, position_BT),
+        segment_BT=np.where(padding_BT, 0, segment_BT),
+    )
 
 
 def config_of(kind: str, mesh: MeshConfig, dtype: Literal['float32', 'float64'], steps: int = 50) -> RunConfig:
@@ -151,7 +151,7 @@ def named(tree: Any) -> dict[str, np.ndarray]:
 def gradient(kind: str, mesh: MeshConfig) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradient of the first step in float64, from one device's initial parameters."""
     config = config_of(kind, mesh, 'float64')
-    make = lambda key: Decoder(config.model, config.compute, nnx.Rngs(key))
+    make = lambda key: init_decoder(config.model, config.compute, key)
     with precision('float64'), jax.set_mesh(make_mesh(mesh)):
         if mesh.size == 1:
             model = jax.jit(make)(jax.random.key(0))
@@ -171,7 +171,7 @@ def one_model(kind: str) -> Decoder:
     """Initial parameters in float64, made on one device, on the host."""
     with precision('float64'), jax.set_mesh(make_mesh(MeshConfig())):
         config = config_of(kind, MeshConfig(), 'float64')
-        make = lambda key: Decoder(config.model, config.compute, nnx.Rngs(key))
+        make = lambda key: init_decoder(config.model, config.compute, key)
         return jax.tree.map(np.asarray, jax.jit(make)(jax.random.key(0)))
 
 
@@ -179,9 +179,7 @@ def initial(kind: str, mesh: MeshConfig) -> dict[str, np.ndarray]:
     """Initial parameters in float32, made on the mesh."""
     config = config_of(kind, mesh, 'float32')
     with precision('float32'), jax.set_mesh(make_mesh(mesh)):
-        return named(
-            jax.jit(lambda key: Decoder(config.model, config.compute, nnx.Rngs(key)))(jax.random.key(config.seed))
-        )
+        return named(jax.jit(lambda key: init_decoder(config.model, config.compute, key))(jax.random.key(config.seed)))
 
 
 def losses_dtype(kind: str) -> Literal['float32', 'float64']:

@@ -44,18 +44,18 @@ def keys_without_places(real: Callable) -> Callable:
 
 
 def own_counts(real: Callable) -> Callable:
-    return lambda sums, known, model: real(sums, jax.tree.map(lambda n: n / 2, known), model)
+    return lambda sums, counts, model: real(sums, jax.tree.map(lambda n: n / 2, counts), model)
 
 
 def late_borders(real: Callable) -> Callable:
     """A document's first token is taken for the last one of the document before."""
 
-    def shares(model, batch, *rest):
-        segment_BT = batch['segments']
+    def sums(model, batch, *rest):
+        segment_BT = batch.segment_BT
         late_BT = jnp.where(segment_BT > 0, jnp.roll(segment_BT, 1, axis=1).at[:, 0].set(segment_BT[:, 0]), 0)
-        return real(model, batch | {'segments': late_BT}, *rest)
+        return real(model, batch._replace(segment_BT=late_BT), *rest)
 
-    return shares
+    return sums
 
 
 def fault(what: str, kind: str, mesh: MeshConfig, target: str, change: Callable[[Any], Any]) -> Fault:
@@ -102,7 +102,7 @@ FAULTS = (
         'each part of a step is averaged by itself',
         'dense',
         MeshConfig(data=8),
-        'weft.training.loss.total_loss',
+        'weft.training.loss.objective',
         own_counts,
     ),
     fault(
@@ -130,7 +130,7 @@ FAULTS = (
         'a document begins a token late',
         'dense',
         MeshConfig(data=2, context=2, tensor=2),
-        'weft.training.loss.device_shares',
+        'weft.training.loss.local_loss_sums',
         late_borders,
     ),
 )

@@ -17,6 +17,7 @@ from weft.inference.run import in_compute_dtype
 from weft.inference.step import empty_cache, prefill
 from weft.inference.unstacked import divided, is_written_out, unstacked
 from weft.model import cost
+from weft.model.batch import Batch
 from weft.model.forward import logits, place
 from weft.model.ops.grouped_matmul import default_backend, expert_mlp
 from weft.model.sizes import sizes
@@ -48,7 +49,7 @@ class Trainer:
             0, config.model.vocabulary, (t.batch, t.sequence_length + 1), dtype=np.int32
         )
         places = np.broadcast_to(np.arange(t.sequence_length, dtype=np.int32), (t.batch, t.sequence_length))
-        batch = {'tokens': ids[:, :-1], 'targets': ids[:, 1:], 'positions': places, 'segments': np.ones_like(places)}
+        batch = Batch(ids[:, :-1], ids[:, 1:], places, np.ones_like(places))
         self.batch = place(batch)
         self.state = jax.jit(functools.partial(init, config))()
         self.run = jax.jit(functools.partial(train_step, config), donate_argnums=0)

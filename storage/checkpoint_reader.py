@@ -7,12 +7,11 @@ import contextlib
 import hashlib
 import json
 import os
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 
@@ -38,41 +37,11 @@ from weft.storage.manifest import (
 from weft.storage.sealed import unsealed
 
 CHUNK = 2**20  # bytes that are read and hashed at once
-AGAIN = 100  # checkpoints that a reader tries one after another, each deleted while it was read
 BETWEEN = 0.1  # seconds in which one that is replaced may not be there
-T = TypeVar('T')
 
 
 class Gone(UserError):
     """A checkpoint was deleted or replaced while it was read: the run goes on, and has a newer one."""
-
-
-def read_newest(
-    checkpoints: 'Reader', read: Callable[[int], T], step: int | None = None, first: int | None = None
-) -> T:
-    """What `read` gives of the newest checkpoint, and of the next where that is deleted meanwhile.
-
-    Args:
-        step: the one to read instead, and no other.
-        first: the one to read unless it is deleted.
-
-    Raises UserError where there is none, or the one that was asked for goes away.
-    """
-    if step is not None:
-        try:
-            return read(step)
-        except Gone as gone:
-            raise UserError(f'--step {step}: {gone}') from None
-    for _ in range(AGAIN):
-        try:
-            return read(checkpoints.newest() if first is None else first)
-        except Gone as gone:
-            first = None
-            print(f'{gone}: reading the newest', file=sys.stderr, flush=True)
-    raise UserError(
-        f'{checkpoints.run}: {AGAIN} checkpoints in a row were deleted while they were read: train with a larger '
-        'checkpoint.keep or checkpoint.every, so that one lasts as long as it takes to read it'
-    )
 
 
 class Reader:

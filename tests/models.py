@@ -8,8 +8,8 @@ from tests.families.loading import from_leaves
 from weft.hub.families import leaves
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import ModelConfig
-from weft.model.decoder import Decoder
-from weft.model.parameters import names_matrix
+from weft.model.decoder import Decoder, weights_of
+from weft.model.parameters import Role
 
 
 def filled(c: ModelConfig, compute: ComputeConfig = DEFAULT, seed: int = 0, gain: float = 1.0) -> Decoder:
@@ -20,10 +20,10 @@ def filled(c: ModelConfig, compute: ComputeConfig = DEFAULT, seed: int = 0, gain
     found = {}
     for name, leaf in leaves(c, compute).items():
         noise = np.random.default_rng((seed, zlib.crc32(name.encode()))).standard_normal(leaf.shape)
-        last = name.rpartition('.')[2]
-        if names_matrix(last):
+        role = weights_of(c)[name].role
+        if role.decays:
             value = gain * c.model_dim**-0.5 * noise
         else:
-            value = (1 - c.norm.offset if 'scale' in last else 0) + 0.3 * noise
+            value = (1 - c.norm.offset if role is Role.SCALE else 0) + 0.3 * noise
         found[name] = value.astype(leaf.dtype)
     return from_leaves(c, found, compute)

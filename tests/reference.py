@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from weft.model.batch import Batch
 from weft.model.config import ModelConfig
 
 
 def weights(model) -> dict:
-    """The model's weights as a nested dict of host arrays, layers unstacked: {'embed_VD': …, 'layers': [{'q_DN': …}, …]}."""
+    """The model's weights as a nested dict of host arrays, layers unstacked: {'embed_VD': …, 'layers': [{'q.w_IO': …}, …]}."""
     flat = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
         flat[jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value')] = np.asarray(leaf)
@@ -69,7 +70,7 @@ def attend(w, x_BTD, position_BT, segment_BT, number: int, c: ModelConfig):
         see &= ago < c.attention.window
     scores = jnp.where(see[:, None], jnp.einsum('BTNH,BSNH->BNTS', q, k) / np.sqrt(c.attention.head_dim), -jnp.inf)
     a = jnp.einsum('BNTS,BSNH->BTNH', jax.nn.softmax(scores, axis=-1), v).reshape(B, T, -1)
-    return a @ get('o_DN').T + (get('o_bias_D') if c.attention.o_bias else 0)
+    return a @ get('o.w_OI').T + (get('o.b_O') if c.attention.o_bias else 0)
 
 
 def activate(c: ModelConfig, gate, up):
@@ -79,9 +80,9 @@ def activate(c: ModelConfig, gate, up):
 
 def mlp(w, prefix, x_BTD, c: ModelConfig):
     get = lambda name: w.get(prefix + name)
-    up = x_BTD @ get('up_DF') + (get('up_bias_F') if c.mlp.bias else 0)
-    gate = x_BTD @ get('gate_DF') + (get('gate_bias_F') if c.mlp.bias else 0) if c.mlp.gated else None
-    return activate(c, gate, up) @ get('down_DF').T + (get('down_bias_D') if c.mlp.bias else 0)
+    up = x_BTD @ get('up.w_IO') + (get('up.b_O') if c.mlp.bias else 0)
+    gate = x_BTD @ get('gate.w_IO') + (get('gate.b_O') if c.mlp.bias else 0) if c.mlp.gated else None
+    return activate(c, gate, up) @ get('down.w_OI').T + (get('down.b_O') if c.mlp.bias else 0)
 
 
 def experts(w, x_BTD, segment_BT, c: ModelConfig, kept_BTE=True):
@@ -90,9 +91,9 @@ def experts(w, x_BTD, segment_BT, c: ModelConfig, kept_BTE=True):
     Choices that are not `kept` add nothing. Also Σ of the balance and z losses, and loads.
     """
     m = c.moe
-    logit_BTE = x_BTD @ w['mlp.router_DE']
+    logit_BTE = x_BTD @ w['mlp.router.w_IO']
     score_BTE = jax.nn.softmax(logit_BTE, -1) if m.router == 'softmax' else jax.nn.sigmoid(logit_BTE)
-    rank_BTE = score_BTE + w.get('mlp.bias_E', 0)  # chooses; the gates are made of the scores
+    rank_BTE = score_BTE + w.get('mlp.correction_E', 0)  # chooses; the gates are made of the scores
     kth = jnp.sort(rank_BTE, -1)[..., -m.top_k, None]
     chosen_BTE = rank_BTE >= kth
     gate_BTE = jnp.where(chosen_BTE, score_BTE, 0)
@@ -100,9 +101,9 @@ def experts(w, x_BTD, segment_BT, c: ModelConfig, kept_BTE=True):
         gate_BTE = gate_BTE / gate_BTE.sum(-1, keepdims=True)
     live = (segment_BT > 0)[..., None]
     gate_BTE = jnp.where(live & kept_BTE, gate_BTE, 0)
-    up = jnp.einsum('BTD,EDF->BTEF', x_BTD, w['mlp.up_EDF'])
-    gate = jnp.einsum('BTD,EDF->BTEF', x_BTD, w['mlp.gate_EDF']) if c.mlp.gated else None
-    y = jnp.einsum('BTEF,EDF,BTE->BTD', activate(c, gate, up), w['mlp.down_EDF'], gate_BTE * m.routed_scale)
+    up = jnp.einsum('BTD,EDF->BTEF', x_BTD, w['mlp.up.w_EIO'])
+    gate = jnp.einsum('BTD,EDF->BTEF', x_BTD, w['mlp.gate.w_EIO']) if c.mlp.gated else None
+    y = jnp.einsum('BTEF,EDF,BTE->BTD', activate(c, gate, up), w['mlp.down.w_EOI'], gate_BTE * m.routed_scale)
     if m.shared_experts:
         weight = jax.nn.sigmoid(x_BTD @ w['mlp.shared_gate_D'])[..., None] if m.shared_gate else 1
         y = y + weight * mlp(w, 'mlp.shared.', x_BTD, c)
@@ -116,19 +117,19 @@ def experts(w, x_BTD, segment_BT, c: ModelConfig, kept_BTE=True):
     return y, (balance, z, (chosen_BTE & live).sum((0, 1)))
 
 
-def forward(w: dict, batch: dict, c: ModelConfig):
+def forward(w: dict, batch: Batch, c: ModelConfig):
     """Logits [B, T, vocabulary], and (balance, z, load_E) of each layer with experts."""
-    x = w['embed_VD'][batch['tokens']]
+    x = w['embed_VD'][batch.tokens_BT]
     figures = []
     for number, layer in enumerate(w['layers']):
         normed = lambda x, part, layer=layer: norm(x, layer[f'{part}.scale_D'], layer.get(f'{part}.bias_D'), c)
         before = normed if c.norm.order == 'pre' else lambda x, part: x
         after = normed if c.norm.order == 'output' else lambda x, part: x
         h = before(x, 'attention_norm')
-        x = x + after(attend(layer, h, batch['positions'], batch['segments'], number, c), 'attention_norm')
+        x = x + after(attend(layer, h, batch.position_BT, batch.segment_BT, number, c), 'attention_norm')
         h = before(x, 'mlp_norm')
-        if 'mlp.router_DE' in layer:
-            y, found = experts(layer, h, batch['segments'], c)
+        if 'mlp.router.w_IO' in layer:
+            y, found = experts(layer, h, batch.segment_BT, c)
             figures.append(found)
         else:
             y = mlp(layer, 'mlp.', h, c)
@@ -138,11 +139,11 @@ def forward(w: dict, batch: dict, c: ModelConfig):
     return (x @ head)[..., : c.vocabulary], figures
 
 
-def loss(w: dict, batch: dict, c: ModelConfig):
+def loss(w: dict, batch: Batch, c: ModelConfig):
     """What training.loss.loss_fn minimises, and the mean cross-entropy that is part of it."""
     logits, figures = forward(w, batch, c)
-    live = batch['segments'] > 0
-    nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch['targets'][..., None], -1)[..., 0]
+    live = batch.segment_BT > 0
+    nats = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.target_BT[..., None], -1)[..., 0]
     entropy = total = jnp.where(live, nats, 0).sum() / live.sum()
     if c.moe:
         rows = live.any(1).sum()
@@ -151,7 +152,7 @@ def loss(w: dict, batch: dict, c: ModelConfig):
     return total, entropy
 
 
-def packed_batch(vocabulary: int, B: int, T: int, seed: int = 0, padding: int = 2) -> dict:
+def packed_batch(vocabulary: int, B: int, T: int, seed: int = 0, padding: int = 2) -> Batch:
     """Random rows of several documents each, the last tokens padding."""
     r = np.random.default_rng(seed)
     segments = 1 + np.cumsum(r.random((B, T)) < 0.2, axis=1).astype(np.int32)
@@ -161,4 +162,4 @@ def packed_batch(vocabulary: int, B: int, T: int, seed: int = 0, padding: int = 
     if padding:
         segments[:, -padding:], positions[:, -padding:] = 0, 0
     ids = r.integers(0, vocabulary, (2, B, T), dtype=np.int32)
-    return {'tokens': ids[0], 'targets': ids[1], 'positions': positions.astype(np.int32), 'segments': segments}
+    return Batch(ids[0], ids[1], positions.astype(np.int32), segments)

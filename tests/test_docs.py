@@ -36,15 +36,15 @@ def test_the_page_on_research_runs():
     devices = make_mesh(config.mesh)
     with jax.set_mesh(devices):
         model = jax.jit(init, static_argnums=0)(config).model
-        before = np.asarray(model.groups[0].attention.o_DN[...])
+        before = np.asarray(model.groups[0].attention.o.w_OI[...])
         here = {'jax': jax, 'run': types.SimpleNamespace(config=config, mesh=devices, model=model)}
         for block in blocks:
             exec(block, here)
         assert here['logit_BTV'].shape == (4, 32, 64)
         np.testing.assert_array_equal(here['by_index'], here['by_mask'])
         assert not np.asarray(here['by_mask'])[0, :, 8:16].any()
-        np.testing.assert_array_equal(model.groups[0].attention.o_DN[...], before)
-        assert jax.typeof(here['by_mask']).sharding == jax.typeof(model.groups[0].attention.o_DN[...]).sharding
+        np.testing.assert_array_equal(model.groups[0].attention.o.w_OI[...], before)
+        assert jax.typeof(here['by_mask']).sharding == jax.typeof(model.groups[0].attention.o.w_OI[...]).sharding
         assert here['losses'][2] < here['losses'][1] < here['losses'][0]
         (_, figures), _ = jax.jit(loss_and_gradient)(model, here['batch'])
         np.testing.assert_allclose(here['nats'], figures['loss'], rtol=1e-5)

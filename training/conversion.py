@@ -29,7 +29,7 @@ from weft.hub import read as hub
 from weft.hub import write as publish
 from weft.hub.exported_tokenizer import exported_tokenizer
 from weft.hub.families import OPTIONAL, Tensor, families, tensors
-from weft.hub.gguf_tokenizer import tokenizer_files
+from weft.hub.gguf.tokenizer import tokenizer_files
 from weft.hub.published_tokenizer import published_tokenizer, run_tokenizer
 from weft.hub.streaming import narrowed, published
 from weft.model.sizes import sizes
@@ -40,10 +40,10 @@ from weft.storage import files as disk
 from weft.storage.bucket_checkpoint import checkpoints_of
 from weft.storage.buckets import Bucket
 from weft.storage.checkpoint import Checkpoints
-from weft.storage.checkpoint_reader import read_newest
 from weft.storage.foreign import shown_path
 from weft.storage.lock import Lock
 from weft.storage.manifest import named
+from weft.storage.newest import read_newest
 from weft.storage.staged import refuse_existing, staged
 from weft.training import config as configs
 from weft.training.config import RECORD, RunConfig, TrainingConfig

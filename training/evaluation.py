@@ -10,6 +10,7 @@ import numpy as np
 
 from weft.data.packing import Samples
 from weft.data.tokenizer import Tokenizer
+from weft.model.batch import Batch
 from weft.model.decoder import Decoder
 from weft.model.forward import needs_causal, place_rows, row_ways
 from weft.runtime.errors import Diverged
@@ -52,27 +53,27 @@ def evaluate(
     nats, tokens, bytes_ = 0.0, 0, 0
     for start in range(0, len(numbers), batch):
         taken = np.asarray(numbers[start : start + batch])
-        block = place_rows(batch, functools.partial(_padded, rows, taken, bytes_V))
-        bytes_B = block.pop('bytes')
+        block, bytes_B = place_rows(batch, functools.partial(_padded, rows, taken, bytes_V))
         found = jax.device_get({**_sums(model, block, microbatches=stages), 'bytes': _total(bytes_B)})
-        if not math.isfinite(found['nats']):
+        if not math.isfinite(found['loss_sum']):
             first, last = taken[0], taken[-1]
             raise Diverged(
-                f'the loss of rows {first} to {last} is {float(found["nats"])}: the model gives no finite number'
+                f'the loss of rows {first} to {last} is {float(found["loss_sum"])}: the model gives no finite number'
             )
-        nats, tokens, bytes_ = nats + float(found['nats']), tokens + int(found['tokens']), bytes_ + int(found['bytes'])
+        nats, tokens = nats + float(found['loss_sum']), tokens + int(found['tokens'])
+        bytes_ += int(found['bytes'])
     if not tokenizer.lossless and len(numbers) == len(rows):
         bytes_ = rows.bytes  # what an imported tokenizer decodes may be longer or shorter than the text
     return Evaluation(nats, tokens, bytes_)
 
 
-def _padded(rows: Samples, taken: np.ndarray, bytes_V: np.ndarray, begin: int, end: int) -> dict[str, np.ndarray]:
+def _padded(rows: Samples, taken: np.ndarray, bytes_V: np.ndarray, begin: int, end: int) -> tuple[Batch, np.ndarray]:
     """Rows `begin` to `end` of those `taken`, with padding after the last, and the bytes of text of each."""
     mine = taken[begin:end]
     block = rows.take(np.pad(mine, (0, end - begin - len(mine))))
-    block['segments'][len(mine) :] = 0
-    bytes_NT = np.where(block['segments'] > 0, bytes_V[block['targets']], 0)
-    return block | {'bytes': bytes_NT.sum(1, dtype=np.int32)}
+    block.segment_BT[len(mine) :] = 0
+    bytes_BT = np.where(block.segment_BT > 0, bytes_V[block.target_BT], 0)
+    return block, bytes_BT.sum(1, dtype=np.int32)
 
 
 def spread(count: int, size: int) -> np.ndarray:

@@ -12,11 +12,8 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
-from weft.data.prepare import Dataset, load, prepare
-from weft.data.tokenizer import Tokenizer
-from weft.hub.published_tokenizer import load_tokenizer
+from weft.data.prepare import Dataset
 from weft.model.forward import place_rows
 from weft.runtime import rendezvous as peers
 from weft.runtime import signals, streams
@@ -28,18 +25,20 @@ from weft.storage import files as disk
 from weft.storage.bucket_checkpoint import checkpoints_of
 from weft.storage.buckets import Bucket
 from weft.storage.checkpoint import Checkpoints, SaveFailed
-from weft.storage.local_copy import Mirror, set_aside
+from weft.storage.local_copy import Mirror
 from weft.storage.lock import Lock
 from weft.training import config as configs
-from weft.training.config import RECORD, RunConfig
+from weft.training.config import RunConfig
 from weft.training.evaluation import evaluate, spread
 from weft.training.finite import RULE, check_saved, diverged, listed, not_finite
-from weft.training.metrics import Metrics, Unwritten
+from weft.training.metrics import Metrics, NullMetrics
+from weft.training.prepare_run import open_prepared, prepare_run
+from weft.training.progress import metrics_line, progress_bar
 from weft.training.report import layout, memory_line, rate_line
 from weft.training.state import abstract_state, items, restore, restore_imported, saved_config
 from weft.training.step import init, train_step
 
-AHEAD = 2  # steps that an accelerator may be given before the host reads the figures of the first
+MAX_IN_FLIGHT = 2  # steps that an accelerator may be given before the host reads the figures of the first
 
 
 def train(config: RunConfig, runs: Path | Bucket, fresh: bool = False, console: Console | None = None) -> int:
@@ -58,105 +57,13 @@ def train(config: RunConfig, runs: Path | Bucket, fresh: bool = False, console: 
     lock = Lock(folder) if peers.first() else contextlib.nullcontext()
     with lock as held, contextlib.closing(Mirror(folder)) as mirror:
         if peers.first():
-            config, dataset = make_ready(config, mirror, fresh, console)
+            config, dataset = prepare_run(config, mirror, fresh, console)
         # Where process 0 finds something wrong, all processes end with its exit code, here or wherever they are.
         corpus = peers.meet('the data is there', dataset.facts['sha256'] if peers.first() else None)
         if not peers.first():
-            config, dataset = read_ready(config, mirror, corpus)
+            config, dataset = open_prepared(config, mirror, corpus)
         with jax.set_mesh(mesh), explaining(lambda: memory_line(config, abstract_state(config))):
             return Run(config, mirror, dataset, console, held).go()
-
-
-def make_ready(config: RunConfig, mirror: Mirror, fresh: bool, console: Console) -> tuple[RunConfig, Dataset]:
-    """The complete config and the data, made where they are not there. One process does this."""
-    folder = mirror.folder
-    if fresh and folder.exists():
-        # The new run is made beside the old one, which stays where it is until nothing can be wrong any more.
-        staging = Mirror(folder.with_name(f'.{folder.name}.new'))
-        disk.remove(staging.local)
-        try:
-            config, dataset = ready(config, staging, console)
-            aside = set_aside(folder)
-            mirror.adopt(staging)
-        except BaseException:
-            with contextlib.suppress(MachineError):  # the next one clears it, if this disk cannot
-                disk.remove(staging.local)
-            raise
-        finally:
-            staging.close()
-        console.print(f'moved the earlier {folder} aside to {aside}')
-    else:
-        config, dataset = ready(config, mirror, console)
-    mirror.push()
-    return config, dataset
-
-
-def read_ready(config: RunConfig, mirror: Mirror, corpus: str) -> tuple[RunConfig, Dataset]:
-    """What another process made ready. Raises UserError where its folder is not the one seen here."""
-    folder = mirror.folder
-    mirror.fetch()
-    try:
-        dataset = load(mirror.local, lambda line: None)  # process 0 has said it
-    except UserError as error:
-        raise UserError(f'{error}; the processes of a run need one run folder that all of them see') from None
-    if dataset.facts['sha256'] != corpus:
-        raise UserError(
-            f'{folder} holds other data here than for process 0: the processes of a run need one run folder'
-        )
-    return config.with_vocabulary(dataset.tokenizer.embedded), dataset
-
-
-def ready(config: RunConfig, mirror: Mirror, console: Console) -> tuple[RunConfig, Dataset]:
-    """The complete config and the data. Raises UserError where they do not fit each other or the run's last checkpoint."""
-    checkpoints = checkpoints_of(mirror.folder)
-    steps = checkpoints.steps()
-    if steps:
-        configs.check_continues(saved_config(checkpoints, steps[-1]), config, begun=steps[-1] > 0)
-        if steps[-1] > config.training.steps:
-            raise UserError(
-                f'training.steps is {config.training.steps} and run {config.name!r} has taken {steps[-1]} steps already; '
-                f'nearest that works: {steps[-1]}'
-            )
-
-    mirror.fetch()
-    tokenizer = imported_tokenizer(mirror.local)
-
-    def complete(dataset: Dataset) -> RunConfig:
-        whole = config.with_vocabulary(dataset.tokenizer.embedded)
-        whole.check_sizes()
-        return whole
-
-    dataset = prepare(
-        config.data,
-        mirror.local,
-        config.training.sequence_length,
-        say=console.print,
-        check=complete,
-        pairs=config.model.encoder is not None,
-        start=config.model.encoder.start_token if config.model.encoder else None,
-        tokenizer=tokenizer,
-        read_tokenizer=load_tokenizer,
-    )
-    if steps and steps[-1] > 0:
-        meta = checkpoints.meta(steps[-1])
-        if meta.get('corpus') != dataset.facts['sha256']:
-            raise UserError(
-                f'{mirror.folder / "data"} was made from corpus {dataset.facts["sha256"][:12]} and checkpoint {steps[-1]} from '
-                f'{shown(meta.get("corpus"), 12)}: the prepared data was replaced; restore it, or begin anew with --fresh'
-            )
-    return complete(dataset), dataset
-
-
-def imported_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of an imported model, which training keeps; None for a run that learns its own."""
-    if not (folder / RECORD).is_file():
-        return None
-    found = load_tokenizer(folder)
-    if found is None:
-        raise UserError(
-            f'{folder} was imported without a tokenizer, and text cannot become its tokens; import it with one to train it'
-        )
-    return found
 
 
 class Run:
@@ -195,8 +102,8 @@ class Run:
             disk.make_folder(self.mirror.local)
             write_config(config, self.mirror.local)
         console.print(layout(config, self.state.model))
-        self.metrics = Metrics(self.mirror.local, first, console.print) if peers.first() else Unwritten()
-        self.agree = Agreement(late=0 if platform() == 'cpu' else AHEAD)
+        self.metrics = Metrics(self.mirror.local, first, console.print) if peers.first() else NullMetrics()
+        self.agree = Agreement(late=0 if platform() == 'cpu' else MAX_IN_FLIGHT)
         try:
             with signals.noted(self.heard) as self.noted, contextlib.ExitStack() as last:
                 last.callback(self.checkpoints.close)
@@ -281,7 +188,7 @@ class Run:
                 save = step % config.checkpoint.every == 0 or due or asked
                 self.settle()
                 # A CPU that simulates devices aborts when many steps wait for each other; a checkpoint wants all figures in.
-                ahead = 0 if platform() == 'cpu' or validate or save else AHEAD
+                ahead = 0 if platform() == 'cpu' or validate or save else MAX_IN_FLIGHT
                 while len(waiting) > ahead:
                     row = self.figures(*waiting.popleft())
                     if row['step'] == first + 1:  # it compiled, which is no part of the speed
@@ -329,7 +236,7 @@ class Run:
         if 'validation_loss' in row:
             self.push()
         if not self.console.is_terminal or 'validation_loss' in row:
-            self.console.print(line(row, self.config.training.steps, steady), highlight=False)
+            self.console.print(metrics_line(row, self.config.training.steps, steady), highlight=False)
         self.clock, self.clock_tokens = time.perf_counter(), self.tokens
 
     def validate(self, everything: bool) -> dict[str, float]:
@@ -416,37 +323,3 @@ def widened(checkpoints: Checkpoints, config: RunConfig) -> str:
 def write_config(config: RunConfig, folder: Path) -> None:
     """folder/config.yaml, whole or not at all."""
     disk.write(folder / 'config.yaml', configs.dump(config).encode())
-
-
-def progress_bar(console: Console, steps: int) -> Progress:
-    """Where the run is; a log file gets lines instead (see Run.log). What has no room on the line is left out, none is cut."""
-    columns: dict[str, tuple[ProgressColumn, int]] = {  # with the most cells that each takes
-        'what': (TextColumn('{task.description}'), len('compiling')),
-        'bar': (BarColumn(bar_width=30), 30),
-        'count': (MofNCompleteColumn(), 2 * len(str(steps)) + 1),
-        'loss': (TextColumn('{task.fields[loss]}'), len('loss 12.3456')),
-        'speed': (TextColumn('{task.fields[speed]}'), len('1,234,567 tokens/s')),
-        'remaining': (TimeRemainingColumn(), len('12:34:56')),
-    }
-    room, kept = console.width, set[str]()
-    for name in ('count', 'loss', 'speed', 'remaining', 'what', 'bar'):  # the first is needed most
-        room -= columns[name][1] + 1
-        if room < -1:  # nothing follows the last
-            break
-        kept.add(name)
-    return Progress(
-        *(column for name, (column, _) in columns.items() if name in kept),
-        console=console,
-        disable=not console.is_terminal or console.quiet,
-    )
-
-
-def line(row: dict[str, Any], steps: int, steady: bool = True) -> str:
-    """A row of metrics as a line for a person; `steady`: its speed is without the time that compiling took."""
-    text = f'step {row["step"]}/{steps}  loss {row["loss"]:.4f}  {row["tokens_per_second"]:,.0f} tokens/s'
-    text += '' if steady else ' with compiling'
-    if 'router.max_share' in row:
-        text += f'  largest expert share {row["router.max_share"]:.2f}'
-    if 'validation_loss' in row:
-        text += f'  validation {row["validation_loss"]:.4f} nats, {row["validation_bits_per_byte"]:.4f} bits/byte'
-    return text

@@ -84,7 +84,7 @@ def _figures(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
             yield name, value
 
 
-class Unwritten:
+class NullMetrics:
     """The metrics of a process that does not write them: process 0 does."""
 
     def log(self, row: dict[str, Any]) -> None:

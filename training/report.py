@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 
 from weft.hub.families import unpadded
+from weft.model.decoder import weights_of
 from weft.runtime.device_memory import gib, shard_bytes
 from weft.sharding.mesh import AXES, BATCH, SEQUENCE
 from weft.sharding.pipeline import bubble, ticks
@@ -31,7 +32,7 @@ def rate_line(before: RunConfig, now: RunConfig, step: int) -> str | None:
 
 
 def named(tree: Any) -> Iterator[tuple[str, Any]]:
-    """The leaves of a module or an optimizer state with readable names, such as groups.0.attention.q_DN."""
+    """The leaves of a module or an optimizer state with readable names, such as groups.0.attention.q.w_IO."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = jax.tree_util.keystr(path, simple=True, separator='.')
         yield name.removesuffix('.value'), leaf
@@ -97,11 +98,12 @@ def weights_table(model: Any) -> Table:
         table.add_column(column, no_wrap=column != 'layout')
     table.add_column('bytes/device', justify='right', no_wrap=True)
     count = bytes_ = padding = 0
+    known = weights_of(model.config)
     for name, leaf in named(model):
         layout = ', '.join('·'.join(axes if isinstance(axes, tuple) else [axes or '–']) for axes in leaf.sharding.spec)
         table.add_row(name, ' × '.join(map(str, leaf.shape)), layout, f'{shard_bytes(leaf):,}')
         count, bytes_ = count + leaf.size, bytes_ + shard_bytes(leaf)
-        padding += leaf.size - math.prod(unpadded(name, leaf.shape, model.config))
+        padding += leaf.size - math.prod(unpadded(known[name], model.config))
     table.add_section()
     table.add_row('all', f'{count - padding:,}', 'parameters', f'{bytes_:,}')
     if padding:

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 from jax import P
 from jax.sharding import NamedSharding
 
+from weft.model.decoder import declared_decoder
+from weft.model.parameters import abstract as abstract_module
 from weft.runtime.errors import UserError
 from weft.storage.checkpoint import Checkpoints
-from weft.storage.checkpoint_reader import read_newest
 from weft.storage.manifest import META
+from weft.storage.newest import read_newest
 from weft.training import config as configs
 from weft.training.config import RunConfig
 from weft.training.step import State, init
@@ -26,7 +28,7 @@ def abstract_state(config: RunConfig) -> State:
 
 def abstract_model(config: RunConfig) -> Any:
     """Of the weights alone; as `abstract_state`."""
-    return abstract(lambda: init(config).model)
+    return abstract_module(declared_decoder(config.model, config.compute), config.compute.parameter_dtype)
 
 
 def abstract(make: Callable[..., Any], *arguments: Any) -> Any:

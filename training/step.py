@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
-from weft.model.decoder import Decoder
+from weft.model.batch import Batch
+from weft.model.decoder import Decoder, init_decoder, weights_of
 from weft.model.layers.moe import MoE, updated_bias
-from weft.model.parameters import is_matrix
+from weft.model.parameters import name_of
 from weft.training.config import RunConfig, TrainingConfig
 from weft.training.loss import loss_and_gradient
 
@@ -38,9 +38,10 @@ def optimizer(t: TrainingConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(t.clip), adamw) if t.clip else adamw
 
 
-def decays(tree):
-    """Which weights decay: matrices, not scales and biases."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), tree)
+def decays(model: Decoder) -> Decoder:
+    """Which weights decay, by their role: matrices and tables, not scales and biases."""
+    known = weights_of(model.config)
+    return jax.tree_util.tree_map_with_path(lambda path, _: known[name_of(path)].role.decays, model)
 
 
 def init(config: RunConfig, model: Decoder | None = None) -> State:
@@ -50,37 +51,37 @@ def init(config: RunConfig, model: Decoder | None = None) -> State:
     """
     weights, rest = jax.random.split(jax.random.key(config.seed))
     if model is None:
-        model = Decoder(config.model, config.compute, nnx.Rngs(weights))
+        model = init_decoder(config.model, config.compute, weights)
     return State(model, optimizer(config.training).init(model), jnp.int32(0), rest)
 
 
-def train_step(config: RunConfig, state: State, batch: dict) -> tuple[State, dict]:
-    """One optimizer step on a global batch. Returns the new state and the step's figures, on the device.
+def train_step(config: RunConfig, state: State, batch: Batch) -> tuple[State, dict]:
+    """One optimizer step on a global batch. Returns the new state and the step's metrics, on the device.
 
-    Figures: loss (mean cross-entropy in nats), tokens (real ones), grad_norm (before clipping), learning_rate, with
+    Metrics: loss (mean cross-entropy in nats), tokens (real ones), grad_norm (before clipping), learning_rate, with
     experts router and with `mtp_layers` mtp_loss (see `training.loss.loss_fn`).
     """
     key = jax.random.fold_in(state.key, state.step) if config.model.dropout else None
-    (_, figures), gradient = loss_and_gradient(
+    (_, metrics), gradient = loss_and_gradient(
         state.model, batch, key, config.microbatches, config.training.accumulation
     )
     updates, moments = optimizer(config.training).update(gradient, state.optimizer, state.model)
-    figures |= {'grad_norm': optax.tree.norm(gradient), 'learning_rate': schedule(config.training)(state.step)}
+    metrics |= {'grad_norm': optax.tree.norm(gradient), 'learning_rate': schedule(config.training)(state.step)}
     model = optax.apply_updates(state.model, updates)
     if config.model.moe and config.model.moe.bias_update_rate:
-        balance_choices(model, figures)
-    return State(model, moments, state.step + 1, state.key), figures
+        balance_choices(model, metrics)
+    return State(model, moments, state.step + 1, state.key), metrics
 
 
-def balance_choices(model: Decoder, figures: dict) -> None:
+def balance_choices(model: Decoder, metrics: dict) -> None:
     """Moves the routers' biases by what the whole step's tokens chose, whatever devices and parts they were on."""
     moe = model.config.moe
     # Shares of all choices back to whole numbers, so that every mesh compares the same.
-    load_LE = jnp.round(figures['router']['load'] * (figures['tokens'] * moe.top_k))
+    load_LE = jnp.round(metrics['router']['load'] * (metrics['tokens'] * moe.top_k))
     first = 0
     for blocks in [*model.groups, model.mtp] if model.config.mtp.layers else model.groups:
         if isinstance(blocks.mlp, MoE):
-            bias_LE = blocks.mlp.bias_E
+            bias_LE = blocks.mlp.correction_E
             mine_LE = load_LE[first : first + len(bias_LE[...])]
             spec = jax.typeof(bias_LE[...]).sharding.spec
             bias_LE[...] = updated_bias(bias_LE[...], jax.reshard(mine_LE, spec), moe.bias_update_rate)

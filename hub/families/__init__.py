@@ -18,12 +18,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from weft.hub.families.fields import Fields
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import HeadConfig, ModelConfig, RotaryConfig, changed
-from weft.model.decoder import Decoder
+from weft.model.decoder import declared_decoder, weights_of
+from weft.model.parameters import Parameter, abstract, name_of
 from weft.runtime.errors import NAMED, UserError, shown
 from weft.storage.foreign import shown_value
 
@@ -36,14 +36,13 @@ FAMILIES = (  # their files
 )
 # fmt: on
 ENCODER = 'encoder.layers.'  # how a table's names of an encoder's layers begin
-IN_FIRST = re.compile(r'(^|\.)(q|k|v|gate|up|head|router|q_down|q_up|kv_down|kv_up)_[A-Za-z]{2,}$')  # ours: in × out
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
     """Where a part of a published tensor goes."""
 
-    leaf: str  # our array's name, such as groups.0.attention.q_DN
+    leaf: str  # our array's name, such as groups.0.attention.q.w_IO
     at: tuple[int, ...] = ()  # index into its first dims: of the layer in the group, of the expert
     take: tuple[slice | int, ...] = ()  # of the published tensor, by dim; () takes all
     axes: tuple[int, ...] | None = None  # ours, by the tensor's; None: as they are
@@ -120,7 +119,7 @@ class Family:
         read: the model of a config.json's fields; raises UserError for what it cannot represent.
         write: the fields of config.json for a model; what `read` gives of them is that model, or it is not of this family.
         names: published tensor names to ours. {i} stands for the layer, {e} for the expert; a layer's arrays are named
-            without their group (attention.q_DN), those of an encoder's layers encoder.layers.attention.q_DN. Entries whose
+            without their group (attention.q.w_IO), those of an encoder's layers encoder.layers.attention.q.w_IO. Entries whose
             arrays the model does not have are left out.
         buffers: patterns of published tensors that hold no parameters.
         copies: tensors of the layers of `mtp` that repeat another, by name.
@@ -257,11 +256,8 @@ def near(name: str, known: Iterable[str]) -> str:
 
 def leaves(c: ModelConfig, compute: ComputeConfig = DEFAULT) -> dict[str, jax.ShapeDtypeStruct]:
     """Our arrays by name, as shapes with shardings on the current mesh, in the dtype that `compute` stores."""
-    model = jax.eval_shape(lambda: Decoder(c, compute, nnx.Rngs(jax.random.key(0))))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value'): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(model)
-    }
+    found = abstract(declared_decoder(c, compute), compute.parameter_dtype)
+    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
 
 
 def tensors(family: Family, c: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> list[Tensor]:
@@ -343,8 +339,9 @@ def tensor(name: str, entry: Entry, prefix: str, at: tuple[int, ...], c: ModelCo
     flip = isinstance(entry, Flipped) or (isinstance(entry, Joined | Woven) and entry.flip)
     parts, published = [], []
     for leaf in named_by(entry):
-        shape = unpadded(leaf, shapes[array_name(prefix, leaf)].shape, c)[len(at) :]
-        turned = len(shape) > 1 and bool(IN_FIRST.search(leaf)) != flip
+        known = weights_of(c)[array_name(prefix, leaf)]
+        shape = unpadded(known, c)[len(at) :]
+        turned = len(shape) > 1 and known.in_first != flip
         axes = (*range(len(shape) - 2), len(shape) - 1, len(shape) - 2) if turned else None
         parts.append(Part(array_name(prefix, leaf), at, axes=axes))
         published.append(tuple(shape[i] for i in axes) if axes else tuple(shape))
@@ -365,11 +362,12 @@ def tensor(name: str, entry: Entry, prefix: str, at: tuple[int, ...], c: ModelCo
     return Tensor(name, whole, tuple(placed))
 
 
-def unpadded(leaf: str, shape: tuple[int, ...], c: ModelConfig) -> tuple[int, ...]:
-    """An array's shape without the rows that fill up the vocabulary."""
-    if leaf == 'embed_VD':
-        return (c.vocabulary, *shape[1:])
-    return (*shape[:-1], c.vocabulary) if leaf in ('head_DV', 'head_bias_V') else shape
+def unpadded(weight: Parameter, c: ModelConfig) -> tuple[int, ...]:
+    """An array's shape without the rows or columns that fill up the vocabulary."""
+    shape = list(weight.global_shape)
+    if weight.padded is not None:
+        shape[weight.padded] = c.vocabulary
+    return tuple(shape)
 
 
 def check_filled(found: list[Tensor], c: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
@@ -380,9 +378,9 @@ def check_filled(found: list[Tensor], c: ModelConfig, shapes: Mapping[str, jax.S
     assert len(set(places)) == len(places), 'two tensors fill one place'
     count = dict.fromkeys(shapes, 0)
     for leaf, at in places:
-        count[leaf] += math.prod(unpadded(leaf, shapes[leaf].shape, c)[len(at) :])
+        count[leaf] += math.prod(unpadded(weights_of(c)[leaf], c)[len(at) :])
     for leaf, shape in shapes.items():
-        assert count[leaf] == math.prod(unpadded(leaf, shape.shape, c)), (
+        assert count[leaf] == math.prod(unpadded(weights_of(c)[leaf], c)), (
             f'{leaf}: {count[leaf]} numbers of {shape.shape}'
         )
 

@@ -11,32 +11,32 @@ from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import MLAConfig, ModelConfig, MoEConfig, model_of
 
 LATENT = {
-    'model.layers.{i}.self_attn.q_proj.weight': 'attention.q_DN',
-    'model.layers.{i}.self_attn.q_a_proj.weight': 'attention.q_down_DQ',
-    'model.layers.{i}.self_attn.q_a_proj.bias': 'attention.q_down_bias_Q',
+    'model.layers.{i}.self_attn.q_proj.weight': 'attention.q.w_IO',
+    'model.layers.{i}.self_attn.q_a_proj.weight': 'attention.q_down.w_IO',
+    'model.layers.{i}.self_attn.q_a_proj.bias': 'attention.q_down.b_O',
     'model.layers.{i}.self_attn.q_a_layernorm.weight': 'attention.q_scale_Q',
-    'model.layers.{i}.self_attn.q_b_proj.weight': 'attention.q_up_QN',
-    'model.layers.{i}.self_attn.kv_a_proj_with_mqa.weight': 'attention.kv_down_DR',
-    'model.layers.{i}.self_attn.kv_a_proj_with_mqa.bias': 'attention.kv_down_bias_R',
+    'model.layers.{i}.self_attn.q_b_proj.weight': 'attention.q_up.w_IO',
+    'model.layers.{i}.self_attn.kv_a_proj_with_mqa.weight': 'attention.kv_down.w_IO',
+    'model.layers.{i}.self_attn.kv_a_proj_with_mqa.bias': 'attention.kv_down.b_O',
     'model.layers.{i}.self_attn.kv_a_layernorm.weight': 'attention.kv_scale_R',
-    'model.layers.{i}.self_attn.kv_b_proj.weight': 'attention.kv_up_RN',
-    'model.layers.{i}.self_attn.o_proj.weight': 'attention.o_DU',
-    'model.layers.{i}.self_attn.o_proj.bias': 'attention.o_bias_D',
+    'model.layers.{i}.self_attn.kv_b_proj.weight': 'attention.kv_up.w_IO',
+    'model.layers.{i}.self_attn.o_proj.weight': 'attention.o.w_OI',
+    'model.layers.{i}.self_attn.o_proj.bias': 'attention.o.b_O',
 }
 
-CHOICE = {'model.layers.{i}.mlp.gate.e_score_correction_bias': 'mlp.bias_E'}
+CHOICE = {'model.layers.{i}.mlp.gate.e_score_correction_bias': 'mlp.correction_E'}
 SHARED = {
-    'model.layers.{i}.mlp.shared_experts.gate_proj.weight': 'mlp.shared.gate_DF',
-    'model.layers.{i}.mlp.shared_experts.up_proj.weight': 'mlp.shared.up_DF',
-    'model.layers.{i}.mlp.shared_experts.down_proj.weight': 'mlp.shared.down_DF',
-    'model.layers.{i}.mlp.shared_experts.gate_proj.bias': 'mlp.shared.gate_bias_F',
-    'model.layers.{i}.mlp.shared_experts.up_proj.bias': 'mlp.shared.up_bias_F',
-    'model.layers.{i}.mlp.shared_experts.down_proj.bias': 'mlp.shared.down_bias_D',
+    'model.layers.{i}.mlp.shared_experts.gate_proj.weight': 'mlp.shared.gate.w_IO',
+    'model.layers.{i}.mlp.shared_experts.up_proj.weight': 'mlp.shared.up.w_IO',
+    'model.layers.{i}.mlp.shared_experts.down_proj.weight': 'mlp.shared.down.w_OI',
+    'model.layers.{i}.mlp.shared_experts.gate_proj.bias': 'mlp.shared.gate.b_O',
+    'model.layers.{i}.mlp.shared_experts.up_proj.bias': 'mlp.shared.up.b_O',
+    'model.layers.{i}.mlp.shared_experts.down_proj.bias': 'mlp.shared.down.b_O',
 }
 MTP = {
     'model.layers.{i}.enorm.weight': 'embedding_norm.scale_D',
     'model.layers.{i}.hnorm.weight': 'hidden_norm.scale_D',
-    'model.layers.{i}.eh_proj.weight': 'join_DE',
+    'model.layers.{i}.eh_proj.weight': 'join.w_OI',
     'model.layers.{i}.shared_head.norm.weight': 'norm.scale_D',
 }
 COPIES = {  # in each layer of MTP

@@ -17,20 +17,20 @@ ACTIVATIONS: dict[str, Any] = {  # transformers' names, of which three are one f
     'silu': 'silu',
     'swish': 'silu',
 }
-QKV = ('attention.q_DN', 'attention.k_DM', 'attention.v_DM')
+QKV = ('attention.q.w_IO', 'attention.k.w_IO', 'attention.v.w_IO')
 LAYER: dict[str, Entry] = {
     'ln_1.weight': 'attention_norm.scale_D',
     'ln_1.bias': 'attention_norm.bias_D',
     'attn.c_attn.weight': Joined(QKV, dim=1, flip=True),
-    'attn.c_attn.bias': Joined(('attention.q_bias_N', 'attention.k_bias_M', 'attention.v_bias_M')),
-    'attn.c_proj.weight': Flipped('attention.o_DN'),
-    'attn.c_proj.bias': 'attention.o_bias_D',
+    'attn.c_attn.bias': Joined(('attention.q.b_O', 'attention.k.b_O', 'attention.v.b_O')),
+    'attn.c_proj.weight': Flipped('attention.o.w_OI'),
+    'attn.c_proj.bias': 'attention.o.b_O',
     'ln_2.weight': 'mlp_norm.scale_D',
     'ln_2.bias': 'mlp_norm.bias_D',
-    'mlp.c_fc.weight': Flipped('mlp.up_DF'),
-    'mlp.c_fc.bias': 'mlp.up_bias_F',
-    'mlp.c_proj.weight': Flipped('mlp.down_DF'),
-    'mlp.c_proj.bias': 'mlp.down_bias_D',
+    'mlp.c_fc.weight': Flipped('mlp.up.w_IO'),
+    'mlp.c_fc.bias': 'mlp.up.b_O',
+    'mlp.c_proj.weight': Flipped('mlp.down.w_OI'),
+    'mlp.c_proj.bias': 'mlp.down.b_O',
 }
 NAMES: dict[str, Entry] = {
     'transformer.wte.weight': 'embed_VD',

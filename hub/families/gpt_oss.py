@@ -16,12 +16,12 @@ from weft.runtime.errors import UserError
 YARN = RopeScaling(kind='yarn', factor=32.0, original_positions=4096, truncate=False)  # where a config says nothing
 EXPERTS: dict[str, Entry] = {
     'model.layers.{i}.self_attn.sinks': 'attention.sink_N',
-    'model.layers.{i}.mlp.router.weight': 'mlp.router_DE',
-    'model.layers.{i}.mlp.router.bias': 'mlp.router_bias_E',
-    'model.layers.{i}.mlp.experts.gate_up_proj': Woven(('mlp.gate_EDF', 'mlp.up_EDF'), flip=True),
-    'model.layers.{i}.mlp.experts.gate_up_proj_bias': Woven(('mlp.gate_bias_EF', 'mlp.up_bias_EF')),
-    'model.layers.{i}.mlp.experts.down_proj': Flipped('mlp.down_EDF'),
-    'model.layers.{i}.mlp.experts.down_proj_bias': 'mlp.down_bias_ED',
+    'model.layers.{i}.mlp.router.weight': 'mlp.router.w_IO',
+    'model.layers.{i}.mlp.router.bias': 'mlp.router.b_O',
+    'model.layers.{i}.mlp.experts.gate_up_proj': Woven(('mlp.gate.w_EIO', 'mlp.up.w_EIO'), flip=True),
+    'model.layers.{i}.mlp.experts.gate_up_proj_bias': Woven(('mlp.gate.b_EO', 'mlp.up.b_EO')),
+    'model.layers.{i}.mlp.experts.down_proj': Flipped('mlp.down.w_EOI'),
+    'model.layers.{i}.mlp.experts.down_proj_bias': 'mlp.down.b_EO',
 }
 
 

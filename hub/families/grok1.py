@@ -19,14 +19,14 @@ NAMES = {
     'model.layers.{i}.post_attn_norm.scale': 'attention_out_norm.scale_D',
     'model.layers.{i}.pre_moe_norm.scale': 'mlp_norm.scale_D',
     'model.layers.{i}.post_moe_norm.scale': 'mlp_out_norm.scale_D',
-    'model.layers.{i}.attn.q_proj.weight': 'attention.q_DN',
-    'model.layers.{i}.attn.k_proj.weight': 'attention.k_DM',
-    'model.layers.{i}.attn.v_proj.weight': 'attention.v_DM',
-    'model.layers.{i}.attn.o_proj.weight': 'attention.o_DN',
-    'model.layers.{i}.moe_block.gate.weight': 'mlp.router_DE',
-    'model.layers.{i}.moe_block.experts.{e}.linear.weight': 'mlp.gate_EDF',
-    'model.layers.{i}.moe_block.experts.{e}.linear_v.weight': 'mlp.up_EDF',
-    'model.layers.{i}.moe_block.experts.{e}.linear_1.weight': 'mlp.down_EDF',
+    'model.layers.{i}.attn.q_proj.weight': 'attention.q.w_IO',
+    'model.layers.{i}.attn.k_proj.weight': 'attention.k.w_IO',
+    'model.layers.{i}.attn.v_proj.weight': 'attention.v.w_IO',
+    'model.layers.{i}.attn.o_proj.weight': 'attention.o.w_OI',
+    'model.layers.{i}.moe_block.gate.weight': 'mlp.router.w_IO',
+    'model.layers.{i}.moe_block.experts.{e}.linear.weight': 'mlp.gate.w_EIO',
+    'model.layers.{i}.moe_block.experts.{e}.linear_v.weight': 'mlp.up.w_EIO',
+    'model.layers.{i}.moe_block.experts.{e}.linear_1.weight': 'mlp.down.w_EOI',
 }
 
 

@@ -12,22 +12,22 @@ from weft.runtime.errors import UserError
 from weft.storage.foreign import shown_value
 
 ATTENTION = {
-    'model.layers.{i}.self_attn.q_proj.weight': 'attention.q_DN',
-    'model.layers.{i}.self_attn.k_proj.weight': 'attention.k_DM',
-    'model.layers.{i}.self_attn.v_proj.weight': 'attention.v_DM',
-    'model.layers.{i}.self_attn.o_proj.weight': 'attention.o_DN',
-    'model.layers.{i}.self_attn.q_proj.bias': 'attention.q_bias_N',
-    'model.layers.{i}.self_attn.k_proj.bias': 'attention.k_bias_M',
-    'model.layers.{i}.self_attn.v_proj.bias': 'attention.v_bias_M',
-    'model.layers.{i}.self_attn.o_proj.bias': 'attention.o_bias_D',
+    'model.layers.{i}.self_attn.q_proj.weight': 'attention.q.w_IO',
+    'model.layers.{i}.self_attn.k_proj.weight': 'attention.k.w_IO',
+    'model.layers.{i}.self_attn.v_proj.weight': 'attention.v.w_IO',
+    'model.layers.{i}.self_attn.o_proj.weight': 'attention.o.w_OI',
+    'model.layers.{i}.self_attn.q_proj.bias': 'attention.q.b_O',
+    'model.layers.{i}.self_attn.k_proj.bias': 'attention.k.b_O',
+    'model.layers.{i}.self_attn.v_proj.bias': 'attention.v.b_O',
+    'model.layers.{i}.self_attn.o_proj.bias': 'attention.o.b_O',
 }
 MLP = {
-    'model.layers.{i}.mlp.gate_proj.weight': 'mlp.gate_DF',
-    'model.layers.{i}.mlp.up_proj.weight': 'mlp.up_DF',
-    'model.layers.{i}.mlp.down_proj.weight': 'mlp.down_DF',
-    'model.layers.{i}.mlp.gate_proj.bias': 'mlp.gate_bias_F',
-    'model.layers.{i}.mlp.up_proj.bias': 'mlp.up_bias_F',
-    'model.layers.{i}.mlp.down_proj.bias': 'mlp.down_bias_D',
+    'model.layers.{i}.mlp.gate_proj.weight': 'mlp.gate.w_IO',
+    'model.layers.{i}.mlp.up_proj.weight': 'mlp.up.w_IO',
+    'model.layers.{i}.mlp.down_proj.weight': 'mlp.down.w_OI',
+    'model.layers.{i}.mlp.gate_proj.bias': 'mlp.gate.b_O',
+    'model.layers.{i}.mlp.up_proj.bias': 'mlp.up.b_O',
+    'model.layers.{i}.mlp.down_proj.bias': 'mlp.down.b_O',
 }
 NORMS = {
     'model.layers.{i}.input_layernorm.weight': 'attention_norm.scale_D',

@@ -39,18 +39,18 @@ def pair(published: str, ours: str, bias: str) -> dict[str, str]:
 def attention(published: str, stack: str, part: str) -> dict[str, str]:
     ours = stack + part
     return {
-        **pair(f'{published}.q_proj', f'{ours}.q_DN', f'{ours}.q_bias_N'),
-        **pair(f'{published}.k_proj', f'{ours}.k_DM', f'{ours}.k_bias_M'),
-        **pair(f'{published}.v_proj', f'{ours}.v_DM', f'{ours}.v_bias_M'),
-        **pair(f'{published}.out_proj', f'{ours}.o_DN', f'{ours}.o_bias_D'),
+        **pair(f'{published}.q_proj', f'{ours}.q.w_IO', f'{ours}.q.b_O'),
+        **pair(f'{published}.k_proj', f'{ours}.k.w_IO', f'{ours}.k.b_O'),
+        **pair(f'{published}.v_proj', f'{ours}.v.w_IO', f'{ours}.v.b_O'),
+        **pair(f'{published}.out_proj', f'{ours}.o.w_OI', f'{ours}.o.b_O'),
         **pair(f'{published}_layer_norm', f'{ours}_norm.scale_D', f'{ours}_norm.bias_D'),
     }
 
 
 def mlp(published: str, stack: str) -> dict[str, str]:
     return {
-        **pair(f'{published}.fc1', f'{stack}mlp.up_DF', f'{stack}mlp.up_bias_F'),
-        **pair(f'{published}.fc2', f'{stack}mlp.down_DF', f'{stack}mlp.down_bias_D'),
+        **pair(f'{published}.fc1', f'{stack}mlp.up.w_IO', f'{stack}mlp.up.b_O'),
+        **pair(f'{published}.fc2', f'{stack}mlp.down.w_OI', f'{stack}mlp.down.b_O'),
         **pair(f'{published}.final_layer_norm', f'{stack}mlp_norm.scale_D', f'{stack}mlp_norm.bias_D'),
     }
 

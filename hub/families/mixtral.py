@@ -8,10 +8,10 @@ from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, MoEConfig, model_of
 
 EXPERTS = {
-    'model.layers.{i}.block_sparse_moe.gate.weight': 'mlp.router_DE',
-    'model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight': 'mlp.gate_EDF',
-    'model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight': 'mlp.down_EDF',
-    'model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight': 'mlp.up_EDF',
+    'model.layers.{i}.block_sparse_moe.gate.weight': 'mlp.router.w_IO',
+    'model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight': 'mlp.gate.w_EIO',
+    'model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight': 'mlp.down.w_EOI',
+    'model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight': 'mlp.up.w_EIO',
 }
 
 

@@ -9,10 +9,10 @@ from weft.model.config import ModelConfig, model_of
 from weft.runtime.errors import UserError
 
 FUSED: dict[str, Entry] = {
-    'model.layers.{i}.self_attn.qkv_proj.weight': Joined(('attention.q_DN', 'attention.k_DM', 'attention.v_DM')),
-    'model.layers.{i}.self_attn.o_proj.weight': 'attention.o_DN',
-    'model.layers.{i}.mlp.gate_up_proj.weight': Joined(('mlp.gate_DF', 'mlp.up_DF')),
-    'model.layers.{i}.mlp.down_proj.weight': 'mlp.down_DF',
+    'model.layers.{i}.self_attn.qkv_proj.weight': Joined(('attention.q.w_IO', 'attention.k.w_IO', 'attention.v.w_IO')),
+    'model.layers.{i}.self_attn.o_proj.weight': 'attention.o.w_OI',
+    'model.layers.{i}.mlp.gate_up_proj.weight': Joined(('mlp.gate.w_IO', 'mlp.up.w_IO')),
+    'model.layers.{i}.mlp.down_proj.weight': 'mlp.down.w_OI',
 }
 
 

@@ -10,9 +10,9 @@ from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, MoEConfig, model_of
 
 SHARED: dict[str, Entry] = {
-    'model.layers.{i}.mlp.shared_expert.gate_proj.weight': 'mlp.shared.gate_DF',
-    'model.layers.{i}.mlp.shared_expert.up_proj.weight': 'mlp.shared.up_DF',
-    'model.layers.{i}.mlp.shared_expert.down_proj.weight': 'mlp.shared.down_DF',
+    'model.layers.{i}.mlp.shared_expert.gate_proj.weight': 'mlp.shared.gate.w_IO',
+    'model.layers.{i}.mlp.shared_expert.up_proj.weight': 'mlp.shared.up.w_IO',
+    'model.layers.{i}.mlp.shared_expert.down_proj.weight': 'mlp.shared.down.w_OI',
     'model.layers.{i}.mlp.shared_expert_gate.weight': Row('mlp.shared_gate_D'),
 }
 

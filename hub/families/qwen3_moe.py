@@ -9,10 +9,10 @@ from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, MoEConfig, model_of
 
 EXPERTS = {
-    'model.layers.{i}.mlp.gate.weight': 'mlp.router_DE',
-    'model.layers.{i}.mlp.experts.{e}.gate_proj.weight': 'mlp.gate_EDF',
-    'model.layers.{i}.mlp.experts.{e}.up_proj.weight': 'mlp.up_EDF',
-    'model.layers.{i}.mlp.experts.{e}.down_proj.weight': 'mlp.down_EDF',
+    'model.layers.{i}.mlp.gate.weight': 'mlp.router.w_IO',
+    'model.layers.{i}.mlp.experts.{e}.gate_proj.weight': 'mlp.gate.w_EIO',
+    'model.layers.{i}.mlp.experts.{e}.up_proj.weight': 'mlp.up.w_EIO',
+    'model.layers.{i}.mlp.experts.{e}.down_proj.weight': 'mlp.down.w_EOI',
 }
 
 

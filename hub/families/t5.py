@@ -29,15 +29,15 @@ ACTIVATIONS: dict[str, Any] = {
     'gelu_new': 'gelu',
     'silu': 'silu',
 }
-UP, GATED = 'mlp.up_DF', 'mlp.gate_DF'
+UP, GATED = 'mlp.up.w_IO', 'mlp.gate.w_IO'
 
 
 def attention(published: str, ours: str) -> dict[str, str]:
     return {
-        f'{published}.q.weight': f'{ours}.q_DN',
-        f'{published}.k.weight': f'{ours}.k_DM',
-        f'{published}.v.weight': f'{ours}.v_DM',
-        f'{published}.o.weight': f'{ours}.o_DN',
+        f'{published}.q.weight': f'{ours}.q.w_IO',
+        f'{published}.k.weight': f'{ours}.k.w_IO',
+        f'{published}.v.weight': f'{ours}.v.w_IO',
+        f'{published}.o.weight': f'{ours}.o.w_OI',
     }
 
 
@@ -46,7 +46,7 @@ def mlp(published: str, stack: str) -> dict[str, str | Where]:
         f'{published}.wi.weight': Where(stack + UP, stack + GATED, has=False),
         f'{published}.wi_0.weight': stack + GATED,
         f'{published}.wi_1.weight': Where(stack + UP, stack + GATED, has=True),
-        f'{published}.wo.weight': f'{stack}mlp.down_DF',
+        f'{published}.wo.weight': f'{stack}mlp.down.w_OI',
     }
 
 

@@ -1,8 +1,8 @@
 """GGUF files as published folders: the fields of config.json that a header stands for, and tensors by their names there.
 
-`read` gives both, to be taken further like a folder's; hub/gguf_file.py reads the format, fields.py says what each
+`read` gives both, to be taken further like a folder's; file.py reads the format, fields.py says what each
 architecture's keys mean, architectures.py what its tensors are. Tokenizers are made of the same header by
-hub/gguf_tokenizer.py.
+tokenizer.py.
 """
 
 import dataclasses
@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from weft.hub import gguf_file
 from weft.hub.families import Tensor
+from weft.hub.gguf import file as gguf_file
 from weft.hub.gguf.architectures import ARCHITECTURES, Architecture, Changed, Entry, Experts, Pair, Second
+from weft.hub.gguf.blocks import Blocks, Numbers
+from weft.hub.gguf.file import Contents
 from weft.hub.gguf.keys import Keys
 from weft.hub.gguf.sources import Expert, Narrowed, Undone
-from weft.hub.gguf_file import Blocks, Contents, Numbers
 from weft.runtime.errors import UserError, nearest
 from weft.storage.foreign import shown_value
 

@@ -8,10 +8,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from weft.hub.gguf.blocks import Numbers
 from weft.hub.gguf.fields import deepseek2, gemma2, gemma3, glm4moe, gpt2, gpt_oss, llama, phi3, qwen2, qwen3, qwen3moe
 from weft.hub.gguf.keys import Config, Keys
 from weft.hub.gguf.sources import Regrouped, Shifted, Turned, Undone, Unsplit, Woven
-from weft.hub.gguf_file import Numbers
 from weft.runtime.errors import UserError
 
 

@@ -4,128 +4,16 @@ Where a converter leaves something out of a file, what llama.cpp assumes in its 
 that nothing reads becomes a field of its own name, so that it is refused like any field that may change the result.
 """
 
-import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from weft.hub.gguf.keys import LARGEST, Config, Keys
+from weft.hub.gguf.common_fields import common_fields, head_fields, scaling_fields
+from weft.hub.gguf.keys import Keys
 from weft.runtime.errors import UserError
 from weft.storage.foreign import shown_value
 
 GATES = {1: 'softmax', 2: 'sigmoid'}  # how experts are scored, by llama.cpp's numbers
-
-
-def common(k: Keys) -> dict[str, Any]:
-    """The fields that Llama and its many descendants share."""
-    heads, width = k.count('attention.head_count'), k.count('embedding_length')
-    embedding = k.tensors.get('token_embd.weight')
-    if embedding is None:
-        raise UserError(f'{k.path}: tensor token_embd.weight is missing, which every model has')
-    return {
-        'vocab_size': embedding.shape[0],
-        'num_hidden_layers': k.layers(),
-        'hidden_size': width,
-        'num_attention_heads': heads,
-        'num_key_value_heads': k.count('attention.head_count_kv', heads),
-        'intermediate_size': k.count('feed_forward_length'),
-        'rms_norm_eps': k.positive('attention.layer_norm_rms_epsilon'),
-        'max_position_embeddings': k.count('context_length'),
-        'rope_theta': k.positive('rope.freq_base', 10_000.0),
-        'tie_word_embeddings': not k.has('output.weight'),
-    }
-
-
-def heads(k: Keys, fields: Config) -> dict[str, Any]:
-    """Their width, and of which part of it positions turn."""
-    plain = fields['hidden_size'] // fields['num_attention_heads']
-    width = k.count('attention.key_length', plain)
-    turning, values = k.count('rope.dimension_count', width), k.count('attention.value_length', width)
-    if values != width:
-        raise UserError(
-            f'{k.path}: key {k.architecture}.attention.value_length is {values} and key_length {width}: both must be the same'
-        )
-    return {'head_dim': width} | ({} if turning == width else {'partial_rotary_factor': turning / width})
-
-
-def scaling(k: Keys, fields: Config, width: int) -> dict[str, Any]:
-    """The field rope_scaling; `width` is how many dims of a head turn."""
-    kind, name = k('rope.scaling.type', 'none'), f'{k.architecture}.rope.scaling'
-    factors = k.vector('rope_freqs.weight', width // 2)
-    if factors is not None and not np.allclose(factors, 1):
-        if kind != 'none':
-            raise UserError(
-                f'{k.path}: has both rope_freqs.weight and {name}.type {shown_value(kind)}: only one of them is supported'
-            )
-        return {'rope_scaling': llama3_scaling(factors, fields['rope_theta'], width, k.path)}
-    if kind == 'none':
-        factor = k.number('rope.scale_linear', 1.0)  # of older files
-        return {} if factor in (0, 1) else {'rope_scaling': {'rope_type': 'linear', 'factor': float(factor)}}
-    if kind == 'linear':
-        return {'rope_scaling': {'rope_type': 'linear', 'factor': k.positive('rope.scaling.factor')}}
-    if kind != 'yarn':
-        raise UserError(
-            f'{k.path}: key {name}.type is {shown_value(kind)}, which is not supported; supported: none, linear, yarn'
-        )
-    found: dict[str, Any] = {
-        'rope_type': 'yarn',
-        'factor': k.positive('rope.scaling.factor'),
-        'original_max_position_embeddings': k.count(
-            'rope.scaling.original_context_length', fields['max_position_embeddings']
-        ),
-    }
-    if (mixed := k.number('rope.scaling.yarn_ext_factor', 1.0)) not in (
-        1,
-        -1,
-    ):  # below 0: as the kind of scaling has it
-        raise UserError(f'{k.path}: key {name}.yarn_ext_factor is {mixed}: only 1 is supported')
-    for field, key in (
-        ('beta_fast', 'rope.scaling.yarn_beta_fast'),
-        ('beta_slow', 'rope.scaling.yarn_beta_slow'),
-        ('attention_factor', 'rope.scaling.yarn_attn_factor'),
-    ):
-        if k(key, None) is not None:
-            found[field] = k.positive(key)
-    return {'rope_scaling': found}
-
-
-def llama3_scaling(factors: np.ndarray, theta: float, width: int, path: Path) -> dict[str, Any]:
-    """Llama 3's scaling of which these are the factors of wavelengths (transformers' modeling_rope_utils.py has the formula).
-
-    Of wavelengths between two bounds the inverse factor grows as the inverse wavelength does; the line gives the bounds, of
-    which only the ratios to the old context matter: low_freq_factor is taken to be 1, as in all published models.
-    """
-    wrong = UserError(
-        f'{path}: tensor rope_freqs.weight has factors that are not those of Llama 3’s scaling of positions'
-    )
-    largest = float(factors.max())
-    if not np.isfinite(factors).all() or factors.min() < 1:
-        raise wrong
-    waves = 2 * math.pi * theta ** (np.arange(0, width, 2) / width)
-    between = np.flatnonzero((factors > 1 + 1e-6) & (factors < largest * (1 - 1e-6)))
-    smooth = (1 / factors[between].astype(np.float64) - 1 / largest) / (1 - 1 / largest)
-    with np.errstate(all='ignore'):
-        if len(between) > 1:
-            slope = (smooth[0] - smooth[-1]) / (1 / waves[between[0]] - 1 / waves[between[-1]])
-            offset = smooth[0] - slope / waves[between[0]]
-        else:  # one is not enough for a line, nor is none: with the bounds and the context of all published models
-            offset = np.float64(-1 / 3)
-            slope = (smooth[0] - offset) * waves[between[0]] if len(between) else 8192 / 3
-        high = round(float(1 - 1 / offset), 3)
-        old = float(slope * (high - 1))
-    if not 1 < high < math.inf or not 1 <= old < LARGEST:
-        raise wrong
-    part = np.clip((round(old) / waves - 1) / (high - 1), 0, 1)
-    if not np.allclose(1 / ((1 - part) / largest + part), factors, rtol=1e-4, atol=0):
-        raise wrong
-    return {
-        'rope_type': 'llama3',
-        'factor': float(str(np.float32(largest))),
-        'low_freq_factor': 1.0,
-        'high_freq_factor': high,
-        'original_max_position_embeddings': round(old),
-    }
 
 
 def has_bias(k: Keys, *names: str) -> bool:
@@ -139,9 +27,9 @@ def of_class(name: str, kind: str) -> dict[str, Any]:
 
 def llama(k: Keys) -> dict[str, Any]:
     """Llama, and Mistral without its window; with experts Mixtral."""
-    fields = common(k)
-    fields |= heads(k, fields)
-    fields |= scaling(k, fields, k.count('rope.dimension_count', fields['head_dim']))
+    fields = common_fields(k)
+    fields |= head_fields(k, fields)
+    fields |= scaling_fields(k, fields, k.count('rope.dimension_count', fields['head_dim']))
     if not k.whole('expert_count', 0):
         k('expert_used_count', 0)
         biases = {'attention_bias': has_bias(k, 'attn_q'), 'mlp_bias': has_bias(k, 'ffn_gate')}
@@ -153,15 +41,15 @@ def llama(k: Keys) -> dict[str, Any]:
 
 
 def qwen2(k: Keys) -> dict[str, Any]:
-    fields = common(k)
-    fields |= heads(k, fields)
-    return of_class('Qwen2ForCausalLM', 'qwen2') | fields | scaling(k, fields, fields['head_dim'])
+    fields = common_fields(k)
+    fields |= head_fields(k, fields)
+    return of_class('Qwen2ForCausalLM', 'qwen2') | fields | scaling_fields(k, fields, fields['head_dim'])
 
 
 def qwen3(k: Keys) -> dict[str, Any]:
-    fields = common(k)
-    fields |= heads(k, fields) | {'attention_bias': has_bias(k, 'attn_q')}
-    return of_class('Qwen3ForCausalLM', 'qwen3') | fields | scaling(k, fields, fields['head_dim'])
+    fields = common_fields(k)
+    fields |= head_fields(k, fields) | {'attention_bias': has_bias(k, 'attn_q')}
+    return of_class('Qwen3ForCausalLM', 'qwen3') | fields | scaling_fields(k, fields, fields['head_dim'])
 
 
 def qwen3moe(k: Keys) -> dict[str, Any]:
@@ -180,8 +68,8 @@ def gemma(k: Keys, deepest: int) -> dict[str, Any]:
     """The fields that Gemma 2 and 3 share. Of the largest model alone, which has `deepest` layers, queries are scaled by the
     width over heads, as llama.cpp knows by that; a file only says it in attention.scale, if at all.
     """
-    fields = common(k)
-    fields |= heads(k, fields)
+    fields = common_fields(k)
+    fields |= head_fields(k, fields)
     plain = (
         fields['head_dim']
         if fields['num_hidden_layers'] != deepest
@@ -226,7 +114,7 @@ def gemma2(k: Keys) -> dict[str, Any]:
     return (
         of_class('Gemma2ForCausalLM', 'gemma2')
         | fields
-        | scaling(k, fields, fields['head_dim'])
+        | scaling_fields(k, fields, fields['head_dim'])
         | {
             'attn_logit_softcapping': cap(k, 'attn_logit_softcapping', 50.0),
             'final_logit_softcapping': cap(k, 'final_logit_softcapping', 30.0),
@@ -240,7 +128,7 @@ def gemma3(k: Keys) -> dict[str, Any]:
     return (
         of_class('Gemma3ForCausalLM', 'gemma3_text')
         | fields
-        | scaling(k, fields, fields['head_dim'])
+        | scaling_fields(k, fields, fields['head_dim'])
         | {
             'final_logit_softcapping': cap(k, 'final_logit_softcapping'),
             'rope_local_base_freq': float(k.number('rope.freq_base_swa', 10_000.0)),
@@ -251,9 +139,9 @@ def gemma3(k: Keys) -> dict[str, Any]:
 
 def gpt_oss(k: Keys) -> dict[str, Any]:
     """YaRN’s bounds are not rounded and units end at 7, as published; no file says either."""
-    fields = common(k)
-    fields |= heads(k, fields)
-    scaled = scaling(k, fields, fields['head_dim']).get('rope_scaling', {'rope_type': 'default'})
+    fields = common_fields(k)
+    fields |= head_fields(k, fields)
+    scaled = scaling_fields(k, fields, fields['head_dim']).get('rope_scaling', {'rope_type': 'default'})
     if scaled['rope_type'] == 'yarn':
         scaled['truncate'] = False
     return (
@@ -271,10 +159,10 @@ def gpt_oss(k: Keys) -> dict[str, Any]:
 
 
 def phi3(k: Keys) -> dict[str, Any]:
-    fields = common(k)
+    fields = common_fields(k)
     plain = fields['hidden_size'] // fields['num_attention_heads']
     turning = k.count('rope.dimension_count', plain)
-    fields |= heads(k, fields)
+    fields |= head_fields(k, fields)
     window = k.whole('attention.sliding_window', 0)
     long, short = (k.vector(f'rope_factors_{name}.weight', turning // 2) for name in ('long', 'short'))
     if (long is None) != (short is None):
@@ -356,7 +244,7 @@ def deepseek2(k: Keys) -> dict[str, Any]:
     Keys and values of latent attention are one tensor in older files (attn_kv_b), and two in newer ones, whose keys
     attention.key_length and value_length are of the joint form that llama.cpp computes in.
     """
-    fields = common(k)
+    fields = common_fields(k)
     turning, rank = k.count('rope.dimension_count'), k.count('attention.kv_lora_rank')
     joint = k.has('blk.0.attn_k_b.weight')
     width = k.count('attention.key_length_mla' if joint else 'attention.key_length')
@@ -370,7 +258,7 @@ def deepseek2(k: Keys) -> dict[str, Any]:
     published = sigmoid and k.count('expert_count') == 256
     groups = k.count('expert_group_count', 8 if published else 1)
     top = k.count('expert_group_used_count', 4 if published else 1)
-    scaled = scaling(k, fields, turning)
+    scaled = scaling_fields(k, fields, turning)
     log = k.number('rope.scaling.yarn_log_multiplier', 0.0)
     if 'rope_scaling' in scaled and log:
         both = float(f'{log / 0.1:.6g}')  # a converter writes a tenth of it
@@ -401,8 +289,8 @@ def deepseek2(k: Keys) -> dict[str, Any]:
 
 def glm4moe(k: Keys) -> dict[str, Any]:
     """GLM-4.5; layers that predict further ahead count among the blocks."""
-    fields = common(k)
-    fields |= heads(k, fields)
+    fields = common_fields(k)
+    fields |= head_fields(k, fields)
     ahead = k.whole('nextn_predict_layers', 0)
     layers = fields['num_hidden_layers'] - ahead
     if not 0 <= ahead < fields['num_hidden_layers']:
@@ -416,7 +304,7 @@ def glm4moe(k: Keys) -> dict[str, Any]:
     return (
         of_class('Glm4MoeForCausalLM', 'glm4_moe')
         | fields
-        | scaling(k, fields, round(fraction * fields['head_dim']))
+        | scaling_fields(k, fields, round(fraction * fields['head_dim']))
         | {
             **routing(k),
             'num_hidden_layers': layers,

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from weft.hub.gguf_file import Numbers
+from weft.hub.gguf.blocks import Numbers
 from weft.runtime.errors import UserError
 from weft.storage.foreign import shown_value
 

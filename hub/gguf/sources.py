@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from weft.hub.gguf_file import Numbers
+from weft.hub.gguf.blocks import Numbers
 
 Take = tuple[Any, ...]  # slices, and in Regrouped arrays of indices
 

@@ -14,16 +14,13 @@ from weft.model.context import ForwardContext
 from weft.model.kv_cache import KVCache, cache_read, cache_update
 from weft.model.layers.norm import norm_of_all, offset, rms_norm
 from weft.model.layers.rope import rope, yarn_gain
-from weft.model.linear import linear, linear_back
+from weft.model.linear import Linear, TransposedLinear
 from weft.model.ops.attention import Relative, attention
 from weft.model.ops.attention.cached import cached_attention
-from weft.model.parameters import constant, residual_gain, weight
+from weft.model.parameters import Role, Size, parameter, residual_gain
 from weft.model.parts.registry import MIXERS
-from weft.sharding.collectives import (
-    unshard,
-    upcast,
-)
-from weft.sharding.mesh import FSDP
+from weft.sharding.collectives import upcast
+from weft.sharding.mesh import Divides
 
 
 class Attention(nnx.Module):
@@ -32,47 +29,43 @@ class Attention(nnx.Module):
     Where `tensor` is a multiple of the KV heads, each of its devices uses one of them.
     """
 
-    def __init__(self, c: ModelConfig, kind: LayerSpec, rngs: nnx.Rngs):
+    def __init__(self, c: ModelConfig, kind: LayerSpec, part: str = 'attention'):
         self.config, self.windowed, self.turned = c, kind.windowed, kind.turned
-        D, N, M, H = (
-            c.model_dim,
-            c.attention.heads * c.attention.head_dim,
-            c.attention.kv_heads * c.attention.head_dim,
-            c.attention.head_dim,
-        )
-        self.q_DN = weight(rngs, c, (D, N), P(FSDP, 'tensor'), fan_in=D)
-        self.k_DM = weight(rngs, c, (D, M), P(FSDP, 'tensor'), fan_in=D)
-        self.v_DM = weight(rngs, c, (D, M), P(FSDP, 'tensor'), fan_in=D)
-        self.o_DN = weight(rngs, c, (D, N), P(FSDP, 'tensor'), fan_in=N, gain=residual_gain(c))
-        if c.attention.qkv_bias:
-            self.q_bias_N = constant(c, 0.0, (N,), P('tensor'))
-            self.k_bias_M = constant(c, 0.0, (M,), P('tensor'))
-            self.v_bias_M = constant(c, 0.0, (M,), P('tensor'))
-        if c.attention.o_bias:
-            self.o_bias_D = constant(c, 0.0, (D,), P(None))
+        D, H, K = Size(c.model_dim, 'model.model_dim'), c.attention.head_dim, c.attention.kv_heads
+        N = Size(c.attention.heads * H, 'model.attention.heads', c.attention.heads)
+        of_source = part == 'cross_attention'
+        self.q = Linear(D, N, part=part, bias=c.attention.qkv_bias)
+        self.k = KVLinear(D, K, H, part=part, bias=c.attention.qkv_bias, of_source=of_source)
+        self.v = KVLinear(D, K, H, part=part, bias=c.attention.qkv_bias, of_source=of_source)
+        self.o = TransposedLinear(N, D, part=part, bias=c.attention.o_bias, gain=residual_gain(c.layers))
+        one = {'value': 1.0 - c.norm.offset, 'part': part}
         if c.attention.qk_norm == 'full':
-            self.q_scale_N = constant(c, 1.0 - c.norm.offset, (N,), P('tensor'))
-            self.k_scale_M = constant(c, 1.0 - c.norm.offset, (M,), P('tensor'))
+            self.q_scale_N = parameter((N,), P('tensor'), Role.SCALE, **one)
+            self.k_scale_M = parameter((kv_width(K, H),), P('tensor'), Role.SCALE, repeats=K, **one)
         elif c.attention.qk_norm:
-            self.q_scale_H = constant(c, 1.0 - c.norm.offset, (H,), P(None))
-            self.k_scale_H = constant(c, 1.0 - c.norm.offset, (H,), P(None))
+            self.q_scale_H = parameter((H,), P(None), Role.SCALE, **one)
+            self.k_scale_H = parameter((H,), P(None), Role.SCALE, **one)
         if c.attention.sinks:
-            self.sink_N = constant(c, 0.0, (c.attention.heads,), P('tensor'))
+            self.sink_N = parameter(
+                (Size(c.attention.heads, 'model.attention.heads'),), P('tensor'), Role.VECTOR, part=part
+            )
+
+    @staticmethod
+    def rules(c: ModelConfig) -> list[Divides]:
+        """What a mesh must divide beside the weights."""
+        heads = Divides(('tensor',), 'model.attention.heads', c.attention.heads)
+        return [heads, Divides(('tensor',), 'model.attention.kv_heads', c.attention.kv_heads, or_repeats=True)]
 
     def __call__(self, x_BTD, ctx: ForwardContext, cache: KVCache | None, layer):
         """The block's output in the layout between blocks, and the cache with these tokens' keys and values at [layer]."""
         c, H = self.config, self.config.attention.head_dim
         x_BTD = ctx.gather_sequence(x_BTD)
-        q = linear(x_BTD, unshard(self.q_DN[...], x_BTD.dtype))
-        k = linear(x_BTD, local_kv_heads(unshard(self.k_DM[...], x_BTD.dtype), c))
-        v = linear(x_BTD, local_kv_heads(unshard(self.v_DM[...], x_BTD.dtype), c))
-        if c.attention.qkv_bias:
-            q = q + self.q_bias_N.astype(q.dtype)[None, None]
-            k = k + local_kv_heads(self.k_bias_M[...], c).astype(k.dtype)[None, None]
-            v = v + local_kv_heads(self.v_bias_M[...], c).astype(v.dtype)[None, None]
+        q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
         if c.attention.qk_norm == 'full':
             q = norm_of_all(q, offset(self.q_scale_N[...], c), c.attention.heads, c)
-            k = norm_of_all(k, offset(local_kv_heads(self.k_scale_M[...], c), c), c.attention.kv_heads, c)
+            k = norm_of_all(
+                k, offset(local_kv_heads(self.k_scale_M[...], c.attention.kv_heads, H), c), c.attention.kv_heads, c
+            )
         k_BTKH, v_BTKH = (a.reshape(*a.shape[:2], -1, H) for a in (k, v))
         q_BTKGH = q.reshape(*q.shape[:2], k_BTKH.shape[2], -1, H)
         if c.attention.qk_norm and c.attention.qk_norm != 'full':
@@ -94,8 +87,8 @@ class Attention(nnx.Module):
         if c.attention.sinks:
             how['sink_KG'] = self.sink_N.reshape(q_BTKGH.shape[2:4])
         if ctx.relative_RN is not None:
-            assert c.positions.kind == 'relative'
             table_KGR = ctx.relative_RN.T.reshape(*q_BTKGH.shape[2:4], -1)
+            assert c.positions.kind == 'relative'
             how['relative'] = Relative(table_KGR, not c.causal, c.positions.max_distance)
         if ctx.decoding:
             k_BSKH, v_BSKH = (cache_read(kept, layer, k_BTKH) for kept in cache[:2])
@@ -103,10 +96,26 @@ class Attention(nnx.Module):
         else:
             how |= {'causal': c.causal, 'backend': ctx.compute.attention, 'ring': True}
             a_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, here, here, **how)
-        y_BTD = ctx.reduce_scatter_sequence(
-            linear_back(a_BTKGH.reshape(*q.shape[:2], -1), unshard(self.o_DN[...], q.dtype))
-        )
-        return (y_BTD + self.o_bias_D.astype(q.dtype)[None, None] if c.attention.o_bias else y_BTD), cache
+        return self.o(a_BTKGH.reshape(*q.shape[:2], -1), ctx.reduce_scatter_sequence), cache
+
+
+class KVLinear(Linear):
+    """To keys or values: where `tensor` has more devices than heads, each computes the head that its query heads use."""
+
+    def __init__(self, inputs: int, heads: int, head_dim: int, **more: Any):
+        super().__init__(inputs, kv_width(heads, head_dim), repeats=heads, **more)
+        self.heads, self.head_dim = heads, head_dim
+
+    def kernel(self, dtype):
+        return local_kv_heads(super().kernel(dtype), self.heads, self.head_dim)
+
+    def bias(self, dtype):
+        return local_kv_heads(self.b_O[...], self.heads, self.head_dim).astype(dtype)
+
+
+def kv_width(heads: int, head_dim: int) -> Size:
+    """All heads of keys, or of values, side by side."""
+    return Size(heads * head_dim, 'model.attention.kv_heads × model.attention.head_dim')
 
 
 def how_to_attend(c: ModelConfig, windowed: bool) -> dict[str, Any]:
@@ -121,14 +130,14 @@ def how_to_attend(c: ModelConfig, windowed: bool) -> dict[str, Any]:
     }
 
 
-def local_kv_heads(w_DM, c: ModelConfig):
+def local_kv_heads(w_DM, heads: int, head_dim: int):
     """This device's KV heads, in the last dim. More devices along `tensor` than heads: the head that its query heads use."""
     n = lax.axis_size('tensor')
-    if n <= c.attention.kv_heads:
+    if n <= heads:
         return w_DM
     w_DM = lax.all_gather(w_DM, 'tensor', axis=w_DM.ndim - 1, tiled=True)
-    head = lax.axis_index('tensor') * c.attention.kv_heads // n
-    return lax.dynamic_slice_in_dim(w_DM, head * c.attention.head_dim, c.attention.head_dim, axis=w_DM.ndim - 1)
+    head = lax.axis_index('tensor') * heads // n
+    return lax.dynamic_slice_in_dim(w_DM, head * head_dim, head_dim, axis=w_DM.ndim - 1)
 
 
 MIXERS.implement('gqa', Attention)

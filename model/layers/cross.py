@@ -10,29 +10,24 @@ from jax import lax
 
 from weft.model.config import LayerSpec, ModelConfig
 from weft.model.context import EncoderOutput, ForwardContext
-from weft.model.cost import cached_numbers
-from weft.model.kv_cache import CrossKVCache, KVCache, cache_read, pad_heads
-from weft.model.layers.attention import Attention, how_to_attend, local_kv_heads
-from weft.model.linear import linear, linear_back
+from weft.model.kv_cache import CrossKVCache, KVCache, cache_read, cached_numbers, pad_heads
+from weft.model.layers.attention import Attention, how_to_attend
 from weft.model.ops.attention import attention
 from weft.model.ops.attention.cached import cached_attention
-from weft.sharding.collectives import unshard
 from weft.sharding.mesh import platform
 
 
 class CrossAttention(Attention):
     """A decoder's queries on an encoder's output (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.3): no positions."""
 
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        super().__init__(c, LayerSpec(), rngs)
+    def __init__(self, c: ModelConfig):
+        super().__init__(c, LayerSpec(), 'cross_attention')
 
     def __call__(self, x_BTD, ctx: ForwardContext, cache: KVCache | None, layer):
         """The output in the layout between blocks, and the cache, which holds nothing of this."""
         c, source = self.config, ctx.source
         x_BTD = ctx.gather_sequence(x_BTD)
-        q = linear(x_BTD, unshard(self.q_DN[...], x_BTD.dtype))
-        if c.attention.qkv_bias:
-            q = q + self.q_bias_N.astype(q.dtype)[None, None]
+        q = self.q(x_BTD)
         how = how_to_attend(c, windowed=False)
         if isinstance(source, CrossKVCache):
             K = max(c.attention.kv_heads // lax.axis_size('tensor'), 1)
@@ -46,20 +41,13 @@ class CrossAttention(Attention):
             a_BTKGH = attention(
                 q_BTKGH, k_BSKH, v_BSKH, here, there, **how, causal=False, backend=ctx.compute.attention
             )
-        y_BTD = ctx.reduce_scatter_sequence(
-            linear_back(a_BTKGH.reshape(*q.shape[:2], -1), unshard(self.o_DN[...], q.dtype))
-        )
-        return (y_BTD + self.o_bias_D.astype(q.dtype)[None, None] if c.attention.o_bias else y_BTD), cache
+        return self.o(a_BTKGH.reshape(*q.shape[:2], -1), ctx.reduce_scatter_sequence), cache
 
     def keys(self, x_BSD):
         """Keys and values of an encoder's output, [B, S, K, H] each."""
-        c = self.config
-        k = linear(x_BSD, local_kv_heads(unshard(self.k_DM[...], x_BSD.dtype), c))
-        v = linear(x_BSD, local_kv_heads(unshard(self.v_DM[...], x_BSD.dtype), c))
-        if c.attention.qkv_bias:
-            k = k + local_kv_heads(self.k_bias_M[...], c).astype(k.dtype)[None, None]
-            v = v + local_kv_heads(self.v_bias_M[...], c).astype(v.dtype)[None, None]
-        return tuple(a.reshape(*a.shape[:2], -1, c.attention.head_dim) for a in (k, v))
+        return tuple(
+            a.reshape(*a.shape[:2], -1, self.config.attention.head_dim) for a in (self.k(x_BSD), self.v(x_BSD))
+        )
 
     def kept(self, x_BSD):
         """Keys and values as a cache keeps them, [B, S, M] each."""

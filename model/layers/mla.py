@@ -18,13 +18,12 @@ from weft.model.kv_cache import KVCache, cache_read, cache_update
 from weft.model.layers.attention import how_to_attend
 from weft.model.layers.norm import rms_norm
 from weft.model.layers.rope import rope
-from weft.model.linear import linear, linear_back
+from weft.model.linear import Linear, TransposedLinear
 from weft.model.ops.attention import attention
 from weft.model.ops.attention.cached import cached_attention
-from weft.model.parameters import constant, residual_gain, weight
+from weft.model.parameters import Role, Size, parameter, residual_gain
 from weft.model.parts.registry import MIXERS
-from weft.sharding.collectives import unshard
-from weft.sharding.mesh import FSDP
+from weft.sharding.mesh import FSDP, Divides
 
 LATENT_EPSILON = 1e-6  # of the latent vectors' norms, in all published models, whatever the others' is
 
@@ -32,58 +31,55 @@ LATENT_EPSILON = 1e-6  # of the latent vectors' norms, in all published models, 
 class LatentAttention(nnx.Module):
     """Causal self-attention from latent vectors, heads split over `tensor`; the latent vectors are whole on each device."""
 
-    def __init__(self, c: ModelConfig, kind: LayerSpec, rngs: nnx.Rngs):
-        assert c.attention.kind == 'mla'
-        self.config, self.windowed, a = c, kind.windowed, c.attention
-        D, N, R = c.model_dim, c.attention.heads * c.attention.query_dim, a.kv_lora_rank
+    def __init__(self, c: ModelConfig, kind: LayerSpec):
+        a = c.attention
+        assert a.kind == 'mla'
+        self.config, self.windowed = c, kind.windowed
+        D, R = Size(c.model_dim, 'model.model_dim'), Size(a.kv_lora_rank, 'model.attention.kv_lora_rank')
+        N, U = (Size(a.heads * width, 'model.attention.heads', a.heads) for width in (a.query_dim, a.v_head_dim))
+        whole, part = (FSDP, None), 'attention'
         if a.q_lora_rank:
-            self.q_down_DQ = weight(rngs, c, (D, a.q_lora_rank), P(FSDP, None), fan_in=D)
-            self.q_scale_Q = constant(c, 1.0, (a.q_lora_rank,), P(None))
-            self.q_up_QN = weight(rngs, c, (a.q_lora_rank, N), P(FSDP, 'tensor'), fan_in=a.q_lora_rank)
+            Q = Size(a.q_lora_rank, 'model.attention.q_lora_rank')
+            self.q_down = Linear(D, Q, part=part, bias=a.qkv_bias, split=whole)
+            self.q_scale_Q = parameter((Q,), P(None), Role.SCALE, value=1.0, part=part)
+            self.q_up = Linear(Q, N, part=part)
         else:
-            self.q_DN = weight(rngs, c, (D, N), P(FSDP, 'tensor'), fan_in=D)
-        self.kv_down_DR = weight(rngs, c, (D, R + a.qk_rope_head_dim), P(FSDP, None), fan_in=D)
-        if c.attention.qkv_bias:
-            self.kv_down_bias_R = constant(c, 0.0, (R + a.qk_rope_head_dim,), P(None))
-            if a.q_lora_rank:
-                self.q_down_bias_Q = constant(c, 0.0, (a.q_lora_rank,), P(None))
-        self.kv_scale_R = constant(c, 1.0, (R,), P(None))
+            self.q = Linear(D, N, part=part)
+        self.kv_down = Linear(D, R + a.qk_rope_head_dim, part=part, bias=a.qkv_bias, split=whole)
+        self.kv_scale_R = parameter((R,), P(None), Role.SCALE, value=1.0, part=part)
         # Of each head first the key's columns, then the value's.
-        self.kv_up_RN = weight(
-            rngs, c, (R, c.attention.heads * (a.qk_nope_head_dim + a.v_head_dim)), P(FSDP, 'tensor'), fan_in=R
+        self.kv_up = Linear(
+            R, Size(a.heads * (a.qk_nope_head_dim + a.v_head_dim), 'model.attention.heads', a.heads), part=part
         )
-        U = c.attention.heads * a.v_head_dim
-        self.o_DU = weight(rngs, c, (D, U), P(FSDP, 'tensor'), fan_in=U, gain=residual_gain(c))
-        if c.attention.o_bias:
-            self.o_bias_D = constant(c, 0.0, (D,), P(None))
+        self.o = TransposedLinear(U, D, part=part, bias=a.o_bias, gain=residual_gain(c.layers))
+
+    @staticmethod
+    def rules(c: ModelConfig) -> list[Divides]:
+        """What a mesh must divide beside the weights."""
+        return [Divides(('tensor',), 'model.attention.heads', c.attention.heads)]
 
     def __call__(self, x_BTD, ctx: ForwardContext, cache: KVCache | None, layer):
         """The block's output in the layout between blocks, and the cache with these tokens' latent vectors at [layer]."""
         c, a, dtype = self.config, self.config.attention, x_BTD.dtype
         assert a.kind == 'mla'
-        down_BTR = linear(x_BTD, unshard(self.kv_down_DR[...], dtype))
-        if c.attention.qkv_bias:
-            down_BTR = down_BTR + self.kv_down_bias_R.astype(dtype)[None, None]
+        down_BTR = self.kv_down(x_BTD)
         latent_BTR = rms_norm(down_BTR[..., : a.kv_lora_rank], self.kv_scale_R[...], LATENT_EPSILON)
         # What travels between the devices of `tensor` is the latent vectors, which are smaller than x.
         both_BTR = ctx.gather_sequence(jnp.concatenate([latent_BTR, down_BTR[..., a.kv_lora_rank :]], -1))
         latent_BTR, key_BTr = both_BTR[..., : a.kv_lora_rank], both_BTR[..., a.kv_lora_rank :]
         if a.q_lora_rank:
-            q_BTQ = linear(x_BTD, unshard(self.q_down_DQ[...], dtype))
-            if c.attention.qkv_bias:
-                q_BTQ = q_BTQ + self.q_down_bias_Q.astype(dtype)[None, None]
-            q_BTQ = rms_norm(q_BTQ, self.q_scale_Q[...], LATENT_EPSILON)
-            q = linear(ctx.gather_sequence(q_BTQ), unshard(self.q_up_QN[...], dtype))
+            q_BTQ = rms_norm(self.q_down(x_BTD), self.q_scale_Q[...], LATENT_EPSILON)
+            q = self.q_up(ctx.gather_sequence(q_BTQ))
         else:
-            q = linear(ctx.gather_sequence(x_BTD), unshard(self.q_DN[...], dtype))
-        q_BTnH = q.reshape(*q.shape[:2], -1, c.attention.query_dim)
+            q = self.q(ctx.gather_sequence(x_BTD))
+        q_BTnH = q.reshape(*q.shape[:2], -1, a.query_dim)
         plain_BTnH, turning_BTnr = q_BTnH[..., : a.qk_nope_head_dim], q_BTnH[..., a.qk_nope_head_dim :]
         turned_BTnr = rope(turning_BTnr, ctx.position_BT, ctx.segment_BT, c)
         key_BTr = rope(key_BTr, ctx.position_BT, ctx.segment_BT, c)
         if cache is not None:
             new_BT1R = jnp.concatenate([latent_BTR, key_BTr], -1)[:, :, None]
             cache = KVCache(cache_update(cache.k_LBSM, new_BT1R, layer, ctx.position_BT), None)
-        up_RnH = unshard(self.kv_up_RN[...], dtype).reshape(a.kv_lora_rank, -1, a.qk_nope_head_dim + a.v_head_dim)
+        up_RnH = self.kv_up.kernel(dtype).reshape(a.kv_lora_rank, -1, a.qk_nope_head_dim + a.v_head_dim)
         up_RnP, up_RnU = up_RnH[..., : a.qk_nope_head_dim], up_RnH[..., a.qk_nope_head_dim :]
         how = how_to_attend(c, self.windowed)
         if ctx.decoding:
@@ -101,10 +97,7 @@ class LatentAttention(nnx.Module):
             q_BTn1H = jnp.concatenate([plain_BTnH, turned_BTnr], -1)[:, :, :, None]
             here = (ctx.position_BT, ctx.segment_BT)
             out_BTnU = attention(q_BTn1H, k_BTnH, v_BTnU, here, here, **how, backend=ctx.compute.attention, ring=True)
-        y_BTD = ctx.reduce_scatter_sequence(
-            linear_back(out_BTnU.reshape(*q.shape[:2], -1), unshard(self.o_DU[...], dtype))
-        )
-        return (y_BTD + self.o_bias_D.astype(dtype)[None, None] if c.attention.o_bias else y_BTD), cache
+        return self.o(out_BTnU.reshape(*q.shape[:2], -1), ctx.reduce_scatter_sequence), cache
 
 
 MIXERS.implement('mla', LatentAttention)

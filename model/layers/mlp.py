@@ -9,17 +9,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import P
 
 from weft.model.config import ModelConfig
 from weft.model.context import ForwardContext
-from weft.model.linear import linear, linear_back
-from weft.model.parameters import constant, residual_gain, weight
+from weft.model.linear import Linear, TransposedLinear
+from weft.model.parameters import Size, residual_gain
 from weft.model.parts.registry import FEED_FORWARDS
-from weft.sharding.collectives import (
-    unshard,
-)
-from weft.sharding.mesh import FSDP
 
 
 def clamped_swiglu(gate, up, *, limit: float):
@@ -48,36 +43,22 @@ def activation(c: ModelConfig) -> Callable[..., jax.Array]:
 class Mlp(nnx.Module):
     """Gated (Shazeer 2020, arXiv:2002.05202) or plain, hidden units split over `tensor`."""
 
-    def __init__(self, c: ModelConfig, hidden: int, rngs: nnx.Rngs):
+    def __init__(self, c: ModelConfig, hidden: Size | None = None, part: str = 'mlp'):
         self.config = c
-        D, F = c.model_dim, hidden
+        hidden = Size(c.mlp.dim, 'model.mlp.dim') if hidden is None else hidden
+        D, biased = Size(c.model_dim, 'model.model_dim'), c.mlp.bias
         if c.mlp.gated:
-            self.gate_DF = weight(rngs, c, (D, F), P(FSDP, 'tensor'), fan_in=D)
-        self.up_DF = weight(rngs, c, (D, F), P(FSDP, 'tensor'), fan_in=D)
-        self.down_DF = weight(rngs, c, (D, F), P(FSDP, 'tensor'), fan_in=F, gain=residual_gain(c))
-        self.biased = c.mlp.bias
-        if self.biased:
-            if c.mlp.gated:
-                self.gate_bias_F = constant(c, 0.0, (F,), P('tensor'))
-            self.up_bias_F = constant(c, 0.0, (F,), P('tensor'))
-            self.down_bias_D = constant(c, 0.0, (D,), P(None))
+            self.gate = Linear(D, hidden, part=part, bias=biased)
+        self.up = Linear(D, hidden, part=part, bias=biased)
+        self.down = TransposedLinear(hidden, D, part=part, bias=biased, gain=residual_gain(c.layers))
 
     def __call__(self, x_BTD, ctx: ForwardContext):
         """The block's output in the layout between blocks."""
-        c, dtype = self.config, x_BTD.dtype
+        c = self.config
         x_BTD = ctx.gather_sequence(x_BTD)
-        h_BTF = linear(x_BTD, unshard(self.up_DF[...], dtype))
-        if self.biased:
-            h_BTF = h_BTF + self.up_bias_F.astype(dtype)[None, None]
-        if c.mlp.gated:
-            gate_BTF = linear(x_BTD, unshard(self.gate_DF[...], dtype))
-            if self.biased:
-                gate_BTF = gate_BTF + self.gate_bias_F.astype(dtype)[None, None]
-            h_BTF = activation(c)(gate_BTF, h_BTF)
-        else:
-            h_BTF = activation(c)(h_BTF)
-        y_BTD = ctx.reduce_scatter_sequence(linear_back(h_BTF, unshard(self.down_DF[...], dtype)))
-        return y_BTD + self.down_bias_D.astype(dtype)[None, None] if self.biased else y_BTD
+        h_BTF = self.up(x_BTD)
+        h_BTF = activation(c)(self.gate(x_BTD), h_BTF) if c.mlp.gated else activation(c)(h_BTF)
+        return self.down(h_BTF, ctx.reduce_scatter_sequence)
 
 
-FEED_FORWARDS.implement('mlp', lambda c, rngs: Mlp(c, c.mlp.dim, rngs))
+FEED_FORWARDS.implement('mlp', Mlp)

@@ -13,41 +13,33 @@ from weft.model.compute import GroupedMatmul
 from weft.model.config import ModelConfig, MoEConfig
 from weft.model.context import ForwardContext
 from weft.model.layers.mlp import Mlp, activation
+from weft.model.linear import ExpertLinear, Linear
 from weft.model.ops.expert_dispatch import LocalExperts, dispatch
-from weft.model.parameters import constant, parameter_dtype, residual_gain, weight
+from weft.model.parameters import Role, Size, parameter, residual_gain
 from weft.model.parts.registry import MIXTURES
-from weft.sharding.collectives import axis_index, mark_varying, psum, unshard, upcast
+from weft.sharding.collectives import mark_varying, psum, upcast
 from weft.sharding.mesh import FSDP, SEQUENCE
-
-EXPERTS = P('expert', ('data', 'context'), 'tensor')  # D is split too, and gathered where the experts are used
 
 
 class MoE(nnx.Module):
     """Experts split over `expert`, their hidden units over `tensor`; the router works on each device's own tokens."""
 
-    def __init__(self, c: ModelConfig, rngs: nnx.Rngs):
-        self.config = c
-        D, E, F = c.model_dim, c.moe.experts, c.moe.mlp_dim
-        self.router_DE = weight(rngs, c, (D, E), P(FSDP, None), fan_in=D)
+    def __init__(self, c: ModelConfig):
+        self.config, m = c, c.moe
+        D, E = Size(c.model_dim, 'model.model_dim'), Size(m.experts, 'model.moe.experts')
+        F = Size(m.mlp_dim, 'model.moe.mlp_dim')
+        self.router = Linear(D, E, part='router', bias=m.router_bias, split=(FSDP, None), role=Role.ROUTER)
         if c.mlp.gated:
-            self.gate_EDF = weight(rngs, c, (E, D, F), EXPERTS, fan_in=D)
-        self.up_EDF = weight(rngs, c, (E, D, F), EXPERTS, fan_in=D)
-        self.down_EDF = weight(rngs, c, (E, D, F), EXPERTS, fan_in=F, gain=residual_gain(c))
-        if c.moe.bias:
-            self.up_bias_EF = constant(c, 0.0, (E, F), P('expert', 'tensor'))
-            self.down_bias_ED = constant(c, 0.0, (E, D), P('expert', None))
-            if c.mlp.gated:
-                self.gate_bias_EF = constant(c, 0.0, (E, F), P('expert', 'tensor'))
-        if c.moe.router_bias:
-            self.router_bias_E = constant(c, 0.0, (E,), P(None))
-        if c.moe.has_choice_bias:  # at least float32, as published; the training step moves it: see `updated_bias`
-            self.bias_E = nnx.Param(
-                jnp.zeros((E,), jnp.promote_types(parameter_dtype(), jnp.float32), out_sharding=P(None))
-            )
-        if c.moe.shared_experts:
-            self.shared = Mlp(c, c.moe.shared_dim, rngs)
-        if c.moe.shared_gate:
-            self.shared_gate_D = constant(c, 0.0, (D,), P(None))
+            self.gate = ExpertLinear(E, D, F, bias=m.bias)
+        self.up = ExpertLinear(E, D, F, bias=m.bias)
+        self.down = ExpertLinear(E, D, F, back=True, bias=m.bias, gain=residual_gain(c.layers))
+        if m.has_choice_bias:  # the training step moves it: see `updated_bias`
+            self.correction_E = parameter((E,), P(None), Role.CORRECTION, part='router')
+        if m.shared_experts:
+            hidden = Size(m.shared_dim, 'model.moe.shared_mlp_dim × model.moe.shared_experts')
+            self.shared = Mlp(c, hidden, 'shared_experts')
+        if m.shared_gate:
+            self.shared_gate_D = parameter((D,), P(None), Role.VECTOR, part='shared_experts')
 
     def __call__(self, x_BTD, ctx: ForwardContext):
         """The block's output in the layout between blocks, and this device's share of the router's figures (see `route`).
@@ -55,9 +47,9 @@ class MoE(nnx.Module):
         Padding visits no routed expert. Figures also has `dropped`, the real tokens' choices that found no room.
         """
         c = self.config
-        router_DE = unshard(self.router_DE[...], self.router_DE.dtype)
-        router_bias_E = self.router_bias_E[...] if c.moe.router_bias else None
-        bias_E = self.bias_E[...] if c.moe.has_choice_bias else None
+        router_DE = self.router.kernel(self.router.weight.dtype)  # as wide as it is kept
+        router_bias_E = self.router.b_O[...] if c.moe.router_bias else None
+        bias_E = self.correction_E[...] if c.moe.has_choice_bias else None
         gate_BTK, expert_BTK, figures = route(x_BTD, router_DE, bias_E, ctx, c, router_bias_E)
         expert_BTK = jnp.where(ctx.live_BT[..., None], expert_BTK, c.moe.experts)
         flat = lambda a: a.reshape(-1, a.shape[-1])
@@ -84,15 +76,12 @@ class MoE(nnx.Module):
     def experts(self, dtype, backend: GroupedMatmul) -> LocalExperts:
         """The experts that this device holds, D whole."""
         c = self.config
-        gather = lambda w_EDF: unshard(w_EDF[...], dtype, ('data', 'context'), 1)
-        gate_EDF = gather(self.gate_EDF) if c.mlp.gated else None
+        inner = (self.gate, self.up) if c.mlp.gated else (self.up,)
         biases = None
         if c.moe.bias:
-            inner = (self.gate_bias_EF, self.up_bias_EF) if c.mlp.gated else (self.up_bias_EF,)
-            # What the devices of `tensor` make of a row is added up, and so one of them adds the last bias.
-            last_ED = jnp.where(axis_index('tensor') == 0, self.down_bias_ED[...], 0)
-            biases = tuple(bias.astype(dtype) for bias in inner), last_ED.astype(dtype)
-        return LocalExperts(gate_EDF, gather(self.up_EDF), gather(self.down_EDF), activation(c), backend, biases)
+            biases = tuple(one.bias(dtype) for one in inner), self.down.bias(dtype)
+        gate_EDF = self.gate.kernel(dtype) if c.mlp.gated else None
+        return LocalExperts(gate_EDF, self.up.kernel(dtype), self.down.kernel(dtype), activation(c), backend, biases)
 
 
 def route(x_BTD, router_DE, bias_E, ctx: ForwardContext, c: ModelConfig, router_bias_E=None):

@@ -7,11 +7,8 @@ from flax import nnx
 from jax import P, lax
 
 from weft.model.config import ModelConfig
-from weft.model.parameters import constant
-from weft.sharding.collectives import (
-    psum,
-    upcast,
-)
+from weft.model.parameters import Role, parameter
+from weft.sharding.collectives import psum, upcast
 
 
 def rms_norm(x, scale, epsilon: float):
@@ -24,11 +21,11 @@ def rms_norm(x, scale, epsilon: float):
 class Norm(nnx.Module):
     """RMSNorm or LayerNorm over the last dim."""
 
-    def __init__(self, c: ModelConfig):
+    def __init__(self, c: ModelConfig, part: str = 'norms'):
         self.config = c
-        self.scale_D = constant(c, 1.0 - c.norm.offset, (c.model_dim,), P(None))
+        self.scale_D = parameter((c.model_dim,), P(None), Role.SCALE, value=1.0 - c.norm.offset, part=part)
         if c.norm.bias:
-            self.bias_D = constant(c, 0.0, (c.model_dim,), P(None))
+            self.bias_D = parameter((c.model_dim,), P(None), Role.BIAS, part=part)
 
     def __call__(self, x_BTD):
         c = self.config

@@ -16,7 +16,8 @@ Each is a function of one device's view
     dropped    this device's share of the choices that had no room, float32: whole when added up over every mesh axis
 
 Letters: N tokens, K experts a token, D model, E experts (of an array: those in its rows), F hidden units of an expert, C rows
-of an expert's buffer, R pairs (token, choice), S slots of a buffer that pairs go to; n as a prefix dim counts devices.
+of an expert's buffer, R pairs (token, choice), S slots of a buffer that pairs go to; n, s and d as dims count
+devices of `expert`: s the one that rows come from, d the one that has their experts, numbered e there.
 """
 
 import functools
@@ -49,12 +50,12 @@ class LocalExperts(NamedTuple):
         """How many of the E experts."""
         return self.up_EDF.shape[0]
 
-    def grouped(self, x_SD, sizes_E):
+    def grouped(self, x_SD: jax.Array, sizes_E: jax.Array) -> jax.Array:
         """The first sizes[0] rows meet the first expert, and so on; rows past the sum give 0."""
         weights = self.gate_EDF, self.up_EDF, self.down_EDF
         return expert_mlp(x_SD, *weights, sizes_E, activation=self.activation, biases=self.biases, backend=self.backend)
 
-    def batched(self, x_ECD):
+    def batched(self, x_ECD: jax.Array) -> jax.Array:
         """Row e of x goes through expert e: each has C rows."""
         inner = [jnp.einsum('ECD,EDF->ECF', x_ECD, w) for w in (self.gate_EDF, self.up_EDF) if w is not None]
         if self.biases:
@@ -74,12 +75,20 @@ def default_dispatch(platform: str) -> str:
     return 'all_gather'
 
 
-def dispatch(name: str):
-    """The function of that name: see the top of this file."""
+def dispatch(name: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The way of that name, 'all_gather', 'all_to_all' or 'ragged': a function as the top of this file has it."""
     return _DISPATCH[name]
 
 
-def all_gather(x_ND, gate_NK, expert_NK, experts: LocalExperts, *, split: bool, capacity_factor: float):
+def all_gather(
+    x_ND: jax.Array,
+    gate_NK: jax.Array,
+    expert_NK: jax.Array,
+    experts: LocalExperts,
+    *,
+    split: bool,
+    capacity_factor: float,
+) -> tuple[jax.Array, jax.Array]:
     """Every token to every device; rows of other devices' experts sort last and are not computed."""
     # One axis at a time: over two at once TPU makes the sums on all devices, twice the bytes (benchmarks/dispatch.md).
     for axis in ('tensor', 'expert') if split else ('expert',):
@@ -95,7 +104,15 @@ def all_gather(x_ND, gate_NK, expert_NK, experts: LocalExperts, *, split: bool, 
     return y_ND, jnp.float32(0)
 
 
-def all_to_all(x_ND, gate_NK, expert_NK, experts: LocalExperts, *, split: bool, capacity_factor: float):
+def all_to_all(
+    x_ND: jax.Array,
+    gate_NK: jax.Array,
+    expert_NK: jax.Array,
+    experts: LocalExperts,
+    *,
+    split: bool,
+    capacity_factor: float,
+) -> tuple[jax.Array, jax.Array]:
     """A buffer of C rows from each device to each expert. Tokens that come later in the order of rows are dropped first.
 
     Gates stay at home. Without `split` there is room for every token, so that decoding drops none.
@@ -118,7 +135,15 @@ def all_to_all(x_ND, gate_NK, expert_NK, experts: LocalExperts, *, split: bool, 
     return (y_ND, dropped) if split else (psum(y_ND, 'tensor'), dropped / lax.axis_size('tensor'))
 
 
-def ragged(x_ND, gate_NK, expert_NK, experts: LocalExperts, *, split: bool, capacity_factor: float):
+def ragged(
+    x_ND: jax.Array,
+    gate_NK: jax.Array,
+    expert_NK: jax.Array,
+    experts: LocalExperts,
+    *,
+    split: bool,
+    capacity_factor: float,
+) -> tuple[jax.Array, jax.Array]:
     """Rows sorted by expert, each run of rows to its expert's device, where it lands in the order of experts.
 
     As in an MLP, the devices of `tensor` have all of each other's tokens in between. The buffer has room for the worst
@@ -141,7 +166,7 @@ def ragged(x_ND, gate_NK, expert_NK, experts: LocalExperts, *, split: bool, capa
 _DISPATCH = {'all_gather': all_gather, 'all_to_all': all_to_all, 'ragged': ragged}
 
 
-def by_expert(expert_NK, E: int):
+def by_expert(expert_NK: jax.Array, E: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The pairs sorted by expert and, where equal, by token: which pair comes where, where each pair comes, rows by expert.
 
     Pairs of expert E, which is none, come last and are not counted.
@@ -156,7 +181,7 @@ def capacity(N: int, K: int, E: int, factor: float) -> int:
     return min(N, math.ceil(factor * N * K / E))
 
 
-def slots(expert_NK, E: int, C: int):
+def slots(expert_NK: jax.Array, E: int, C: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A buffer of C rows for each expert: which pair is in each of the E C slots, which slot each pair has, pairs dropped.
 
     An index past the end means none: slots that are empty, pairs that have no expert or found their buffer full.
@@ -172,13 +197,20 @@ def slots(expert_NK, E: int, C: int):
     return order_EC.reshape(-1), slot_R, jnp.maximum(count_E - C, 0).sum().astype(jnp.float32)
 
 
-def exchange(x_RD, count_nE, rows: int, back: bool = False):
-    """Rows sorted by expert on the device that they come from, to the devices of their experts; or `back` again.
+def exchange(x_RD: jax.Array, count_nE: jax.Array, rows: int, back: bool = False) -> jax.Array:
+    """Sends rows, sorted by expert on the device that they come from, to the devices of their experts; or `back` again.
+
+    Two devices a and b with two experts each; a3 are device a's rows for expert 3, a run of any length, often 0:
+
+        a's rows at home    a0 a1 a2 a3          a's rows there, those of experts 0 and 1    a0 b0 a1 b1
+        b's rows at home    b0 b1 b2 b3          b's rows there, those of experts 2 and 3    a2 b2 a3 b3
+
+    At home runs stand by expert; there by expert, and those of one expert by the device that they come from, so that the rows
+    of an expert are one block.
 
     Args:
-        x_RD: on the way out this device's rows in the order of all E experts; on the way back those that it was sent, in
-            the order of its experts and, for each of them, of the devices that they came from.
-        count_nE: rows from each device of `expert` for each of all E experts, int32.
+        x_RD: on the way out this device's rows at home, on the way back its rows there.
+        count_nE: int32, rows from each device of `expert` for each of all E experts.
         rows: of the result, at least as many as can arrive; those past the last that arrived are 0.
 
     The gradient is the exchange in the other direction.
@@ -188,30 +220,50 @@ def exchange(x_RD, count_nE, rows: int, back: bool = False):
     return _exchange(*match_varying((x_RD, count_nE)), rows, back)
 
 
+class Runs(NamedTuple):
+    """The runs of rows that an exchange moves, from each device s to each expert e of each device d: int32 [s, d, e]."""
+
+    count_sde: jax.Array  # rows of a run
+    home_sde: jax.Array  # where it begins among the rows at home, on device s
+    there_sde: jax.Array  # where it begins among the rows there, on device d
+
+    @classmethod
+    def of(cls, count_nE: jax.Array) -> 'Runs':
+        n, E = count_nE.shape
+        count_sde = count_nE.reshape(n, n, E // n)
+        home_sde = (jnp.cumsum(count_nE, 1) - count_nE).reshape(count_sde.shape)
+        count_des = count_sde.transpose(1, 2, 0)  # as they stand there
+        there_des = jnp.cumsum(count_des.reshape(n, E), 1).reshape(count_des.shape) - count_des
+        return cls(count_sde, home_sde, there_des.transpose(2, 0, 1))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _exchange(x_RD, count_nE, rows: int, back: bool):
-    n, E = count_nE.shape
-    me, count_mnE = axis_index('expert'), count_nE.reshape(n, n, E // n).swapaxes(0, 1)
-    home_nE = jnp.cumsum(count_nE, 1) - count_nE  # where a run begins on the device that it comes from
-    # Where it begins on its expert's device: runs stand there by expert, those of one expert by where they come from.
-    ends_mEn = jnp.cumsum(count_mnE.swapaxes(1, 2).reshape(n, -1), 1)
-    there_mnE = (ends_mEn.reshape(n, E // n, n) - count_mnE.swapaxes(1, 2)).swapaxes(1, 2)
-    there_nE = there_mnE.swapaxes(0, 1).reshape(n, E)
-    from_me = lambda a_nE: lax.dynamic_index_in_dim(a_nE, me, 0, keepdims=False)
-    to_me = lambda a_nE: lax.dynamic_index_in_dim(a_nE.reshape(n, n, -1), me, 1, keepdims=False).reshape(-1)
-    out = from_me(home_nE), from_me(count_nE), from_me(there_nE), to_me(count_nE)
-    returning = to_me(there_nE), to_me(count_nE), to_me(home_nE), from_me(count_nE)
-    run = gathered_ragged_all_to_all if platform() == 'cpu' else lax.ragged_all_to_all
+def _exchange(x_RD: jax.Array, count_nE: jax.Array, rows: int, back: bool) -> jax.Array:
+    me, runs = axis_index('expert'), Runs.of(count_nE)
+
+    def from_me(a_sde: jax.Array) -> jax.Array:
+        return lax.dynamic_index_in_dim(a_sde, me, 0, keepdims=False).reshape(-1)
+
+    def to_me(a_sde: jax.Array) -> jax.Array:
+        return lax.dynamic_index_in_dim(a_sde, me, 1, keepdims=False).reshape(-1)
+
+    # Where each run begins here, its rows, where it begins on the device that it goes to; rows of each run that comes.
+    if back:
+        offsets = to_me(runs.there_sde), to_me(runs.count_sde), to_me(runs.home_sde), from_me(runs.count_sde)
+    else:
+        offsets = from_me(runs.home_sde), from_me(runs.count_sde), from_me(runs.there_sde), to_me(runs.count_sde)
     # ragged_all_to_all's result varies over the mesh axes that its second argument does.
     empty_SD, _ = match_varying((jnp.zeros((rows, x_RD.shape[1]), x_RD.dtype), x_RD))
-    return run(x_RD, empty_SD, *(returning if back else out), axis_name='expert')
+    ragged_all_to_all = gathered_ragged_all_to_all if platform() == 'cpu' else lax.ragged_all_to_all
+    return ragged_all_to_all(x_RD, empty_SD, *offsets, axis_name='expert')
 
 
-def _exchange_forward(x_RD, count_nE, rows, back):
+def _exchange_forward(x_RD: jax.Array, count_nE: jax.Array, rows: int, back: bool) -> tuple:
+    # What is kept of x is how many rows it has: an array without columns.
     return _exchange(x_RD, count_nE, rows, back), (count_nE, jnp.zeros_like(x_RD, shape=(x_RD.shape[0], 0)))
 
 
-def _exchange_backward(rows, back, saved, g_SD):
+def _exchange_backward(rows: int, back: bool, saved: tuple, g_SD: jax.Array) -> tuple:
     count_nE, shaped = saved
     return _exchange(g_SD, count_nE, shaped.shape[0], not back), None
 
@@ -219,13 +271,25 @@ def _exchange_backward(rows, back, saved, g_SD):
 _exchange.defvjp(_exchange_forward, _exchange_backward)
 
 
-def gathered_ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+def gathered_ragged_all_to_all(
+    operand: jax.Array,
+    output: jax.Array,
+    input_offsets: jax.Array,
+    send_sizes: jax.Array,
+    output_offsets: jax.Array,
+    recv_sizes: jax.Array,
+    *,
+    axis_name: str,
+) -> jax.Array:
     """`lax.ragged_all_to_all`, which CPUs do not have, from an all_gather: it sends everything to everyone."""
     n, me = lax.axis_size(axis_name), lax.axis_index(axis_name)
     sent_nRD = lax.all_gather(operand, axis_name)
-    # The runs for me: run i of a device goes to device i // (runs / n).
-    mine = lambda a: lax.dynamic_index_in_dim(lax.all_gather(a, axis_name).reshape(n, n, -1), me, 1, keepdims=False)
-    first, size, to = (mine(a) for a in (input_offsets, send_sizes, output_offsets))
+
+    def to_me(a: jax.Array) -> jax.Array:
+        # Run i of a device goes to device i // (runs / n).
+        return lax.dynamic_index_in_dim(lax.all_gather(a, axis_name).reshape(n, n, -1), me, 1, keepdims=False)
+
+    first, size, to = (to_me(a) for a in (input_offsets, send_sizes, output_offsets))
     first = (first + operand.shape[0] * jnp.arange(n, dtype=first.dtype)[:, None]).reshape(-1)
     size, to = jnp.minimum(size.reshape(-1), recv_sizes), to.reshape(-1)
     row = jnp.arange(output.shape[0], dtype=to.dtype)

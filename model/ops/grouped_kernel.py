@@ -47,11 +47,11 @@ def gmm(
     w_EDF: jax.Array,
     sizes_E: jax.Array,
     tiling: tuple[Tiling, Tiling] | None = None,
-    turned: bool = False,
+    transposed: bool = False,
 ) -> jax.Array:
     """y_RF: each group's rows of x times the group's weights. Rows past sum(sizes) hold anything, also in x's gradient.
 
-    `turned`: x has F columns, and y_RD is x times the weights' transpose. bfloat16, float16 and float32; sums are float32.
+    `transposed`: x has F columns, and y_RD is x times the weights' transpose. bfloat16, float16 and float32; sums are float32.
     float32 is multiplied as `jax.default_matmul_precision` says, which unsaid is TF32. A CPU interprets the kernels.
 
     Raises:
@@ -60,24 +60,24 @@ def gmm(
     if x_RD.dtype not in DTYPES:
         names = ', '.join(jnp.dtype(dtype).name for dtype in DTYPES)
         raise UserError(f'grouped matmul backend gmm has no {x_RD.dtype}; it computes in {names}, reference in any')
-    return _gmm(x_RD, w_EDF, sizes_E, tiling or tilings(x_RD.dtype), turned)
+    return _gmm(x_RD, w_EDF, sizes_E, tiling or tilings(x_RD.dtype), transposed)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _gmm(
-    x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, tiling: tuple[Tiling, Tiling], turned: bool
+    x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, tiling: tuple[Tiling, Tiling], transposed: bool
 ) -> jax.Array:
-    return rows_times_weights(x_RD, w_EDF, sizes_E, tiling[0], turned)
+    return rows_times_weights(x_RD, w_EDF, sizes_E, tiling[0], transposed)
 
 
-def _forward(x_RD, w_EDF, sizes_E, tiling, turned):
-    return _gmm(x_RD, w_EDF, sizes_E, tiling, turned), (x_RD, w_EDF, sizes_E)
+def _forward(x_RD, w_EDF, sizes_E, tiling, transposed):
+    return _gmm(x_RD, w_EDF, sizes_E, tiling, transposed), (x_RD, w_EDF, sizes_E)
 
 
-def _backward(tiling, turned, kept, dy_RF):
+def _backward(tiling, transposed, kept, dy_RF):
     x_RD, w_EDF, sizes_E = kept
-    dx_RD = rows_times_weights(dy_RF, w_EDF, sizes_E, tiling[0], not turned)
-    sides = (dy_RF, x_RD) if turned else (x_RD, dy_RF)
+    dx_RD = rows_times_weights(dy_RF, w_EDF, sizes_E, tiling[0], not transposed)
+    sides = (dy_RF, x_RD) if transposed else (x_RD, dy_RF)
     return dx_RD, weight_gradients(*sides, sizes_E, tiling[1]), None
 
 

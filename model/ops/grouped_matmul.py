@@ -1,7 +1,7 @@
 """The experts' arithmetic: rows sorted by expert, each run of rows multiplied by its own expert's weights.
 
 R: rows (token, choice) sorted by expert   E: experts held here   D, F, G: widths in, hidden, out   N: tokens
-K: choices a token   B: rows of one block   S: slots that rows go to (all R of them, in the order of experts, or fewer)
+K: choices a token   S: slots that rows go to (all R of them, in the order of experts, or fewer)
 
 Everything is written from one device's view and works inside a fully manual `jax.shard_map` and outside of one.
 Backends: `reference` computes every expert for every row and keeps the right one (obviously right, E times the work);
@@ -10,52 +10,28 @@ once an expert; `blocked` is for CPUs, where `lax.ragged_dot` costs E times the 
 """
 
 import functools
-import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from weft.model.ops.blocked_matmul import blocked_apply
+from weft.model.ops.grouped_weights import Bias, Matmul, RowFunction, Transposed
 from weft.runtime.errors import UserError, nearest
 from weft.sharding.collectives import match_varying
 from weft.sharding.mesh import platform
 
 BACKENDS = ('reference', 'blocked', 'ragged', 'gmm')
 
-# Rows of a block, tried in this order in each group; the last one covers what remains. Large blocks run at a plain
-# matmul's speed, small ones waste little where a group ends. Few rows a group, as in decoding, have small blocks
-# alone (a second size, even where no group has such a block, costs another copy of the weights), and the fewest rows go to
-# their groups one by one.
-BLOCKS = (512, 128, 32)
-SMALL_BLOCKS = (8,)
-FEW = 4
-
 # Rows [R, D] times weights [E, D, F], or rows [R, F] times their transposes.
-PLAIN, TURNED = (
+PLAIN, TRANSPOSED = (
     lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (dim,)), ((), ())), lhs_ragged_dimensions=(0,), rhs_group_dimensions=(0,)
     )
     for dim in (1, 2)
 )
-
-
-class Turned(NamedTuple):
-    """A weight that stands for its transpose, of its last two dims: to turn it would be to copy it."""
-
-    w: jax.Array
-
-
-class Bias(NamedTuple):
-    """What is added to each group's rows, [E, F]."""
-
-    b: jax.Array
-
-
-Matmul = Callable[
-    [jax.Array, Any], Any
-]  # (rows, weight) -> rows, (rows, (weight, ...)) -> (rows, ...), (rows, Bias) -> rows
 
 
 def default_backend(name: str, dtype: str = 'float32') -> str:
@@ -110,12 +86,10 @@ def expert_mlp(
 
     inner = (up_EDF,) if gate_EDF is None else (gate_EDF, up_EDF)
     added = () if biases is None else (tuple(map(Bias, biases[0])), Bias(biases[1]))
-    return grouped_apply(mlp, x_RD, (inner, Turned(down_EDF), *added), sizes_E, backend=backend)
+    return grouped_apply(mlp, x_RD, (inner, Transposed(down_EDF), *added), sizes_E, backend=backend)
 
 
-def grouped_apply(
-    f: Callable[[Matmul, jax.Array, Any], jax.Array], x_RD: jax.Array, weights: Any, sizes_E: jax.Array, *, backend: str
-) -> jax.Array:
+def grouped_apply(f: RowFunction, x_RD: jax.Array, weights: Any, sizes_E: jax.Array, *, backend: str) -> jax.Array:
     """y_RG = f(matmul, x_RD, weights), each row with the weights of its own group; `weights` is a pytree of [E, ...].
 
     f acts on rows independently, has finite gradients at a row of zeros, keeps the dtype, closes over no traced value,
@@ -130,7 +104,7 @@ def grouped_apply(
         assert w.shape[0] == sizes_E.shape[0], (w.shape, sizes_E.shape)
     x_RD, weights, sizes_E = match_varying((x_RD, weights, sizes_E.astype(jnp.int32)))
     if backend == 'blocked':
-        return _blocked(f, x_RD, weights, sizes_E)
+        return blocked_apply(f, x_RD, weights, sizes_E)
     ends_E = jnp.cumsum(sizes_E)
     row_R = jnp.arange(x_RD.shape[0])
 
@@ -140,25 +114,25 @@ def grouped_apply(
             # In at least float32, in which its gradient is then added up.
             b_EF = w_EDF.b.astype(jnp.promote_types(w_EDF.b.dtype, jnp.float32))
             return b_EF.at[group_R].get(mode='fill', fill_value=0, indices_are_sorted=True).astype(w_EDF.b.dtype)
-        turned = isinstance(w_EDF, Turned)
-        if isinstance(w_EDF, tuple) and not turned:
+        transposed = isinstance(w_EDF, Transposed)
+        if isinstance(w_EDF, tuple) and not transposed:
             return tuple(matmul(x_RD, w) for w in w_EDF)
         if backend == 'gmm':
             from weft.model.ops.grouped_kernel import gmm  # it needs Pallas, whose import takes a while
 
-            return gmm(x_RD, w_EDF.w if turned else w_EDF, sizes_E, turned=turned)
-        if turned:
+            return gmm(x_RD, w_EDF.w if transposed else w_EDF, sizes_E, transposed=transposed)
+        if transposed:
             w_EDF = w_EDF.w
         wide = jnp.promote_types(x_RD.dtype, jnp.float32)
         if backend == 'ragged':
             # A TPU sums in float32 whatever it writes; asked for float32 it would hold all rows in it too.
             kept = x_RD.dtype if platform() == 'tpu' else wide
             y_RF = lax.ragged_dot_general(
-                x_RD, w_EDF, sizes_E, TURNED if turned else PLAIN, preferred_element_type=kept
+                x_RD, w_EDF, sizes_E, TRANSPOSED if transposed else PLAIN, preferred_element_type=kept
             )
         else:
             mine_RE = (row_R[:, None] < ends_E[None]) & (row_R[:, None] >= (ends_E - sizes_E)[None])
-            sums = 'RF,EDF,RE->RD' if turned else 'RD,EDF,RE->RF'
+            sums = 'RF,EDF,RE->RD' if transposed else 'RD,EDF,RE->RF'
             y_RF = jnp.einsum(sums, x_RD, w_EDF, mine_RE.astype(wide), preferred_element_type=wide)
         return y_RF.astype(x_RD.dtype)
 
@@ -183,11 +157,6 @@ def combine(
 ) -> jax.Array:
     """y_ND = sum over K of share_NK times the token's own rows of y_SD: the way back from `permute`, same indices."""
     return _combine(*match_varying((y_SD, share_NK, order_S, slot_R)), _mode(partial))
-
-
-def _vary(a: jax.Array, axes: frozenset[str]) -> jax.Array:
-    missing = tuple(sorted(axes - jax.typeof(a).manual_axis_type.varying))
-    return lax.pcast(a, missing, to='varying') if missing else a
 
 
 def _mode(partial: bool) -> str:
@@ -240,127 +209,3 @@ def _combine_backward(mode: str, saved: tuple, g_ND: jax.Array) -> tuple:
 
 
 _combine.defvjp(_combine_forward, _combine_backward)
-
-
-def _blocked(
-    f: Callable[[Matmul, jax.Array, Any], jax.Array], x_RD: jax.Array, weights: Any, sizes_E: jax.Array
-) -> jax.Array:
-    """Group after group, block after block of its rows: the work follows sum(sizes), not R, and nothing of size R but y
-    is allocated.
-
-    A block may reach past its group's end; those rows are computed and dropped. Of a group without rows nothing is read
-    going forward: each group's weights are copied out of the stack, and where there are few rows most would be for nothing.
-    `lax.while_loop` has no reverse mode, hence the custom gradient: the same walk, with each block's vjp recomputed from x,
-    and the weights' gradients summed in float32 or wider while a group lasts.
-    """
-    R, E, dtype = x_RD.shape[0], sizes_E.shape[0], x_RD.dtype
-    axes = jax.typeof(x_RD).manual_axis_type.varying
-    wide = jnp.promote_types(dtype, jnp.float32)
-    blocks = tuple(B for B in (BLOCKS if BLOCKS[-1] * E <= R else SMALL_BLOCKS) if B <= R) or (R,)
-
-    def g(x_BD: jax.Array, weights: Any) -> jax.Array:  # one block, one group
-        return f(matmul, x_BD, weights)
-
-    def matmul(x_BD: jax.Array, w: Any) -> Any:
-        if isinstance(w, Bias):
-            return w.b[None]
-        if isinstance(w, Turned):
-            return lax.dot_general(x_BD, w.w, (((1,), (1,)), ((), ())))
-        if not isinstance(w, tuple):
-            return x_BD @ w
-        if x_BD.shape[0] <= SMALL_BLOCKS[-1]:  # joining the weights would take longer than what it saves
-            return tuple(x_BD @ w_DF for w_DF in w)
-        # One wide product is faster than several narrow ones; XLA makes the wide weight once a group.
-        ends = list(itertools.accumulate(w_DF.shape[1] for w_DF in w))[:-1]
-        return tuple(jnp.split(x_BD @ jnp.concatenate(w, 1), ends, 1))
-
-    def widen(tree: Any) -> Any:
-        return jax.tree.map(lambda a: a.astype(wide), tree)
-
-    def zeros(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-        return _vary(jnp.zeros(shape, dtype), axes)
-
-    def take(a_RD: jax.Array, first: jax.Array, B: int) -> jax.Array:
-        return lax.dynamic_slice_in_dim(a_RD, first, B)
-
-    def put(a_RD: jax.Array, a_BD: jax.Array, mine_B1: jax.Array, first: jax.Array) -> jax.Array:
-        a_BD = jnp.where(mine_B1, a_BD.astype(a_RD.dtype), take(a_RD, first, a_BD.shape[0]))
-        return lax.dynamic_update_slice_in_dim(a_RD, a_BD, first, 0)
-
-    def walk(body: Callable, carry: Any, start: jax.Array, size: jax.Array) -> Any:
-        """carry = body(first, mine_B1, carry) for blocks that cover the group; mine says which of the rows first ..
-        first + B - 1 are new."""
-        for i, B in enumerate(blocks):
-            count = size // B if i + 1 < len(blocks) else -(-size // B)
-
-            def block(j, carry, B=B, start=start, end=start + size):
-                row = start + j * B
-                first = jnp.minimum(row, R - B)  # the last block of x ends where x ends
-                row_B1 = first + lax.broadcasted_iota(jnp.int32, (B, 1), 0)
-                return body(first, (row_B1 >= row) & (row_B1 < end), carry)
-
-            carry = lax.fori_loop(0, count, block, carry)
-            start, size = start + count * B, size - count * B
-        return carry
-
-    @jax.custom_vjp
-    def run(x_RD: jax.Array, weights: Any, sizes_E: jax.Array) -> jax.Array:
-        of_group = lambda e: widen(jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, e, keepdims=False), weights))
-        G, ends_E = jax.eval_shape(g, x_RD, of_group(0)).shape[1], jnp.cumsum(sizes_E)
-        if R <= FEW:
-            group_R = jnp.searchsorted(ends_E, jnp.arange(R, dtype=ends_E.dtype), side='right')
-            rows = [g(widen(x_RD[r : r + 1]), of_group(jnp.minimum(group_R[r], E - 1))) for r in range(R)]
-            return jnp.where((group_R < E)[:, None], jnp.concatenate(rows), 0).astype(dtype)
-        with_rows_E = jnp.argsort(sizes_E == 0, stable=True)  # these come first
-
-        def group(i: jax.Array, y_RG: jax.Array) -> jax.Array:
-            e = with_rows_E[i]
-            weights, size = of_group(e), sizes_E[e]
-
-            def block(first: jax.Array, mine_B1: jax.Array, y_RG: jax.Array) -> jax.Array:
-                x_BD = widen(take(x_RD, first, mine_B1.shape[0]))
-                return put(y_RG, g(x_BD, weights), mine_B1, first)
-
-            return walk(block, y_RG, ends_E[e] - size, size)
-
-        def one_by_one() -> jax.Array:
-            return lax.fori_loop(0, (sizes_E > 0).sum(), group, zeros((R, G), dtype))
-
-        def together() -> jax.Array:  # as a batched matmul, which copies no weights
-            row_EB = jnp.minimum((ends_E - sizes_E)[:, None] + jnp.arange(least)[None], R - 1)
-            y_EBG = jax.vmap(g)(x_RD[row_EB], weights)
-            group_R = jnp.searchsorted(ends_E, jnp.arange(R, dtype=ends_E.dtype), side='right')
-            e_R = jnp.minimum(group_R, E - 1)
-            return jnp.where((group_R < E)[:, None], y_EBG[e_R, jnp.arange(R) - (ends_E - sizes_E)[e_R]], 0)
-
-        least = blocks[-1]
-        if blocks == BLOCKS[: len(blocks)] or R < E or dtype != wide:
-            return one_by_one()
-        return lax.cond((sizes_E <= least).all(), together, one_by_one)
-
-    def forward(x_RD, weights, sizes_E):
-        return run(x_RD, weights, sizes_E), (x_RD, weights, sizes_E)
-
-    def backward(saved, dy_RG):
-        x_RD, weights, sizes_E = saved
-
-        def group(dx_RD: jax.Array, item: tuple) -> tuple[jax.Array, Any]:
-            weights, size, end = item
-            weights = widen(weights)
-
-            def block(first: jax.Array, mine_B1: jax.Array, carry: tuple) -> tuple:
-                dx_RD, sums = carry
-                # Rows that are not this block's are 0 in both, so that they add nothing to the sums.
-                x_BD, dy_BG = (jnp.where(mine_B1, widen(take(a, first, mine_B1.shape[0])), 0) for a in (x_RD, dy_RG))
-                dx_BD, dweights = jax.vjp(g, x_BD, weights)[1](dy_BG)
-                return put(dx_RD, dx_BD, mine_B1, first), jax.tree.map(jnp.add, sums, dweights)
-
-            sums = jax.tree.map(lambda w: zeros(w.shape, wide), weights)
-            dx_RD, sums = walk(block, (dx_RD, sums), end - size, size)
-            return dx_RD, jax.tree.map(lambda a: a.astype(dtype), sums)
-
-        dx_RD, dweights = lax.scan(group, zeros(x_RD.shape, dtype), (weights, sizes_E, jnp.cumsum(sizes_E)))
-        return dx_RD, dweights, None
-
-    run.defvjp(forward, backward)
-    return run(x_RD, weights, sizes_E)

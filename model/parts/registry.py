@@ -44,7 +44,7 @@ class Registry:
             raise UserError(f'model.{self.part}.kind is {kind!r}: no such kind{nearest(kind, self.configs)}')
         return self.configs[kind]
 
-    def module(self, config: Any) -> Callable[..., Any]:
+    def module(self, config: Any) -> Any:
         """What computes a part that has this config."""
         return self.modules[config.kind]
 
@@ -84,7 +84,7 @@ def check_above_zero(section: str, config: Any, *fields: str) -> None:
 
 
 # What a module is called with to make a layer's part: see `model.block`.
-MIXERS = Registry('attention', 'gqa')  # (model config, layer's spec, rngs)
-FEED_FORWARDS = Registry('mlp', 'mlp')  # (model config, rngs), as those of the next
+MIXERS = Registry('attention', 'gqa')  # (model config, layer's spec); its `rules` are what a mesh must divide
+FEED_FORWARDS = Registry('mlp', 'mlp')  # (model config), as those of the next
 MIXTURES = Registry('moe', 'moe')
 POSITIONS = Registry('positions', 'rotary')  # without modules

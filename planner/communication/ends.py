@@ -1,9 +1,9 @@
 """What is sent before and after the layers: embedding, LM head, loss, logits; and by a pipeline between its stages."""
 
+from weft.model.ops.cross_entropy import CHUNK
 from weft.planner.communication.view import BOOL, INT32, View
 from weft.planner.weights import Inventory
 from weft.sharding.mesh import AXES, FSDP
-from weft.training.loss import CHUNK
 
 
 def embedding(view: View, times: int = 1) -> None:

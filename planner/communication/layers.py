@@ -28,24 +28,22 @@ def weights(view: View, group: Group, ticks: int) -> None:
 
     What a pipeline's backward pass needs of them is the same on every tick: JAX computes it once, before the ticks.
     """
-    c, n, held = group.config, view.mesh.tensor, group.held(view.mesh)
+    n, held = view.mesh.tensor, group.held(view.mesh)
     gathers = held * (ticks + 1 if view.again else 1)
 
     def gather(axes: tuple[str, ...], size: float, arrays: int = 1) -> None:
         view.send('all_gather', axes, size, gathers, arrays)
         view.send('reduce_scatter', axes, size, held * ticks * view.training, arrays)
 
-    kept = lambda weight: not view.training and weight.of_source  # not the weight, but what it makes
+    kept = lambda weight: not view.training and weight.declared.of_source  # not the weight, but what it makes
     for weight, arrays in group.gathered_alike:
         if not kept(weight):
-            number = view.stored if weight.name == 'router_DE' else view.number
+            number = view.number if weight.narrow_in_use else view.stored
             gather(weight.gathered, weight.used(view.mesh) * number, arrays)
     # More devices than heads: each uses one head of keys and one of values, which it takes from all of them.
-    for weight in group.weights if n > c.attention.kv_heads else ():
-        if weight.name in ('k_DM', 'v_DM') and not kept(weight):
-            gather(('tensor',), weight.size * view.number)
-        if weight.name in ('k_bias_M', 'v_bias_M', 'k_scale_M') and not kept(weight):
-            gather(('tensor',), weight.size * view.stored)
+    for weight in group.weights:
+        if weight.declared.repeats and n > weight.declared.repeats and not kept(weight):
+            gather(('tensor',), weight.size * (view.number if weight.narrow_in_use else view.stored))
 
 
 def attention(view: View, times: int, written: int) -> None:

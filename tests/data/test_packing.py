@@ -10,7 +10,6 @@ from weft.data.packing import Rows, best_fit, encode_documents, pack, pack_docum
 from weft.data.tokenizer import Tokenizer
 
 LENGTH = 16
-KEYS = 'tokens', 'targets', 'positions', 'segments'
 
 
 def documents(seed: int, count: int, longest: int) -> list[np.ndarray]:
@@ -32,14 +31,15 @@ def test_every_target_is_predicted_once_from_its_own_predecessor(count: int, lon
     parts = documents(count, count, longest)
     rows = packed(parts)
     every = rows.take(range(len(rows)))
-    valid_RT = every['segments'] > 0
-    pairs = sorted(zip(every['tokens'][valid_RT].tolist(), every['targets'][valid_RT].tolist(), strict=True))
+    valid_RT = every.segment_BT > 0
+    pairs = sorted(zip(every.tokens_BT[valid_RT].tolist(), every.target_BT[valid_RT].tolist(), strict=True))
     assert pairs == [(a, b) for part in parts for a, b in zip(part[:-1].tolist(), part[1:].tolist(), strict=True)]
     assert rows.tokens == len(pairs)
-    for key in KEYS:
-        assert every[key].dtype == np.int32
-        assert every[key].shape == (len(rows), LENGTH)
-        assert (every[key][~valid_RT] == 0).all()
+    assert every.source is None
+    for array in every[:4]:
+        assert array.dtype == np.int32
+        assert array.shape == (len(rows), LENGTH)
+        assert (array[~valid_RT] == 0).all()
 
 
 def test_segments_count_documents_and_positions_restart() -> None:
@@ -47,7 +47,7 @@ def test_segments_count_documents_and_positions_restart() -> None:
     document_of = {token: i for i, part in enumerate(parts) for token in part.tolist()}
     rows = packed(parts)
     every = rows.take(range(len(rows)))
-    for tokens_T, positions_T, segments_T in zip(*(every[key] for key in KEYS if key != 'targets'), strict=True):
+    for tokens_T, positions_T, segments_T in zip(every.tokens_BT, every.position_BT, every.segment_BT, strict=True):
         used = int((segments_T > 0).sum())
         assert (segments_T[:used] > 0).all()  # padding only at the end
         begins_T = np.diff(segments_T[:used], prepend=0)
@@ -84,22 +84,22 @@ def test_best_fit_fills_rows_and_never_overfills() -> None:
 def test_hosts_parts_make_the_global_batch_and_a_step_needs_no_history() -> None:
     rows = packed(documents(2, 100, 3 * LENGTH))
     whole = rows.batch(5, 9, 12)
-    for key, value_NT in rows.take(rows.row_ids(5, 9, 12)).items():
-        assert (whole[key] == value_NT).all()
+    for mine_BT, same_BT in zip(whole[:4], rows.take(rows.row_ids(5, 9, 12))[:4], strict=True):
+        assert (mine_BT == same_BT).all()
     for hosts in (1, 2, 3, 4):
         share = 12 // hosts
         shares = [rows.batch(5, 9, 12, host * share, (host + 1) * share) for host in range(hosts)]
-        for key in KEYS:
-            assert (np.concatenate([part[key] for part in shares]) == whole[key]).all()
-    assert not (whole['tokens'] == rows.batch(5, 10, 12)['tokens']).all()
-    assert not (whole['tokens'] == rows.batch(6, 9, 12)['tokens']).all()
+        for whole_BT, *parts in zip(whole[:4], *(share[:4] for share in shares), strict=True):
+            assert (np.concatenate(parts) == whole_BT).all()
+    assert not (whole.tokens_BT == rows.batch(5, 10, 12).tokens_BT).all()
+    assert not (whole.tokens_BT == rows.batch(6, 9, 12).tokens_BT).all()
 
 
 def test_an_epoch_of_batches_meets_every_target_once() -> None:
     parts = documents(3, 80, 3 * LENGTH)
     rows = packed(parts)
     seen = [rows.batch(0, step, 1) for step in range(len(rows))]
-    targets = np.concatenate([batch['targets'][batch['segments'] > 0] for batch in seen])
+    targets = np.concatenate([batch.target_BT[batch.segment_BT > 0] for batch in seen])
     assert sorted(targets.tolist()) == sorted(token for part in parts for token in part[1:].tolist())
 
 
@@ -118,10 +118,10 @@ def test_packed_documents_give_back_their_text() -> None:
     assert rows.tokens == sum(len(tokenizer.encode(text)) + 1 for text in texts)
     every = rows.take([0])
     for segment, text in enumerate(texts, start=1):
-        place = every['segments'] == segment
-        assert every['tokens'][place][0] == tokenizer.bos
-        assert every['targets'][place][-1] == tokenizer.eos
-        assert tokenizer.decode(every['targets'][place][:-1]) == text
+        place = every.segment_BT == segment
+        assert every.tokens_BT[place][0] == tokenizer.bos
+        assert every.target_BT[place][-1] == tokenizer.eos
+        assert tokenizer.decode(every.target_BT[place][:-1]) == text
     assert len(pack_documents(tokenizer, [], 8)) == 0
 
 

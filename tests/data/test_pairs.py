@@ -65,21 +65,17 @@ def test_each_target_lies_in_the_segment_of_its_source_and_every_pair_once(tmp_p
     found = []
     for row in range(len(rows)):
         batch = rows.take([row])
-        for segment in range(1, batch['segments'].max() + 1):
-            of = {
-                name: array[0][batch['source_segments' if 'source' in name else 'segments'][0] == segment]
-                for name, array in batch.items()
-            }
-            assert of['source_tokens'][-1] == of['targets'][-1] == tokenizer.eos
-            assert of['tokens'][0] == tokenizer.bos
-            assert (of['tokens'][1:] == of['targets'][:-1]).all()
-            for name in ('positions', 'source_positions'):
-                assert (of[name] == np.arange(len(of[name]))).all()
-            found.append(
-                Pair(tokenizer.decode(of['source_tokens'][:-1].tolist()), tokenizer.decode(of['tokens'].tolist()))
-            )
+        for segment in range(1, batch.segment_BT.max() + 1):
+            tokens_T, target_T, position_T = (a_BT[batch.segment_BT == segment] for a_BT in batch[:3])
+            source_S, place_S = (a_BS[batch.source.segment_BS == segment] for a_BS in batch.source[:2])
+            assert source_S[-1] == target_T[-1] == tokenizer.eos
+            assert tokens_T[0] == tokenizer.bos
+            assert (tokens_T[1:] == target_T[:-1]).all()
+            for place in (position_T, place_S):
+                assert (place == np.arange(len(place))).all()
+            found.append(Pair(tokenizer.decode(source_S[:-1].tolist()), tokenizer.decode(tokens_T.tolist())))
     assert sorted(found) == sorted(PAIRS)
-    assert rows.tokens == sum((rows.take([row])['segments'] > 0).sum() for row in range(len(rows)))
+    assert rows.tokens == sum((rows.take([row]).segment_BT > 0).sum() for row in range(len(rows)))
     assert tokenizer.decode(rows.predicted()) == ''.join(pair.target for pair in found)
 
 
@@ -97,7 +93,7 @@ def test_a_target_begins_with_what_decoding_begins_with():
         with jax.set_mesh(make_mesh(MeshConfig())):
             first = read_prompts(c, tokenizer, ['1 2'], 24).tokens_BT[0, 0]
         batch = rows.take(range(len(rows)))
-        assert set(batch['tokens'][(batch['positions'] == 0) & (batch['segments'] > 0)].tolist()) == {int(first)}
+        assert set(batch.tokens_BT[(batch.position_BT == 0) & (batch.segment_BT > 0)].tolist()) == {int(first)}
 
 
 def test_prepared_pairs_come_back_and_no_source_is_on_both_sides(tmp_path):
@@ -108,12 +104,12 @@ def test_prepared_pairs_come_back_and_no_source_is_on_both_sides(tmp_path):
     again = load(tmp_path / 'run')
     sides = []
     for rows, same in ((made.train, again.train), (made.validation, again.validation)):
-        assert all((a == same.take([0])[name]).all() for name, a in rows.take([0]).items())
+        jax.tree.map(np.testing.assert_array_equal, rows.take([0]), same.take([0]))
         found = [rows.take([row]) for row in range(len(rows))]
         cut = [
-            row['source_tokens'][0][row['source_segments'][0] == segment].tolist()
+            row.source.tokens_BS[row.source.segment_BS == segment].tolist()
             for row in found
-            for segment in range(1, row['segments'].max() + 1)
+            for segment in range(1, row.segment_BT.max() + 1)
         ]
         sides.append({made.tokenizer.decode(ids) for ids in cut})
     assert sides[0] | sides[1] == {pair.source for pair in PAIRS}

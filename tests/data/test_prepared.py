@@ -85,8 +85,8 @@ def test_of_much_data_a_block_is_hashed_when_it_is_first_read(small_blocks: None
                 found.train.take([row])
             continue
         right += 1
-        for name, value in wanted.train.take([row]).items():
-            np.testing.assert_array_equal(found.train.take([row])[name], value)
+        for value, same in zip(wanted.train.take([row])[:4], found.train.take([row])[:4], strict=True):
+            np.testing.assert_array_equal(same, value)
     assert wrong >= 1
     assert right > wrong
     with pytest.raises(UserError, match=f'block {block} '):
@@ -186,9 +186,7 @@ def test_data_that_is_cut_off_while_it_is_read_is_told_in_one_line(
         monkeypatch.setattr(prepared, 'AT_ONCE', 0)
     wanted = load(run, pytest.fail).train.take([0, 1])
     found = load(run, pytest.fail)
-    assert {key: x.tolist() for key, x in found.train.take([0, 1]).items()} == {
-        k: x.tolist() for k, x in wanted.items()
-    }
+    np.testing.assert_array_equal(found.train.take([0, 1])[:4], wanted[:4])
     path = run / 'data' / f'train.{name}.npy'
     os.truncate(path, 130)
     with pytest.raises(

@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding
 
 from tests.families import cases, weights
 from weft.hub.families import Family, Fields, family_of, leaves, stored_name, tensors
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import ModelConfig
-from weft.model.decoder import Decoder
+from weft.model.decoder import Decoder, init_decoder
 
 GOLDENS = Path(os.environ.get('GOLDENS') or Path(__file__).parent / 'goldens')  # others: `make parity`
 
@@ -71,7 +70,7 @@ def generated(name: str, family: Family, c: ModelConfig, seed: int) -> Decoder:
 
 def from_leaves(c: ModelConfig, filled: dict[str, np.ndarray], compute: ComputeConfig = DEFAULT) -> Decoder:
     """The model of host arrays by name, in its layout on the current mesh."""
-    model = jax.eval_shape(lambda key: Decoder(c, compute, nnx.Rngs(key)), jax.random.key(0))
+    model = jax.eval_shape(lambda key: init_decoder(c, compute, key), jax.random.key(0))
     paths, structure = jax.tree_util.tree_flatten_with_path(model)
     mesh = jax.sharding.get_mesh()
     put = []

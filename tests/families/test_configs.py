@@ -12,6 +12,7 @@ from tests.families import cases
 from tests.families.loading import read
 from weft.hub.families import leaves, tensors
 from weft.hub.families.fields import HARMLESS, KIND_OF
+from weft.model.config import PoolerConfig
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig, make_mesh
 

@@ -43,8 +43,8 @@ NAMES: list[tuple[str, dict[str, Any]]] = [
     (
         't5-v1.1',
         {
-            'decoder.block.{i}.layer.1.EncDecAttention.k.weight': 'cross.v_DM',
-            'decoder.block.{i}.layer.1.EncDecAttention.v.weight': 'cross.k_DM',
+            'decoder.block.{i}.layer.1.EncDecAttention.k.weight': 'cross.v.w_IO',
+            'decoder.block.{i}.layer.1.EncDecAttention.v.weight': 'cross.k.w_IO',
         },
     ),
     (

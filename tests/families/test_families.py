@@ -12,8 +12,9 @@ from tests.families.loading import GOLDENS, generated, golden, read
 from weft.hub.families import Fields, families, leaves
 from weft.inference.score import score
 from weft.inference.step import decode, empty_cache, encode, prefill
+from weft.model.batch import Source
 from weft.model.cost import parameters
-from weft.model.forward import Source, hidden_states, logits, logits_ahead, place
+from weft.model.forward import hidden_states, logits, logits_ahead, place
 from weft.sharding.mesh import MeshConfig, make_mesh
 
 TOLERANCE, KL = 1e-5, 1e-8

@@ -204,8 +204,8 @@ NAMES: list[tuple[str, dict[str, Entry]]] = [  # by how the published names end
     (
         'grok1-as-published',
         {
-            'moe_block.experts.{e}.linear.weight': 'mlp.up_EDF',
-            'moe_block.experts.{e}.linear_v.weight': 'mlp.gate_EDF',
+            'moe_block.experts.{e}.linear.weight': 'mlp.up.w_EIO',
+            'moe_block.experts.{e}.linear_v.weight': 'mlp.gate.w_EIO',
         },
     ),
     (
@@ -214,14 +214,14 @@ NAMES: list[tuple[str, dict[str, Entry]]] = [  # by how the published names end
     ),
     (
         'phi3-longrope-short',
-        {'self_attn.qkv_proj.weight': Joined(('attention.q_DN', 'attention.v_DM', 'attention.k_DM'))},
+        {'self_attn.qkv_proj.weight': Joined(('attention.q.w_IO', 'attention.v.w_IO', 'attention.k.w_IO'))},
     ),
-    ('phi3-plain-window', {'mlp.gate_up_proj.weight': Joined(('mlp.up_DF', 'mlp.gate_DF'))}),
+    ('phi3-plain-window', {'mlp.gate_up_proj.weight': Joined(('mlp.up.w_IO', 'mlp.gate.w_IO'))}),
     (
         'mixtral-plain',
         {
-            'block_sparse_moe.experts.{e}.w1.weight': 'mlp.up_EDF',
-            'block_sparse_moe.experts.{e}.w3.weight': 'mlp.gate_EDF',
+            'block_sparse_moe.experts.{e}.w1.weight': 'mlp.up.w_EIO',
+            'block_sparse_moe.experts.{e}.w3.weight': 'mlp.gate.w_EIO',
         },
     ),
     (
@@ -230,9 +230,9 @@ NAMES: list[tuple[str, dict[str, Entry]]] = [  # by how the published names end
     ),
     (
         'gpt2-plain',
-        {'c_attn.weight': Joined(('attention.k_DM', 'attention.q_DN', 'attention.v_DM'), dim=1, flip=True)},
+        {'c_attn.weight': Joined(('attention.k.w_IO', 'attention.q.w_IO', 'attention.v.w_IO'), dim=1, flip=True)},
     ),
-    ('gpt2-plain', {'attn.c_proj.weight': 'attention.o_DN'}),
+    ('gpt2-plain', {'attn.c_proj.weight': 'attention.o.w_OI'}),
     (
         'gemma2-as-published',  # as Llama has the second of these names
         {
@@ -247,10 +247,10 @@ NAMES: list[tuple[str, dict[str, Entry]]] = [  # by how the published names end
             'post_feedforward_layernorm.weight': 'mlp_norm.scale_D',
         },
     ),
-    ('gpt_oss-as-published', {'experts.gate_up_proj': Woven(('mlp.up_EDF', 'mlp.gate_EDF'), flip=True)}),
-    ('gpt_oss-as-published', {'experts.gate_up_proj': Joined(('mlp.gate_EDF', 'mlp.up_EDF'), dim=2, flip=True)}),
-    ('gpt_oss-as-published', {'experts.gate_up_proj_bias': Woven(('mlp.up_bias_EF', 'mlp.gate_bias_EF'))}),
-    ('gpt_oss-as-published', {'experts.gate_up_proj_bias': Joined(('mlp.gate_bias_EF', 'mlp.up_bias_EF'), dim=1)}),
+    ('gpt_oss-as-published', {'experts.gate_up_proj': Woven(('mlp.up.w_EIO', 'mlp.gate.w_EIO'), flip=True)}),
+    ('gpt_oss-as-published', {'experts.gate_up_proj': Joined(('mlp.gate.w_EIO', 'mlp.up.w_EIO'), dim=2, flip=True)}),
+    ('gpt_oss-as-published', {'experts.gate_up_proj_bias': Woven(('mlp.up.b_EO', 'mlp.gate.b_EO'))}),
+    ('gpt_oss-as-published', {'experts.gate_up_proj_bias': Joined(('mlp.gate.b_EO', 'mlp.up.b_EO'), dim=1)}),
 ]
 
 

@@ -26,15 +26,16 @@ from weft.inference.run import open_run
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.storage.checkpoint import Checkpoints
-from weft.storage.checkpoint_reader import read_newest
 from weft.storage.local_copy import Mirror
 from weft.storage.manifest import MANIFEST, META, fingerprint
+from weft.storage.newest import read_newest
 from weft.storage.sealed import sealed, unsealed
 from weft.training import config as configs
 from weft.training import state
 from weft.training.conversion import import_run, imported
-from weft.training.loop import Run, ready, train
+from weft.training.loop import Run, train
 from weft.training.metrics import Metrics
+from weft.training.prepare_run import prepare_data
 from weft.training.state import restore, saved_config
 
 NAME, COUNT, QUICK, SECONDS, IN_PROCESS = 'run_files', 1500, 100, 10.0, True
@@ -148,9 +149,9 @@ def exported(run: Path, place: Path) -> None:
 def continued(run: Path, place: Path) -> None:
     """As train.py does before its first step."""
     with contextlib.closing(Mirror(run)) as mirror:
-        config, dataset = ready(config_of(place), mirror, Console(quiet=True))
+        config, dataset = prepare_data(config_of(place), mirror, Console(quiet=True))
         rows = [dataset.train.take(range(len(dataset.train))), dataset.validation.take(range(len(dataset.validation)))]
-        digest = hashlib.sha256(b''.join(x.tobytes() for part in rows for x in part.values())).hexdigest()
+        digest = hashlib.sha256(b''.join(x.tobytes() for part in rows for x in part[:4])).hexdigest()
         assert digest == rows_of(place), 'other rows than were prepared'
         with jax.set_mesh(make_mesh(MeshConfig())):
             run_ = Run(config, mirror, dataset, Console(quiet=True))
@@ -206,7 +207,7 @@ def prepare(place: Path) -> None:
     found = prepared.load(place / 'runs' / 'trained', str)
     assert found is not None
     rows = [part.take(range(len(part))) for part in found[3].values()]
-    digest = hashlib.sha256(b''.join(x.tobytes() for part in rows for x in part.values())).hexdigest()
+    digest = hashlib.sha256(b''.join(x.tobytes() for part in rows for x in part[:4])).hexdigest()
     (place / 'known.json').write_text(json.dumps({'weights': weights, 'rows': digest}))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.gguf import written
-from weft.hub import gguf_file
+from weft.hub.gguf import file as gguf_file
 from weft.runtime.errors import UserError
 
 ROWS, HEIGHT, BLOCKS = 3, 5, 3

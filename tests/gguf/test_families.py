@@ -12,7 +12,7 @@ import pytest
 from tests.families import cases, folders
 from tests.gguf import written
 from weft.hub import read as hub
-from weft.hub.gguf import fields
+from weft.hub.gguf.common_fields import llama3_scaling
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.conversion import export_run, import_run
 
@@ -219,4 +219,4 @@ def test_scaling_that_is_llama_3s_is_known_by_its_factors():
         config = {'rope_scaling': settings, 'rope_theta': theta, 'head_dim': width, 'num_hidden_layers': 1}
         said = written.Said(config | {'num_attention_heads': 1, 'hidden_size': width}, 'llama', True)
         factors = said.extra()['rope_freqs.weight']
-        assert fields.llama3_scaling(factors, theta, width, Path('a.gguf')) == settings
+        assert llama3_scaling(factors, theta, width, Path('a.gguf')) == settings

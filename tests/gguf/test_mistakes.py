@@ -16,9 +16,11 @@ import pytest
 from tests.families import cases, folders
 from tests.gguf import written
 from tests.gguf.written import Typed
-from weft.hub import gguf, gguf_file
+from weft.hub import gguf
 from weft.hub import read as hub
-from weft.hub.gguf_tokenizer import tokenizer_files
+from weft.hub.gguf import file as gguf_file
+from weft.hub.gguf import header
+from weft.hub.gguf.tokenizer import tokenizer_files
 from weft.hub.published_tokenizer import published_tokenizer
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig
@@ -275,7 +277,7 @@ def test_what_cannot_be_a_file_is_said_in_one_line(content, said, tmp_path):
 
 
 def test_a_header_that_is_too_long_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_file, 'LONGEST_HEADER', 500)
+    monkeypatch.setattr(header, 'LONGEST_HEADER', 500)
     refused(
         tmp_path, written.content(*whole()), r'its header has more than 500 bytes, the most that is read of one, at'
     )

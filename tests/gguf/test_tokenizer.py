@@ -16,7 +16,8 @@ from tests.data.test_tokenizer import TEXT, TRICKY, random_text
 from tests.gguf.texts import texts
 from tests.hub.test_published_tokenizer import byte_level, metaspace
 from weft.data.tokenizer import Tokenizer
-from weft.hub.gguf_tokenizer import CUTS, tokenizer_files
+from weft.hub.gguf.cuts import CUTS
+from weft.hub.gguf.tokenizer import tokenizer_files
 from weft.hub.published_tokenizer import published_tokenizer
 from weft.runtime.errors import UserError
 

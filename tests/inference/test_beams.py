@@ -10,12 +10,13 @@ from tests.families import cases
 from tests.families.encoder_cases import live
 from tests.families.loading import GOLDENS, generated, golden, read
 from tests.models import filled
-from weft.inference.beams import Search, search
+from weft.inference.beams import RowSearch, beam_search
 from weft.inference.prompts import Prompts
+from weft.model.batch import Source
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import EncoderConfig, ModelConfig, model_of
 from weft.model.decoder import Decoder
-from weft.model.forward import Source, logits, place
+from weft.model.forward import logits, place
 from weft.sharding.mesh import MeshConfig, make_mesh
 
 EOS, V, MOST = 2, 4, 4
@@ -80,7 +81,7 @@ def test_a_beam_as_wide_as_all_prefixes_finds_what_an_exhaustive_search_finds(na
     width = sum(1 for _ in continuations())
     with jax.set_mesh(make_mesh(MeshConfig())):
         model = model_of(c, ComputeConfig(dtype='float64'))
-        found, _ = search(model, prompts(c), width, frozenset([EOS]), [MOST, MOST], penalty, 32)
+        found, _ = beam_search(model, prompts(c), width, frozenset([EOS]), [MOST, MOST], penalty, 32)
         for row, of_row in enumerate(found):
             expected = scores_of_all(model, row, penalty)
             assert len(of_row) == len(expected)
@@ -96,7 +97,9 @@ def test_every_mesh_finds_the_same_and_one_beam_is_greedy(name):
     for mesh in (MeshConfig(), MeshConfig(data=2, tensor=2)):
         with jax.set_mesh(make_mesh(mesh)):
             model = model_of(c)
-            found.append([search(model, prompts(c), beams, frozenset([EOS]), [7, 5], 1.0, 32)[0] for beams in (1, 3)])
+            found.append(
+                [beam_search(model, prompts(c), beams, frozenset([EOS]), [7, 5], 1.0, 32)[0] for beams in (1, 3)]
+            )
     for one, other in zip(itertools.chain(*found[0]), itertools.chain(*found[1]), strict=True):
         assert [f.tokens for f in one] == [f.tokens for f in other]
         assert np.allclose([f.score for f in one], [f.score for f in other], atol=1e-5)
@@ -116,7 +119,9 @@ def test_beams_are_those_of_transformers(name):
     most = known.beams.shape[1]
     with jax.set_mesh(make_mesh(MeshConfig())):
         model = generated(name, family, c, known.seed)
-        found, _ = search(model, ready, 4, frozenset([int(known.eos)]), [most] * cases.ROWS, 1.0, cases.PROMPT + most)
+        found, _ = beam_search(
+            model, ready, 4, frozenset([int(known.eos)]), [most] * cases.ROWS, 1.0, cases.PROMPT + most
+        )
     ends = []
     for of_row, tokens, score in zip(found, known.beams.tolist(), known.beam_scores, strict=True):
         best = of_row[0]
@@ -128,7 +133,7 @@ def test_beams_are_those_of_transformers(name):
 
 
 def test_a_beam_ends_at_any_of_several_ends_and_others_go_on():
-    one = Search(2, frozenset([0, 1]), 5, 1.0)
+    one = RowSearch(2, frozenset([0, 1]), 5, 1.0)
     assert one.step([-0.1, -0.2, -0.3, -0.9], [0] * 4, [0, 1, 2, 3]) == [0, 0]
     assert [found.tokens for found in one.finished] == [[], []]
     assert [found.score for found in one.finished] == [-0.1, -0.2]

@@ -8,6 +8,7 @@ import pytest
 
 from weft.inference import score as scoring
 from weft.inference.score import rows_at_once, score
+from weft.model.batch import Batch
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
 from weft.model.forward import logits, place
@@ -61,7 +62,7 @@ def test_work_without_a_mesh_says_what_is_missing():
         lambda: list(score(model, ids)),
         lambda: place(ids),
         lambda: jax.jit(logits)(model, ids, ids, ids),
-        lambda: jax.jit(loss_and_gradient)(model, dict.fromkeys(('tokens', 'targets', 'positions', 'segments'), ids)),
+        lambda: jax.jit(loss_and_gradient)(model, Batch(ids, ids, ids, ids)),
     )
     for way in ways:
         with pytest.raises(UserError, match=r'stands under `with jax\.set_mesh\(run\.mesh\):`'):

@@ -8,19 +8,23 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from weft.model import cost
 from weft.model.compute import DEFAULT
 from weft.model.config import AttentionConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, changed
-from weft.model.decoder import Decoder
+from weft.model.decoder import init_decoder
+from weft.model.kv_cache import cached_numbers
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.config import load
 
 ROOT = Path(__file__).parents[2]
 
 DENSE = ModelConfig(
-    vocabulary=256, layers=2, model_dim=32, attention=AttentionConfig(heads=4, kv_heads=2), mlp=MLPConfig(dim=48)
+    vocabulary=256,
+    layers=2,
+    model_dim=32,
+    attention=AttentionConfig(heads=4, kv_heads=2),
+    mlp=MLPConfig(dim=48),
 )
 CONFIGS = [
     DENSE,
@@ -78,7 +82,7 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize('c', CONFIGS + [changed(DENSE, o) for o in OPTIONS])
 def test_parameters_are_those_of_the_built_model(c):
     with jax.set_mesh(make_mesh(MeshConfig())):
-        model = jax.eval_shape(lambda: Decoder(c, DEFAULT, nnx.Rngs(0)))
+        model = jax.eval_shape(lambda: init_decoder(c, DEFAULT, jax.random.key(0)))
     assert sum(cost.parameters(c).values()) == sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
@@ -111,7 +115,7 @@ def test_a_token_visits_its_experts_only():
 )
 def test_a_cache_is_filled_up_for_tpus_alone(name, tensor, numbers, on_tpu):
     c = load(ROOT / f'configs/models/{name}.yaml').model
-    assert [cost.cached_numbers(c, tensor, platform) for platform in ('cpu', 'gpu', 'tpu')] == [
+    assert [cached_numbers(c, tensor, platform) for platform in ('cpu', 'gpu', 'tpu')] == [
         numbers,
         numbers,
         on_tpu,

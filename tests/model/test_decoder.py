@@ -17,7 +17,11 @@ from weft.sharding.mesh import BATCH, MeshConfig, make_mesh
 from weft.training.loss import loss_and_gradient, loss_fn
 
 BASE = ModelConfig(
-    vocabulary=150, layers=2, model_dim=16, attention=AttentionConfig(heads=4, kv_heads=2), mlp=MLPConfig(dim=24)
+    vocabulary=150,
+    layers=2,
+    model_dim=16,
+    attention=AttentionConfig(heads=4, kv_heads=2),
+    mlp=MLPConfig(dim=24),
 )
 MOE = MoEConfig(experts=4, mlp_dim=16)
 VARIANTS = {
@@ -79,8 +83,8 @@ VARIANTS = {
 }
 
 
-def place(batch: dict) -> dict:
-    return {name: jax.device_put(array, P(BATCH)) for name, array in batch.items()}
+def place(tree):
+    return jax.tree.map(lambda array: jax.device_put(array, P(BATCH)), tree)
 
 
 @pytest.mark.usefixtures('float64')
@@ -94,7 +98,7 @@ def test_loss_and_gradients_equal_the_plain_decoder(name, remat):
     batch = reference.packed_batch(c.vocabulary, B=4, T=12)
     with jax.set_mesh(make_mesh(MeshConfig(data=1, expert=2, tensor=2))):
         model = filled(c, compute)
-        (total, parts), gradient = jax.jit(loss_and_gradient)(model, place(batch))
+        (total, metrics), gradient = jax.jit(loss_and_gradient)(model, place(batch))
         assert jax.tree.all(
             jax.tree.map(lambda g, w: jax.typeof(g).sharding.spec == jax.typeof(w).sharding.spec, gradient, model)
         ), 'a gradient is laid out like its weight'
@@ -103,7 +107,7 @@ def test_loss_and_gradients_equal_the_plain_decoder(name, remat):
     with jax.numpy_rank_promotion('allow'):
         (want, entropy), want_g = plainly(w, batch, c)
     np.testing.assert_allclose(total, want, rtol=1e-12)
-    np.testing.assert_allclose(parts['loss'], entropy, rtol=1e-12)
+    np.testing.assert_allclose(metrics['loss'], entropy, rtol=1e-12)
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(want_g))
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want_g), strict=True):
         scale = max(np.abs(b).max(), 1e-6 * largest)
@@ -115,23 +119,24 @@ def test_no_token_sees_later_ones_or_other_documents(name):
     """d logits[t] / d embedding of token s is zero exactly where s is later, in another document, or outside all windows."""
     c = dataclasses.replace(VARIANTS[name], layers=1 if VARIANTS[name].attention.window else 2)
     T = 8
-    batch = {
-        'tokens': np.arange(T, dtype=np.int32)[None].repeat(
-            4, 0
-        ),  # all different: a row of the embedding is a place in the text
-        'positions': np.array([[0, 1, 2, 3, 4, 0, 1, 2]], np.int32).repeat(4, 0),
-        'segments': np.array([[1, 1, 1, 1, 1, 2, 2, 2]], np.int32).repeat(4, 0),
-    }
+    tokens_BT, position_BT, segment_BT = (
+        np.array([row], np.int32).repeat(4, 0)
+        for row in (
+            range(T),  # all different: a row of the embedding is a place in the text
+            [0, 1, 2, 3, 4, 0, 1, 2],
+            [1, 1, 1, 1, 1, 2, 2, 2],
+        )
+    )
     with jax.set_mesh(make_mesh(MeshConfig(expert=2, tensor=2))):
-        model, at = filled(changed(c, {'embedding.tied': False})), place(batch)
+        model, at = filled(changed(c, {'embedding.tied': False})), place((tokens_BT, position_BT, segment_BT))
 
         def change(model, t):
             here_1T1 = (jnp.arange(T) == t)[None, :, None]
-            return jnp.where(here_1T1, logits(model, at['tokens'], at['positions'], at['segments']) ** 2, 0).sum()
+            return jnp.where(here_1T1, logits(model, *at) ** 2, 0).sum()
 
         moved = jax.jit(lambda t: jnp.abs(jax.grad(change)(model, t).embed_VD[...]).sum(-1))
         moved_TV = np.stack([np.asarray(moved(t)) for t in range(T)])
-    place_T, document_T = batch['positions'][0], batch['segments'][0]
+    place_T, document_T = position_BT[0], segment_BT[0]
     ago = place_T[:, None] - place_T[None]
     see = (ago >= 0) & (document_T[:, None] == document_T[None]) & (ago < (c.attention.window or T))
     np.testing.assert_array_equal(moved_TV[:, :T] > 0, see)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from jax import P, lax
 
+from weft.model.ops.blocked_matmul import BLOCKS
 from weft.model.ops.grouped_matmul import (
     BACKENDS,
-    BLOCKS,
     combine,
     default_backend,
     expert_mlp,

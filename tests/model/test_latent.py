@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from tests.models import filled
 from weft.inference.step import decode, empty_cache, prefill
 from weft.model import cost
 from weft.model.compute import DEFAULT
 from weft.model.config import MLAConfig, MLPConfig, ModelConfig, RopeScaling, RotaryConfig
-from weft.model.decoder import Decoder
+from weft.model.decoder import init_decoder
 from weft.model.forward import logits, place
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.config import load
@@ -26,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_cache_is_as_small_as_published(name, numbers):
     c = load(ROOT / f'configs/models/{name}.yaml').model
     with jax.set_mesh(make_mesh(MeshConfig())):
-        model = jax.eval_shape(lambda key: Decoder(c, DEFAULT, nnx.Rngs(key)), jax.random.key(0))
+        model = jax.eval_shape(lambda key: init_decoder(c, DEFAULT, key), jax.random.key(0))
         cache = jax.eval_shape(lambda: empty_cache(model, 3, 1000))
     assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(cache)) == c.layers * 3 * 1000 * numbers
     assert cost.cache_bytes_per_token(c, 2) == c.layers * numbers * 2
@@ -44,8 +43,10 @@ def test_decoding_from_latent_vectors_is_the_expanded_form(q_rank, mesh):
         ),
         mlp=MLPConfig(dim=64),
         positions=RotaryConfig(
-            layout='interleaved',
-            scaling=RopeScaling(kind='yarn', factor=8.0, original_positions=16, mscale_all_dim=1.0),
+            kind=RotaryConfig(
+                layout='interleaved',
+                scaling=RopeScaling(kind='yarn', factor=8.0, original_positions=16, mscale_all_dim=1.0),
+            )
         ),
     )
     ids = np.random.default_rng(0).integers(0, 128, (2, 48), dtype=np.int32)

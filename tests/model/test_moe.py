@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax import P
 
 from tests import reference
@@ -18,7 +17,7 @@ from weft.model.layers import moe as moe_module
 from weft.model.layers.moe import MoE, updated_bias
 from weft.model.ops.expert_dispatch import capacity
 from weft.model.ops.grouped_matmul import needs_unchecked
-from weft.model.parameters import specs, stored_as
+from weft.model.parameters import initialise, specs
 from weft.runtime.errors import UserError
 from weft.sharding.collectives import mark_varying
 from weft.sharding.mesh import AXES, BATCH, SEQUENCE, MeshConfig, make_mesh
@@ -102,20 +101,19 @@ def inputs(c: ModelConfig, dtype: str, tokens: int = T):
 @functools.cache
 def values(c: ModelConfig, dtype: str, skewed: bool) -> list[np.ndarray]:
     """A layer's weights. `skewed`: where x is positive experts 0 and 1 win everywhere, and six get nothing."""
-    with jax.set_mesh(make_mesh(MeshConfig())), stored_as(jnp.dtype(dtype)):
-        moe = jax.device_get(jax.jit(lambda key: MoE(c, nnx.Rngs(key)))(jax.random.key(0)))
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        moe = jax.device_get(jax.jit(lambda key: initialise(MoE(c), key, dtype))(jax.random.key(0)))
     if skewed:
         skew = np.array([0.3, 0.2, -0.1, -0.1, -0.1, -0.1, -0.1, -0.1], dtype)
-        moe.router_DE.set_value(moe.router_DE[...] * 0.01 + skew)
+        moe.router.w_IO.set_value(moe.router.w_IO[...] * 0.01 + skew)
     elif c.moe.bias_update_rate:
-        moe.bias_E.set_value(np.random.default_rng(1).normal(size=c.moe.experts).astype(dtype) * 0.2)
+        moe.correction_E.set_value(np.random.default_rng(1).normal(size=c.moe.experts).astype(dtype) * 0.2)
     return jax.tree.leaves(moe)
 
 
 def layer(c: ModelConfig, dtype: str, skewed: bool = False) -> MoE:
     """A layer on the current mesh."""
-    with stored_as(jnp.dtype(dtype)):
-        moe = jax.eval_shape(lambda: MoE(c, nnx.Rngs(0)))
+    moe = jax.eval_shape(lambda: initialise(MoE(c), jax.random.key(0), dtype))
     leaves, structure = jax.tree.flatten(moe)
     put = [jax.device_put(a, s.sharding.spec) for a, s in zip(values(c, dtype, skewed), leaves, strict=True)]
     return jax.tree.unflatten(structure, put)
@@ -149,8 +147,8 @@ def check(
         error, scale = np.abs(got[name] - want[name]).max(), np.abs(want[name]).max()
         assert error <= tolerance * scale, (name, error, scale)
     if skewed:
-        assert not got['mlp.up_EDF'][2:].any(), 'experts without tokens learn nothing'
-        assert got['mlp.up_EDF'][:2].any()
+        assert not got['mlp.up.w_EIO'][2:].any(), 'experts without tokens learn nothing'
+        assert got['mlp.up.w_EIO'][:2].any()
     return {**got, 'dropped': dropped}
 
 
@@ -181,7 +179,7 @@ def test_every_dispatch_equals_dense_experts(mesh, dtype, dispatch, request):
     for skewed in (False, True):
         got = check(c, compute, mesh, 1e-5 if dtype == 'float32' else 1e-10, skewed)
         assert got['dropped'] == 0
-        assert not got['mlp.bias_E'].any(), 'no gradient moves the bias'
+        assert not got['mlp.correction_E'].any(), 'no gradient moves the bias'
 
 
 @pytest.mark.parametrize('dispatch', DISPATCHES)
@@ -201,7 +199,7 @@ def test_a_wrong_expert_is_noticed(dispatch, monkeypatch):
 def kept(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, w: dict, skewed: bool) -> tuple[np.ndarray, int]:
     """Which choices find room, [B, T, E], and how many do not: one device after the other, one token after the other."""
     x, _, segment = inputs(c, compute.dtype)
-    score = np.abs(x) @ w['mlp.router_DE'] if skewed else x @ w['mlp.router_DE']
+    score = np.abs(x) @ w['mlp.router.w_IO'] if skewed else x @ w['mlp.router.w_IO']
     choice_BTK = np.argsort(-score, axis=-1)[..., : c.moe.top_k]
     rows, columns = mesh.span(BATCH), mesh.span(SEQUENCE)
     room = capacity(B * T // rows // columns, c.moe.top_k, c.moe.experts, compute.capacity_factor)

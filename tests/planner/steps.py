@@ -8,6 +8,7 @@ from jax import P
 from jax.sharding import NamedSharding
 
 from weft.inference.step import decode, empty_cache
+from weft.model.batch import Batch
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import ModelConfig
 from weft.sharding.mesh import BATCH, MeshConfig
@@ -34,7 +35,7 @@ def rows(*shape: int) -> jax.ShapeDtypeStruct:
 def training_step(config: RunConfig):
     """The step of training as a function, and its arguments' shapes. Under `jax.set_mesh`."""
     t = config.training
-    batch = dict.fromkeys(('tokens', 'targets', 'positions', 'segments'), rows(t.batch, t.sequence_length))
+    batch = Batch(*[rows(t.batch, t.sequence_length)] * 4)
     return functools.partial(train_step, config), (abstract_state(config), batch)
 
 

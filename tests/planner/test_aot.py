@@ -23,7 +23,11 @@ RUN = RunConfig(
     name='x',
     mesh=MeshConfig(data=8),
     model=ModelConfig(
-        vocabulary=256, layers=2, model_dim=64, attention=AttentionConfig(heads=4), mlp=MLPConfig(dim=64)
+        vocabulary=256,
+        layers=2,
+        model_dim=64,
+        attention=AttentionConfig(heads=4),
+        mlp=MLPConfig(dim=64),
     ),
     compute=ComputeConfig(dtype='bfloat16'),
     training=TrainingConfig(steps=1, batch=8, sequence_length=32),

@@ -25,7 +25,11 @@ from weft.training.config import RunConfig
 
 BUDGETS = Path(__file__).with_name('budgets')
 DENSE = ModelConfig(
-    vocabulary=300, layers=2, model_dim=32, attention=AttentionConfig(heads=8, kv_heads=4), mlp=MLPConfig(dim=48)
+    vocabulary=300,
+    layers=2,
+    model_dim=32,
+    attention=AttentionConfig(heads=8, kv_heads=4),
+    mlp=MLPConfig(dim=48),
 )
 EXPERTS = dataclasses.replace(
     DENSE, layers=2, moe=MoEConfig(experts=8, mlp_dim=16, shared_experts=1, first_dense_layers=1)

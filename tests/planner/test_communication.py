@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 
 from tests.planner.steps import decode_step, mesh_shape, rows, run_config, training_step
 from weft.inference.step import encode, prefill
+from weft.model.batch import Source
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import AttentionConfig, EncoderConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, changed
 from weft.model.ops import expert_dispatch as dispatch
@@ -24,7 +25,11 @@ PROMPTS = 16, 5  # tokens: with a sequence that `tensor` splits, and one that it
 SCALARS = 400  # bytes: of the loss's sums and the gradient's norm, which are not counted
 
 DENSE = ModelConfig(
-    vocabulary=300, layers=4, model_dim=64, attention=AttentionConfig(heads=8, kv_heads=4), mlp=MLPConfig(dim=48)
+    vocabulary=300,
+    layers=4,
+    model_dim=64,
+    attention=AttentionConfig(heads=8, kv_heads=4),
+    mlp=MLPConfig(dim=48),
 )
 EXPERTS = dataclasses.replace(
     DENSE,
@@ -154,7 +159,7 @@ def test_steps_ask_for_what_their_shapes_say(name, monkeypatch):
     with jax.set_mesh(make_mesh(mesh)):
         step, (state, batch) = training_step(run)
         if c.encoder:
-            batch |= {f'source_{name}': batch['tokens'] for name in ('tokens', 'positions', 'segments')}
+            batch = batch._replace(source=Source(*batch[:1] * 3))
         parts = run.training.accumulation, run.microbatches
         same(jax.make_jaxpr(step)(state, batch), communication.training(c, compute, mesh, BATCH, length, *parts))
         if mesh.stage > 1 or length != LENGTH:

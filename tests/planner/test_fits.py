@@ -18,7 +18,11 @@ RUN = RunConfig(
     name='x',
     mesh=MeshConfig(data=2, tensor=2),
     model=ModelConfig(
-        vocabulary=512, layers=8, model_dim=256, attention=AttentionConfig(heads=4), mlp=MLPConfig(dim=1024)
+        vocabulary=512,
+        layers=8,
+        model_dim=256,
+        attention=AttentionConfig(heads=4),
+        mlp=MLPConfig(dim=1024),
     ),
     training=TrainingConfig(steps=1, batch=16, sequence_length=512),
 )

@@ -16,9 +16,10 @@ from tests.families.loading import read
 from tests.planner.steps import run_config
 from weft.inference.step import decode, empty_cache, encode, prefill
 from weft.model import cost
+from weft.model.batch import Batch, Source
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import AttentionConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, changed
-from weft.model.forward import Source, logits
+from weft.model.forward import logits
 from weft.model.ops.attention import attention
 from weft.planner.dots import dots
 from weft.planner.flops import BACKWARD, ONE, executed
@@ -51,11 +52,11 @@ def traced(
     with jax.set_mesh(make_mesh(mesh)):
         model = abstract_state(run_config(c, mesh, rows, length, compute)).model
         row_BT = integers(rows, length)
-        batch = dict.fromkeys(('tokens', 'targets', 'positions', 'segments'), row_BT)
+        batch = Batch(row_BT, row_BT, row_BT, row_BT)
         kept = None
         if c.encoder:
             row_BS = integers(rows, source)
-            batch |= dict.fromkeys(('source_tokens', 'source_positions', 'source_segments'), row_BS)
+            batch = batch._replace(source=Source(row_BS, row_BS, row_BS))
             kept = on_mesh(jax.eval_shape(encode, model, row_BS, integers(rows)))
         if what == 'train':
             run, arguments = functools.partial(loss_and_gradient, **step), (model, batch)
@@ -118,7 +119,11 @@ def test_each_family(name):
 
 
 DENSE = ModelConfig(
-    vocabulary=256, layers=2, model_dim=32, attention=AttentionConfig(heads=4, kv_heads=2), mlp=MLPConfig(dim=48)
+    vocabulary=256,
+    layers=2,
+    model_dim=32,
+    attention=AttentionConfig(heads=4, kv_heads=2),
+    mlp=MLPConfig(dim=48),
 )
 EXPERTS = MoEConfig(experts=4, mlp_dim=16, top_k=2, shared_experts=1, first_dense_layers=1)
 LATENT = MLAConfig(heads=4, q_lora_rank=16, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10)
@@ -136,7 +141,7 @@ MODELS = {
         },
     ),
     'kinds': changed(DENSE, {'layers': 4, 'attention.window': 3, 'attention.window_pattern': (True, False)}),
-    'experts': dataclasses.replace(DENSE, layers=3, moe=dataclasses.replace(EXPERTS, bias=True)),
+    'experts': dataclasses.replace(DENSE, layers=3, moe=changed(EXPERTS, {'bias': True})),
     'gate': dataclasses.replace(DENSE, moe=dataclasses.replace(EXPERTS, first_dense_layers=0, shared_gate=True)),
     'output': changed(DENSE, {'norm.order': 'output', 'positions.pattern': (True, False)}),
     'latent': dataclasses.replace(DENSE, layers=3, attention=LATENT, moe=EXPERTS),

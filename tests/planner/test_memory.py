@@ -8,15 +8,15 @@ from pathlib import Path
 
 import jax
 import pytest
-from flax import nnx
 
 from tests.families.cases import CASES, family
 from tests.families.loading import read
 from tests.planner.steps import decode_step, run_config, training_step
 from weft.inference.run import in_compute_dtype
+from weft.model.batch import Source
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import AttentionConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, changed
-from weft.model.decoder import Decoder
+from weft.model.decoder import init_decoder
 from weft.planner.memory import serving_memory, training_memory
 from weft.planner.weights import inventory
 from weft.sharding.mesh import MeshConfig, make_mesh
@@ -32,7 +32,7 @@ def test_weights_are_those_that_the_model_declares(name):
     jax.config.update('jax_remove_size_one_mesh_axis_from_type', False)  # the axes that are declared, on one device too
     try:
         with jax.set_mesh(make_mesh(MeshConfig())):
-            model = jax.eval_shape(lambda key: Decoder(c, DEFAULT, nnx.Rngs(key)), jax.random.key(0))
+            model = jax.eval_shape(lambda key: init_decoder(c, DEFAULT, key), jax.random.key(0))
     finally:
         jax.config.update('jax_remove_size_one_mesh_axis_from_type', True)
     declared, counted = Counter(), Counter()
@@ -57,7 +57,11 @@ def test_weights_are_those_that_the_model_declares(name):
 
 
 DENSE = ModelConfig(
-    vocabulary=300, layers=4, model_dim=32, attention=AttentionConfig(heads=8, kv_heads=4), mlp=MLPConfig(dim=48)
+    vocabulary=300,
+    layers=4,
+    model_dim=32,
+    attention=AttentionConfig(heads=8, kv_heads=4),
+    mlp=MLPConfig(dim=48),
 )
 MIXED = dataclasses.replace(
     DENSE,
@@ -105,7 +109,7 @@ def test_arguments_are_those_of_the_real_steps(model, compute, mesh):
     with jax.set_mesh(make_mesh(mesh)):
         _, (state, batch) = training_step(config)
         if model.encoder:
-            batch = batch | {f'source_{name}': batch['tokens'] for name in ('tokens', 'positions', 'segments')}
+            batch = batch._replace(source=Source(*batch[:1] * 3))
         memory = training_memory(config)
         assert memory.parameters == on_a_device(state.model)
         assert memory.optimizer + memory.parameters == on_a_device(state)

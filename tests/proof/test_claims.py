@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from weft.inference.step import empty_cache, prefill
 from weft.model import cost
@@ -25,7 +24,7 @@ from weft.model.config import (
     NormConfig,
     changed,
 )
-from weft.model.decoder import Decoder
+from weft.model.decoder import init_decoder
 from weft.model.forward import logits, place
 from weft.model.layers.rope import rope
 from weft.planner.bill import bill, cache_bill, rules_of_thumb
@@ -301,7 +300,7 @@ def test_closer_words_have_larger_products(says):
 
 def last_logits(c: ModelConfig, tokens_BT: np.ndarray) -> np.ndarray:
     """After the last token of each row."""
-    model = jax.jit(lambda: Decoder(c, DEFAULT, nnx.Rngs(0)))()
+    model = jax.jit(lambda: init_decoder(c, DEFAULT, jax.random.key(0)))()
     T = tokens_BT.shape[1]
     places = np.broadcast_to(np.arange(T, dtype=np.int32), tokens_BT.shape)
     return np.asarray(logits(model, *place((tokens_BT, places, np.ones_like(tokens_BT)))))[:, -1]
@@ -339,7 +338,7 @@ def test_heads_and_scores(says):
 
 def test_what_a_word_sees_in_the_first_layer(says, one_device):
     """Other first words: the third word's key is the same in layer 1, and another in layer 2."""
-    model = jax.jit(lambda: Decoder(TINY, DEFAULT, nnx.Rngs(0)))()
+    model = jax.jit(lambda: init_decoder(TINY, DEFAULT, jax.random.key(0)))()
     tokens_BT, lengths = np.array([[5, 9, 2, 7], [8, 1, 2, 7]], np.int32), np.full(2, 4, np.int32)
     _, cache = prefill(model, empty_cache(model, 2, 4), *place((tokens_BT, lengths)))
     first, second = (np.asarray(k_BSM[:, 2]) for k_BSM in cache.k_LBSM)

@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax import P
 
 from tests import reference
 from weft.model import stack
 from weft.model.compute import ComputeConfig
 from weft.model.config import AttentionConfig, MLPConfig, ModelConfig
-from weft.model.decoder import Decoder
+from weft.model.decoder import init_decoder
 from weft.model.forward import place
 from weft.planner.dots import dots
 from weft.sharding.collectives import mark_varying
@@ -69,7 +68,7 @@ def traced(stages: int, microbatches: int, layers: int = 8):
     """The program of a loss and its gradient, traced."""
     c = dataclasses.replace(MODEL, layers=layers)
     with jax.set_mesh(make_mesh(MeshConfig(stage=stages))):
-        model = jax.eval_shape(lambda key: Decoder(c, COMPUTE, nnx.Rngs(key)), jax.random.key(0))
+        model = jax.eval_shape(lambda key: init_decoder(c, COMPUTE, key), jax.random.key(0))
         batch = place(reference.packed_batch(100, B, T))
         return jax.make_jaxpr(functools.partial(loss_and_gradient, microbatches=microbatches))(model, batch).jaxpr
 

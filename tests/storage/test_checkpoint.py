@@ -50,7 +50,7 @@ def state(mesh: MeshConfig, seed: int) -> dict:
         model = {
             'embed_VD': weight((32, 16), P('tensor', ('data', 'expert'))),
             'blocks': {
-                'up_EDF': weight((4, 16, 8), P('expert', 'data', 'tensor')),
+                'up.w_EIO': weight((4, 16, 8), P('expert', 'data', 'tensor')),
                 'scale_D': weight((16,), P(), jnp.bfloat16),
                 'module': Block(weight((16, 8), P(None, 'tensor'))),
             },

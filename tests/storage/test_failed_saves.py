@@ -15,7 +15,8 @@ from weft.storage.local_copy import Mirror
 from weft.storage.manifest import MANIFEST
 from weft.training import config as configs
 from weft.training.config import RunConfig
-from weft.training.loop import make_ready, train
+from weft.training.loop import train
+from weft.training.prepare_run import prepare_run
 
 
 @pytest.fixture(scope='module')
@@ -84,8 +85,8 @@ def test_a_fresh_run_that_is_not_made_leaves_nothing(monkeypatch, place, tmp_pat
         made.extend(path.name for path in (tmp_path / '.once.new').iterdir())
         raise error
 
-    monkeypatch.setattr('weft.training.loop.set_aside', stop)
+    monkeypatch.setattr('weft.training.prepare_run.set_aside', stop)
     with pytest.raises(type(error)):
-        make_ready(of(place, 'once'), Mirror(tmp_path / 'once'), fresh=True, console=Console(quiet=True))
+        prepare_run(of(place, 'once'), Mirror(tmp_path / 'once'), fresh=True, console=Console(quiet=True))
     assert 'data' in made
     assert [path.name for path in tmp_path.iterdir()] == ['once']

@@ -7,16 +7,16 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from jax import P
 
 from tests import reference
 from tests.families.cases import CASES
 from tests.families.loading import read
 from weft.inference.step import decode, empty_cache, prefill
+from weft.model.batch import Batch
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
-from weft.model.decoder import Decoder
+from weft.model.decoder import init_decoder
 from weft.model.forward import logits
 from weft.sharding.mesh import AXES, BATCH, MeshConfig, make_mesh
 from weft.training.config import RunConfig, TrainingConfig
@@ -50,7 +50,7 @@ RUN = RunConfig(
 )
 
 
-def batches() -> list[dict]:
+def batches() -> list[Batch]:
     """Text with something to learn: each token is followed by one of two."""
     r = np.random.default_rng(0)
     found = []
@@ -60,8 +60,7 @@ def batches() -> list[dict]:
         ids[:, 0] = r.integers(0, 300, 8)
         for t in range(1, 33):
             ids[:, t] = (ids[:, t - 1] * 7 + r.integers(1, 3, 8)) % 300
-        places = {name: batch[name][:, :32] for name in ('positions', 'segments')}
-        found.append({'tokens': ids[:, :-1], 'targets': ids[:, 1:], **places})
+        found.append(Batch(ids[:, :-1], ids[:, 1:], batch.position_BT[:, :32], batch.segment_BT[:, :32]))
     return found
 
 
@@ -141,7 +140,7 @@ def test_other_kinds_of_models_are_born_alike(name):
     c, born = read(CASES[name])[1], []
     for mesh in (MeshConfig(), MeshConfig(data=2, expert=2, tensor=2)):
         with jax.set_mesh(make_mesh(mesh)):
-            model = jax.jit(lambda key: Decoder(c, DEFAULT, nnx.Rngs(key)))(jax.random.key(0))
+            model = jax.jit(lambda key: init_decoder(c, DEFAULT, key))(jax.random.key(0))
             born.append(jax.tree.map(np.asarray, model))
     assert jax.tree.all(jax.tree.map(np.array_equal, *born))
 

@@ -8,12 +8,13 @@ import pytest
 
 from tests import reference
 from tests.models import filled
+from weft.model.batch import Batch
 from weft.model.compute import ComputeConfig
 from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig, MTPConfig
 from weft.model.forward import logits_ahead, place
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.config import RunConfig, TrainingConfig
-from weft.training.loss import loss_and_gradient, shifted
+from weft.training.loss import loss_and_gradient, mtp_targets
 from weft.training.step import init, train_step
 
 MODEL = ModelConfig(
@@ -31,15 +32,15 @@ MESHES = [
 ]
 
 
-def batch() -> dict:
-    return {name: array[:, :32] for name, array in reference.packed_batch(200, B=8, T=33, seed=3).items()}
+def batch() -> Batch:
+    return jax.tree.map(lambda array: array[:, :32], reference.packed_batch(200, B=8, T=33, seed=3))
 
 
 def test_tokens_that_are_given_and_asked_for():
     tokens = np.array([[1, 2, 3, 11, 12, 0]], np.int32)
     targets = np.array([[2, 3, 4, 12, 13, 0]], np.int32)
     segments = np.array([[1, 1, 1, 2, 2, 0]], np.int32)
-    given, asked, live = shifted({'tokens': tokens, 'targets': targets, 'segments': segments}, 2)
+    given, asked, live = mtp_targets(Batch(tokens, targets, np.zeros_like(tokens), segments), 2)
     np.testing.assert_array_equal(live[0], [[True, True, False, True, False, False]])
     np.testing.assert_array_equal(live[1], [[True, False, False, False, False, False]])
     np.testing.assert_array_equal(given[0][live[0]], [2, 3, 12])
@@ -70,11 +71,10 @@ def test_every_mesh_has_the_same_loss_and_gradient(mesh):
 @pytest.mark.usefixtures('float64')
 def test_the_loss_is_that_of_the_logits():
     ids = np.random.default_rng(0).integers(0, 200, (8, 33), dtype=np.int32)
-    rows = {'tokens': ids[:, :-1], 'targets': ids[:, 1:]}
     alone = np.arange(32, dtype=np.int32)[None].repeat(
         8, 0
     )  # one document a row, so that the logits' shift is the loss'
-    rows |= {'positions': alone, 'segments': np.ones_like(alone)}
+    rows = Batch(ids[:, :-1], ids[:, 1:], alone, np.ones_like(alone))
     with jax.set_mesh(make_mesh(MeshConfig())):
         model = filled(MODEL, DOUBLE)
         (loss, figures), _ = jax.jit(loss_and_gradient)(model, place(rows))
@@ -103,7 +103,7 @@ def test_a_step_moves_them_and_their_routers_biases():
         for _ in range(10):
             state, figures = step(state, place(batch()))
             losses.append(float(figures['mtp_loss']))
-        bias_kE = np.asarray(state.model.mtp.mlp.bias_E[...])
+        bias_kE = np.asarray(state.model.mtp.mlp.correction_E[...])
     assert losses[-1] < losses[0] - 0.5
     assert bias_kE.shape == (2, 4)
     assert (bias_kE != 0).any(-1).all()

@@ -13,7 +13,7 @@ from tests.scripts.runs import ROOT
 from weft.model.config import AttentionConfig, EmbeddingConfig, MLPConfig, ModelConfig, MoEConfig
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.config import RunConfig, TrainingConfig
-from weft.training.loop import progress_bar
+from weft.training.progress import progress_bar
 from weft.training.report import layout, mesh_table, weights_table
 from weft.training.state import abstract_state
 from weft.training.tables import Fitted, wrapped

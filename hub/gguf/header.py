@@ -1,0 +1,177 @@
+"""A GGUF file's header, read from its first byte on, within limits that are named here."""
+
+import math
+import struct
+from typing import Any
+
+import numpy as np
+
+from weft.runtime.errors import UserError
+from weft.storage.foreign import SteadyFile, shown_path, shown_value
+
+LONGEST_HEADER = 2**27  # bytes; the tokens and merges of a vocabulary of 262,144 are some 15 MB
+FIRST = 2**20  # bytes of a file that are read first
+LONGEST_TEXT = 2**24  # bytes of one text, such as a chat template
+LONGEST_NAME = 256  # bytes of a key or of a tensor's name, of which ggml allows 63
+MOST_VALUES = 2**22  # of an array: tokens, merges
+MOST_TEXTS = 2**23  # in all arrays together
+# Values' types by the number that stands for each: struct's letter, NumPy's name. 8 is a text, 9 an array.
+NUMBERS = {
+    0: ('B', '<u1'),
+    1: ('b', '<i1'),
+    2: ('H', '<u2'),
+    3: ('h', '<i2'),
+    4: ('I', '<u4'),
+    5: ('i', '<i4'),
+    6: ('f', '<f4'),
+    7: ('B', '<u1'),  # true or false
+    10: ('Q', '<u8'),
+    11: ('q', '<i8'),
+    12: ('d', '<f8'),
+}
+FLOAT32, BOOL, TEXT, ARRAY = 6, 7, 8, 9
+
+
+class Header:
+    """Reads a header from its first byte on, never past the file's end or LONGEST_HEADER."""
+
+    def __init__(self, file: SteadyFile):
+        self.file, self.path, self.size = file, file.path, file.size
+        self.where = shown_path(file.path)
+        self.raw = b''  # of the file, from its first byte on, as much as was needed
+        self.end = min(self.size, LONGEST_HEADER)
+        self.at = 0
+        self.texts = 0  # in arrays, so far
+
+    def need(self, count: int, what: str) -> int:
+        """Where the next `count` bytes begin, having passed over them."""
+        at = self.at
+        if count > self.end - at:
+            if self.end < self.size and count <= self.size - at:
+                raise UserError(
+                    f'{self.where}: its header has more than {LONGEST_HEADER} bytes, the most that is read of one, at {what}'
+                )
+            raise UserError(
+                f'{self.where}: has {self.size} bytes and ends within its header, at {what}: it was cut off, or the header is '
+                'wrong; fetch it again'
+            )
+        self.at = at + count
+        self.hold(self.at)
+        return at
+
+    def hold(self, end: int) -> None:
+        """Reads on, to that byte at least."""
+        if end > len(self.raw):
+            more = min(max(end, 2 * len(self.raw), FIRST), self.end) - len(self.raw)
+            self.raw += self.file.read(len(self.raw), more)
+
+    def number(self, letter: str, what: str) -> Any:
+        form = f'<{letter}'
+        at = self.need(struct.calcsize(form), what)
+        return struct.unpack_from(form, self.raw, at)[0]
+
+    def count(self, what: str, of: str, most: int, least_bytes: int) -> int:
+        """A count of what follows, each at least that many bytes."""
+        count = self.number('Q', what)
+        if count > most:
+            raise UserError(
+                f'{self.where}: {what} has {count} {of}: at most {most} are read; the header is wrong, or not of a model'
+            )
+        if count * least_bytes > self.size - self.at:
+            raise UserError(
+                f'{self.where}: {what} has {count} {of}, and only {self.size - self.at} bytes follow: the header is wrong, or '
+                'the file was cut off'
+            )
+        return count
+
+    def text(self, what: str, most: int = LONGEST_TEXT) -> str:
+        length = self.number('Q', what)
+        if length > most:
+            raise UserError(f'{self.where}: {what} is a text of {length} bytes: at most {most} are read')
+        at = self.need(length, what)
+        return self.decoded(self.raw[at : at + length], what)
+
+    def name(self, of: str) -> str:
+        """The name of a key or a tensor, which messages repeat."""
+        found = self.text(f'the name of {of}', LONGEST_NAME)
+        if not found.isprintable() or ' ' in found:
+            raise UserError(
+                f'{self.where}: the name of {of} is {shown_value(found)}: names have letters, digits and signs alone'
+            )
+        return found
+
+    def decoded(self, raw: bytes, what: str) -> str:
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f'{self.where}: {what} is not UTF-8 at its byte {error.start}: the header is wrong'
+            ) from None
+
+    def value(self, key: str) -> Any:
+        what = f'key {key!r}'
+        kind = self.number('I', what)
+        if kind == TEXT:
+            return self.text(what)
+        if kind == ARRAY:
+            return self.array(what)
+        if kind not in NUMBERS:
+            raise UserError(
+                f'{self.where}: {what} has a value of type {kind}: types go from 0 to 12; the header is wrong'
+            )
+        number = self.number(NUMBERS[kind][0], what)
+        if kind == FLOAT32:
+            return shortest(number)
+        return self.flag(number, what) if kind == BOOL else number
+
+    def flag(self, number: int, what: str) -> bool:
+        if number > 1:
+            raise UserError(f'{self.where}: {what} is true or false, and has the byte {number}: it must be 0 or 1')
+        return bool(number)
+
+    def array(self, what: str) -> Any:
+        kind = self.number('I', what)
+        if kind == ARRAY:
+            raise UserError(f'{self.where}: {what} is an array of arrays, which is not read; no model has one')
+        if kind == TEXT:
+            count = self.count(what, 'texts', min(MOST_VALUES, MOST_TEXTS - self.texts), 8)
+            self.texts += count
+            return self.array_of_texts(what, count)
+        if kind not in NUMBERS:
+            raise UserError(
+                f'{self.where}: {what} is an array of type {kind}: types go from 0 to 12; the header is wrong'
+            )
+        dtype = np.dtype(NUMBERS[kind][1])
+        count = self.count(what, 'values', MOST_VALUES, dtype.itemsize)
+        at = self.need(count * dtype.itemsize, what)
+        found = np.frombuffer(self.raw[at : at + count * dtype.itemsize], dtype)
+        if kind == BOOL:
+            self.flag(int(found.max(initial=0)), what)
+            return found.astype(np.bool_)
+        return found
+
+    def array_of_texts(self, what: str, count: int) -> list[str]:
+        """Written for speed: a vocabulary has hundreds of thousands."""
+        found, at, end = [], self.at, self.end
+        length_at = struct.Struct('<Q').unpack_from
+        for i in range(count):
+            if at + 8 > len(self.raw):
+                self.hold(min(at + 8, end))
+            if at + 8 > end or (length := length_at(self.raw, at)[0]) > min(end - at - 8, LONGEST_TEXT):
+                self.at = at
+                self.text(f'{what}, text {i}')  # says what is wrong
+                raise AssertionError
+            at += 8 + length
+            if at > len(self.raw):
+                self.hold(at)
+            try:
+                found.append(self.raw[at - length : at].decode())
+            except UnicodeDecodeError:
+                self.decoded(self.raw[at - length : at], f'{what}, text {i}')
+        self.at = at
+        return found
+
+
+def shortest(number: float) -> float:
+    """The shortest decimal that a float32 stands for: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(number))) if math.isfinite(number) else number
