@@ -14,7 +14,7 @@ from jax import P
 
 from weft.model.config import LayerSpec, ModelConfig
 from weft.model.context import ForwardContext
-from weft.model.kv_cache import KVCache, cache_read, cache_update
+from weft.model.kv_cache import CacheSize, DenseCache, token_cache
 from weft.model.layers.attention import how_to_attend
 from weft.model.layers.norm import rms_norm
 from weft.model.layers.rope import rope
@@ -58,8 +58,15 @@ class LatentAttention(nnx.Module):
         """What a mesh must divide beside the weights."""
         return [Divides(('tensor',), 'model.attention.heads', c.attention.heads)]
 
-    def __call__(self, x_BTD, ctx: ForwardContext, cache: KVCache | None, layer):
-        """The block's output in the layout between blocks, and the cache with these tokens' latent vectors at [layer]."""
+    @staticmethod
+    def cache(c: ModelConfig, kind: LayerSpec, size: CacheSize) -> DenseCache:
+        """What decoding keeps: a latent vector and a rotary key side by side, for all heads."""
+        a = c.attention
+        assert a.kind == 'mla'
+        return token_cache(size, a.window if kind.windowed else None, 1, a.kv_lora_rank + a.qk_rope_head_dim)
+
+    def __call__(self, x_BTD, ctx: ForwardContext, cache: DenseCache | None, layer):
+        """The block's output in the layout between blocks, and the cache with these tokens' latent vectors."""
         c, a, dtype = self.config, self.config.attention, x_BTD.dtype
         assert a.kind == 'mla'
         down_BTR = self.kv_down(x_BTD)
@@ -78,16 +85,15 @@ class LatentAttention(nnx.Module):
         key_BTr = rope(key_BTr, ctx.position_BT, ctx.segment_BT, c)
         if cache is not None:
             new_BT1R = jnp.concatenate([latent_BTR, key_BTr], -1)[:, :, None]
-            cache = KVCache(cache_update(cache.k_LBSM, new_BT1R, layer, ctx.position_BT), None)
+            cache = cache.write((new_BT1R,), ctx)
         up_RnH = self.kv_up.kernel(dtype).reshape(a.kv_lora_rank, -1, a.qk_nope_head_dim + a.v_head_dim)
         up_RnP, up_RnU = up_RnH[..., : a.qk_nope_head_dim], up_RnH[..., a.qk_nope_head_dim :]
         how = how_to_attend(c, self.windowed)
         if ctx.decoding:
-            kept_BS1R = cache_read(cache.k_LBSM, layer, new_BT1R)
+            (kept_BS1R,) = cache.read(new_BT1R)
             q_BTnR = jnp.concatenate([jnp.einsum('BTnP,RnP->BTnR', plain_BTnH, up_RnP), turned_BTnr], -1)
-            out_BT1nR = cached_attention(
-                q_BTnR[:, :, None], kept_BS1R, kept_BS1R[..., : a.kv_lora_rank], ctx.position_BT, **how
-            )
+            value_BS1R, at_BS = kept_BS1R[..., : a.kv_lora_rank], cache.positions(ctx)
+            out_BT1nR = cached_attention(q_BTnR[:, :, None], kept_BS1R, value_BS1R, ctx.position_BT, at_BS, **how)
             out_BTnU = jnp.einsum('BTnR,RnU->BTnU', out_BT1nR[:, :, 0], up_RnU)
         else:
             k_BTnP = jnp.einsum('BTR,RnP->BTnP', latent_BTR, up_RnP)

@@ -89,16 +89,6 @@ class AttentionConfig(SoftmaxConfig):
         """Width of a head's value."""
         return self.head_dim
 
-    @property
-    def cached_heads(self) -> int:
-        """Heads of keys and values that a cache keeps of a token and layer."""
-        return self.kv_heads
-
-    @property
-    def cached_widths(self) -> tuple[int, ...]:
-        """Numbers that a cache keeps of each such head: of its key and of its value."""
-        return (self.head_dim, self.head_dim)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLAConfig(SoftmaxConfig):
@@ -145,16 +135,6 @@ class MLAConfig(SoftmaxConfig):
     def value_dim(self) -> int:
         """Width of a head's value."""
         return self.v_head_dim
-
-    @property
-    def cached_heads(self) -> int:
-        """Heads of keys and values that a cache keeps of a token and layer: a latent vector is one for all."""
-        return 1
-
-    @property
-    def cached_widths(self) -> tuple[int, ...]:
-        """Numbers that a cache keeps of a token and layer: of the latent vector, and of the rotary key."""
-        return (self.kv_lora_rank + self.qk_rope_head_dim,)
 
 
 MIXERS.register('gqa', AttentionConfig)

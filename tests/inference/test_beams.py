@@ -23,6 +23,7 @@ EOS, V, MOST = 2, 4, 4
 TINY = {'vocabulary': V, 'layers': 2, 'model_dim': 16, 'attention.heads': 4, 'mlp.dim': 16, 'embedding.tied': False}
 MODELS = {
     'decoder': model_of(TINY),
+    'windows': model_of(TINY | {'attention.window': 3, 'attention.window_pattern': (True, False)}),
     'encoder–decoder': model_of(TINY | {'positions.kind': 'relative', 'encoder': EncoderConfig(layers=1)}),
 }
 PROMPTS = Prompts(np.array([[1, 3, 0, 1], [3, 1, 0, 0]], np.int32), np.array([4, 2], np.int32))
