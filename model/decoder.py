@@ -51,31 +51,31 @@ class Decoder(nnx.Module):
         if c.vocabulary is not None:
             V = Size(c.padded_vocabulary, 'the padded vocabulary')
             # As the tied head too it must be small, or each token begins by predicting itself.
-            scale = c.model_dim**-0.5 if c.tied_embedding else 1.0
+            scale = c.model_dim**-0.5 if c.embedding.tied else 1.0
             embedding = {'part': 'embedding', 'gathered': FSDP}
             self.embed_VD = parameter((V, D), P(FSDP, 'tensor'), Role.EMBEDDING, scale=scale, padded=0, **embedding)
             table = {'scale': c.model_dim**-0.5, **embedding}
-            if c.positions == 'learned':
+            if c.positions.kind == 'learned':
                 shape = c.max_positions, D
                 self.position_PD = parameter(shape, P(None, ('tensor', *FSDP)), Role.EMBEDDING, **table)
-            if c.segment_kinds:
-                shape = c.segment_kinds, D
+            if c.embedding.token_types:
+                shape = c.embedding.token_types, D
                 self.token_type_YD = parameter(shape, P(None, ('tensor', *FSDP)), Role.EMBEDDING, **table)
-            if c.embedding_norm:
+            if c.embedding.norm:
                 self.embedding_norm = Norm(c)
             if c.encoder:
                 self.encoder = Decoder(c.of_encoder, compute)
-        if c.positions == 'relative':
-            shape = c.relative_buckets, Size(c.heads, 'model.heads')
+        if c.positions.kind == 'relative':
+            shape = c.positions.buckets, Size(c.attention.heads, 'model.attention.heads')
             scale = c.model_dim**-0.5
             self.relative_RN = parameter(shape, P(None, 'tensor'), Role.EMBEDDING, scale=scale, part='attention')
         self.groups = nnx.List(layer_stacks(c))
-        if c.norm_order != 'post':
+        if c.norm.order != 'post':
             self.norm = Norm(c)
         if c.vocabulary is not None:
             if c.head_mlp:
                 self.head_mlp = HeadMlp(c)
-            if c.head and not c.tied_embedding:
+            if c.head and not c.embedding.tied:
                 self.head_DV = parameter(
                     (D, V),
                     P(FSDP, 'tensor'),
@@ -89,8 +89,8 @@ class Decoder(nnx.Module):
                 self.head_bias_V = parameter((V,), P('tensor'), Role.BIAS, padded=0, part='head')
             if c.pooler:
                 self.pooler = Pooler(c)
-        if c.mtp_layers:
-            numbers = tuple(range(c.layers, c.layers + c.mtp_layers))
+        if c.mtp.layers:
+            numbers = tuple(range(c.layers, c.layers + c.mtp.layers))
             self.mtp = stack_layers(Ahead(c, c.layer_specs[-1]), numbers, None)
 
     @property
@@ -136,7 +136,7 @@ class Decoder(nnx.Module):
     def stack(self, x_BTD, ctx: ForwardContext, cache: KVCache | None = None):
         """The layers and the final norm; as `hidden`."""
         c, ends = self.config, ctx.my_microbatches()
-        if c.positions == 'relative':
+        if c.positions.kind == 'relative':
             ctx, ends = (dataclasses.replace(one, relative_RN=self.relative_RN[...]) for one in (ctx, ends))
         first, group, kept, figures = 0, 0, list[LayerCache | None](), list[dict[str, jax.Array]]()
         for number, run in enumerate(c.layer_groups):
@@ -150,7 +150,7 @@ class Decoder(nnx.Module):
                 kept += groups
             first, group, figures = first + run.layers, group + len(run.specs), [*figures, *found]
         cache = cache and cache._replace(groups=tuple(kept))
-        return (x_BTD if c.norm_order == 'post' else self.norm(x_BTD)), cache, by_layer(figures)
+        return (x_BTD if c.norm.order == 'post' else self.norm(x_BTD)), cache, by_layer(figures)
 
     def ahead(self, x_BTD, next_kBT, ctx: ForwardContext):
         """Of each layer of `mtp` its normed activations before the LM head, and the figures of their routers by layer.
@@ -173,26 +173,26 @@ class Decoder(nnx.Module):
         """Each device of `tensor` looks up its part of D for all tokens; what is sent then makes that all of D."""
         c = self.config
         x = lookup(unshard(self.embed_VD[...], self.compute.dtype), tokens_BT)
-        if c.embedding_scale != 1:
-            x = x * jnp.asarray(c.embedding_scale, x.dtype)
-        if c.segment_kinds:
+        if c.embedding.scale != 1:
+            x = x * jnp.asarray(c.embedding.scale, x.dtype)
+        if c.embedding.token_types:
             kind_BT = jnp.zeros_like(tokens_BT) if ctx.kind_BT is None else ctx.kind_BT
             x = x + unshard(self.token_type_YD[...], x.dtype, dim=1)[kind_BT]
-        if c.positions in ('learned', 'sinusoidal'):
+        if c.positions.kind in ('learned', 'sinusoidal'):
             x = x + self.position_table(x.dtype)[ctx.position_BT]
         x = all_to_all(x, 'tensor', 1, 2) if ctx.sequence_split else all_gather(x, 'tensor', 2)
-        return self.embedding_norm(x) if c.embedding_norm else x
+        return self.embedding_norm(x) if c.embedding.norm else x
 
     def position_table(self, dtype):
         """What is added to the tokens' embeddings by position, this device's part of D: [P, D / tensor]."""
-        if self.config.positions == 'sinusoidal':
+        if self.config.positions.kind == 'sinusoidal':
             return tensor_slice(jnp.asarray(sinusoids(self.config), dtype))
         return unshard(self.position_PD[...], dtype, dim=1)
 
     def head(self, learns: bool = False) -> 'Head':
         """The LM head in the compute dtype, its part of the vocabulary on each device of `tensor`; `learns`: has a gradient."""
         bias_V = self.head_bias_V[...] if self.config.head_bias else None
-        if not self.config.tied_embedding:
+        if not self.config.embedding.tied:
             V = self.head_DV.shape[1]
             w_DV, fill = self.head_DV[...], scattered_columns(V) - V
             if fill and learns and active_axes(FSDP):  # kept apart from the gather, for the compiler joins them wrongly

@@ -59,7 +59,7 @@ class Size(int):
     """The size of a dim, which knows the config's field that it comes from: what a mesh must divide is told by it.
 
     Attributes:
-        field: the name of the field, such as `model.heads`.
+        field: the name of the field, such as `model.attention.heads`.
         units: what must be divided: for heads side by side their number, not their width.
     """
 

@@ -295,7 +295,10 @@ def _layer_bytes(
             read *= 1 - (1 - c.moe.top_k / c.moe.experts) ** rows
         size = _matmul_bytes(c, weight, mesh, tokens) * passes + times * passes * read
         found[name] = found.get(name, 0.0) + size * b
-    heads = (c.heads * (c.query_dim + c.value_dim) + c.kv_heads * (c.query_dim + c.value_dim)) / n
+    heads = (
+        c.attention.heads * (c.attention.query_dim + c.attention.value_dim)
+        + c.attention.kv_heads * (c.attention.query_dim + c.attention.value_dim)
+    ) / n
     if group.where in ('pipeline', 'stack'):
         found['attention'] = tokens * heads * passes * b
     return found

@@ -15,7 +15,7 @@ from weft.data.config import DataConfig
 from weft.model import stack
 from weft.model.batch import Batch
 from weft.model.compute import ComputeConfig
-from weft.model.config import ModelConfig, MoEConfig
+from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig, changed
 from weft.model.decoder import Decoder, init_decoder
 from weft.model.forward import place
 from weft.sharding.mesh import AXES, MeshConfig, factorizations, make_mesh
@@ -30,7 +30,11 @@ LOSSES_TOLERANCE = {'float32': (1e-5, 1e-4), 'float64': (1e-10, 1e-10)}
 VOCABULARY, B, T = 200, 16, 128
 
 DENSE = ModelConfig(
-    vocabulary=VOCABULARY, layers=8, model_dim=32, heads=8, kv_heads=4, mlp_dim=32, window=48, qk_norm=True
+    vocabulary=VOCABULARY,
+    layers=8,
+    model_dim=32,
+    attention=AttentionConfig(heads=8, kv_heads=4, window=48, qk_norm=True),
+    mlp=MLPConfig(dim=32),
 )
 EXPERTS = MoEConfig(
     experts=8,
@@ -41,7 +45,7 @@ EXPERTS = MoEConfig(
 )
 
 
-MIXTURE = dataclasses.replace(DENSE, window=None, qk_norm=False, moe=EXPERTS)
+MIXTURE = changed(DENSE, {'attention.window': None, 'attention.qk_norm': False, 'moe': EXPERTS})
 MODELS = {
     'dense': DENSE,
     # With what compiles longest: rematerialisation, shared experts, and a dense layer before the pipeline.

@@ -153,9 +153,9 @@ def local_loss_sums(model: Decoder, batch: Batch, first: jax.Array, key: jax.Arr
         return cross_entropy(to_logits, head, x_BTD, target_BT, live_BT, model.config.vocabulary)
 
     sums = {'loss_sum': loss_of(x_BTD, mine(target_BT), ctx.my_microbatches().live_BT), 'router': figures}
-    if model.config.mtp_layers:
+    if model.config.mtp.layers:
         next_kBT, target_kBT, live_kBT = (
-            [a_BT[:, column_T] for a_BT in a_kBT] for a_kBT in mtp_targets(batch, model.config.mtp_layers)
+            [a_BT[:, column_T] for a_BT in a_kBT] for a_kBT in mtp_targets(batch, model.config.mtp.layers)
         )
         x_kBTD, found = model.ahead(x_BTD, next_kBT, ctx)
         layers = zip(x_kBTD, target_kBT, live_kBT, strict=True)
@@ -188,8 +188,8 @@ def objective(sums: dict, counts: dict, model: Decoder) -> jax.Array:
     """What training minimises, of a whole batch's sums; or a device's share of it, of its own sums and the batch's counts."""
     tokens, moe = jnp.maximum(counts['tokens'], 1), model.config.moe
     total = sums['loss_sum'] / tokens
-    if model.config.mtp_layers:
-        total = total + model.config.mtp_loss * sums['mtp_loss_sum'].mean() / tokens
+    if model.config.mtp.layers:
+        total = total + model.config.mtp.loss * sums['mtp_loss_sum'].mean() / tokens
     if moe:
         router, rows = sums['router'], jnp.maximum(counts['rows'], 1)
         total = total + moe.balance_loss * router['balance'].mean() / rows + moe.z_loss * router['z'].mean() / tokens
@@ -200,7 +200,7 @@ def loss_metrics(sums: dict, model: Decoder) -> dict:
     """What is reported of a whole batch's sums."""
     tokens, moe = jnp.maximum(sums['tokens'], 1), model.config.moe
     metrics = {'loss': sums['loss_sum'] / tokens, 'tokens': sums['tokens']}
-    if model.config.mtp_layers:
+    if model.config.mtp.layers:
         metrics['mtp_loss'] = sums['mtp_loss_sum'].mean() / tokens
     if moe:
         router = sums['router']

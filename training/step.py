@@ -79,7 +79,7 @@ def balance_choices(model: Decoder, metrics: dict) -> None:
     # Shares of all choices back to whole numbers, so that every mesh compares the same.
     load_LE = jnp.round(metrics['router']['load'] * (metrics['tokens'] * moe.top_k))
     first = 0
-    for blocks in [*model.groups, model.mtp] if model.config.mtp_layers else model.groups:
+    for blocks in [*model.groups, model.mtp] if model.config.mtp.layers else model.groups:
         if isinstance(blocks.mlp, MoE):
             bias_LE = blocks.mlp.correction_E
             mine_LE = load_LE[first : first + len(bias_LE[...])]

@@ -16,6 +16,7 @@ from weft.model.layers.mlp import Mlp, activation
 from weft.model.linear import ExpertLinear, Linear
 from weft.model.ops.expert_dispatch import LocalExperts, dispatch
 from weft.model.parameters import Role, Size, parameter, residual_gain
+from weft.model.parts.registry import MIXTURES
 from weft.sharding.collectives import mark_varying, psum, upcast
 from weft.sharding.mesh import FSDP, SEQUENCE
 
@@ -28,7 +29,7 @@ class MoE(nnx.Module):
         D, E = Size(c.model_dim, 'model.model_dim'), Size(m.experts, 'model.moe.experts')
         F = Size(m.mlp_dim, 'model.moe.mlp_dim')
         self.router = Linear(D, E, part='router', bias=m.router_bias, split=(FSDP, None), role=Role.ROUTER)
-        if c.gated:
+        if c.mlp.gated:
             self.gate = ExpertLinear(E, D, F, bias=m.bias)
         self.up = ExpertLinear(E, D, F, bias=m.bias)
         self.down = ExpertLinear(E, D, F, back=True, bias=m.bias, gain=residual_gain(c.layers))
@@ -75,11 +76,11 @@ class MoE(nnx.Module):
     def experts(self, dtype, backend: GroupedMatmul) -> LocalExperts:
         """The experts that this device holds, D whole."""
         c = self.config
-        inner = (self.gate, self.up) if c.gated else (self.up,)
+        inner = (self.gate, self.up) if c.mlp.gated else (self.up,)
         biases = None
         if c.moe.bias:
             biases = tuple(one.bias(dtype) for one in inner), self.down.bias(dtype)
-        gate_EDF = self.gate.kernel(dtype) if c.gated else None
+        gate_EDF = self.gate.kernel(dtype) if c.mlp.gated else None
         return LocalExperts(gate_EDF, self.up.kernel(dtype), self.down.kernel(dtype), activation(c), backend, biases)
 
 
@@ -147,3 +148,6 @@ def updated_bias(bias_LE, load_LE, rate: float):
     """
     load_LE = load_LE.astype(bias_LE.dtype)
     return bias_LE + rate * jnp.sign(load_LE.mean(-1, keepdims=True) - load_LE)
+
+
+MIXTURES.implement('moe', MoE)

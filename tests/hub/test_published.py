@@ -54,7 +54,7 @@ def scales(c: ModelConfig) -> int:
 
 def copied(c: ModelConfig) -> int:
     """The embedding and the head once more, which published files have in each layer that predicts further ahead."""
-    return 2 * c.mtp_layers * c.vocabulary * c.model_dim
+    return 2 * c.mtp.layers * c.vocabulary * c.model_dim
 
 
 def siglip(c: ModelConfig, D=1152, F=4304, layers=27, patches=64 * 64) -> int:
@@ -162,7 +162,7 @@ def count(c: ModelConfig) -> int:
 
 
 def padding(c: ModelConfig) -> int:
-    return (c.padded_vocabulary - c.vocabulary) * (c.model_dim * (1 if c.tied_embedding else 2) + c.head_bias)
+    return (c.padded_vocabulary - c.vocabulary) * (c.model_dim * (1 if c.embedding.tied else 2) + c.head_bias)
 
 
 def read_published(name: str) -> tuple[Family, ModelConfig]:

@@ -11,7 +11,7 @@ from jax import P
 
 from tests import reference
 from weft.model.compute import ComputeConfig
-from weft.model.config import ModelConfig, MoEConfig
+from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
 from weft.model.context import ForwardContext
 from weft.model.layers import moe as moe_module
 from weft.model.layers.moe import MoE, updated_bias
@@ -26,8 +26,8 @@ MODEL = ModelConfig(
     vocabulary=128,
     layers=1,
     model_dim=16,
-    heads=4,
-    mlp_dim=16,
+    attention=AttentionConfig(heads=4),
+    mlp=MLPConfig(dim=16),
     moe=MoEConfig(experts=8, top_k=2, mlp_dim=16, shared_experts=1),
 )
 B, T = 8, 16

@@ -17,14 +17,20 @@ from jax import lax
 from tests.planner.steps import decode_step, mesh_shape, run_config, training_step
 from weft.model import context
 from weft.model.compute import DEFAULT, ComputeConfig
-from weft.model.config import ModelConfig, MoEConfig
+from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig, changed
 from weft.model.layers import attention
 from weft.planner import traffic
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.config import RunConfig
 
 BUDGETS = Path(__file__).with_name('budgets')
-DENSE = ModelConfig(vocabulary=300, layers=2, model_dim=32, heads=8, kv_heads=4, mlp_dim=48)
+DENSE = ModelConfig(
+    vocabulary=300,
+    layers=2,
+    model_dim=32,
+    attention=AttentionConfig(heads=8, kv_heads=4),
+    mlp=MLPConfig(dim=48),
+)
 EXPERTS = dataclasses.replace(
     DENSE, layers=2, moe=MoEConfig(experts=8, mlp_dim=16, shared_experts=1, first_dense_layers=1)
 )
@@ -47,10 +53,21 @@ class Case(NamedTuple):
 CASES = {
     'dense_data2_tensor4': Case(DENSE, MeshConfig(data=2, tensor=4), compiled=True),
     'dense_remat_data4_tensor2': Case(
-        dataclasses.replace(DENSE, qk_norm=True), MeshConfig(data=4, tensor=2), compute=ComputeConfig(remat='block')
+        changed(DENSE, {'attention.qk_norm': True}), MeshConfig(data=4, tensor=2), compute=ComputeConfig(remat='block')
     ),
     'dense_untied_data8': Case(
-        dataclasses.replace(DENSE, tied_embedding=False, norm='layernorm', bias=True, qkv_bias=True, activation='gelu'),
+        changed(
+            DENSE,
+            {
+                'embedding.tied': False,
+                'norm.kind': 'layernorm',
+                'attention.o_bias': True,
+                'mlp.bias': True,
+                'norm.bias': True,
+                'attention.qkv_bias': True,
+                'mlp.activation': 'gelu',
+            },
+        ),
         MeshConfig(data=8),
     ),
     'dense_repeated_heads_tensor8': Case(DENSE, MeshConfig(tensor=8)),

@@ -10,7 +10,7 @@ from tests import reference
 from tests.models import filled
 from weft.model.batch import Batch
 from weft.model.compute import ComputeConfig
-from weft.model.config import ModelConfig, MoEConfig
+from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig, MTPConfig
 from weft.model.forward import logits_ahead, place
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.config import RunConfig, TrainingConfig
@@ -21,11 +21,9 @@ MODEL = ModelConfig(
     vocabulary=200,
     layers=2,
     model_dim=32,
-    heads=8,
-    kv_heads=4,
-    mlp_dim=32,
-    mtp_layers=2,
-    mtp_loss=0.5,
+    attention=AttentionConfig(heads=8, kv_heads=4),
+    mlp=MLPConfig(dim=32),
+    mtp=MTPConfig(layers=2, loss=0.5),
     moe=MoEConfig(experts=4, mlp_dim=16, first_dense_layers=0, bias_update_rate=0.001),
 )
 DOUBLE = ComputeConfig(dtype='float64', dispatch='all_gather')
