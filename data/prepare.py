@@ -22,7 +22,7 @@ from weft.data.prepared import SPLITS
 from weft.data.sources import documents
 from weft.data.split import TELL, bytes_after, checked, cut, held_out, split_of
 from weft.data.tokenizer import Tokenizer, own_tokenizer
-from weft.data.walk import LeftOut, told
+from weft.data.walk import LeftOut, left_out_text
 from weft.runtime.errors import UserError
 
 FORMAT = 1
@@ -138,7 +138,7 @@ def _build(
 
     split, held = split_of(config, size_of_group, size_of_text_hex, ends, ends_of)
     size = size_of_group.total()
-    say(f'data: {count} documents, {size / 1e6:.2f} MB; sha256 {sha256.hexdigest()[:16]}{told(skipped)}')
+    say(f'data: {count} documents, {size / 1e6:.2f} MB; sha256 {sha256.hexdigest()[:16]}{left_out_text(skipped)}')
     say(f'data: {held:.1%} of the bytes held out for validation, {TELL[split.by]} ({split.share:.1%} asked for)')
     names.tell(say, 'documents', config)
 
@@ -158,6 +158,7 @@ def _build(
     every = 1 + characters // TOKENIZER_CHARACTERS
     learnt = f'one in {every} blocks of the training text' if every > 1 else 'the whole training text'
     if tokenizer is None:
+        assert config.vocabulary is not None, 'checked by `prepare`'
         tokenizer = Tokenizer.train(_sample(texts('train'), every), config.vocabulary)
     else:
         learnt = 'elsewhere: it was imported'
@@ -228,7 +229,8 @@ def _build_pairs(
     held = held_out(size_of_source, config.validation_share)
     share = checked(held_by(config.validation_share), size_of_source.total(), config, held_by)
     say(
-        f'data: {count} pairs, {share:.1%} of their bytes held out ({config.validation_share:.1%} asked for){told(skipped)}'
+        f'data: {count} pairs, {share:.1%} of their bytes held out ({config.validation_share:.1%} asked for)'
+        f'{left_out_text(skipped)}'
     )
     names.tell(say, 'pairs', config)
 
@@ -240,6 +242,7 @@ def _build_pairs(
     size = size_of_source.total()
     every = 1 + size // TOKENIZER_CHARACTERS
     if tokenizer is None:
+        assert config.vocabulary is not None, 'checked by `prepare`'
         tokenizer = Tokenizer.train(_sample((side for pair in of('train') for side in pair), every), config.vocabulary)
     rows, facts = {}, {'source': list(config.paths), 'sha256': sha256.hexdigest(), 'pairs': count, 'bytes': size}
     for part in SPLITS:
@@ -272,7 +275,9 @@ class _Names:
 
     def look(self, *texts: str) -> None:
         """Looks for names in the texts of one document."""
-        for text in texts if self.pattern else ():
+        if self.pattern is None:
+            return
+        for text in texts:
             match = self.pattern.search(text, 0, self.left)
             self.all &= bool(match) or len(text) <= self.left
             self.left = max(0, self.left - (match.end() if match else len(text)))

@@ -16,7 +16,7 @@ import numpy as np
 from jax import P
 
 from weft.data.tokenizer import Tokenizer
-from weft.inference.generate import Completion, begin
+from weft.inference.generate import Completion, prefill_prompts
 from weft.inference.prompts import Prompts, read_prompts
 from weft.inference.sampling import NO_TOKEN, check_token
 from weft.inference.step import decode, jit_step
@@ -84,7 +84,7 @@ class RowSearch:
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def first_candidates(model: Decoder, slots: int, beams: int, per_beam: int, prompts: Prompts):
     """Candidates after the prompts, and their cache with each row `beams` times."""
-    logit_BV, cache = begin(model, slots, prompts)
+    logit_BV, cache = prefill_prompts(model, slots, prompts)
     found = candidates(logit_BV, jnp.zeros(logit_BV.shape[0], out_sharding=TOKENS), per_beam * beams, 1)
     return found, by_row(cache, lambda a, axis: jnp.repeat(a, beams, axis))
 

@@ -14,7 +14,7 @@ import numpy as np
 from weft.data.tokenizer import Tokenizer
 from weft.inference.generate import Completion, TextStream, choices, first_described, follow, next_described, next_token
 from weft.inference.prompts import BUCKET, Prompts
-from weft.inference.sampling import Beside, Choice, Sampling, describe
+from weft.inference.sampling import Beside, RowSampling, Sampling, describe
 from weft.inference.step import empty_cache, extend, grown, jit_step
 from weft.model.decoder import Decoder
 from weft.model.forward import place, row_ways
@@ -32,7 +32,7 @@ def read_more(
     tokens_BT: Any,
     begin_B: Any,
     length_B: Any,
-    choice: Choice | None,
+    choice: RowSampling | None,
     seen_BV: Any,
     count: int,
 ):
@@ -133,7 +133,7 @@ class Session:
                     )
         return completion
 
-    def _read(self, ids: Sequence[int], choice: Choice | None, seen_BV: Any) -> tuple[Any, Any, Beside]:
+    def _read(self, ids: Sequence[int], choice: RowSampling | None, seen_BV: Any) -> tuple[Any, Any, Beside]:
         """Has the cache hold these tokens: the token that follows, its position, and `describe`'s."""
         if not self.keeps:
             return self._read_anew(ids, choice, seen_BV)
@@ -163,7 +163,7 @@ class Session:
             self.written = max(self.written, len(self.kept))
         return found
 
-    def _read_anew(self, ids: Sequence[int], choice: Choice | None, seen_BV: Any) -> tuple[Any, Any, Beside]:
+    def _read_anew(self, ids: Sequence[int], choice: RowSampling | None, seen_BV: Any) -> tuple[Any, Any, Beside]:
         """`_read` with a new cache."""
         self.cache, self.slots, self.kept = None, max(SLOTS, _doubled(len(ids), SLOTS)), list(ids)
         tokens_BT = np.zeros((self.rows, _doubled(len(ids), BUCKET)), np.int32)

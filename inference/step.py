@@ -57,7 +57,7 @@ class Program:
             with jax.set_mesh(mesh):
                 return self.compiled(platform()).lower(*arguments).compile()
 
-        self.under_way.append(background.begin(AHEAD, compile_it))
+        self.under_way.append(background.submit(AHEAD, compile_it))
 
 
 def jit_step(step: Callable, **how: Any) -> Program:

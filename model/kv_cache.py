@@ -1,10 +1,10 @@
 """The cache of decoding: what layers keep of the tokens so far. Each kind stands in one class, behind one protocol.
 
 A mixer (attention, latent attention) declares what it keeps: its static method `cache(config, layer spec, CacheSize)` gives a
-`LayerCache` whose arrays are `CacheArray`s, that is shapes, dtypes and layouts, known without a mesh or memory. With a leading dim
-of layers that is the cache of a group of like layers (`model.stack.stacked_caches`), one for each of `Decoder.groups`. While a
-layer runs, its mixer has the group's cache with `layer` set: it writes the new tokens and reads what is kept. All others (the
-decoder, beam search, sessions, the planner) handle whole arrays [L, B, …] and do not know the kind.
+`LayerCache` whose arrays are `CacheArray`s, that is shapes, dtypes and layouts, known without a mesh or memory. With a leading
+dim of layers that is the cache of a group of like layers (`model.stack.stacked_caches`), one for each of `Decoder.groups`.
+While a layer runs, its mixer has the group's cache with `layer` set: it writes the new tokens and reads what is kept. All
+others (the decoder, beam search, sessions, the planner) handle whole arrays [L, B, …] and do not know the kind.
 
     kind                what it keeps of the token at position p, where `context` has n devices
     DenseCache          its numbers, in slot p // n of device p mod n
@@ -167,7 +167,7 @@ class WindowCache(DenseCache):
         return first_BS + jnp.maximum(last_B1 - first_BS, 0) // ring * ring
 
     def can_rewind(self, written: int, to: int) -> bool:
-        """Whether all that the token at `to` sees is still there, and no later token is in a slot where it is taken for older."""
+        """Whether all that the token at `to` sees is still there, and no later token could be taken for an older one."""
         ring = self.arrays[0].shape[2]
         return written <= ring or written - to <= ring - self.window + 1
 
