@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from weft.runtime.errors import UserError, closest, nearest, shown
+from weft.runtime.registry import Registry
 from weft.training import yaml_text
 
 KEY = re.compile(r'[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*')
@@ -70,38 +71,56 @@ def _is_text(option: Any) -> bool:
     return isinstance(option, str) or option is str
 
 
-def section_of(kind: Any) -> Any:
-    """The dataclass of a field that is a section, or None."""
+def registry_of(kind: Any) -> Registry[Any] | None:
+    """The registry of a field that is a section of several kinds, or None."""
+    for option in get_args(kind):
+        if isinstance(option, Registry):
+            return option
+        if (found := registry_of(option)) is not None:
+            return found
+    return None
+
+
+def section_of(kind: Any, node: Any = None) -> Any:
+    """The dataclass of a field that is a section, or None; of several kinds that which `node`, the section, asks for."""
+    if (registry := registry_of(kind)) is not None:
+        return registry.of(node)
     return next((option for option in (kind, *get_args(kind)) if dataclasses.is_dataclass(option)), None)
 
 
 def kind_of(root: Any, path: Sequence[str]) -> Any:
-    """The type of the field at `path`; None if there is no such field."""
+    """The type of the field at `path`, in a section of several kinds of any that has it; None if there is no such field."""
     kind = root
     for name in path:
-        section = section_of(kind)
-        fields = {field.name: field.type for field in dataclasses.fields(section)} if section else {}
-        if name not in fields:
+        registry = registry_of(kind)
+        sections = [section_of(kind), *(map(registry.__getitem__, registry.names()) if registry else ())]
+        fields = [field for section in sections if section for field in dataclasses.fields(section)]
+        kind = next((field.type for field in fields if field.name == name), None)
+        if kind is None:
             return None
-        kind = fields[name]
     return kind
 
 
 def keys(kind: Any, prefix: str = '') -> Iterator[str]:
-    """All dotted keys of a section."""
+    """All dotted keys of a section, of one with several kinds those of its usual kind."""
     for field in dataclasses.fields(section_of(kind)):
         yield prefix + field.name
         if section_of(field.type):
             yield from keys(field.type, f'{prefix}{field.name}.')
 
 
-def unknown(root: Any, path: Sequence[str]) -> str:
-    """What a key may have been meant to be: one of its section that is alike, else of any; else what the section has."""
+def unknown(root: Any, path: Sequence[str], tree: Any = None) -> str:
+    """What a key that is not in the config `tree` may have been meant to be.
+
+    One of its section that is alike, else of any; else what the section has.
+    """
     section = kind_of(root, path[:-1]) if len(path) > 1 else root
+    for part in path[:-1]:
+        tree = tree.get(part) if isinstance(tree, dict) else None
     parents = ''.join(f'{part}.' for part in path[:-1])
-    own = [parents + field.name for field in dataclasses.fields(section_of(section))]
+    own = [parents + field.name for field in dataclasses.fields(section_of(section, tree))]
     for known in own, list(keys(root)):
-        by_leaf = {one.rpartition('.')[2]: one for one in reversed(known)}
+        by_leaf = {one.rpartition('.')[2]: one for one in reversed(known) if one != parents + path[-1]}
         if (leaf := closest(path[-1], by_leaf)) is not None:
             return f'; did you mean {by_leaf[leaf]!r}?'
     return nearest('', own)

@@ -15,6 +15,7 @@ from weft.model.forward import logits_ahead, place
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.config import RunConfig, TrainingConfig
 from weft.training.loss import loss_and_gradient, mtp_targets
+from weft.training.optimizers import AdamW
 from weft.training.step import init, train_step
 
 MODEL = ModelConfig(
@@ -96,7 +97,10 @@ def test_the_loss_is_that_of_the_logits():
 
 def test_a_step_moves_them_and_their_routers_biases():
     config = RunConfig(
-        name='mtp', model=MODEL, training=TrainingConfig(steps=10, batch=8, sequence_length=32, learning_rate=1e-2)
+        name='mtp',
+        model=MODEL,
+        training=TrainingConfig(steps=10, batch=8, sequence_length=32),
+        optimizer=AdamW(learning_rate=1e-2),
     )
     with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2))):
         state = jax.jit(functools.partial(init, config))()
