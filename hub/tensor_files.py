@@ -24,7 +24,7 @@ MOST_DIMS = 8
 LONGEST_NAME = 256  # characters of a tensor's name, which messages repeat
 NEAR = 2**15  # bytes: parts of a tensor that are less far apart are read with what is between them
 AT_ONCE = 2**24  # bytes that are read so
-DTYPES = {
+DTYPES: dict[str, np.dtype] = {
     'F64': np.dtype(np.float64),
     'F32': np.dtype(np.float32),
     'F16': np.dtype(np.float16),

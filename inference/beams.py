@@ -16,13 +16,14 @@ import numpy as np
 from jax import P
 
 from weft.data.tokenizer import Tokenizer
-from weft.inference.generate import Completion, begin
+from weft.inference.generate import Completion, prefill_prompts
 from weft.inference.prompts import Prompts, read_prompts
 from weft.inference.sampling import NO_TOKEN, check_token
-from weft.inference.step import cache_specs, decode, jit_step
+from weft.inference.step import decode, jit_step
 from weft.model.decoder import Decoder
 from weft.model.forward import TOKENS, place
 from weft.model.kv_cache import KVCache
+from weft.model.parameters import specs
 from weft.runtime.errors import UserError
 
 
@@ -83,7 +84,7 @@ class RowSearch:
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def first_candidates(model: Decoder, slots: int, beams: int, per_beam: int, prompts: Prompts):
     """Candidates after the prompts, and their cache with each row `beams` times."""
-    logit_BV, cache = begin(model, slots, prompts)
+    logit_BV, cache = prefill_prompts(model, slots, prompts)
     found = candidates(logit_BV, jnp.zeros(logit_BV.shape[0], out_sharding=TOKENS), per_beam * beams, 1)
     return found, by_row(cache, lambda a, axis: jnp.repeat(a, beams, axis))
 
@@ -116,8 +117,8 @@ def candidates(logit_RV, score_R, count: int, beams: int) -> Candidates:
 
 def by_row(cache: KVCache, change, *rows):
     """A cache of other rows: `change(array, axis of its rows, *rows)` for each array, on each device by itself."""
-    layout = cache_specs(cache)
-    change_all = lambda cache, *rows: jax.tree.map(lambda a: change(a, 1 if a.ndim > 1 else 0, *rows), cache)
+    layout = specs(cache)
+    change_all = lambda cache, *rows: cache.map_rows(lambda array, axis: change(array, axis, *rows))
     return jax.shard_map(change_all, in_specs=(layout, *[TOKENS] * len(rows)), out_specs=layout)(cache, *rows)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from weft.data.tokenizer import Tokenizer
 from weft.hub.chat import Rendered
 from weft.inference.prompts import Prompts, read_prompts
-from weft.inference.sampling import Beside, Choice, Likely, Sampling, check_token, choose, describe
+from weft.inference.sampling import Beside, Likely, RowSampling, Sampling, check_token, choose, describe
 from weft.inference.step import Program, decode, empty_cache, encode, jit_step, prefill
 from weft.model.decoder import Decoder
 from weft.model.forward import place
@@ -32,7 +32,7 @@ class Completion:
     )
     seconds: float = 0.0  # from its second token to its last
     score: float | None = None  # of beam search: see inference/beams.py
-    logprobs: list[dict[str, Any]] | None = None  # of each token, where it was asked for: see `told`
+    logprobs: list[dict[str, Any]] | None = None  # of each token, where it was asked for: see `token_logprobs`
 
     @property
     def timed_tokens(self) -> int:
@@ -91,7 +91,7 @@ def follow(completion: Completion, stream: TextStream, token: int, ends: Abstrac
     return piece
 
 
-def told(tokenizer: Tokenizer, likely: Likely, row: int, token: int) -> dict[str, Any]:
+def token_logprobs(tokenizer: Tokenizer, likely: Likely, row: int, token: int) -> dict[str, Any]:
     """How likely a token was, and which ones were the most likely, for JSON: natural logarithms of probabilities."""
     one = lambda i, logprob: {'token': i, 'text': tokenizer.decode([i]), 'logprob': float(logprob)}
     top = zip(likely.token_BK[row].tolist(), likely.logprob_BK[row], strict=True)
@@ -99,13 +99,13 @@ def told(tokenizer: Tokenizer, likely: Likely, row: int, token: int) -> dict[str
 
 
 @functools.partial(Program, static_argnums=1)
-def first_token(model: Decoder, slots: int, prompts: Prompts, choice: Choice | None):
+def first_token(model: Decoder, slots: int, prompts: Prompts, choice: RowSampling | None):
     """Each row's first new token, and the cache of its prompt."""
-    logit_BV, cache = begin(model, slots, prompts)
+    logit_BV, cache = prefill_prompts(model, slots, prompts)
     return choose(logit_BV, prompts.length_B - 1, choice), cache
 
 
-def begin(model: Decoder, slots: int, prompts: Prompts):
+def prefill_prompts(model: Decoder, slots: int, prompts: Prompts):
     """The logits [B, vocabulary] after each prompt, and the cache."""
     source = encode(model, *prompts.source) if prompts.source else None
     cache = empty_cache(model, prompts.tokens_BT.shape[0], slots, source)
@@ -113,16 +113,16 @@ def begin(model: Decoder, slots: int, prompts: Prompts):
 
 
 @functools.partial(jit_step, donate_argnums=1)
-def next_token(model: Decoder, cache: Any, token_B: jax.Array, position_B: jax.Array, choice: Choice | None):
+def next_token(model: Decoder, cache: Any, token_B: jax.Array, position_B: jax.Array, choice: RowSampling | None):
     """Each row's next token, its position, and the cache with the given one."""
     logit_BV, cache = decode(model, cache, token_B, position_B)
     return choose(logit_BV, position_B, choice), position_B + 1, cache
 
 
 @functools.partial(Program, static_argnums=(1, 5))
-def first_described(model: Decoder, slots: int, prompts: Prompts, choice: Choice | None, seen_BV: Any, count: int):
+def first_described(model: Decoder, slots: int, prompts: Prompts, choice: RowSampling | None, seen_BV: Any, count: int):
     """`first_token`, and what `describe` tells."""
-    logit_BV, cache = begin(model, slots, prompts)
+    logit_BV, cache = prefill_prompts(model, slots, prompts)
     token_B, beside = describe(logit_BV, prompts.length_B - 1, choice, seen_BV, count)
     return token_B, cache, beside
 
@@ -133,7 +133,7 @@ def next_described(
     cache: Any,
     token_B: jax.Array,
     position_B: jax.Array,
-    choice: Choice | None,
+    choice: RowSampling | None,
     seen_BV: Any,
     count: int,
 ):
@@ -143,7 +143,7 @@ def next_described(
     return token_B, position_B + 1, cache, beside
 
 
-def choices(samplings: Sequence[Sampling], rows: int) -> Choice | None:
+def choices(samplings: Sequence[Sampling], rows: int) -> RowSampling | None:
     """How each of a batch's rows chooses, on the current mesh; None: the most likely token, all of them.
 
     Rows that only fill up the batch are greedy.
@@ -154,7 +154,7 @@ def choices(samplings: Sequence[Sampling], rows: int) -> Choice | None:
     if not temperature_B.any() and (penalty_B == 1).all():
         return None
     return place(
-        Choice(
+        RowSampling(
             temperature_B,
             every('top_k', np.int32),
             every('top_p', np.float32),
@@ -268,7 +268,7 @@ def generate(
             piece = follow(completion, streams[number], token, tokenizer.ends, batch.room[number])
             completion.seconds = time.perf_counter() - began if began else 0.0
             if known and len(completion.tokens) > len(completion.logprobs):
-                completion.logprobs.append(told(tokenizer, known, number, token))
+                completion.logprobs.append(token_logprobs(tokenizer, known, number, token))
             if piece:
                 emit(number, piece)
         return any(completion.finish_reason is None for completion in completions)

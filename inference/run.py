@@ -19,9 +19,9 @@ from weft.model.decoder import Decoder, declared_decoder
 from weft.model.parameters import Parameter, map_declared
 from weft.model.sizes import sizes
 from weft.runtime import background
-from weft.runtime.device_memory import explaining
+from weft.runtime.device_memory import explain_oom
 from weft.runtime.errors import UserError
-from weft.sharding.mesh import Divides, MeshConfig, check_divides, make_mesh, nearest_meshes, parse_mesh, start
+from weft.sharding.mesh import Divides, MeshConfig, check_divides, configure_jax, make_mesh, nearest_meshes, parse_mesh
 from weft.storage.bucket_checkpoint import checkpoints_of
 from weft.storage.buckets import Bucket
 from weft.storage.checkpoint import Checkpoints
@@ -95,7 +95,7 @@ def open_run(
     )
     wanted = own_mesh(config) if mesh is None else parse_mesh(mesh)
     check_divides(wanted, [*sizes(config.model), NO_PIPELINE])
-    start(wanted.size, config.compute.dtype)
+    configure_jax(wanted.size, config.compute.dtype)
     devices = make_mesh(wanted)
     rows = context(folder, config)
     if needs_text and not has_tokenizer(files):
@@ -110,7 +110,7 @@ def open_run(
     def read() -> tuple[Decoder, int]:
         count = sum(parameters(config.model).values())
         tell = f'out of memory on a device: {count:,} parameters; split them over more with --mesh'
-        with jax.set_mesh(devices), explaining(lambda: tell):
+        with jax.set_mesh(devices), explain_oom(lambda: tell):
             model, found = restore_newest(checkpoints, first, config, files, stored, step)
             check_saved(checkpoints, found, {'model': model}, 'with which nothing can be computed')
             if jax.tree.leaves(computed) != jax.tree.leaves(stored):
@@ -118,7 +118,7 @@ def open_run(
             return unstacked(model, divided) if apart else model, found
 
     thread = ThreadPoolExecutor(1, 'weights')
-    reading = background.begin(thread, read)
+    reading = background.submit(thread, read)
     thread.shutdown(wait=False)  # takes no more work, and ends when this is done
     tokenizer = run_tokenizer(files, str(folder))
     return TrainedRun(folder, config, devices, tokenizer, kind, reading, rows)

@@ -49,7 +49,7 @@ class Sampling:
             raise UserError(f'seed is {self.seed}: it must be at least 0 and less than 2^32')
 
 
-class Choice(NamedTuple):
+class RowSampling(NamedTuple):
     """The Sampling of each row of a batch, as arrays."""
 
     temperature_B: jax.Array | np.ndarray
@@ -78,7 +78,7 @@ class Beside(NamedTuple):
 
 
 def describe(
-    logit_BV: jax.Array, position_B: jax.Array, choice: Choice, seen_BV: jax.Array | None, count: int
+    logit_BV: jax.Array, position_B: jax.Array, choice: RowSampling, seen_BV: jax.Array | None, count: int
 ) -> tuple[jax.Array, Beside]:
     """`choose` after the penalty on tokens that were there (Keskar et al. 2019, arXiv:1909.05858), and what to tell of it.
 
@@ -102,7 +102,7 @@ def describe(
     return token_B, Beside(seen_BV, likely)
 
 
-def choose(logit_BV: jax.Array, position_B: jax.Array, choice: Choice | None) -> jax.Array:
+def choose(logit_BV: jax.Array, position_B: jax.Array, choice: RowSampling | None) -> jax.Array:
     """The token that follows each row's position, int32 [B]. Rows are split over BATCH, V is whole; logits are float32.
 
     `NO_TOKEN` where a row's largest logit is no finite number: such a model chooses nothing.
@@ -128,7 +128,7 @@ def check_token(token: int) -> None:
         )
 
 
-def one_device(logit_BV: jax.Array, position_B: jax.Array, choice: Choice) -> jax.Array:
+def one_device(logit_BV: jax.Array, position_B: jax.Array, choice: RowSampling) -> jax.Array:
     """`choose` for the rows of one device."""
     greedy_B = likeliest(logit_BV)
 

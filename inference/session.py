@@ -14,7 +14,7 @@ import numpy as np
 from weft.data.tokenizer import Tokenizer
 from weft.inference.generate import Completion, TextStream, choices, first_described, follow, next_described, next_token
 from weft.inference.prompts import BUCKET, Prompts
-from weft.inference.sampling import Beside, Choice, Sampling, describe
+from weft.inference.sampling import Beside, RowSampling, Sampling, describe
 from weft.inference.step import empty_cache, extend, grown, jit_step
 from weft.model.decoder import Decoder
 from weft.model.forward import place, row_ways
@@ -32,7 +32,7 @@ def read_more(
     tokens_BT: Any,
     begin_B: Any,
     length_B: Any,
-    choice: Choice | None,
+    choice: RowSampling | None,
     seen_BV: Any,
     count: int,
 ):
@@ -43,9 +43,9 @@ def read_more(
 
 
 @functools.partial(jit_step, static_argnums=1)
-def longer(cache: Any, slots: int):
-    """The cache with more slots."""
-    return grown(cache, slots)
+def longer(cache: Any, length: int):
+    """The cache with room for longer rows."""
+    return grown(cache, length)
 
 
 class Session:
@@ -69,6 +69,7 @@ class Session:
         self.cache: Any = None
         self.slots = 0
         self.kept: list[int] = []  # the tokens that are in the cache
+        self.written = 0  # positions of it that were written to, those of tokens that are kept no longer too
         scaling = kind.config.rope_scaling
         # A longer row would turn what is in the cache otherwise: such a model reads each text anew.
         self.keeps = scaling is None or scaling.kind not in BY_LENGTH
@@ -121,6 +122,7 @@ class Session:
             if not completion.finish_reason:
                 self._room(len(self.kept) + 1)
                 self.kept.append(token)
+                self.written = max(self.written, len(self.kept))
                 if not penalised:
                     token_B, position_B, self.cache = next_token(
                         self.weights(), self.cache, token_B, position_B, choice
@@ -131,7 +133,7 @@ class Session:
                     )
         return completion
 
-    def _read(self, ids: Sequence[int], choice: Choice | None, seen_BV: Any) -> tuple[Any, Any, Beside]:
+    def _read(self, ids: Sequence[int], choice: RowSampling | None, seen_BV: Any) -> tuple[Any, Any, Beside]:
         """Has the cache hold these tokens: the token that follows, its position, and `describe`'s."""
         if not self.keeps:
             return self._read_anew(ids, choice, seen_BV)
@@ -139,7 +141,11 @@ class Session:
         known = next((n for n, pair in enumerate(zip(self.kept, ids, strict=False)) if pair[0] != pair[1]), None)
         known = min(len(self.kept), len(ids)) if known is None else known
         known = min(known, len(ids) - 1)
-        self.kept = self.kept[:known]
+        if known and not self.cache.rewinds(
+            self.written, known
+        ):  # a window's tokens before it are gone: all is read again
+            known = 0
+        self.kept, self.written = self.kept[:known], self.written if known else 0
         self._room(len(ids))
         found: tuple[Any, Any, Any] = (None, None, None)
         while len(self.kept) < len(ids):
@@ -154,9 +160,10 @@ class Session:
                 self.weights(), self.cache, *place((tokens_BT, begin_B, length_B)), choice, place(seen_BV), 0
             )
             found, self.kept = (token_B, position_B, beside), [*self.kept, *piece]
+            self.written = max(self.written, len(self.kept))
         return found
 
-    def _read_anew(self, ids: Sequence[int], choice: Choice | None, seen_BV: Any) -> tuple[Any, Any, Beside]:
+    def _read_anew(self, ids: Sequence[int], choice: RowSampling | None, seen_BV: Any) -> tuple[Any, Any, Beside]:
         """`_read` with a new cache."""
         self.cache, self.slots, self.kept = None, max(SLOTS, _doubled(len(ids), SLOTS)), list(ids)
         tokens_BT = np.zeros((self.rows, _doubled(len(ids), BUCKET)), np.int32)
@@ -172,7 +179,7 @@ class Session:
         most = -(-self.context // BUCKET) * BUCKET
         self.slots = max(min(_doubled(tokens, SLOTS), most), tokens)
         if self.cache is None:
-            self.cache = jax.jit(lambda: empty_cache(self.kind, self.rows, self.slots))()
+            self.cache = jax.jit(lambda: empty_cache(self.kind, self.rows, self.slots, piece=max(PIECES)))()
         else:
             self.cache = longer(self.cache, self.slots)
 

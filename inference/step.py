@@ -12,14 +12,16 @@ import jax
 import jax.numpy as jnp
 from jax import P, lax
 
-from weft.model.context import ForwardContext
+from weft.model.context import CrossCache, ForwardContext
 from weft.model.decoder import Decoder
 from weft.model.forward import ROWS, TOKENS, columns, needs_causal, needs_no_stages, one_device, real_vocabulary
 from weft.model.head import to_vocabulary
-from weft.model.kv_cache import CACHE_SPEC, CrossKVCache, KVCache, cached_numbers
+from weft.model.kv_cache import CacheSize, KVCache
+from weft.model.parameters import specs
+from weft.model.stack import stacked_caches
 from weft.runtime import background
 from weft.sharding.collectives import as_replicated, mark_varying, psum
-from weft.sharding.mesh import platform
+from weft.sharding.mesh import BATCH, platform
 from weft.sharding.sequence_layout import cyclic
 
 # Compiler options of a step by platform. Merging products of the same tokens joins their weights first: a copy each step.
@@ -55,7 +57,7 @@ class Program:
             with jax.set_mesh(mesh):
                 return self.compiled(platform()).lower(*arguments).compile()
 
-        self.under_way.append(background.begin(AHEAD, compile_it))
+        self.under_way.append(background.submit(AHEAD, compile_it))
 
 
 def jit_step(step: Callable, **how: Any) -> Program:
@@ -63,23 +65,29 @@ def jit_step(step: Callable, **how: Any) -> Program:
     return Program(step, OPTIONS, **how)
 
 
-def empty_cache(model: Decoder, rows: int, slots: int, source: CrossKVCache | None = None) -> KVCache:
-    """A cache for `rows` sequences of at most `slots` tokens, in the compute dtype, split over BATCH, `context`, `tensor`.
+def empty_cache(
+    model: Decoder, rows: int, length: int, source: tuple[CrossCache, ...] | None = None, piece: int = 1
+) -> KVCache:
+    """A cache in the compute dtype, split over BATCH, `context` and `tensor`: what each layer declares (model/kv_cache.py).
 
-    [layers, rows, slots, tensor × numbers of a device] (`kv_cache.cached_numbers`). `slots` is rounded up to what `context`
-    divides. Where `tensor` has more devices than there are KV heads, each keeps the head that it uses. `source` is what
-    `encode` gives. Raises UserError on a mesh with stages.
+    Args:
+        rows: sequences, all devices together.
+        length: tokens of a row at most, rounded up to what `context` divides. Layers with a window keep no more than that
+            shows.
+        source: what `encode` gives.
+        piece: tokens of a row at most that `extend` will read at once.
+
+    Raises UserError on a mesh with stages, and for a model that decodes nothing.
     """
     needs_no_stages('decoding')
     needs_causal(model, 'decoding')
-    c, dtype, mesh = model.config, model.compute.dtype, jax.sharding.get_abstract_mesh().shape
-    slots = -(-slots // mesh['context']) * mesh['context']
-    make = lambda width: jnp.zeros((c.layers, rows, slots, mesh['tensor'] * width), dtype, out_sharding=CACHE_SPEC)
-    widths = cached_numbers(c, mesh['tensor'], platform())
-    return KVCache(make(widths[0]), make(widths[1]) if len(widths) > 1 else None, source)
+    mesh = jax.sharding.get_abstract_mesh().shape
+    size = CacheSize(rows, length, piece, mesh['context'], mesh['tensor'], model.compute.dtype, platform())
+    make = lambda array: jnp.zeros(array.shape, array.dtype, out_sharding=array.spec)
+    return KVCache(jax.tree.map(make, stacked_caches(model.config, size)), source)
 
 
-def encode(model: Decoder, tokens_BS, length_B) -> CrossKVCache:
+def encode(model: Decoder, tokens_BS, length_B) -> tuple[CrossCache, ...]:
     """What an encoder–decoder's cache keeps of sources, of which row b's tokens are tokens_BS[b, :length_B[b]]."""
 
     def body(model, tokens_BS, length_B):
@@ -88,14 +96,11 @@ def encode(model: Decoder, tokens_BS, length_B) -> CrossKVCache:
         ctx = ForwardContext(position_BS, segment_BS, model.resolved_compute)
         return model.kept(model.read(tokens_BS, position_BS, segment_BS, ctx))
 
-    layouts: tuple[Any, ...] = (CACHE_SPEC, CACHE_SPEC, TOKENS)
-    run = one_device(body, model, (TOKENS, TOKENS), CrossKVCache(*layouts))
+    of_tokens: Any = P(None, ROWS, 'context', 'tensor')
+    of_rows: Any = P(None, BATCH)
+    layout = CrossCache(of_tokens, of_tokens, of_rows)
+    run = one_device(body, model, (TOKENS, TOKENS), (layout,) * len(model.groups))
     return run(model, tokens_BS, length_B)
-
-
-def cache_specs(tree):
-    """The layout of a cache, or of what one keeps of a source."""
-    return jax.tree.map(lambda a: CACHE_SPEC if a.ndim > 1 else TOKENS, tree)
 
 
 def prefill(model: Decoder, cache: KVCache, tokens_BT, length_B):
@@ -107,13 +112,13 @@ def prefill(model: Decoder, cache: KVCache, tokens_BT, length_B):
     fill = -tokens_BT.shape[1] % jax.sharding.get_abstract_mesh().shape['context']
     tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, fill)))
 
-    def body(model, cache, source, tokens_BT, length_B):
+    def body(model, cache, tokens_BT, length_B):
         column_T = columns(tokens_BT.shape[1], cyclic)
         tokens_BT = tokens_BT[:, column_T]
         position_BT = jnp.broadcast_to(column_T, tokens_BT.shape)
         segment_BT = (position_BT < length_B[:, None]).astype(jnp.int32)
         split = tokens_BT.shape[1] % lax.axis_size('tensor') == 0
-        ctx = ForwardContext(position_BT, segment_BT, model.resolved_compute, sequence_split=split, source=source)
+        ctx = ForwardContext(position_BT, segment_BT, model.resolved_compute, sequence_split=split)
         x_BTD, cache, _ = model.hidden(tokens_BT, ctx, cache)
         last_BT1 = (position_BT == length_B[:, None] - 1)[..., None]  # one column, of one device of `context`
         last_BD = psum(jnp.where(last_BT1, ctx.gather_sequence(x_BTD), 0).sum(1), 'context')
@@ -125,21 +130,21 @@ def prefill(model: Decoder, cache: KVCache, tokens_BT, length_B):
 def extend(model: Decoder, cache: KVCache, tokens_BT, begin_B, length_B):
     """Reads more tokens after those in the cache: row b's are tokens_BT[b, :length_B[b]] and stand at position begin_B[b] on.
 
-    What follows in a row is padding: it comes into the cache at places where nothing looks before a token has taken its place.
+    A row has one of them at least; what follows is padding, which does not come into the cache and sees what the last one sees.
     Returns the logits [B, vocabulary] after each row's last token, and the cache. Every device of `context` works on the same
-    tokens, as in `decode`: each score of a token with a slot exists at once, so a long text is to come in pieces.
+    tokens, as in `decode`: each score of a token with a slot exists at once, so a long text is to come in pieces, of no more
+    tokens than the `piece` of `empty_cache`.
     """
 
-    def body(model, cache, source, tokens_BT, begin_B, length_B):
+    def body(model, cache, tokens_BT, begin_B, length_B):
         column_1T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
         live_BT = column_1T < length_B[:, None]
         ctx = ForwardContext(
-            begin_B[:, None] + column_1T,
+            begin_B[:, None] + jnp.minimum(column_1T, length_B[:, None] - 1),
             live_BT.astype(jnp.int32),
             model.resolved_compute,
             sequence_split=False,
             decoding=True,
-            source=source,
         )
         x_BTD, cache, _ = model.hidden(tokens_BT, ctx, cache)
         last_BT1 = (column_1T == length_B[:, None] - 1)[..., None]
@@ -148,15 +153,10 @@ def extend(model: Decoder, cache: KVCache, tokens_BT, begin_B, length_B):
     return _with_cache(body, model, cache, tokens_BT, begin_B, length_B)
 
 
-def grown(cache: KVCache, slots: int) -> KVCache:
-    """A cache of so many slots, rounded up as `empty_cache` does, with what is in it."""
-    n = jax.sharding.get_abstract_mesh().shape['context']
-    fill = -(-slots // n) - cache.k_LBSM.shape[2] // n
-    longer = lambda a_LBSM: jnp.pad(a_LBSM, ((0, 0), (0, 0), (0, fill), (0, 0)))  # of one device of `context`
-    own = lambda kept: jax.tree.map(longer, kept)
-    kept = cache._replace(source=None)
-    layout = cache_specs(kept)
-    return jax.shard_map(own, in_specs=(layout,), out_specs=layout)(kept)._replace(source=cache.source)
+def grown(cache: KVCache, length: int) -> KVCache:
+    """The cache for rows of so many tokens at most, rounded up as `empty_cache` does, with what is in it."""
+    layout = specs(cache)
+    return jax.shard_map(lambda cache: cache.grown(length), in_specs=(layout,), out_specs=layout)(cache)
 
 
 def decode(model: Decoder, cache: KVCache, token_B, position_B):
@@ -165,11 +165,9 @@ def decode(model: Decoder, cache: KVCache, token_B, position_B):
     Every device of `context` works on the same tokens; each attends to the slots that it keeps.
     """
 
-    def body(model, cache, source, token_B, position_B):
+    def body(model, cache, token_B, position_B):
         ones_B1 = jnp.ones_like(position_B)[:, None]
-        ctx = ForwardContext(
-            position_B[:, None], ones_B1, model.resolved_compute, sequence_split=False, decoding=True, source=source
-        )
+        ctx = ForwardContext(position_B[:, None], ones_B1, model.resolved_compute, sequence_split=False, decoding=True)
         x_BTD, cache, _ = model.hidden(token_B[:, None], ctx, cache)
         return to_vocabulary(x_BTD[:, 0], model.head(), model.config), cache
 
@@ -177,14 +175,16 @@ def decode(model: Decoder, cache: KVCache, token_B, position_B):
 
 
 def _with_cache(body, model, cache, tokens, *row_B):
-    source, cache = cache.source, cache._replace(source=None)
-    assert (source is None) == (model.config.encoder is None), 'an encoder–decoder reads a source first: see `encode`'
-    layout, of_source = cache_specs(cache), cache_specs(source)
+    assert (cache.source is None) == (model.config.encoder is None), (
+        'an encoder–decoder reads a source first: see `encode`'
+    )
+    layout = specs(cache)
 
     def known(model, cache, *rest):
-        logit_BV, cache = body(model, mark_varying(cache), *rest)
-        return as_replicated(logit_BV, 'context'), cache
+        groups = mark_varying(cache.groups)  # what is written to; a source is only read
+        logit_BV, cache = body(model, cache._replace(groups=groups), *rest)
+        return as_replicated(logit_BV, 'context'), cache.groups
 
-    run = one_device(known, model, (layout, of_source, TOKENS, *[TOKENS] * len(row_B)), (P(ROWS, 'tensor'), layout))
-    logit_BV, cache = run(model, cache, source, tokens, *row_B)
-    return real_vocabulary(logit_BV, model), cache._replace(source=source)
+    run = one_device(known, model, (layout, TOKENS, *[TOKENS] * len(row_B)), (P(ROWS, 'tensor'), layout.groups))
+    logit_BV, groups = run(model, cache, tokens, *row_B)
+    return real_vocabulary(logit_BV, model), cache._replace(groups=groups)

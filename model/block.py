@@ -3,12 +3,13 @@
 Letters: B rows, T sequence, D model, E twice D.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 
 from weft.model.config import LayerSpec, ModelConfig
 from weft.model.context import ForwardContext
-from weft.model.kv_cache import KVCache
 from weft.model.layers.attention import Attention
 from weft.model.layers.cross import CrossAttention
 from weft.model.layers.mla import LatentAttention
@@ -20,13 +21,18 @@ from weft.model.parameters import Size
 from weft.sharding.mesh import FSDP
 
 
+def mixer(c: ModelConfig) -> type[Attention | LatentAttention]:
+    """What joins the tokens of a row in each layer."""
+    return LatentAttention if c.latent else Attention
+
+
 class Block(nnx.Module):
     """One layer: attention, then an MLP or a mixture of experts, each added to what it read; norms as `norm_order` says."""
 
     def __init__(self, c: ModelConfig, kind: LayerSpec):
         self.config = c
         self.attention_norm = Norm(c)
-        self.attention = LatentAttention(c, kind) if c.latent else Attention(c, kind)
+        self.attention = mixer(c)(c, kind)
         if c.encoder:
             self.cross_norm, self.cross = Norm(c), CrossAttention(c)
         self.mlp_norm = Norm(c)
@@ -36,13 +42,13 @@ class Block(nnx.Module):
             if c.encoder:
                 self.cross_out_norm = Norm(c)
 
-    def __call__(self, x_BTD, ctx: ForwardContext, cache: KVCache | None, layer):
-        """x after the layer, the cache, and the router's figures (an empty dict without a router)."""
+    def __call__(self, x_BTD, ctx: ForwardContext, cache: Any | None, layer):
+        """x after the layer, the cache (of its mixer's kind), and the router's figures (an empty dict without a router)."""
         rate, figures, before = self.config.dropout, {}, self.config.norm_order in ('pre', 'sandwich')
         y_BTD, cache = self.attention(self.attention_norm(x_BTD) if before else x_BTD, ctx, cache, layer)
         x_BTD = self.add(x_BTD, y_BTD, 'attention', ctx, rate, 1, layer)
         if self.config.encoder:
-            y_BTD, cache = self.cross(self.cross_norm(x_BTD) if before else x_BTD, ctx, cache, layer)
+            y_BTD, _ = self.cross(self.cross_norm(x_BTD) if before else x_BTD, ctx)
             x_BTD = self.add(x_BTD, y_BTD, 'cross', ctx, rate, 4, layer)
         y_BTD = self.mlp(self.mlp_norm(x_BTD) if before else x_BTD, ctx)
         if isinstance(self.mlp, MoE):

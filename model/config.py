@@ -291,18 +291,6 @@ class ModelConfig:
         """Width of a head's value."""
         return self.latent.value_dim if self.latent else self.head_dim
 
-    @property
-    def cached_heads(self) -> int:
-        """Heads of keys and values that a cache keeps of a token and layer; a latent vector is one for all."""
-        return 1 if self.latent else self.kv_heads
-
-    @property
-    def cached_widths(self) -> tuple[int, ...]:
-        """Numbers that a cache keeps of each such head: of its key and its value, or of the latent vector."""
-        if self.latent:
-            return (self.latent.kv_rank + self.latent.rotary_dim,)
-        return (self.head_dim, self.head_dim)
-
 
 def needs_head(c: ModelConfig, what: str) -> None:
     """Raises UserError for a model without an LM head."""

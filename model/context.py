@@ -1,6 +1,7 @@
 """What a block knows of its tokens beside their activations, from one device's view.
 
-Letters: B rows, T sequence, S tokens of a source, D model, R buckets of distances, N query heads.
+Letters: B rows, T sequence, S tokens of a source, D model, M kv heads times their width, R buckets of distances, N query
+heads.
 """
 
 import dataclasses
@@ -10,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from weft.model.compute import ComputeConfig
-from weft.model.kv_cache import CrossKVCache
 from weft.sharding.collectives import (
     gather_sequence,
     psum,
@@ -27,6 +27,17 @@ class EncoderOutput(NamedTuple):
     segment_BS: jax.Array  # as a View's: the decoder's tokens attend to those of their own segment
 
 
+class CrossCache(NamedTuple):
+    """What decoding keeps of an encoder's output: one layer's keys and values of all of it, in the form of a cache.
+
+    A decoder's cache has the layers of each group as one, with a leading dim L of them.
+    """
+
+    k_BSM: jax.Array
+    v_BSM: jax.Array
+    length_B: jax.Array  # tokens of each row's source, int32
+
+
 @dataclasses.dataclass(frozen=True)
 class ForwardContext:
     """What a block needs to know of its tokens beside their activations: those of this device's part of `context`."""
@@ -41,7 +52,7 @@ class ForwardContext:
     microbatches: int = 1  # of a pipeline, into which the rows are cut; 1 where `stage` is 1
     decoding: bool = False  # one token a row, that sees the cache
     kind_BT: jax.Array | None = None  # what text a token is of, where the model has `segment_kinds`; None: all 0
-    source: EncoderOutput | CrossKVCache | None = None  # what an encoder made of the rows' sources
+    source: EncoderOutput | CrossCache | None = None  # what an encoder made of the rows' sources
     relative_RN: jax.Array | None = None  # relative positions' biases of this device's heads
 
     def my_microbatches(self) -> 'ForwardContext':

@@ -15,8 +15,10 @@ from typing import Literal
 from weft.model.block import Block
 from weft.model.config import LayerSpec, ModelConfig
 from weft.model.decoder import weights_of
+from weft.model.kv_cache import CacheSize
 from weft.model.layers.norm import Norm
 from weft.model.parameters import Parameter, declared
+from weft.model.stack import stacked_caches
 
 
 def parameters(c: ModelConfig) -> dict[str, int]:
@@ -159,7 +161,10 @@ def decode_bytes(c: ModelConfig, rows: int, keys: float, weight_bytes: int, cach
 
 def cache_bytes_per_token(c: ModelConfig, number_bytes: int) -> int:
     """Bytes of one token in every layer's cache: its keys and values, or its latent vectors; without what TPUs fill up."""
-    return c.layers * c.cached_heads * sum(c.cached_widths) * number_bytes
+    numbers = (
+        math.prod(array.shape) for group in stacked_caches(c, CacheSize(rows=1, length=1)) for array in group.arrays
+    )
+    return sum(numbers) * number_bytes
 
 
 def projections(c: ModelConfig) -> list[tuple[int, int]]:

@@ -22,16 +22,15 @@ from jax import P, lax
 from weft.model.block import Ahead, Block
 from weft.model.compute import DEFAULT, ComputeConfig, resolve
 from weft.model.config import ModelConfig
-from weft.model.context import EncoderOutput, ForwardContext
+from weft.model.context import CrossCache, EncoderOutput, ForwardContext
 from weft.model.embedding import lookup
 from weft.model.head import Head, scattered_columns
-from weft.model.kv_cache import CrossKVCache, KVCache
+from weft.model.kv_cache import KVCache, LayerCache
 from weft.model.layers.bert import HeadMlp, Pooler
-from weft.model.layers.cross import kept
 from weft.model.layers.norm import Norm
 from weft.model.layers.positions import sinusoids
 from weft.model.parameters import Parameter, Role, Size, declared, initialise, parameter, stack_layers
-from weft.model.stack import by_layer, in_order, pipelined, remat
+from weft.model.stack import by_layer, each_layer, in_order, pipelined, remat
 from weft.sharding.collectives import active_axes, all_gather, all_to_all, mark_varying, tensor_slice, unshard
 from weft.sharding.mesh import FSDP
 from weft.sharding.pipeline import my_microbatches
@@ -130,25 +129,27 @@ class Decoder(nnx.Module):
         x_BSD, _, _ = self.encoder.stack(x_BSD, ctx)
         return EncoderOutput(ctx.gather_sequence(x_BSD), segment_BS)
 
-    def kept(self, memory: EncoderOutput) -> CrossKVCache:
-        """What decoding needs of an encoder's output."""
-        sizes = [len(run.specs) for run in self.config.layer_groups]
-        return kept(memory, [self.groups[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))])
+    def kept(self, source: EncoderOutput) -> tuple[CrossCache, ...]:
+        """What decoding needs of an encoder's output: of each group the layers' keys and values, stacked."""
+        return tuple(each_layer(lambda block: block.cross.kept(source), group) for group in self.groups)
 
     def stack(self, x_BTD, ctx: ForwardContext, cache: KVCache | None = None):
         """The layers and the final norm; as `hidden`."""
         c, ends = self.config, ctx.my_microbatches()
         if c.positions == 'relative':
             ctx, ends = (dataclasses.replace(one, relative_RN=self.relative_RN[...]) for one in (ctx, ends))
-        first, group, figures = 0, 0, list[dict[str, jax.Array]]()
+        first, group, kept, figures = 0, 0, list[LayerCache | None](), list[dict[str, jax.Array]]()
         for number, run in enumerate(c.layer_groups):
-            blocks = tuple(self.groups[group : group + len(run.specs)])
+            these = slice(group, group + len(run.specs))
+            blocks = tuple(self.groups[these])
             if lax.axis_size('stage') > 1 and number == c.pipelined_group:
                 assert cache is None, 'decoding has no pipeline'
                 x_BTD, found = pipelined(blocks, x_BTD, ctx, first, run.repeats)
             else:
-                x_BTD, cache, found = in_order(blocks, x_BTD, ends, cache, first)
+                x_BTD, groups, found = in_order(blocks, x_BTD, ends, cache and cache.part(these), first)
+                kept += groups
             first, group, figures = first + run.layers, group + len(run.specs), [*figures, *found]
+        cache = cache and cache._replace(groups=tuple(kept))
         return (x_BTD if c.norm_order == 'post' else self.norm(x_BTD)), cache, by_layer(figures)
 
     def ahead(self, x_BTD, next_kBT, ctx: ForwardContext):

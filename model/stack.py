@@ -3,16 +3,18 @@
 Letters: B rows, T sequence, D model, m microbatches of this stage.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from weft.model.block import Block
+from weft.model.block import Block, mixer
 from weft.model.compute import Remat
 from weft.model.config import ModelConfig
 from weft.model.context import ForwardContext
-from weft.model.kv_cache import KVCache
+from weft.model.kv_cache import CacheSize, KVCache, LayerCache
 from weft.sharding.collectives import mark_varying
 from weft.sharding.mesh import platform
 from weft.sharding.pipeline import pipeline
@@ -26,33 +28,48 @@ UNROLLED = {'cpu': (8, 64), 'gpu': (16, 256)}
 UNROLLED_EXPERTS = {'tpu': (0, 64)}
 
 
-def in_order(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, cache: KVCache | None, first):
-    """x after the layers of a run, of which the first has number `first`; the cache; by kind the figures of each layer.
+def stacked_caches(c: ModelConfig, size: CacheSize) -> tuple[LayerCache, ...]:
+    """A decoder's cache as it is declared: what the mixers of each group of layers keep, with a leading dim of layers."""
+    found = []
+    for run in c.layer_groups:
+        for kind in run.specs:
+            one = mixer(c).cache(c, kind, size)
+            found.append(dataclasses.replace(one, arrays=tuple(array.stacked(run.repeats) for array in one.arrays)))
+    return tuple(found)
 
-    Each of `blocks` has the layers of one kind: stacked, or a list of them (inference/unstacked.py).
+
+def in_order(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, cache: KVCache | None, first):
+    """x after the layers of a run, of which the first has number `first`; by kind their cache, and the figures of each layer.
+
+    Each of `blocks` has the layers of one kind: stacked, or a list of them (inference/unstacked.py). `cache` is of these kinds.
     """
+    nothing = (None,) * len(blocks)
+    groups = nothing if cache is None else cache.groups
+    sources = nothing if cache is None or cache.source is None else cache.source
 
     def unit(carry, numbered):
-        (x_BTD, cache), (blocks, number) = carry, numbered
-        figures = []
-        for place, block in enumerate(blocks):
-            x_BTD, cache, found = block(x_BTD, ctx, cache, number + place)
+        (x_BTD, groups), (blocks, sources, repeat) = carry, numbered
+        number, kept, figures = first + repeat * len(blocks), [], []
+        for place, (block, group, source) in enumerate(zip(blocks, groups, sources, strict=True)):
+            here = ctx if source is None else dataclasses.replace(ctx, source=source)
+            x_BTD, group, found = block(x_BTD, here, group and group.of_layer(repeat), number + place)
+            kept.append(group and group.of_layer(None))
             figures.append(found)
-        return (x_BTD, cache), mark_varying(figures)
+        return (x_BTD, tuple(kept)), mark_varying(figures)
 
     if isinstance(blocks[0], nnx.List):
         figures = []
         run = jax.jit(remat(unit, ctx.compute.remat, True))  # like layers are traced once
-        for number, layers in enumerate(zip(*blocks, strict=True)):
-            (x_BTD, cache), found = run((x_BTD, cache), (layers, first + number * len(blocks)))
+        for repeat, layers in enumerate(zip(*blocks, strict=True)):
+            of_repeat = jax.tree.map(lambda kept, repeat=repeat: kept[repeat], sources)
+            (x_BTD, groups), found = run((x_BTD, groups), (layers, of_repeat, repeat))
             figures.append(found)
-        return x_BTD, cache, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *figures)
+        return x_BTD, groups, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *figures)
     repeats = jax.tree.leaves(blocks)[0].shape[0]
     unroll = written_out(repeats * len(blocks), blocks[0].config, ctx.compute.remat, ctx.decoding, platform())
     run = remat(unit, ctx.compute.remat, unroll)
-    numbers = first + jnp.arange(repeats) * len(blocks)
-    (x_BTD, cache), figures = lax.scan(run, (x_BTD, cache), (blocks, numbers), unroll=unroll)
-    return x_BTD, cache, figures
+    (x_BTD, groups), figures = lax.scan(run, (x_BTD, groups), (blocks, sources, jnp.arange(repeats)), unroll=unroll)
+    return x_BTD, groups, figures
 
 
 def written_out(layers: int, c: ModelConfig, kept: Remat, decoding: bool, on: str) -> bool:
@@ -82,6 +99,13 @@ def by_layer(figures: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
     """The figures of all groups with a router as one: name -> [L, …], group after group."""
     found = [of_group for of_group in figures if of_group]
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found) if found else {}
+
+
+def each_layer(f, group):
+    """f of each layer, stacked, of a group that is stacked or is a list of layers."""
+    if isinstance(group, nnx.List):
+        return jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *map(f, group))
+    return lax.map(f, group)
 
 
 def remat(layer, kept: Remat, unrolled: bool):

@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding
 from weft.inference.generate import first_token, next_token
 from weft.inference.prompts import Prompts
 from weft.inference.run import in_compute_dtype
-from weft.inference.sampling import Choice
+from weft.inference.sampling import RowSampling
 from weft.inference.step import OPTIONS as DECODING
 from weft.inference.unstacked import is_written_out, kinds, unstacked
 from weft.model.batch import Batch, Source
@@ -58,7 +58,7 @@ def serving(config: RunConfig, what: str, batch: int, length: int):
     model = abstract(lambda: in_compute_dtype(init(config).model))
     model = unstacked(model, kinds) if is_written_out(model) else model
     wide, whole = (rows(batch, dtype=dtype) for dtype in (np.float32, np.int32))
-    choice = Choice(wide, whole, wide, wide, rows(batch, dtype=np.uint32))
+    choice = RowSampling(wide, whole, wide, wide, rows(batch, dtype=np.uint32))
     source = (rows(batch, length), rows(batch)) if config.model.encoder else None
     # Not compiled yet: options of a compiler may be given to the outermost program alone.
     first, after = inspect.unwrap(first_token), inspect.unwrap(next_token)

@@ -205,15 +205,15 @@ class CacheBill:
     window: int | None
 
     def bytes_per_token(self, number_bytes: float = 2) -> float:
-        """Of one more token while no window is full, as our decoding keeps it throughout; without what TPUs fill up."""
+        """Of one more token while no window is full; without what TPUs fill up."""
         return self.numbers * number_bytes
 
-    def bytes(self, context: int, number_bytes: float = 2) -> float:
-        """Of a row of `context` tokens, as our decoding keeps it: all tokens in every layer."""
+    def full_bytes(self, context: int, number_bytes: float = 2) -> float:
+        """Of a row of `context` tokens, if layers with a window kept all of them too."""
         return context * self.bytes_per_token(number_bytes)
 
-    def least_bytes(self, context: int, number_bytes: float = 2) -> float:
-        """The same if layers with a window kept no more tokens than they see."""
+    def bytes(self, context: int, number_bytes: float = 2) -> float:
+        """Of a row of `context` tokens, as decoding keeps it: layers with a window keep no more tokens than they see."""
         seen = min(context, self.window) if self.window else context
         tokens = (self.layers - self.windowed) * context + self.windowed * seen
         return tokens * self.bytes_per_token(number_bytes) / self.layers

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 from weft.model.compute import ComputeConfig
 from weft.model.config import LayerSpec, ModelConfig
 from weft.model.cost import keys_seen
+from weft.model.kv_cache import slots
 from weft.model.ops.cross_entropy import CHUNK
 from weft.model.ops.expert_dispatch import capacity
 from weft.sharding.mesh import BATCH, MeshConfig
@@ -48,7 +49,7 @@ class Program:
     compute: ComputeConfig
     what: What
     rows: int  # all devices together; of a step in parts, those of one part
-    length: int  # tokens a row; of `decode` slots of the cache
+    length: int  # tokens a row; of `decode` those that the cache is for
     source: int = 0  # tokens a row that an encoder reads
     mesh: MeshConfig = ONE
     microbatches: int = 1
@@ -110,7 +111,7 @@ def executed(
         what: `train` a step's loss and gradient; `loss` its forward pass alone; `score` all logits; `prefill` reading prompts;
             `decode` one more token in each row; `encode` what an encoder–decoder keeps of its sources.
         rows: all devices together.
-        length: tokens a row; of `decode` the slots of the cache, all of which it attends to, window or not.
+        length: tokens a row; of `decode` those that the cache is for, to all slots of which a token attends.
         source: tokens a row that an encoder reads.
         accumulation, microbatches: of a training step (`microbatches` where the mesh has stages).
         attention: backend. `reference` computes all scores and masks them; the others leave out what no query of a tile sees,
@@ -212,7 +213,9 @@ def _kv_heads(p: Program) -> int:
 
 def _scores(part: str, p: Program, kind: LayerSpec, width: int, value_width: int) -> Iterator[Dot]:
     """Scores and what they weigh, of each query with each key that the backend does not leave out."""
-    if p.decoding or p.attention == 'reference':
+    if p.decoding:
+        keys = float(slots(p.length, p.mesh.context, p.config.window if kind.windowed else None))
+    elif p.attention == 'reference':
         keys = float(p.length)
     else:
         one = dataclasses.replace(p.config, layers=1, moe=None, window_pattern=(kind.windowed,), mtp_layers=0)

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.decoder import weights_of
-from weft.model.kv_cache import cached_numbers
+from weft.model.kv_cache import CacheSize
 from weft.model.ops.cross_entropy import CHUNK
-from weft.model.stack import written_out
+from weft.model.stack import stacked_caches, written_out
 from weft.planner.weights import Group, Inventory, inventory
 from weft.sharding.mesh import BATCH, MeshConfig
 from weft.training.config import RunConfig
@@ -323,7 +323,7 @@ def serving_memory(
         compute: of it the dtypes count, and `dispatch` and `capacity_factor`.
         mesh: without stages.
         rows: sequences at once, all devices together.
-        length: slots of the cache for each.
+        length: tokens of each at most.
         new: tokens of each row that the step works on.
         platform: 'cpu', 'gpu' or 'tpu'.
     """
@@ -333,8 +333,6 @@ def serving_memory(
     parameters = sum(numbers * size(weight) for weight, numbers in held.held(mesh))
     mine = rows / mesh.span(BATCH)
     device = Device(c, compute, mesh, mine, new, platform)
-    slots = mine * -(-length // mesh.context)
-    cache = c.layers * slots * sum(cached_numbers(c, mesh.tensor, platform)) * b
     working = gathered = 0.0
     for group in held.groups:
         made, whole = residuals(group, device)
@@ -345,8 +343,16 @@ def serving_memory(
     return Memory(
         parameters=parameters,
         batch=mine * (new + 1) * INT32,
-        cache=cache,
+        cache=cache_bytes(c, compute, mesh, rows, length, platform),
         activations=working,
         logits=logits,
         communication=max(gathered, head),
     )
+
+
+def cache_bytes(
+    c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, rows: int, length: int, platform: str = 'tpu'
+) -> float:
+    """Bytes of the cache on one device for `rows` sequences of at most `length` tokens; an encoder's output is not counted."""
+    groups = stacked_caches(c, CacheSize(rows, length, 1, mesh.context, mesh.tensor, compute.dtype, platform))
+    return sum(array.shard_bytes(mesh) for group in groups for array in group.arrays)

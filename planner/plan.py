@@ -50,7 +50,7 @@ def model_part(c: ModelConfig, length: int) -> dict[str, Any]:
         'flops_per_token': {what: sum(parts.values()) for what, parts in flops.items()} | {'by_part': flops},
         'rules_of_thumb': [rule.to_json() for rule in rules_of_thumb(c, length)],
         'cache_bytes_per_token': cache.bytes_per_token(),
-        'cache': dataclasses.asdict(cache) | {'bytes': cache.bytes(length), 'least_bytes': cache.least_bytes(length)},
+        'cache': dataclasses.asdict(cache) | {'bytes': cache.bytes(length), 'full_bytes': cache.full_bytes(length)},
     }
 
 

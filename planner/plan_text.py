@@ -113,7 +113,8 @@ def flops_line(plan: dict[str, Any]) -> str:
         lines[0] += f' (a key and a value for each query head would be {2 * c["without_sharing"]:,})'
     if c['windowed']:
         lines.append(
-            f'{gb(c["bytes"])} for {plan["context"]:,}, of which layers with a window need {gb(c["least_bytes"])}'
+            f'{gb(c["bytes"])} for {plan["context"]:,}, of which layers with a window keep {c["window"]:,} each: '
+            f'all in every layer would be {gb(c["full_bytes"])}'
         )
     if 'executed_flops_per_token' in plan:
         executed = flops(plan['executed_flops_per_token'])

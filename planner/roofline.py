@@ -24,11 +24,10 @@ import jax.numpy as jnp
 from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.cost import training_flops
-from weft.model.kv_cache import cached_numbers
 from weft.planner import communication
 from weft.planner.chips import Chip, group_rate
 from weft.planner.flops import executed
-from weft.planner.memory import optimizer_bytes
+from weft.planner.memory import cache_bytes, optimizer_bytes
 from weft.planner.traffic import Traffic
 from weft.planner.weights import Group, Weight, inventory
 from weft.sharding.mesh import AXES, BATCH, MeshConfig
@@ -319,7 +318,7 @@ def decode_flops(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, rows:
 
 
 def decode_time(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, chip: Chip, rows: int, length: int) -> Time:
-    """Of one more token in each of `rows` sequences (all devices together), whose cache has `length` slots."""
+    """Of one more token in each of `rows` sequences (all devices together), whose cache is for `length` tokens."""
     flops = decode_flops(c, compute, rows_as_data(mesh), rows, length)
     held, b, mine = inventory(c), jnp.dtype(compute.dtype).itemsize, rows / mesh.span(BATCH)
     moved: dict[str, float] = {}
@@ -328,8 +327,7 @@ def decode_time(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, chip: 
             continue
         for name, size in _layer_bytes(group, compute, mesh, mine, 1, 1, rows).items():
             moved[name] = moved.get(name, 0.0) + group.layers * size
-    cached = sum(cached_numbers(c, mesh.tensor, chip.platform))
-    moved['attention'] = c.layers * mine * (length / mesh.context) * cached * b
+    moved['attention'] = cache_bytes(c, compute, mesh, rows, length, chip.platform)
     moved['head'] = (c.model_dim + mine) * c.padded_vocabulary / mesh.tensor * b
     return _time(compute, mesh, chip, flops, moved, communication.decoding(c, compute, mesh, rows))
 

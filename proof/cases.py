@@ -4,9 +4,7 @@ A case is a name such as `gradient/dense/stage=2 tensor=4` and a function that c
 case and by the hash of the code that they were computed with, so that a run that was interrupted goes on where it was.
 """
 
-import ast
 import functools
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -15,6 +13,7 @@ from typing import Any
 
 import jax
 
+from weft.proof.code_hash import code_hash
 from weft.proof.equivalence import (
     LONG,
     LOSSES_TOLERANCE,
@@ -32,7 +31,7 @@ from weft.runtime.errors import UserError, shown
 from weft.storage.files import write
 
 ROOT = Path(__file__).parents[1]
-CODE = (  # what a result rests on
+CODE = (  # what a result rests on, beside the version of jax
     'proof/equivalence.py',
     'proof/faults.py',
     'model',
@@ -72,32 +71,18 @@ def holds(case: str, found: dict[str, Any]) -> bool:
     return found['error'] <= TOLERANCE[part]
 
 
-def tell(found: dict[str, Any]) -> str:
+def figures_line(found: dict[str, Any]) -> str:
     """A case's figures in a line."""
     return ', '.join(
         f'{name} {value:.2g}' if isinstance(value, float) else f'{name} {value}' for name, value in found.items()
     )
 
 
-def fingerprint() -> str:
-    """Of the code that results rest on, without its comments and docstrings, and of jax."""
-    digest = hashlib.sha256(jax.__version__.encode())
-    for name in CODE:
-        path = ROOT / name
-        for file in sorted(path.rglob('*.py')) if path.is_dir() else [path]:
-            tree = ast.parse(file.read_text(encoding='utf-8'))
-            for node in ast.walk(tree):
-                if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                    node.value = ast.Constant(None)
-            digest.update(ast.dump(tree).encode())
-    return digest.hexdigest()[:12]
-
-
 class Results:
     """Figures by case, one JSON object a line; those of other code are not read."""
 
     def __init__(self, path: Path):
-        self.path, self.code = path, fingerprint()
+        self.path, self.code = path, code_hash((ROOT / name for name in CODE), jax.__version__)
         self.found: dict[str, dict[str, Any]] = {}
         if not path.exists():
             return

@@ -16,7 +16,7 @@ from weft.planner.chips import CHIPS
 from weft.planner.memory import Memory, serving_memory, training_memory
 from weft.planner.roofline import Time, decode_time, mfu, prefill_time, run_traffic, train_time
 from weft.planner.traffic import Traffic
-from weft.proof.compiled_pairs import PAIRS, Pair, known, read
+from weft.proof.compiled_pairs import PAIRS, ProgramPair, known, read
 from weft.proof.compiled_searched import Searched, searched
 from weft.storage.files import write
 
@@ -46,7 +46,7 @@ class Planned(NamedTuple):
     time: Time
 
 
-def plan(pair: Pair) -> Planned:
+def plan(pair: ProgramPair) -> Planned:
     """By shapes alone."""
     run, chip = pair.config, CHIPS[pair.chip]
     c, compute, mesh = run.model, run.compute, run.mesh
@@ -75,10 +75,10 @@ def total(sent: Traffic) -> float:
     return sum(sent.bytes_by_axes().values())
 
 
-class Row(NamedTuple):
+class CompiledRow(NamedTuple):
     """A pair with its plan and its record."""
 
-    pair: Pair
+    pair: ProgramPair
     planned: Planned
     compiled: Compiled
 
@@ -92,7 +92,7 @@ class Row(NamedTuple):
         }
 
 
-def rows() -> list[Row]:
+def rows() -> list[CompiledRow]:
     """Of all pairs with a record of a program."""
     found = []
     for pair in PAIRS:
@@ -100,11 +100,11 @@ def rows() -> list[Row]:
         if path:
             compiled = read(path)[1]
             if compiled.status == 'compiled':
-                found.append(Row(pair, plan(pair), compiled))
+                found.append(CompiledRow(pair, plan(pair), compiled))
     return found
 
 
-def table(found: list[Row]) -> Iterator[str]:
+def table(found: list[CompiledRow]) -> Iterator[str]:
     """One line a pair."""
     names = 'model, step, chips, mesh, rows × tokens, arguments GB, memory GB, ratio, sent GB, ratio, fits, compiled in'
     yield f'| {" | ".join(names.split(", "))} |'
@@ -131,7 +131,7 @@ def table(found: list[Row]) -> Iterator[str]:
         yield f'| {" | ".join(cells)} |'
 
 
-def summary(found: list[Row]) -> Iterator[str]:
+def summary(found: list[CompiledRow]) -> Iterator[str]:
     """How far plans and programs are apart."""
     for platform, name in (('tpu', 'TPU'), ('gpu', 'NVIDIA')):
         mine = [row for row in found if CHIPS[row.pair.chip].platform == platform]
@@ -152,7 +152,7 @@ def summary(found: list[Row]) -> Iterator[str]:
             )
 
 
-def case(row: Row) -> Iterator[str]:
+def case(row: CompiledRow) -> Iterator[str]:
     """A page of one pair: memory, collectives, roofline."""
     run, made, told = row.pair.config, row.compiled, row.planned
     yield f'### {row.pair.model}, {row.pair.what}, {run.mesh.size:,} {row.pair.chip}: {run.mesh}'
@@ -215,7 +215,7 @@ def chosen(found: list[Searched]) -> Iterator[str]:
     yield ''
 
 
-def page(found: list[Row], of_search: list[Searched]) -> str:
+def compiled_page(found: list[CompiledRow], of_search: list[Searched]) -> str:
     """All of it as Markdown."""
     lines = [HEAD, *summary(found), '', *table(found), '', *chosen(of_search)]
     lines += ['## Memory, collectives and roofline of the largest', '']
@@ -226,5 +226,5 @@ def page(found: list[Row], of_search: list[Searched]) -> str:
 
 
 if __name__ == '__main__':
-    write(PAGE, page(rows(), searched()).encode())
+    write(PAGE, compiled_page(rows(), searched()).encode())
     print('\n'.join(summary(rows())))

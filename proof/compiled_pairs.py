@@ -24,7 +24,7 @@ PLAIN = ('status', 'seconds', 'memory', 'available', 'message', 'versions')  # f
 
 
 @dataclasses.dataclass(frozen=True)
-class Pair:
+class ProgramPair:
     """A step of a published model, and the machine that it is compiled for."""
 
     model: str  # of configs/models
@@ -60,41 +60,41 @@ def mesh(text: str, batch: int, length: int, more: str = '') -> str:
 
 PAIRS = (
     # What compiles soonest first.
-    Pair('llama-3.1-8b', 'h100', 'train', mesh('data=8', 8, 8192)),
-    Pair('llama-3.1-70b', 'h100', 'train', mesh('data=32 tensor=8', 32, 8192), shown=True),
-    Pair('mixtral-8x7b', 'h100', 'train', mesh('data=8 expert=8', 64, 4096)),
-    Pair('gpt-oss-120b', 'h100', 'decode', mesh('expert=8', 64, 8192), shown=True),
-    Pair('llama-3.1-8b', 'h100', 'decode', mesh('tensor=8', 32, 8192)),
-    Pair(
+    ProgramPair('llama-3.1-8b', 'h100', 'train', mesh('data=8', 8, 8192)),
+    ProgramPair('llama-3.1-70b', 'h100', 'train', mesh('data=32 tensor=8', 32, 8192), shown=True),
+    ProgramPair('mixtral-8x7b', 'h100', 'train', mesh('data=8 expert=8', 64, 4096)),
+    ProgramPair('gpt-oss-120b', 'h100', 'decode', mesh('expert=8', 64, 8192), shown=True),
+    ProgramPair('llama-3.1-8b', 'h100', 'decode', mesh('tensor=8', 32, 8192)),
+    ProgramPair(
         'llama-3.1-405b', 'v5p', 'train', mesh('data=128 tensor=8', 2048, 8192, 'training.accumulation=16'), shown=True
     ),
-    Pair('llama-3.1-8b', 'v5p', 'train', mesh('data=4 tensor=2', 8, 8192)),
-    Pair('llama-3.1-70b', 'v5p', 'decode', mesh('tensor=8', 32, 8192)),
-    Pair('mixtral-8x7b', 'v6e', 'train', mesh('data=16 expert=4', 64, 4096), shown=True),
-    Pair('olmoe-1b-7b', 'h100', 'train', mesh('expert=8', 16, 4096)),
-    Pair('deepseek-v3', 'v5p', 'decode', mesh('expert=16 tensor=4', 256, 4096), shown=True),
-    Pair(
+    ProgramPair('llama-3.1-8b', 'v5p', 'train', mesh('data=4 tensor=2', 8, 8192)),
+    ProgramPair('llama-3.1-70b', 'v5p', 'decode', mesh('tensor=8', 32, 8192)),
+    ProgramPair('mixtral-8x7b', 'v6e', 'train', mesh('data=16 expert=4', 64, 4096), shown=True),
+    ProgramPair('olmoe-1b-7b', 'h100', 'train', mesh('expert=8', 16, 4096)),
+    ProgramPair('deepseek-v3', 'v5p', 'decode', mesh('expert=16 tensor=4', 256, 4096), shown=True),
+    ProgramPair(
         'deepseek-v3',
         'v5p',
         'train',
         mesh('data=16 expert=16 tensor=8', 4096, 4096, 'training.accumulation=16 compute.dispatch=all_to_all'),
         shown=True,
     ),
-    Pair('llama-3.1-70b', 'v5p', 'train', mesh('data=16 tensor=4', 32, 8192)),
-    Pair('mixtral-8x7b', 'v5p', 'decode', mesh('tensor=8', 64, 8192)),
-    Pair('qwen3-30b-a3b', 'v5p', 'train', mesh('data=8 expert=8', 64, 4096)),
-    Pair('qwen3-8b', 'v6e', 'train', mesh('data=8 tensor=2', 16, 4096)),
-    Pair('llama-3.1-8b', 'v6e', 'decode', mesh('tensor=8', 32, 8192)),
-    Pair('gemma-2-9b', 'v5p', 'train', mesh('data=8 tensor=2', 16, 8192)),
-    Pair('gemma-3-27b', 'v6e', 'decode', mesh('tensor=8', 32, 8192)),
-    Pair('qwen3-235b-a22b', 'v5p', 'decode', mesh('expert=16 tensor=2', 64, 4096)),
-    Pair('qwen3-30b-a3b', 'h100', 'decode', mesh('expert=8', 64, 8192)),
-    Pair('llama-3.1-405b', 'h100', 'train', mesh('data=128 tensor=8', 128, 8192)),
-    Pair('deepseek-v2-lite', 'v5p', 'train', mesh('data=2 expert=8', 32, 4096)),
+    ProgramPair('llama-3.1-70b', 'v5p', 'train', mesh('data=16 tensor=4', 32, 8192)),
+    ProgramPair('mixtral-8x7b', 'v5p', 'decode', mesh('tensor=8', 64, 8192)),
+    ProgramPair('qwen3-30b-a3b', 'v5p', 'train', mesh('data=8 expert=8', 64, 4096)),
+    ProgramPair('qwen3-8b', 'v6e', 'train', mesh('data=8 tensor=2', 16, 4096)),
+    ProgramPair('llama-3.1-8b', 'v6e', 'decode', mesh('tensor=8', 32, 8192)),
+    ProgramPair('gemma-2-9b', 'v5p', 'train', mesh('data=8 tensor=2', 16, 8192)),
+    ProgramPair('gemma-3-27b', 'v6e', 'decode', mesh('tensor=8', 32, 8192)),
+    ProgramPair('qwen3-235b-a22b', 'v5p', 'decode', mesh('expert=16 tensor=2', 64, 4096)),
+    ProgramPair('qwen3-30b-a3b', 'h100', 'decode', mesh('expert=8', 64, 8192)),
+    ProgramPair('llama-3.1-405b', 'h100', 'train', mesh('data=128 tensor=8', 128, 8192)),
+    ProgramPair('deepseek-v2-lite', 'v5p', 'train', mesh('data=2 expert=8', 32, 4096)),
     # Fits by its fullest moment, and would not by its arguments and temporaries (planner/aot_worker.py).
-    Pair('llama-3.1-8b', 'v6e', 'train', mesh('data=4 tensor=2', 12, 16384)),
+    ProgramPair('llama-3.1-8b', 'v6e', 'train', mesh('data=4 tensor=2', 12, 16384)),
     # Does not fit.
-    Pair('llama-3.1-8b', 'v5e', 'train', mesh('data=4 tensor=2', 8, 2048)),
+    ProgramPair('llama-3.1-8b', 'v5e', 'train', mesh('data=4 tensor=2', 8, 2048)),
 )
 
 
@@ -114,7 +114,7 @@ def write(path: Path, request: dict[str, Any], found: Compiled) -> None:
     files.write(path, (json.dumps(record, indent=1) + '\n').encode())
 
 
-def known(pair: Pair) -> Path | None:
+def known(pair: ProgramPair) -> Path | None:
     """The record of exactly this pair, if there is one that came to an end."""
     path = RECORDS / f'{pair.name}.json'
     if not path.exists():

@@ -135,7 +135,7 @@ def precision(dtype: str) -> Iterator[None]:
         jax.config.update('jax_enable_x64', before)
 
 
-def named(tree: Any) -> dict[str, np.ndarray]:
+def arrays_by_name(tree: Any) -> dict[str, np.ndarray]:
     """A model's arrays on the host, by name."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
@@ -159,7 +159,7 @@ def gradient(kind: str, mesh: MeshConfig) -> tuple[float, dict[str, np.ndarray]]
             loss_and_gradient, microbatches=config.microbatches, accumulation=config.training.accumulation
         )
         (loss, _), found = jax.jit(run)(model, place(packed_batch(0)))
-        return float(loss), named(found)
+        return float(loss), arrays_by_name(found)
 
 
 @functools.cache
@@ -175,7 +175,9 @@ def initial(kind: str, mesh: MeshConfig) -> dict[str, np.ndarray]:
     """Initial parameters in float32, made on the mesh."""
     config = config_of(kind, mesh, 'float32')
     with precision('float32'), jax.set_mesh(make_mesh(mesh)):
-        return named(jax.jit(lambda key: init_decoder(config.model, config.compute, key))(jax.random.key(config.seed)))
+        return arrays_by_name(
+            jax.jit(lambda key: init_decoder(config.model, config.compute, key))(jax.random.key(config.seed))
+        )
 
 
 def losses_dtype(kind: str) -> Literal['float32', 'float64']:

@@ -11,7 +11,7 @@ from weft.proof.faults import caught
 from weft.sharding.mesh import AXES
 
 
-def page(results: Results, cases: dict[str, Callable[[], dict[str, Any]]]) -> str:
+def proof_page(results: Results, cases: dict[str, Callable[[], dict[str, Any]]]) -> str:
     """Markdown: what was compared, on which meshes, how far apart it was, and which planted faults were caught."""
     missing = [case for case in cases if case not in results.found]
     lines = [

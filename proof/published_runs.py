@@ -130,7 +130,7 @@ def fitted(runs: list[Published]) -> dict[str, float]:
     return {chip: statistics.geometric_mean(values) for chip, values in ratios.items()}
 
 
-def page(runs: list[Published]) -> str:
+def published_runs_page(runs: list[Published]) -> str:
     """Markdown: every run, measured, bounded and predicted."""
     sources = yaml.safe_load(RUNS.read_text(encoding='utf-8'))['sources']
     held = [one for one in runs if not one.fit]
@@ -177,7 +177,7 @@ def main() -> None:
     runs = read()
     for chip, value in fitted(runs).items():
         print(f'{chip}: {value:.3f} (planner/chips.py: {CHIPS[chip].efficiency})')
-    write(PAGE, page(runs).encode())
+    write(PAGE, published_runs_page(runs).encode())
     print(PAGE.relative_to(FOLDER))
 
 

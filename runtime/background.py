@@ -7,7 +7,7 @@ from typing import Any
 _begun: list[Future[Any]] = []
 
 
-def begin(executor: Executor, work: Callable[[], Any]) -> Future[Any]:
+def submit(executor: Executor, work: Callable[[], Any]) -> Future[Any]:
     """Has an executor do it; what went wrong comes with the result."""
     found = executor.submit(work)
     _begun[:] = [*(one for one in _begun if not one.done()), found]

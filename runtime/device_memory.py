@@ -20,14 +20,14 @@ def gib(count: float) -> str:
     return f'{count / 2**30:.2f} GiB'
 
 
-def told_bytes(count: int) -> str:
+def human_bytes(count: int) -> str:
     """The size of files for a person, in three digits of a unit that suits it."""
     unit = min(int(math.log10(max(count, 1))) // 3, 4)
     return f'{count / 1000**unit:.{0 if unit == 0 else 2}f} {("bytes", "kB", "MB", "GB", "TB")[unit]}'
 
 
 @contextlib.contextmanager
-def explaining(what: Callable[[], str]) -> Iterator[None]:
+def explain_oom(what: Callable[[], str]) -> Iterator[None]:
     """Turns a device's out-of-memory error into OutOfMemory with the line that `what` gives: what used it, what to change."""
     try:
         yield

@@ -64,7 +64,7 @@ def add_options(parser) -> None:
     group.add_argument('--process', metavar='I', help='which one this is, from 0')
 
 
-def find(told: Mapping[str, str | None], environment: Mapping[str, str] | None = None) -> Launch | None:
+def detect_launch(told: Mapping[str, str | None], environment: Mapping[str, str] | None = None) -> Launch | None:
     """Where this process stands: by the options, else the WEFT_ variables, else what JAX knows. None: it is alone.
 
     Raises UserError where what was told is incomplete or makes no sense.
@@ -113,8 +113,8 @@ def check_devices(devices: int, processes: int, mesh: object) -> None:
         )
 
 
-def begin(launch: Launch, devices: int) -> None:
-    """Joins the others; `devices` is how many the mesh asks for. Call it after `sharding.mesh.start`, before JAX has begun.
+def initialize(launch: Launch, devices: int) -> None:
+    """Joins the others; `devices`: those of the whole mesh. Call it after `sharding.mesh.configure_jax`, before JAX has begun.
 
     Raises NotTogether where they do not find each other (or ends the process, after `TOGETHER` seconds), UserError where they
     have not just the devices of the mesh.

@@ -80,7 +80,7 @@ _pipe: int | None = None  # where the system's handler writes; a thread reads it
 _hearing = threading.Lock()  # held while a signal is heard, and while it changes whose signals they are
 
 
-def begin() -> None:
+def install_handlers() -> None:
     """Takes the signals of this process: until `enter` each ends it at once. Use it in the main thread.
 
     SIGHUP stays ignored where nohup has it so, and SIGINT where a shell has it so for what it starts in the background.
@@ -104,7 +104,7 @@ def enter(saves: bool) -> None:
     """From now on a signal ends the script in order. With `saves` SIGUSR1 asks for that, and SIGINT is never ignored."""
     global _entered
     if not _begun:
-        begin()
+        install_handlers()
     _entered = True
     if saves:
         signal.signal(signal.SIGINT, _handle)

@@ -75,7 +75,7 @@ class Unbuffered(io.BufferedWriter):
         return size
 
 
-def begin(lasting: bool) -> None:
+def set_up_streams(lasting: bool) -> None:
     """Puts this process' streams in order. Streams that another program has put in their place are left alone."""
     occupy()
     absent = _absent()

@@ -104,9 +104,9 @@ def configured(given: argparse.Namespace) -> dict[str, Any]:
 
     config = load(given.config, given.overrides)
 
-    from weft.sharding.mesh import start
+    from weft.sharding.mesh import configure_jax
 
-    start(config.mesh.size, config.compute.dtype)
+    configure_jax(config.mesh.size, config.compute.dtype)
 
     from weft.proof import peers
     from weft.proof import speed as measure

@@ -59,13 +59,13 @@ def main() -> int:
 
     from weft.inference.conversation import Conversation
     from weft.inference.session import Session
-    from weft.runtime.device_memory import explaining, gib, shard_bytes
+    from weft.runtime.device_memory import explain_oom, gib, shard_bytes
 
     tell = (
         f'out of memory on a device: weights {gib(shard_bytes(opened.kind))}, the rest the cache of a conversation; split '
         'them over more devices with --mesh'
     )
-    with jax.set_mesh(opened.mesh), explaining(lambda: tell):
+    with jax.set_mesh(opened.mesh), explain_oom(lambda: tell):
         session = Session(opened.kind, opened.tokenizer, opened.context, lambda: opened.model)
         session.prepare(sampling)
         conversation = Conversation(session, templates, sampling, options.max_new_tokens, options.stop, options.system)

@@ -111,7 +111,7 @@ def main() -> None:
     from weft.inference.beams import generate_by_beams
     from weft.inference.generate import compile_ahead, generate
     from weft.inference.prompts import check_prompts
-    from weft.runtime.device_memory import explaining, gib, shard_bytes
+    from weft.runtime.device_memory import explain_oom, gib, shard_bytes
 
     between = '' if opened.config.model.encoder is None else '\t'  # a source is not what its target goes on with
     quiet = options.json or options.out is not None
@@ -122,7 +122,7 @@ def main() -> None:
         'give a smaller --batch, lower --max-new-tokens, or split them over more devices with --mesh'
     )
     done: list[Completion] = []
-    with answers_in(options.out) as write, jax.set_mesh(opened.mesh), explaining(lambda: tell):
+    with answers_in(options.out) as write, jax.set_mesh(opened.mesh), explain_oom(lambda: tell):
         check_prompts(opened.config.model, opened.tokenizer, texts, opened.context)
         like = options.batch if len(spans) > 1 else 0
         if not options.beams:
@@ -169,7 +169,7 @@ def main() -> None:
             screen.finish()
             for i, completion in zip(span, completions, strict=True):
                 question = questions[order[i]]
-                line = as_json(told(completion, question, i % options.answers, options))
+                line = as_json(completion_json(completion, question, i % options.answers, options))
                 if options.json:
                     print(line, flush=True)
                 write(line)
@@ -222,7 +222,9 @@ def render(questions: Sequence['Question'], templates: Any, run: str) -> list[st
     return texts
 
 
-def told(completion: 'Completion', question: 'Question', answer: int, options: argparse.Namespace) -> dict[str, Any]:
+def completion_json(
+    completion: 'Completion', question: 'Question', answer: int, options: argparse.Namespace
+) -> dict[str, Any]:
     """An answer as an object of JSON."""
     fields = ['prompt', 'text', 'tokens', 'finish_reason', 'tokens_per_second']
     fields += ['score'] if options.beams else []

@@ -24,7 +24,7 @@ FAULT = 'error: this is a fault of Weft, not of what you asked for: please repor
 # A script begins with this import: what it imports after it takes a second or more, in which a signal may come.
 if Path(getattr(sys.modules['__main__'], '__file__', None) or '').parent == Path(__file__).parent:
     streams.occupy()  # signals take descriptors, which must not be those of a stream
-    signals.begin()
+    signals.install_handlers()
 
 
 def run(main: Callable[[], int | None], lasting: bool = False) -> None:
@@ -42,7 +42,7 @@ def run(main: Callable[[], int | None], lasting: bool = False) -> None:
     own = main.__module__ == '__main__'  # a script that another program has imported changes nothing of that one
     if own:
         sys.unraisablehook = functools.partial(_aside, sys.unraisablehook)
-        streams.begin(lasting)
+        streams.set_up_streams(lasting)
         signals.enter(saves=lasting)
     code, line, failed = 0, '', True
     try:
@@ -55,7 +55,7 @@ def run(main: Callable[[], int | None], lasting: bool = False) -> None:
             if own:
                 signals.leave()
     except BaseException as error:
-        code, line = told(error)
+        code, line = exit_code_and_line(error)
     if failed and peers.several():
         peers.fail(code, line)
     if own:
@@ -69,7 +69,7 @@ def run(main: Callable[[], int | None], lasting: bool = False) -> None:
     sys.exit(code)
 
 
-def told(error: BaseException) -> tuple[int, str]:
+def exit_code_and_line(error: BaseException) -> tuple[int, str]:
     """The exit code of what ended a main, and the line that says it, which is on stderr then."""
     if isinstance(error, SystemExit):  # of argparse, which has said what there is to say
         if error.code is None or isinstance(error.code, int):
@@ -114,9 +114,9 @@ def flushed(code: int) -> tuple[int, str]:
     try:
         sys.stdout.flush()
     except OSError as error:
-        return told(error)
+        return exit_code_and_line(error)
     lost = streams.lost()
-    return told(lost) if lost else (code, '')
+    return exit_code_and_line(lost) if lost else (code, '')
 
 
 def as_json(figures: Any) -> str:

@@ -32,7 +32,7 @@ def main() -> None:
     from weft.data.prepare import load
     from weft.hub.published_tokenizer import load_tokenizer
     from weft.runtime.errors import UserError
-    from weft.storage.local_copy import Mirror
+    from weft.storage.local_copy import LocalCopy
     from weft.training.config import RECORD
 
     dataset = None
@@ -41,10 +41,10 @@ def main() -> None:
             f'{folder} is an imported model, which no validation split comes with: give text to predict with --data PATH'
         )
     if (folder / 'data').exists() or found is None:
-        with closing(Mirror(folder)) as mirror:
-            mirror.fetch()
+        with closing(LocalCopy(folder)) as local_copy:
+            local_copy.fetch()
             # What it says is none of the results; of a bucket's, mapped files stay readable without a name.
-            dataset = load(mirror.local, lambda line: print(line, file=sys.stderr), load_tokenizer)
+            dataset = load(local_copy.local, lambda line: print(line, file=sys.stderr), load_tokenizer)
 
     from weft.inference.run import open_run
 
@@ -54,7 +54,7 @@ def main() -> None:
     import numpy as np
 
     from weft.data.baseline import xz_bits_per_byte
-    from weft.runtime.device_memory import explaining
+    from weft.runtime.device_memory import explain_oom
     from weft.training.evaluation import evaluate
 
     t = opened.config.training
@@ -63,7 +63,7 @@ def main() -> None:
     else:
         rows, content = packed(opened, found)
     tell = f'out of memory on a device: activations of {t.batch} rows of {t.sequence_length} tokens; split them with --mesh'
-    with jax.set_mesh(opened.mesh), explaining(lambda: tell):
+    with jax.set_mesh(opened.mesh), explain_oom(lambda: tell):
         read = evaluate(opened.model, opened.tokenizer, rows, np.arange(len(rows)), t.batch)
     assert read.bytes == rows.bytes, 'every byte is predicted once'
     figures = {
@@ -89,7 +89,7 @@ def read_data(options: argparse.Namespace, folder) -> list:
     """The texts of --data, or its pairs where the run is an encoder–decoder; says on stderr what is left out of folders."""
     from weft.data.pairs import read_pairs
     from weft.data.sources import texts
-    from weft.data.walk import LeftOut, told
+    from weft.data.walk import LeftOut, left_out_text
     from weft.training.config import parse
 
     skipped: list[LeftOut] = []
@@ -99,7 +99,7 @@ def read_data(options: argparse.Namespace, folder) -> list:
     else:
         found = [text for _, text in texts(options.data, options.field, skipped)]
     if skipped:
-        print(f'--data: {len(found)} texts{told(skipped)}', file=sys.stderr)
+        print(f'--data: {len(found)} texts{left_out_text(skipped)}', file=sys.stderr)
     return found
 
 

@@ -31,9 +31,9 @@ def main() -> int:
             check_output('--results', options.results)
         check_output('--page', options.page, [options.results])
 
-    from weft.sharding.mesh import start
+    from weft.sharding.mesh import configure_jax
 
-    start(8, 'float32')
+    configure_jax(8, 'float32')
 
     import jax
 
@@ -60,14 +60,14 @@ def main() -> int:
             failed.append(case)
         verdict = 'as it must be' if right else 'FAILED'
         print(
-            f'{number}/{len(chosen)}  {case}  {proof_cases.tell(found)}  {verdict}{"  (kept)" if known else ""}',
+            f'{number}/{len(chosen)}  {case}  {proof_cases.figures_line(found)}  {verdict}{"  (kept)" if known else ""}',
             flush=True,
         )
     with Output('--page', options.page) as file:
-        file.write(proof_page.page(results, cases).encode())
+        file.write(proof_page.proof_page(results, cases).encode())
     print(f'{shown(options.page, LONGEST)}: {sum(case in results.found for case in cases)} of {len(cases)} cases')
     for case in failed:
-        print(f'FAILED: {case}: {proof_cases.tell(results.found[case])}')
+        print(f'FAILED: {case}: {proof_cases.figures_line(results.found[case])}')
     return 1 if failed else 0
 
 

@@ -74,11 +74,11 @@ def embed_texts(options: argparse.Namespace) -> None:
     import numpy as np
 
     from weft.inference.embed import embed
-    from weft.runtime.device_memory import explaining
+    from weft.runtime.device_memory import explain_oom
     from weft.runtime.errors import LONGEST, shown
 
     tell = 'out of memory on a device: activations of some texts at once; give shorter ones, or use --mesh'
-    with jax.set_mesh(opened.mesh), explaining(lambda: tell):
+    with jax.set_mesh(opened.mesh), explain_oom(lambda: tell):
         vectors = embed(opened, texts, options.pooling)
     if not np.isfinite(vectors).all():
         row = int(np.argmin(np.isfinite(vectors).all(1)))
@@ -120,13 +120,13 @@ def score_tokens(options: argparse.Namespace) -> None:
     import numpy as np
 
     from weft.inference.score import score
-    from weft.runtime.device_memory import explaining
+    from weft.runtime.device_memory import explain_oom
 
     what, width = ('logits', c.vocabulary) if c.head else ('last hidden states', c.model_dim)
     shape = (*tokens_BT.shape, width)
     tell = f'out of memory on a device: {what} of {tokens_BT.shape[1]} tokens a row; give shorter rows, or use --mesh'
     # Written and not mapped: where a disk is full, writing is an error and a mapping ends the process.
-    with Output('--logits', target) as file, writing(target), jax.set_mesh(opened.mesh), explaining(lambda: tell):
+    with Output('--logits', target) as file, writing(target), jax.set_mesh(opened.mesh), explain_oom(lambda: tell):
         np.lib.format.write_array_header_1_0(file, {'descr': '<f4', 'fortran_order': False, 'shape': shape})
         for begin, logit_BTV in score(opened.model, tokens_BT, source_BS):
             if not np.isfinite(logit_BTV).all():

@@ -28,7 +28,7 @@ def main() -> int:
     add_options(parser)
     options = parser.parse_intermixed_args()
 
-    from weft.runtime.processes import begin, check_devices, find
+    from weft.runtime.processes import check_devices, detect_launch, initialize
     from weft.storage.buckets import at
     from weft.training.config import load
     from weft.training.run_folder import check_new
@@ -37,15 +37,15 @@ def main() -> int:
     config = load(options.config, options.overrides)
     check_new(runs, config.name)
     check_imported(Path(options.config).parent, runs, config.name, options.fresh)
-    launch = find(vars(options))
+    launch = detect_launch(vars(options))
     processes = (launch and launch.processes) or 1
     check_devices(config.mesh.size, processes, config.mesh)
 
-    from weft.sharding.mesh import start
+    from weft.sharding.mesh import configure_jax
 
-    start(config.mesh.size, config.compute.dtype, processes)
+    configure_jax(config.mesh.size, config.compute.dtype, processes)
     if launch:
-        begin(launch, config.mesh.size)
+        initialize(launch, config.mesh.size)
 
     config.check_sizes()
 

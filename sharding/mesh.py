@@ -161,7 +161,7 @@ def check_mesh_is_set() -> None:
         raise UserError('no mesh of this project is set: work on a model stands under `with jax.set_mesh(run.mesh):`')
 
 
-def start(devices: int, dtype: str, processes: int = 1) -> None:
+def configure_jax(devices: int, dtype: str, processes: int = 1) -> None:
     """Settles what JAX must know before anything asks it for devices: 64 bits, how many devices a CPU plays, what it keeps.
 
     A process on its own keeps its compiled programs for the next one (runtime/program_cache.py).

@@ -25,7 +25,7 @@ from weft.storage import shards
 from weft.storage.buckets import CONNECTIONS, Bucket, at_once
 from weft.storage.checkpoint import Checkpoints
 from weft.storage.lock import Lock
-from weft.storage.manifest import MANIFEST, SHARDS, contents, is_step, kinds, named
+from weft.storage.manifest import MANIFEST, SHARDS, array_kinds, contents, is_step, leaves_by_path
 from weft.storage.sealed import sealed
 
 
@@ -68,7 +68,7 @@ class BucketCheckpoints(Checkpoints):
                     if other == step or other not in published:
                         self._delete(other)
             peers.meet('a folder to save into')
-        leaves = {item: named(tree) for item, tree in items.items()}
+        leaves = {item: leaves_by_path(tree) for item, tree in items.items()}
         for x in jax.tree.leaves(leaves):
             if not jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
                 x.copy_to_host_async()
@@ -76,7 +76,7 @@ class BucketCheckpoints(Checkpoints):
         for item, arrays in leaves.items():
             for name, x in arrays.items():
                 mine.update(shards.written(f'{item}/{name}', x))
-        self._last = self._thread.submit(self._publish_shards, step, kinds(items), mine, files)
+        self._last = self._thread.submit(self._publish_shards, step, array_kinds(items), mine, files)
 
     def _content(self, step: int, name: str) -> bytes:
         return (self.folder / str(step) / name).read_bytes()
@@ -94,20 +94,20 @@ class BucketCheckpoints(Checkpoints):
 
     def _write(self, step: int, arrays: dict, mine: dict[str, bytes], files: Mapping[str, bytes]) -> None:
         path = self.folder / str(step)
-        prints = {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in mine.items()}
+        digests = {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in mine.items()}
         at_once(lambda name: (path / name).write_bytes(mine[name]), mine)
         if not peers.first():
-            (path / 'prints' / f'{jax.process_index()}.json').write_bytes(json.dumps(prints).encode())
+            (path / 'digests' / f'{jax.process_index()}.json').write_bytes(json.dumps(digests).encode())
         peers.meet('saved')
         if peers.first():
-            others = [f'prints/{process}.json' for process in range(1, jax.process_count())]
+            others = [f'digests/{process}.json' for process in range(1, jax.process_count())]
             for other in others:
-                prints |= json.loads((path / other).read_bytes())
+                digests |= json.loads((path / other).read_bytes())
             path.delete(others)
             at_once(lambda name: (path / name).write_bytes(files[name]), files)
-            prints |= {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in files.items()}
+            digests |= {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in files.items()}
             self.check_lock()
-            manifest = {'format': SHARDS, 'arrays': arrays, 'files': dict(sorted(prints.items()))}
+            manifest = {'format': SHARDS, 'arrays': arrays, 'files': dict(sorted(digests.items()))}
             (path / MANIFEST).write_bytes(sealed(manifest))
             self._delete_old(step)
         peers.meet('published')

@@ -34,7 +34,16 @@ from weft.storage import files as disk
 from weft.storage import shards
 from weft.storage.checkpoint_reader import Reader
 from weft.storage.lock import Lock
-from weft.storage.manifest import MANIFEST, SHARDS, contents, files_below, fingerprint, kind_of, kinds, named
+from weft.storage.manifest import (
+    MANIFEST,
+    SHARDS,
+    array_kinds,
+    contents,
+    files_below,
+    fingerprint,
+    kind_of,
+    leaves_by_path,
+)
 from weft.storage.sealed import sealed
 
 # In what Orbax says when the operating system refuses.
@@ -79,12 +88,12 @@ class Checkpoints(Reader):
             options = ocp.options.AsyncOptions(create_directories_asynchronously=False)  # else errors come minutes late
             logging.getLogger('absl').addFilter(_is_news)
             self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
-        leaves = {item: named(tree) for item, tree in items.items()}
+        leaves = {item: leaves_by_path(tree) for item, tree in items.items()}
         # Orbax cannot save an item without arrays (the state of plain gradient descent); the manifest still lists it.
         saves = {item: ocp.args.StandardSave(arrays) for item, arrays in leaves.items() if arrays}
         with self._told(step):
             self._orbax.save(self._saving / str(step), ocp.args.Composite(**saves))
-        self._last = self._thread.submit(self._publish, self._orbax, step, kinds(items), files)
+        self._last = self._thread.submit(self._publish, self._orbax, step, array_kinds(items), files)
 
     def save_weights(
         self, step: int, item: str, arrays: Iterable[tuple[str, jax.Array]], meta: dict, files: Mapping[str, bytes]
@@ -96,14 +105,14 @@ class Checkpoints(Reader):
         path = self._saving / str(step)
         disk.remove(self._saving)
         disk.make_folder(path)
-        kinds = {}
+        array_kinds = {}
         for name, x in arrays:
-            kinds[name] = kind_of(x)
+            array_kinds[name] = kind_of(x)
             for shard, content in shards.written(f'{item}/{name}', x):
                 disk.make_folder((path / shard).parent)
                 disk.put(path / shard, content)
             del x, content  # before the next is made
-        self._complete(step, {item: kinds}, contents({item: None}, meta, files), SHARDS)
+        self._complete(step, {item: array_kinds}, contents({item: None}, meta, files), SHARDS)
 
     def wait(self) -> None:
         """Returns when the last save is published; raises its error if it failed."""

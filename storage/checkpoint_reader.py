@@ -29,7 +29,7 @@ from weft.storage.manifest import (
     is_manifest,
     is_step,
     kind_of,
-    named,
+    leaves_by_path,
     open_files,
     pinned,
     size_of,
@@ -147,7 +147,7 @@ class Reader:
         would cast in silence): before any array is read, but for a shard that was altered, which is hashed as it is read.
         Raises Gone where the run deletes or replaces the checkpoint meanwhile.
         """
-        wanted = {item: named(tree) for item, tree in abstract.items()}
+        wanted = {item: leaves_by_path(tree) for item, tree in abstract.items()}
         others: contextlib.AbstractContextManager[dict] = contextlib.nullcontext({})
         with self._reading(step) if peers.first() else others as manifest:
             if peers.first():

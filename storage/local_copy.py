@@ -12,11 +12,11 @@ from pathlib import Path
 from weft.storage import files as disk
 from weft.storage.buckets import Bucket, at_once
 
-VOUCHER = 'data/data.json'  # data is there if this is: deleted before data changes, uploaded after all of it
-LEFT = ('checkpoints/', 'tensorboard/')  # what nobody needs here of what is there
+LAST_WRITTEN = 'data/data.json'  # data is there if this is: deleted before data changes, uploaded after all of it
+LEFT = ('checkpoints/', 'tensorboard/')  # folders of a run in a bucket that are not copied
 
 
-class Mirror:
+class LocalCopy:
     """`folder` is the run's, `local` the one to work on. Close it; data that was opened stays readable."""
 
     def __init__(self, folder: Path | Bucket):
@@ -34,7 +34,7 @@ class Mirror:
         if not isinstance(self.folder, Bucket):
             return
         found = self.folder.files()
-        names = [name for name in found if not name.startswith(LEFT) and (VOUCHER in found or name[:5] != 'data/')]
+        names = [name for name in found if not name.startswith(LEFT) and (LAST_WRITTEN in found or name[:5] != 'data/')]
         self.folder.download(self.local, names)
         self._known = {name: self._stamp(name) for name in names}
 
@@ -47,13 +47,15 @@ class Mirror:
         stamps = {name: self._stamp(name) for name in files}
         changed = [name for name in files if self._known.get(name) != stamps[name]]
         if any(name.startswith('data/') for name in changed):
-            folder.delete([VOUCHER])
-        at_once(lambda name: (folder / name).upload(self.local / name), [name for name in changed if name != VOUCHER])
-        if VOUCHER in changed:
-            (folder / VOUCHER).upload(self.local / VOUCHER)
+            folder.delete([LAST_WRITTEN])
+        at_once(
+            lambda name: (folder / name).upload(self.local / name), [name for name in changed if name != LAST_WRITTEN]
+        )
+        if LAST_WRITTEN in changed:
+            (folder / LAST_WRITTEN).upload(self.local / LAST_WRITTEN)
         self._known = stamps
 
-    def adopt(self, other: 'Mirror') -> None:
+    def adopt(self, other: 'LocalCopy') -> None:
         """Takes over the files of another, whose folder was never written to; this one's folder is empty or away."""
         if self._temporary:
             disk.remove(self.local)
@@ -80,10 +82,10 @@ def set_aside(folder: Path | Bucket) -> Path | Bucket:
         return folder.with_name(name)
     # Copied and deleted: what vouches for others is the last to be there and the first to go, wherever this is killed.
     target, names = folder.with_name(name), list(folder.files())
-    vouchers = [name for name in names if name == VOUCHER or name.endswith('/manifest.json')]
-    others = [name for name in names if name not in vouchers]
+    last = [name for name in names if name == LAST_WRITTEN or name.endswith('/manifest.json')]
+    others = [name for name in names if name not in last]
     folder.copy(target, others)
-    folder.copy(target, vouchers)
-    folder.delete(vouchers)
+    folder.copy(target, last)
+    folder.delete(last)
     folder.delete(others)
     return target

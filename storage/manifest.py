@@ -27,7 +27,7 @@ def contents(items: Mapping[str, Any], meta: dict, files: Mapping[str, bytes] | 
     return files
 
 
-def named(tree: Any) -> dict[str, Any]:
+def leaves_by_path(tree: Any) -> dict[str, Any]:
     """A tree's leaves by their paths, as in `blocks/0/up_DF`, in the tree's order."""
     leaves = {
         jax.tree_util.keystr(path, simple=True, separator='/'): x
@@ -37,9 +37,9 @@ def named(tree: Any) -> dict[str, Any]:
     return leaves
 
 
-def kinds(items: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+def array_kinds(items: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Dtype and shape of each array, by item and name."""
-    return {item: {name: kind_of(x) for name, x in named(tree).items()} for item, tree in items.items()}
+    return {item: {name: kind_of(x) for name, x in leaves_by_path(tree).items()} for item, tree in items.items()}
 
 
 def kind_of(x: Any) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from jax import P
 from jax.sharding import NamedSharding, Sharding
 
-from weft.storage.array_slices import Box, blocks, cut, sizes
+from weft.storage.array_slices import Bounds, host_slice, slice_shape, split_bounds
 
 BLOCK = 2**26  # bytes of one object at most
 ALIGNED = 64  # bytes: XLA for CPUs takes an array that begins at a multiple of it as it is, and copies any other
@@ -31,37 +31,37 @@ def written(name: str, x: jax.Array) -> Iterator[tuple[str, bytes]]:
     x = _raw(x)
     for shard in x.addressable_shards:
         if shard.replica_id == 0:  # of equal copies only one is written
-            box = _box(shard.index, x.shape)
-            for part in blocks(box, x.dtype.itemsize, BLOCK):
-                yield f'{name}/{_text(part)}.bin', cut(shard.data, box, part).tobytes()
+            bounds = _bounds(shard.index, x.shape)
+            for part in split_bounds(bounds, x.dtype.itemsize, BLOCK):
+                yield f'{name}/{_text(part)}.bin', host_slice(shard.data, bounds, part).tobytes()
 
 
 def gather(
     name: str, x: jax.ShapeDtypeStruct, paths: Iterable[str], read: Callable[[str, memoryview], None]
-) -> dict[Box, np.ndarray]:
+) -> dict[Bounds, np.ndarray]:
     """What the devices of this process hold of an array in the layout of `x`, out of the shards that it lies in.
 
     `read(path, into)` fills memory of a shard's size with it. Raises ValueError where the paths do not make up the array.
     """
     shape, dtype, layout = _raw_kind(x)
-    boxes = {_box(index, shape) for index in layout.addressable_devices_indices_map(shape).values()}
-    parts = {box: _aligned(sizes(box), dtype) for box in boxes}
+    regions = {_bounds(index, shape) for index in layout.addressable_devices_indices_map(shape).values()}
+    parts = {bounds: _aligned(slice_shape(bounds), dtype) for bounds in regions}
     filled = dict.fromkeys(parts, 0)
     for path in paths:
         stored = _parse(path.removeprefix(f'{name}/').removesuffix('.bin'))
         if not all(0 <= begin < end <= size for (begin, end), size in zip(stored, shape, strict=True)):
             raise ValueError(f'{path} is no part of {list(shape)}')
-        shared = {box: both for box in parts if (both := _both(box, stored)) is not None}
+        shared = {bounds: both for bounds in parts if (both := _both(bounds, stored)) is not None}
         if not shared:
             continue
         straight = _place_of(stored, parts, shared)
-        content = np.empty(sizes(stored), dtype) if straight is None else straight
+        content = np.empty(slice_shape(stored), dtype) if straight is None else straight
         read(path, content.reshape(-1).view(np.uint8).data)
-        for box, both in shared.items():
+        for bounds, both in shared.items():
             if straight is None:
-                parts[box][_within(both, box)] = content[_within(both, stored)]
-            filled[box] += math.prod(sizes(both))
-    if not all(filled[box] == part.size for box, part in parts.items()):
+                parts[bounds][_within(both, bounds)] = content[_within(both, stored)]
+            filled[bounds] += math.prod(slice_shape(both))
+    if not all(filled[bounds] == part.size for bounds, part in parts.items()):
         raise ValueError(f'{name}: its shards do not make it up')
     return parts
 
@@ -73,19 +73,19 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return memory[begin : begin + memory.nbytes - ALIGNED].view(dtype).reshape(shape)
 
 
-def _place_of(stored: Box, parts: dict[Box, np.ndarray], shared: dict[Box, Box]) -> np.ndarray | None:
+def _place_of(stored: Bounds, parts: dict[Bounds, np.ndarray], shared: dict[Bounds, Bounds]) -> np.ndarray | None:
     """Where a shard can be read to without a copy: where it belongs, if that is one place, whole and without gaps."""
     if list(shared.values()) != [stored]:
         return None
-    (box,) = shared
-    place = parts[box][_within(stored, box)] if stored else parts[box]
+    (bounds,) = shared
+    place = parts[bounds][_within(stored, bounds)] if stored else parts[bounds]
     return place if place.flags.c_contiguous else None
 
 
-def place(x: jax.ShapeDtypeStruct, parts: dict[Box, np.ndarray]) -> jax.Array:
+def place(x: jax.ShapeDtypeStruct, parts: dict[Bounds, np.ndarray]) -> jax.Array:
     """The array whose parts `gather` found."""
     shape, _, layout = _raw_kind(x)
-    raw = jax.make_array_from_callback(shape, layout, lambda index: parts[_box(index, shape)])
+    raw = jax.make_array_from_callback(shape, layout, lambda index: parts[_bounds(index, shape)])
     if not _is_key(x):
         return raw
     implementation: list[Any] = []
@@ -113,26 +113,26 @@ def _raw_kind(x: jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], Any, Sharding]:
     return raw.shape, raw.dtype, layout
 
 
-def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
-def _both(a: Box, b: Box) -> Box | None:
-    """Where two boxes overlap."""
+def _both(a: Bounds, b: Bounds) -> Bounds | None:
+    """Where two regions overlap."""
     both = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
     return both if all(begin < end for begin, end in both) else None
 
 
-def _within(inner: Box, outer: Box) -> tuple[slice, ...]:
-    """Where a box stands in an array that holds only `outer`."""
+def _within(inner: Bounds, outer: Bounds) -> tuple[slice, ...]:
+    """Where some bounds stand in an array that holds only `outer`."""
     return tuple(slice(x[0] - y[0], x[1] - y[0]) for x, y in zip(inner, outer, strict=True))
 
 
-def _text(box: Box) -> str:
-    return ','.join(f'{begin}-{end}' for begin, end in box) or 'all'
+def _text(bounds: Bounds) -> str:
+    return ','.join(f'{begin}-{end}' for begin, end in bounds) or 'all'
 
 
-def _parse(text: str) -> Box:
+def _parse(text: str) -> Bounds:
     if text == 'all':
         return ()
     pairs = (part.split('-') for part in text.split(','))

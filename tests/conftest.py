@@ -16,6 +16,7 @@ from tests.scripts.runs import QUICK
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import run_in_order
 
+pytest_plugins = ['tests.quick']
 DEVICES = 8
 TOO_FEW = re.compile(r'asks for \d+ devices; this machine has|Number of devices \d+ must be')
 
@@ -45,34 +46,6 @@ gc.set_threshold(100_000, 20, 20)
 # Programs are compiled three times faster this way, and mean the same; a test of what optimising changes asks for `optimized`,
 # and test_pairs.py has a run whose programs are those of users.
 jax.config.update('jax_disable_most_optimizations', True)
-
-
-# Files whose tests take longest begin first, so that no worker is left alone with one at the end.
-SLOW = (
-    'test_meshes',
-    'test_families',
-    'test_mutations',
-    'test_resume',
-    'test_mistakes',
-    'test_proof',
-    'test_decoder',
-    'test_hub',
-)
-SLOW += (
-    'test_pairs',
-    'test_processes',
-    'test_golden',
-    'test_convert',
-    'test_beams',
-    'test_mtp',
-    'test_encoder_mutations',
-    'test_parts',
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    place = {name: number for number, name in enumerate(SLOW)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(SLOW)))
 
 
 def pytest_collection_finish() -> None:

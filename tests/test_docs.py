@@ -1,12 +1,15 @@
-"""The code of docs/research.md runs as it stands."""
+"""The code of docs/research.md and the notebooks run as they stand."""
 
+import json
 import re
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
-from tests.scripts.runs import ROOT
+from tests.house import ROOT
 from weft.model.config import ModelConfig
 from weft.sharding.mesh import make_mesh, parse_mesh
 from weft.training.config import RunConfig, TrainingConfig
@@ -42,3 +45,40 @@ def test_the_page_on_research_runs():
         (_, figures), _ = jax.jit(loss_and_gradient)(model, here['batch'])
         np.testing.assert_allclose(here['nats'], figures['loss'], rtol=1e-5)
         assert here['total'] > here['nats']
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    """A folder that has what notebooks read, and in which their runs stand."""
+    for name in ('configs', 'docs'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def cells(name: str) -> list[str]:
+    """The code of a notebook, which has no outputs: a change of it is a change of its text."""
+    book = json.loads((ROOT / 'docs' / name).read_text(encoding='utf-8'))
+    code = [cell for cell in book['cells'] if cell['cell_type'] == 'code']
+    assert not any(cell['outputs'] or cell['execution_count'] for cell in code)
+    return [''.join(cell['source']) for cell in code]
+
+
+def test_the_notebook_trains_and_decodes(checkout, capsys):
+    here: dict = {}
+    for cell in cells('train_and_decode.ipynb'):
+        exec(cell, here)
+    assert here['losses'][-1] < here['losses'][0]
+    assert len(here['answers']) == 2
+    assert (checkout / 'runs/notebook/loss.png').is_file()
+    assert '@tensor' in capsys.readouterr().out
+
+
+def test_the_notebook_plans(checkout, capsys):
+    here: dict = {}
+    for cell in cells('plan.ipynb'):
+        exec(cell, here)
+    assert here['plan']['fits']
+    assert here['plan']['parameters']['total'] == 70_553_706_496
+    assert 'MFU' in capsys.readouterr().out
+    assert eval(cells('plan.ipynb')[-1].rpartition('\n\n')[2], here)['data=32,tensor=8'] > 0

@@ -33,16 +33,16 @@ from weft.hub.gguf.tokenizer import tokenizer_files
 from weft.hub.published_tokenizer import published_tokenizer, run_tokenizer
 from weft.hub.streaming import narrowed, published
 from weft.model.sizes import sizes
-from weft.runtime.device_memory import told_bytes
+from weft.runtime.device_memory import human_bytes
 from weft.runtime.errors import UserError, shown
-from weft.sharding.mesh import BATCH, SEQUENCE, MeshConfig, check_divides, make_mesh, start
+from weft.sharding.mesh import BATCH, SEQUENCE, MeshConfig, check_divides, configure_jax, make_mesh
 from weft.storage import files as disk
 from weft.storage.bucket_checkpoint import checkpoints_of
 from weft.storage.buckets import Bucket
 from weft.storage.checkpoint import Checkpoints
 from weft.storage.foreign import shown_path
 from weft.storage.lock import Lock
-from weft.storage.manifest import named
+from weft.storage.manifest import leaves_by_path
 from weft.storage.newest import read_newest
 from weft.storage.staged import refuse_existing, staged
 from weft.training import config as configs
@@ -91,13 +91,13 @@ def make_run(
     Raises UserError, before anything is written, if it cannot be one. The arguments are those of `hub.read`.
     """
     found, files, config, tokenizer, unread = examined(source, run.name, mesh, dtype, without_remote_code, ignore)
-    start(mesh.size, config.compute.dtype)
+    configure_jax(mesh.size, config.compute.dtype)
     devices = make_mesh(mesh)
     kept = {'config.yaml': configs.dump(config).encode()} | (tokenizer.files() if tokenizer else {})
     beside = kept | {'config.yaml': configs.dump(trained_on(config)).encode()}
     with staged(run) as place:
         with jax.set_mesh(devices):
-            names = dict(zip(found.shapes, named(abstract_state(config).model), strict=True))
+            names = dict(zip(found.shapes, leaves_by_path(abstract_state(config).model), strict=True))
         arrays = told(checked(found.arrays(devices), names, str(source)), names, found.bytes, say)
         facts = {'step': 0, 'tokens': 0, 'corpus': None, 'seed': config.seed, 'next_sample': 0}
         Checkpoints(place).save_weights(0, 'model', arrays, facts, kept)
@@ -219,7 +219,7 @@ def told(
         del x  # before the next is made
         if time.monotonic() - last > 5:
             last = time.monotonic()
-            say(f'{told_bytes(done)} of about {told_bytes(total)}')
+            say(f'{human_bytes(done)} of about {human_bytes(total)}')
 
 
 def run_config(name: str, found: hub.Published, mesh: MeshConfig) -> RunConfig:
@@ -315,7 +315,7 @@ def export_run(
     fields['torch_dtype' if 'torch_dtype' in fields else 'dtype'] = kept
     wanted = mesh or config.mesh
     check_divides(wanted, sizes(c))
-    start(wanted.size, config.compute.dtype)
+    configure_jax(wanted.size, config.compute.dtype)
     shapes = hub.shapes_of(c, config.compute)
     with jax.set_mesh(make_mesh(wanted)):
         model, step = restore_newest(checkpoints, first, config, files, abstract_model(config))
@@ -347,7 +347,7 @@ def export_run(
     content = lambda name: narrowed(makers[name](), kinds[name][0], name).astype(kinds[name][0])
     publish.write(target, fields, beside, kinds, content)
     size = sum(math.prod(shape) * kept.itemsize for kept, shape in kinds.values())
-    say(f'{target}: {fields["architectures"][0]}, {len(kinds)} tensors in {kept}, {told_bytes(size)} (step {step})')
+    say(f'{target}: {fields["architectures"][0]}, {len(kinds)} tensors in {kept}, {human_bytes(size)} (step {step})')
     if not dtype and jnp.promote_types(kept, stored) != kept:
         say(f'rounded from {stored} to {kept}, as it was imported; --dtype {stored} keeps all digits')
 

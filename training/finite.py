@@ -15,7 +15,7 @@ import numpy as np
 
 from weft.runtime.errors import Diverged, UserError, shown
 from weft.storage.checkpoint import Checkpoints
-from weft.storage.manifest import named
+from weft.storage.manifest import leaves_by_path
 from weft.training.config import RECORD, RunConfig
 
 AT_ONCE = 1 << 18  # numbers that a thread looks at and that stay in its cache
@@ -34,7 +34,7 @@ def _finite(leaves: list[jax.Array]) -> jax.Array:
 
 def not_finite(tree: Any) -> list[str]:
     """The paths of arrays with a NaN or an infinity, in the tree's order. Of several processes all call it alike."""
-    leaves = {name: x for name, x in named(tree).items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    leaves = {name: x for name, x in leaves_by_path(tree).items() if jnp.issubdtype(x.dtype, jnp.floating)}
     if not leaves:
         return []
     finite = on_host(leaves.values()) if is_host() else jax.device_get(_finite(list(leaves.values()))).tolist()

@@ -17,7 +17,7 @@ from weft.data.prepare import Dataset
 from weft.model.forward import place_rows
 from weft.runtime import rendezvous as peers
 from weft.runtime import signals, streams
-from weft.runtime.device_memory import explaining
+from weft.runtime.device_memory import explain_oom
 from weft.runtime.errors import Diverged, MachineError, OutOfMemory, UserError, machine_fault, shown
 from weft.runtime.processes import Agreement
 from weft.sharding.mesh import make_mesh, platform
@@ -25,7 +25,7 @@ from weft.storage import files as disk
 from weft.storage.bucket_checkpoint import checkpoints_of
 from weft.storage.buckets import Bucket
 from weft.storage.checkpoint import Checkpoints, SaveFailed
-from weft.storage.local_copy import Mirror
+from weft.storage.local_copy import LocalCopy
 from weft.storage.lock import Lock
 from weft.training import config as configs
 from weft.training.config import RunConfig
@@ -55,24 +55,26 @@ def train(config: RunConfig, runs: Path | Bucket, fresh: bool = False, console: 
     folder = runs / config.name
     # One process of one run writes; readers need no lock.
     lock = Lock(folder) if peers.first() else contextlib.nullcontext()
-    with lock as held, contextlib.closing(Mirror(folder)) as mirror:
+    with lock as held, contextlib.closing(LocalCopy(folder)) as local_copy:
         if peers.first():
-            config, dataset = prepare_run(config, mirror, fresh, console)
+            config, dataset = prepare_run(config, local_copy, fresh, console)
         # Where process 0 finds something wrong, all processes end with its exit code, here or wherever they are.
         corpus = peers.meet('the data is there', dataset.facts['sha256'] if peers.first() else None)
         if not peers.first():
-            config, dataset = open_prepared(config, mirror, corpus)
-        with jax.set_mesh(mesh), explaining(lambda: memory_line(config, abstract_state(config))):
-            return Run(config, mirror, dataset, console, held).go()
+            config, dataset = open_prepared(config, local_copy, corpus)
+        with jax.set_mesh(mesh), explain_oom(lambda: memory_line(config, abstract_state(config))):
+            return Run(config, local_copy, dataset, console, held).go()
 
 
 class Run:
     """One process' life with a run. Use it under `jax.set_mesh`."""
 
-    def __init__(self, config: RunConfig, mirror: Mirror, dataset: Dataset, console: Console, lock: Lock | None = None):
-        self.config, self.mirror, self.dataset, self.console = config, mirror, dataset, console
-        self.folder = mirror.folder
-        self.checkpoints = checkpoints_of(mirror.folder, config.checkpoint.keep, lock)
+    def __init__(
+        self, config: RunConfig, local_copy: LocalCopy, dataset: Dataset, console: Console, lock: Lock | None = None
+    ):
+        self.config, self.local_copy, self.dataset, self.console = config, local_copy, dataset, console
+        self.folder = local_copy.folder
+        self.checkpoints = checkpoints_of(local_copy.folder, config.checkpoint.keep, lock)
         self.unsaved: str | None = None  # why the last save failed, if it did
         self.unsent: str | None = None  # why the last upload of what stands beside the checkpoints failed, if it did
         self.asked = 0  # the signal that stops it
@@ -99,10 +101,10 @@ class Run:
         else:
             self.state = jax.jit(functools.partial(init, config))()
         if peers.first():
-            disk.make_folder(self.mirror.local)
-            write_config(config, self.mirror.local)
+            disk.make_folder(self.local_copy.local)
+            write_config(config, self.local_copy.local)
         console.print(layout(config, self.state.model))
-        self.metrics = Metrics(self.mirror.local, first, console.print) if peers.first() else NullMetrics()
+        self.metrics = Metrics(self.local_copy.local, first, console.print) if peers.first() else NullMetrics()
         self.agree = Agreement(late=0 if platform() == 'cpu' else MAX_IN_FLIGHT)
         try:
             with signals.noted(self.heard) as self.noted, contextlib.ExitStack() as last:
@@ -264,7 +266,7 @@ class Run:
         self.checkpoints.check_lock()
         self.metrics.flush()
         try:
-            self.mirror.push()
+            self.local_copy.push()
             self.unsent = None
         except (MachineError, UserError) as error:
             self.unsent = shown(error, 500)
@@ -294,7 +296,10 @@ class Run:
         facts |= {'next_sample': step * self.config.training.batch}
         files = {}
         if peers.first():
-            files = {'config.yaml': (self.mirror.local / 'config.yaml').read_bytes(), **self.dataset.tokenizer.files()}
+            files = {
+                'config.yaml': (self.local_copy.local / 'config.yaml').read_bytes(),
+                **self.dataset.tokenizer.files(),
+            }
         self.settle(wait=True)
         try:
             self.checkpoints.save(step, items(self.state), facts, files)

@@ -11,23 +11,23 @@ from weft.hub.published_tokenizer import load_tokenizer
 from weft.runtime.errors import MachineError, UserError, shown
 from weft.storage import files as disk
 from weft.storage.bucket_checkpoint import checkpoints_of
-from weft.storage.local_copy import Mirror, set_aside
+from weft.storage.local_copy import LocalCopy, set_aside
 from weft.training import config as configs
 from weft.training.config import RECORD, RunConfig
 from weft.training.state import saved_config
 
 
-def prepare_run(config: RunConfig, mirror: Mirror, fresh: bool, console: Console) -> tuple[RunConfig, Dataset]:
+def prepare_run(config: RunConfig, local_copy: LocalCopy, fresh: bool, console: Console) -> tuple[RunConfig, Dataset]:
     """The complete config and the data, made where they are not there. One process does this."""
-    folder = mirror.folder
+    folder = local_copy.folder
     if fresh and folder.exists():
         # The new run is made beside the old one, which stays where it is until nothing can be wrong any more.
-        staging = Mirror(folder.with_name(f'.{folder.name}.new'))
+        staging = LocalCopy(folder.with_name(f'.{folder.name}.new'))
         disk.remove(staging.local)
         try:
             config, dataset = prepare_data(config, staging, console)
             aside = set_aside(folder)
-            mirror.adopt(staging)
+            local_copy.adopt(staging)
         except BaseException:
             with contextlib.suppress(MachineError):  # the next one clears it, if this disk cannot
                 disk.remove(staging.local)
@@ -36,17 +36,17 @@ def prepare_run(config: RunConfig, mirror: Mirror, fresh: bool, console: Console
             staging.close()
         console.print(f'moved the earlier {folder} aside to {aside}')
     else:
-        config, dataset = prepare_data(config, mirror, console)
-    mirror.push()
+        config, dataset = prepare_data(config, local_copy, console)
+    local_copy.push()
     return config, dataset
 
 
-def open_prepared(config: RunConfig, mirror: Mirror, corpus: str) -> tuple[RunConfig, Dataset]:
+def open_prepared(config: RunConfig, local_copy: LocalCopy, corpus: str) -> tuple[RunConfig, Dataset]:
     """What another process made ready. Raises UserError where its folder is not the one seen here."""
-    folder = mirror.folder
-    mirror.fetch()
+    folder = local_copy.folder
+    local_copy.fetch()
     try:
-        dataset = load(mirror.local, lambda line: None)  # process 0 has said it
+        dataset = load(local_copy.local, lambda line: None)  # process 0 has said it
     except UserError as error:
         raise UserError(f'{error}; the processes of a run need one run folder that all of them see') from None
     if dataset.facts['sha256'] != corpus:
@@ -56,9 +56,9 @@ def open_prepared(config: RunConfig, mirror: Mirror, corpus: str) -> tuple[RunCo
     return config.with_vocabulary(dataset.tokenizer.embedded), dataset
 
 
-def prepare_data(config: RunConfig, mirror: Mirror, console: Console) -> tuple[RunConfig, Dataset]:
+def prepare_data(config: RunConfig, local_copy: LocalCopy, console: Console) -> tuple[RunConfig, Dataset]:
     """The complete config and the data. Raises UserError where they do not fit each other or the run's last checkpoint."""
-    checkpoints = checkpoints_of(mirror.folder)
+    checkpoints = checkpoints_of(local_copy.folder)
     steps = checkpoints.steps()
     if steps:
         configs.check_continues(saved_config(checkpoints, steps[-1]), config, begun=steps[-1] > 0)
@@ -68,8 +68,8 @@ def prepare_data(config: RunConfig, mirror: Mirror, console: Console) -> tuple[R
                 f'nearest that works: {steps[-1]}'
             )
 
-    mirror.fetch()
-    tokenizer = imported_tokenizer(mirror.local)
+    local_copy.fetch()
+    tokenizer = imported_tokenizer(local_copy.local)
 
     def complete(dataset: Dataset) -> RunConfig:
         whole = config.with_vocabulary(dataset.tokenizer.embedded)
@@ -78,7 +78,7 @@ def prepare_data(config: RunConfig, mirror: Mirror, console: Console) -> tuple[R
 
     dataset = prepare(
         config.data,
-        mirror.local,
+        local_copy.local,
         config.training.sequence_length,
         say=console.print,
         check=complete,
@@ -91,8 +91,8 @@ def prepare_data(config: RunConfig, mirror: Mirror, console: Console) -> tuple[R
         meta = checkpoints.meta(steps[-1])
         if meta.get('corpus') != dataset.facts['sha256']:
             raise UserError(
-                f'{mirror.folder / "data"} was made from corpus {dataset.facts["sha256"][:12]} and checkpoint {steps[-1]} from '
-                f'{shown(meta.get("corpus"), 12)}: the prepared data was replaced; restore it, or begin anew with --fresh'
+                f'{local_copy.folder / "data"} was made from corpus {dataset.facts["sha256"][:12]} and checkpoint {steps[-1]} '
+                f'from {shown(meta.get("corpus"), 12)}: the prepared data was replaced; restore it, or begin anew with --fresh'
             )
     return complete(dataset), dataset
 

@@ -61,7 +61,7 @@ LAYOUTS = {
     }.items()
 }
 SUPPORTED = [layout.name for layout in LAYOUTS.values() if layout.bytes]
-PLAIN = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16), 'BF16': np.dtype(jnp.bfloat16)}
+PLAIN: dict[str, np.dtype] = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16), 'BF16': np.dtype(jnp.bfloat16)}
 FLOAT = np.dtype(np.float32)
 BFLOAT16 = np.dtype(jnp.bfloat16)
 

@@ -11,7 +11,7 @@ from jax import P, lax
 
 from weft.model.config import LayerSpec, ModelConfig
 from weft.model.context import ForwardContext
-from weft.model.kv_cache import KVCache, cache_read, cache_update
+from weft.model.kv_cache import CacheSize, DenseCache, token_cache
 from weft.model.layers.norm import norm_of_all, offset, rms_norm
 from weft.model.layers.rope import rope, yarn_gain
 from weft.model.linear import Linear, TransposedLinear
@@ -53,8 +53,13 @@ class Attention(nnx.Module):
         heads = Divides(('tensor',), 'model.heads', c.heads)
         return [heads, Divides(('tensor',), 'model.kv_heads', c.kv_heads, or_repeats=True)]
 
-    def __call__(self, x_BTD, ctx: ForwardContext, cache: KVCache | None, layer):
-        """The block's output in the layout between blocks, and the cache with these tokens' keys and values at [layer]."""
+    @staticmethod
+    def cache(c: ModelConfig, kind: LayerSpec, size: CacheSize) -> DenseCache:
+        """What decoding keeps: a key and a value for each KV head."""
+        return token_cache(size, c.window if kind.windowed else None, c.kv_heads, c.head_dim, c.head_dim)
+
+    def __call__(self, x_BTD, ctx: ForwardContext, cache: DenseCache | None, layer):
+        """The block's output in the layout between blocks, and the cache with these tokens' keys and values."""
         c, H = self.config, self.config.head_dim
         x_BTD = ctx.gather_sequence(x_BTD)
         q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
@@ -72,11 +77,7 @@ class Attention(nnx.Module):
             place = (ctx.position_BT, ctx.segment_BT)
             q_BTKGH, k_BTKH = (rope(a, *place, c, self.windowed) for a in (q_BTKGH, k_BTKH))
         if cache is not None:
-            kept = (
-                cache_update(old, new, layer, ctx.position_BT)
-                for old, new in zip(cache[:2], (k_BTKH, v_BTKH), strict=True)
-            )
-            cache = KVCache(*kept)
+            cache = cache.write((k_BTKH, v_BTKH), ctx)
         here = (ctx.position_BT, ctx.segment_BT)
         how = how_to_attend(c, self.windowed)
         if c.attention_sinks:
@@ -85,8 +86,8 @@ class Attention(nnx.Module):
             table_KGR = ctx.relative_RN.T.reshape(*q_BTKGH.shape[2:4], -1)
             how['relative'] = Relative(table_KGR, not c.causal, c.relative_most)
         if ctx.decoding:
-            k_BSKH, v_BSKH = (cache_read(kept, layer, k_BTKH) for kept in cache[:2])
-            a_BTKGH = cached_attention(q_BTKGH, k_BSKH, v_BSKH, ctx.position_BT, **how)
+            k_BSKH, v_BSKH = cache.read(k_BTKH, v_BTKH)
+            a_BTKGH = cached_attention(q_BTKGH, k_BSKH, v_BSKH, ctx.position_BT, cache.positions(ctx), **how)
         else:
             how |= {'causal': c.causal, 'backend': ctx.compute.attention, 'ring': True}
             a_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, here, here, **how)

@@ -14,7 +14,7 @@ from jax import P
 
 from weft.model.config import LayerSpec, ModelConfig
 from weft.model.context import ForwardContext
-from weft.model.kv_cache import KVCache, cache_read, cache_update
+from weft.model.kv_cache import CacheSize, DenseCache, token_cache
 from weft.model.layers.attention import how_to_attend
 from weft.model.layers.norm import rms_norm
 from weft.model.layers.rope import rope
@@ -53,8 +53,13 @@ class LatentAttention(nnx.Module):
         """What a mesh must divide beside the weights."""
         return [Divides(('tensor',), 'model.heads', c.heads)]
 
-    def __call__(self, x_BTD, ctx: ForwardContext, cache: KVCache | None, layer):
-        """The block's output in the layout between blocks, and the cache with these tokens' latent vectors at [layer]."""
+    @staticmethod
+    def cache(c: ModelConfig, kind: LayerSpec, size: CacheSize) -> DenseCache:
+        """What decoding keeps: a latent vector and a rotary key side by side, for all heads."""
+        return token_cache(size, c.window if kind.windowed else None, 1, c.latent.kv_rank + c.latent.rotary_dim)
+
+    def __call__(self, x_BTD, ctx: ForwardContext, cache: DenseCache | None, layer):
+        """The block's output in the layout between blocks, and the cache with these tokens' latent vectors."""
         c, a, dtype = self.config, self.config.latent, x_BTD.dtype
         down_BTR = self.kv_down(x_BTD)
         latent_BTR = rms_norm(down_BTR[..., : a.kv_rank], self.kv_scale_R[...], LATENT_EPSILON)
@@ -72,16 +77,15 @@ class LatentAttention(nnx.Module):
         key_BTr = rope(key_BTr, ctx.position_BT, ctx.segment_BT, c)
         if cache is not None:
             new_BT1R = jnp.concatenate([latent_BTR, key_BTr], -1)[:, :, None]
-            cache = KVCache(cache_update(cache.k_LBSM, new_BT1R, layer, ctx.position_BT), None)
+            cache = cache.write((new_BT1R,), ctx)
         up_RnH = self.kv_up.kernel(dtype).reshape(a.kv_rank, -1, a.plain_dim + a.value_dim)
         up_RnP, up_RnU = up_RnH[..., : a.plain_dim], up_RnH[..., a.plain_dim :]
         how = how_to_attend(c, self.windowed)
         if ctx.decoding:
-            kept_BS1R = cache_read(cache.k_LBSM, layer, new_BT1R)
+            (kept_BS1R,) = cache.read(new_BT1R)
             q_BTnR = jnp.concatenate([jnp.einsum('BTnP,RnP->BTnR', plain_BTnH, up_RnP), turned_BTnr], -1)
-            out_BT1nR = cached_attention(
-                q_BTnR[:, :, None], kept_BS1R, kept_BS1R[..., : a.kv_rank], ctx.position_BT, **how
-            )
+            value_BS1R, at_BS = kept_BS1R[..., : a.kv_rank], cache.positions(ctx)
+            out_BT1nR = cached_attention(q_BTnR[:, :, None], kept_BS1R, value_BS1R, ctx.position_BT, at_BS, **how)
             out_BTnU = jnp.einsum('BTnR,RnU->BTnU', out_BT1nR[:, :, 0], up_RnU)
         else:
             k_BTnP = jnp.einsum('BTR,RnP->BTnP', latent_BTR, up_RnP)

@@ -25,7 +25,7 @@ MOST_INDICES = 65535  # of CUDA's second and third grid axis
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiling:
+class GroupedTiling:
     """Rows, columns, and what is added up a step (powers of two, at least 16); warps a program, tiles loaded ahead."""
 
     rows: int
@@ -35,18 +35,18 @@ class Tiling:
     stages: int
 
 
-def tilings(dtype: jnp.dtype) -> tuple[Tiling, Tiling]:
+def tilings(dtype: jnp.dtype) -> tuple[GroupedTiling, GroupedTiling]:
     """Of rows and of weight gradients, within an A100's or H100's shared memory."""
     if jnp.dtype(dtype).itemsize == 2:
-        return Tiling(128, 256, 64, 8, 3), Tiling(128, 256, 64, 8, 3)
-    return Tiling(64, 128, 32, 8, 2), Tiling(64, 128, 32, 8, 2)
+        return GroupedTiling(128, 256, 64, 8, 3), GroupedTiling(128, 256, 64, 8, 3)
+    return GroupedTiling(64, 128, 32, 8, 2), GroupedTiling(64, 128, 32, 8, 2)
 
 
 def gmm(
     x_RD: jax.Array,
     w_EDF: jax.Array,
     sizes_E: jax.Array,
-    tiling: tuple[Tiling, Tiling] | None = None,
+    tiling: tuple[GroupedTiling, GroupedTiling] | None = None,
     transposed: bool = False,
 ) -> jax.Array:
     """y_RF: each group's rows of x times the group's weights. Rows past sum(sizes) hold anything, also in x's gradient.
@@ -65,7 +65,7 @@ def gmm(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _gmm(
-    x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, tiling: tuple[Tiling, Tiling], transposed: bool
+    x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, tiling: tuple[GroupedTiling, GroupedTiling], transposed: bool
 ) -> jax.Array:
     return rows_times_weights(x_RD, w_EDF, sizes_E, tiling[0], transposed)
 
@@ -85,7 +85,7 @@ _gmm.defvjp(_forward, _backward)
 
 
 def rows_times_weights(
-    x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, t: Tiling, transposed: bool = False
+    x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, t: GroupedTiling, transposed: bool = False
 ) -> jax.Array:
     """x times w, [R, F]; `transposed`: x has F columns, and the result, times w's transpose, D."""
     R, inner = x_RD.shape
@@ -105,7 +105,7 @@ def rows_times_weights(
     return y_RF
 
 
-def weight_gradients(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, t: Tiling) -> jax.Array:
+def weight_gradients(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, t: GroupedTiling) -> jax.Array:
     """[E, D, F]: of each group, its rows of x, transposed, times those of dy."""
     (R, D), F, E = x_RD.shape, dy_RF.shape[1], sizes_E.shape[0]
     t = smaller(t, D, F, R)
@@ -136,7 +136,7 @@ def row_tiles(sizes_E: jax.Array, V: int, rows: int) -> jax.Array:
     return jnp.stack([group_V, first_V, end_V], 1)
 
 
-def smaller(t: Tiling, rows: int, columns: int, inner: int) -> Tiling:
+def smaller(t: GroupedTiling, rows: int, columns: int, inner: int) -> GroupedTiling:
     """Tiles no larger than what there is; Triton's matmuls want 16."""
     rows, columns, inner = (max(16, pl.next_power_of_2(size)) for size in (rows, columns, inner))
     return dataclasses.replace(t, rows=min(t.rows, rows), columns=min(t.columns, columns), inner=min(t.inner, inner))
@@ -145,7 +145,7 @@ def smaller(t: Tiling, rows: int, columns: int, inner: int) -> Tiling:
 # Kernels: one program -------------------------------------------------------------------------------------------------
 
 
-def _rows_kernel(x_ref, w_ref, tile_ref, y_ref, *, t: Tiling, transposed: bool):
+def _rows_kernel(x_ref, w_ref, tile_ref, y_ref, *, t: GroupedTiling, transposed: bool):
     group, first, end = (tile_ref[i] for i in range(3))
     inner, columns = x_ref.shape[1], y_ref.shape[1]
     column = pl.program_id(0) * t.columns
@@ -167,7 +167,7 @@ def _rows_kernel(x_ref, w_ref, tile_ref, y_ref, *, t: Tiling, transposed: bool):
     triton.store(target, y_RF.astype(y_ref.dtype), mask=_both(mine_R, inside_F))
 
 
-def _weights_kernel(x_ref, dy_ref, span_ref, dw_ref, *, t: Tiling):
+def _weights_kernel(x_ref, dy_ref, span_ref, dw_ref, *, t: GroupedTiling):
     start, end = span_ref[0], span_ref[1]
     D, F = dw_ref.shape
     column, row = pl.program_id(0) * t.columns, pl.program_id(1) * t.rows

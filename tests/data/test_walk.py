@@ -13,14 +13,14 @@ from weft.data import walk
 from weft.data.config import DataConfig
 from weft.data.prepare import prepare
 from weft.data.sources import texts
-from weft.data.walk import LeftOut, told
+from weft.data.walk import LeftOut, left_out_text
 from weft.runtime.errors import UserError
 
 
 def read(*paths: Path | str) -> tuple[list[str], str]:
     """The texts, and what is said of the rest."""
     left_out: list[LeftOut] = []
-    return [text for _, text in texts([str(path) for path in paths], skipped=left_out)], told(left_out)
+    return [text for _, text in texts([str(path) for path in paths], skipped=left_out)], left_out_text(left_out)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from weft.inference.run import open_run
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.storage.checkpoint import Checkpoints
-from weft.storage.local_copy import Mirror
+from weft.storage.local_copy import LocalCopy
 from weft.storage.manifest import MANIFEST, META, fingerprint
 from weft.storage.newest import read_newest
 from weft.storage.sealed import sealed, unsealed
@@ -149,13 +149,13 @@ def exported(run: Path, place: Path) -> None:
 
 def continued(run: Path, place: Path) -> None:
     """As train.py does before its first step."""
-    with contextlib.closing(Mirror(run)) as mirror:
-        config, dataset = prepare_data(config_of(place), mirror, Console(quiet=True))
+    with contextlib.closing(LocalCopy(run)) as local_copy:
+        config, dataset = prepare_data(config_of(place), local_copy, Console(quiet=True))
         rows = [dataset.train.take(range(len(dataset.train))), dataset.validation.take(range(len(dataset.validation)))]
         digest = hashlib.sha256(b''.join(x.tobytes() for part in rows for x in part[:4])).hexdigest()
         assert digest == rows_of(place), 'other rows than were prepared'
         with jax.set_mesh(make_mesh(MeshConfig())):
-            run_ = Run(config, mirror, dataset, Console(quiet=True))
+            run_ = Run(config, local_copy, dataset, Console(quiet=True))
             if step := max(run_.checkpoints.steps(), default=0):
                 assert numbers(restore(run_.checkpoints, step, config).model) in known(place), 'other weights'
         metrics = Metrics(run, step, str)

@@ -23,6 +23,7 @@ EOS, V, MOST = 2, 4, 4
 TINY = {'vocabulary': V, 'layers': 2, 'model_dim': 16, 'heads': 4, 'mlp_dim': 16, 'tied_embedding': False}
 MODELS = {
     'decoder': ModelConfig(**TINY),
+    'windows': ModelConfig(**TINY, window=3, window_pattern=(True, False)),
     'encoder–decoder': ModelConfig(**TINY, positions='relative', encoder=EncoderConfig(layers=1)),
 }
 PROMPTS = Prompts(np.array([[1, 3, 0, 1], [3, 1, 0, 0]], np.int32), np.array([4, 2], np.int32))

@@ -13,7 +13,7 @@ from weft.data.tokenizer import TWICE, Tokenizer
 from weft.inference.generate import TextStream, choices, generate, seeded
 from weft.inference.prompts import read_prompts, say_once
 from weft.inference.run import own_mesh
-from weft.inference.sampling import Choice, Sampling, choose, describe
+from weft.inference.sampling import RowSampling, Sampling, choose, describe
 from weft.inference.score import score
 from weft.model.config import ModelConfig, MoEConfig
 from weft.runtime.errors import UserError
@@ -36,7 +36,7 @@ def chosen(logits, count=2000, **sampling) -> np.ndarray:
     """Tokens drawn `count` times from the same logits, at different positions."""
     s = Sampling(**sampling)
     every = lambda value, dtype: jnp.full(count, value, dtype)
-    choice = Choice(
+    choice = RowSampling(
         every(s.temperature, jnp.float32),
         every(s.top_k, jnp.int32),
         every(s.top_p, jnp.float32),
@@ -186,7 +186,7 @@ def test_context_is_never_exceeded(tokenizer):
 def test_logits_stay_split_by_rows_while_choosing():
     with jax.set_mesh(make_mesh(MeshConfig(data=2, expert=2, tensor=2))):
         rows = lambda a: jax.device_put(a, P(BATCH))
-        choice = Choice(
+        choice = RowSampling(
             *map(
                 rows,
                 (

@@ -1,5 +1,6 @@
 """A cache that goes on: text read in pieces, and a conversation of which only what is new is read."""
 
+import dataclasses
 import functools
 
 import jax
@@ -42,12 +43,12 @@ def test_text_that_is_read_in_pieces_gives_the_logits_of_all_of_it(name, mesh):
     with jax.set_mesh(make_mesh(mesh)):
         model = filled(c)
         whole = np.asarray(jax.jit(logits)(model, *place((ids, place_BT, np.ones_like(ids)))))
-        cache = jax.jit(empty_cache, static_argnums=(1, 2))(model, ROWS, 20)
+        cache = jax.jit(functools.partial(empty_cache, rows=ROWS, length=20, piece=8))(model)
         more, longer = jax.jit(extend), jax.jit(grown, static_argnums=1)
-        begin_B = np.zeros(ROWS, np.int32)
+        begin_B, longest = np.zeros(ROWS, np.int32), 0
         for lengths in ([8, 8, 5, 1], [8, 7, 8, 8], [3, 1, 3, 8], [8, 8, 8, 8]):
-            if max(begin_B + lengths) > cache.k_LBSM.shape[2]:
-                cache = longer(cache, 30)
+            if max(begin_B + lengths) > 20 and not longest:
+                cache, longest = longer(cache, 30), 30
             piece = np.zeros((ROWS, 8), np.int32)
             for row, length in enumerate(lengths):
                 piece[row, :length] = ids[row, begin_B[row] : begin_B[row] + length]
@@ -57,7 +58,7 @@ def test_text_that_is_read_in_pieces_gives_the_logits_of_all_of_it(name, mesh):
             want = whole[np.arange(ROWS), begin_B - 1]
             np.testing.assert_allclose(np.asarray(found), want, atol=1e-5 * np.abs(whole).max())
         assert begin_B.tolist() == [27, 24, 24, 25]
-        assert cache.k_LBSM.shape[2] == 30
+        assert longest == 30
         token_B = ids[np.arange(ROWS), begin_B]
         found, _ = jax.jit(decode)(model, cache, *place((token_B, begin_B)))
         np.testing.assert_allclose(np.asarray(found), whole[np.arange(ROWS), begin_B], atol=1e-5 * np.abs(whole).max())
@@ -125,6 +126,39 @@ def test_only_what_is_new_is_read_and_the_answers_are_those_of_a_new_reading(sma
     assert first.tokens == alone.tokens
     for found, ids in ((second, again), (third, changed), (repeated, changed)):
         assert found.tokens == Session(model, Bytes(), 128).answer(ids, sampling, 6).tokens
+
+
+def test_a_window_goes_on_where_it_can_and_else_all_is_read_again(monkeypatch):
+    """A window of 6 and pieces of at most 16: a ring of 21 slots, of which a text may go back by 16 tokens."""
+    c = dataclasses.replace(
+        read({**CASES['llama-grouped'], 'vocab_size': 256})[1], window=6, window_pattern=(True, False)
+    )
+    monkeypatch.setattr(sessions, 'PIECES', (16, 4))
+    monkeypatch.setattr(sessions, 'SLOTS', 32)
+    lengths = recording(monkeypatch)
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        model = filled(c, gain=3.0)
+        going_on = Session(model, Bytes(), 128)
+        first = going_on.answer(list(b'Hello there'), Sampling(), 6)
+        again = [*b'Hello there', *first.tokens, *b' and more, much more!']
+        answers = [(b'Hello there', first), (again, going_on.answer(again, Sampling(), 6))]
+        assert lengths == [(0, 4), (4, 4), (8, 3), (16, 16), (32, 4), (36, 2)]
+        kept = (cache.arrays[0].shape[2] for cache in going_on.cache.groups)
+        assert sorted(kept) == [21, 64]
+        # 43 tokens have been in the cache, the last answer's among them.
+        asked = [
+            ([*again[:27], *b'XY'], [(27, 2)]),
+            ([*again[:26], *b'Z'], [(0, 16), (16, 4), (20, 4), (24, 3)]),  # from 43 on back to 26: too far
+            ([*again[:26], *b'Z'], [(26, 1)]),  # of the text that was read again 32 tokens
+        ]
+        for ids, want in asked:
+            del lengths[:]
+            answers.append((ids, going_on.answer(ids, Sampling(), 6)))
+            assert lengths == want
+        for ids, found in answers:
+            assert found.tokens == Session(model, Bytes(), 128).answer(list(ids), Sampling(), 6).tokens
+        (alone,) = generate(model, Bytes(), [Rendered('Hello there')], Sampling(), 6, context=128)
+        assert first.tokens == alone.tokens
 
 
 def test_an_answer_ends_where_it_is_stopped_or_the_context_is_full(small):

@@ -12,12 +12,12 @@ from jax.sharding import AxisType
 
 from weft.model.ops.attention import BACKENDS, attention, default_backend, needs_unchecked
 from weft.model.ops.attention.blockwise import blockwise_attention
-from weft.model.ops.attention.flash import Tiling, flash_attention
+from weft.model.ops.attention.flash import FlashTiling, flash_attention
 from weft.model.ops.attention.mask import sees, span, tiles_see
 from weft.runtime.errors import UserError
 
 FAST = tuple(backend for backend in BACKENDS if backend != 'reference')
-TILES = (Tiling(16, 32, 4, 2), Tiling(32, 16, 4, 2), Tiling(16, 16, 4, 2))  # forward, dq, dkv
+TILES = (FlashTiling(16, 32, 4, 2), FlashTiling(32, 16, 4, 2), FlashTiling(16, 16, 4, 2))  # forward, dq, dkv
 SMALL_TILES = {  # many tiles at the lengths of these tests; splash's are 128
     'blockwise': partial(blockwise_attention, tile=16),
     'flash': partial(flash_attention, tiling=TILES),

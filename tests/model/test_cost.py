@@ -13,7 +13,8 @@ from weft.model import cost
 from weft.model.compute import DEFAULT
 from weft.model.config import MLAConfig, ModelConfig, MoEConfig
 from weft.model.decoder import init_decoder
-from weft.model.kv_cache import cached_numbers
+from weft.model.kv_cache import CacheSize
+from weft.model.stack import stacked_caches
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.config import load
 
@@ -81,11 +82,13 @@ def test_a_token_visits_its_experts_only():
 )
 def test_a_cache_is_filled_up_for_tpus_alone(name, tensor, numbers, on_tpu):
     c = load(ROOT / f'configs/models/{name}.yaml').model
-    assert [cached_numbers(c, tensor, platform) for platform in ('cpu', 'gpu', 'tpu')] == [
-        numbers,
-        numbers,
-        on_tpu,
-    ]
+
+    def kept(platform: str) -> set[tuple[int, ...]]:
+        """Numbers of a slot on one device of `tensor`, of each array."""
+        size = CacheSize(rows=1, length=1, tensor=tensor, platform=platform)
+        return {tuple(array.shape[-1] // tensor for array in group.arrays) for group in stacked_caches(c, size)}
+
+    assert [kept(platform) for platform in ('cpu', 'gpu', 'tpu')] == [{numbers}, {numbers}, {on_tpu}]
 
 
 def test_cache_is_two_vectors_a_head_and_layer():

@@ -49,7 +49,7 @@ def test_decoding_from_latent_vectors_is_the_expanded_form(q_rank, mesh):
     with jax.set_mesh(make_mesh(mesh)):
         model = filled(c)
         full = np.asarray(jax.jit(logits)(model, *place((ids, places, np.ones_like(ids)))))
-        cache = jax.jit(functools.partial(empty_cache, rows=2, slots=48))(model)
+        cache = jax.jit(functools.partial(empty_cache, rows=2, length=48))(model)
         assert all(leaf.shape[-1] == mesh.tensor * (32 + 8) for leaf in jax.tree.leaves(cache))
         logit_BV, cache = jax.jit(prefill)(model, cache, *place((ids[:, :8], np.full(2, 8, np.int32))))
         found, step = [np.asarray(logit_BV)], jax.jit(decode)

@@ -10,7 +10,7 @@ from jax import P
 
 from tests.model.test_attention import here, sample, value_and_grads
 from weft.model.ops.attention import attention, default_backend, needs_unchecked, ring
-from weft.model.ops.attention.flash import Tiling
+from weft.model.ops.attention.flash import FlashTiling
 from weft.model.ops.attention.mask import tiles_see
 from weft.model.ops.attention.ring import ring_blockwise, ring_flash
 from weft.runtime.errors import UserError
@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 ROWS, HEADS = P(BATCH, 'context'), P(BATCH, 'context', 'tensor')
-TILES = (Tiling(16, 32, 4, 2), Tiling(32, 16, 4, 2), Tiling(16, 16, 4, 2))  # forward, dq, dkv
+TILES = (FlashTiling(16, 32, 4, 2), FlashTiling(32, 16, 4, 2), FlashTiling(16, 16, 4, 2))  # forward, dq, dkv
 ORDERS = {
     'zigzag': lambda T, n: np.asarray(zigzag(T, n)).reshape(-1),
     'contiguous': lambda T, n: np.arange(T),

@@ -17,7 +17,7 @@ from weft.training.optimizers import AdamW, OptimizerConfig
 from weft.training.state import abstract_state
 from weft.training.step import train_step
 
-SLOTS = 16  # of the cache of a decode step
+SLOTS = 16  # of a row in the cache of a decode step, where no other number is given
 
 
 def run_config(
@@ -47,13 +47,13 @@ def training_step(config: RunConfig):
     return functools.partial(train_step, config), (abstract_state(config), batch)
 
 
-def decode_step(config: RunConfig):
-    """The step that decodes one token in each row, and its arguments' shapes. Under `jax.set_mesh`."""
+def decode_step(config: RunConfig, length: int = SLOTS):
+    """The step that decodes one token in each row of at most `length`, and its arguments' shapes. Under `jax.set_mesh`."""
     model, B = abstract_state(config).model, config.training.batch
     on_mesh = lambda x: jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=NamedSharding(jax.sharding.get_mesh(), x.sharding.spec)
     )
-    cache = jax.tree.map(on_mesh, jax.eval_shape(lambda model: empty_cache(model, B, SLOTS), model))
+    cache = jax.tree.map(on_mesh, jax.eval_shape(lambda model: empty_cache(model, B, length), model))
     return decode, (model, cache, rows(B), rows(B))
 
 

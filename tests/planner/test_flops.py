@@ -145,7 +145,9 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize(('name', 'mesh'), [('dense', MESHES[1]), *(('latent', mesh) for mesh in MESHES)], ids=str)
+@pytest.mark.parametrize(
+    ('name', 'mesh'), [('dense', MESHES[1]), ('kinds', MESHES[1]), *(('latent', mesh) for mesh in MESHES)], ids=str
+)
 def test_each_mesh(name, mesh):
     """What devices do alike, padded and idle counts once on each of them."""
     c = dataclasses.replace(

@@ -42,9 +42,8 @@ def test_weights_are_those_that_the_model_declares(name):
         axes = {axis for axes in leaf.sharding.spec if axes for axis in (axes if isinstance(axes, tuple) else (axes,))}
         # An encoder–decoder has no pipeline, wherever its layers' types say so.
         axes -= {'stage'} if c.encoder else set()
-        name = next(part for part in reversed(names) if '_' in str(part))
         shape = leaf.shape[1:] if stacked else leaf.shape
-        declared[name, shape, frozenset(axes)] += leaf.shape[0] if stacked else 1
+        declared[shape, frozenset(axes)] += leaf.shape[0] if stacked else 1
     found = inventory(c)
     for layers, where, weights in (
         (1, '', found.outside),
@@ -52,7 +51,7 @@ def test_weights_are_those_that_the_model_declares(name):
     ):
         for weight in weights:
             axes = {*weight.split, *(['stage'] if where == 'pipeline' and not c.encoder else [])}
-            counted[weight.name.rpartition('.')[2], weight.shape, frozenset(axes)] += layers
+            counted[tuple(map(int, weight.declared.shape)), frozenset(axes)] += layers
     assert counted == declared
 
 
@@ -78,6 +77,11 @@ ARGUMENTS = [
         dataclasses.replace(DENSE, positions='learned', max_positions=64),
         DEFAULT,
         MeshConfig(data=2, context=2, tensor=2),
+    ),
+    (
+        dataclasses.replace(DENSE, window=5, window_pattern=(True, False)),
+        DEFAULT,
+        MeshConfig(context=4, tensor=2),
     ),
     (MIXED, NARROW, MeshConfig(replica=2, expert=2, tensor=2)),
     (LATENT, NARROW_WEIGHTS, MeshConfig(data=2, expert=2, tensor=2)),

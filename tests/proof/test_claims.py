@@ -325,7 +325,7 @@ def test_what_a_word_sees_in_the_first_layer(says, one_device):
     model = jax.jit(lambda: init_decoder(TINY, DEFAULT, jax.random.key(0)))()
     tokens_BT, lengths = np.array([[5, 9, 2, 7], [8, 1, 2, 7]], np.int32), np.full(2, 4, np.int32)
     _, cache = prefill(model, empty_cache(model, 2, 4), *place((tokens_BT, lengths)))
-    first, second = (np.asarray(k_BSM[:, 2]) for k_BSM in cache.k_LBSM)
+    first, second = (np.asarray(k_BSM[:, 2]) for k_BSM in cache.groups[0].arrays[0])
     assert np.array_equal(first[0], first[1])
     assert not np.allclose(second[0], second[1], atol=0.01)
     says('1', '2')

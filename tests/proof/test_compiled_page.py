@@ -38,7 +38,7 @@ RECORDED = [name for name in CASES if record(name).exists()]
 def test_what_the_search_chooses_has_been_compiled():
     """Of all cases whose chips have a compiler; after another choice, `python -m weft.proof.compiled_searched`."""
     assert sum(bool(one.compiled) for one in searched()) >= 10
-    text = aot_page.page([], searched())
+    text = aot_page.compiled_page([], searched())
     for one in searched():
         assert (f'| {one.name} | {one.case.chips} {one.case.chip}' in text) == bool(one.compiled)
 
@@ -68,7 +68,7 @@ def test_an_axis_that_is_cut_into_groups_is_still_that_axis():
 
 
 def test_the_page_has_a_line_for_each_record_and_more_for_those_that_are_shown():
-    text = aot_page.page(list(ROWS.values()), [])
+    text = aot_page.compiled_page(list(ROWS.values()), [])
     for row in ROWS.values():
         mesh = row.pair.config.mesh
         assert f'| {row.pair.model} | {row.pair.what} | {mesh.size:,} {row.pair.chip} | {mesh} |' in text

@@ -60,7 +60,7 @@ def test_a_result_is_kept_for_the_code_that_it_came_from(tmp_path):
     results = proof_cases.Results(path)
     assert results.run(case, compute)[1] is True
     assert len(calls) == 1
-    page = proof_page.page(results, proof_cases.cases())
+    page = proof_page.proof_page(results, proof_cases.cases())
     assert '1.0e-15' in page
     assert f'Not run yet: {len(proof_cases.cases()) - 1} of {len(proof_cases.cases())}' in page
     row = json.loads(path.read_text())

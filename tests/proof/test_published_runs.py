@@ -5,7 +5,7 @@ import pytest
 from weft.model.cost import forward_flops
 from weft.planner.chips import CHIPS
 from weft.planner.roofline import mfu
-from weft.proof.published_runs import PAGE, WITHIN, fitted, page, read
+from weft.proof.published_runs import PAGE, WITHIN, fitted, published_runs_page, read
 
 RUNS = read()
 
@@ -43,4 +43,4 @@ def test_our_utilisation_is_the_published_one_but_for_how_attention_is_counted(r
 
 
 def test_the_page_is_up_to_date():
-    assert PAGE.read_text(encoding='utf-8') == page(RUNS)
+    assert PAGE.read_text(encoding='utf-8') == published_runs_page(RUNS)

@@ -18,7 +18,7 @@ from weft.data.shuffle import row_ids
 from weft.model.forward import local_rows, place, place_rows
 from weft.runtime import rendezvous as peers
 from weft.runtime.errors import UserError
-from weft.runtime.processes import Agreement, Launch, check_devices, find
+from weft.runtime.processes import Agreement, Launch, check_devices, detect_launch
 from weft.sharding.mesh import MeshConfig, make_mesh
 
 SLURM = {
@@ -31,15 +31,15 @@ SLURM = {
 
 
 def test_where_a_process_stands():
-    assert find({}, {}) is None
-    assert find({'coordinator': 'h:1', 'processes': '2', 'process': '1'}, {}) == Launch('h:1', 2, 1)
+    assert detect_launch({}, {}) is None
+    assert detect_launch({'coordinator': 'h:1', 'processes': '2', 'process': '1'}, {}) == Launch('h:1', 2, 1)
     variables = {'WEFT_COORDINATOR': '[::1]:9', 'WEFT_PROCESSES': '4', 'WEFT_PROCESS': '3'}
-    assert find({}, variables) == Launch('[::1]:9', 4, 3)
-    assert find({'process': '0'}, variables) == Launch('[::1]:9', 4, 0), 'an option goes before a variable'
-    assert find({'coordinator': 'h:1', 'processes': '1', 'process': '0'}, {}) is None, 'one of one is alone'
-    assert find({}, SLURM) == Launch(processes=2)
-    assert find({}, SLURM | {'SLURM_NTASKS': '1'}) is None
-    assert find({}, {name: value for name, value in SLURM.items() if name != 'SLURM_STEP_NODELIST'}) is None
+    assert detect_launch({}, variables) == Launch('[::1]:9', 4, 3)
+    assert detect_launch({'process': '0'}, variables) == Launch('[::1]:9', 4, 0), 'an option goes before a variable'
+    assert detect_launch({'coordinator': 'h:1', 'processes': '1', 'process': '0'}, {}) is None, 'one of one is alone'
+    assert detect_launch({}, SLURM) == Launch(processes=2)
+    assert detect_launch({}, SLURM | {'SLURM_NTASKS': '1'}) is None
+    assert detect_launch({}, {name: value for name, value in SLURM.items() if name != 'SLURM_STEP_NODELIST'}) is None
 
 
 MISTAKES = {
@@ -55,12 +55,12 @@ MISTAKES = {
 def test_a_mistake_is_named(name):
     values, message = MISTAKES[name]
     with pytest.raises(UserError, match=message):
-        find(dict(zip(('coordinator', 'processes', 'process'), values, strict=True)), {})
+        detect_launch(dict(zip(('coordinator', 'processes', 'process'), values, strict=True)), {})
 
 
 def test_a_variable_is_named_as_it_was_given():
     with pytest.raises(UserError, match="WEFT_PROCESS is 'x'"):
-        find({}, {'WEFT_COORDINATOR': 'h:1', 'WEFT_PROCESSES': '2', 'WEFT_PROCESS': 'x'})
+        detect_launch({}, {'WEFT_COORDINATOR': 'h:1', 'WEFT_PROCESSES': '2', 'WEFT_PROCESS': 'x'})
 
 
 def test_devices_are_shared_out_evenly():

@@ -16,7 +16,7 @@ from weft.data.pairs import prompts as sources_of
 from weft.hub.read import SINGLE
 from weft.inference.run import open_run
 from weft.model.config import ModelConfig
-from weft.runtime.device_memory import told_bytes
+from weft.runtime.device_memory import human_bytes
 from weft.runtime.errors import UserError
 from weft.scripts.score import check_ids
 from weft.sharding.mesh import MeshConfig, make_mesh
@@ -150,7 +150,7 @@ def test_an_import_has_no_validation_split(place):
 
 @pytest.mark.parametrize(('size', 'told'), [(7, '7 bytes'), (41_256, '41.26 kB'), (16_060_522_496, '16.06 GB')])
 def test_sizes_are_told_in_a_unit_that_suits_them(size, told):
-    assert told_bytes(size) == told
+    assert human_bytes(size) == told
 
 
 def test_rows_longer_than_the_table_of_positions_are_not_scored():

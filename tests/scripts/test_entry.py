@@ -21,7 +21,7 @@ import pytest
 from tests.scripts.runs import ROOT
 from weft.runtime import streams
 from weft.runtime.errors import MachineError, NotTogether, UserError, machine_fault, shown
-from weft.scripts.entry import told
+from weft.scripts.entry import exit_code_and_line
 
 FRAME = """\
 import sys, time, os, pathlib
@@ -434,14 +434,14 @@ def test_processes_that_do_not_find_each_other_are_to_be_started_again(tmp_path,
     body = f"""
         from weft.runtime import processes
         processes.TOGETHER = 1
-        processes.begin(processes.Launch('localhost:{port}', 2, {process}), 2)
+        processes.initialize(processes.Launch('localhost:{port}', 2, {process}), 2)
     """
     found = shell(tmp_path, body, '{}', lasting=True, JAX_PLATFORMS='cpu')
     assert found == (75, '', 'error: the processes did not find each other: after 1 seconds not all are there\n')
 
 
 def test_a_process_that_cannot_reach_the_others_is_to_be_started_again(capsys):
-    assert told(NotTogether('far')) == (75, 'error: far')
+    assert exit_code_and_line(NotTogether('far')) == (75, 'error: far')
     assert capsys.readouterr().err == 'error: far\n'
 
 

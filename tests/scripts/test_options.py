@@ -5,10 +5,10 @@ import argparse
 import pytest
 
 from weft.runtime.errors import UserError
-from weft.runtime.processes import find
+from weft.runtime.processes import detect_launch
 from weft.scripts import benchmark, chat, convert, decode, evaluate, plan, prove, sample, score, train
 from weft.scripts.options import Parser, finite, whole
-from weft.sharding.mesh import LARGEST, MeshConfig, parse_mesh, start
+from weft.sharding.mesh import LARGEST, MeshConfig, configure_jax, parse_mesh
 
 SCRIPTS = {
     script.__name__.rpartition('.')[2]: script
@@ -145,9 +145,9 @@ def test_spaces_in_a_mesh_are_passed_over() -> None:
 
 def test_more_devices_than_a_cpu_plays_are_refused_before_jax_starts() -> None:
     with pytest.raises(UserError, match=r'5,000 devices of this machine: at most 1,024 work'):
-        start(5000, 'float32')
+        configure_jax(5000, 'float32')
     with pytest.raises(UserError, match=r'50,000 devices of this machine'):
-        start(100_000, 'float32', processes=2)
+        configure_jax(100_000, 'float32', processes=2)
 
 
 SLURM = {
@@ -174,4 +174,4 @@ SLURM = {
 )  # fmt: skip
 def test_what_a_cluster_says_is_checked(variables: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        find({}, variables)
+        detect_launch({}, variables)

@@ -21,7 +21,7 @@ from weft.runtime import program_cache
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.storage.checkpoint import Checkpoints
-from weft.storage.manifest import named
+from weft.storage.manifest import leaves_by_path
 from weft.training import config as configs
 from weft.training.config import RunConfig, TrainingConfig
 from weft.training.step import init
@@ -75,7 +75,7 @@ def run(tmp_path_factory) -> Path:
         weights = jax.jit(lambda: init(config).model)()
     files = {'config.yaml': configs.dump(config).encode(), **tokenizer.files()}
     facts = {'step': 0, 'tokens': 0, 'corpus': None, 'seed': 0, 'next_sample': 0}
-    Checkpoints(folder).save_weights(0, 'model', iter(named(weights).items()), facts, files)
+    Checkpoints(folder).save_weights(0, 'model', iter(leaves_by_path(weights).items()), facts, files)
     (folder / 'config.yaml').write_bytes(files['config.yaml'])
     return folder
 

@@ -19,7 +19,7 @@ from weft.storage.bucket_checkpoint import checkpoints_of
 from weft.storage.buckets import Bucket, at
 from weft.storage.checkpoint import MANIFEST, Checkpoints, SaveFailed
 from weft.storage.holder import own_record
-from weft.storage.local_copy import Mirror
+from weft.storage.local_copy import LocalCopy
 from weft.training import config as configs
 from weft.training.loop import Run, train
 
@@ -324,9 +324,9 @@ def test_what_is_refused_touches_nothing_and_fresh_moves_aside(runs, place):
 
 
 def test_data_is_there_whole_or_not_at_all(runs, tmp_path):
-    """Killed at each upload in turn, a mirror's data is not there, or is all of it."""
+    """Killed at each upload in turn, a local_copy's data is not there, or is all of it."""
     for number in range(20):
-        source = Mirror(runs / f'run{number}')
+        source = LocalCopy(runs / f'run{number}')
         for name in 'data/a.npy', 'data/b.npy', 'data/data.json', 'tokenizer.model':
             (source.local / name).parent.mkdir(parents=True, exist_ok=True)
             (source.local / name).write_text(f'new {name}')
@@ -345,7 +345,7 @@ def test_data_is_there_whole_or_not_at_all(runs, tmp_path):
             dead = True
         Store.before = staticmethod(lambda change, key: None)
         source.close()
-        reader = Mirror(runs / f'run{number}')
+        reader = LocalCopy(runs / f'run{number}')
         reader.fetch()
         found = {path.name: path.read_text()[:3] for path in reader.local.rglob('data/*')}
         reader.close()

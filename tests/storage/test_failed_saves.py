@@ -11,7 +11,7 @@ from tests.scripts.runs import workplace
 from weft.runtime.errors import MachineError
 from weft.storage import files as disk
 from weft.storage.checkpoint import Checkpoints
-from weft.storage.local_copy import Mirror
+from weft.storage.local_copy import LocalCopy
 from weft.storage.manifest import MANIFEST
 from weft.training import config as configs
 from weft.training.config import RunConfig
@@ -87,6 +87,6 @@ def test_a_fresh_run_that_is_not_made_leaves_nothing(monkeypatch, place, tmp_pat
 
     monkeypatch.setattr('weft.training.prepare_run.set_aside', stop)
     with pytest.raises(type(error)):
-        prepare_run(of(place, 'once'), Mirror(tmp_path / 'once'), fresh=True, console=Console(quiet=True))
+        prepare_run(of(place, 'once'), LocalCopy(tmp_path / 'once'), fresh=True, console=Console(quiet=True))
     assert 'data' in made
     assert [path.name for path in tmp_path.iterdir()] == ['once']

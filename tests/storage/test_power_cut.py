@@ -17,7 +17,7 @@ from weft.data import prepared
 from weft.sharding.mesh import MeshConfig
 from weft.storage import files as disk
 from weft.storage.checkpoint import Checkpoints
-from weft.storage.local_copy import Mirror
+from weft.storage.local_copy import LocalCopy
 from weft.training import config as configs
 from weft.training import metrics
 from weft.training.conversion import import_run, imported
@@ -100,7 +100,7 @@ def test_what_a_power_cut_leaves_is_made_ready_again(changes, place, tmp_path):
     found = list(states(root, recorded[: ends[0]]))
     for number, how, tree in random.Random(1).sample(found, 6):
         run = make(tree.get('tiny', {}), tmp_path / 'tiny')
-        _, dataset = prepare_data(config, Mirror(run), Console(quiet=True))
+        _, dataset = prepare_data(config, LocalCopy(run), Console(quiet=True))
         assert len(dataset.train) > 0, f'after {number} changes, {how}'
         assert not list(run.glob('data.*'))
         shutil.rmtree(run)

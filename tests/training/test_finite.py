@@ -13,7 +13,7 @@ import pytest
 
 from tests.scripts.runs import workplace
 from weft.inference.run import open_run
-from weft.inference.sampling import NO_TOKEN, Choice, check_token, choose
+from weft.inference.sampling import NO_TOKEN, RowSampling, check_token, choose
 from weft.runtime.errors import Diverged, MachineError, UserError
 from weft.scripts.entry import as_json
 from weft.sharding.mesh import MeshConfig, make_mesh
@@ -202,7 +202,7 @@ def test_logits_that_are_no_numbers_choose_no_token(temperature):
     one = lambda value, dtype: np.full(4, value, dtype)
     choice = None
     if temperature is not None:
-        choice = Choice(
+        choice = RowSampling(
             one(temperature, np.float32), one(1, np.int32), one(1, np.float32), one(0, np.float32), one(0, np.uint32)
         )
     with jax.set_mesh(make_mesh(MeshConfig())):

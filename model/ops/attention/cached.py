@@ -6,44 +6,37 @@ key/value head, H width of a query and a key, U of a value.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from weft.model.ops.attention.mask import FLOOR, HIDDEN, sees
 from weft.model.ops.attention.reference import Relative
-from weft.sharding.collectives import axis_index, pmax, psum
+from weft.sharding.collectives import pmax, psum
 
 
 def cached_attention(
     q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKU: jax.Array,
-    position_BT: jax.Array,
+    q_position_BT: jax.Array,
+    k_position_BS: jax.Array,
     *,
     window: int | None,
     scale: float,
     softcap: float | None = None,
     sink_KG: jax.Array | None = None,
     relative: Relative | None = None,
-    length_B: jax.Array | None = None,
 ) -> jax.Array:
     """softmax(scale q k') v over the slots of all devices of `context`, [B, T, K, G, U] in q's dtype; no gradient.
 
-    Slot s of device i holds position s n + i. Positions after the query's are not seen, so slots that are not filled
-    yet are not either; with `length_B` all positions below a row's length are, and no others (cross-attention). Each
-    device sums over its own slots; only maxima and sums travel.
+    Positions after the query's are not seen: a slot that is not filled yet is to have such a one. Each device sums over its
+    own slots; only maxima and sums travel.
     """
-    S, n = k_BSKH.shape[1], lax.axis_size('context')
-    slot_BS = jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32) * n + axis_index('context'), k_BSKH.shape[:2])
-    if length_B is None:
-        see_BTS = sees((position_BT, jnp.ones_like(position_BT)), (slot_BS, jnp.ones_like(slot_BS)), window)
-    else:
-        see_BTS = jnp.broadcast_to((slot_BS < length_B[:, None])[:, None], (*position_BT.shape, S))
+    see_BTS = sees((q_position_BT, jnp.ones_like(q_position_BT)), (k_position_BS, jnp.ones_like(k_position_BS)), window)
     wide = jnp.promote_types(q_BTKGH.dtype, jnp.float32)
     s_BKGTS = scale * jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=wide)
     if softcap is not None:
         s_BKGTS = softcap * jnp.tanh(s_BKGTS / softcap)
     if relative is not None:
-        s_BKGTS = s_BKGTS + relative.bias(position_BT, slot_BS).astype(wide)
+        s_BKGTS = s_BKGTS + relative.bias(q_position_BT, k_position_BS).astype(wide)
     s_BKGTS = jnp.where(see_BTS[:, None, None], s_BKGTS, HIDDEN)
     max_BKGT1 = jnp.maximum(s_BKGTS.max(-1, keepdims=True), FLOOR)
     if sink_KG is not None:

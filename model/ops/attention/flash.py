@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.typing import DTypeLike
 
 from weft.model.ops.attention.blockwise import fill
 from weft.model.ops.attention.mask import FLOOR, HIDDEN, TokenIndex, sees, tiles_of, tiles_see
@@ -30,7 +31,7 @@ DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiling:
+class FlashTiling:
     """Queries and keys a tile (powers of two, at least 16), warps a program, and tiles that are loaded ahead."""
 
     q: int
@@ -43,14 +44,14 @@ class Tiling:
 class Plan:
     """What the kernels know while they are traced."""
 
-    forward: Tiling
-    dq: Tiling
-    dkv: Tiling
+    forward: FlashTiling
+    dq: FlashTiling
+    dkv: FlashTiling
     window: int | None
     scale: float
 
 
-def tilings(H: int, dtype: jnp.dtype) -> tuple[Tiling, Tiling, Tiling]:
+def tilings(H: int, dtype: jnp.dtype) -> tuple[FlashTiling, FlashTiling, FlashTiling]:
     """For forward, dq, dkv: by the bytes of one head's row, so that an A100 or H100 has the shared memory.
 
     The first two are the fastest, or nearly, of those tried on an H200 (benchmarks/h200.md); compiled for sm_90a all but the
@@ -58,12 +59,12 @@ def tilings(H: int, dtype: jnp.dtype) -> tuple[Tiling, Tiling, Tiling]:
     """
     row = pl.next_power_of_2(H) * jnp.dtype(dtype).itemsize
     if row <= 128:
-        return Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 3), Tiling(64, 64, 4, 3)
+        return FlashTiling(64, 64, 4, 3), FlashTiling(64, 64, 4, 3), FlashTiling(64, 64, 4, 3)
     if row <= 256:
-        return Tiling(128, 64, 8, 3), Tiling(64, 64, 4, 2), Tiling(64, 64, 4, 2)
+        return FlashTiling(128, 64, 8, 3), FlashTiling(64, 64, 4, 2), FlashTiling(64, 64, 4, 2)
     if row <= 512:
-        return Tiling(128, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(32, 64, 8, 2)
-    return Tiling(32, 32, 8, 2), Tiling(32, 32, 8, 1), Tiling(16, 32, 8, 1)
+        return FlashTiling(128, 32, 8, 2), FlashTiling(64, 32, 8, 2), FlashTiling(32, 64, 8, 2)
+    return FlashTiling(32, 32, 8, 2), FlashTiling(32, 32, 8, 1), FlashTiling(16, 32, 8, 1)
 
 
 def flash_attention(
@@ -74,7 +75,7 @@ def flash_attention(
     k_at: TokenIndex,
     window: int | None,
     scale: float,
-    tiling: tuple[Tiling, Tiling, Tiling] | None = None,
+    tiling: tuple[FlashTiling, FlashTiling, FlashTiling] | None = None,
 ) -> jax.Array:
     """What `reference_attention` gives, [B, T, K, G, H], for bfloat16, float16, float32; a CPU interprets the kernels.
 
@@ -96,7 +97,7 @@ def in_tiles(
     k_at: TokenIndex,
     window: int | None,
     scale: float,
-    tiling: tuple[Tiling, Tiling, Tiling] | None,
+    tiling: tuple[FlashTiling, FlashTiling, FlashTiling] | None,
 ) -> tuple[tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], Plan]:
     """q, k, v, filled up to whole tiles, and the places of their tokens, int32 [B, 2, T] and [B, 2, S]."""
     if q_BTKGH.dtype not in DTYPES:
@@ -110,7 +111,7 @@ def in_tiles(
     return (q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS), Plan(forward, dq, dkv, window, scale)
 
 
-def smaller(t: Tiling, T: int, S: int) -> Tiling:
+def smaller(t: FlashTiling, T: int, S: int) -> FlashTiling:
     """Tiles no larger than what there is; Triton's matmuls want 16."""
     q_most, k_most = (max(16, pl.next_power_of_2(length)) for length in (T, S))
     return dataclasses.replace(t, q=min(t.q, q_most), k=min(t.k, k_most))
@@ -246,7 +247,7 @@ def spans(some_Bcd: jax.Array, every_Bcd: jax.Array) -> jax.Array:
     return jnp.stack([first, bare, bare_end, end], axis=-1)
 
 
-def pairs(at_BiT: jax.Array, at_BiS: jax.Array, t: Tiling, window: int | None) -> tuple[jax.Array, jax.Array]:
+def pairs(at_BiT: jax.Array, at_BiS: jax.Array, t: FlashTiling, window: int | None) -> tuple[jax.Array, jax.Array]:
     """`tiles_see` for tiles of this size; they divide T and S."""
     at_c, at_d = ((at[:, 0], at[:, 1]) for at in (at_BiT, at_BiS))
     return tiles_see(tiles_of(at_c, t.q, nobody=-1), tiles_of(at_d, t.k, nobody=-2), window)
@@ -257,7 +258,7 @@ def whole_tiles(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan: Plan):
     return whole_tiles_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan)[0]
 
 
-def query_specs(t: Tiling, T: int, S: int, G: int, H: int):
+def query_specs(t: FlashTiling, T: int, S: int, G: int, H: int):
     """Blocks of a program (c, n, b) that owns a query tile: of q, k and v, log-sum-exps, both places, and its span."""
     H, last = (
         pl.next_power_of_2(H),
@@ -273,7 +274,7 @@ def query_specs(t: Tiling, T: int, S: int, G: int, H: int):
     )
 
 
-def key_specs(t: Tiling, T: int, G: int, H: int):
+def key_specs(t: FlashTiling, T: int, G: int, H: int):
     """The blocks of the arrays that a program (d, k, b) sees which owns a key tile."""
     H = pl.next_power_of_2(H)
     return (
@@ -308,7 +309,7 @@ def by_head(x_BTKG: jax.Array) -> jax.Array:
     return x_BTKG.reshape(*x_BTKG.shape[:2], -1).swapaxes(1, 2)
 
 
-def tiles_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan: Plan, dtype: jnp.dtype) -> list[jax.Array]:
+def tiles_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan: Plan, dtype: DTypeLike) -> list[jax.Array]:
     """Output [B, T, K, G, H] in `dtype` and log-sum-exp [B, N, T] in base 2 and float32; of no key, 0 and `FLOOR`."""
     (B, T, K, G, H), S, t = q_BTKGH.shape, k_BSKH.shape[1], plan.forward
     q, kv, lse, at_q, at_k, span = query_specs(t, T, S, G, H)
@@ -326,7 +327,7 @@ def tiles_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan: Plan, dtype: jn
 
 
 def tiles_backward(
-    q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, dout_BTKGH, lse_BNT, delta_BNT, plan: Plan, dtype: jnp.dtype
+    q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, dout_BTKGH, lse_BNT, delta_BNT, plan: Plan, dtype: DTypeLike
 ) -> list[jax.Array]:
     """dq, dk and dv in `dtype`. Log-sum-exp and delta may be of a softmax over more keys than these."""
     (B, T, K, G, H), S = q_BTKGH.shape, k_BSKH.shape[1]

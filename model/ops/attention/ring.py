@@ -92,7 +92,7 @@ def ring_flash(
     k_at: TokenIndex,
     window: int | None,
     scale: float,
-    tiling: tuple[flash.Tiling, flash.Tiling, flash.Tiling] | None = None,
+    tiling: tuple[flash.FlashTiling, flash.FlashTiling, flash.FlashTiling] | None = None,
 ) -> jax.Array:
     """A tick is `flash`'s kernels. Arguments as `flash_attention`'s."""
     inputs, plan = flash.in_tiles(q_BTKGH, k_BSKH, v_BSKH, q_at, k_at, window, scale, tiling)
