@@ -43,7 +43,7 @@ def train_step(config: RunConfig, state: State, batch: Batch) -> tuple[State, di
     """One optimizer step on a global batch. Returns the new state and the step's metrics, on the device.
 
     Metrics: loss (mean cross-entropy in nats), tokens (real ones), grad_norm (before clipping), learning_rate, with
-    experts router and with `mtp_layers` mtp_loss (see `training.loss.loss_fn`).
+    `mtp_layers` mtp_loss, and what layers say (`ForwardContext.metric`), such as router.entropy.
     """
     key = jax.random.fold_in(state.key, state.step) if config.model.dropout else None
     (_, metrics), gradient = loss_and_gradient(
@@ -64,7 +64,7 @@ def balance_choices(model: Decoder, metrics: dict) -> None:
     """Moves the routers' biases by what the whole step's tokens chose, whatever devices and parts they were on."""
     moe = model.config.moe
     # Shares of all choices back to whole numbers, so that every mesh compares the same.
-    load_LE = jnp.round(metrics['router']['load'] * (metrics['tokens'] * moe.top_k))
+    load_LE = jnp.round(metrics['router.load'] * (metrics['tokens'] * moe.top_k))
     first = 0
     for blocks in [*model.groups, model.mtp] if model.config.mtp_layers else model.groups:
         if isinstance(blocks.mlp, MoE):
