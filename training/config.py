@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 
@@ -19,6 +19,7 @@ from weft.model.sizes import batch_sizes, sizes
 from weft.runtime.errors import UserError, nearest, nearest_path, shown
 from weft.sharding.mesh import BATCH, MeshConfig, check_divides
 from weft.training import yaml_text
+from weft.training.optimizers import OPTIMIZERS, AdamW, OptimizerConfig
 from weft.training.overrides import apply, unknown, without_kinds
 
 LARGEST_NUMBER = 1 << 48  # no size is larger, and all arithmetic with one stays exact
@@ -34,25 +35,17 @@ def _at_least(section: str, config: Any, field: str, least: float) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """What is learnt from, for how long, and how fast (AdamW; linear warm-up, then a cosine)."""
+    """How much is learnt from at a time, and for how long."""
 
     steps: int
     batch: int  # sequences a step, all devices together
     sequence_length: int  # tokens
-    learning_rate: float = 3e-4  # at its highest
-    warmup_steps: int = 100
-    final_learning_rate: float = 0.1  # at the last step, as a share of the highest
-    weight_decay: float = 0.1  # of matrices; norms and biases have none
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
     accumulation: int = (
         1  # parts of a batch that are worked on one after another; the result is that of the whole batch
     )
     microbatches: int | None = (
         None  # parts that go through a pipeline (mesh.stage) after one another; None: 4 a stage, or fewer
     )
-    clip: float | None = 1.0  # global norm above which a gradient is scaled down to it; null: never
 
     def __post_init__(self):
         for field in ('steps', 'batch', 'sequence_length', 'accumulation'):
@@ -65,13 +58,6 @@ class TrainingConfig:
                 f'training.accumulation is {self.accumulation} and training.batch {self.batch}: the first must divide the '
                 f'second; nearest that works: {works}'
             )
-        for field in ('warmup_steps', 'learning_rate', 'final_learning_rate', 'weight_decay', 'epsilon'):
-            _at_least('training', self, field, 0)
-        for field in ('beta1', 'beta2'):
-            if not 0 <= getattr(self, field) < 1:
-                raise UserError(f'training.{field} is {getattr(self, field)}: it must be at least 0 and less than 1')
-        if self.clip is not None and self.clip <= 0:
-            raise UserError(f'training.clip is {self.clip}: it must be above 0; null turns clipping off')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +98,7 @@ class RunConfig:
     compute: ComputeConfig = ComputeConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig
+    optimizer: Annotated[OptimizerConfig, OPTIMIZERS] = AdamW()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
 
@@ -175,6 +162,7 @@ MAY_BEGIN_WITH = (
     'seed',
     'data',
     'training',
+    'optimizer',
     'compute',
     *(f'model.{field}' for field in OF_TRAINING),
 )  # too, where the run is an imported model that has not been trained on
@@ -246,6 +234,14 @@ RENAMED = {
     'model.rope_scaling.short_factors': 'model.positions.scaling.short_factors',
     'model.rope_scaling.long_factors': 'model.positions.scaling.long_factors',
     'model.bias': 'model.attention.o_bias, model.mlp.bias and model.norm.bias',
+    'training.learning_rate': 'optimizer.learning_rate',
+    'training.warmup_steps': 'optimizer.warmup_steps',
+    'training.final_learning_rate': 'optimizer.final_learning_rate_ratio',
+    'training.weight_decay': 'optimizer.weight_decay',
+    'training.beta1': 'optimizer.beta1',
+    'training.beta2': 'optimizer.beta2',
+    'training.epsilon': 'optimizer.epsilon',
+    'training.clip': 'optimizer.grad_clip',
 }
 # Keys that hold a value in earlier configs, and are sections now -> where the value stands.
 RENAMED_VALUES = {
