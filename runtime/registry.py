@@ -24,8 +24,10 @@ class Registry:
         self.modules: dict[str, Callable[..., Any]] = {}
 
     def register(self, kind: str, config: type, module: Callable[..., Any] | None = None) -> None:
-        """Adds a kind; `module` may come later, by `implement`."""
-        assert self.configs.get(kind, config) is config, f'two kinds of {self.section} are called {kind}'
+        """Adds a kind; `module` may come later, by `implement`. Raises ValueError where another dataclass has the name already."""
+        other = self.configs.get(kind, config)
+        if (other.__module__, other.__qualname__) != (config.__module__, config.__qualname__):
+            raise ValueError(f'{self.section}.kind {kind!r} is {other.__module__}.{other.__qualname__} already')
         self.configs[kind] = config
         if module is not None:
             self.implement(kind, module)

@@ -13,8 +13,7 @@ from jax import P
 from tests.extending import harness
 from weft.model.capture import capture
 from weft.model.compute import ComputeConfig, Dtype
-from weft.model.config import ModelConfig
-from weft.model.config_parts import MoEConfig
+from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
 from weft.model.context import ForwardContext
 from weft.model.decoder import Decoder, init_decoder
 from weft.model.forward import hidden_states, logits, place
@@ -24,9 +23,18 @@ from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.loss import loss_and_gradient
 
-MODEL = ModelConfig(vocabulary=96, layers=4, model_dim=16, heads=4, mlp_dim=32, window=4, window_pattern=(True, False))
+MODEL = ModelConfig(
+    vocabulary=96,
+    layers=4,
+    model_dim=16,
+    attention=AttentionConfig(heads=4, window=4, window_pattern=(True, False)),
+    mlp=MLPConfig(dim=32),
+)
 MIXED = dataclasses.replace(
-    MODEL, layers=3, window=None, window_pattern=(True,), moe=MoEConfig(experts=4, mlp_dim=16, first_dense_layers=1)
+    MODEL,
+    layers=3,
+    attention=AttentionConfig(heads=4),
+    moe=MoEConfig(experts=4, mlp_dim=16, first_dense_layers=1),
 )
 
 

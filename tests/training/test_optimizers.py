@@ -11,28 +11,27 @@ from jax import P
 
 from tests.extending import harness
 from weft.model.compute import ComputeConfig
-from weft.model.config import ModelConfig
-from weft.model.config_parts import MoEConfig
+from weft.model.config import AttentionConfig, EmbeddingConfig, MLPConfig, ModelConfig, MoEConfig
 from weft.model.decoder import init_decoder
 from weft.model.parameters import Role
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import FSDP, MeshConfig, make_mesh
 from weft.training.config import dump, parse
-from weft.training.optimizers import OPTIMIZERS, Adafactor, AdamW, Lion, Muon, OptimizerConfig, Shard, roles
+from weft.training.optimizers import Adafactor, AdamW, Lion, Muon, OptimizerConfig, Shard, register, roles
 
 MODEL = ModelConfig(
     vocabulary=harness.VOCABULARY,
     layers=3,
     model_dim=16,
-    heads=4,
-    mlp_dim=32,
-    tied_embedding=False,
+    attention=AttentionConfig(heads=4),
+    mlp=MLPConfig(dim=32),
+    embedding=EmbeddingConfig(tied=False),
     moe=MoEConfig(experts=4, mlp_dim=8, first_dense_layers=1),
 )
 KINDS = [kind(learning_rate=1e-2, warmup_steps=0) for kind in (AdamW, Lion, Adafactor, Muon)]
 BASE = """
 name: tiny
-model: {layers: 2, model_dim: 64, heads: 4, mlp_dim: 128}
+model: {layers: 2, model_dim: 64, attention: {heads: 4}, mlp: {dim: 128}}
 training: {steps: 2, batch: 4, sequence_length: 64}
 """
 
@@ -181,9 +180,9 @@ def test_a_mistake_is_named(override):
 def test_a_kind_is_registered_once():
     with pytest.raises(ValueError, match=r"optimizer\.kind 'lion' is weft\.training\.optimizers\.Lion already"):
 
-        @OPTIMIZERS.register
+        @register
         @dataclasses.dataclass(frozen=True, kw_only=True)
         class Another(OptimizerConfig):
             kind: str = 'lion'
 
-    assert OPTIMIZERS.register(Lion) is Lion, 'a module may be imported anew'
+    assert register(Lion) is Lion, 'a module may be imported anew'
