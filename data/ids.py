@@ -35,8 +35,12 @@ def read_ids(option: str, path: str) -> np.ndarray:
         raise UserError(f'{where}: an archive of several arrays; save the one with np.save')
     header, offset = read_header(begins)
     kind, shape = header.get('descr'), header.get('shape')
-    counts = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
-    if not counts or kind is None or not isinstance(header.get('fortran_order'), bool):
+    if (
+        not isinstance(shape, tuple)
+        or not all(type(n) is int and n >= 0 for n in shape)
+        or kind is None
+        or not isinstance(header.get('fortran_order'), bool)
+    ):
         raise UserError(f'{where}: not a whole .npy file of numbers; np.save writes one')
     if not (isinstance(kind, str) and WHOLE.fullmatch(kind)) or len(shape) != 2 or 0 in shape:
         raise UserError(

@@ -158,6 +158,7 @@ def _build(
     every = 1 + characters // TOKENIZER_CHARACTERS
     learnt = f'one in {every} blocks of the training text' if every > 1 else 'the whole training text'
     if tokenizer is None:
+        assert config.vocabulary is not None, 'checked by `prepare`'
         tokenizer = Tokenizer.train(_sample(texts('train'), every), config.vocabulary)
     else:
         learnt = 'elsewhere: it was imported'
@@ -241,6 +242,7 @@ def _build_pairs(
     size = size_of_source.total()
     every = 1 + size // TOKENIZER_CHARACTERS
     if tokenizer is None:
+        assert config.vocabulary is not None, 'checked by `prepare`'
         tokenizer = Tokenizer.train(_sample((side for pair in of('train') for side in pair), every), config.vocabulary)
     rows, facts = {}, {'source': list(config.paths), 'sha256': sha256.hexdigest(), 'pairs': count, 'bytes': size}
     for part in SPLITS:
@@ -273,7 +275,9 @@ class _Names:
 
     def look(self, *texts: str) -> None:
         """Looks for names in the texts of one document."""
-        for text in texts if self.pattern else ():
+        if self.pattern is None:
+            return
+        for text in texts:
             match = self.pattern.search(text, 0, self.left)
             self.all &= bool(match) or len(text) <= self.left
             self.left = max(0, self.left - (match.end() if match else len(text)))

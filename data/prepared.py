@@ -123,7 +123,10 @@ def _description(path: Path) -> tuple[dict, dict, dict[str, int], dict[str, list
         if isinstance(error, UserError):
             raise
         raise UserError(f'{path}: damaged ({shown(error)}); {MEND}') from None
-    key, facts, sizes, sha256 = (fields.get(name) for name in ('key', 'facts', 'sizes', 'tokenizer_sha256'))
+    key: Any = fields.get('key')
+    facts: Any = fields.get('facts')
+    sizes: Any = fields.get('sizes')
+    sha256: Any = fields.get('tokenizer_sha256')
     right = (
         isinstance(key, dict)
         and type(key.get('sequence_length')) is int

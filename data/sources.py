@@ -243,7 +243,9 @@ def _elements(path: Path, text: Iterator[str], rule: str) -> Iterator[tuple[str,
     def next_letter() -> str:
         nonlocal at
         while True:
-            at = SPACES.match(held, at).end()
+            spaces = SPACES.match(held, at)
+            assert spaces is not None, 'none are a match too'
+            at = spaces.end()
             if at < len(held):
                 return held[at]
             if not more():

@@ -50,7 +50,7 @@ class Renderer:
         self.process: subprocess.Popen | None = None
         self.lock = threading.Lock()
 
-    def start(self) -> None:
+    def start(self) -> subprocess.Popen:
         """Has it start, so that it is ready when it is needed."""
         if self.process is not None and self.process.poll() is not None:
             self.close()
@@ -63,19 +63,22 @@ class Renderer:
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
             )
+        return self.process
 
     def __call__(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """What it answers: see `hub.chat_template.answer`."""
         with self.lock:
-            self.start()
+            process = self.start()
+            assert process.stdin is not None
+            assert process.stdout is not None
             try:
-                self.process.stdin.write(json.dumps(request).encode() + b'\n')
-                self.process.stdin.flush()
-                line = self.process.stdout.readline()
+                process.stdin.write(json.dumps(request).encode() + b'\n')
+                process.stdin.flush()
+                line = process.stdout.readline()
             except BrokenPipeError:
                 line = b''
             except BaseException:  # an interrupt: the answer that is still to come is no later text's
-                self.process.kill()
+                process.kill()
                 self.close()
                 raise
             if line.endswith(b'\n'):
@@ -90,6 +93,8 @@ class Renderer:
         process, self.process = self.process, None
         if process is None:
             return None
+        assert process.stdin is not None
+        assert process.stdout is not None
         with contextlib.suppress(BrokenPipeError):  # what was still to be sent
             process.stdin.close()
         process.stdout.close()

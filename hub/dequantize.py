@@ -118,7 +118,7 @@ def unpacked(
 
 
 def _fp8(found: dict[str, Any], said: Mapping[str, Any], source: Path) -> None:
-    block = said.get('weight_block_size')
+    block: Any = said.get('weight_block_size')
     whole = isinstance(block, list) and len(block) == 2 and all(type(n) is int and 0 < n < 2**31 for n in block)
     rules = {'activation_scheme': 'dynamic', 'fmt': 'e4m3'}
     for field, value in said.items():

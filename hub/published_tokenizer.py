@@ -52,7 +52,9 @@ def has_tokenizer(files: Mapping[str, bytes]) -> bool:
 def run_tokenizer(files: Mapping[str, bytes], where: str) -> Tokenizer | None:
     """The tokenizer among a run's files; None for an imported model without one. UserError for a damaged one."""
     found = _run_tokenizer(files, where)
-    for i in (*found.prefix, *found.suffix) if found else ():
+    if found is None:
+        return None
+    for i in (*found.prefix, *found.suffix):
         if i >= max(found.vocabulary, found.embedded):
             rule = f'the tokenizer has {found.vocabulary} tokens: import the run again'
             raise UserError(f'{where}/{SPECIAL}: id {i} stands before or after texts, and {rule}')

@@ -75,7 +75,7 @@ def _shard(bounds: Bounds, dtype: np.dtype, places: Places, read: Read, device: 
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(shard, block, begin):
+def _put(shard: jax.Array, block: jax.Array, begin: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice(shard, block, tuple(begin[i] for i in range(shard.ndim)))
 
 

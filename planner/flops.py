@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 from weft.model.compute import ComputeConfig
 from weft.model.config import LayerSpec, ModelConfig, changed
 from weft.model.cost import keys_seen
-from weft.model.kv_cache import slots
+from weft.model.kv_cache import slot_count
 from weft.model.ops.cross_entropy import CHUNK
 from weft.model.ops.expert_dispatch import capacity
 from weft.sharding.mesh import BATCH, MeshConfig
@@ -216,7 +216,7 @@ def _kv_heads(p: Program) -> int:
 def _scores(part: str, p: Program, kind: LayerSpec, width: int, value_width: int) -> Iterator[Dot]:
     """Scores and what they weigh, of each query with each key that the backend does not leave out."""
     if p.decoding:
-        keys = float(slots(p.length, p.mesh.context, p.config.attention.window if kind.windowed else None))
+        keys = float(slot_count(p.length, p.mesh.context, p.config.attention.window if kind.windowed else None))
     elif p.attention == 'reference':
         keys = float(p.length)
     else:

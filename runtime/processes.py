@@ -5,6 +5,7 @@ WEFT_COORDINATOR, WEFT_PROCESSES and WEFT_PROCESS), or it stands in a place that
 a TPU of several hosts, on GKE or not. Anything else is a process on its own, which starts nothing.
 """
 
+import argparse
 import atexit
 import collections
 import contextlib
@@ -51,7 +52,7 @@ class Launch(NamedTuple):
     process: int | None = None
 
 
-def add_options(parser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of a script that may run as several processes."""
     group = parser.add_argument_group(
         'several processes',
@@ -77,22 +78,23 @@ def detect_launch(told: Mapping[str, str | None], environment: Mapping[str, str]
         key: option if told.get(key) or not environment.get(variable) else variable
         for key, (option, variable) in TOLD.items()
     }
-    missing = [f'{TOLD[key][0]} (or {TOLD[key][1]})' for key, value in values.items() if not value]
+    said = {key: value for key, value in values.items() if value}
+    missing = [f'{TOLD[key][0]} (or {TOLD[key][1]})' for key in values if key not in said]
     if missing:
-        given = ', '.join(names[key] for key, value in values.items() if value)
+        given = ', '.join(names[key] for key in said)
         raise UserError(f'{given} without {", ".join(missing)}: a process among several must be told all three')
-    place = re.fullmatch(r'(\[[0-9a-fA-F:.]+\]|[^\s:]+):([0-9]{1,5})', values['coordinator'])
+    place = re.fullmatch(r'(\[[0-9a-fA-F:.]+\]|[^\s:]+):([0-9]{1,5})', said['coordinator'])
     if not place or not 0 < int(place[2]) < 1 << 16:
-        given = shown(values['coordinator'], 80, quoted=True)
+        given = shown(said['coordinator'], 80, quoted=True)
         raise UserError(f'{names["coordinator"]} is {given}: it must be HOST:PORT, as in host-0:9876')
-    processes = _number(names['processes'], values['processes'], 1)
-    process = _number(names['process'], values['process'], 0)
+    processes = _number(names['processes'], said['processes'], 1)
+    process = _number(names['process'], said['process'], 0)
     if process >= processes:
         raise UserError(
             f'{names["process"]} is {process} and {names["processes"]} is {processes}: processes count from 0; '
             f'nearest that works: {processes - 1}'
         )
-    return Launch(values['coordinator'], processes, process) if processes > 1 else None
+    return Launch(said['coordinator'], processes, process) if processes > 1 else None
 
 
 def _number(name: str, text: str, least: int) -> int:
@@ -215,7 +217,7 @@ class Agreement:
 
 
 @jax.jit
-def _largest(number_D):
+def _largest(number_D: jax.Array) -> jax.Array:
     return number_D.max()
 
 

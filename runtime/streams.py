@@ -11,7 +11,7 @@ import io
 import os
 import select
 import sys
-from typing import IO
+from typing import IO, Any
 
 FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, which may have room again: others are gone for good
 OUTPUT = 'standard output'
@@ -40,7 +40,7 @@ class Output(io.RawIOBase):
     def isatty(self) -> bool:
         return self.descriptor >= 0 and os.isatty(self.descriptor)
 
-    def write(self, data, /) -> int:
+    def write(self, data: Any, /) -> int:
         global writing
         bytes_ = memoryview(data).cast('B')
         size = bytes_.nbytes
@@ -69,7 +69,7 @@ class Output(io.RawIOBase):
 class Unbuffered(io.BufferedWriter):
     """Writes all of what it is given at once, as PYTHONUNBUFFERED asks."""
 
-    def write(self, data, /) -> int:
+    def write(self, data: Any, /) -> int:
         size = super().write(data)
         self.flush()
         return size

@@ -8,6 +8,7 @@ Letters: B rows, T sequence (here: as long as the name says), D model, N any dim
 """
 
 from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,21 +16,24 @@ from jax import P, lax
 
 from weft.sharding.mesh import AXES, FSDP, platform
 
+Tree = TypeVar('Tree')  # any pytree of arrays
+Axes = str | Iterable[str]
 
-def mark_varying(tree):
+
+def mark_varying(tree: Tree) -> Tree:
     """Marks arrays as this device's own copies, so that a gradient is summed once over the axes that replicate them here.
 
     Without the mark the sum would be taken at each use, inside the scan over layers.
     """
 
-    def mark(w):
+    def mark(w: jax.Array) -> jax.Array:
         axes = tuple(axis for axis in AXES if axis not in varying(w))
         return lax.pcast(w, axes, to='varying') if axes else w
 
     return jax.tree.map(mark, tree)
 
 
-def match_varying(tree):
+def match_varying(tree: Tree) -> Tree:
     """Marks arrays as varying over every mesh axis that one of them varies over; outside of shard_map nothing happens.
 
     A loop's carry, a kernel's operands and a custom gradient have one type throughout. What JAX adds for the cast in the
@@ -37,20 +41,20 @@ def match_varying(tree):
     """
     axes = frozenset().union(*map(varying, jax.tree.leaves(tree)))
 
-    def mark(x):
+    def mark(x: jax.Array) -> jax.Array:
         missing = tuple(sorted(axes - varying(x)))
         return lax.pcast(x, missing, to='varying') if missing else x
 
     return jax.tree.map(mark, tree)
 
 
-def varying(x) -> frozenset[str]:
+def varying(x: jax.Array) -> frozenset[str]:
     """The mesh axes along which x is known to differ between devices."""
     return jax.typeof(x).manual_axis_type.varying
 
 
-def reduce_gradients(tree, specs):
-    """Each device's own gradient of weights laid out as `specs`, summed over the axes along which the weights are copies.
+def reduce_gradients(tree: Tree, specs: Any) -> Tree:
+    """Sums each device's own gradient over the axes that replicate its weight; `specs` has each weight's PartitionSpec.
 
     One call for all weights of a layout: a step sends this once, whatever the number of its layers and microbatches.
     """
@@ -66,52 +70,54 @@ def reduce_gradients(tree, specs):
     return jax.tree.unflatten(structure, leaves)
 
 
-def active_axes(axes: str | Iterable[str]) -> tuple[str, ...]:
-    """Those of the axes along which there is more than one device."""
+def active_axes(axes: Axes) -> tuple[str, ...]:
+    """The axes among `axes` that have more than one device, in their order."""
     return tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes) if lax.axis_size(axis) > 1)
 
 
-def psum(tree, axes):
+def psum(tree: Tree, axes: Axes) -> Tree:
     """The sum over all devices along the axes."""
-    axes = active_axes(axes)
-    return lax.psum(tree, axes) if axes else tree
+    active = active_axes(axes)
+    return lax.psum(tree, active) if active else tree
 
 
-def pmax(tree, axes):
+def pmax(tree: Tree, axes: Axes) -> Tree:
     """The largest over all devices along the axes."""
-    axes = active_axes(axes)
-    return lax.pmax(tree, axes) if axes else tree
+    active = active_axes(axes)
+    return lax.pmax(tree, active) if active else tree
 
 
-def axis_index(axes) -> jax.Array:
+def axis_index(axes: Axes) -> jax.Array:
     """This device's number along an axis, or along several, of which the last counts fastest; int32."""
-    axes = active_axes(axes)
-    return lax.axis_index(axes) if axes else jnp.int32(0)
+    active = active_axes(axes)
+    return lax.axis_index(active) if active else jnp.int32(0)
 
 
-def all_to_all(x, axis: str, split_dim: int, concat_dim: int):
-    """Cuts x along a dim, sends each device of the axis its part, and joins what comes along another. Backward: the reverse."""
+def all_to_all(x: jax.Array, axis: str, split_dim: int, concat_dim: int) -> jax.Array:
+    """Cuts x along `split_dim`, sends part i to device i of the axis, and joins the parts that come along `concat_dim`.
+
+    Backward: the all_to_all with both dims exchanged.
+    """
     return lax.all_to_all(x, axis, split_dim, concat_dim, tiled=True) if active_axes(axis) else x
 
 
-def ring_shift(tree, axis: str, by: int = 1):
-    """What the device `by` places before this one along `axis` holds, as everything moves on; the ends are neighbours."""
+def ring_shift(tree: Tree, axis: str, by: int = 1) -> Tree:
+    """Sends this device's arrays `by` places on along `axis`, in a ring; returns those of the device `by` places before."""
     n = lax.axis_size(axis)
     return lax.ppermute(tree, axis, [(i, (i + by) % n) for i in range(n)]) if n > 1 else tree
 
 
-def as_replicated(x, axis: str):
-    """x, which is the same on all devices along `axis`, known to be so: the first one's."""
+def as_replicated(x: jax.Array, axis: str) -> jax.Array:
+    """Declares x replicated along `axis` for the VMA check, by broadcasting device 0's copy; the values already agree."""
     return psum(jnp.where(axis_index(axis) == 0, x, 0), axis) if active_axes(axis) else x
 
 
 def gather_stages(axis: str) -> list[list[list[int]] | None]:
-    """Groups along an axis that gather one after the other, the nearest first, to send no more; [None] for all at once.
+    """`axis_index_groups` of an all-gather along an axis, stage by stage, nearest devices first, so that no more is sent.
 
-    None at all, [], where the axis has one device.
-
-    On a TPU that is all of one axis it takes two: XLA makes an all-reduce of a reduce-scatter over all chips, and sends twice
-    the bytes (benchmarks/plan.md).
+    [None] for a single stage over the whole axis; [] where the axis has one device. Two stages on a TPU whose chips are all
+    on this axis: XLA would make an all-reduce of a reduce-scatter over all chips, and send twice the bytes
+    (benchmarks/plan.md).
     """
     n = lax.axis_size(axis)
     if n == 1:
@@ -126,22 +132,22 @@ def gather_stages(axis: str) -> list[list[list[int]] | None]:
     ]
 
 
-def all_gather(x, axis: str, dim: int = 0):
-    """The parts of all devices of an axis, side by side. Backward: `reduce_scatter`."""
+def all_gather(x: jax.Array, axis: str, dim: int = 0) -> jax.Array:
+    """The parts of all devices of an axis, concatenated along `dim`. Backward: `reduce_scatter`."""
     for groups in gather_stages(axis):
         x = lax.all_gather(x, axis, axis=dim, tiled=True, axis_index_groups=groups)
     return x
 
 
-def reduce_scatter(x, axis: str):
+def reduce_scatter(x: jax.Array, axis: str) -> jax.Array:
     """The sum over all devices of an axis, of which each keeps its part of the first dim. Backward: `all_gather`."""
     for groups in reversed(gather_stages(axis)):
         x = lax.psum_scatter(x, axis, tiled=True, axis_index_groups=groups)
     return x
 
 
-def unshard(w, dtype, axes=FSDP, dim: int = 0):
-    """A weight from its shards along `axes`, sent in the compute dtype. Backward: a reduce-scatter of its gradient.
+def unshard(w: jax.Array, dtype: Any, axes: tuple[str, ...] = FSDP, dim: int = 0) -> jax.Array:
+    """All-gathers a weight from its shards along `axes`, sent in the compute dtype. Backward: a reduce-scatter of its gradient.
 
     One axis after the other, the innermost first, which sends no more: over several at once TPUs send twice the bytes where
     they are the whole machine, as in `gather_stages`.
@@ -152,9 +158,10 @@ def unshard(w, dtype, axes=FSDP, dim: int = 0):
     return w
 
 
-def gather_sequence(x_BTD):
-    """Slices of the sequence over `tensor` to all of it. Backward: `reduce_scatter_sequence`.
+def gather_sequence(x_BTD: jax.Array) -> jax.Array:
+    """All-gathers the sequence from its slices over `tensor`: [B, T / tensor, …] to [B, T, …].
 
+    Backward: `reduce_scatter_sequence`.
     Rows and sequence are one dim while they travel, here and in `reduce_scatter_sequence`: of more dims than two XLA's TPU
     compiler makes an all-reduce where a reduce-scatter was asked for, and sends twice the bytes.
     """
@@ -165,7 +172,7 @@ def gather_sequence(x_BTD):
     return x_ND.reshape(-1, B, T, *rest).swapaxes(0, 1).reshape(B, -1, *rest)
 
 
-def reduce_scatter_sequence(x_BTD):
+def reduce_scatter_sequence(x_BTD: jax.Array) -> jax.Array:
     """The sum of partial products over `tensor`, of which each device keeps its slice of the sequence.
 
     Backward: `gather_sequence`.
@@ -178,13 +185,13 @@ def reduce_scatter_sequence(x_BTD):
     return reduce_scatter(x_ND, 'tensor').reshape(B, T // n, *rest)
 
 
-def tensor_slice(x_BT, dim: int = 1):
+def tensor_slice(x_BT: jax.Array, dim: int = 1) -> jax.Array:
     """This device's slice over `tensor` of an array that every device of `tensor` holds whole."""
     n = lax.axis_size('tensor')
     size = x_BT.shape[dim] // n
     return lax.dynamic_slice_in_dim(x_BT, axis_index('tensor') * size, size, axis=dim) if n > 1 else x_BT
 
 
-def upcast(x):
+def upcast(x: jax.Array) -> jax.Array:
     """x in at least float32."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

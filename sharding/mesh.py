@@ -55,7 +55,7 @@ class MeshConfig:
     expert: int = 1
     tensor: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for axis in AXES:
             if getattr(self, axis) < 1:
                 raise UserError(

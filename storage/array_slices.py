@@ -28,7 +28,7 @@ def is_host(device: jax.Device) -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _cut(shard, begin, shape):
+def _cut(shard: jax.Array, begin: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.dynamic_slice(shard, tuple(begin[i] for i in range(shard.ndim)), shape)
 
 

@@ -12,10 +12,10 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from weft.runtime.errors import MachineError, UserError, shown
 
@@ -24,6 +24,8 @@ CONNECTIONS = 16  # objects under way at once
 # In the names of what clients raise for want of credentials, or for settings that cannot be.
 OF_THE_USER = re.compile('Credential|Profile|SSO|TokenRetrieval|RefreshError|NoRegion|InvalidRegion|ParamValidation')
 REFUSED = {400, 401, 403, '400', '401', '403'}  # codes of HTTP
+A = TypeVar('A')
+B = TypeVar('B')
 
 
 def at(path: 'str | Path | Bucket') -> 'Path | Bucket':
@@ -209,7 +211,7 @@ class Bucket:
         at_once(copy, names)
 
 
-def at_once(work, arguments: Iterable, workers: int = CONNECTIONS) -> list:
+def at_once(work: Callable[[A], B], arguments: Iterable[A], workers: int = CONNECTIONS) -> list[B]:
     """`work` on each argument, some at a time; the first error, if any, when all have ended."""
     with ThreadPoolExecutor(workers, 'bucket') as pool:
         futures = [pool.submit(work, argument) for argument in arguments]

@@ -310,7 +310,7 @@ class Output:
             raise UserError(f'{self.option} {shown(str(self.path))}: {error.strerror}') from None
         return self.file
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
             if kind is None:
                 self.file.flush()

@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from weft.runtime import streams
 from weft.runtime.errors import MachineError, UserError, shown
@@ -76,11 +77,11 @@ class Lock:
         except BaseException as error:
             self.__exit__(None, None, None)
             if isinstance(error, _Held):
-                raise self._refusal(error, other.path) from None
+                raise self._refusal(error, other.path if other else place) from None
             raise
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._ended.set()
         self._beats.join()
         try:

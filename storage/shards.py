@@ -113,7 +113,8 @@ def _raw_kind(x: jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], Any, Sharding]:
     return raw.shape, raw.dtype, layout
 
 
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
+def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Bounds:
+    assert index is not None, 'every device here has a part'
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 

@@ -6,7 +6,9 @@ import fcntl
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from weft.runtime.errors import MachineError, UserError, shown
 from weft.storage import files
@@ -64,7 +66,7 @@ class staged:
             os.close(self.lock)
         self.lock = None
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
             if kind is None:
                 refuse_existing(self.folder)
@@ -78,7 +80,7 @@ class staged:
 
 
 @contextlib.contextmanager
-def making(folder: Path):
+def making(folder: Path) -> Iterator[None]:
     """What stands in the way of a folder's making is told as a fault of the place that was named for it."""
     try:
         yield

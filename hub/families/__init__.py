@@ -47,7 +47,7 @@ class Part:
     take: tuple[slice | int, ...] = ()  # of the published tensor, by dim; () takes all
     axes: tuple[int, ...] | None = None  # ours, by the tensor's; None: as they are
 
-    def __call__(self, array):
+    def __call__(self, array: Any) -> Any:
         """The part of a published tensor, in our layout."""
         array = array[self.take] if self.take else array
         return array if self.axes is None else array.transpose(self.axes)

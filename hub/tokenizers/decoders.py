@@ -37,8 +37,8 @@ def decoder_of(said: Any, name: str) -> Decoder:
     if 'BPEDecoder' in kinds:
         end = str(of('BPEDecoder').get('suffix'))
         return Decoder(lambda token: (token.removesuffix(end) + ' ' if token.endswith(end) else token).encode())
-    mark = _space(decoders)
-    if mark is None:
+    space = _space(decoders)
+    if space is None:
         has = shown(', '.join(sorted(set(kinds))) or 'nothing', 100)
         raise UserError(
             f'{name}: its decoder has {has}; supported: ByteLevel, Metaspace, Replace of {SPACE} with a space, ByteFallback, '
@@ -48,10 +48,10 @@ def decoder_of(said: Any, name: str) -> Decoder:
 
     def spaced(token: str) -> bytes:
         byte = BYTE.fullmatch(token) if falls_back else None
-        return bytes([int(byte[1], 16)]) if byte else token.replace(mark, ' ').encode()
+        return bytes([int(byte[1], 16)]) if byte else token.replace(space, ' ').encode()
 
     if 'Metaspace' in kinds and of('Metaspace').get('prepend_scheme', 'always') != 'never':
-        return Decoder(spaced, first_of=lambda token: token.replace(mark, '').encode())
+        return Decoder(spaced, first_of=lambda token: token.replace(space, '').encode())
     fused = 'Fuse' in kinds and 'Strip' in kinds[kinds.index('Fuse') :]
     strip = of('Strip') if fused else {}
     start = strip.get('start', 0) if strip.get('content') == ' ' else 0

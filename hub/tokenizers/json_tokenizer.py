@@ -92,7 +92,7 @@ class JsonTokenizer(PublishedTokenizer):
         return library(json.dumps(changed, ensure_ascii=False).encode(), changed, JSON)
 
     @functools.cached_property
-    def special_names(self) -> re.Pattern[str] | None:  # type: ignore[override]
+    def special_names(self) -> re.Pattern[str] | None:
         names = sorted((name.decode() for i, name in self.added.items() if not self.pieces[i]), key=len, reverse=True)
         return re.compile('|'.join(map(re.escape, names))) if names else None
 
@@ -224,7 +224,9 @@ def _check_growth(fields: Mapping[str, Any], where: str) -> None:
 def _check_halves(model: Any, where: str) -> None:
     """Raises UserError for merges whose second half lacks the continuing_subword_prefix: the library takes it off unseen."""
     prefix = model.get('continuing_subword_prefix') if isinstance(model, dict) else None
-    for merge in model.get('merges') or () if isinstance(prefix, str) and prefix else ():
+    if not isinstance(prefix, str) or not prefix:
+        return
+    for merge in model.get('merges') or ():
         half = (
             merge.split(' ')[-1] if isinstance(merge, str) else merge[-1] if isinstance(merge, list) and merge else ''
         )

@@ -26,11 +26,15 @@ class MarianTokenizer(PublishedTokenizer):
         self._own = {name: files[name] for name in (SOURCE, TARGET, VOCAB)}
         self.model = files[VOCAB]
         self._ids = read_vocabulary(files[VOCAB], f'{where}/{VOCAB}')
-        self._added, self._unk, silent = (special.get(field) for field in ('added', 'unk', 'silent'))
-        numbers = [self._unk, *(silent if isinstance(silent, list) else [None])]
-        numbers += self._added.values() if isinstance(self._added, dict) and self._added else [None]
+        added: Any = special.get('added')
+        unk: Any = special.get('unk')
+        silent: Any = special.get('silent')
+        numbers = [unk, *(silent if isinstance(silent, list) else [None])]
+        numbers += added.values() if isinstance(added, dict) and added else [None]
         if not all(type(i) is int and 0 <= i < LARGEST_VOCABULARY for i in numbers):
             raise UserError(f'{where}/{SPECIAL}: damaged: import the run again')
+        self._added: dict[str, int] = added
+        self._unk: int = unk
         self._source, self._target = (_processor(files[name], f'{where}/{name}') for name in (SOURCE, TARGET))
         self.vocabulary = max(*self._ids.values(), *self._added.values()) + 1
         self.names = {**{i: token for token, i in self._ids.items()}, **{i: name for name, i in self._added.items()}}

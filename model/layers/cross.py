@@ -11,7 +11,7 @@ from jax import lax
 
 from weft.model.config import LayerSpec, ModelConfig
 from weft.model.context import CrossCache, EncoderOutput, ForwardContext
-from weft.model.kv_cache import dense_positions, pad_heads, row_numbers, unpad_heads
+from weft.model.kv_cache import dense_positions, pad_heads, slot_width, unpad_heads
 from weft.model.layers.attention import Attention, how_to_attend
 from weft.model.ops.attention import attention
 from weft.model.ops.attention.cached import cached_attention
@@ -55,7 +55,7 @@ class CrossAttention(Attention):
         """Keys and values as a cache keeps them."""
         c, on = self.config, (lax.axis_size('tensor'), platform())
         k_BSM, v_BSM = (
-            pad_heads(a_BSKH, row_numbers(c.attention.kv_heads, c.attention.head_dim, *on))
+            pad_heads(a_BSKH, slot_width(c.attention.kv_heads, c.attention.head_dim, *on))
             for a_BSKH in self.keys(source.x_BSD)
         )
         return CrossCache(k_BSM, v_BSM, (source.segment_BS > 0).sum(1, dtype=jnp.int32))
