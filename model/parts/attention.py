@@ -3,7 +3,6 @@
 import dataclasses
 from typing import ClassVar, Literal
 
-from weft.model.config import changed
 from weft.model.parts.numbers import nearest_divisor
 from weft.model.parts.registry import MIXERS, UNSET, check_above_zero, check_at_least, filled
 from weft.runtime.errors import UserError
@@ -78,7 +77,7 @@ class AttentionConfig(SoftmaxConfig):
                 f'{SECTION}.head_dim is given; nearest that works: {nearest_divisor(model_dim, self.heads)}'
             )
         kv_heads, head_dim = filled(self.kv_heads, self.heads), filled(self.head_dim, model_dim // self.heads)
-        return changed(self, {'attention.kv_heads': kv_heads, 'attention.head_dim': head_dim})
+        return dataclasses.replace(self, kv_heads=kv_heads, head_dim=head_dim)
 
     @property
     def query_dim(self) -> int:
