@@ -355,7 +355,7 @@ def _explain(error: Any) -> str:
     if isinstance(cause, UserError):
         return str(cause)
     given = error['input']
-    rule = error['msg'].replace('Input should be', 'it must be')
+    rule = error['msg'].replace('Input should be', 'it must be').replace('an object', 'a mapping of keys to values')
     if isinstance(given, float) and given.is_integer() and 'integer' in rule:
         rule += f', written as one: {int(given)}'
     return f'{key} is {shown(json.dumps(given), 80)}: {rule}'
