@@ -1,6 +1,5 @@
 """A cache that goes on: text read in pieces, and a conversation of which only what is new is read."""
 
-import dataclasses
 import functools
 
 import jax
@@ -18,6 +17,7 @@ from weft.inference.generate import Completion, generate
 from weft.inference.sampling import Sampling
 from weft.inference.session import Session
 from weft.inference.step import decode, empty_cache, extend, grown
+from weft.model.config import changed
 from weft.model.forward import logits, place
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig, make_mesh
@@ -130,8 +130,12 @@ def test_only_what_is_new_is_read_and_the_answers_are_those_of_a_new_reading(sma
 
 def test_a_window_goes_on_where_it_can_and_else_all_is_read_again(monkeypatch):
     """A window of 6 and chunks of at most 16: a ring of 21 slots, of which a text may go back by 16 tokens."""
-    c = dataclasses.replace(
-        read({**CASES['llama-grouped'], 'vocab_size': 256})[1], window=6, window_pattern=(True, False)
+    c = changed(
+        read({**CASES['llama-grouped'], 'vocab_size': 256})[1],
+        {
+            'attention.window': 6,
+            'attention.window_pattern': (True, False),
+        },
     )
     monkeypatch.setattr(sessions, 'CHUNKS', (16, 4))
     monkeypatch.setattr(sessions, 'SLOTS', 32)

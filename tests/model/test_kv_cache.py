@@ -21,7 +21,7 @@ from tests.planner.steps import decode_step, run_config
 from weft.inference.step import decode, empty_cache, extend, grown, prefill
 from weft.model import block, kv_cache, stack
 from weft.model.compute import ComputeConfig
-from weft.model.config import MLAConfig, ModelConfig, MoEConfig
+from weft.model.config import AttentionConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, changed
 from weft.model.forward import logits, place
 from weft.model.kv_cache import CacheArray, CacheSize, DenseCache, LayerCache, WindowCache
 from weft.model.stack import stacked_caches
@@ -35,28 +35,43 @@ ROWS, T, NEW = 4, 24, 12
 LENGTHS = np.array([1, 12, 5, 9], np.int32)  # of the rows' prompts, which decoding goes on with by NEW tokens each
 
 DOUBLE = ComputeConfig(dtype='float64')
-DENSE = ModelConfig(vocabulary=96, layers=2, model_dim=32, heads=8, kv_heads=4, head_dim=8, mlp_dim=32)
-WINDOWS = dataclasses.replace(DENSE, window=3)
-MIXED = dataclasses.replace(DENSE, layers=5, window=4, window_pattern=(True, True, False), attention_sinks=True)
-EXPERTS = dataclasses.replace(MIXED, layers=3, window=3, moe=MoEConfig(experts=4, mlp_dim=16, first_dense_layers=1))
+DENSE = ModelConfig(
+    vocabulary=96,
+    layers=2,
+    model_dim=32,
+    attention=AttentionConfig(heads=8, kv_heads=4, head_dim=8),
+    mlp=MLPConfig(dim=32),
+)
+WINDOWS = changed(DENSE, {'attention.window': 3})
+MIXED = changed(
+    DENSE,
+    {'layers': 5, 'attention.window': 4, 'attention.window_pattern': (True, True, False), 'attention.sinks': True},
+)
+EXPERTS = changed(
+    MIXED, {'layers': 3, 'attention.window': 3, 'moe': MoEConfig(experts=4, mlp_dim=16, first_dense_layers=1)}
+)
 LATENT = dataclasses.replace(
     DENSE,
-    kv_heads=None,
-    head_dim=None,
-    window=4,
-    window_pattern=(True, False),
-    latent=MLAConfig(kv_rank=8, plain_dim=6, rotary_dim=4, value_dim=6),
+    attention=MLAConfig(
+        heads=8,
+        kv_lora_rank=8,
+        qk_nope_head_dim=6,
+        qk_rope_head_dim=4,
+        v_head_dim=6,
+        window=4,
+        window_pattern=(True, False),
+    ),
 )
 ON = [
     (WINDOWS, MeshConfig()),
     (MIXED, MeshConfig()),
     (WINDOWS, MeshConfig(context=2, tensor=4)),
-    (dataclasses.replace(WINDOWS, window=4), MeshConfig(context=2, data=2)),
+    (changed(WINDOWS, {'attention.window': 4}), MeshConfig(context=2, data=2)),
     (MIXED, MeshConfig(context=4, tensor=2)),
-    (dataclasses.replace(MIXED, window=3), MeshConfig(context=4)),
-    (dataclasses.replace(MIXED, window=7), MeshConfig(context=2, tensor=4)),
+    (changed(MIXED, {'attention.window': 3}), MeshConfig(context=4)),
+    (changed(MIXED, {'attention.window': 7}), MeshConfig(context=2, tensor=4)),
     (EXPERTS, MeshConfig(context=2, expert=2, tensor=2)),
-    (dataclasses.replace(EXPERTS, window=4), MeshConfig(expert=4, tensor=2)),
+    (changed(EXPERTS, {'attention.window': 4}), MeshConfig(expert=4, tensor=2)),
     (LATENT, MeshConfig(context=2, tensor=2)),
 ]
 
@@ -96,7 +111,7 @@ def error(model) -> float:
 
 @pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize(
-    ('c', 'mesh'), ON, ids=lambda one: str(one) if isinstance(one, MeshConfig) else f'{one.window}'
+    ('c', 'mesh'), ON, ids=lambda one: str(one) if isinstance(one, MeshConfig) else f'{one.attention.window}'
 )
 def test_decoding_past_the_window_is_the_full_forward_pass(c, mesh):
     """Prompts shorter and longer than the window, in one padded batch; each slot of a window is taken several times."""
@@ -254,7 +269,7 @@ def size(tree: Any) -> int:
 def test_a_step_writes_to_the_caches_where_they_are(mesh, loop, monkeypatch):
     """No group's cache is copied: a step's new arrays are the old ones' memory."""
     monkeypatch.setattr(stack, 'UNROLLED', {} if loop else {'cpu': (8, 64)})
-    c = dataclasses.replace(MIXED, layers=6, window=1024)
+    c = changed(MIXED, {'layers': 6, 'attention.window': 1024})
     with jax.set_mesh(make_mesh(mesh)):
         step, (model, cache, *rest) = decode_step(run_config(c, mesh, 1, 32), 4096)
         compiled = jax.jit(step, donate_argnums=1).lower(model, cache, *rest).compile()
