@@ -140,7 +140,7 @@ def _check_counts(family: Family, c: ModelConfig, tensors: int) -> None:
     """Raises UserError where the config names more layers or experts than the files have tensors, before any is listed."""
     rule = f'and the files have {tensors} tensors: each layer has one at least'
     stacks = [('model.layers', c.layers), *([('model.encoder.layers', c.encoder.layers)] if c.encoder else [])]
-    for field, count in [*stacks, ('model.mtp_layers', c.mtp_layers)]:
+    for field, count in [*stacks, ('model.mtp.layers', c.mtp.layers)]:
         if count > tensors:
             raise UserError(f'{field} is {count} {rule}')
     if c.moe and any('{e}' in name for name in family.names):
@@ -235,7 +235,7 @@ def _match(
         close = difflib.get_close_matches(missing[0], others[:SEARCHED], n=1, cutoff=CLOSE)
         near = nearest(missing[0], close or others[:3]) if left else ''
         of_layer = [re.match(r'model\.layers\.(\d+)\.', name) for name in missing]
-        if c.mtp_layers and all(at and int(at[1]) >= c.layers for at in of_layer):
+        if c.mtp.layers and all(at and int(at[1]) >= c.layers for at in of_layer):
             near = '; it predicts further ahead, and the files have a part of what does'
         heads = [one.name for one in table if any(part.leaf == 'head_DV' for part in one.parts)]
         if family.headless and missing == heads:
@@ -258,7 +258,7 @@ def _copies(family: Family, table: list[Tensor], c: ModelConfig) -> dict[str, st
     """Tensors that a publisher may repeat, and which they repeat; among them the head that is the embedding."""
     found = dict(family.tied)
     embedding = [one.name for one in table if any(part.leaf == 'embed_VD' for part in one.parts) and not one.copy_of]
-    if c.tied_embedding and embedding:
+    if c.embedding.tied and embedding:
         found |= {name: embedding[0] for name, entry in family.names.items() if entry == 'head_DV'}
     return found | {one.name: one.copy_of for one in table if one.copy_of}
 

@@ -23,9 +23,9 @@ NOT_EXPORTED = ('quantization_config', 'auto_map', 'transformers_version')
 OF_KINDS = (
     'model.moe.first_dense_layers',
     'model.moe.pattern',
-    'model.window_pattern',
-    'model.rotary_pattern',
-)  # what `ModelConfig.kinds` says
+    'model.attention.window_pattern',
+    'model.positions.pattern',
+)  # what `ModelConfig.layer_specs` says
 FAR, MOST_TOLD = 1000, 4  # fields: of a family that does not read at all; of one that are told
 
 
@@ -96,7 +96,7 @@ def published_config(
                     return family, fields
             # Some families' default in transformers is a padding token that a small vocabulary does not have.
             fields = {'pad_token_id': None} | family.config(c)
-            if c.positions == 'rotary':  # others have a table, whose rows the family has told
+            if c.positions.kind == 'rotary':  # others have a table, whose rows the family has told
                 fields.setdefault('max_position_embeddings', context)
             if not (differing := _says(family, fields, c)):
                 tensors(family, c, shapes_of(c))
@@ -135,7 +135,7 @@ def _says(family: Family, fields: Mapping[str, Any], c: ModelConfig, absent: Seq
     reader = Fields(fields)
     found = family.model(reader)
     reader.finish()
-    there = [name for name, said in family.told.items() if all(getattr(c, field) == said[field] for field in said)]
+    there = [name for name, told in family.told.items() if told(c) == c]
     found = family.model_of(found, there)
     for part in absent:
         found = family.without(found, part)
@@ -148,10 +148,13 @@ def _differing(found: ModelConfig, c: ModelConfig) -> list[Difference]:
     differing = []
     for name in [name for name in mine if name in other]:
         a, b = mine[name], other[name]
-        if isinstance(a, dict) and isinstance(b, dict):
+        both = isinstance(a, dict) and isinstance(b, dict)
+        if both and a.get('kind') == b.get('kind'):
             differing += [
                 Difference(f'model.{name}.{inner}', b[inner]) for inner in a if a[inner] != b.get(inner, a[inner])
             ]
+        elif both:
+            differing.append(Difference(f'model.{name}.kind', b['kind'], max(len(a), len(b))))
         elif a != b:
             differing.append(Difference(f'model.{name}', b, max(len(x) if isinstance(x, dict) else 1 for x in (a, b))))
     # Which layers are mixtures and which have the window can be said in several ways.
@@ -159,26 +162,31 @@ def _differing(found: ModelConfig, c: ModelConfig) -> list[Difference]:
 
 
 def _said(c: ModelConfig) -> dict[str, Any]:
-    """The fields of a model that change its logits, as they are with this model's other fields."""
-    fields = {name: value for name, value in dataclasses.asdict(c).items() if name not in OF_TRAINING}
-    if c.encoder is None or c.of_encoder.query_dim == c.query_dim:
-        fields['query_scale'] = c.query_scale or c.query_dim**-0.5
+    """The fields of a model that change its logits, those of a part by its name, as they are with this model's other fields."""
+    fields: dict[str, Any] = dataclasses.asdict(c)
+    for key in OF_TRAINING:
+        part, _, field = key.rpartition('.')
+        section = fields[part] if part else fields
+        if section is not None:
+            del section[field]
+    if c.encoder is None or c.of_encoder.attention.query_dim == c.attention.query_dim:
+        fields['attention']['scale'] = c.attention.scale or c.attention.query_dim**-0.5
     if c.moe:
-        fields['moe'] = {name: value for name, value in fields['moe'].items() if f'moe.{name}' not in OF_TRAINING}
         fields['moe']['choice_bias'] = c.moe.has_choice_bias
         fields['moe']['shared_mlp_dim'] = c.moe.shared_dim // max(c.moe.shared_experts, 1)
         if c.moe.groups == 1:
             del fields['moe']['group_score'], fields['moe']['top_groups']
         if all(kind.experts for kind in c.layer_specs):
-            del fields['mlp_dim']  # of a plain MLP, which no layer has
+            del fields['mlp']['dim']  # of a plain MLP, which no layer has
     if c.encoder:
-        fields['encoder'] = {
-            field: getattr(c.of_encoder, field) for field in fields['encoder'] if field != 'start_token'
-        }
-        fields['encoder']['start_token'] = c.encoder.start_token
-    idle = [] if c.positions == 'relative' else ['relative_buckets', 'relative_most']
-    idle += [] if c.positions == 'rotary' else [name for name in fields if name.startswith(('rope_', 'rotary_'))]
-    idle += [] if c.activation == 'clamped_swiglu' else ['activation_limit']
-    idle += [] if c.window else ['window_pattern', 'local_rope_theta']
-    idle += [] if c.head else ['tied_embedding', 'logit_scale', 'logit_softcap']
-    return {name: value for name, value in fields.items() if name not in idle}
+        e, own = c.of_encoder, {field: getattr(c.encoder, field) for field in ('layers', 'start_token')}
+        heads = {field: getattr(e.attention, field) for field in ('heads', 'kv_heads', 'head_dim')}
+        fields['encoder'] = own | heads | {'mlp_dim': e.mlp.dim}
+    if c.mlp.activation != 'clamped_swiglu':
+        del fields['mlp']['limit']
+    if not c.attention.window:
+        del fields['attention']['window_pattern']
+        fields['positions'].pop('local_theta', None)
+    if not c.head:
+        del fields['embedding']['tied']
+    return fields

@@ -19,8 +19,8 @@ from weft.inference.step import empty_cache, extend, grown, jit_step
 from weft.model.decoder import Decoder
 from weft.model.forward import place, row_ways
 
-PIECES = (256, BUCKET)  # tokens that are read at once: of each size a program is compiled
-MOST_SCORES = 2**22  # of a head, that exist at once: a long text is read in small pieces
+CHUNKS = (256, BUCKET)  # tokens that are read at once: of each size a program is compiled
+MOST_SCORES = 2**22  # of a head, that exist at once: a long text is read in small chunks
 SLOTS = 512  # of a new cache; it doubles when it is full
 BY_LENGTH = ('dynamic', 'longrope')  # kinds of rope that turn all of a row's tokens by its length
 
@@ -36,7 +36,7 @@ def read_more(
     seen_BV: Any,
     count: int,
 ):
-    """Reads a piece of text after what is in the cache: the token that follows, its position, the cache, and `describe`."""
+    """Reads a chunk of text after what is in the cache: the token that follows, its position, the cache, and `describe`."""
     logit_BV, cache = extend(model, cache, tokens_BT, begin_B, length_B)
     token_B, beside = describe(logit_BV, begin_B + length_B - 1, choice, seen_BV, count)
     return token_B, begin_B + length_B, cache, beside
@@ -82,7 +82,7 @@ class Session:
         penalised = choice is not None and choice.penalty_B is not None
         seen_BV = place(np.zeros((self.rows, self.kind.config.vocabulary), bool)) if penalised else None
         self._room(1)
-        tokens_BT, begin_B = place((np.zeros((self.rows, PIECES[-1]), np.int32), np.zeros(self.rows, np.int32)))
+        tokens_BT, begin_B = place((np.zeros((self.rows, CHUNKS[-1]), np.int32), np.zeros(self.rows, np.int32)))
         read_more.ahead(self.kind, self.cache, tokens_BT, begin_B, begin_B, choice, seen_BV, 0)
 
     def answer(
@@ -141,7 +141,7 @@ class Session:
         known = next((n for n, pair in enumerate(zip(self.kept, ids, strict=False)) if pair[0] != pair[1]), None)
         known = min(len(self.kept), len(ids)) if known is None else known
         known = min(known, len(ids) - 1)
-        if known and not self.cache.rewinds(
+        if known and not self.cache.can_rewind(
             self.written, known
         ):  # a window's tokens before it are gone: all is read again
             known = 0
@@ -150,16 +150,16 @@ class Session:
         found: tuple[Any, Any, Any] = (None, None, None)
         while len(self.kept) < len(ids):
             begin = len(self.kept)
-            fitting = (size for size in PIECES if size <= len(ids) - begin and size * self.slots <= MOST_SCORES)
-            size = next(fitting, PIECES[-1])
-            piece = list(ids[begin : begin + size])
+            fitting = (size for size in CHUNKS if size <= len(ids) - begin and size * self.slots <= MOST_SCORES)
+            size = next(fitting, CHUNKS[-1])
+            chunk = list(ids[begin : begin + size])
             tokens_BT = np.zeros((self.rows, size), np.int32)
-            tokens_BT[0, : len(piece)] = piece
-            begin_B, length_B = np.full(self.rows, begin, np.int32), np.full(self.rows, len(piece), np.int32)
+            tokens_BT[0, : len(chunk)] = chunk
+            begin_B, length_B = np.full(self.rows, begin, np.int32), np.full(self.rows, len(chunk), np.int32)
             token_B, position_B, self.cache, beside = read_more(
                 self.weights(), self.cache, *place((tokens_BT, begin_B, length_B)), choice, place(seen_BV), 0
             )
-            found, self.kept = (token_B, position_B, beside), [*self.kept, *piece]
+            found, self.kept = (token_B, position_B, beside), [*self.kept, *chunk]
             self.written = max(self.written, len(self.kept))
         return found
 
@@ -179,7 +179,7 @@ class Session:
         most = -(-self.context // BUCKET) * BUCKET
         self.slots = max(min(_doubled(tokens, SLOTS), most), tokens)
         if self.cache is None:
-            self.cache = jax.jit(lambda: empty_cache(self.kind, self.rows, self.slots, piece=max(PIECES)))()
+            self.cache = jax.jit(lambda: empty_cache(self.kind, self.rows, self.slots, chunk=max(CHUNKS)))()
         else:
             self.cache = longer(self.cache, self.slots)
 

@@ -66,23 +66,22 @@ def jit_step(step: Callable, **how: Any) -> Program:
 
 
 def empty_cache(
-    model: Decoder, rows: int, length: int, source: tuple[CrossCache, ...] | None = None, piece: int = 1
+    model: Decoder, rows: int, length: int, source: tuple[CrossCache, ...] | None = None, chunk: int = 1
 ) -> KVCache:
     """A cache in the compute dtype, split over BATCH, `context` and `tensor`: what each layer declares (model/kv_cache.py).
 
     Args:
         rows: sequences, all devices together.
-        length: tokens of a row at most, rounded up to what `context` divides. Layers with a window keep no more than that
-            shows.
+        length: tokens of a row at most. Layers with a window keep only the last ones, as many as they see.
         source: what `encode` gives.
-        piece: tokens of a row at most that `extend` will read at once.
+        chunk: tokens of a row at most that `extend` will read at once.
 
     Raises UserError on a mesh with stages, and for a model that decodes nothing.
     """
     needs_no_stages('decoding')
     needs_causal(model, 'decoding')
     mesh = jax.sharding.get_abstract_mesh().shape
-    size = CacheSize(rows, length, piece, mesh['context'], mesh['tensor'], model.compute.dtype, platform())
+    size = CacheSize(rows, length, chunk, mesh['context'], mesh['tensor'], model.compute.dtype, platform())
     make = lambda array: jnp.zeros(array.shape, array.dtype, out_sharding=array.spec)
     return KVCache(jax.tree.map(make, stacked_caches(model.config, size)), source)
 
@@ -132,8 +131,8 @@ def extend(model: Decoder, cache: KVCache, tokens_BT, begin_B, length_B):
 
     A row has one of them at least; what follows is padding, which does not come into the cache and sees what the last one sees.
     Returns the logits [B, vocabulary] after each row's last token, and the cache. Every device of `context` works on the same
-    tokens, as in `decode`: each score of a token with a slot exists at once, so a long text is to come in pieces, of no more
-    tokens than the `piece` of `empty_cache`.
+    tokens, as in `decode`: each score of a token with a slot exists at once, so a long text is to come in chunks, of no more
+    tokens than the `chunk` of `empty_cache`.
     """
 
     def body(model, cache, tokens_BT, begin_B, length_B):

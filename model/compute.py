@@ -64,11 +64,11 @@ DEFAULT = ComputeConfig()  # float32 throughout, and the fast way of each platfo
 def required_features(c: ModelConfig, compute: ComputeConfig) -> AttentionFeatures:
     """What the model needs of attention that not every backend has."""
     return AttentionFeatures(
-        softcap=c.attention_softcap is not None,
-        sinks=c.attention_sinks,
+        softcap=c.attention.softcap is not None,
+        sinks=c.attention.sinks,
         two_ways=not c.causal or c.encoder is not None,
-        relative=c.positions == 'relative',
-        value_width=c.value_dim != c.query_dim,
+        relative=c.positions.kind == 'relative',
+        value_width=c.attention.value_dim != c.attention.query_dim,
         float64=compute.dtype == 'float64',
     )
 

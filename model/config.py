@@ -1,33 +1,44 @@
-"""What a decoder is made of. No mesh in here: the same config runs on any mesh that divides its sizes (model/sizes.py).
+"""What a model is made of. No mesh in here: the same config runs on any mesh that divides its sizes (model/sizes.py).
 
-How it is computed (dtypes, rematerialisation, backends) is `ComputeConfig`'s: model/compute.py.
+How it is computed (dtypes, rematerialisation, backends) is `ComputeConfig`'s: model/compute.py. The parts check themselves,
+each in its file under model/parts/; here stands what crosses them.
 """
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from weft.model.config_parts import (
+from weft.model.layer_groups import LayerGroup, LayerSpec, group_layers
+from weft.model.parts.attention import AttentionConfig, MLAConfig
+from weft.model.parts.ends import (
+    EmbeddingConfig,
     EncoderConfig,
-    LayerGroup,
-    LayerSpec,
-    MLAConfig,
-    MoEConfig,
-    RopeScaling,
-    group_layers,
-    nearest_divisor,
+    HeadConfig,
+    MTPConfig,
+    NormConfig,
+    PoolerConfig,
+    check_layers,
 )
+from weft.model.parts.feed_forward import MLPConfig, MoEConfig
+from weft.model.parts.positions import (
+    LearnedConfig,
+    NoPositions,
+    RelativeConfig,
+    RopeScaling,
+    RotaryConfig,
+    SinusoidalConfig,
+    TableConfig,
+)
+from weft.model.parts.registry import FEED_FORWARDS, MIXERS, MIXTURES, POSITIONS, check_at_least
 from weft.runtime.errors import UserError
+from weft.runtime.registry import Registry
 
-MOST_LAYERS = 10_000  # a mistake rather than a model
-MOST_COMPUTED = (
-    2**28
-)  # numbers of a table of positions that no file holds: it is computed as often as a program is traced
+# Numbers of a table of positions that no file holds: it is computed as often as a program is traced.
+MOST_COMPUTED = 2**28
 VOCABULARY_MULTIPLE = 128  # the embedding's rows are rounded up to it, on every mesh alike, so that they split evenly
-
-
 # Fields of a model that matter to training alone: no logit depends on them.
-OF_TRAINING = ('dropout', 'mtp_loss', 'moe.balance_loss', 'moe.z_loss', 'moe.bias_update_rate')
+OF_TRAINING = ('dropout', 'mtp.loss', 'moe.balance_loss', 'moe.z_loss', 'moe.bias_update_rate')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,210 +47,144 @@ class ModelConfig:
 
     vocabulary: int | None = None  # tokens; None: as many as the run's tokenizer has
     layers: int
-    model_dim: int
-    heads: int
-    kv_heads: int | None = None  # None: as many as heads (multi-head); 1: multi-query; between: grouped-query
-    head_dim: int | None = None  # None: model_dim / heads
-    mlp_dim: int
-    activation: Literal['swiglu', 'geglu', 'clamped_swiglu', 'gelu', 'gelu_exact', 'relu', 'silu'] = 'swiglu'
-    activation_limit: float = 7.0  # of clamped_swiglu (gpt-oss), beyond which gate and up are cut off
-    norm: Literal['rmsnorm', 'layernorm'] = 'rmsnorm'
-    norm_epsilon: float = 1e-5
-    # x + f(norm(x)); norm(x + f(x)), as in 2017; x + norm(f(norm(x))); x + norm(f(x)), as in OLMo 2 (arXiv:2501.00656)
-    norm_order: Literal['pre', 'post', 'sandwich', 'output'] = 'pre'
-    norm_offset: float = 0.0  # added to each RMSNorm's scale (Gemma keeps scales as differences from 1)
-    positions: Literal['rotary', 'learned', 'sinusoidal', 'relative', 'none'] = 'rotary'
-    max_positions: int | None = None  # rows of the table of learned or sinusoidal positions
-    relative_buckets: int = 32  # of distances between query and key, each with a bias for each head (T5)
-    relative_most: int = 128  # distance from which on all share a bucket
-    causal: bool = True  # a token sees those before it; false: all of its document, as in BERT
-    encoder: EncoderConfig | None = None  # what the layers attend to beside their own row
-    rope_theta: float = 10_000.0
-    rope_scaling: RopeScaling | None = None
-    rotary_fraction: float = 1.0  # of each head's dims, from the first; the others do not turn
-    rotary_pairs: Literal['halves', 'neighbours'] = 'halves'  # dims h and h + H/2 turn together, or 2h and 2h + 1
-    rotary_pattern: tuple[bool, ...] = (True,)  # which layers turn, over and over from the first
-    local_rope_theta: float | None = None  # of layers with a window, without scaling; None: as all others
-    window: int | None = None  # tokens that a query sees, itself one of them; None: all before it
-    window_pattern: tuple[bool, ...] = (True,)  # which layers have the window, over and over from the first
-    latent: MLAConfig | None = None  # keys and values from a latent vector, instead of kv_heads and head_dim
-    query_scale: float | None = None  # of the scores; None: 1 / √(width of a head's query)
-    query_scale_by_layer: bool = (
-        False  # scores of layer l, from 0, are divided by l + 1 (GPT-2's code has it as an option)
+    model_dim: int  # of the activations between layers
+    # The kinds that come with the project, for type checkers; the registries have those that other files add, too.
+    attention: Annotated[AttentionConfig | MLAConfig, MIXERS]
+    positions: Annotated[RotaryConfig | LearnedConfig | SinusoidalConfig | RelativeConfig | NoPositions, POSITIONS] = (
+        RotaryConfig()
     )
-    attention_softcap: float | None = None  # c: scores become c tanh(score / c)
-    attention_sinks: bool = False  # each head has one more score in the softmax, that stands for no token
-    qk_norm: bool | Literal['full'] = False  # RMSNorm of each head's query and key; full: of all heads' together
-    qkv_bias: bool = False  # of the projections to queries, keys and values; with `latent` of those to latent vectors
-    o_bias: bool = False  # of attention's output projection
-    mlp_bias: bool = False
-    bias: bool = False  # of the output and MLP projections and of LayerNorm
-    # Without an LM head a model gives its last hidden states, and is there to embed texts.
-    head: bool = True
-    tied_embedding: bool = True  # the LM head is the embedding
-    embedding_scale: float = 1.0  # on what the embedding gives
-    segment_kinds: int = 0  # rows of a table that is added to the embedding by what text a token is of (BERT's A and B)
-    embedding_norm: bool = False  # a norm between the embedding and the first layer
-    head_mlp: bool = False  # before the LM head a layer of model_dim units, with `activation` and a norm (BERT)
-    head_bias: bool = False  # of the LM head
-    pooler: bool = False  # BERT's layer for its first token, which no logit depends on
-    next_sentence: bool = False  # BERT's two logits from that, whether one text follows the other
-    logit_scale: float = 1.0  # on the head's logits
-    logit_softcap: float | None = None  # c: logits become c tanh(logit / c)
+    mlp: Annotated[MLPConfig, FEED_FORWARDS]
+    moe: Annotated[MoEConfig, MIXTURES] | None = None  # in the place of the MLP, in the layers that it says
+    norm: NormConfig = NormConfig()
+    embedding: EmbeddingConfig = EmbeddingConfig()
+    # None: the model gives its last hidden states, and is there to embed texts.
+    head: HeadConfig | None = HeadConfig()
+    pooler: PoolerConfig | None = None
+    encoder: EncoderConfig | None = None  # what the layers attend to beside their own row
+    mtp: MTPConfig = MTPConfig()
+    causal: bool = True  # a token sees those before it; false: all of its document, as in BERT
     dropout: float = 0.0  # of the embedding and of each block's output, in training
-    moe: MoEConfig | None = None
-    # More layers, each of which predicts one token further ahead (DeepSeek-V3, arXiv:2412.19437, section 2.2).
-    mtp_layers: int = 0
-    mtp_loss: float = 0.3  # weight of the mean of their losses
 
-    def __post_init__(self):
-        set_default = lambda field, value: (
-            object.__setattr__(self, field, value) if getattr(self, field) is None else None
-        )
-        for field in ('layers', 'model_dim', 'heads', 'mlp_dim', 'vocabulary', 'kv_heads', 'head_dim', 'window'):
-            if getattr(self, field) is not None and getattr(self, field) < 1:
-                raise UserError(f'model.{field} is {getattr(self, field)}: it must be at least 1')
-        set_default('kv_heads', self.heads)
-        for field in ('layers', 'mtp_layers'):
-            if getattr(self, field) > MOST_LAYERS:
-                raise UserError(f'model.{field} is {getattr(self, field)}: at most {MOST_LAYERS} work')
-        for field in ('mtp_layers', 'mtp_loss'):
-            if not getattr(self, field) >= 0:
-                raise UserError(f'model.{field} is {getattr(self, field)}: it cannot be negative; nearest: 0')
-        if self.latent:
-            set_default('head_dim', self.query_dim)
-            if self.head_dim != self.query_dim:
-                raise UserError(
-                    f'model.head_dim is {self.head_dim}: with model.latent a head is plain_dim + rotary_dim = {self.query_dim} '
-                    'wide; leave head_dim out'
-                )
-        if self.head_dim is None and self.model_dim % self.heads:
-            raise UserError(
-                f'model.heads is {self.heads} and model.model_dim {self.model_dim}: heads must divide it, unless '
-                f'model.head_dim is given; nearest that works: {nearest_divisor(self.model_dim, self.heads)}'
-            )
-        set_default('head_dim', self.model_dim // self.heads)
-        if self.head_dim % 2 and self.positions == 'rotary' and not self.latent:
-            raise UserError(
-                f'model.head_dim is {self.head_dim}: rotary positions turn pairs, so it must be even; '
-                f'nearest: {self.head_dim + 1}'
-            )
-        if not 0 < self.rotary_fraction <= 1:
-            raise UserError(f'model.rotary_fraction is {self.rotary_fraction}: it must be above 0 and at most 1')
-        for field in ('short_factors', 'long_factors'):
-            factors = getattr(self.rope_scaling, field, None)
-            if factors is not None and len(factors) != self.rotary_dim // 2:
-                raise UserError(
-                    f'model.rope_scaling.{field} has {len(factors)} numbers: one is needed for each of the '
-                    f'{self.rotary_dim // 2} pairs of dims that turn'
-                )
-        if self.positions in ('learned', 'sinusoidal') and (self.max_positions or 0) < 1:
-            raise UserError(
-                f'model.max_positions is {self.max_positions}: {self.positions} positions need a table of that many rows'
-            )
-        if self.positions == 'sinusoidal' and self.max_positions * self.model_dim > MOST_COMPUTED:
-            raise UserError(
-                f'model.max_positions is {self.max_positions}: a table of sinusoidal positions is computed for them all; '
-                f'nearest that works: {max(MOST_COMPUTED // self.model_dim, 1)}'
-            )
-        if self.positions == 'sinusoidal' and self.model_dim % 2:
-            raise UserError(
-                f'model.model_dim is {self.model_dim}: half of sinusoidal positions are sines and half cosines, so it must be '
-                f'even; nearest: {self.model_dim + 1}'
-            )
-        if self.positions == 'relative' and (self.relative_buckets < 4 or self.relative_buckets % 4):
-            raise UserError(
-                f'model.relative_buckets is {self.relative_buckets}: it must be a multiple of 4, half of them for each '
-                f'direction and half of those for single distances; nearest: {max(4, round(self.relative_buckets / 4) * 4)}'
-            )
-        if self.positions == 'relative' and self.relative_most <= self.relative_buckets // 2:
-            raise UserError(
-                f'model.relative_most is {self.relative_most} and model.relative_buckets {self.relative_buckets}: distances '
-                f'below half the buckets have their own; at least {self.relative_buckets // 2 + 1}'
-            )
-        if self.encoder and not self.causal:
-            raise UserError('model.causal is false and model.encoder is given: a decoder with an encoder is causal')
-        if self.mtp_layers and not self.causal:
-            raise UserError(
-                f'model.mtp_layers is {self.mtp_layers} and model.causal false: there is no next token; set it to 0'
-            )
-        if self.latent and (self.encoder or not self.causal or self.positions == 'relative'):
-            raise UserError('model.latent: attention from latent vectors is causal, without an encoder, and rotary')
-        if self.encoder:
-            for field in ('moe', 'qk_norm', 'attention_sinks', 'mtp_layers'):
-                if getattr(self, field):
-                    raise UserError(
-                        f'model.{field} is given and model.encoder too: an encoder–decoder has none; leave it out'
-                    )
-        start = self.encoder.start_token if self.encoder else None
-        if start is not None and self.vocabulary is not None and not 0 <= start < self.vocabulary:
-            raise UserError(
-                f'model.encoder.start_token is {start}: it must be at least 0 and less than model.vocabulary, which is '
-                f'{self.vocabulary}'
-            )
-        if self.next_sentence and not self.pooler:
-            raise UserError('model.next_sentence is true: its logits are made of the pooler; set model.pooler=true')
-        if not self.window_pattern:
-            raise UserError('model.window_pattern is empty: [true] gives every layer the window')
-        if not self.rotary_pattern:
-            raise UserError('model.rotary_pattern is empty: [true] turns the queries and keys of every layer')
-        if not self.head:
-            for field in ('encoder', 'mtp_layers', 'head_mlp', 'head_bias', 'next_sentence'):
-                if getattr(self, field):
-                    raise UserError(f'model.head is false and model.{field} given: it needs the LM head; leave it out')
-        if self.latent and (self.query_scale_by_layer or not all(self.rotary_pattern)):
-            raise UserError(
-                'model.latent: attention from latent vectors has no query_scale_by_layer, and a rotary_pattern of [true]'
-            )
-        if self.encoder and self.query_scale_by_layer:
-            raise UserError(
-                'model.query_scale_by_layer is true: it is for models without model.encoder; set it to false'
-            )
-        if self.latent and (self.kv_heads != self.heads or self.qk_norm or self.attention_sinks):
-            raise UserError(
-                'model.latent: attention from latent vectors has as many kv_heads as heads, and no qk_norm or attention_sinks'
-            )
-        for field in ('attention_softcap', 'logit_softcap', 'activation_limit', 'query_scale', 'local_rope_theta'):
-            if getattr(self, field) is not None and not getattr(self, field) > 0:
-                raise UserError(f'model.{field} is {getattr(self, field)}: it must be above 0')
-        if self.heads % self.kv_heads:
-            raise UserError(
-                f'model.kv_heads is {self.kv_heads} and model.heads {self.heads}: kv_heads must divide heads; '
-                f'nearest that works: {nearest_divisor(self.heads, self.kv_heads)}'
-            )
+    def __post_init__(self) -> None:
+        check_at_least('model', self, 1, 'layers', 'model_dim', 'vocabulary')
+        check_layers('model', self.layers)
         if not 0 <= self.dropout < 1:
             raise UserError(f'model.dropout is {self.dropout}: it must be at least 0 and less than 1')
-        for field in ('norm_epsilon', 'rope_theta'):
-            if not getattr(self, field) > 0:
-                raise UserError(f'model.{field} is {getattr(self, field)}: it must be above 0')
-        if self.moe and self.moe.first_dense_layers >= self.layers:
+        object.__setattr__(self, 'attention', self.attention.resolve(self.model_dim))
+        self._check_positions()
+        self._check_direction()
+        self._check_mixture()
+        if self.encoder:
+            self._check_encoder()
+        if self.head is None:
+            for field, given in (
+                ('encoder', self.encoder),
+                ('mtp.layers', self.mtp.layers),
+                ('pooler.next_sentence', self.next_sentence),
+            ):
+                if given:
+                    raise UserError(f'model.head is null and model.{field} given: it needs the LM head; leave it out')
+
+    def _check_positions(self) -> None:
+        p, a = self.positions, self.attention
+        if p.kind == 'rotary':
+            if a.kind == 'gqa' and a.head_dim % 2:
+                raise UserError(
+                    f'model.attention.head_dim is {a.head_dim}: rotary positions turn pairs, so it must be even; '
+                    f'nearest: {a.head_dim + 1}'
+                )
+            if a.kind == 'mla' and not all(p.pattern):
+                raise UserError(
+                    f'model.positions.pattern is {list(p.pattern)}: with model.attention.kind mla all layers turn; leave it out'
+                )
+            if p.scaling:
+                p.scaling.check_pairs(self.rotary_dim // 2)
+        if p.kind == 'sinusoidal':
+            if p.max * self.model_dim > MOST_COMPUTED:
+                raise UserError(
+                    f'model.positions.max is {p.max}: a table of sinusoidal positions is computed for them all; '
+                    f'nearest that works: {max(MOST_COMPUTED // self.model_dim, 1)}'
+                )
+            if self.model_dim % 2:
+                raise UserError(
+                    f'model.model_dim is {self.model_dim}: half of sinusoidal positions are sines and half cosines, so it '
+                    f'must be even; nearest: {self.model_dim + 1}'
+                )
+
+    def _check_direction(self) -> None:
+        if self.attention.kind == 'mla' and (self.encoder or not self.causal or self.positions.kind == 'relative'):
             raise UserError(
-                f'model.moe.first_dense_layers is {self.moe.first_dense_layers} and model.layers {self.layers}: '
+                'model.attention.kind is mla: it is causal, without model.encoder, and its positions rotary'
+            )
+        if self.causal:
+            return
+        if self.encoder:
+            raise UserError('model.causal is false and model.encoder is given: a decoder with an encoder is causal')
+        if self.mtp.layers:
+            raise UserError(
+                f'model.mtp.layers is {self.mtp.layers} and model.causal false: there is no next token; set it to 0'
+            )
+
+    def _check_mixture(self) -> None:
+        m = self.moe
+        if m and m.first_dense_layers >= self.layers:
+            raise UserError(
+                f'model.moe.first_dense_layers is {m.first_dense_layers} and model.layers {self.layers}: '
                 f'at most {self.layers - 1} can be dense; model.moe=null makes all of them so'
             )
-        if self.moe and not any(kind.experts for kind in self.layer_specs):
+        if m and not any(m.mixes(layer) for layer in range(self.layers)):
             raise UserError(
-                f'model.moe.pattern is {list(self.moe.pattern)} and model.layers {self.layers}: no layer would be a mixture; '
+                f'model.moe.pattern is {list(m.pattern)} and model.layers {self.layers}: no layer would be a mixture; '
                 'model.moe=null says so'
             )
-        if self.encoder:
-            try:
-                self.of_encoder  # noqa: B018  (made for its checks)
-            except UserError as error:
-                raise UserError(str(error).replace('model.', 'model.encoder.')) from None
+
+    def _check_encoder(self) -> None:
+        e, a = self.encoder, self.attention
+        assert e is not None
+        assert a.kind == 'gqa'
+        unfit = {
+            'moe': self.moe,
+            'attention.qk_norm': a.qk_norm,
+            'attention.sinks': a.sinks,
+            'mtp.layers': self.mtp.layers,
+        }
+        for field, given in unfit.items():
+            if given:
+                raise UserError(
+                    f'model.{field} is given and model.encoder too: an encoder–decoder has none; leave it out'
+                )
+        if a.scale_by_layer:
+            raise UserError(
+                'model.attention.scale_by_layer is true: it is for models without model.encoder; set it to false'
+            )
+        if e.start_token is not None and self.vocabulary is not None and not 0 <= e.start_token < self.vocabulary:
+            raise UserError(
+                f'model.encoder.start_token is {e.start_token}: it must be at least 0 and less than model.vocabulary, which '
+                f'is {self.vocabulary}'
+            )
+        try:
+            self.of_encoder  # noqa: B018  (made for its checks)
+        except UserError as error:
+            raise UserError(encoder_field(str(error))) from None
 
     @property
     def of_encoder(self) -> 'ModelConfig':
         """The encoder as a stack of its own, which has no vocabulary: the decoder's embedding is its too."""
-        e = self.encoder
+        e, a = self.encoder, self.attention
         assert e is not None
-        sizes = {field: getattr(e, field) for field in ('heads', 'kv_heads', 'head_dim', 'mlp_dim')}
-        own: dict[str, Any] = {field: value for field, value in sizes.items() if value is not None}
-        if e.heads is not None:
-            own = {'kv_heads': None, **own}
-        own |= dict.fromkeys(('embedding_norm', 'head_mlp', 'head_bias', 'pooler', 'next_sentence'), False)
+        heads: dict[str, Any] = {} if e.heads is None else {'heads': e.heads, 'kv_heads': e.heads}
+        heads |= {field: getattr(e, field) for field in ('kv_heads', 'head_dim') if getattr(e, field) is not None}
         return dataclasses.replace(
-            self, encoder=None, vocabulary=None, causal=False, layers=e.layers, segment_kinds=0, **own
+            self,
+            encoder=None,
+            vocabulary=None,
+            causal=False,
+            layers=e.layers,
+            attention=dataclasses.replace(a, **heads),
+            mlp=self.mlp if e.mlp_dim is None else dataclasses.replace(self.mlp, dim=e.mlp_dim),
+            embedding=dataclasses.replace(self.embedding, token_types=0, norm=False),
+            head=self.head and dataclasses.replace(self.head, mlp=False, bias=False),
+            pooler=None,
         )
 
     @functools.cached_property
@@ -250,52 +195,128 @@ class ModelConfig:
     @functools.cached_property
     def layer_specs(self) -> tuple[LayerSpec, ...]:
         """Of each layer, first to last."""
-
-        def kind(layer: int) -> LayerSpec:
-            m = self.moe
-            experts = m is not None and layer >= m.first_dense_layers and m.pattern[layer % len(m.pattern)]
-            windowed = self.window is not None and self.window_pattern[layer % len(self.window_pattern)]
-            turned = self.rotary_pattern[layer % len(self.rotary_pattern)] if self.positions == 'rotary' else True
-            return LayerSpec(bool(experts), windowed, turned)
-
-        return tuple(kind(layer) for layer in range(self.layers))
+        turns = self.positions.pattern if self.positions.kind == 'rotary' else (True,)
+        return tuple(
+            LayerSpec(
+                experts=self.moe is not None and self.moe.mixes(layer),
+                windowed=self.attention.windowed(layer),
+                turned=turns[layer % len(turns)],
+            )
+            for layer in range(self.layers)
+        )
 
     @property
     def padded_vocabulary(self) -> int:
         """Rows of the embedding."""
-        assert self.vocabulary is not None, 'the tokenizer decides; see training.config.resolve'
+        assert self.vocabulary is not None, 'the tokenizer decides: see RunConfig.with_vocabulary'
         return -(-self.vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-    @property
-    def gated(self) -> bool:
-        """Whether an MLP has a gate beside its up projection."""
-        return self.activation in ('swiglu', 'geglu', 'clamped_swiglu')
 
     @functools.cached_property
     def pipelined_group(self) -> int:
-        """Which of the runs a pipeline splits over its stages; the later one of two as long."""
+        """Which of the groups of layers a pipeline splits over its stages; the later one of two as long."""
         return max(range(len(self.layer_groups)), key=lambda number: (self.layer_groups[number].layers, number))
 
     @property
-    def query_dim(self) -> int:
-        """Width of a head's query and key."""
-        return self.latent.plain_dim + self.latent.rotary_dim if self.latent else self.head_dim
-
-    @property
     def rotary_dim(self) -> int:
-        """Dims of a head that turn with the position."""
-        return self.latent.rotary_dim if self.latent else 2 * int(self.head_dim * self.rotary_fraction / 2)
+        """Dims of a head that turn with the position, where positions are rotary."""
+        if self.attention.kind == 'mla':
+            return self.attention.qk_rope_head_dim
+        fraction = self.positions.fraction if self.positions.kind == 'rotary' else 1.0
+        return 2 * int(self.attention.head_dim * fraction / 2)
 
     @property
-    def value_dim(self) -> int:
-        """Width of a head's value."""
-        return self.latent.value_dim if self.latent else self.head_dim
+    def rope_scaling(self) -> RopeScaling | None:
+        """Of rotary positions; None: there is none."""
+        return self.positions.scaling if self.positions.kind == 'rotary' else None
+
+    @property
+    def max_positions(self) -> int | None:
+        """Tokens that a document may have at most; None: any number, for there is no table of positions."""
+        return self.positions.max if isinstance(self.positions, TableConfig) else None
+
+    @property
+    def head_mlp(self) -> bool:
+        """Whether a layer stands before the LM head."""
+        return self.head is not None and self.head.mlp
+
+    @property
+    def head_bias(self) -> bool:
+        """Whether the LM head has a bias."""
+        return self.head is not None and self.head.bias
+
+    @property
+    def next_sentence(self) -> bool:
+        """Whether there are BERT's two logits for the next sentence."""
+        return self.pooler is not None and self.pooler.next_sentence
+
+
+# The registries of the fields that have kinds, and the dataclasses of those that have none.
+PARTS: dict[str, Registry | type] = {
+    'attention': MIXERS,
+    'positions': POSITIONS,
+    'mlp': FEED_FORWARDS,
+    'moe': MIXTURES,
+    'norm': NormConfig,
+    'embedding': EmbeddingConfig,
+    'head': HeadConfig,
+    'pooler': PoolerConfig,
+    'encoder': EncoderConfig,
+    'mtp': MTPConfig,
+}
+
+
+def model_of(fields: Mapping[str, Any]) -> ModelConfig:
+    """The model of dotted fields, as overrides name them: `{'layers': 2, 'attention.heads': 8, 'positions.kind': 'learned'}`.
+
+    A part may also be given whole (`{'moe': MoEConfig(…)}`), and some of its fields beside it, which count.
+    """
+    whole: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for key, value in fields.items():
+        part, dot, field = key.partition('.')
+        if dot:
+            inner.setdefault(part, {})[field] = value
+        else:
+            whole[key] = value
+    for part, values in inner.items():
+        found = PARTS[part]
+        if whole.get(part) is not None:
+            whole[part] = _replaced(whole[part], values)
+        else:
+            make = found.config(values.pop('kind', None)) if isinstance(found, Registry) else found
+            whole[part] = make(**values)
+    return ModelConfig(**whole)
+
+
+def _replaced(part: Any, values: Mapping[str, Any]) -> Any:
+    """A part with other values of its fields, those of a part of it dotted (`scaling.factor`)."""
+    own = {field: value for field, value in values.items() if '.' not in field}
+    for key in values.keys() - own.keys():
+        inner, _, field = key.partition('.')
+        own[inner] = _replaced(own.get(inner, getattr(part, inner)), {field: values[key]})
+    return dataclasses.replace(part, **own)
+
+
+def changed(c: ModelConfig, fields: Mapping[str, Any]) -> ModelConfig:
+    """The model with other values of dotted fields; a part whose `kind` is among them begins with that kind's own defaults."""
+    now = {field.name: getattr(c, field.name) for field in dataclasses.fields(c)}
+    for key in fields:
+        part, _, field = key.partition('.')
+        if field == 'kind' and isinstance(PARTS[part], Registry):
+            del now[part]
+    return model_of({**now, **fields})
+
+
+def encoder_field(text: str) -> str:
+    """A message on an encoder as a stack of its own, with its fields as `model.encoder` has them."""
+    text = text.replace('model.attention.', 'model.').replace('model.mlp.dim', 'model.mlp_dim')
+    return text.replace('model.', 'model.encoder.')
 
 
 def needs_head(c: ModelConfig, what: str) -> None:
     """Raises UserError for a model without an LM head."""
     if not c.head:
         raise UserError(
-            f'model.head is false: {what} needs an LM head, which this model has not; scripts/score.py gives its hidden '
+            f'model.head is null: {what} needs an LM head, which this model has not; scripts/score.py gives its hidden '
             'states (--logits) and embeddings of texts (--embeddings)'
         )

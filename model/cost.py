@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from weft.model.block import Block
-from weft.model.config import LayerSpec, ModelConfig
+from weft.model.config import LayerSpec, ModelConfig, changed
 from weft.model.decoder import weights_of
 from weft.model.kv_cache import CacheSize
 from weft.model.layers.norm import Norm
@@ -64,7 +64,7 @@ def keys_seen(c: ModelConfig, sequence_length: int) -> float:
     """Keys that a token of a row sees, itself one of them, on average over tokens and layers."""
 
     def seen(windowed: bool) -> float:
-        window = min(c.window if windowed else sequence_length, sequence_length)
+        window = min(c.attention.window if windowed else sequence_length, sequence_length)
         if not c.causal:  # as far ahead as behind
             return ((2 * window - 1) * sequence_length - window * (window - 1)) / sequence_length
         return (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
@@ -79,12 +79,12 @@ def forward_flops(c: ModelConfig, keys: float, source_keys: float | None = None)
     """
     D, moe = c.model_dim, sum(kind.experts for kind in c.layer_specs)
     source_keys = keys if source_keys is None else source_keys
-    scores = c.layers * 2.0 * c.heads * (c.query_dim + c.value_dim)  # for each key
+    scores = c.layers * 2.0 * c.attention.heads * (c.attention.query_dim + c.attention.value_dim)  # for each key
     flops = {
         'projections': c.layers * 2.0 * sum(a * b for a, b in projections(c)),
         'attention': scores * keys,
-        'mlp': (c.layers - moe) * 2.0 * _matrices(c) * D * c.mlp_dim,
-        'head': 2.0 * D * (c.vocabulary or 0) * c.head + 2.0 * D * D * c.head_mlp,
+        'mlp': (c.layers - moe) * 2.0 * _matrices(c) * D * c.mlp.dim,
+        'head': 2.0 * D * (c.vocabulary or 0) * bool(c.head) + 2.0 * D * D * c.head_mlp,
     }
     if c.encoder:
         flops['cross_attention'] = flops['projections'] + scores * source_keys
@@ -116,30 +116,32 @@ def flops_per_token(c: ModelConfig, what: Literal['train', 'prefill', 'decode'],
     forward = forward_flops(c, keys_seen(c, int(context)), context)
     if what == 'prefill':
         return forward | {'head': forward['head'] / context}
-    if c.mtp_layers:
+    if c.mtp.layers:
         last = c.layer_specs[-1]
-        one = dataclasses.replace(
+        one = changed(
             c,
-            layers=1,
-            mtp_layers=0,
-            window_pattern=(last.windowed,),
-            moe=dataclasses.replace(c.moe, first_dense_layers=0, pattern=(True,)) if last.experts else None,
+            {
+                'layers': 1,
+                'mtp.layers': 0,
+                'attention.window_pattern': (last.windowed,),
+                'moe': dataclasses.replace(c.moe, first_dense_layers=0, pattern=(True,)) if last.experts else None,
+            },
         )
         layer = sum(forward_flops(one, keys_seen(one, int(context))).values())  # with the head, which each has too
-        forward['mtp'] = c.mtp_layers * (layer + 2 * 2 * c.model_dim**2)
+        forward['mtp'] = c.mtp.layers * (layer + 2 * 2 * c.model_dim**2)
     return {part: 3 * flops for part, flops in forward.items()}
 
 
 def _decode_flops(c: ModelConfig, context: float) -> dict[str, float]:
     """One token whose keys are in a cache. Latent attention goes to the latent space instead (model/latent.py)."""
-    a = c.latent
-    seen = sum(min(context, c.window) if kind.windowed else context for kind in c.layer_specs) / c.layers
+    a = c.attention
+    seen = sum(min(context, c.attention.window) if kind.windowed else context for kind in c.layer_specs) / c.layers
     flops = forward_flops(c, seen, context)
     flops.pop('encoder', None)
-    if a:
-        flops['attention'] = c.layers * 2.0 * c.heads * (2 * a.kv_rank + a.rotary_dim) * seen
+    if a.kind == 'mla':
+        flops['attention'] = c.layers * 2.0 * a.heads * (2 * a.kv_lora_rank + a.qk_rope_head_dim) * seen
     if c.encoder:  # the source's keys and values are there
-        flops['cross_attention'] -= c.layers * 2.0 * 2 * c.model_dim * c.kv_heads * c.head_dim
+        flops['cross_attention'] -= c.layers * 2.0 * 2 * c.model_dim * c.attention.kv_heads * c.attention.head_dim
     return flops
 
 
@@ -151,11 +153,11 @@ def decode_bytes(c: ModelConfig, rows: int, keys: float, weight_bytes: int, cach
     """
     parts: dict[str, float] = dict(parameters(c))
     parts.pop('mtp', None)
-    if not (c.head and c.tied_embedding):
+    if not (c.head and c.embedding.tied):
         parts.pop('embedding')
     if c.moe:
         parts['experts'] *= 1 - (1 - c.moe.top_k / c.moe.experts) ** rows
-    seen = sum(min(keys, c.window if kind.windowed else keys) for kind in c.layer_specs) / c.layers
+    seen = sum(min(keys, c.attention.window if kind.windowed else keys) for kind in c.layer_specs) / c.layers
     return sum(parts.values()) * weight_bytes / rows + cache_bytes_per_token(c, cache_bytes) * seen
 
 
@@ -169,14 +171,14 @@ def cache_bytes_per_token(c: ModelConfig, number_bytes: int) -> int:
 
 def projections(c: ModelConfig) -> list[tuple[int, int]]:
     """Rows and columns of each of a layer's matrices of attention, as training and prefill use them."""
-    D, a = c.model_dim, c.latent
-    N, M = c.heads * c.query_dim, c.kv_heads * c.head_dim
-    if a is None:
+    D, a = c.model_dim, c.attention
+    N, M = a.heads * a.query_dim, a.kv_heads * a.head_dim
+    if a.kind == 'gqa':
         return [(D, N), (D, M), (D, M), (D, N)]
-    queries = [(D, a.q_rank), (a.q_rank, N)] if a.q_rank else [(D, N)]
-    latent = [(D, a.kv_rank + a.rotary_dim), (a.kv_rank, c.heads * (a.plain_dim + a.value_dim))]
-    return [*queries, *latent, (D, c.heads * a.value_dim)]
+    queries = [(D, a.q_lora_rank), (a.q_lora_rank, N)] if a.q_lora_rank else [(D, N)]
+    latent = [(D, a.kv_lora_rank + a.qk_rope_head_dim), (a.kv_lora_rank, a.heads * (a.qk_nope_head_dim + a.v_head_dim))]
+    return [*queries, *latent, (D, a.heads * a.v_head_dim)]
 
 
 def _matrices(c: ModelConfig) -> int:
-    return 3 if c.gated else 2
+    return 3 if c.mlp.gated else 2

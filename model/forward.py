@@ -174,7 +174,7 @@ def logits_ahead(model: Decoder, tokens_BT, position_BT, segment_BT):
     which is why the last k + 1 columns mean nothing.
     """
     needs_no_stages('scoring')
-    depth = model.config.mtp_layers
+    depth = model.config.mtp.layers
 
     def body(model, *batch):
         column_T = columns(batch[0].shape[1], contiguous)

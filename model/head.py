@@ -31,9 +31,9 @@ def scattered_columns(columns: int) -> int:
 
 def to_vocabulary(x_ND: jax.Array, head: Head, c: ModelConfig) -> jax.Array:
     """Logits [..., V] of x [..., D], in at least float32 however narrow x and the head are."""
-    logit_NV = head_product(x_ND, head.w, head.sink, 'VD' if c.tied_embedding else 'DV')
-    if c.logit_scale != 1:
-        logit_NV = logit_NV * c.logit_scale
+    logit_NV = head_product(x_ND, head.w, head.sink, 'VD' if c.embedding.tied else 'DV')
+    if c.head.scale != 1:
+        logit_NV = logit_NV * c.head.scale
     if head.bias_V is not None:
         logit_NV = logit_NV + upcast(head.bias_V).reshape((1,) * (logit_NV.ndim - 1) + (-1,))
-    return logit_NV if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logit_NV / c.logit_softcap)
+    return logit_NV if c.head.softcap is None else c.head.softcap * jnp.tanh(logit_NV / c.head.softcap)

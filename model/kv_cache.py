@@ -1,19 +1,20 @@
-"""What decoding keeps of the tokens so far, from one device's view: each kind of cache in one place, behind one protocol.
+"""The cache of decoding: what layers keep of the tokens so far. Each kind stands in one class, behind one protocol.
 
-A mixer declares what it keeps with `cache(config, layer spec, CacheSize)`, which gives a `LayerCache` of `CacheArray`s: shapes,
-dtypes and layouts, known without arrays. Made real, and with a leading dim of layers, it is the cache of a group of like layers
-(`Decoder.groups`). While a layer runs, its mixer is given that cache with `layer` set, writes the new tokens and reads what
-is kept. Nobody else looks inside: a decoder, a beam search and a planner handle arrays [L, B, …].
+A mixer (attention, latent attention) declares what it keeps: its static method `cache(config, layer spec, CacheSize)` gives a
+`LayerCache` whose arrays are `CacheArray`s, that is shapes, dtypes and layouts, known without a mesh or memory. With a leading
+dim of layers that is the cache of a group of like layers (`model.stack.stacked_caches`), one for each of `Decoder.groups`.
+While a layer runs, its mixer has the group's cache with `layer` set: it writes the new tokens and reads what is kept. All
+others (the decoder, beam search, sessions, the planner) handle whole arrays [L, B, …] and do not know the kind.
 
     kind                what it keeps of the token at position p, where `context` has n devices
     DenseCache          its numbers, in slot p // n of device p mod n
-    WindowCache         its numbers, in slot (p // n) mod S of device p mod n, until a later token takes the slot
+    WindowCache         its numbers, in slot (p // n) mod S of device p mod n, until a later token takes that slot
     latent vectors      either of the two, with one array in place of keys and values (model/layers/mla.py)
-    CrossCache          nothing: an encoder's keys and values, which are only read (model/context.py, model/layers/cross.py)
+    CrossCache          an encoder's keys and values, which are only read (model/context.py, model/layers/cross.py)
 
-Another kind is another subclass of `LayerCache`: pages and a table of them, or a recurrent state, which has no slots.
+Another kind is another subclass of `LayerCache`: pages with a table of them, or a recurrent state, which has no slots.
 
-Letters: L layers of a group, B rows, S slots of this device, T new tokens, K kv heads, H head dim, M numbers of a slot: K · H,
+Letters: L layers of a group, B rows, S slots of this device, T new tokens, K KV heads, H head dim, M numbers of a slot: K · H,
 on TPUs filled up with zeros.
 """
 
@@ -35,11 +36,13 @@ LANES = 128  # numbers in which TPUs tile the last dim of an array
 
 
 class CacheSize(NamedTuple):
-    """What a cache is to hold, and on what mesh."""
+    """What a cache is asked to hold, and on what mesh."""
 
     rows: int  # sequences, all devices together
     length: int  # tokens of a row at most
-    piece: int = 1  # tokens of a row at most that one step writes and then reads: more than 1 where `extend` is used
+    chunk: int = (
+        1  # tokens of a row at most that one step adds to those in the cache; above 1 for `inference.step.extend`
+    )
     context: int = 1  # devices of the mesh along this axis
     tensor: int = 1
     dtype: str = 'float32'
@@ -66,11 +69,11 @@ class CacheArray:
 
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """What the mixers of a group of like layers keep: arrays [L, B, …]. Its methods are those of a kind without slots.
+    """What the mixers of a group of like layers keep. The base of all kinds; its methods suit one without slots.
 
     Attributes:
-        arrays: `CacheArray`s where it is declared; arrays of all devices between steps, and of this one inside a step.
-        layer: which of the L layers is at work, int32; None between layers.
+        arrays: [L, B, …] each: global arrays between steps, this device's inside a step; of a declaration `CacheArray`s.
+        layer: number in the group of the layer that runs, int32; None between layers.
     """
 
     arrays: tuple[Any, ...]
@@ -89,18 +92,18 @@ class LayerCache:
         del length
         return self
 
-    def rewinds(self, written: int, to: int) -> bool:
-        """Whether a row of which the tokens before position `written` have been read can go on from position `to` instead."""
+    def can_rewind(self, written: int, to: int) -> bool:
+        """Whether a row whose tokens before position `written` were read can go on from the earlier position `to`."""
         return to == written
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DenseCache(LayerCache):
-    """A slot for every token of a row: [L, B, S, M] each, keys and values or whatever a mixer keeps of a token."""
+    """A slot for every token of a row. Arrays [L, B, S, M]: keys and values, or whatever else a mixer keeps of a token."""
 
     def write(self, new: Sequence[jax.Array], ctx: ForwardContext) -> Self:
-        """The cache with new tokens' [B, T, K, H] of each array: each device of `context` keeps those of its own positions.
+        """The cache with `new`, which has [B, T, K, H] for each array: each device of `context` keeps its own positions.
 
         Padding is not written.
         """
@@ -114,7 +117,7 @@ class DenseCache(LayerCache):
         return dataclasses.replace(self, arrays=tuple(map(put, self.arrays, new)))
 
     def read(self, *like_BTKH: jax.Array) -> tuple[jax.Array, ...]:
-        """What this layer keeps, [B, S, K, H] of each array: heads, their width and dtype as those of the arrays given."""
+        """What this layer keeps, [B, S, K, H] of each array; K, H and the dtype are those of the arrays given."""
 
         return tuple(unpad_heads(kept[self.layer], like) for kept, like in zip(self.arrays, like_BTKH, strict=True))
 
@@ -129,55 +132,57 @@ class DenseCache(LayerCache):
         longer = lambda array: jnp.pad(array, ((0, 0), (0, 0), (0, fill), (0, 0)))
         return dataclasses.replace(self, arrays=tuple(map(longer, self.arrays)))
 
-    def rewinds(self, written: int, to: int) -> bool:
-        """Always: what stands after a token is not seen, and is written over before it is."""
+    def can_rewind(self, written: int, to: int) -> bool:
+        """True: a token does not see what stands after it, and that is written over before a later one does."""
         return True
 
     def _tokens(self, length: int, n: int) -> int:
-        return slots(length, n)
+        return slot_count(length, n)
 
     def _slots(self, ctx: ForwardContext) -> jax.Array:
-        """int32 [B, T]: the slot that each new token takes on this device; one too high, and dropped, where it takes none."""
+        """int32 [B, T]: the slot that each new token takes on this device; S, which no write reaches, where it takes none."""
         return jnp.where(own(ctx), ctx.position_BT // lax.axis_size('context'), self.arrays[0].shape[2])
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WindowCache(DenseCache):
-    """Slots for what a window shows: the token at p takes the slot of the one that stands n · S before it, n · S ≥ window.
+    """A ring buffer of the last tokens, as sliding-window attention needs them: a token takes the slot of that n · S before it.
 
-    A step that writes `piece` tokens and then reads must still find what the first of them sees, so n · S is at least
-    window + piece - 1, unless that is more than a row holds.
+    A step writes up to `chunk` tokens and then reads, and must still find what the first of them sees: n · S is at least
+    window + chunk - 1, or the most tokens of a row, if those are fewer.
     """
 
     window: int = dataclasses.field(kw_only=True, metadata={'static': True})
-    piece: int = dataclasses.field(kw_only=True, metadata={'static': True})
+    chunk: int = dataclasses.field(kw_only=True, metadata={'static': True})
 
     def positions(self, ctx: ForwardContext) -> jax.Array:
         """int32 [B, S]: the position of the token that a slot holds. One that holds none has a position after every query's."""
         T, ring = ctx.position_BT.shape[1], self.arrays[0].shape[2] * lax.axis_size('context')
-        assert self.piece >= T, f'{T} tokens at once, and a cache that was made for {self.piece}'
+        assert self.chunk >= T, f'{T} tokens at once, and a cache that was made for {self.chunk}'
         last_B1 = jnp.where(ctx.segment_BT > 0, ctx.position_BT, 0).max(1, keepdims=True)
-        first_BS = super().positions(ctx)  # of the tokens that can be in a slot the first; others come `ring` after it
+        first_BS = super().positions(
+            ctx
+        )  # of the first token that a slot can hold; the others follow at distances of `ring`
         return first_BS + jnp.maximum(last_B1 - first_BS, 0) // ring * ring
 
-    def rewinds(self, written: int, to: int) -> bool:
-        """Whether the window of the token at `to` is still there, and no slot holds a token after it that looks older."""
+    def can_rewind(self, written: int, to: int) -> bool:
+        """Whether all that the token at `to` sees is still there, and no later token could be taken for an older one."""
         ring = self.arrays[0].shape[2]
         return written <= ring or written - to <= ring - self.window + 1
 
     def _tokens(self, length: int, n: int) -> int:
-        return slots(length, n, self.window, self.piece)
+        return slot_count(length, n, self.window, self.chunk)
 
     def _slots(self, ctx: ForwardContext) -> jax.Array:
-        """As `DenseCache` has it; of the new tokens that would take one slot the last one does."""
+        """int32 [B, T], as in `DenseCache`; where several new tokens come to one slot, the last takes it."""
         S, slot_BT, own_BT = self.arrays[0].shape[2], ctx.position_BT // lax.axis_size('context'), own(ctx)
         last_B1 = jnp.where(own_BT, slot_BT, -1).max(1, keepdims=True)
         return jnp.where(own_BT & (slot_BT > last_B1 - S), slot_BT % S, S)
 
 
 class KVCache(NamedTuple):
-    """The cache of a decoder."""
+    """The cache of a decoder, a pytree of arrays [L, B, …]."""
 
     groups: tuple[Any, ...]  # a LayerCache for each of `Decoder.groups`
     source: tuple[CrossCache, ...] | None = None  # of an encoder–decoder, likewise
@@ -195,30 +200,30 @@ class KVCache(NamedTuple):
         """The cache with room for rows of `length` tokens, with what is in it; inside `jax.shard_map`."""
         return self._replace(groups=tuple(group.grown(length) for group in self.groups))
 
-    def rewinds(self, written: int, to: int) -> bool:
-        """Whether rows of which the tokens before position `written` have been read can go on from position `to` instead."""
-        return all(group.rewinds(written, to) for group in self.groups)
+    def can_rewind(self, written: int, to: int) -> bool:
+        """Whether rows whose tokens before position `written` were read can go on from the earlier position `to`."""
+        return all(group.can_rewind(written, to) for group in self.groups)
 
 
-def slots(length: int, context: int, window: int | None = None, piece: int = 1) -> int:
-    """Slots of a row, all devices of `context` together, whose number divides them; see `CacheSize` and `WindowCache`."""
-    tokens = length if window is None else min(length, window + piece - 1)
+def slot_count(length: int, context: int, window: int | None = None, chunk: int = 1) -> int:
+    """Slots of a row on all devices of `context` together, a multiple of their number; see `CacheSize`, `WindowCache`."""
+    tokens = length if window is None else min(length, window + chunk - 1)
     return -(-tokens // context) * context
 
 
 def token_cache(size: CacheSize, window: int | None, heads: int, *widths: int) -> DenseCache:
-    """The declaration of a cache that keeps numbers of each token: one array for each of `widths`, a head's numbers in it.
+    """Declares a cache with slots for tokens: one array for each of `widths`, the numbers of a head in it.
 
-    With a window a layer keeps no more than that shows. Where `tensor` has more devices than there are heads, each keeps the
-    head that it uses.
+    With a `window` no more than that is kept. Where `tensor` has more devices than there are heads, each keeps the head that
+    it uses.
     """
-    kept = slots(size.length, size.context, window, size.piece)
-    numbers = (size.tensor * row_numbers(heads, width, size.tensor, size.platform) for width in widths)
+    kept = slot_count(size.length, size.context, window, size.chunk)
+    numbers = (size.tensor * slot_width(heads, width, size.tensor, size.platform) for width in widths)
     arrays = tuple(CacheArray((size.rows, kept, M), size.dtype, P(ROWS, 'context', 'tensor')) for M in numbers)
-    return DenseCache(arrays) if window is None else WindowCache(arrays, window=window, piece=size.piece)
+    return DenseCache(arrays) if window is None else WindowCache(arrays, window=window, chunk=size.chunk)
 
 
-def row_numbers(heads: int, width: int, tensor: int, platform: str) -> int:
+def slot_width(heads: int, width: int, tensor: int, platform: str) -> int:
     """M: numbers of a slot on one device of `tensor`, of heads that are so wide.
 
     TPUs tile arrays by 128 numbers of the last dim: a cache with other rows comes in another layout than the loop over the

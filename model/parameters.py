@@ -59,7 +59,7 @@ class Size(int):
     """The size of a dim, which knows the config's field that it comes from: what a mesh must divide is told by it.
 
     Attributes:
-        field: the name of the field, such as `model.heads`.
+        field: the name of the field, such as `model.attention.heads`.
         units: what must be divided: for heads side by side their number, not their width.
     """
 
@@ -123,6 +123,16 @@ class Parameter:
     def global_layout(self) -> P:
         """Of its array: with the stack's dim."""
         return self.layout if self.layers is None else P(self.split_layers, *self.layout)
+
+    def local_shape(self, mesh: MeshConfig) -> tuple[int, ...]:
+        """Of one layer's, what one device has."""
+        ways = (mesh.span((axes,) if isinstance(axes, str) else axes or ()) for axes in self.layout)
+        return tuple(int(size) // n for size, n in zip(self.shape, ways, strict=True))
+
+    def held(self, mesh: MeshConfig) -> int:
+        """How many layers' of it one device has."""
+        layers = 1 if self.layers is None else len(self.layers)
+        return layers // mesh.span((self.split_layers,)) if self.split_layers else layers
 
     @property
     def split(self) -> tuple[str, ...]:

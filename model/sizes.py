@@ -3,10 +3,9 @@
 import dataclasses
 import functools
 
-from weft.model.config import VOCABULARY_MULTIPLE, LayerSpec, ModelConfig
+from weft.model.config import VOCABULARY_MULTIPLE, LayerSpec, ModelConfig, encoder_field
 from weft.model.decoder import weights_of
-from weft.model.layers.attention import Attention
-from weft.model.layers.mla import LatentAttention
+from weft.model.parts.registry import MIXERS
 from weft.sharding.mesh import BATCH, FSDP, SEQUENCE, Divides
 
 
@@ -15,7 +14,7 @@ def sizes(c: ModelConfig) -> list[Divides]:
     """What the mesh must divide to hold this model: the dims of its weights, its heads, its layers."""
     vocabulary = VOCABULARY_MULTIPLE if c.vocabulary is None else c.padded_vocabulary
     rules = [
-        *(LatentAttention if c.latent else Attention).rules(c),
+        *MIXERS.module(c.attention).rules(c),
         *(Divides(axes, 'model.model_dim', c.model_dim) for axes in (FSDP, ('tensor',))),
         *(Divides(axes, 'the padded vocabulary', vocabulary) for axes in (FSDP, ('tensor',))),
     ]
@@ -30,7 +29,7 @@ def sizes(c: ModelConfig) -> list[Divides]:
         rules += [
             *(Divides((axis,), whole, 1) for axis in ('stage', 'context')),
             *(
-                dataclasses.replace(rule, field=rule.field.replace('model.', 'model.encoder.'))
+                dataclasses.replace(rule, field=encoder_field(rule.field))
                 for rule in sizes(c.of_encoder)
                 if rule.axes == ('tensor',)
             ),

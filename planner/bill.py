@@ -106,15 +106,15 @@ def bill(c: ModelConfig) -> Bill:
 def _before(c: ModelConfig):
     D, V = c.model_dim, c.vocabulary
     yield _once('embedding', V * D, _by(V, D))
-    if c.positions == 'learned':
+    if c.positions.kind == 'learned':
         yield _once('positions', c.max_positions * D, _by(c.max_positions, D))
-    yield _once('segments', c.segment_kinds * D, _by(c.segment_kinds, D))
-    yield _once('norms', c.embedding_norm * cost.norm_parameters(c), 'of the embedding')
+    yield _once('segments', c.embedding.token_types * D, _by(c.embedding.token_types, D))
+    yield _once('norms', c.embedding.norm * cost.norm_parameters(c), 'of the embedding')
     if c.encoder:
         e = c.of_encoder
         yield from _layers(e, 'encoder layer')
         yield from _relative(e)
-        yield _once('norms', (e.norm_order != 'post') * cost.norm_parameters(e), 'after the encoder')
+        yield _once('norms', (e.norm.order != 'post') * cost.norm_parameters(e), 'after the encoder')
 
 
 def _layers(c: ModelConfig, name: str):
@@ -133,22 +133,22 @@ def _layers(c: ModelConfig, name: str):
 def _after(c: ModelConfig):
     D, V = c.model_dim, c.vocabulary
     yield from _relative(c)
-    yield _once('norms', (c.norm_order != 'post') * cost.norm_parameters(c), 'after the layers')
+    yield _once('norms', (c.norm.order != 'post') * cost.norm_parameters(c), 'after the layers')
     head_mlp = c.head_mlp * (D * D + D + cost.norm_parameters(c))
-    head = V * D if c.head and not c.tied_embedding else 0
-    what = 'the embedding' if c.tied_embedding else _by(V, D)
+    head = V * D if c.head and not c.embedding.tied else 0
+    what = 'the embedding' if c.embedding.tied else _by(V, D)
     more = head_mlp + V * c.head_bias
     yield _once('head', head + more, _with_vectors(what, more))
     if c.pooler:
         yield _once('pooler', D * D + D + c.next_sentence * (2 * D + 2), _with_vectors(_by(D, D), 1))
-    if c.mtp_layers:
+    if c.mtp.layers:
         each = cost.mtp_layer_parameters(c)
-        yield Row('mtp', f'a layer + {_by(D, 2 * D)} + norms', each, c.mtp_layers, 0)
+        yield Row('mtp', f'a layer + {_by(D, 2 * D)} + norms', each, c.mtp.layers, 0)
 
 
 def _relative(c: ModelConfig):
-    if c.positions == 'relative':
-        yield _once('positions', c.relative_buckets * c.heads, _by(c.relative_buckets, c.heads))
+    if c.positions.kind == 'relative':
+        yield _once('positions', c.positions.buckets * c.attention.heads, _by(c.positions.buckets, c.attention.heads))
 
 
 def _once(part: str, count: int, shapes: str) -> Row:
@@ -157,14 +157,14 @@ def _once(part: str, count: int, shapes: str) -> Row:
 
 def _shapes(c: ModelConfig, part: str, count: int) -> str:
     """What a layer's part of `count` parameters is made of."""
-    D, m, matrices = c.model_dim, c.moe, 3 if c.gated else 2
+    D, m, matrices = c.model_dim, c.moe, 3 if c.mlp.gated else 2
     if part == 'norms':
         return _by(count // D, D)
     found: list[tuple[tuple[int, ...], int]]
     if part in ('attention', 'cross_attention'):
         found = list(collections.Counter(cost.projections(c)).items())
     elif part == 'mlp':
-        found = [((matrices, D, c.mlp_dim), 1)]
+        found = [((matrices, D, c.mlp.dim), 1)]
     elif part == 'router':
         found = [((D, m.experts), 1)]
     else:
@@ -221,12 +221,12 @@ class CacheBill:
 
 def cache_bill(c: ModelConfig) -> CacheBill:
     """What decoding keeps of a decoder's tokens; of an encoder's output it keeps as much, which is not counted here."""
-    shared = 'GQA' if c.kv_heads < c.heads else 'MHA'
-    kind = 'MLA' if c.latent else 'MQA' if c.kv_heads == 1 < c.heads else shared
+    shared = 'GQA' if c.attention.kv_heads < c.attention.heads else 'MHA'
+    kind = 'MLA' if c.attention.kind == 'mla' else 'MQA' if c.attention.kv_heads == 1 < c.attention.heads else shared
     numbers = cost.cache_bytes_per_token(c, 1)
-    alone = c.layers * c.heads * (c.query_dim + c.value_dim)
+    alone = c.layers * c.attention.heads * (c.attention.query_dim + c.attention.value_dim)
     windowed = sum(kind.windowed for kind in c.layer_specs)
-    return CacheBill(kind, numbers, alone, c.layers, windowed, c.window)
+    return CacheBill(kind, numbers, alone, c.layers, windowed, c.attention.window)
 
 
 # Rules of thumb -------------------------------------------------------------------------------------------------------
@@ -264,16 +264,16 @@ def rules_of_thumb(c: ModelConfig, context: int) -> tuple[Rule, ...]:
     N is what a token meets (`Bill.active`), S = `context`, E the model's width, V the vocabulary, L layers, H heads. The last
     two are of models that decode without an encoder.
     """
-    N, S, E, L, H = bill(c).active, context, c.model_dim, c.layers, c.heads
+    N, S, E, L, H = bill(c).active, context, c.model_dim, c.layers, c.attention.heads
     forward, train = cost.forward_flops(c, cost.keys_seen(c, S), S), cost.flops_per_token(c, 'train', S)
     why = (
         f'leaves out attention to other tokens, {forward["attention"] / sum(forward.values()):.1%} of the work at {S:,}'
     )
-    if not c.tied_embedding:
+    if not c.embedding.tied:
         why += f', and counts the embedding, a lookup ({c.vocabulary * E / N:.1%} of N)'
     if c.moe:
         why += f'; N is what a token meets: all parameters would be {bill(c).total / N:.1f} times as many'
-    ahead = '; the layers that predict further ahead are left out too' if c.mtp_layers else ''
+    ahead = '; the layers that predict further ahead are left out too' if c.mtp.layers else ''
     rules = (
         Rule('2N', 'a token forward', 2.0 * N, sum(forward.values()), why),
         Rule('6N', 'a token in training', 6.0 * N, sum(train.values()), f'2N thrice, so it {why}{ahead}'),
@@ -284,7 +284,7 @@ def rules_of_thumb(c: ModelConfig, context: int) -> tuple[Rule, ...]:
     one, scores = sum(decode.values()), decode['attention']
     prompt = f'it is a whole prompt of {S:,} tokens, where with a cache a new token meets each weight once'
     formula = E * c.vocabulary + L * (8.0 * E**2 * S + 4.0 * E * H * S + H * S**2)
-    hidden = f'{3 if c.gated else 2} of {_by(E, c.moe.mlp_dim if c.moe else c.mlp_dim)}'
+    hidden = f'{3 if c.mlp.gated else 2} of {_by(E, c.moe.mlp_dim if c.moe else c.mlp.dim)}'
     short = (
         f'{prompt}; and a product and a sum are one operation in it, the projections of a token 4·E·H and not about 4·E², '
         f'scores H·S² and not 2·E·S², the MLP two matrices of 4·E² and not {hidden}'

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from weft.model.compute import ComputeConfig
-from weft.model.config import LayerSpec, ModelConfig
+from weft.model.config import LayerSpec, ModelConfig, changed
 from weft.model.cost import keys_seen
-from weft.model.kv_cache import slots
+from weft.model.kv_cache import slot_count
 from weft.model.ops.cross_entropy import CHUNK
 from weft.model.ops.expert_dispatch import capacity
 from weft.sharding.mesh import BATCH, MeshConfig
@@ -161,7 +161,7 @@ def _terms(p: Program) -> Iterator[tuple[str, float]]:
             return
     yield from _stack(p)
     yield from _ends(p)
-    if c.mtp_layers and p.what in ('train', 'loss'):
+    if c.mtp.layers and p.what in ('train', 'loss'):
         yield from _ahead(p)
 
 
@@ -174,7 +174,7 @@ def _stack(p: Program) -> Iterator[tuple[str, float]]:
         here = dataclasses.replace(p, cut=p.microbatches if pipelined else stages)
         for place, kind in enumerate(run.specs):
             last = place == len(run.specs) - 1
-            for dot in _layer(here, kind, last and c.norm_order == 'pre'):
+            for dot in _layer(here, kind, last and c.norm.order == 'pre'):
                 yield dot.part, run.repeats * bubble * dot.flops * _passes(p, dot)
 
 
@@ -190,82 +190,87 @@ def _passes(p: Program, dot: Dot) -> float:
 def _layer(p: Program, kind: LayerSpec, ends_unit: bool) -> Iterator[Dot]:
     """The products of one layer; `ends_unit`: what comes last in it is only added to what the next layer reads."""
     c = p.config
-    yield from _latent(p, kind) if c.latent else _attention(p, kind)
+    yield from _latent(p, kind) if c.attention.kind == 'mla' else _attention(p, kind)
     if c.encoder:
         yield from _cross(p)
     if kind.experts:
         yield from _experts(p, ends_unit)
     else:
-        yield from _mlp('mlp', p, c.mlp_dim, ends_unit)
+        yield from _mlp('mlp', p, c.mlp.dim, ends_unit)
 
 
 def _attention(p: Program, kind: LayerSpec) -> Iterator[Dot]:
     c = p.config
-    yield Dot('projections', 2.0 * p.tokens * c.model_dim * c.heads * c.head_dim * 2)  # of queries, and back
-    yield Dot('projections', 2.0 * p.tokens * c.model_dim * _kv_heads(p) * c.head_dim * 2)  # keys, values
-    yield from _scores('attention', p, kind, c.query_dim, c.value_dim)
+    yield Dot(
+        'projections', 2.0 * p.tokens * c.model_dim * c.attention.heads * c.attention.head_dim * 2
+    )  # of queries, and back
+    yield Dot('projections', 2.0 * p.tokens * c.model_dim * _kv_heads(p) * c.attention.head_dim * 2)  # keys, values
+    yield from _scores('attention', p, kind, c.attention.query_dim, c.attention.value_dim)
 
 
 def _kv_heads(p: Program) -> int:
     """Heads of keys on all devices of `tensor` together: each has one at least."""
-    return max(p.config.kv_heads, p.mesh.tensor)
+    return max(p.config.attention.kv_heads, p.mesh.tensor)
 
 
 def _scores(part: str, p: Program, kind: LayerSpec, width: int, value_width: int) -> Iterator[Dot]:
     """Scores and what they weigh, of each query with each key that the backend does not leave out."""
     if p.decoding:
-        keys = float(slots(p.length, p.mesh.context, p.config.window if kind.windowed else None))
+        keys = float(slot_count(p.length, p.mesh.context, p.config.attention.window if kind.windowed else None))
     elif p.attention == 'reference':
         keys = float(p.length)
     else:
-        one = dataclasses.replace(p.config, layers=1, moe=None, window_pattern=(kind.windowed,), mtp_layers=0)
+        one = changed(
+            p.config, {'layers': 1, 'moe': None, 'attention.window_pattern': (kind.windowed,), 'mtp.layers': 0}
+        )
         keys = keys_seen(one, p.length)
     back = BACKWARD['reference' if p.decoding else p.attention] / 2
     for w in (width, value_width):
-        yield Dot(part, 2.0 * p.rows * p.queries * p.config.heads * w * keys, batched=True, back=back)
+        yield Dot(part, 2.0 * p.rows * p.queries * p.config.attention.heads * w * keys, batched=True, back=back)
 
 
 def _latent(p: Program, kind: LayerSpec) -> Iterator[Dot]:
-    c, a = p.config, p.config.latent
-    D, n = c.model_dim, c.heads
-    yield Dot('projections', 2.0 * p.own * D * (a.kv_rank + a.rotary_dim))
-    if a.q_rank:
-        yield Dot('projections', 2.0 * p.own * D * a.q_rank)
-    yield Dot('projections', 2.0 * p.tokens * (a.q_rank or D) * n * c.query_dim)
+    c, a = p.config, p.config.attention
+    assert a.kind == 'mla'
+    D, n = c.model_dim, c.attention.heads
+    yield Dot('projections', 2.0 * p.own * D * (a.kv_lora_rank + a.qk_rope_head_dim))
+    if a.q_lora_rank:
+        yield Dot('projections', 2.0 * p.own * D * a.q_lora_rank)
+    yield Dot('projections', 2.0 * p.tokens * (a.q_lora_rank or D) * n * c.attention.query_dim)
     # Keys and values of the latent vectors; while decoding the same weights take queries into their space and outputs back.
-    yield Dot('projections', 2.0 * p.tokens * a.kv_rank * n * (a.plain_dim + a.value_dim))
+    yield Dot('projections', 2.0 * p.tokens * a.kv_lora_rank * n * (a.qk_nope_head_dim + a.v_head_dim))
     if p.decoding:
-        yield from _scores('attention', p, kind, a.kv_rank + a.rotary_dim, a.kv_rank)
+        yield from _scores('attention', p, kind, a.kv_lora_rank + a.qk_rope_head_dim, a.kv_lora_rank)
     else:
-        yield from _scores('attention', p, kind, c.query_dim, a.value_dim)
-    yield Dot('projections', 2.0 * p.tokens * n * a.value_dim * D)
+        yield from _scores('attention', p, kind, c.attention.query_dim, a.v_head_dim)
+    yield Dot('projections', 2.0 * p.tokens * n * a.v_head_dim * D)
 
 
 def _cross(p: Program) -> Iterator[Dot]:
     """A decoder's queries on an encoder's output, whose keys decoding and prefill have already."""
     c = p.config
-    yield Dot('cross_attention', 2.0 * p.tokens * c.model_dim * c.heads * c.head_dim * 2)
+    yield Dot('cross_attention', 2.0 * p.tokens * c.model_dim * c.attention.heads * c.attention.head_dim * 2)
     if p.what not in ('prefill', 'decode'):
         yield from _cross_keys(p)
-    for width in (c.query_dim, c.value_dim):
-        flops = 2.0 * p.rows * p.queries * c.heads * width * p.source
+    for width in (c.attention.query_dim, c.attention.value_dim):
+        flops = 2.0 * p.rows * p.queries * c.attention.heads * width * p.source
         yield Dot('cross_attention', flops, batched=True, back=BACKWARD[p.attention] / 2)
 
 
 def _cross_keys(p: Program) -> Iterator[Dot]:
     c = p.config
-    yield Dot('cross_attention', 2.0 * p.rows * p.source * c.model_dim * _kv_heads(p) * c.head_dim * 2)
+    yield Dot('cross_attention', 2.0 * p.rows * p.source * c.model_dim * _kv_heads(p) * c.attention.head_dim * 2)
 
 
 def _mlp(part: str, p: Program, hidden: int, ends_unit: bool) -> Iterator[Dot]:
     one = 2.0 * p.tokens * p.config.model_dim * hidden
-    yield Dot(part, one * (2 if p.config.gated else 1))
+    yield Dot(part, one * (2 if p.config.mlp.gated else 1))
     yield Dot(part, one, unused=ends_unit)
 
 
 def _experts(p: Program, ends_unit: bool) -> Iterator[Dot]:
     c, m = p.config, p.config.moe
-    D, F, inner = c.model_dim, m.mlp_dim, 2 if c.gated else 1
+    D, F, inner = c.model_dim, m.mlp_dim, 2 if c.mlp.gated else 1
     yield Dot('router', 2.0 * p.own * D * m.experts)
     rows = p.tokens * m.top_k
     if p.compute.dispatch == 'all_to_all':
@@ -309,4 +314,4 @@ def _ahead(p: Program) -> Iterator[tuple[str, float]]:
     c = p.config
     join = Dot('mtp', 2.0 * p.own * 2 * c.model_dim**2)
     layer = [join, *_layer(p, c.layer_specs[-1], ends_unit=False)]
-    yield 'mtp', c.mtp_layers * (sum(dot.flops * _passes(p, dot) for dot in layer) + _loss(p))
+    yield 'mtp', c.mtp.layers * (sum(dot.flops * _passes(p, dot) for dot in layer) + _loss(p))

@@ -22,12 +22,14 @@ import jax.numpy as jnp
 
 from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
+from weft.model.decoder import weights_of
 from weft.model.kv_cache import CacheSize
 from weft.model.ops.cross_entropy import CHUNK
 from weft.model.stack import stacked_caches, written_out
 from weft.planner.weights import Group, Inventory, inventory
 from weft.sharding.mesh import BATCH, MeshConfig
 from weft.training.config import RunConfig
+from weft.training.optimizers import Shard, state_bytes
 
 INT32 = 4  # bytes
 HIDDEN = 6  # arrays that a loop keeps of an MLP's hidden units: what goes into each product, and the activation's steps
@@ -105,7 +107,7 @@ def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
     names = 4 + 3 * bool(c.encoder)
     fixed = Memory(
         parameters=parameters,
-        optimizer=2 * parameters + 3 * INT32 + 2 * INT32,  # two moments; counters; the key
+        optimizer=optimizer_bytes(run) + 3 * INT32,  # with the number of the step, and the key
         batch=names * rows * t.sequence_length * INT32,
     )
     part = rows / t.accumulation
@@ -156,10 +158,20 @@ def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
 
 
 def stored(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig) -> float:
-    """Bytes of the weights that a device keeps while it trains; their gradients and two moments take as many each."""
+    """Bytes of the weights that a device keeps while it trains; their gradients take as many."""
     state = compute.parameter_dtype.itemsize
     size = lambda weight: max(state, FLOAT32) if weight.wide else state
     return sum(numbers * size(weight) for weight, numbers in inventory(c).held(mesh))
+
+
+def optimizer_bytes(run: RunConfig) -> float:
+    """Bytes of the optimizer's state on one device."""
+    mesh, stored = run.mesh, run.compute.parameter_dtype
+    shards = (
+        (Shard(p.local_shape(mesh), str(p.role.dtype(stored)), p.role), p.held(mesh))
+        for p in weights_of(run.model).values()
+    )
+    return state_bytes(run.optimizer, shards)
 
 
 def casts(held: Inventory, device: Device) -> float:
@@ -201,7 +213,7 @@ def at_work(group: Group, device: Device) -> tuple[float, float]:
     """
     made, whole = residuals(group, device)
     c, t, n, b = group.config, device.tokens, device.mesh.tensor, device.number
-    hidden = t * c.mlp_dim / n * b
+    hidden = t * c.mlp.dim / n * b
     if group.experts:
         assert c.moe is not None
         hidden = expert_rows(c, device) * (c.moe.mlp_dim / n + c.model_dim) * b
@@ -219,13 +231,17 @@ def residuals(group: Group, device: Device) -> tuple[float, float]:
     c, t, n, b = group.config, device.tokens, device.mesh.tensor, device.number
     whole = sum(w.used(device.mesh) for w in group.weights if w.gathered) * b
     joined = t * c.model_dim * b
-    heads = t * (c.heads / n) * b
-    kv_heads = t * max(c.kv_heads / n, 1) * b
+    heads = t * (c.attention.heads / n) * b
+    kv_heads = t * max(c.attention.kv_heads / n, 1) * b
     made = 3 * device.x  # x, twice with a part added, and normed
-    made += joined + heads * (c.query_dim + c.value_dim) + kv_heads * (c.query_dim + c.value_dim)
-    made += t * c.heads / n * device.wide  # log-sum-exps
+    made += (
+        joined
+        + heads * (c.attention.query_dim + c.attention.value_dim)
+        + kv_heads * (c.attention.query_dim + c.attention.value_dim)
+    )
+    made += t * c.attention.heads / n * device.wide  # log-sum-exps
     if c.encoder and group.where != 'encoder':
-        made += device.x + joined + 2 * heads * c.query_dim + 2 * kv_heads * c.query_dim
+        made += device.x + joined + 2 * heads * c.attention.query_dim + 2 * kv_heads * c.attention.query_dim
     return made + inner(group, device) + joined, whole
 
 
@@ -237,14 +253,17 @@ def stacked(group: Group, device: Device) -> float:
     """
     c, t, n, b = group.config, device.tokens, device.mesh.tensor, device.number
     wide_x = device.x / b * device.wide
-    heads, kv_heads = t * (c.heads / n), t * max(c.kv_heads / n, 1)
+    heads, kv_heads = t * (c.attention.heads / n), t * max(c.attention.kv_heads / n, 1)
     made = (4 + bool(group.experts)) * wide_x + t * c.model_dim * b
-    made += heads * (c.query_dim + 2 * c.value_dim) * b + kv_heads * (c.query_dim + c.value_dim) * b
+    made += (
+        heads * (c.attention.query_dim + 2 * c.attention.value_dim) * b
+        + kv_heads * (c.attention.query_dim + c.attention.value_dim) * b
+    )
     made += heads * device.wide  # log-sum-exps
-    if c.qk_norm:
-        made += 2 * (heads + kv_heads) * c.query_dim * device.wide
+    if c.attention.qk_norm:
+        made += 2 * (heads + kv_heads) * c.attention.query_dim * device.wide
     if not group.experts:
-        return made + t * c.model_dim * b + HIDDEN * t * c.mlp_dim / n * b
+        return made + t * c.model_dim * b + HIDDEN * t * c.mlp.dim / n * b
     m = c.moe
     assert m is not None
     if device.platform == 'gpu' and device.compute.dispatch != 'all_to_all':
@@ -257,9 +276,9 @@ def stacked(group: Group, device: Device) -> float:
 def inner(group: Group, device: Device) -> float:
     """Bytes of the hidden units of a layer's MLP or experts."""
     c, t, n, b = group.config, device.tokens, device.mesh.tensor, device.number
-    matrices = 3 if c.gated else 2
+    matrices = 3 if c.mlp.gated else 2
     if not group.experts:
-        return matrices * t * c.mlp_dim / n * b
+        return matrices * t * c.mlp.dim / n * b
     m = c.moe
     assert m is not None
     rows = expert_rows(c, device)
@@ -283,9 +302,12 @@ def expert_rows(c: ModelConfig, device: Device) -> float:
 def dots(group: Group, device: Device) -> float:
     """Bytes of the results of one layer's plain matmuls."""
     c, t, n, b = group.config, device.tokens, device.mesh.tensor, device.number
-    made = t * (c.heads * c.query_dim + 2 * max(c.kv_heads, n) * c.head_dim) / n + t * c.model_dim
+    made = (
+        t * (c.attention.heads * c.attention.query_dim + 2 * max(c.attention.kv_heads, n) * c.attention.head_dim) / n
+        + t * c.model_dim
+    )
     if not group.experts:
-        made += t * (2 if c.gated else 1) * c.mlp_dim / n  # what the last one makes, no gradient needs
+        made += t * (2 if c.mlp.gated else 1) * c.mlp.dim / n  # what the last one makes, no gradient needs
     return made * b
 
 

@@ -127,9 +127,9 @@ def inventory(c: ModelConfig) -> Inventory:
         more, encoder = _of_stack(c.of_encoder, declared_decoder(c).encoder)
         groups += [dataclasses.replace(group, where='encoder') for group in more]
         outside += encoder
-    if c.mtp_layers:
+    if c.mtp.layers:
         last, weights = c.layer_specs[-1], _weights(declared_decoder(c).mtp)
-        groups.append(Group('ahead', last.experts, c.mtp_layers, 0, c.mtp_layers, c, weights))
+        groups.append(Group('ahead', last.experts, c.mtp.layers, 0, c.mtp.layers, c, weights))
     return Inventory(tuple(groups), tuple(outside))
 
 

@@ -15,12 +15,13 @@ from weft.data.config import DataConfig
 from weft.model import stack
 from weft.model.batch import Batch
 from weft.model.compute import ComputeConfig
-from weft.model.config import ModelConfig, MoEConfig
+from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig, changed
 from weft.model.decoder import Decoder, init_decoder
 from weft.model.forward import place
 from weft.sharding.mesh import AXES, MeshConfig, factorizations, make_mesh
 from weft.training.config import RunConfig, TrainingConfig
 from weft.training.loss import loss_and_gradient
+from weft.training.optimizers import AdamW
 from weft.training.step import init, train_step
 
 DEVICES = 8
@@ -30,7 +31,11 @@ LOSSES_TOLERANCE = {'float32': (1e-5, 1e-4), 'float64': (1e-10, 1e-10)}
 VOCABULARY, B, T = 200, 16, 128
 
 DENSE = ModelConfig(
-    vocabulary=VOCABULARY, layers=8, model_dim=32, heads=8, kv_heads=4, mlp_dim=32, window=48, qk_norm=True
+    vocabulary=VOCABULARY,
+    layers=8,
+    model_dim=32,
+    attention=AttentionConfig(heads=8, kv_heads=4, window=48, qk_norm=True),
+    mlp=MLPConfig(dim=32),
 )
 EXPERTS = MoEConfig(
     experts=8,
@@ -41,7 +46,7 @@ EXPERTS = MoEConfig(
 )
 
 
-MIXTURE = dataclasses.replace(DENSE, window=None, qk_norm=False, moe=EXPERTS)
+MIXTURE = changed(DENSE, {'attention.window': None, 'attention.qk_norm': False, 'moe': EXPERTS})
 MODELS = {
     'dense': DENSE,
     # With what compiles longest: rematerialisation, shared experts, and a dense layer before the pipeline.
@@ -108,9 +113,7 @@ def packed_batch(seed: int) -> Batch:
 def config_of(kind: str, mesh: MeshConfig, dtype: Literal['float32', 'float64'], steps: int = 50) -> RunConfig:
     """The run of a kind of model on a mesh."""
     accumulation = ACCUMULATION.get(kind, 1) if mesh.size > 1 else 1
-    t = TrainingConfig(
-        steps=steps, batch=B, sequence_length=T, learning_rate=3e-3, warmup_steps=10, accumulation=accumulation
-    )
+    t = TrainingConfig(steps=steps, batch=B, sequence_length=T, accumulation=accumulation)
     config = RunConfig(
         name='proof',
         mesh=mesh,
@@ -118,6 +121,7 @@ def config_of(kind: str, mesh: MeshConfig, dtype: Literal['float32', 'float64'],
         compute=dataclasses.replace(COMPUTE[kind], dtype=dtype),
         data=DataConfig(),
         training=t,
+        optimizer=AdamW(learning_rate=3e-3, warmup_steps=10),
     )
     config.check_sizes()
     return config

@@ -1,6 +1,7 @@
 """Other projects side by side with this one, in one run: blocks of steps in turns, so that both meet the same machine."""
 
 import json
+import operator
 import statistics
 import subprocess
 import tempfile
@@ -26,14 +27,30 @@ NANOGPT, TRANSFORMERS = (Path(__file__).with_name(f'{name}_worker.py') for name 
 def recipe(config: RunConfig) -> dict[str, Any]:
     """What nanoGPT is told of a config. UserError where it has no such model: its MLP is four times as wide."""
     m, t = config.model, config.training
-    fixed = {'mlp_dim': 4 * m.model_dim, 'kv_heads': m.heads, 'activation': 'gelu', 'norm': 'layernorm', 'moe': None}
+    fixed = {
+        'mlp.dim': 4 * m.model_dim,
+        'attention.kind': 'gqa',
+        'attention.kv_heads': m.attention.heads,
+        'mlp.activation': 'gelu',
+        'norm.kind': 'layernorm',
+        'moe': None,
+    }
     for field, value in fixed.items():
-        if getattr(m, field) != value:
-            raise UserError(f'model.{field} is {getattr(m, field)}: nanoGPT has {value} alone; choose another config')
+        if (found := operator.attrgetter(field)(m)) != value:
+            raise UserError(f'model.{field} is {found}: nanoGPT has {value} alone; choose another config')
+    biased = {'attention.qkv_bias', 'attention.o_bias', 'mlp.bias', 'norm.bias'}
+    given = {field for field in biased if operator.attrgetter(field)(m)}
+    if given and given != biased:
+        field = min(biased - given)
+        raise UserError(
+            f'model.{field} is false: nanoGPT has all biases or none; set it to true, or leave out all others'
+        )
     if t.accumulation > 1:
         raise UserError(f'training.accumulation is {t.accumulation}: beside nanoGPT it must be 1')
     return {
-        **{field: getattr(m, field) for field in ('layers', 'heads', 'model_dim', 'vocabulary', 'bias')},
+        **{field: getattr(m, field) for field in ('layers', 'model_dim', 'vocabulary')},
+        'heads': m.attention.heads,
+        'bias': bool(given),
         'dtype': config.compute.dtype,
         'sequence_length': t.sequence_length,
         'batch': t.batch,

@@ -4,22 +4,31 @@ import dataclasses
 from typing import NamedTuple
 
 from weft.model.compute import ComputeConfig
-from weft.model.config import ModelConfig, MoEConfig
+from weft.model.config import AttentionConfig, EmbeddingConfig, MLPConfig, ModelConfig, MoEConfig, changed
 from weft.training.config import RunConfig, TrainingConfig
 
 SMALL = ModelConfig(
     vocabulary=32768,
     layers=16,
     model_dim=2048,
-    heads=16,
-    kv_heads=4,
-    mlp_dim=8192,
-    tied_embedding=False,
+    attention=AttentionConfig(heads=16, kv_heads=4),
+    mlp=MLPConfig(dim=8192),
+    embedding=EmbeddingConfig(tied=False),
 )
-LARGE = dataclasses.replace(SMALL, layers=64, model_dim=8192, heads=64, head_dim=128, kv_heads=8, mlp_dim=28672)
+LARGE = changed(
+    SMALL,
+    {
+        'layers': 64,
+        'model_dim': 8192,
+        'attention.heads': 64,
+        'attention.head_dim': 128,
+        'attention.kv_heads': 8,
+        'mlp.dim': 28672,
+    },
+)
 MIXTURE = dataclasses.replace(SMALL, moe=MoEConfig(experts=8, mlp_dim=4096))
 WIDE = dataclasses.replace(LARGE, layers=32, moe=MoEConfig(experts=16, top_k=2, mlp_dim=8192))
-DEEP = dataclasses.replace(SMALL, layers=48, mlp_dim=6144)
+DEEP = changed(SMALL, {'layers': 48, 'mlp.dim': 6144})
 
 
 NARROW = ComputeConfig(dtype='bfloat16')

@@ -176,7 +176,7 @@ def serve(options, config, chip, length: int, terms, mesh: str):
 
     most = config.model.max_positions
     if most is not None and length > most:
-        raise UserError(f'--length is {length}: this model has {most} positions (model.max_positions)')
+        raise UserError(f'--length is {length}: this model has {most} positions (model.positions.max)')
     prompt = options.prompt or max(1, length // 2)
     if prompt > length:
         raise UserError(f'--prompt is {prompt}: it must be at most --length, which is {length}')

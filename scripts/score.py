@@ -158,7 +158,7 @@ def check_ids(option: str, path: str, ids, least: int, c) -> None:
     if c.max_positions is not None and ids.shape[1] > c.max_positions:
         raise UserError(
             f'{option} {shown(path)}: rows of {ids.shape[1]} tokens: this run has {c.max_positions} '
-            'positions (model.max_positions)'
+            'positions (model.positions.max)'
         )
 
 

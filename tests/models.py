@@ -24,6 +24,6 @@ def filled(c: ModelConfig, compute: ComputeConfig = DEFAULT, seed: int = 0, gain
         if role.decays:
             value = gain * c.model_dim**-0.5 * noise
         else:
-            value = (1 - c.norm_offset if role is Role.SCALE else 0) + 0.3 * noise
+            value = (1 - c.norm.offset if role is Role.SCALE else 0) + 0.3 * noise
         found[name] = value.astype(leaf.dtype)
     return from_leaves(c, found, compute)

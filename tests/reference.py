@@ -29,14 +29,14 @@ def weights(model) -> dict:
 
 
 def norm(x, scale, bias, c: ModelConfig):
-    if c.norm == 'layernorm':
+    if c.norm.kind == 'layernorm':
         x = x - x.mean(-1, keepdims=True)
-    x = x / jnp.sqrt((x * x).mean(-1, keepdims=True) + c.norm_epsilon)
+    x = x / jnp.sqrt((x * x).mean(-1, keepdims=True) + c.norm.epsilon)
     return x * scale + (0 if bias is None else bias)
 
 
 def rms(x, scale, c):
-    return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + c.norm_epsilon) * scale
+    return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + c.norm.epsilon) * scale
 
 
 def rope(x_BTNH, position_BT, theta):
@@ -50,35 +50,39 @@ def attend(w, x_BTD, position_BT, segment_BT, number: int, c: ModelConfig):
     B, T, _ = x_BTD.shape
     get = lambda name: w.get(f'attention.{name}')
     heads = lambda letter, dims, n: (
-        x_BTD @ get(f'{letter}_{dims}') + (get(f'{letter}_bias_{dims[1]}') if c.qkv_bias else 0)
-    ).reshape(B, T, n, c.head_dim)
-    q, k, v = heads('q', 'DN', c.heads), heads('k', 'DM', c.kv_heads), heads('v', 'DM', c.kv_heads)
-    if c.qk_norm:
+        x_BTD @ get(f'{letter}_{dims}') + (get(f'{letter}_bias_{dims[1]}') if c.attention.qkv_bias else 0)
+    ).reshape(B, T, n, c.attention.head_dim)
+    q, k, v = (
+        heads('q', 'DN', c.attention.heads),
+        heads('k', 'DM', c.attention.kv_heads),
+        heads('v', 'DM', c.attention.kv_heads),
+    )
+    if c.attention.qk_norm:
         q, k = rms(q, get('q_scale_H'), c), rms(k, get('k_scale_H'), c)
-    if c.rotary_pattern[number % len(c.rotary_pattern)]:
-        q, k = rope(q, position_BT, c.rope_theta), rope(k, position_BT, c.rope_theta)
-    if c.query_scale_by_layer:
+    if c.positions.pattern[number % len(c.positions.pattern)]:
+        q, k = rope(q, position_BT, c.positions.theta), rope(k, position_BT, c.positions.theta)
+    if c.attention.scale_by_layer:
         q = q / (number + 1)
-    k, v = (jnp.repeat(a, c.heads // c.kv_heads, axis=2) for a in (k, v))
+    k, v = (jnp.repeat(a, c.attention.heads // c.attention.kv_heads, axis=2) for a in (k, v))
     ago = position_BT[:, :, None] - position_BT[:, None, :]
     see = (ago >= 0) & (segment_BT[:, :, None] == segment_BT[:, None, :])
-    if c.window:
-        see &= ago < c.window
-    scores = jnp.where(see[:, None], jnp.einsum('BTNH,BSNH->BNTS', q, k) / np.sqrt(c.head_dim), -jnp.inf)
+    if c.attention.window:
+        see &= ago < c.attention.window
+    scores = jnp.where(see[:, None], jnp.einsum('BTNH,BSNH->BNTS', q, k) / np.sqrt(c.attention.head_dim), -jnp.inf)
     a = jnp.einsum('BNTS,BSNH->BTNH', jax.nn.softmax(scores, axis=-1), v).reshape(B, T, -1)
-    return a @ get('o.w_OI').T + (get('o.b_O') if c.bias else 0)
+    return a @ get('o.w_OI').T + (get('o.b_O') if c.attention.o_bias else 0)
 
 
 def activate(c: ModelConfig, gate, up):
-    act = {'swiglu': jax.nn.silu, 'geglu': jax.nn.gelu, 'gelu': jax.nn.gelu, 'relu': jax.nn.relu}[c.activation]
+    act = {'swiglu': jax.nn.silu, 'geglu': jax.nn.gelu, 'gelu': jax.nn.gelu, 'relu': jax.nn.relu}[c.mlp.activation]
     return act(up) if gate is None else act(gate) * up
 
 
 def mlp(w, prefix, x_BTD, c: ModelConfig):
     get = lambda name: w.get(prefix + name)
-    up = x_BTD @ get('up.w_IO') + (get('up.b_O') if c.bias else 0)
-    gate = x_BTD @ get('gate.w_IO') + (get('gate.b_O') if c.bias else 0) if c.gated else None
-    return activate(c, gate, up) @ get('down.w_OI').T + (get('down.b_O') if c.bias else 0)
+    up = x_BTD @ get('up.w_IO') + (get('up.b_O') if c.mlp.bias else 0)
+    gate = x_BTD @ get('gate.w_IO') + (get('gate.b_O') if c.mlp.bias else 0) if c.mlp.gated else None
+    return activate(c, gate, up) @ get('down.w_OI').T + (get('down.b_O') if c.mlp.bias else 0)
 
 
 def experts(w, x_BTD, segment_BT, c: ModelConfig, kept_BTE=True):
@@ -98,7 +102,7 @@ def experts(w, x_BTD, segment_BT, c: ModelConfig, kept_BTE=True):
     live = (segment_BT > 0)[..., None]
     gate_BTE = jnp.where(live & kept_BTE, gate_BTE, 0)
     up = jnp.einsum('BTD,EDF->BTEF', x_BTD, w['mlp.up.w_EIO'])
-    gate = jnp.einsum('BTD,EDF->BTEF', x_BTD, w['mlp.gate.w_EIO']) if c.gated else None
+    gate = jnp.einsum('BTD,EDF->BTEF', x_BTD, w['mlp.gate.w_EIO']) if c.mlp.gated else None
     y = jnp.einsum('BTEF,EDF,BTE->BTD', activate(c, gate, up), w['mlp.down.w_EOI'], gate_BTE * m.routed_scale)
     if m.shared_experts:
         weight = jax.nn.sigmoid(x_BTD @ w['mlp.shared_gate_D'])[..., None] if m.shared_gate else 1
@@ -119,8 +123,8 @@ def forward(w: dict, batch: Batch, c: ModelConfig):
     figures = []
     for number, layer in enumerate(w['layers']):
         normed = lambda x, part, layer=layer: norm(x, layer[f'{part}.scale_D'], layer.get(f'{part}.bias_D'), c)
-        before = normed if c.norm_order == 'pre' else lambda x, part: x
-        after = normed if c.norm_order == 'output' else lambda x, part: x
+        before = normed if c.norm.order == 'pre' else lambda x, part: x
+        after = normed if c.norm.order == 'output' else lambda x, part: x
         h = before(x, 'attention_norm')
         x = x + after(attend(layer, h, batch.position_BT, batch.segment_BT, number, c), 'attention_norm')
         h = before(x, 'mlp_norm')
@@ -131,7 +135,7 @@ def forward(w: dict, batch: Batch, c: ModelConfig):
             y = mlp(layer, 'mlp.', h, c)
         x = x + after(y, 'mlp_norm')
     x = norm(x, w['norm.scale_D'], w.get('norm.bias_D'), c)
-    head = w['embed_VD'].T if c.tied_embedding else w['head_DV']
+    head = w['embed_VD'].T if c.embedding.tied else w['head_DV']
     return (x @ head)[..., : c.vocabulary], figures
 
 

@@ -10,13 +10,20 @@ import numpy as np
 import pytest
 
 from tests.house import ROOT
-from weft.model.config import ModelConfig
+from weft.model.config import AttentionConfig, EmbeddingConfig, MLPConfig, ModelConfig
 from weft.sharding.mesh import make_mesh, parse_mesh
 from weft.training.config import RunConfig, TrainingConfig
 from weft.training.loss import loss_and_gradient
 from weft.training.step import init
 
-MODEL = ModelConfig(vocabulary=64, layers=2, model_dim=32, heads=4, mlp_dim=48, tied_embedding=False)
+MODEL = ModelConfig(
+    vocabulary=64,
+    layers=2,
+    model_dim=32,
+    attention=AttentionConfig(heads=4),
+    mlp=MLPConfig(dim=48),
+    embedding=EmbeddingConfig(tied=False),
+)
 
 
 def test_the_page_on_research_runs():

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 
@@ -14,12 +14,13 @@ from weft.data.config import DataConfig
 from weft.data.reading import decoded, opened
 from weft.model.compute import ComputeConfig
 from weft.model.config import OF_TRAINING, ModelConfig, needs_head
-from weft.model.config_parts import nearest_divisor
+from weft.model.parts.numbers import nearest_divisor
 from weft.model.sizes import batch_sizes, sizes
-from weft.runtime.errors import UserError, nearest_path, shown
+from weft.runtime.errors import UserError, nearest, nearest_path, shown
 from weft.sharding.mesh import BATCH, MeshConfig, check_divides
 from weft.training import yaml_text
-from weft.training.overrides import apply, unknown
+from weft.training.optimizers import OPTIMIZERS, AdamW, OptimizerConfig
+from weft.training.overrides import apply, unknown, without_kinds
 
 LARGEST_NUMBER = 1 << 48  # no size is larger, and all arithmetic with one stays exact
 FLOAT32 = 3.4028234663852886e38  # its largest number
@@ -34,25 +35,17 @@ def _at_least(section: str, config: Any, field: str, least: float) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """What is learnt from, for how long, and how fast (AdamW; linear warm-up, then a cosine)."""
+    """How much is learnt from at a time, and for how long."""
 
     steps: int
     batch: int  # sequences a step, all devices together
     sequence_length: int  # tokens
-    learning_rate: float = 3e-4  # at its highest
-    warmup_steps: int = 100
-    final_learning_rate: float = 0.1  # at the last step, as a share of the highest
-    weight_decay: float = 0.1  # of matrices; norms and biases have none
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
     accumulation: int = (
         1  # parts of a batch that are worked on one after another; the result is that of the whole batch
     )
     microbatches: int | None = (
         None  # parts that go through a pipeline (mesh.stage) after one another; None: 4 a stage, or fewer
     )
-    clip: float | None = 1.0  # global norm above which a gradient is scaled down to it; null: never
 
     def __post_init__(self):
         for field in ('steps', 'batch', 'sequence_length', 'accumulation'):
@@ -65,13 +58,6 @@ class TrainingConfig:
                 f'training.accumulation is {self.accumulation} and training.batch {self.batch}: the first must divide the '
                 f'second; nearest that works: {works}'
             )
-        for field in ('warmup_steps', 'learning_rate', 'final_learning_rate', 'weight_decay', 'epsilon'):
-            _at_least('training', self, field, 0)
-        for field in ('beta1', 'beta2'):
-            if not 0 <= getattr(self, field) < 1:
-                raise UserError(f'training.{field} is {getattr(self, field)}: it must be at least 0 and less than 1')
-        if self.clip is not None and self.clip <= 0:
-            raise UserError(f'training.clip is {self.clip}: it must be above 0; null turns clipping off')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +98,7 @@ class RunConfig:
     compute: ComputeConfig = ComputeConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig
+    optimizer: Annotated[OptimizerConfig, OPTIMIZERS] = AdamW()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
 
@@ -136,8 +123,8 @@ class RunConfig:
             )
         if c.max_positions is not None and c.max_positions < t.sequence_length:
             raise UserError(
-                f'model.max_positions is {c.max_positions} and training.sequence_length {t.sequence_length}: each token needs '
-                f'a row of the table of positions; nearest that works: model.max_positions={t.sequence_length}'
+                f'model.positions.max is {c.max_positions} and training.sequence_length {t.sequence_length}: each token needs '
+                f'a row of the table of positions; nearest that works: model.positions.max={t.sequence_length}'
             )
         microbatches = t.microbatches if self.mesh.stage > 1 else None
         batch = batch_sizes(t.batch, t.sequence_length, t.accumulation, microbatches)
@@ -175,6 +162,7 @@ MAY_BEGIN_WITH = (
     'seed',
     'data',
     'training',
+    'optimizer',
     'compute',
     *(f'model.{field}' for field in OF_TRAINING),
 )  # too, where the run is an imported model that has not been trained on
@@ -185,10 +173,83 @@ RENAMED = {
     'model.dtype': 'compute.dtype',
     'model.weight_dtype': 'compute.weight_dtype',
     'model.remat': 'compute.remat',
-    'model.attention': 'compute.attention',
     'model.experts': 'compute.grouped_matmul',
     'model.moe.dispatch': 'compute.dispatch',
     'model.moe.capacity_factor': 'compute.capacity_factor',
+    'model.heads': 'model.attention.heads',
+    'model.kv_heads': 'model.attention.kv_heads',
+    'model.head_dim': 'model.attention.head_dim',
+    'model.qk_norm': 'model.attention.qk_norm',
+    'model.qkv_bias': 'model.attention.qkv_bias',
+    'model.o_bias': 'model.attention.o_bias',
+    'model.window': 'model.attention.window',
+    'model.window_pattern': 'model.attention.window_pattern',
+    'model.query_scale': 'model.attention.scale',
+    'model.query_scale_by_layer': 'model.attention.scale_by_layer',
+    'model.attention_softcap': 'model.attention.softcap',
+    'model.attention_sinks': 'model.attention.sinks',
+    'model.mlp_dim': 'model.mlp.dim',
+    'model.activation': 'model.mlp.activation',
+    'model.activation_limit': 'model.mlp.limit',
+    'model.mlp_bias': 'model.mlp.bias',
+    'model.norm_epsilon': 'model.norm.epsilon',
+    'model.norm_order': 'model.norm.order',
+    'model.norm_offset': 'model.norm.offset',
+    'model.max_positions': 'model.positions.max',
+    'model.relative_buckets': 'model.positions.buckets',
+    'model.relative_most': 'model.positions.max_distance',
+    'model.rope_theta': 'model.positions.theta',
+    'model.rope_scaling': 'model.positions.scaling',
+    'model.rotary_fraction': 'model.positions.fraction',
+    'model.rotary_pairs': 'model.positions.layout',
+    'model.rotary_pattern': 'model.positions.pattern',
+    'model.local_rope_theta': 'model.positions.local_theta',
+    'model.tied_embedding': 'model.embedding.tied',
+    'model.embedding_scale': 'model.embedding.scale',
+    'model.segment_kinds': 'model.embedding.token_types',
+    'model.embedding_norm': 'model.embedding.norm',
+    'model.logit_scale': 'model.head.scale',
+    'model.logit_softcap': 'model.head.softcap',
+    'model.head_mlp': 'model.head.mlp',
+    'model.head_bias': 'model.head.bias',
+    'model.next_sentence': 'model.pooler.next_sentence',
+    'model.mtp_layers': 'model.mtp.layers',
+    'model.mtp_loss': 'model.mtp.loss',
+    'model.latent.q_rank': 'model.attention.q_lora_rank',
+    'model.latent.kv_rank': 'model.attention.kv_lora_rank',
+    'model.latent.plain_dim': 'model.attention.qk_nope_head_dim',
+    'model.latent.rotary_dim': 'model.attention.qk_rope_head_dim',
+    'model.latent.value_dim': 'model.attention.v_head_dim',
+    'model.latent': 'model.attention.kind',
+    'model.rope_scaling.kind': 'model.positions.scaling.kind',
+    'model.rope_scaling.factor': 'model.positions.scaling.factor',
+    'model.rope_scaling.original_positions': 'model.positions.scaling.original_positions',
+    'model.rope_scaling.low_frequency_factor': 'model.positions.scaling.low_frequency_factor',
+    'model.rope_scaling.high_frequency_factor': 'model.positions.scaling.high_frequency_factor',
+    'model.rope_scaling.beta_fast': 'model.positions.scaling.beta_fast',
+    'model.rope_scaling.beta_slow': 'model.positions.scaling.beta_slow',
+    'model.rope_scaling.truncate': 'model.positions.scaling.truncate',
+    'model.rope_scaling.attention_factor': 'model.positions.scaling.attention_factor',
+    'model.rope_scaling.mscale_all_dim': 'model.positions.scaling.mscale_all_dim',
+    'model.rope_scaling.short_factors': 'model.positions.scaling.short_factors',
+    'model.rope_scaling.long_factors': 'model.positions.scaling.long_factors',
+    'model.bias': 'model.attention.o_bias, model.mlp.bias and model.norm.bias',
+    'training.learning_rate': 'optimizer.learning_rate',
+    'training.warmup_steps': 'optimizer.warmup_steps',
+    'training.final_learning_rate': 'optimizer.final_learning_rate_ratio',
+    'training.weight_decay': 'optimizer.weight_decay',
+    'training.beta1': 'optimizer.beta1',
+    'training.beta2': 'optimizer.beta2',
+    'training.epsilon': 'optimizer.epsilon',
+    'training.clip': 'optimizer.grad_clip',
+}
+# Keys that hold a value in earlier configs, and are sections now -> where the value stands.
+RENAMED_VALUES = {
+    'model.attention': 'compute.attention',
+    'model.norm': 'model.norm.kind',
+    'model.positions': 'model.positions.kind',
+    'model.head': 'model.head, which is null for none',
+    'model.pooler': 'model.pooler, which is null for none',
 }
 
 
@@ -225,8 +286,8 @@ def parse(content: str | bytes, path: str, overrides: Sequence[str] = ()) -> Run
 def validate(tree: dict, source: str) -> RunConfig:
     """A mapping as a RunConfig; `source` names where it came from in the message of a UserError."""
     for key, value in _leaves(tree):
-        if key in RENAMED:
-            raise UserError(f'{source}: no key {key!r}; did you mean {RENAMED[key]!r}?')
+        if key in RENAMED or (key in RENAMED_VALUES and value is not None):
+            raise UserError(f'{source}: {renamed(key)}')
         key = shown(key, 80)
         if isinstance(value, float) and not abs(value) <= FLOAT32:
             raise UserError(
@@ -244,6 +305,13 @@ def validate(tree: dict, source: str) -> RunConfig:
         return pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(tree), strict=True, extra='forbid')
     except pydantic.ValidationError as error:
         raise UserError(f'{source}: {_explain(error.errors()[0])}') from None
+
+
+def renamed(key: str) -> str:
+    """What a key of an earlier config is called now."""
+    if key in RENAMED:
+        return f'no key {key!r}; did you mean {RENAMED[key]!r}?'
+    return f'{key} is a section; did you mean {RENAMED_VALUES[key]!r}?'
 
 
 def _is_unicode(text: str) -> bool:
@@ -274,9 +342,13 @@ def check_continues(saved: RunConfig, wanted: RunConfig, begun: bool = True) -> 
 
 
 def _explain(error: Any) -> str:
-    key = '.'.join(shown(part, 60) for part in error['loc'])
+    path = without_kinds(RunConfig, error['loc'])
+    key = '.'.join(shown(part, 60) for part in path)
     if error['type'] == 'unexpected_keyword_argument':
         return f'no key {key!r}{unknown(RunConfig, error["loc"])}'
+    if error['type'] == 'union_tag_invalid':
+        kinds = error['ctx']['expected_tags'].replace("'", '').split(', ')
+        return f'{key}.kind is {shown(error["ctx"]["tag"], 60, quoted=True)}: no such kind{nearest(error["ctx"]["tag"], kinds)}'
     if error['type'] in ('missing', 'missing_argument', 'missing_keyword_only_argument'):
         return f'{key} is missing: it has no default'
     cause = error.get('ctx', {}).get('error')

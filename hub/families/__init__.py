@@ -21,7 +21,7 @@ import numpy as np
 
 from weft.hub.families.fields import Fields
 from weft.model.compute import DEFAULT, ComputeConfig
-from weft.model.config import ModelConfig
+from weft.model.config import HeadConfig, ModelConfig, RotaryConfig, changed
 from weft.model.decoder import declared_decoder, weights_of
 from weft.model.parameters import Parameter, abstract, name_of
 from weft.runtime.errors import NAMED, UserError, shown
@@ -128,7 +128,7 @@ class Family:
         fixed: published tables of positions, [max_positions, model_dim], that follow from the model: files need not have them,
             but if so with these numbers.
         tied: published names that files may hold beside those in `names`: equal copies of the tensor named.
-        told: fields of the model that a file's having a tensor sets, where config.json does not say so; by its name.
+        told: what a file's having a tensor makes of the model, where config.json does not say so; by the tensor's name.
         headless: the architecture without an LM head, whose files begin no name with `prefix`; None: there is none.
         tied_unless_stored: a head that files do not hold is the embedding, whatever config.json says.
     """
@@ -144,7 +144,7 @@ class Family:
     old_names: tuple[tuple[str, str], ...] = ()
     fixed: Mapping[str, Callable[[ModelConfig], np.ndarray]] = dataclasses.field(default_factory=dict)
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    told: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    told: Mapping[str, Callable[[ModelConfig], ModelConfig]] = dataclasses.field(default_factory=dict)
     headless: str | None = None
     tied_unless_stored: bool = False
 
@@ -160,19 +160,19 @@ class Family:
         if c.head:
             return fields
         if self.headless is None:
-            raise UserError('model.head is false: this family has an LM head')
+            raise UserError('model.head is null: this family has an LM head')
         return fields | {'architectures': [self.headless]}
 
     def without(self, c: ModelConfig, part: str) -> ModelConfig:
         """The model without one of `OPTIONAL`, or as it is where it has none."""
         if part == 'mtp':
-            return dataclasses.replace(c, mtp_layers=0)
+            return changed(c, {'mtp.layers': 0})
         if part == 'next_sentence':
-            return dataclasses.replace(c, next_sentence=False)
+            return changed(c, {'pooler.next_sentence': False}) if c.pooler else c
         if part == 'pooler':
-            return dataclasses.replace(c, pooler=False, next_sentence=False)
+            return changed(c, {'pooler': None})
         if self.tied_unless_stored:
-            return dataclasses.replace(c, tied_embedding=True)
+            return changed(c, {'embedding.tied': True})
         return c if self.headless is None or c.causal else without_head(c)  # a decoder's is not left out by chance
 
     def known_as(self, name: str) -> str:
@@ -184,10 +184,9 @@ class Family:
     def model_of(self, c: ModelConfig, names: Iterable[str]) -> ModelConfig:
         """The model of a config.json whose files hold tensors of those names (as `known_as` gives them)."""
         there = set(names)
-        fields: dict[str, Any] = {}
         for name, told in self.told.items():
-            fields |= told if name in there else {}
-        return dataclasses.replace(c, **fields) if fields else c
+            c = told(c) if name in there else c
+        return c
 
 
 # Parts that a model can do without, and how a user is told that the files have none of one.
@@ -201,7 +200,18 @@ OPTIONAL = {
 
 def without_head(c: ModelConfig) -> ModelConfig:
     """A model that ends with its last hidden states."""
-    return dataclasses.replace(c, head=False, head_mlp=False, head_bias=False, next_sentence=False, mtp_layers=0)
+    left: dict[str, Any] = {'head': None, 'mtp.layers': 0}
+    return changed(c, left | ({'pooler.next_sentence': False} if c.pooler else {}))
+
+
+def rotary_of(c: ModelConfig) -> RotaryConfig:
+    """A model's rotary positions; where it has others the default ones, as which a family then does not read it back."""
+    return c.positions if c.positions.kind == 'rotary' else RotaryConfig()
+
+
+def head_of(c: ModelConfig) -> HeadConfig:
+    """A model's LM head; where it has none a plain one, of which only the architecture says that it is not there."""
+    return c.head or HeadConfig()
 
 
 @functools.cache
@@ -292,7 +302,7 @@ def copies(family: Family, c: ModelConfig, by_name: Mapping[str, Tensor]) -> lis
     """The published tensors that repeat one of `by_name`."""
     return [
         dataclasses.replace(by_name[source], name=name.replace('{i}', str(c.layers + k)), copy_of=source)
-        for k in range(c.mtp_layers)
+        for k in range(c.mtp.layers)
         for name, source in family.copies.items()
         if source in by_name
     ]
@@ -309,7 +319,7 @@ def layers(c: ModelConfig, stack: str = '') -> Iterator[tuple[str, int]]:
             for place in range(len(run.specs)):
                 yield f'{stack}groups.{group + place}.', repeat
         group += len(run.specs)
-    yield from (('mtp.', k) for k in range(c.mtp_layers))
+    yield from (('mtp.', k) for k in range(c.mtp.layers))
 
 
 def array_name(prefix: str, leaf: str) -> str:

@@ -7,7 +7,17 @@ the first may have too: no logit of a token depends on them. BertModel is it wit
 from typing import Any
 
 from weft.hub.families import Family, Fields
-from weft.model.config import ModelConfig
+from weft.model.config import (
+    AttentionConfig,
+    EmbeddingConfig,
+    HeadConfig,
+    LearnedConfig,
+    MLPConfig,
+    ModelConfig,
+    NormConfig,
+    PoolerConfig,
+    changed,
+)
 
 HEADLESS = 'BertModel'  # as models that embed texts come
 # By published name.
@@ -66,25 +76,25 @@ def read(f: Fields) -> ModelConfig:
         vocabulary=f('vocab_size', 30522),
         layers=f('num_hidden_layers', 12),
         model_dim=f('hidden_size', 768),
-        heads=f('num_attention_heads', 12),
-        mlp_dim=f('intermediate_size', 3072),
-        activation=ACTIVATIONS[f.only('hidden_act', *ACTIVATIONS)],
-        norm='layernorm',
-        norm_epsilon=f('layer_norm_eps', 1e-12),
-        norm_order='post',
-        positions='learned',
-        max_positions=f('max_position_embeddings', 512),
+        attention=AttentionConfig(heads=f('num_attention_heads', 12), qkv_bias=True, o_bias=True),
+        mlp=MLPConfig(
+            dim=f('intermediate_size', 3072), activation=ACTIVATIONS[f.only('hidden_act', *ACTIVATIONS)], bias=True
+        ),
+        norm=NormConfig(kind='layernorm', epsilon=f('layer_norm_eps', 1e-12), order='post', bias=True),
+        positions=LearnedConfig(max=f('max_position_embeddings', 512)),
         causal=False,
-        segment_kinds=f('type_vocab_size', 2),
-        embedding_norm=True,
-        qkv_bias=True,
-        bias=True,
-        head_mlp=True,
-        head_bias=True,
-        pooler=pretraining,
-        next_sentence=pretraining,
-        tied_embedding=tied,
+        embedding=EmbeddingConfig(token_types=f('type_vocab_size', 2), norm=True, tied=tied),
+        head=HeadConfig(mlp=True, bias=True),
+        pooler=PoolerConfig(next_sentence=True) if pretraining else None,
     )
+
+
+def with_pooler(c: ModelConfig) -> ModelConfig:
+    return c if c.pooler else changed(c, {'pooler': PoolerConfig()})
+
+
+def with_next_sentence(c: ModelConfig) -> ModelConfig:
+    return changed(c, {'pooler.next_sentence': True})
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
@@ -95,12 +105,12 @@ def write(c: ModelConfig) -> dict[str, Any]:
         'vocab_size': c.vocabulary,
         'num_hidden_layers': c.layers,
         'hidden_size': c.model_dim,
-        'num_attention_heads': c.heads,
-        'intermediate_size': c.mlp_dim,
-        'hidden_act': known.get(c.activation, 'gelu'),
-        'layer_norm_eps': c.norm_epsilon,
+        'num_attention_heads': c.attention.heads,
+        'intermediate_size': c.mlp.dim,
+        'hidden_act': known.get(c.mlp.activation, 'gelu'),
+        'layer_norm_eps': c.norm.epsilon,
         'max_position_embeddings': c.max_positions,
-        'type_vocab_size': c.segment_kinds,
+        'type_vocab_size': c.embedding.token_types,
         'pad_token_id': 0,
     }
 
@@ -118,6 +128,6 @@ FAMILY = Family(
         'cls.predictions.decoder.weight': 'bert.embeddings.word_embeddings.weight',
         'cls.predictions.decoder.bias': 'cls.predictions.bias',
     },
-    told={'bert.pooler.dense.weight': {'pooler': True}, 'cls.seq_relationship.weight': {'next_sentence': True}},
+    told={'bert.pooler.dense.weight': with_pooler, 'cls.seq_relationship.weight': with_next_sentence},
     headless=HEADLESS,
 )

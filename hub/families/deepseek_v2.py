@@ -6,7 +6,7 @@ from weft.hub.families import Family, Fields
 from weft.hub.families.deepseek_v3 import LATENT, SHARED, read_latent, write_latent
 from weft.hub.families.llama import MLP, NORMS, OUTER
 from weft.hub.families.qwen3_moe import EXPERTS
-from weft.model.config import ModelConfig, MoEConfig
+from weft.model.config import ModelConfig, MoEConfig, model_of
 
 
 def read(f: Fields) -> ModelConfig:
@@ -27,11 +27,11 @@ def read(f: Fields) -> ModelConfig:
         top_groups=top_groups if by_group else 1,
         group_score='max',
     )
-    return ModelConfig(**read_latent(f), rotary_pairs='neighbours', mlp_bias=f('mlp_bias', False), moe=moe)
+    return model_of(read_latent(f) | {'positions.layout': 'interleaved', 'mlp.bias': f('mlp_bias', False), 'moe': moe})
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    m, fields = c.moe, write_latent(c) | {'model_type': 'deepseek_v2', 'mlp_bias': c.mlp_bias}
+    m, fields = c.moe, write_latent(c) | {'model_type': 'deepseek_v2', 'mlp_bias': c.mlp.bias}
     if m is None:
         return fields
     return fields | {

@@ -4,11 +4,11 @@ layers that predict further ahead.
 
 from typing import Any
 
-from weft.hub.families import Family, Fields
+from weft.hub.families import Family, Fields, rotary_of
 from weft.hub.families.llama import MLP, NORMS, OUTER, common, write_common
 from weft.hub.families.qwen3_moe import EXPERTS
 from weft.hub.families.rope import read_rope, write_rope
-from weft.model.config import MLAConfig, ModelConfig, MoEConfig
+from weft.model.config import MLAConfig, ModelConfig, MoEConfig, model_of
 
 LATENT = {
     'model.layers.{i}.self_attn.q_proj.weight': 'attention.q.w_IO',
@@ -47,23 +47,26 @@ COPIES = {  # in each layer of MTP
 
 def read(f: Fields) -> ModelConfig:
     fields = read_latent(f) | read_experts(f, dense=3, scale=2.5, groups=8, top_groups=4)
-    return ModelConfig(**fields, rotary_pairs='neighbours' if f('rope_interleave', True) else 'halves')
+    return model_of(fields | {'positions.layout': 'interleaved' if f('rope_interleave', True) else 'half'})
 
 
 def read_latent(f: Fields) -> dict[str, Any]:
     """The fields of DeepSeek-V2 and V3: all but their experts, and which dims turn together."""
     f.skip('head_dim', 'qk_head_dim')  # transformers writes them; they follow from the others
     f.only('num_key_value_heads', f('num_attention_heads'))
-    latent = MLAConfig(
-        q_rank=f.given('q_lora_rank', 1536),
-        kv_rank=f('kv_lora_rank', 512),
-        plain_dim=f('qk_nope_head_dim', 128),
-        rotary_dim=f('qk_rope_head_dim', 64),
-        value_dim=f('v_head_dim', 128),
-    )
     bias = f('attention_bias', False)
-    fields = common(f) | read_rope(f, scores=True) | {'latent': latent, 'qkv_bias': bias, 'o_bias': bias}
-    return {name: value for name, value in fields.items() if name != 'head_dim'}
+    fields = common(f) | read_rope(f, scores=True)
+    del fields['attention.kv_heads'], fields['attention.head_dim']
+    return fields | {
+        'attention.kind': 'mla',
+        'attention.q_lora_rank': f.given('q_lora_rank', 1536),
+        'attention.kv_lora_rank': f('kv_lora_rank', 512),
+        'attention.qk_nope_head_dim': f('qk_nope_head_dim', 128),
+        'attention.qk_rope_head_dim': f('qk_rope_head_dim', 64),
+        'attention.v_head_dim': f('v_head_dim', 128),
+        'attention.qkv_bias': bias,
+        'attention.o_bias': bias,
+    }
 
 
 def read_experts(f: Fields, dense: int = 1, scale: float = 1.0, groups: int = 1, top_groups: int = 1) -> dict[str, Any]:
@@ -84,26 +87,21 @@ def read_experts(f: Fields, dense: int = 1, scale: float = 1.0, groups: int = 1,
         top_groups=f('topk_group', top_groups),
         choice_bias=True,
     )
-    return {'moe': moe, 'mtp_layers': f.either(('num_nextn_predict_layers', 'num_mtp_layers'), 0)}
+    return {'moe': moe, 'mtp.layers': f.either(('num_nextn_predict_layers', 'num_mtp_layers'), 0)}
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    own = {'model_type': 'deepseek_v3', 'rope_interleave': c.rotary_pairs == 'neighbours'}
+    own = {'model_type': 'deepseek_v3', 'rope_interleave': rotary_of(c).layout == 'interleaved'}
     return write_latent(c) | own | write_experts(c)
 
 
 def write_latent(c: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_latent`."""
-    fields = write_common(c) | write_rope(c) | {'attention_bias': c.qkv_bias}
+    fields = write_common(c) | write_rope(c) | {'attention_bias': c.attention.qkv_bias}
     del fields['head_dim']
-    if c.latent:
-        fields |= {
-            'q_lora_rank': c.latent.q_rank,
-            'kv_lora_rank': c.latent.kv_rank,
-            'qk_nope_head_dim': c.latent.plain_dim,
-            'qk_rope_head_dim': c.latent.rotary_dim,
-            'v_head_dim': c.latent.value_dim,
-        }
+    if isinstance(c.attention, MLAConfig):
+        names = ('q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim')
+        fields |= {name: getattr(c.attention, name) for name in names}
     return fields
 
 
@@ -122,7 +120,7 @@ def write_experts(c: ModelConfig) -> dict[str, Any]:
         'routed_scaling_factor': m.routed_scale,
         'n_group': m.groups,
         'topk_group': m.top_groups,
-        'num_nextn_predict_layers': c.mtp_layers,
+        'num_nextn_predict_layers': c.mtp.layers,
     }
 
 

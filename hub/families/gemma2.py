@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from weft.hub.families import Family, Fields, pattern
+from weft.hub.families import Family, Fields, head_of, pattern
 from weft.hub.families.llama import ATTENTION, MLP, OUTER, sizes, write_common
 from weft.hub.families.qwen2 import read_types
 from weft.hub.families.rope import read_rope, write_rope
-from weft.model.config import ModelConfig
+from weft.model.config import ModelConfig, model_of
 from weft.runtime.errors import UserError
 
 ACTIVATIONS: dict[str, Any] = {'gelu_pytorch_tanh': 'geglu', 'silu': 'swiglu'}
@@ -21,12 +21,14 @@ NORMS = {
 
 def read(f: Fields) -> ModelConfig:
     window = f.either(('sliding_window', 'sliding_window_size'), WINDOW)
-    return ModelConfig(
-        **common(f),
-        **read_rope(f),
-        **read_windows(f, every=2, default=window),
-        attention_softcap=f.given('attn_logit_softcapping', 50.0),
-        logit_softcap=f.given('final_logit_softcapping', 30.0),
+    return model_of(
+        common(f)
+        | read_rope(f)
+        | read_windows(f, every=2, default=window)
+        | {
+            'attention.softcap': f.given('attn_logit_softcapping', 50.0),
+            'head.softcap': f.given('final_logit_softcapping', 30.0),
+        }
     )
 
 
@@ -34,16 +36,16 @@ def common(f: Fields) -> dict[str, Any]:
     """The fields that Gemma 2 and 3 share."""
     f.only('use_bidirectional_attention', False)
     f.either(('hidden_activation', 'hidden_act'), None)  # published with both
-    fields = sizes(f, kv_heads=4, tied=True) | {'head_dim': f('head_dim', 256)}
+    fields = sizes(f, kv_heads=4, tied=True) | {'attention.head_dim': f('head_dim', 256)}
     bias, scalar = f('attention_bias', False), f('query_pre_attn_scalar', 256)
     return fields | {
-        'activation': ACTIVATIONS[f.only('hidden_activation', *ACTIVATIONS)],
-        'norm_order': 'sandwich',
-        'norm_offset': 1.0,
-        'embedding_scale': fields['model_dim'] ** 0.5,
-        'query_scale': None if scalar == fields['head_dim'] else scalar**-0.5,
-        'qkv_bias': bias,
-        'o_bias': bias,
+        'mlp.activation': ACTIVATIONS[f.only('hidden_activation', *ACTIVATIONS)],
+        'norm.order': 'sandwich',
+        'norm.offset': 1.0,
+        'embedding.scale': fields['model_dim'] ** 0.5,
+        'attention.scale': None if scalar == fields['attention.head_dim'] else scalar**-0.5,
+        'attention.qkv_bias': bias,
+        'attention.o_bias': bias,
     }
 
 
@@ -56,29 +58,29 @@ def read_windows(f: Fields, every: int, default: int) -> dict[str, Any]:
             f'{f.source}: sliding_window is null: {sum(windowed)} layers have it, and need a number of tokens; layer_types '
             'of full_attention alone has none'
         )
-    return {'window': window, 'window_pattern': pattern(windowed)} if any(windowed) else {}
+    return {'attention.window': window, 'attention.window_pattern': pattern(windowed)} if any(windowed) else {}
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    own = {'attn_logit_softcapping': c.attention_softcap, 'final_logit_softcapping': c.logit_softcap}
+    own = {'attn_logit_softcapping': c.attention.softcap, 'final_logit_softcapping': head_of(c).softcap}
     return write_own(c) | write_rope(c) | write_windows(c) | {'model_type': 'gemma2'} | own
 
 
 def write_own(c: ModelConfig) -> dict[str, Any]:
     """The inverse of `common`."""
-    name = next((name for name, ours in ACTIVATIONS.items() if ours == c.activation), 'gelu_pytorch_tanh')
+    name = next((name for name, ours in ACTIVATIONS.items() if ours == c.mlp.activation), 'gelu_pytorch_tanh')
     return write_common(c) | {
         'hidden_act': name,
         'hidden_activation': name,
-        'query_pre_attn_scalar': c.head_dim if c.query_scale is None else round(c.query_scale**-2),
-        'attention_bias': c.qkv_bias,
+        'query_pre_attn_scalar': c.attention.head_dim if c.attention.scale is None else round(c.attention.scale**-2),
+        'attention_bias': c.attention.qkv_bias,
     }
 
 
 def write_windows(c: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_windows`. transformers wants a number even where no layer has the window."""
     types = ['sliding_attention' if kind.windowed else 'full_attention' for kind in c.layer_specs]
-    return {'sliding_window': WINDOW if c.window is None else c.window, 'layer_types': types}
+    return {'sliding_window': WINDOW if c.attention.window is None else c.attention.window, 'layer_types': types}
 
 
 FAMILY = Family(

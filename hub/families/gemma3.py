@@ -5,12 +5,12 @@ Gemma 2 with norms of queries and keys instead of its soft caps. Models that als
 
 from typing import Any
 
-from weft.hub.families import Family, Fields
+from weft.hub.families import Family, Fields, head_of, rotary_of
 from weft.hub.families.gemma2 import NORMS, WINDOW, common, read_windows, write_own, write_windows
 from weft.hub.families.llama import ATTENTION, MLP, OUTER
 from weft.hub.families.qwen3 import QK_NORMS
 from weft.hub.families.rope import read_scaling, write_rope
-from weft.model.config import ModelConfig
+from weft.model.config import ModelConfig, model_of
 from weft.runtime.errors import UserError
 
 SCALINGS = ('linear', 'yarn', 'llama3')
@@ -33,16 +33,22 @@ def read(f: Fields) -> ModelConfig:
     windows = read_windows(f, every, default=WINDOW)
     rope = read_two_ropes(f)
     if not windows:
-        del rope['local_rope_theta']
-    return ModelConfig(
-        **common(f), **windows, **rope, qk_norm=True, logit_softcap=f.given('final_logit_softcapping', None)
+        del rope['positions.local_theta']
+    return model_of(
+        common(f)
+        | windows
+        | rope
+        | {
+            'attention.qk_norm': True,
+            'head.softcap': f.given('final_logit_softcapping', None),
+        }
     )
 
 
 def read_two_ropes(f: Fields) -> dict[str, Any]:
     """Of layers without a window, and of those with it: in fields of their own, or in rope_parameters by kind of layer."""
     f.skip('max_position_embeddings')
-    thetas = {'rope_theta': f('rope_theta', 1e6), 'local_rope_theta': f('rope_local_base_freq', 1e4)}
+    thetas = {'positions.theta': f('rope_theta', 1e6), 'positions.local_theta': f('rope_local_base_freq', 1e4)}
     both = f.part('rope_parameters')
     if both is None:
         scaled = f.part('rope_scaling')
@@ -50,9 +56,9 @@ def read_two_ropes(f: Fields) -> dict[str, Any]:
         scaled, local = both.part('full_attention'), both.part('sliding_attention')
         both.finish()
         if scaled is not None:
-            thetas['rope_theta'] = scaled('rope_theta', thetas['rope_theta'])
+            thetas['positions.theta'] = scaled('rope_theta', thetas['positions.theta'])
         if local is not None:
-            thetas['local_rope_theta'] = local('rope_theta', thetas['local_rope_theta'])
+            thetas['positions.local_theta'] = local('rope_theta', thetas['positions.local_theta'])
             local.only('rope_type', 'default')
             local.finish()
     scaling = None if scaled is None else read_scaling(f, scaled)
@@ -61,13 +67,13 @@ def read_two_ropes(f: Fields) -> dict[str, Any]:
             f'{f.source}: the rotary scaling is of type {scaling.kind}, which this family does not have; '
             f'supported: default, {", ".join(SCALINGS)}'
         )
-    return {name: float(theta) for name, theta in thetas.items()} | {'rope_scaling': scaling}
+    return {name: float(theta) for name, theta in thetas.items()} | {'positions.scaling': scaling}
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    own = {'model_type': 'gemma3_text', 'final_logit_softcapping': c.logit_softcap}
-    if c.local_rope_theta is not None:
-        own['rope_local_base_freq'] = c.local_rope_theta
+    own = {'model_type': 'gemma3_text', 'final_logit_softcapping': head_of(c).softcap}
+    if (local := rotary_of(c).local_theta) is not None:
+        own['rope_local_base_freq'] = local
     return write_own(c) | write_rope(c) | write_windows(c) | own
 
 

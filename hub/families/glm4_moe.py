@@ -8,17 +8,19 @@ from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, common, write_
 from weft.hub.families.qwen3 import QK_NORMS
 from weft.hub.families.qwen3_moe import EXPERTS
 from weft.hub.families.rope import read_rope, write_rope
-from weft.model.config import ModelConfig
+from weft.model.config import ModelConfig, model_of
 
 
 def read(f: Fields) -> ModelConfig:
     rope = read_rope(f, fraction=0.5)
     fields = common(f, epsilon=1e-5, kv_heads=8) | rope | read_experts(f)
-    return ModelConfig(**fields, qk_norm=f('use_qk_norm', False), qkv_bias=f('attention_bias', False))
+    return model_of(
+        fields | {'attention.qk_norm': f('use_qk_norm', False), 'attention.qkv_bias': f('attention_bias', False)}
+    )
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    own = {'model_type': 'glm4_moe', 'use_qk_norm': bool(c.qk_norm), 'attention_bias': c.qkv_bias}
+    own = {'model_type': 'glm4_moe', 'use_qk_norm': bool(c.attention.qk_norm), 'attention_bias': c.attention.qkv_bias}
     return write_common(c) | write_rope(c, fraction=True) | own | write_experts(c)
 
 

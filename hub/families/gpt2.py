@@ -6,7 +6,7 @@ Fields of config.json as transformers has them, with its defaults, which publish
 from typing import Any
 
 from weft.hub.families import Entry, Family, Fields, Flipped, Joined
-from weft.model.config import ModelConfig
+from weft.model.config import AttentionConfig, EmbeddingConfig, LearnedConfig, MLPConfig, ModelConfig, NormConfig
 
 ACTIVATIONS: dict[str, Any] = {  # transformers' names, of which three are one function
     'gelu_new': 'gelu',
@@ -51,18 +51,21 @@ def read(f: Fields) -> ModelConfig:
         vocabulary=f('vocab_size', 50257),
         layers=f.either(('n_layer', 'num_hidden_layers'), 12),
         model_dim=model_dim,
-        heads=f.either(('n_head', 'num_attention_heads'), 12),
-        mlp_dim=f('n_inner', 4 * model_dim),
-        activation=ACTIVATIONS[f.only('activation_function', *ACTIVATIONS)],
-        norm='layernorm',
-        norm_epsilon=f('layer_norm_epsilon', 1e-5),
-        positions='learned',
-        max_positions=f.either(('n_positions', 'max_position_embeddings', 'n_ctx'), 1024),
-        query_scale=None if f('scale_attn_weights', True) else 1.0,
-        query_scale_by_layer=f('scale_attn_by_inverse_layer_idx', False),
-        qkv_bias=True,
-        bias=True,
-        tied_embedding=f('tie_word_embeddings', True),
+        attention=AttentionConfig(
+            heads=f.either(('n_head', 'num_attention_heads'), 12),
+            scale=None if f('scale_attn_weights', True) else 1.0,
+            scale_by_layer=f('scale_attn_by_inverse_layer_idx', False),
+            qkv_bias=True,
+            o_bias=True,
+        ),
+        mlp=MLPConfig(
+            dim=f('n_inner', 4 * model_dim),
+            activation=ACTIVATIONS[f.only('activation_function', *ACTIVATIONS)],
+            bias=True,
+        ),
+        norm=NormConfig(kind='layernorm', epsilon=f('layer_norm_epsilon', 1e-5), bias=True),
+        positions=LearnedConfig(max=f.either(('n_positions', 'max_position_embeddings', 'n_ctx'), 1024)),
+        embedding=EmbeddingConfig(tied=f('tie_word_embeddings', True)),
     )
 
 
@@ -72,14 +75,16 @@ def write(c: ModelConfig) -> dict[str, Any]:
         'vocab_size': c.vocabulary,
         'n_layer': c.layers,
         'n_embd': c.model_dim,
-        'n_head': c.heads,
-        'n_inner': c.mlp_dim,
+        'n_head': c.attention.heads,
+        'n_inner': c.mlp.dim,
         'n_positions': c.max_positions,
-        'activation_function': next((name for name, ours in ACTIVATIONS.items() if ours == c.activation), 'gelu_new'),
-        'layer_norm_epsilon': c.norm_epsilon,
-        'scale_attn_weights': c.query_scale is None,
-        'scale_attn_by_inverse_layer_idx': c.query_scale_by_layer,
-        'tie_word_embeddings': c.tied_embedding,
+        'activation_function': next(
+            (name for name, ours in ACTIVATIONS.items() if ours == c.mlp.activation), 'gelu_new'
+        ),
+        'layer_norm_epsilon': c.norm.epsilon,
+        'scale_attn_weights': c.attention.scale is None,
+        'scale_attn_by_inverse_layer_idx': c.attention.scale_by_layer,
+        'tie_word_embeddings': c.embedding.tied,
     }
 
 

@@ -10,7 +10,7 @@ from weft.hub.families import Entry, Family, Fields, Flipped, Woven
 from weft.hub.families.gemma2 import read_windows, write_windows
 from weft.hub.families.llama import ATTENTION, NORMS, OUTER, sizes, write_common
 from weft.hub.families.rope import read_rope, write_rope
-from weft.model.config import ModelConfig, MoEConfig, RopeScaling
+from weft.model.config import ModelConfig, MoEConfig, RopeScaling, model_of
 from weft.runtime.errors import UserError
 
 YARN = RopeScaling(kind='yarn', factor=32.0, original_positions=4096, truncate=False)  # where a config says nothing
@@ -28,25 +28,30 @@ EXPERTS: dict[str, Entry] = {
 def read(f: Fields) -> ModelConfig:
     f.only('hidden_act', 'silu')
     f.only('swiglu_alpha', 1.702)
-    fields, bias = sizes(f, epsilon=1e-5, kv_heads=8) | {'head_dim': f('head_dim', 64)}, f('attention_bias', True)
+    fields, bias = (
+        sizes(f, epsilon=1e-5, kv_heads=8) | {'attention.head_dim': f('head_dim', 64)},
+        f('attention_bias', True),
+    )
     # A softmax over the chosen logits is a softmax over all of them, made to add up to 1 over the chosen.
     moe = MoEConfig(
         experts=f.either(('num_local_experts', 'num_experts'), 128),
         top_k=f.either(('num_experts_per_tok', 'experts_per_token'), 4),
-        mlp_dim=fields['mlp_dim'],
+        mlp_dim=fields['mlp.dim'],
         router_bias=True,
         bias=True,
     )
-    return ModelConfig(
-        **fields,
-        **read_positions(f),
-        **read_windows(f, every=2, default=128),
-        activation='clamped_swiglu',
-        activation_limit=float(f('swiglu_limit', 7.0)),
-        attention_sinks=True,
-        qkv_bias=bias,
-        o_bias=bias,
-        moe=moe,
+    return model_of(
+        fields
+        | read_positions(f)
+        | read_windows(f, every=2, default=128)
+        | {
+            'mlp.activation': 'clamped_swiglu',
+            'mlp.limit': float(f('swiglu_limit', 7.0)),
+            'attention.sinks': True,
+            'attention.qkv_bias': bias,
+            'attention.o_bias': bias,
+            'moe': moe,
+        }
     )
 
 
@@ -54,8 +59,8 @@ def read_positions(f: Fields) -> dict[str, Any]:
     """Rotary positions; YaRN's where a config does not speak of scaling."""
     rope = read_rope(f, 150_000.0)
     if f('rope_parameters', None) is None and f('rope_scaling', None) is None:
-        rope['rope_scaling'] = YARN
-    said, scaling = f('initial_context_length', None), rope['rope_scaling']
+        rope['positions.scaling'] = YARN
+    said, scaling = f('initial_context_length', None), rope['positions.scaling']
     if said is not None and scaling and said != scaling.original_positions:
         raise UserError(
             f'{f.source}: initial_context_length is {said} and original_max_position_embeddings '
@@ -67,8 +72,8 @@ def read_positions(f: Fields) -> dict[str, Any]:
 def write(c: ModelConfig) -> dict[str, Any]:
     own: dict[str, Any] = {
         'model_type': 'gpt_oss',
-        'attention_bias': c.qkv_bias,
-        'swiglu_limit': c.activation_limit,
+        'attention_bias': c.attention.qkv_bias,
+        'swiglu_limit': c.mlp.limit,
     }
     if c.rope_scaling is None:
         own['rope_scaling'] = {'rope_type': 'default'}  # without it there would be YaRN

@@ -7,9 +7,9 @@ see than its epsilon).
 
 from typing import Any
 
-from weft.hub.families import Family, Fields
+from weft.hub.families import Family, Fields, head_of
 from weft.hub.families.llama import sizes, write_common
-from weft.model.config import ModelConfig, MoEConfig
+from weft.model.config import ModelConfig, MoEConfig, model_of
 
 NAMES = {
     'model.embed_tokens.weight': 'embed_VD',
@@ -39,26 +39,28 @@ def read(f: Fields) -> ModelConfig:
         mlp_dim=f('intermediate_size'),
         renormalize=False,
     )
-    fields = sizes(f, epsilon=1e-5) | {'tied_embedding': f('tie_word_embeddings', True)}
-    return ModelConfig(
-        **fields,
-        activation='geglu',
-        norm_order='sandwich',
-        query_scale=f('attn_output_multiplier', 128**-0.5),
-        attention_softcap=f('max_attn_value', 30.0),
-        embedding_scale=f('embedding_multiplier_scale', 6144**0.5),
-        logit_scale=f('output_multiplier_scale', 3**-0.5),
-        moe=moe,
+    fields = sizes(f, epsilon=1e-5) | {'embedding.tied': f('tie_word_embeddings', True)}
+    return model_of(
+        fields
+        | {
+            'mlp.activation': 'geglu',
+            'norm.order': 'sandwich',
+            'attention.scale': f('attn_output_multiplier', 128**-0.5),
+            'attention.softcap': f('max_attn_value', 30.0),
+            'embedding.scale': f('embedding_multiplier_scale', 6144**0.5),
+            'head.scale': f('output_multiplier_scale', 3**-0.5),
+            'moe': moe,
+        }
     )
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
     fields = write_common(c) | {
         'model_type': 'grok-1',
-        'attn_output_multiplier': c.query_scale,
-        'max_attn_value': c.attention_softcap,
-        'embedding_multiplier_scale': c.embedding_scale,
-        'output_multiplier_scale': c.logit_scale,
+        'attn_output_multiplier': c.attention.scale,
+        'max_attn_value': c.attention.softcap,
+        'embedding_multiplier_scale': c.embedding.scale,
+        'output_multiplier_scale': head_of(c).scale,
     }
     del fields['hidden_act'], fields['head_dim']
     if c.moe:

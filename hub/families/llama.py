@@ -7,7 +7,7 @@ from typing import Any
 
 from weft.hub.families import Family, Fields
 from weft.hub.families.rope import read_rope, write_rope
-from weft.model.config import ModelConfig
+from weft.model.config import ModelConfig, model_of
 from weft.runtime.errors import UserError
 from weft.storage.foreign import shown_value
 
@@ -42,7 +42,7 @@ OUTER = {
 
 def read(f: Fields) -> ModelConfig:
     no_windows(f)
-    return ModelConfig(**common(f), **read_rope(f), **biases(f))
+    return model_of(common(f) | read_rope(f) | biases(f))
 
 
 def common(f: Fields, epsilon: float = 1e-6, kv_heads: int | None = None) -> dict[str, Any]:
@@ -60,12 +60,12 @@ def sizes(f: Fields, epsilon: float = 1e-6, kv_heads: int | None = None, tied: b
         'vocabulary': f('vocab_size'),
         'layers': f('num_hidden_layers'),
         'model_dim': f('hidden_size'),
-        'heads': f('num_attention_heads'),
-        'kv_heads': f.given('num_key_value_heads', kv_heads) or f('num_attention_heads'),
-        'head_dim': f('head_dim', f('hidden_size') // f('num_attention_heads')),
-        'mlp_dim': f('intermediate_size'),
-        'norm_epsilon': f('rms_norm_eps', epsilon),
-        'tied_embedding': f('tie_word_embeddings', tied),
+        'attention.heads': f('num_attention_heads'),
+        'attention.kv_heads': f.given('num_key_value_heads', kv_heads) or f('num_attention_heads'),
+        'attention.head_dim': f('head_dim', f('hidden_size') // f('num_attention_heads')),
+        'mlp.dim': f('intermediate_size'),
+        'norm.epsilon': f('rms_norm_eps', epsilon),
+        'embedding.tied': f('tie_word_embeddings', tied),
     }
 
 
@@ -81,12 +81,14 @@ def no_windows(f: Fields) -> None:
 def biases(f: Fields) -> dict[str, Any]:
     """Of all attention's projections, of all of the MLP's."""
     attention, mlp = f('attention_bias', False), f('mlp_bias', False)
-    return {'qkv_bias': attention, 'o_bias': attention, 'mlp_bias': mlp}
+    return {'attention.qkv_bias': attention, 'attention.o_bias': attention, 'mlp.bias': mlp}
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
     return (
-        write_common(c) | write_rope(c) | {'model_type': 'llama', 'attention_bias': c.qkv_bias, 'mlp_bias': c.mlp_bias}
+        write_common(c)
+        | write_rope(c)
+        | {'model_type': 'llama', 'attention_bias': c.attention.qkv_bias, 'mlp_bias': c.mlp.bias}
     )
 
 
@@ -97,12 +99,12 @@ def write_common(c: ModelConfig) -> dict[str, Any]:
         'vocab_size': c.vocabulary,
         'num_hidden_layers': c.layers,
         'hidden_size': c.model_dim,
-        'num_attention_heads': c.heads,
-        'num_key_value_heads': c.kv_heads,
-        'head_dim': c.head_dim,
-        'intermediate_size': c.mlp_dim,
-        'rms_norm_eps': c.norm_epsilon,
-        'tie_word_embeddings': c.tied_embedding,
+        'num_attention_heads': c.attention.heads,
+        'num_key_value_heads': c.attention.kv_heads,
+        'head_dim': c.attention.head_dim,
+        'intermediate_size': c.mlp.dim,
+        'rms_norm_eps': c.norm.epsilon,
+        'tie_word_embeddings': c.embedding.tied,
     }
 
 

@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 
 from weft.hub.families import Family, Fields, Row
-from weft.model.config import EncoderConfig, ModelConfig
+from weft.model.config import (
+    AttentionConfig,
+    EmbeddingConfig,
+    EncoderConfig,
+    HeadConfig,
+    MLPConfig,
+    ModelConfig,
+    NormConfig,
+    SinusoidalConfig,
+)
 from weft.model.layers.positions import sinusoids
 from weft.runtime.errors import UserError
 
@@ -75,18 +84,17 @@ def read(f: Fields) -> ModelConfig:
         vocabulary=vocabulary,
         layers=f('decoder_layers', 12),
         model_dim=width,
-        heads=heads,
-        mlp_dim=f('decoder_ffn_dim', 4096),
-        activation=ACTIVATIONS[f.only('activation_function', *ACTIVATIONS)],
-        norm='layernorm',
-        norm_order='post',
-        positions='sinusoidal',
-        max_positions=f('max_position_embeddings', 1024),
-        qkv_bias=True,
-        bias=True,
+        attention=AttentionConfig(heads=heads, qkv_bias=True, o_bias=True),
+        mlp=MLPConfig(
+            dim=f('decoder_ffn_dim', 4096),
+            activation=ACTIVATIONS[f.only('activation_function', *ACTIVATIONS)],
+            bias=True,
+        ),
+        norm=NormConfig(kind='layernorm', order='post', bias=True),
+        positions=SinusoidalConfig(max=f('max_position_embeddings', 1024)),
         encoder=EncoderConfig(layers=f('encoder_layers', 12), start_token=f('decoder_start_token_id', 58100), **own),
-        embedding_scale=math.sqrt(width) if f('scale_embedding', False) else 1.0,
-        head_bias=True,
+        embedding=EmbeddingConfig(scale=math.sqrt(width) if f('scale_embedding', False) else 1.0),
+        head=HeadConfig(bias=True),
     )
 
 
@@ -102,14 +110,14 @@ def write(c: ModelConfig) -> dict[str, Any]:
         'decoder_vocab_size': c.vocabulary,
         'd_model': c.model_dim,
         'encoder_layers': e.layers,
-        'encoder_attention_heads': e.heads,
-        'encoder_ffn_dim': e.mlp_dim,
+        'encoder_attention_heads': e.attention.heads,
+        'encoder_ffn_dim': e.mlp.dim,
         'decoder_layers': c.layers,
-        'decoder_attention_heads': c.heads,
-        'decoder_ffn_dim': c.mlp_dim,
-        'activation_function': known.get(c.activation, 'relu'),
+        'decoder_attention_heads': c.attention.heads,
+        'decoder_ffn_dim': c.mlp.dim,
+        'activation_function': known.get(c.mlp.activation, 'relu'),
         'max_position_embeddings': c.max_positions,
-        'scale_embedding': c.embedding_scale != 1,
+        'scale_embedding': c.embedding.scale != 1,
         'decoder_start_token_id': start,
         'pad_token_id': start,
     }

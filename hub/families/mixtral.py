@@ -5,7 +5,7 @@ from typing import Any
 from weft.hub.families import Family, Fields
 from weft.hub.families.llama import ATTENTION, NORMS, OUTER, common, write_common
 from weft.hub.families.rope import read_rope, write_rope
-from weft.model.config import ModelConfig, MoEConfig
+from weft.model.config import ModelConfig, MoEConfig, model_of
 
 EXPERTS = {
     'model.layers.{i}.block_sparse_moe.gate.weight': 'mlp.router.w_IO',
@@ -18,8 +18,8 @@ EXPERTS = {
 def read(f: Fields) -> ModelConfig:
     fields = common(f, epsilon=1e-5, kv_heads=8)
     # A softmax over the chosen logits is a softmax over all of them, made to add up to 1 over the chosen.
-    moe = MoEConfig(experts=f('num_local_experts', 8), top_k=f('num_experts_per_tok', 2), mlp_dim=fields['mlp_dim'])
-    return ModelConfig(**fields, **read_rope(f, 1e6), window=f('sliding_window', None), moe=moe)
+    moe = MoEConfig(experts=f('num_local_experts', 8), top_k=f('num_experts_per_tok', 2), mlp_dim=fields['mlp.dim'])
+    return model_of(fields | read_rope(f, 1e6) | {'attention.window': f('sliding_window', None), 'moe': moe})
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def write(c: ModelConfig) -> dict[str, Any]:
     experts = {}
     if m:
         experts = {'num_local_experts': m.experts, 'num_experts_per_tok': m.top_k, 'intermediate_size': m.mlp_dim}
-    return write_common(c) | write_rope(c) | {'model_type': 'mixtral', 'sliding_window': c.window} | experts
+    return write_common(c) | write_rope(c) | {'model_type': 'mixtral', 'sliding_window': c.attention.window} | experts
 
 
 FAMILY = Family(

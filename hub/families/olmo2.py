@@ -6,7 +6,7 @@ from weft.hub.families import Family, Fields
 from weft.hub.families.llama import ATTENTION, MLP, OUTER, common, no_windows, write_common
 from weft.hub.families.olmoe import QK_NORMS
 from weft.hub.families.rope import read_rope, write_rope
-from weft.model.config import ModelConfig
+from weft.model.config import ModelConfig, model_of
 
 NORMS = {
     'model.layers.{i}.post_attention_layernorm.weight': 'attention_norm.scale_D',
@@ -18,11 +18,14 @@ def read(f: Fields) -> ModelConfig:
     no_windows(f)
     bias = f('attention_bias', False)
     fields = common(f, epsilon=1e-5) | read_rope(f)
-    return ModelConfig(**fields, norm_order='output', qk_norm='full', qkv_bias=bias, o_bias=bias)
+    return model_of(
+        fields
+        | {'norm.order': 'output', 'attention.qk_norm': 'full', 'attention.qkv_bias': bias, 'attention.o_bias': bias}
+    )
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    return write_common(c) | write_rope(c) | {'model_type': 'olmo2', 'attention_bias': c.qkv_bias}
+    return write_common(c) | write_rope(c) | {'model_type': 'olmo2', 'attention_bias': c.attention.qkv_bias}
 
 
 FAMILY = Family(

@@ -6,7 +6,7 @@ from weft.hub.families import Family, Fields
 from weft.hub.families.llama import ATTENTION, NORMS, OUTER, common, write_common
 from weft.hub.families.qwen3_moe import EXPERTS
 from weft.hub.families.rope import read_rope, write_rope
-from weft.model.config import ModelConfig, MoEConfig
+from weft.model.config import ModelConfig, MoEConfig, model_of
 
 QK_NORMS = {
     'model.layers.{i}.self_attn.q_norm.weight': 'attention.q_scale_N',
@@ -20,14 +20,18 @@ def read(f: Fields) -> ModelConfig:
     moe = MoEConfig(
         experts=f('num_experts', 64),
         top_k=f('num_experts_per_tok', 8),
-        mlp_dim=fields['mlp_dim'],
+        mlp_dim=fields['mlp.dim'],
         renormalize=f('norm_topk_prob', False),
     )
-    return ModelConfig(**fields, **read_rope(f), qk_norm='full', qkv_bias=bias, o_bias=bias, moe=moe)
+    return model_of(
+        fields
+        | read_rope(f)
+        | {'attention.qk_norm': 'full', 'attention.qkv_bias': bias, 'attention.o_bias': bias, 'moe': moe}
+    )
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    own: dict[str, Any] = {'model_type': 'olmoe', 'attention_bias': c.qkv_bias, 'clip_qkv': None}
+    own: dict[str, Any] = {'model_type': 'olmoe', 'attention_bias': c.attention.qkv_bias, 'clip_qkv': None}
     if c.moe:
         own |= {
             'num_experts': c.moe.experts,

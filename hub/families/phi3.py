@@ -5,7 +5,7 @@ from typing import Any
 from weft.hub.families import Entry, Family, Fields, Joined
 from weft.hub.families.llama import NORMS, OUTER, common, write_common
 from weft.hub.families.rope import read_rope, write_rope
-from weft.model.config import ModelConfig
+from weft.model.config import ModelConfig, model_of
 from weft.runtime.errors import UserError
 
 FUSED: dict[str, Entry] = {
@@ -23,16 +23,18 @@ def read(f: Fields) -> ModelConfig:
         f.only(name, 1)
     f.skip('original_max_position_embeddings')
     rope = read_rope(f, fraction=1.0, original=4096)
-    if rope['rope_scaling'] and rope['rope_scaling'].kind != 'longrope':
+    if rope['positions.scaling'] and rope['positions.scaling'].kind != 'longrope':
         raise UserError(
-            f'{f.source}: rope_scaling is of type {rope["rope_scaling"].kind}, which this family does not have; '
+            f'{f.source}: rope_scaling is of type {rope["positions.scaling"].kind}, which this family does not have; '
             'supported: default, longrope'
         )
-    return ModelConfig(**common(f, epsilon=1e-5), **rope, window=f('sliding_window', None))
+    return model_of(common(f, epsilon=1e-5) | rope | {'attention.window': f('sliding_window', None)})
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    fields = write_common(c) | write_rope(c, fraction=True) | {'model_type': 'phi3', 'sliding_window': c.window}
+    fields = (
+        write_common(c) | write_rope(c, fraction=True) | {'model_type': 'phi3', 'sliding_window': c.attention.window}
+    )
     s = c.rope_scaling
     if s and s.kind == 'longrope':
         # As published: transformers before 5 wants type, short_factor and long_factor, and no other field.

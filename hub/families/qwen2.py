@@ -5,14 +5,14 @@ from typing import Any
 from weft.hub.families import Family, Fields, pattern
 from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, common, write_common
 from weft.hub.families.rope import read_rope, write_rope
-from weft.model.config import ModelConfig
+from weft.model.config import ModelConfig, model_of
 from weft.runtime.errors import UserError
 from weft.storage.foreign import shown_value
 
 
 def read(f: Fields) -> ModelConfig:
     f.only('use_mrope', False)
-    return ModelConfig(**common(f, kv_heads=32), **read_rope(f), **read_window(f), qkv_bias=True)
+    return model_of(common(f, kv_heads=32) | read_rope(f) | read_window(f) | {'attention.qkv_bias': True})
 
 
 def read_window(f: Fields) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def read_windows(f: Fields, default: list[bool]) -> dict[str, Any]:
             f'{f.source}: layer_types has sliding_attention and use_sliding_window is {on}, sliding_window '
             f'{f("sliding_window", None)}: such layers need true and a number of tokens'
         )
-    return {'window': window, 'window_pattern': pattern(windowed)} if any(windowed) else {}
+    return {'attention.window': window, 'attention.window_pattern': pattern(windowed)} if any(windowed) else {}
 
 
 def read_types(f: Fields, types: list[str]) -> list[bool]:
@@ -52,8 +52,8 @@ def write(c: ModelConfig) -> dict[str, Any]:
 def write_window(c: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_window`."""
     return {
-        'use_sliding_window': c.window is not None,
-        'sliding_window': c.window,
+        'use_sliding_window': c.attention.window is not None,
+        'sliding_window': c.attention.window,
         'max_window_layers': c.layers,
         'layer_types': ['sliding_attention' if kind.windowed else 'full_attention' for kind in c.layer_specs],
     }

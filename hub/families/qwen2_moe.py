@@ -7,7 +7,7 @@ from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, common, write_
 from weft.hub.families.qwen2 import read_windows, write_window
 from weft.hub.families.qwen3_moe import EXPERTS, read_sparse, write_sparse
 from weft.hub.families.rope import read_rope, write_rope
-from weft.model.config import ModelConfig, MoEConfig
+from weft.model.config import ModelConfig, MoEConfig, model_of
 
 SHARED: dict[str, Entry] = {
     'model.layers.{i}.mlp.shared_expert.gate_proj.weight': 'mlp.shared.gate.w_IO',
@@ -31,11 +31,13 @@ def read(f: Fields) -> ModelConfig:
     first = f('max_window_layers', 28)
     # Every second layer of the first: so transformers has it, unlike in Qwen2 without experts.
     windows = read_windows(f, [i < first and i % 2 == 0 for i in range(f('num_hidden_layers'))])
-    return ModelConfig(**common(f, kv_heads=16), **read_rope(f), **windows, qkv_bias=f('qkv_bias', True), moe=moe)
+    return model_of(
+        common(f, kv_heads=16) | read_rope(f) | windows | {'attention.qkv_bias': f('qkv_bias', True), 'moe': moe}
+    )
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    own = {'model_type': 'qwen2_moe', 'qkv_bias': c.qkv_bias} | write_sparse(c)
+    own = {'model_type': 'qwen2_moe', 'qkv_bias': c.attention.qkv_bias} | write_sparse(c)
     if c.moe and c.moe.shared_experts:
         own['shared_expert_intermediate_size'] = c.moe.shared_dim
     return write_common(c) | write_rope(c) | write_window(c) | own

@@ -6,7 +6,7 @@ from weft.hub.families import Family, Fields
 from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, common, write_common
 from weft.hub.families.qwen2 import read_window, write_window
 from weft.hub.families.rope import read_rope, write_rope
-from weft.model.config import ModelConfig
+from weft.model.config import ModelConfig, model_of
 
 HEAD_DIM = 128  # where a config leaves it out
 QK_NORMS = {
@@ -16,13 +16,18 @@ QK_NORMS = {
 
 
 def read(f: Fields) -> ModelConfig:
-    fields = common(f, kv_heads=32) | {'head_dim': f('head_dim', HEAD_DIM)}
+    fields = common(f, kv_heads=32) | {'attention.head_dim': f('head_dim', HEAD_DIM)}
     bias = f('attention_bias', False)
-    return ModelConfig(**fields, **read_rope(f), **read_window(f), qk_norm=True, qkv_bias=bias, o_bias=bias)
+    return model_of(
+        fields
+        | read_rope(f)
+        | read_window(f)
+        | {'attention.qk_norm': True, 'attention.qkv_bias': bias, 'attention.o_bias': bias}
+    )
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    own = {'model_type': 'qwen3', 'attention_bias': c.qkv_bias}
+    own = {'model_type': 'qwen3', 'attention_bias': c.attention.qkv_bias}
     return write_common(c) | write_rope(c) | write_window(c) | own
 
 

@@ -6,7 +6,7 @@ from weft.hub.families import Family, Fields, pattern
 from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, common, write_common
 from weft.hub.families.qwen3 import QK_NORMS
 from weft.hub.families.rope import read_rope, write_rope
-from weft.model.config import ModelConfig, MoEConfig
+from weft.model.config import ModelConfig, MoEConfig, model_of
 
 EXPERTS = {
     'model.layers.{i}.mlp.gate.weight': 'mlp.router.w_IO',
@@ -29,7 +29,16 @@ def read(f: Fields) -> ModelConfig:
     window = f.given('sliding_window', 4096)
     window = window if f('use_sliding_window', False) else None
     fields = common(f, kv_heads=4) | read_rope(f)
-    return ModelConfig(**fields, qk_norm=True, qkv_bias=bias, o_bias=bias, window=window, moe=moe)
+    return model_of(
+        fields
+        | {
+            'attention.qk_norm': True,
+            'attention.qkv_bias': bias,
+            'attention.o_bias': bias,
+            'attention.window': window,
+            'moe': moe,
+        }
+    )
 
 
 def read_sparse(f: Fields) -> list[bool]:
@@ -41,9 +50,9 @@ def read_sparse(f: Fields) -> list[bool]:
 def write(c: ModelConfig) -> dict[str, Any]:
     own: dict[str, Any] = {
         'model_type': 'qwen3_moe',
-        'attention_bias': c.qkv_bias,
-        'use_sliding_window': c.window is not None,
-        'sliding_window': c.window,
+        'attention_bias': c.attention.qkv_bias,
+        'use_sliding_window': c.attention.window is not None,
+        'sliding_window': c.attention.window,
     }
     return write_common(c) | write_rope(c) | own | write_sparse(c)
 

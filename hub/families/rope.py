@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from weft.hub.families import Fields
+from weft.hub.families import Fields, rotary_of
 from weft.model.config import ModelConfig, RopeScaling
 from weft.model.layers.rope import yarn_gain
 from weft.runtime.errors import UserError, shown
@@ -16,7 +16,7 @@ def read_rope(
     original: int | None = None,
     scores: bool = False,
 ) -> dict[str, Any]:
-    """The fields of ModelConfig that say how positions turn, with a family's defaults.
+    """The fields of a model that say how positions turn, with a family's defaults.
 
     `fraction` is the part of a head that turns, None in families that have no such field; `original` the old context;
     `scores` whether mscale_all_dim makes them grow, as in DeepSeek's models, and not only queries and keys.
@@ -24,10 +24,10 @@ def read_rope(
     f.skip('max_position_embeddings')
     p = rope_part(f)
     said = lambda name, default: f(name, default) if p is None else p(name, f(name, default))
-    found: dict[str, Any] = {'rope_theta': float(said('rope_theta', default_theta))}
+    found: dict[str, Any] = {'positions.theta': float(said('rope_theta', default_theta))}
     if fraction is not None:
-        found['rotary_fraction'] = float(said('partial_rotary_factor', fraction))
-    return found | {'rope_scaling': None if p is None else read_scaling(f, p, original, scores)}
+        found['positions.fraction'] = float(said('partial_rotary_factor', fraction))
+    return found | {'positions.scaling': None if p is None else read_scaling(f, p, original, scores)}
 
 
 def rope_part(f: Fields) -> Fields | None:
@@ -109,11 +109,12 @@ def _yarn_gain(p: Fields) -> float | None:
 
 def write_rope(c: ModelConfig, fraction: bool = False) -> dict[str, Any]:
     """The inverse of `read_rope`."""
-    fields: dict[str, Any] = {'rope_theta': c.rope_theta}
+    p = rotary_of(c)
+    fields: dict[str, Any] = {'rope_theta': p.theta}
     if fraction:
-        fields['partial_rotary_factor'] = c.rotary_fraction
-    if c.rope_scaling:
-        fields['rope_scaling'] = write_scaling(c.rope_scaling)
+        fields['partial_rotary_factor'] = p.fraction
+    if p.scaling:
+        fields['rope_scaling'] = write_scaling(p.scaling)
         if (whole := positions(c)) is not None:
             fields['max_position_embeddings'] = whole
     return fields

@@ -6,7 +6,7 @@ from weft.hub.families import Family, Fields, pattern
 from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, biases, sizes, write_common
 from weft.hub.families.qwen2 import read_types
 from weft.hub.families.rope import read_rope, write_rope
-from weft.model.config import ModelConfig
+from weft.model.config import ModelConfig, model_of
 from weft.runtime.errors import UserError
 from weft.storage.foreign import shown_value
 
@@ -16,7 +16,7 @@ def read(f: Fields) -> ModelConfig:
     f.skip('max_window_layers')  # of other models' code, which SmolLM3's does not read
     turned = read_turned(f)
     fields = sizes(f, kv_heads=4, tied=True) | read_rope(f, 2e6) | biases(f) | read_window(f, turned)
-    return ModelConfig(**fields, rotary_pattern=pattern(turned))
+    return model_of(fields | {'positions.pattern': pattern(turned)})
 
 
 def read_turned(f: Fields) -> list[bool]:
@@ -44,7 +44,7 @@ def read_window(f: Fields, turned: list[bool]) -> dict[str, Any]:
             f'{f.source}: layer_types has sliding_attention and use_sliding_window is {on}, sliding_window '
             f'{f("sliding_window", None)}: such layers need true and a number of tokens'
         )
-    return {'window': window, 'window_pattern': pattern(windowed)} if any(windowed) else {}
+    return {'attention.window': window, 'attention.window_pattern': pattern(windowed)} if any(windowed) else {}
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
@@ -53,11 +53,11 @@ def write(c: ModelConfig) -> dict[str, Any]:
         | write_rope(c)
         | {
             'model_type': 'smollm3',
-            'attention_bias': c.qkv_bias,
-            'mlp_bias': c.mlp_bias,
+            'attention_bias': c.attention.qkv_bias,
+            'mlp_bias': c.mlp.bias,
             'no_rope_layers': [int(kind.turned) for kind in c.layer_specs],
-            'use_sliding_window': c.window is not None,
-            'sliding_window': c.window,
+            'use_sliding_window': c.attention.window is not None,
+            'sliding_window': c.attention.window,
             'layer_types': ['sliding_attention' if kind.windowed else 'full_attention' for kind in c.layer_specs],
         }
     )

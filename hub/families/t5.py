@@ -6,8 +6,17 @@ of its own; before it one relu and the embedding as the head, on activations sca
 
 from typing import Any
 
-from weft.hub.families import Family, Fields, Where
-from weft.model.config import EncoderConfig, ModelConfig
+from weft.hub.families import Family, Fields, Where, head_of
+from weft.model.config import (
+    AttentionConfig,
+    EmbeddingConfig,
+    EncoderConfig,
+    HeadConfig,
+    MLPConfig,
+    ModelConfig,
+    NormConfig,
+    RelativeConfig,
+)
 from weft.runtime.errors import UserError
 
 # By published name; the first of two is the one that is written.
@@ -77,18 +86,17 @@ def read(f: Fields) -> ModelConfig:
         vocabulary=f('vocab_size', 32128),
         layers=f('num_decoder_layers', layers),
         model_dim=width,
-        heads=f('num_heads', 8),
-        head_dim=f('d_kv', 64),
-        mlp_dim=f('d_ff', 2048),
-        activation=ACTIVATIONS[f.only('feed_forward_proj', *ACTIVATIONS, default='relu')],
-        norm_epsilon=f('layer_norm_epsilon', 1e-6),
-        positions='relative',
-        relative_buckets=f('relative_attention_num_buckets', 32),
-        relative_most=f('relative_attention_max_distance', 128),
-        query_scale=1.0,
+        attention=AttentionConfig(heads=f('num_heads', 8), head_dim=f('d_kv', 64), scale=1.0),
+        mlp=MLPConfig(
+            dim=f('d_ff', 2048), activation=ACTIVATIONS[f.only('feed_forward_proj', *ACTIVATIONS, default='relu')]
+        ),
+        norm=NormConfig(epsilon=f('layer_norm_epsilon', 1e-6)),
+        positions=RelativeConfig(
+            buckets=f('relative_attention_num_buckets', 32), max_distance=f('relative_attention_max_distance', 128)
+        ),
         encoder=EncoderConfig(layers=layers, start_token=f('decoder_start_token_id', f('pad_token_id', 0))),
-        tied_embedding=tied and scaled,
-        logit_scale=width**-0.5 if scaled else 1.0,
+        embedding=EmbeddingConfig(tied=tied and scaled),
+        head=HeadConfig(scale=width**-0.5 if scaled else 1.0),
     )
 
 
@@ -96,7 +104,7 @@ def write(c: ModelConfig) -> dict[str, Any]:
     known = {ours: published for published, ours in reversed(ACTIVATIONS.items())}
     if c.encoder is None:
         raise UserError('model.encoder is null: T5 has one')
-    start = c.encoder.start_token or 0
+    start, p = c.encoder.start_token or 0, c.positions if isinstance(c.positions, RelativeConfig) else RelativeConfig()
     return {
         'model_type': 't5',
         'is_encoder_decoder': True,
@@ -104,15 +112,15 @@ def write(c: ModelConfig) -> dict[str, Any]:
         'num_layers': c.encoder.layers,
         'num_decoder_layers': c.layers,
         'd_model': c.model_dim,
-        'num_heads': c.heads,
-        'd_kv': c.head_dim,
-        'd_ff': c.mlp_dim,
-        'feed_forward_proj': known.get(c.activation, 'gated-gelu'),
-        'layer_norm_epsilon': c.norm_epsilon,
-        'relative_attention_num_buckets': c.relative_buckets,
-        'relative_attention_max_distance': c.relative_most,
-        'tie_word_embeddings': c.tied_embedding,
-        'scale_decoder_outputs': c.logit_scale != 1,
+        'num_heads': c.attention.heads,
+        'd_kv': c.attention.head_dim,
+        'd_ff': c.mlp.dim,
+        'feed_forward_proj': known.get(c.mlp.activation, 'gated-gelu'),
+        'layer_norm_epsilon': c.norm.epsilon,
+        'relative_attention_num_buckets': p.buckets,
+        'relative_attention_max_distance': p.max_distance,
+        'tie_word_embeddings': c.embedding.tied,
+        'scale_decoder_outputs': head_of(c).scale != 1,
         'decoder_start_token_id': start,
         'pad_token_id': start,
     }

@@ -18,6 +18,7 @@ from weft.model.linear import Linear, TransposedLinear
 from weft.model.ops.attention import Relative, attention
 from weft.model.ops.attention.cached import cached_attention
 from weft.model.parameters import Role, Size, parameter, residual_gain
+from weft.model.parts.registry import MIXERS
 from weft.sharding.collectives import upcast
 from weft.sharding.mesh import Divides
 
@@ -30,61 +31,72 @@ class Attention(nnx.Module):
 
     def __init__(self, c: ModelConfig, kind: LayerSpec, part: str = 'attention'):
         self.config, self.windowed, self.turned = c, kind.windowed, kind.turned
-        D, H, K = Size(c.model_dim, 'model.model_dim'), c.head_dim, c.kv_heads
-        N = Size(c.heads * H, 'model.heads', c.heads)
+        D, H, K = Size(c.model_dim, 'model.model_dim'), c.attention.head_dim, c.attention.kv_heads
+        N = Size(c.attention.heads * H, 'model.attention.heads', c.attention.heads)
         of_source = part == 'cross_attention'
-        self.q = Linear(D, N, part=part, bias=c.qkv_bias)
-        self.k = KVLinear(D, K, H, part=part, bias=c.qkv_bias, of_source=of_source)
-        self.v = KVLinear(D, K, H, part=part, bias=c.qkv_bias, of_source=of_source)
-        self.o = TransposedLinear(N, D, part=part, bias=c.bias or c.o_bias, gain=residual_gain(c.layers))
-        one = {'value': 1.0 - c.norm_offset, 'part': part}
-        if c.qk_norm == 'full':
+        self.q = Linear(D, N, part=part, bias=c.attention.qkv_bias)
+        self.k = KVLinear(D, K, H, part=part, bias=c.attention.qkv_bias, of_source=of_source)
+        self.v = KVLinear(D, K, H, part=part, bias=c.attention.qkv_bias, of_source=of_source)
+        self.o = TransposedLinear(N, D, part=part, bias=c.attention.o_bias, gain=residual_gain(c.layers))
+        one = {'value': 1.0 - c.norm.offset, 'part': part}
+        if c.attention.qk_norm == 'full':
             self.q_scale_N = parameter((N,), P('tensor'), Role.SCALE, **one)
             self.k_scale_M = parameter((kv_width(K, H),), P('tensor'), Role.SCALE, repeats=K, **one)
-        elif c.qk_norm:
+        elif c.attention.qk_norm:
             self.q_scale_H = parameter((H,), P(None), Role.SCALE, **one)
             self.k_scale_H = parameter((H,), P(None), Role.SCALE, **one)
-        if c.attention_sinks:
-            self.sink_N = parameter((Size(c.heads, 'model.heads'),), P('tensor'), Role.VECTOR, part=part)
+        if c.attention.sinks:
+            self.sink_N = parameter(
+                (Size(c.attention.heads, 'model.attention.heads'),), P('tensor'), Role.VECTOR, part=part
+            )
 
     @staticmethod
     def rules(c: ModelConfig) -> list[Divides]:
         """What a mesh must divide beside the weights."""
-        heads = Divides(('tensor',), 'model.heads', c.heads)
-        return [heads, Divides(('tensor',), 'model.kv_heads', c.kv_heads, or_repeats=True)]
+        heads = Divides(('tensor',), 'model.attention.heads', c.attention.heads)
+        return [heads, Divides(('tensor',), 'model.attention.kv_heads', c.attention.kv_heads, or_repeats=True)]
 
     @staticmethod
     def cache(c: ModelConfig, kind: LayerSpec, size: CacheSize) -> DenseCache:
         """What decoding keeps: a key and a value for each KV head."""
-        return token_cache(size, c.window if kind.windowed else None, c.kv_heads, c.head_dim, c.head_dim)
+        return token_cache(
+            size,
+            c.attention.window if kind.windowed else None,
+            c.attention.kv_heads,
+            c.attention.head_dim,
+            c.attention.head_dim,
+        )
 
     def __call__(self, x_BTD, ctx: ForwardContext, cache: DenseCache | None, layer):
         """The block's output in the layout between blocks, and the cache with these tokens' keys and values."""
-        c, H = self.config, self.config.head_dim
+        c, H = self.config, self.config.attention.head_dim
         x_BTD = ctx.gather_sequence(x_BTD)
         q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
-        if c.qk_norm == 'full':
-            q = norm_of_all(q, offset(self.q_scale_N[...], c), c.heads, c)
-            k = norm_of_all(k, offset(local_kv_heads(self.k_scale_M[...], c.kv_heads, H), c), c.kv_heads, c)
+        if c.attention.qk_norm == 'full':
+            q = norm_of_all(q, offset(self.q_scale_N[...], c), c.attention.heads, c)
+            k = norm_of_all(
+                k, offset(local_kv_heads(self.k_scale_M[...], c.attention.kv_heads, H), c), c.attention.kv_heads, c
+            )
         k_BTKH, v_BTKH = (a.reshape(*a.shape[:2], -1, H) for a in (k, v))
         q_BTKGH = q.reshape(*q.shape[:2], k_BTKH.shape[2], -1, H)
-        if c.qk_norm and c.qk_norm != 'full':
-            q_BTKGH = rms_norm(q_BTKGH, offset(self.q_scale_H[...], c), c.norm_epsilon)
-            k_BTKH = rms_norm(k_BTKH, offset(self.k_scale_H[...], c), c.norm_epsilon)
-        if c.query_scale_by_layer:
+        if c.attention.qk_norm and c.attention.qk_norm != 'full':
+            q_BTKGH = rms_norm(q_BTKGH, offset(self.q_scale_H[...], c), c.norm.epsilon)
+            k_BTKH = rms_norm(k_BTKH, offset(self.k_scale_H[...], c), c.norm.epsilon)
+        if c.attention.scale_by_layer:
             q_BTKGH = (upcast(q_BTKGH) / (layer + 1)).astype(q_BTKGH.dtype)
-        if c.positions == 'rotary' and self.turned:
+        if c.positions.kind == 'rotary' and self.turned:
             place = (ctx.position_BT, ctx.segment_BT)
             q_BTKGH, k_BTKH = (rope(a, *place, c, self.windowed) for a in (q_BTKGH, k_BTKH))
         if cache is not None:
             cache = cache.write((k_BTKH, v_BTKH), ctx)
         here = (ctx.position_BT, ctx.segment_BT)
         how = how_to_attend(c, self.windowed)
-        if c.attention_sinks:
+        if c.attention.sinks:
             how['sink_KG'] = self.sink_N.reshape(q_BTKGH.shape[2:4])
         if ctx.relative_RN is not None:
             table_KGR = ctx.relative_RN.T.reshape(*q_BTKGH.shape[2:4], -1)
-            how['relative'] = Relative(table_KGR, not c.causal, c.relative_most)
+            assert c.positions.kind == 'relative'
+            how['relative'] = Relative(table_KGR, not c.causal, c.positions.max_distance)
         if ctx.decoding:
             k_BSKH, v_BSKH = cache.read(k_BTKH, v_BTKH)
             a_BTKGH = cached_attention(q_BTKGH, k_BSKH, v_BSKH, ctx.position_BT, cache.positions(ctx), **how)
@@ -110,18 +122,18 @@ class KVLinear(Linear):
 
 def kv_width(heads: int, head_dim: int) -> Size:
     """All heads of keys, or of values, side by side."""
-    return Size(heads * head_dim, 'model.kv_heads × model.head_dim')
+    return Size(heads * head_dim, 'model.attention.kv_heads × model.attention.head_dim')
 
 
 def how_to_attend(c: ModelConfig, windowed: bool) -> dict[str, Any]:
     """The arguments of `attention` and `cached_attention` that the config decides."""
-    scale = c.query_dim**-0.5 if c.query_scale is None else c.query_scale
-    if c.rope_scaling and c.rope_scaling.mscale_all_dim:
-        scale *= yarn_gain(c.rope_scaling.factor, c.rope_scaling.mscale_all_dim) ** 2
+    scale = c.attention.query_dim**-0.5 if c.attention.scale is None else c.attention.scale
+    if (scaling := c.rope_scaling) and scaling.mscale_all_dim:
+        scale *= yarn_gain(scaling.factor, scaling.mscale_all_dim) ** 2
     return {
-        'window': c.window if windowed else None,
+        'window': c.attention.window if windowed else None,
         'scale': scale,
-        'softcap': c.attention_softcap,
+        'softcap': c.attention.softcap,
     }
 
 
@@ -133,3 +145,6 @@ def local_kv_heads(w_DM, heads: int, head_dim: int):
     w_DM = lax.all_gather(w_DM, 'tensor', axis=w_DM.ndim - 1, tiled=True)
     head = lax.axis_index('tensor') * heads // n
     return lax.dynamic_slice_in_dim(w_DM, head * head_dim, head_dim, axis=w_DM.ndim - 1)
+
+
+MIXERS.implement('gqa', Attention)

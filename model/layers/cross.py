@@ -11,7 +11,7 @@ from jax import lax
 
 from weft.model.config import LayerSpec, ModelConfig
 from weft.model.context import CrossCache, EncoderOutput, ForwardContext
-from weft.model.kv_cache import dense_positions, pad_heads, row_numbers, unpad_heads
+from weft.model.kv_cache import dense_positions, pad_heads, slot_width, unpad_heads
 from weft.model.layers.attention import Attention, how_to_attend
 from weft.model.ops.attention import attention
 from weft.model.ops.attention.cached import cached_attention
@@ -31,14 +31,14 @@ class CrossAttention(Attention):
         q = self.q(x_BTD)
         how = how_to_attend(c, windowed=False)
         if isinstance(source, CrossCache):
-            K = max(c.kv_heads // lax.axis_size('tensor'), 1)
-            q_BTKGH = q.reshape(*q.shape[:2], K, -1, c.head_dim)
+            K = max(c.attention.kv_heads // lax.axis_size('tensor'), 1)
+            q_BTKGH = q.reshape(*q.shape[:2], K, -1, c.attention.head_dim)
             k_BSKH, v_BSKH = (unpad_heads(kept, q_BTKGH[:, :, :, 0]) for kept in (source.k_BSM, source.v_BSM))
             last_BT = jnp.broadcast_to(source.length_B[:, None] - 1, ctx.position_BT.shape)  # all of the source is seen
             a_BTKGH = cached_attention(q_BTKGH, k_BSKH, v_BSKH, last_BT, dense_positions(*k_BSKH.shape[:2]), **how)
         else:
             k_BSKH, v_BSKH = self.keys(source.x_BSD)
-            q_BTKGH = q.reshape(*q.shape[:2], k_BSKH.shape[2], -1, c.head_dim)
+            q_BTKGH = q.reshape(*q.shape[:2], k_BSKH.shape[2], -1, c.attention.head_dim)
             here, there = (ctx.position_BT, ctx.segment_BT), (jnp.zeros_like(source.segment_BS), source.segment_BS)
             a_BTKGH = attention(
                 q_BTKGH, k_BSKH, v_BSKH, here, there, **how, causal=False, backend=ctx.compute.attention
@@ -47,12 +47,15 @@ class CrossAttention(Attention):
 
     def keys(self, x_BSD):
         """Keys and values of an encoder's output, [B, S, K, H] each."""
-        return tuple(a.reshape(*a.shape[:2], -1, self.config.head_dim) for a in (self.k(x_BSD), self.v(x_BSD)))
+        return tuple(
+            a.reshape(*a.shape[:2], -1, self.config.attention.head_dim) for a in (self.k(x_BSD), self.v(x_BSD))
+        )
 
     def kept(self, source: EncoderOutput) -> CrossCache:
         """Keys and values as a cache keeps them."""
         c, on = self.config, (lax.axis_size('tensor'), platform())
         k_BSM, v_BSM = (
-            pad_heads(a_BSKH, row_numbers(c.kv_heads, c.head_dim, *on)) for a_BSKH in self.keys(source.x_BSD)
+            pad_heads(a_BSKH, slot_width(c.attention.kv_heads, c.attention.head_dim, *on))
+            for a_BSKH in self.keys(source.x_BSD)
         )
         return CrossCache(k_BSM, v_BSM, (source.segment_BS > 0).sum(1, dtype=jnp.int32))

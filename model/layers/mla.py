@@ -22,6 +22,7 @@ from weft.model.linear import Linear, TransposedLinear
 from weft.model.ops.attention import attention
 from weft.model.ops.attention.cached import cached_attention
 from weft.model.parameters import Role, Size, parameter, residual_gain
+from weft.model.parts.registry import MIXERS
 from weft.sharding.mesh import FSDP, Divides
 
 LATENT_EPSILON = 1e-6  # of the latent vectors' norms, in all published models, whatever the others' is
@@ -31,68 +32,78 @@ class LatentAttention(nnx.Module):
     """Causal self-attention from latent vectors, heads split over `tensor`; the latent vectors are whole on each device."""
 
     def __init__(self, c: ModelConfig, kind: LayerSpec):
-        self.config, self.windowed, a = c, kind.windowed, c.latent
-        D, R = Size(c.model_dim, 'model.model_dim'), Size(a.kv_rank, 'model.latent.kv_rank')
-        N, U = (Size(c.heads * width, 'model.heads', c.heads) for width in (c.query_dim, a.value_dim))
+        a = c.attention
+        assert a.kind == 'mla'
+        self.config, self.windowed = c, kind.windowed
+        D, R = Size(c.model_dim, 'model.model_dim'), Size(a.kv_lora_rank, 'model.attention.kv_lora_rank')
+        N, U = (Size(a.heads * width, 'model.attention.heads', a.heads) for width in (a.query_dim, a.v_head_dim))
         whole, part = (FSDP, None), 'attention'
-        if a.q_rank:
-            Q = Size(a.q_rank, 'model.latent.q_rank')
-            self.q_down = Linear(D, Q, part=part, bias=c.qkv_bias, split=whole)
+        if a.q_lora_rank:
+            Q = Size(a.q_lora_rank, 'model.attention.q_lora_rank')
+            self.q_down = Linear(D, Q, part=part, bias=a.qkv_bias, split=whole)
             self.q_scale_Q = parameter((Q,), P(None), Role.SCALE, value=1.0, part=part)
             self.q_up = Linear(Q, N, part=part)
         else:
             self.q = Linear(D, N, part=part)
-        self.kv_down = Linear(D, R + a.rotary_dim, part=part, bias=c.qkv_bias, split=whole)
+        self.kv_down = Linear(D, R + a.qk_rope_head_dim, part=part, bias=a.qkv_bias, split=whole)
         self.kv_scale_R = parameter((R,), P(None), Role.SCALE, value=1.0, part=part)
         # Of each head first the key's columns, then the value's.
-        self.kv_up = Linear(R, Size(c.heads * (a.plain_dim + a.value_dim), 'model.heads', c.heads), part=part)
-        self.o = TransposedLinear(U, D, part=part, bias=c.bias or c.o_bias, gain=residual_gain(c.layers))
+        self.kv_up = Linear(
+            R, Size(a.heads * (a.qk_nope_head_dim + a.v_head_dim), 'model.attention.heads', a.heads), part=part
+        )
+        self.o = TransposedLinear(U, D, part=part, bias=a.o_bias, gain=residual_gain(c.layers))
 
     @staticmethod
     def rules(c: ModelConfig) -> list[Divides]:
         """What a mesh must divide beside the weights."""
-        return [Divides(('tensor',), 'model.heads', c.heads)]
+        return [Divides(('tensor',), 'model.attention.heads', c.attention.heads)]
 
     @staticmethod
     def cache(c: ModelConfig, kind: LayerSpec, size: CacheSize) -> DenseCache:
         """What decoding keeps: a latent vector and a rotary key side by side, for all heads."""
-        return token_cache(size, c.window if kind.windowed else None, 1, c.latent.kv_rank + c.latent.rotary_dim)
+        a = c.attention
+        assert a.kind == 'mla'
+        return token_cache(size, a.window if kind.windowed else None, 1, a.kv_lora_rank + a.qk_rope_head_dim)
 
     def __call__(self, x_BTD, ctx: ForwardContext, cache: DenseCache | None, layer):
         """The block's output in the layout between blocks, and the cache with these tokens' latent vectors."""
-        c, a, dtype = self.config, self.config.latent, x_BTD.dtype
+        c, a, dtype = self.config, self.config.attention, x_BTD.dtype
+        assert a.kind == 'mla'
         down_BTR = self.kv_down(x_BTD)
-        latent_BTR = rms_norm(down_BTR[..., : a.kv_rank], self.kv_scale_R[...], LATENT_EPSILON)
+        latent_BTR = rms_norm(down_BTR[..., : a.kv_lora_rank], self.kv_scale_R[...], LATENT_EPSILON)
         # What travels between the devices of `tensor` is the latent vectors, which are smaller than x.
-        both_BTR = ctx.gather_sequence(jnp.concatenate([latent_BTR, down_BTR[..., a.kv_rank :]], -1))
-        latent_BTR, key_BTr = both_BTR[..., : a.kv_rank], both_BTR[..., a.kv_rank :]
-        if a.q_rank:
+        both_BTR = ctx.gather_sequence(jnp.concatenate([latent_BTR, down_BTR[..., a.kv_lora_rank :]], -1))
+        latent_BTR, key_BTr = both_BTR[..., : a.kv_lora_rank], both_BTR[..., a.kv_lora_rank :]
+        if a.q_lora_rank:
             q_BTQ = rms_norm(self.q_down(x_BTD), self.q_scale_Q[...], LATENT_EPSILON)
             q = self.q_up(ctx.gather_sequence(q_BTQ))
         else:
             q = self.q(ctx.gather_sequence(x_BTD))
-        q_BTnH = q.reshape(*q.shape[:2], -1, c.query_dim)
-        plain_BTnH, turning_BTnr = q_BTnH[..., : a.plain_dim], q_BTnH[..., a.plain_dim :]
+        q_BTnH = q.reshape(*q.shape[:2], -1, a.query_dim)
+        plain_BTnH, turning_BTnr = q_BTnH[..., : a.qk_nope_head_dim], q_BTnH[..., a.qk_nope_head_dim :]
         turned_BTnr = rope(turning_BTnr, ctx.position_BT, ctx.segment_BT, c)
         key_BTr = rope(key_BTr, ctx.position_BT, ctx.segment_BT, c)
         if cache is not None:
             new_BT1R = jnp.concatenate([latent_BTR, key_BTr], -1)[:, :, None]
             cache = cache.write((new_BT1R,), ctx)
-        up_RnH = self.kv_up.kernel(dtype).reshape(a.kv_rank, -1, a.plain_dim + a.value_dim)
-        up_RnP, up_RnU = up_RnH[..., : a.plain_dim], up_RnH[..., a.plain_dim :]
+        up_RnH = self.kv_up.kernel(dtype).reshape(a.kv_lora_rank, -1, a.qk_nope_head_dim + a.v_head_dim)
+        up_RnP, up_RnU = up_RnH[..., : a.qk_nope_head_dim], up_RnH[..., a.qk_nope_head_dim :]
         how = how_to_attend(c, self.windowed)
         if ctx.decoding:
             (kept_BS1R,) = cache.read(new_BT1R)
             q_BTnR = jnp.concatenate([jnp.einsum('BTnP,RnP->BTnR', plain_BTnH, up_RnP), turned_BTnr], -1)
-            value_BS1R, at_BS = kept_BS1R[..., : a.kv_rank], cache.positions(ctx)
+            value_BS1R, at_BS = kept_BS1R[..., : a.kv_lora_rank], cache.positions(ctx)
             out_BT1nR = cached_attention(q_BTnR[:, :, None], kept_BS1R, value_BS1R, ctx.position_BT, at_BS, **how)
             out_BTnU = jnp.einsum('BTnR,RnU->BTnU', out_BT1nR[:, :, 0], up_RnU)
         else:
             k_BTnP = jnp.einsum('BTR,RnP->BTnP', latent_BTR, up_RnP)
             v_BTnU = jnp.einsum('BTR,RnU->BTnU', latent_BTR, up_RnU)
-            shared = jnp.broadcast_to(key_BTr[:, :, None], (*k_BTnP.shape[:3], a.rotary_dim))
+            shared = jnp.broadcast_to(key_BTr[:, :, None], (*k_BTnP.shape[:3], a.qk_rope_head_dim))
             k_BTnH = jnp.concatenate([k_BTnP, shared], -1)
             q_BTn1H = jnp.concatenate([plain_BTnH, turned_BTnr], -1)[:, :, :, None]
             here = (ctx.position_BT, ctx.segment_BT)
             out_BTnU = attention(q_BTn1H, k_BTnH, v_BTnU, here, here, **how, backend=ctx.compute.attention, ring=True)
         return self.o(out_BTnU.reshape(*q.shape[:2], -1), ctx.reduce_scatter_sequence), cache
+
+
+MIXERS.implement('mla', LatentAttention)

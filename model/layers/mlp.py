@@ -14,6 +14,7 @@ from weft.model.config import ModelConfig
 from weft.model.context import ForwardContext
 from weft.model.linear import Linear, TransposedLinear
 from weft.model.parameters import Size, residual_gain
+from weft.model.parts.registry import FEED_FORWARDS
 
 
 def clamped_swiglu(gate, up, *, limit: float):
@@ -34,18 +35,19 @@ ACTIVATIONS: dict[str, Callable] = {
 
 
 def activation(c: ModelConfig) -> Callable[..., jax.Array]:
-    """Of an MLP's hidden units: a function of up, or of gate and up where `c.gated`."""
-    found = ACTIVATIONS[c.activation]
-    return partial(found, limit=c.activation_limit) if c.activation == 'clamped_swiglu' else found
+    """Of an MLP's hidden units: a function of up, or of gate and up where `c.mlp.gated`."""
+    found = ACTIVATIONS[c.mlp.activation]
+    return partial(found, limit=c.mlp.limit) if c.mlp.activation == 'clamped_swiglu' else found
 
 
 class Mlp(nnx.Module):
     """Gated (Shazeer 2020, arXiv:2002.05202) or plain, hidden units split over `tensor`."""
 
-    def __init__(self, c: ModelConfig, hidden: Size, part: str = 'mlp'):
+    def __init__(self, c: ModelConfig, hidden: Size | None = None, part: str = 'mlp'):
         self.config = c
-        D, biased = Size(c.model_dim, 'model.model_dim'), c.bias or c.mlp_bias
-        if c.gated:
+        hidden = Size(c.mlp.dim, 'model.mlp.dim') if hidden is None else hidden
+        D, biased = Size(c.model_dim, 'model.model_dim'), c.mlp.bias
+        if c.mlp.gated:
             self.gate = Linear(D, hidden, part=part, bias=biased)
         self.up = Linear(D, hidden, part=part, bias=biased)
         self.down = TransposedLinear(hidden, D, part=part, bias=biased, gain=residual_gain(c.layers))
@@ -55,5 +57,8 @@ class Mlp(nnx.Module):
         c = self.config
         x_BTD = ctx.gather_sequence(x_BTD)
         h_BTF = self.up(x_BTD)
-        h_BTF = activation(c)(self.gate(x_BTD), h_BTF) if c.gated else activation(c)(h_BTF)
+        h_BTF = activation(c)(self.gate(x_BTD), h_BTF) if c.mlp.gated else activation(c)(h_BTF)
         return self.down(h_BTF, ctx.reduce_scatter_sequence)
+
+
+FEED_FORWARDS.implement('mlp', Mlp)

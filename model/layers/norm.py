@@ -23,24 +23,24 @@ class Norm(nnx.Module):
 
     def __init__(self, c: ModelConfig, part: str = 'norms'):
         self.config = c
-        self.scale_D = parameter((c.model_dim,), P(None), Role.SCALE, value=1.0 - c.norm_offset, part=part)
-        if c.norm == 'layernorm' and c.bias:
+        self.scale_D = parameter((c.model_dim,), P(None), Role.SCALE, value=1.0 - c.norm.offset, part=part)
+        if c.norm.bias:
             self.bias_D = parameter((c.model_dim,), P(None), Role.BIAS, part=part)
 
     def __call__(self, x_BTD):
         c = self.config
         scale_D = offset(self.scale_D[...], c)
-        if c.norm == 'rmsnorm':
-            return rms_norm(x_BTD, scale_D, c.norm_epsilon)
+        if c.norm.kind == 'rmsnorm':
+            return rms_norm(x_BTD, scale_D, c.norm.epsilon)
         h = upcast(x_BTD)
         h = h - h.mean(-1, keepdims=True)
-        h = h * lax.rsqrt((h * h).mean(-1, keepdims=True) + c.norm_epsilon) * scale_D[None, None]
-        return (h + upcast(self.bias_D[...])[None, None] if c.bias else h).astype(x_BTD.dtype)
+        h = h * lax.rsqrt((h * h).mean(-1, keepdims=True) + c.norm.epsilon) * scale_D[None, None]
+        return (h + upcast(self.bias_D[...])[None, None] if c.norm.bias else h).astype(x_BTD.dtype)
 
 
 def offset(scale_D, c: ModelConfig):
     """The scale that a norm multiplies by, of the one that is kept, in at least float32."""
-    return upcast(scale_D) + c.norm_offset if c.norm_offset else upcast(scale_D)
+    return upcast(scale_D) + c.norm.offset if c.norm.offset else upcast(scale_D)
 
 
 def norm_of_all(x_BTN, scale_N, heads: int, c: ModelConfig):
@@ -48,5 +48,5 @@ def norm_of_all(x_BTN, scale_N, heads: int, c: ModelConfig):
     h, n = upcast(x_BTN), lax.axis_size('tensor')
     copies = max(n // heads, 1)
     squares = psum((h * h).sum(-1, keepdims=True), 'tensor') / copies
-    h = h * lax.rsqrt(squares / (heads * c.head_dim) + c.norm_epsilon)
+    h = h * lax.rsqrt(squares / (heads * c.attention.head_dim) + c.norm.epsilon)
     return (h * scale_N[None, None]).astype(x_BTN.dtype)

@@ -18,12 +18,13 @@ def rope(
 ) -> jax.Array:
     """x with its first `c.rotary_dim` dims turned by each token's position, in x's dtype.
 
-    Dims h and h + H/2 of those are a pair, as in Llama's published weights, or 2h and 2h + 1 (`c.rotary_pairs`).
+    Dims h and h + H/2 of those are a pair, as in Llama's published weights, or 2h and 2h + 1 (`positions.layout`).
     """
+    p = c.positions
+    assert p.kind == 'rotary'
     x, rest = upcast(x_BTnH[..., : c.rotary_dim]), x_BTnH[..., c.rotary_dim :]
-    local = windowed and c.local_rope_theta is not None
-    scaling = None if local else c.rope_scaling
-    theta = c.local_rope_theta if local else c.rope_theta
+    local_theta = p.local_theta if windowed else None
+    theta, scaling = (p.theta, p.scaling) if local_theta is None else (local_theta, None)
     # Padding makes no row longer.
     turn, gain = frequencies(theta, x.shape[-1], jnp.where(segment_BT > 0, position_BT, 0), scaling, x.dtype)
     ones = (1,) * (x.ndim - 3)
@@ -33,7 +34,7 @@ def rope(
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     if gain != 1:
         cos, sin = cos * gain, sin * gain
-    if c.rotary_pairs == 'neighbours':
+    if p.layout == 'interleaved':
         pairs = x.reshape(*x.shape[:-1], -1, 2)
         a, b = pairs[..., 0], pairs[..., 1]
         turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(x.shape)

@@ -50,7 +50,7 @@ def training(
     rows = batch / (mesh.span(BATCH) * accumulation)
     dealt = View(c, compute, mesh, part, rows / mesh.stage, sequence_length)
     microbatch = View(c, compute, mesh, part, rows / microbatches, sequence_length)
-    ends.embedding(dealt, 1 + bool(c.encoder) + c.mtp_layers)
+    ends.embedding(dealt, 1 + bool(c.encoder) + c.mtp.layers)
     for group in held.groups:
         if group.where == 'pipeline' and mesh.stage > 1:
             layers(microbatch, group, ticks(microbatches, mesh.stage))
@@ -61,7 +61,7 @@ def training(
     if mesh.stage > 1:
         ends.pipeline(microbatch, ticks(microbatches, mesh.stage))
     ends.head(dealt)
-    ends.cross_entropy(dealt, 1 + c.mtp_layers)
+    ends.cross_entropy(dealt, 1 + c.mtp.layers)
     found = Traffic()
     found.include(part, accumulation)
     once = View(c, compute, mesh, found, rows, sequence_length)

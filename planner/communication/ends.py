@@ -9,8 +9,8 @@ from weft.sharding.mesh import AXES, FSDP
 def embedding(view: View, times: int = 1) -> None:
     """The tables whole over FSDP; of the tokens' vectors D goes from split to whole, T from whole to split."""
     c, n = view.config, view.mesh.tensor
-    rows = [c.padded_vocabulary, *([c.segment_kinds] if c.segment_kinds else [])]
-    rows += [c.max_positions or 0] if c.positions == 'learned' else []
+    rows = [c.padded_vocabulary, *([c.embedding.token_types] if c.embedding.token_types else [])]
+    rows += [c.max_positions or 0] if c.positions.kind == 'learned' else []
     for count in rows:
         view.gather(FSDP, count * c.model_dim / n * view.number, times)
     size = view.tokens * c.model_dim * view.number
@@ -25,7 +25,7 @@ def head(view: View) -> None:
     c = view.config
     weight = c.padded_vocabulary * c.model_dim / view.mesh.tensor * view.number
     view.gather(FSDP, weight)
-    if c.tied_embedding:
+    if c.embedding.tied:
         view.exchange(('tensor',), weight, 1)
 
 

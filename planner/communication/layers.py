@@ -10,7 +10,7 @@ def layers(view: View, group: Group, ticks: int = 1) -> None:
     """All layers of a group that this device holds, each on `ticks` passes of the view's rows."""
     c, times = group.config, group.held(view.mesh) * ticks
     # Where a norm follows a part's sum the sum is needed once more, also the last one.
-    ends = group.ends // group.stages(view.mesh) * ticks if c.norm_order == 'pre' else 0
+    ends = group.ends // group.stages(view.mesh) * ticks if c.norm.order == 'pre' else 0
     weights(view, group, ticks)
     attention(view, times, group.written * ticks)
     if c.encoder:  # attention to its output
@@ -48,18 +48,18 @@ def weights(view: View, group: Group, ticks: int) -> None:
 
 def attention(view: View, times: int, written: int) -> None:
     """Activations joined before and summed after; what stands between devices of `context`: see `ring`."""
-    c, a = view.config, view.config.latent
-    if a:
-        view.join(a.kv_rank + a.rotary_dim, times)
-        view.join(a.q_rank or c.model_dim, times)
+    c, a = view.config, view.config.attention
+    if a.kind == 'mla':
+        view.join(a.kv_lora_rank + a.qk_rope_head_dim, times)
+        view.join(a.q_lora_rank or c.model_dim, times)
     else:
         view.join(c.model_dim, times)
     view.sum(times)
-    if c.qk_norm == 'full':  # of queries and of keys, and of the gradients of both
+    if c.attention.qk_norm == 'full':  # of queries and of keys, and of the gradients of both
         view.send('psum', ('tensor',), view.tokens * view.wide, times * 2 * (1 + view.again + view.training))
     if view.decoding:
-        heads = c.heads / view.mesh.tensor
-        width = a.kv_rank if a else c.head_dim
+        heads = c.attention.heads / view.mesh.tensor
+        width = a.kv_lora_rank if a.kind == 'mla' else a.head_dim
         view.send('pmax', ('context',), view.rows * heads * view.wide, times)
         view.send('psum', ('context',), view.rows * heads * width * view.wide, times)
         view.send('psum', ('context',), view.rows * heads * view.wide, times)
@@ -74,8 +74,8 @@ def ring(view: View, times: int, written: int) -> None:
     gathers them instead. Places are the same for all layers: see `View.unchanged`.
     """
     c, n = view.config, view.mesh.context
-    heads = max(c.kv_heads, view.mesh.tensor) / view.mesh.tensor
-    for width in (c.query_dim, c.value_dim):
+    heads = max(c.attention.kv_heads, view.mesh.tensor) / view.mesh.tensor
+    for width in (c.attention.query_dim, c.attention.value_dim):
         numbers = view.tokens * heads * width
         if view.compute.attention == 'reference':
             view.gather(('context',), n * numbers * view.number, times, view.again)

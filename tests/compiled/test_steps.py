@@ -9,7 +9,7 @@ import pytest
 
 from tests.hlo import MOVED, SENT, instructions
 from weft.model.compute import ComputeConfig
-from weft.model.config import ModelConfig, MoEConfig
+from weft.model.config import AttentionConfig, EmbeddingConfig, MLPConfig, ModelConfig, MoEConfig, changed
 from weft.planner import communication
 from weft.planner.aot import compile_step
 from weft.planner.traffic import difference
@@ -24,9 +24,9 @@ RUN = RunConfig(
         vocabulary=8192,
         layers=4,
         model_dim=1024,
-        heads=8,
-        mlp_dim=4096,
-        tied_embedding=False,  # a compiler gathers a tied one once for both its uses, where the code asks twice
+        attention=AttentionConfig(heads=8),
+        mlp=MLPConfig(dim=4096),
+        embedding=EmbeddingConfig(tied=False),
     ),
     compute=ComputeConfig(dtype='bfloat16', remat='block'),
     training=TrainingConfig(steps=1, batch=8, sequence_length=2048),
@@ -49,7 +49,7 @@ def test_a_step_for_eight_devices_sends_what_it_asks_for(chip):
 
 
 ONE = dataclasses.replace(
-    RUN, mesh=MeshConfig(), model=dataclasses.replace(RUN.model, layers=2, mlp_dim=2048, vocabulary=8064)
+    RUN, mesh=MeshConfig(), model=changed(RUN.model, {'layers': 2, 'mlp.dim': 2048, 'vocabulary': 8064})
 )
 EXPERTS = dataclasses.replace(ONE, model=dataclasses.replace(ONE.model, moe=MoEConfig(experts=8, mlp_dim=1024)))
 LARGE = 2**20  # bytes: every matrix but the router has more, the cache and the activations of one row have less

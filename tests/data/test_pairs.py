@@ -14,7 +14,7 @@ from weft.data.pairs import Pair, pack_pairs, read_pairs
 from weft.data.prepare import load, prepare
 from weft.data.tokenizer import Tokenizer
 from weft.inference.prompts import read_prompts
-from weft.model.config import EncoderConfig, ModelConfig
+from weft.model.config import AttentionConfig, EncoderConfig, MLPConfig, ModelConfig
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig, make_mesh
 
@@ -83,7 +83,13 @@ def test_a_target_begins_with_what_decoding_begins_with():
     tokenizer = Tokenizer.train((side for pair in PAIRS for side in pair), 300)
     for start in (None, 0, 7):
         rows, _ = pack_pairs(tokenizer, PAIRS[:9], 24, start)
-        c = ModelConfig(layers=1, model_dim=8, heads=1, mlp_dim=8, encoder=EncoderConfig(layers=1, start_token=start))
+        c = ModelConfig(
+            layers=1,
+            model_dim=8,
+            attention=AttentionConfig(heads=1),
+            mlp=MLPConfig(dim=8),
+            encoder=EncoderConfig(layers=1, start_token=start),
+        )
         with jax.set_mesh(make_mesh(MeshConfig())):
             first = read_prompts(c, tokenizer, ['1 2'], 24).tokens_BT[0, 0]
         batch = rows.take(range(len(rows)))

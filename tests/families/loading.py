@@ -1,6 +1,5 @@
 """A case as our model: its config read by its family, its weights generated and put where the family's table says."""
 
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -79,14 +78,3 @@ def from_leaves(c: ModelConfig, filled: dict[str, np.ndarray], compute: ComputeC
         name = jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value')
         put.append(jax.device_put(filled[name], NamedSharding(mesh, leaf.sharding.spec)))
     return jax.tree.unflatten(structure, put)
-
-
-def changed(c: ModelConfig, changes: dict[str, Any]) -> ModelConfig:
-    """The config with other values of dotted fields."""
-    for key, value in changes.items():
-        section, _, field = key.rpartition('.')
-        if section:
-            c = dataclasses.replace(c, **{section: dataclasses.replace(getattr(c, section), **{field: value})})
-        else:
-            c = dataclasses.replace(c, **{field: value})
-    return c

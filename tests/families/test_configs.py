@@ -1,6 +1,7 @@
 """What configs mean: published ones, what stands for a field that is left out, and what is refused rather than ignored."""
 
 import contextlib
+import operator
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from tests.families import cases
 from tests.families.loading import read
 from weft.hub.families import leaves, tensors
 from weft.hub.families.fields import HARMLESS, KIND_OF
+from weft.model.config import PoolerConfig
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig, make_mesh
 
@@ -86,45 +88,61 @@ NEW_FORM = {
 
 def test_published_configs_are_read():
     _, c = read(QWEN_2_5)
-    assert (c.window, c.qkv_bias, c.o_bias, c.kv_heads, c.head_dim, c.rope_theta) == (None, True, False, 2, 64, 1e6)
+    assert (
+        c.attention.window,
+        c.attention.qkv_bias,
+        c.attention.o_bias,
+        c.attention.kv_heads,
+        c.attention.head_dim,
+        c.positions.theta,
+    ) == (None, True, False, 2, 64, 1e6)
     assert read(QWEN_2_5 | NEW_FORM)[1] == c
     _, c = read(PHI_4_MINI)
-    assert (c.window, c.rotary_dim, c.rope_scaling.kind, c.rope_scaling.factor) == (262144, 96, 'longrope', 32)
-    assert c.rope_scaling.original_positions == 4096
+    assert (c.attention.window, c.rotary_dim, c.positions.scaling.kind, c.positions.scaling.factor) == (
+        262144,
+        96,
+        'longrope',
+        32,
+    )
+    assert c.positions.scaling.original_positions == 4096
 
 
 @pytest.mark.parametrize(
     ('case', 'field', 'expected'),
     [
-        ('mistral-window', 'sliding_window', {'window': 4096}),
-        ('mistral-window', 'num_key_value_heads', {'kv_heads': 8}),
-        ('mixtral-window-top-3', 'sliding_window', {'window': None}),
-        ('mixtral-plain', 'rope_theta', {'rope_theta': 1e6}),
-        ('mixtral-plain', 'rms_norm_eps', {'norm_epsilon': 1e-5}),
-        ('qwen2-late-windows', 'sliding_window', {'window': 4096}),
-        ('qwen2-late-windows', 'max_window_layers', {'window': None}),
-        ('qwen3-plain', 'head_dim', {'head_dim': 128}),
-        ('qwen3-plain', 'rms_norm_eps', {'norm_epsilon': 1e-6}),
-        ('qwen3_moe-plain', 'head_dim', {'head_dim': 16}),
-        ('qwen3_moe-some-dense-window-biases', 'sliding_window', {'window': 4096}),
-        ('olmoe-grouped-renormalised', 'num_key_value_heads', {'kv_heads': 4}),
-        ('phi3-plain-window', 'num_key_value_heads', {'kv_heads': 4}),
-        ('phi3-plain-window', 'sliding_window', {'window': None}),
-        ('glm4_moe-air', 'partial_rotary_factor', {'rotary_fraction': 0.5}),
-        ('gpt2-untied-unscaled-exact-gelu', 'activation_function', {'activation': 'gelu'}),
-        ('gpt2-untied-unscaled-exact-gelu', 'n_inner', {'mlp_dim': 256}),
-        ('gemma2-as-published', 'query_pre_attn_scalar', {'query_scale': 1 / 16}),
-        ('gemma2-as-published', 'head_dim', {'head_dim': 256}),
-        ('gemma2-as-published', 'attn_logit_softcapping', {'attention_softcap': 50}),
-        ('gemma2-as-published', 'final_logit_softcapping', {'logit_softcap': 30}),
-        ('gemma2-no-caps-biases-untied', 'tie_word_embeddings', {'tied_embedding': True}),
-        ('gemma2-no-caps-biases-untied', 'layer_types', {'window': 4096, 'window_pattern': (True, False)}),
-        ('gemma3-as-published', 'rope_local_base_freq', {'local_rope_theta': 1e4}),
-        ('gemma3-as-published', 'sliding_window_pattern', {'window_pattern': (True,) * 5 + (False,)}),
-        ('gpt_oss-as-published', 'rope_theta', {'rope_theta': 150_000}),
-        ('gpt_oss-as-published', 'swiglu_limit', {'activation_limit': 7}),
-        ('gpt_oss-as-published', 'attention_bias', {'qkv_bias': True, 'o_bias': True}),
-        ('gpt_oss-no-windows', 'layer_types', {'window': 128, 'window_pattern': (True, False)}),
+        ('mistral-window', 'sliding_window', {'attention.window': 4096}),
+        ('mistral-window', 'num_key_value_heads', {'attention.kv_heads': 8}),
+        ('mixtral-window-top-3', 'sliding_window', {'attention.window': None}),
+        ('mixtral-plain', 'rope_theta', {'positions.theta': 1e6}),
+        ('mixtral-plain', 'rms_norm_eps', {'norm.epsilon': 1e-5}),
+        ('qwen2-late-windows', 'sliding_window', {'attention.window': 4096}),
+        ('qwen2-late-windows', 'max_window_layers', {'attention.window': None}),
+        ('qwen3-plain', 'head_dim', {'attention.head_dim': 128}),
+        ('qwen3-plain', 'rms_norm_eps', {'norm.epsilon': 1e-6}),
+        ('qwen3_moe-plain', 'head_dim', {'attention.head_dim': 16}),
+        ('qwen3_moe-some-dense-window-biases', 'sliding_window', {'attention.window': 4096}),
+        ('olmoe-grouped-renormalised', 'num_key_value_heads', {'attention.kv_heads': 4}),
+        ('phi3-plain-window', 'num_key_value_heads', {'attention.kv_heads': 4}),
+        ('phi3-plain-window', 'sliding_window', {'attention.window': None}),
+        ('glm4_moe-air', 'partial_rotary_factor', {'positions.fraction': 0.5}),
+        ('gpt2-untied-unscaled-exact-gelu', 'activation_function', {'mlp.activation': 'gelu'}),
+        ('gpt2-untied-unscaled-exact-gelu', 'n_inner', {'mlp.dim': 256}),
+        ('gemma2-as-published', 'query_pre_attn_scalar', {'attention.scale': 1 / 16}),
+        ('gemma2-as-published', 'head_dim', {'attention.head_dim': 256}),
+        ('gemma2-as-published', 'attn_logit_softcapping', {'attention.softcap': 50}),
+        ('gemma2-as-published', 'final_logit_softcapping', {'head.softcap': 30}),
+        ('gemma2-no-caps-biases-untied', 'tie_word_embeddings', {'embedding.tied': True}),
+        (
+            'gemma2-no-caps-biases-untied',
+            'layer_types',
+            {'attention.window': 4096, 'attention.window_pattern': (True, False)},
+        ),
+        ('gemma3-as-published', 'rope_local_base_freq', {'positions.local_theta': 1e4}),
+        ('gemma3-as-published', 'sliding_window_pattern', {'attention.window_pattern': (True,) * 5 + (False,)}),
+        ('gpt_oss-as-published', 'rope_theta', {'positions.theta': 150_000}),
+        ('gpt_oss-as-published', 'swiglu_limit', {'mlp.limit': 7}),
+        ('gpt_oss-as-published', 'attention_bias', {'attention.qkv_bias': True, 'attention.o_bias': True}),
+        ('gpt_oss-no-windows', 'layer_types', {'attention.window': 128, 'attention.window_pattern': (True, False)}),
     ],
 )
 def test_a_field_that_is_left_out_means_what_transformers_takes_for_it(case, field, expected):
@@ -132,7 +150,7 @@ def test_a_field_that_is_left_out_means_what_transformers_takes_for_it(case, fie
         {'num_attention_heads': 8} if field == 'num_key_value_heads' and case[0] == 'm' else {}
     )
     _, c = read({name: value for name, value in config.items() if name != field})
-    assert {name: getattr(c, name) for name in expected} == expected
+    assert {name: operator.attrgetter(name)(c) for name in expected} == expected
 
 
 BERT_BASE: dict[str, Any] = {  # google-bert/bert-base-uncased, config.json
@@ -168,7 +186,7 @@ def test_the_published_bert_has_tensors_that_its_config_does_not_tell_of():
         'cls.predictions.bias',
     ]
     whole = family.model_of(c, there)
-    assert (c.pooler, whole.pooler, whole.next_sentence) == (False, True, True)
+    assert (c.pooler, whole.pooler) == (None, PoolerConfig(next_sentence=True))
     with jax.set_mesh(make_mesh(MeshConfig())):
         found = {one.name for one in tensors(family, whole, leaves(whole))}
     assert set(there) < found
@@ -202,11 +220,11 @@ T5_V1_1_BASE: dict[str, Any] = {  # google/t5-v1_1-base, config.json
 
 def test_t5_configs_tell_whether_the_head_is_tied():
     _, c = read(T5_V1_1_BASE)
-    assert (c.tied_embedding, c.logit_scale, c.activation, c.encoder.layers) == (False, 1.0, 'geglu', 12)
+    assert (c.embedding.tied, c.head.scale, c.mlp.activation, c.encoder.layers) == (False, 1.0, 'geglu', 12)
     as_saved = {'tie_word_embeddings': True, 'scale_decoder_outputs': False}
     assert read(T5_V1_1_BASE | as_saved)[1] == c
     _, c = read(cases.CASES['t5-before-v1.1'])
-    assert (c.tied_embedding, c.logit_scale, c.activation) == (True, 64**-0.5, 'relu')
+    assert (c.embedding.tied, c.head.scale, c.mlp.activation) == (True, 64**-0.5, 'relu')
 
 
 def test_marian_s_table_of_positions_follows_from_the_config():
@@ -220,8 +238,8 @@ def test_a_published_smollm3_has_every_fourth_layer_without_positions():
     _, c = read(cases.CASES['smollm3-as-published'])
     assert [kind.turned for kind in c.layer_specs] == [True, True, True, False, True]
     every = {name: value for name, value in cases.CASES['smollm3-as-published'].items() if name != 'no_rope_layers'}
-    assert read(every)[1].kinds == c.layer_specs
-    assert read(every | {'no_rope_layer_interval': None})[1].kinds == c.layer_specs
+    assert read(every)[1].layer_specs == c.layer_specs
+    assert read(every | {'no_rope_layer_interval': None})[1].layer_specs == c.layer_specs
 
 
 ANY = ({}, [], None, True, -1, 0.5, 'x', {'x': [1]}, 10**30)  # what fields that nothing reads may hold
@@ -351,7 +369,7 @@ YARN = {'type': 'yarn', 'factor': 4.0, 'original_max_position_embeddings': 128}
         ),
         ('gemma2-as-published', {'sliding_window': None}, 'sliding_window is null: 2 layers have it'),
         ('gemma2-as-published', {'layer_types': ['chunked_attention'] * 4}, 'layer_types is .*needed for each layer'),
-        ('gemma2-as-published', {'attn_logit_softcapping': 0.0}, 'attention_softcap is 0.0: it must be above 0'),
+        ('gemma2-as-published', {'attn_logit_softcapping': 0.0}, 'attention.softcap is 0.0: it must be above 0'),
         (
             'gemma3-as-published',
             {'architectures': ['Gemma3ForConditionalGeneration'], 'vision_config': {'hidden_size': 1}},

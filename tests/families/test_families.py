@@ -105,7 +105,7 @@ def test_logits_further_ahead_are_those_of_transformers(path, mesh):
     with jax.set_mesh(make_mesh(mesh)):
         model = generated(known.name, family, c, known.seed)
         found = whole(model, known.ids, run=whole_ahead)
-    for k in range(c.mtp_layers):
+    for k in range(c.mtp.layers):
         rows, places = known.at[known.at[:, 1] < known.ids.shape[1] - 1 - k].T
         expected = known.ahead[k][known.at[:, 1] < known.ids.shape[1] - 1 - k]
         assert len(rows) > cases.KEPT / 2
@@ -157,7 +157,7 @@ def test_padding_makes_no_row_longer(name):
 
 def is_steady(c) -> bool:
     """Whether a token's keys are the same however long the row becomes: not with dynamic scaling, beyond the old context."""
-    s = c.rope_scaling
+    s = c.positions.scaling
     return s is None or s.kind not in ('dynamic', 'longrope') or s.original_positions >= cases.PROMPT + cases.NEW
 
 

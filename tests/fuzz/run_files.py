@@ -44,9 +44,10 @@ LONGEST = 1000  # characters of a message, without the run's own name
 STEPS = 4
 CONFIG = """
 name: run
-model: {layers: 1, model_dim: 16, heads: 2, kv_heads: 1, mlp_dim: 16}
+model: {layers: 1, model_dim: 16, attention: {heads: 2, kv_heads: 1}, mlp: {dim: 16}}
 data: {source: SOURCE, vocabulary: 300}
-training: {steps: 4, batch: 2, sequence_length: 16, warmup_steps: 1}
+training: {steps: 4, batch: 2, sequence_length: 16}
+optimizer: {warmup_steps: 1}
 checkpoint: {every: 2}
 metrics: {every: 1, validate_every: 100, validation_rows: 2}
 """

@@ -278,7 +278,7 @@ def _reachable(root: bytes, top: bytes) -> list[str]:
 
 BASE = """name: tiny
 seed: 3
-model: {layers: 2, model_dim: 64, heads: 4, mlp_dim: 128}
+model: {layers: 2, model_dim: 64, attention: {heads: 4}, mlp: {dim: 128}}
 data:
   source: [a.txt, 'b*.txt']
   vocabulary: 400
@@ -286,6 +286,7 @@ training:
   steps: 2
   batch: 4
   sequence_length: 64
+optimizer:
   learning_rate: 1e-3
 """
 SIGNS = [

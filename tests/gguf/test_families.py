@@ -187,7 +187,7 @@ def test_copies_in_blocks_are_left_out(tmp_path):
     packed = {name: x for name, x in packed.items() if not name.startswith('blk.3.')}
     keys['glm4moe.block_count'] = 3
     keys['glm4moe.nextn_predict_layers'] = 0
-    assert hub.read(written.write(tmp_path / 'c.gguf', keys, packed)).model.mtp_layers == 0
+    assert hub.read(written.write(tmp_path / 'c.gguf', keys, packed)).model.mtp.layers == 0
 
 
 def test_experts_of_early_files_are_a_tensor_each(tmp_path):

@@ -23,8 +23,9 @@ from weft.hub.tokenizers import marian, side_files
 from weft.hub.tokenizers.byte_pairs import MERGES, VOCAB
 from weft.hub.tokenizers.json_tokenizer import JSON
 from weft.inference import embed
-from weft.model import config_parts
-from weft.model.config_parts import LayerSpec, group_layers, nearest_divisor
+from weft.model.layer_groups import LayerSpec, group_layers
+from weft.model.parts import numbers
+from weft.model.parts.numbers import nearest_divisor
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig
 from weft.training.conversion import import_run
@@ -426,5 +427,5 @@ def test_the_nearest_divisor_of_any_number_is_found_at_once():
     assert nearest_divisor(2**31 - 1, 7) == 1
     assert nearest_divisor(2**31, 30_000) == 2**15
     assert 2**60 % nearest_divisor(2**60, 12345) == 0
-    assert config_parts.MOST_TRIED <= 2**20
+    assert numbers.MOST_TRIED <= 2**20
     assert tensor_files.MOST_DIMS == 8

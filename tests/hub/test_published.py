@@ -18,6 +18,7 @@ from tests.families.loading import read
 from weft.hub.families import Family, families, leaves, tensors, unpadded
 from weft.model import cost
 from weft.model.config import ModelConfig
+from weft.model.decoder import weights_of
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.config import load
 
@@ -54,7 +55,7 @@ def scales(c: ModelConfig) -> int:
 
 def copied(c: ModelConfig) -> int:
     """The embedding and the head once more, which published files have in each layer that predicts further ahead."""
-    return 2 * c.mtp_layers * c.vocabulary * c.model_dim
+    return 2 * c.mtp.layers * c.vocabulary * c.model_dim
 
 
 def siglip(c: ModelConfig, D=1152, F=4304, layers=27, patches=64 * 64) -> int:
@@ -158,11 +159,11 @@ def publishers(name: str) -> dict[str, Any]:
 
 def count(c: ModelConfig) -> int:
     """Numbers in our arrays, without the rows that fill up the vocabulary."""
-    return sum(math.prod(unpadded(name, leaf.shape, c)) for name, leaf in leaves(c).items())
+    return sum(math.prod(unpadded(weight, c)) for weight in weights_of(c).values())
 
 
 def padding(c: ModelConfig) -> int:
-    return (c.padded_vocabulary - c.vocabulary) * (c.model_dim * (1 if c.tied_embedding else 2) + c.head_bias)
+    return (c.padded_vocabulary - c.vocabulary) * (c.model_dim * (1 if c.embedding.tied else 2) + c.head_bias)
 
 
 def read_published(name: str) -> tuple[Family, ModelConfig]:

@@ -326,17 +326,17 @@ NOT_SAID = {  # a config with changes -> the family that it is, or the whole ref
     ('demo', ''): 'no published family can say this model; the nearest is mixtral, which would need '
     'model.moe.first_dense_layers=0',
     ('demo', 'model.moe.first_dense_layers=0'): 'mixtral',
-    ('demo', 'model.qk_norm=true'): 'qwen3_moe',
+    ('demo', 'model.attention.qk_norm=true'): 'qwen3_moe',
     (
         'demo',
-        'model.moe=null model.activation=relu',
-    ): 'no published family can say this model; the nearest is llama, which would need model.activation=swiglu',
+        'model.moe=null model.mlp.activation=relu',
+    ): 'no published family can say this model; the nearest is llama, which would need model.mlp.activation=swiglu',
     (
         'reverse',
         '',
-    ): 'no published family can say this model; the nearest is t5, which would need model.query_scale=1.0, '
-    'model.tied_embedding=false',
-    ('reverse', 'model.query_scale=1.0 model.tied_embedding=false'): 't5',
+    ): 'no published family can say this model; the nearest is t5, which would need model.attention.scale=1.0, '
+    'model.embedding.tied=false',
+    ('reverse', 'model.attention.scale=1.0 model.embedding.tied=false'): 't5',
 }
 
 
@@ -355,5 +355,5 @@ def test_a_model_of_no_family_is_told_what_the_nearest_would_need(name):
 
 def test_a_model_that_is_not_of_the_family_asked_for_is_told_what_that_would_need():
     _, c = read(LLAMA)
-    with pytest.raises(UserError, match=r'cannot be said as qwen2, which would need model.qkv_bias=true$'):
+    with pytest.raises(UserError, match=r'cannot be said as qwen2, which would need model.attention.qkv_bias=true$'):
         publish.published_config(c, 512, 'qwen2')

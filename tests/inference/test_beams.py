@@ -14,17 +14,17 @@ from weft.inference.beams import RowSearch, beam_search
 from weft.inference.prompts import Prompts
 from weft.model.batch import Source
 from weft.model.compute import DEFAULT, ComputeConfig
-from weft.model.config import EncoderConfig, ModelConfig
+from weft.model.config import EncoderConfig, ModelConfig, model_of
 from weft.model.decoder import Decoder
 from weft.model.forward import logits, place
 from weft.sharding.mesh import MeshConfig, make_mesh
 
 EOS, V, MOST = 2, 4, 4
-TINY = {'vocabulary': V, 'layers': 2, 'model_dim': 16, 'heads': 4, 'mlp_dim': 16, 'tied_embedding': False}
+TINY = {'vocabulary': V, 'layers': 2, 'model_dim': 16, 'attention.heads': 4, 'mlp.dim': 16, 'embedding.tied': False}
 MODELS = {
-    'decoder': ModelConfig(**TINY),
-    'windows': ModelConfig(**TINY, window=3, window_pattern=(True, False)),
-    'encoder–decoder': ModelConfig(**TINY, positions='relative', encoder=EncoderConfig(layers=1)),
+    'decoder': model_of(TINY),
+    'windows': model_of(TINY | {'attention.window': 3, 'attention.window_pattern': (True, False)}),
+    'encoder–decoder': model_of(TINY | {'positions.kind': 'relative', 'encoder': EncoderConfig(layers=1)}),
 }
 PROMPTS = Prompts(np.array([[1, 3, 0, 1], [3, 1, 0, 0]], np.int32), np.array([4, 2], np.int32))
 SOURCE = (np.array([[3, 0, 1, 1], [0, 3, 3, 2]], np.int32), np.array([4, 3], np.int32))

@@ -144,8 +144,8 @@ def test_a_model_without_a_head_says_that_it_neither_decodes_nor_learns(place):
     opened = open_run(place / 'runs' / 'bert')
     with (
         jax.set_mesh(opened.mesh),
-        pytest.raises(UserError, match=r'model.head is false: decoding needs an LM head, which this model has not'),
+        pytest.raises(UserError, match=r'model.head is null: decoding needs an LM head, which this model has not'),
     ):
         generate(opened.model, opened.tokenizer, ['the'], Sampling(), 2, context=opened.context)
-    with pytest.raises(UserError, match=r'model.head is false: training needs an LM head'):
+    with pytest.raises(UserError, match=r'model.head is null: training needs an LM head'):
         load(place / 'runs' / 'bert' / 'config.yaml').check_sizes()

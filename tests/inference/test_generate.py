@@ -15,7 +15,7 @@ from weft.inference.prompts import read_prompts, say_once
 from weft.inference.run import own_mesh
 from weft.inference.sampling import RowSampling, Sampling, choose, describe
 from weft.inference.score import score
-from weft.model.config import ModelConfig, MoEConfig
+from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import BATCH, MeshConfig, make_mesh
 from weft.training.config import RunConfig, TrainingConfig
@@ -118,7 +118,10 @@ def test_a_text_of_its_own_begins_without_the_space_that_its_tokenizer_puts_ther
 
 
 def test_a_prompt_with_two_starts_is_told_once(capfd):
-    c, tokenizer = ModelConfig(layers=1, model_dim=8, heads=1, mlp_dim=8), read('llama_chatml')
+    c, tokenizer = (
+        ModelConfig(layers=1, model_dim=8, attention=AttentionConfig(heads=1), mlp=MLPConfig(dim=8)),
+        read('llama_chatml'),
+    )
     say_once.cache_clear()
     with jax.set_mesh(make_mesh(MeshConfig())):
         for text in ('the dog', '<s>the dog', '<s>'):
@@ -134,9 +137,8 @@ def generated(mesh: MeshConfig, tokenizer, prompts, **options):
             vocabulary=tokenizer.vocabulary,
             layers=2,
             model_dim=32,
-            heads=4,
-            kv_heads=2,
-            mlp_dim=32,
+            attention=AttentionConfig(heads=4, kv_heads=2),
+            mlp=MLPConfig(dim=32),
             moe=MoEConfig(experts=4, mlp_dim=32),
         ),
         training=TrainingConfig(steps=1, batch=4, sequence_length=64),
@@ -211,7 +213,9 @@ def test_logits_stay_split_by_rows_while_choosing():
     ],
 )
 def test_a_run_with_stages_decodes_on_as_many_devices_without(mesh, wanted, capsys):
-    config = ModelConfig(vocabulary=300, layers=6, model_dim=32, heads=4, mlp_dim=32)
+    config = ModelConfig(
+        vocabulary=300, layers=6, model_dim=32, attention=AttentionConfig(heads=4), mlp=MLPConfig(dim=32)
+    )
     run = RunConfig(
         name='staged', mesh=mesh, model=config, training=TrainingConfig(steps=1, batch=12, sequence_length=8)
     )
@@ -227,7 +231,13 @@ def test_log_probabilities_are_those_of_the_logits_whatever_the_sampling(tokeniz
     )
     config = RunConfig(
         name='likely',
-        model=ModelConfig(vocabulary=tokenizer.vocabulary, layers=1, model_dim=32, heads=4, mlp_dim=32),
+        model=ModelConfig(
+            vocabulary=tokenizer.vocabulary,
+            layers=1,
+            model_dim=32,
+            attention=AttentionConfig(heads=4),
+            mlp=MLPConfig(dim=32),
+        ),
         training=TrainingConfig(steps=1, batch=4, sequence_length=64),
     )
     with jax.set_mesh(make_mesh(MeshConfig(data=2))):

@@ -10,7 +10,7 @@ from weft.inference import score as scoring
 from weft.inference.score import rows_at_once, score
 from weft.model.batch import Batch
 from weft.model.compute import DEFAULT, ComputeConfig
-from weft.model.config import ModelConfig, MoEConfig
+from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
 from weft.model.forward import logits, place
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig, make_mesh
@@ -18,7 +18,7 @@ from weft.training.config import RunConfig, TrainingConfig
 from weft.training.loss import loss_and_gradient
 from weft.training.step import init
 
-MODEL = ModelConfig(vocabulary=320, layers=2, model_dim=32, heads=4, mlp_dim=48)
+MODEL = ModelConfig(vocabulary=320, layers=2, model_dim=32, attention=AttentionConfig(heads=4), mlp=MLPConfig(dim=48))
 MIXTURE = dataclasses.replace(MODEL, moe=MoEConfig(experts=4, top_k=2, mlp_dim=16))
 
 

@@ -1,6 +1,5 @@
 """A cache that goes on: text read in pieces, and a conversation of which only what is new is read."""
 
-import dataclasses
 import functools
 
 import jax
@@ -18,6 +17,7 @@ from weft.inference.generate import Completion, generate
 from weft.inference.sampling import Sampling
 from weft.inference.session import Session
 from weft.inference.step import decode, empty_cache, extend, grown
+from weft.model.config import changed
 from weft.model.forward import logits, place
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig, make_mesh
@@ -43,7 +43,7 @@ def test_text_that_is_read_in_pieces_gives_the_logits_of_all_of_it(name, mesh):
     with jax.set_mesh(make_mesh(mesh)):
         model = filled(c)
         whole = np.asarray(jax.jit(logits)(model, *place((ids, place_BT, np.ones_like(ids)))))
-        cache = jax.jit(functools.partial(empty_cache, rows=ROWS, length=20, piece=8))(model)
+        cache = jax.jit(functools.partial(empty_cache, rows=ROWS, length=20, chunk=8))(model)
         more, longer = jax.jit(extend), jax.jit(grown, static_argnums=1)
         begin_B, longest = np.zeros(ROWS, np.int32), 0
         for lengths in ([8, 8, 5, 1], [8, 7, 8, 8], [3, 1, 3, 8], [8, 8, 8, 8]):
@@ -102,7 +102,7 @@ def recording(monkeypatch):
 )
 def test_only_what_is_new_is_read_and_the_answers_are_those_of_a_new_reading(small, sampling, monkeypatch):
     model, _ = small
-    monkeypatch.setattr(sessions, 'PIECES', (16, 4))
+    monkeypatch.setattr(sessions, 'CHUNKS', (16, 4))
     monkeypatch.setattr(sessions, 'SLOTS', 32)
     lengths = recording(monkeypatch)
     going_on = Session(model, Bytes(), 128)
@@ -129,11 +129,15 @@ def test_only_what_is_new_is_read_and_the_answers_are_those_of_a_new_reading(sma
 
 
 def test_a_window_goes_on_where_it_can_and_else_all_is_read_again(monkeypatch):
-    """A window of 6 and pieces of at most 16: a ring of 21 slots, of which a text may go back by 16 tokens."""
-    c = dataclasses.replace(
-        read({**CASES['llama-grouped'], 'vocab_size': 256})[1], window=6, window_pattern=(True, False)
+    """A window of 6 and chunks of at most 16: a ring of 21 slots, of which a text may go back by 16 tokens."""
+    c = changed(
+        read({**CASES['llama-grouped'], 'vocab_size': 256})[1],
+        {
+            'attention.window': 6,
+            'attention.window_pattern': (True, False),
+        },
     )
-    monkeypatch.setattr(sessions, 'PIECES', (16, 4))
+    monkeypatch.setattr(sessions, 'CHUNKS', (16, 4))
     monkeypatch.setattr(sessions, 'SLOTS', 32)
     lengths = recording(monkeypatch)
     with jax.set_mesh(make_mesh(MeshConfig())):

@@ -11,7 +11,7 @@ import pytest
 
 from weft.model import cost
 from weft.model.compute import DEFAULT
-from weft.model.config import MLAConfig, ModelConfig, MoEConfig
+from weft.model.config import AttentionConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, changed
 from weft.model.decoder import init_decoder
 from weft.model.kv_cache import CacheSize
 from weft.model.stack import stacked_caches
@@ -20,33 +20,67 @@ from weft.training.config import load
 
 ROOT = Path(__file__).parents[2]
 
-DENSE = ModelConfig(vocabulary=256, layers=2, model_dim=32, heads=4, kv_heads=2, mlp_dim=48)
+DENSE = ModelConfig(
+    vocabulary=256,
+    layers=2,
+    model_dim=32,
+    attention=AttentionConfig(heads=4, kv_heads=2),
+    mlp=MLPConfig(dim=48),
+)
 CONFIGS = [
     DENSE,
-    dataclasses.replace(DENSE, norm='layernorm', bias=True, qkv_bias=True, activation='gelu', tied_embedding=False),
-    dataclasses.replace(
+    changed(
         DENSE,
-        layers=3,
-        qk_norm=True,
-        moe=MoEConfig(experts=8, mlp_dim=16, top_k=2, shared_experts=1, first_dense_layers=1, bias_update_rate=0.001),
+        {
+            'norm.kind': 'layernorm',
+            'attention.o_bias': True,
+            'mlp.bias': True,
+            'norm.bias': True,
+            'attention.qkv_bias': True,
+            'mlp.activation': 'gelu',
+            'embedding.tied': False,
+        },
+    ),
+    changed(
+        DENSE,
+        {
+            'layers': 3,
+            'attention.qk_norm': True,
+            'moe': MoEConfig(
+                experts=8, mlp_dim=16, top_k=2, shared_experts=1, first_dense_layers=1, bias_update_rate=0.001
+            ),
+        },
     ),
 ]
-LATENT = MLAConfig(q_rank=12, kv_rank=8, plain_dim=6, rotary_dim=4, value_dim=10)
+BIASES = {'attention.o_bias': True, 'mlp.bias': True, 'norm.bias': True}
+LATENT = MLAConfig(heads=4, q_lora_rank=12, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10)
 GATED = MoEConfig(experts=4, mlp_dim=16, shared_experts=2, shared_mlp_dim=10, shared_gate=True)
 BIASED = MoEConfig(experts=4, mlp_dim=16, shared_experts=2, router_bias=True, bias=True, pattern=(False, True))
 OPTIONS: list[dict[str, Any]] = [
-    {'norm': 'layernorm', 'norm_order': 'post', 'bias': True, 'positions': 'learned', 'max_positions': 40},
-    {'norm': 'layernorm', 'mlp_bias': True, 'o_bias': True, 'tied_embedding': False},
-    {'norm_order': 'sandwich', 'qk_norm': 'full', 'head_dim': 10, 'attention_sinks': True},
-    {'kv_heads': 4, 'head_dim': None, 'latent': LATENT, 'qkv_bias': True, 'o_bias': True},
-    {'kv_heads': 4, 'head_dim': None, 'latent': dataclasses.replace(LATENT, q_rank=None)},
-    {'moe': BIASED, 'mlp_bias': True, 'activation': 'relu'},
-    {'moe': BIASED, 'bias': True, 'qkv_bias': True},
-    {'moe': GATED, 'norm_order': 'output', 'head': False, 'tied_embedding': False, 'rotary_pattern': (True, False)},
+    {
+        'norm.kind': 'layernorm',
+        'norm.order': 'post',
+        'attention.o_bias': True,
+        'mlp.bias': True,
+        'norm.bias': True,
+        'positions.kind': 'learned',
+        'positions.max': 40,
+    },
+    {'norm.kind': 'layernorm', 'mlp.bias': True, 'attention.o_bias': True, 'embedding.tied': False},
+    {'norm.order': 'sandwich', 'attention.qk_norm': 'full', 'attention.head_dim': 10, 'attention.sinks': True},
+    {
+        'attention': LATENT,
+        'attention.qkv_bias': True,
+        'attention.o_bias': True,
+    },
+    {'attention': dataclasses.replace(LATENT, q_lora_rank=None)},
+    {'moe': BIASED, 'mlp.bias': True, 'mlp.activation': 'relu'},
+    {'moe': BIASED, 'attention.o_bias': True, 'mlp.bias': True, 'attention.qkv_bias': True},
+    {'moe': GATED, 'norm.order': 'output', 'head': None, 'embedding.tied': False, 'positions.pattern': (True, False)},
 ]
 
 
-@pytest.mark.parametrize('c', CONFIGS + [dataclasses.replace(DENSE, **o) for o in OPTIONS])
+@pytest.mark.parametrize('c', CONFIGS + [changed(DENSE, o) for o in OPTIONS])
 def test_parameters_are_those_of_the_built_model(c):
     with jax.set_mesh(make_mesh(MeshConfig())):
         model = jax.eval_shape(lambda: init_decoder(c, DEFAULT, jax.random.key(0)))
@@ -55,7 +89,7 @@ def test_parameters_are_those_of_the_built_model(c):
 
 def test_keys_seen_is_the_mean_of_the_mask():
     for window, T in ((None, 7), (3, 7), (1, 7), (9, 7)):
-        c = dataclasses.replace(DENSE, window=window)
+        c = changed(DENSE, {'attention.window': window})
         ago = np.arange(T)[:, None] - np.arange(T)[None]
         assert math.isclose(cost.keys_seen(c, T), ((ago >= 0) & (ago < (window or T))).sum() / T)
 

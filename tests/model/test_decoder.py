@@ -11,23 +11,50 @@ from jax import P
 from tests import reference
 from tests.models import filled
 from weft.model.compute import ComputeConfig
-from weft.model.config import ModelConfig, MoEConfig
+from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig, changed
 from weft.model.forward import logits
 from weft.sharding.mesh import BATCH, MeshConfig, make_mesh
 from weft.training.loss import loss_and_gradient, loss_fn
 
-BASE = ModelConfig(vocabulary=150, layers=2, model_dim=16, heads=4, kv_heads=2, mlp_dim=24)
+BASE = ModelConfig(
+    vocabulary=150,
+    layers=2,
+    model_dim=16,
+    attention=AttentionConfig(heads=4, kv_heads=2),
+    mlp=MLPConfig(dim=24),
+)
 MOE = MoEConfig(experts=4, mlp_dim=16)
 VARIANTS = {
     'grouped-query swiglu': BASE,
-    'multi-head layernorm gelu, all biases': dataclasses.replace(
-        BASE, kv_heads=4, norm='layernorm', activation='gelu', bias=True, qkv_bias=True
+    'multi-head layernorm gelu, all biases': changed(
+        BASE,
+        {
+            'attention.kv_heads': 4,
+            'norm.kind': 'layernorm',
+            'mlp.activation': 'gelu',
+            'attention.o_bias': True,
+            'mlp.bias': True,
+            'norm.bias': True,
+            'attention.qkv_bias': True,
+        },
     ),
-    'multi-query relu, window, untied': dataclasses.replace(
-        BASE, kv_heads=1, activation='relu', window=3, tied_embedding=False
+    'multi-query relu, window, untied': changed(
+        BASE,
+        {
+            'attention.kv_heads': 1,
+            'mlp.activation': 'relu',
+            'attention.window': 3,
+            'embedding.tied': False,
+        },
     ),
-    'geglu, q/k norm, qkv bias, wide heads': dataclasses.replace(
-        BASE, activation='geglu', qk_norm=True, qkv_bias=True, head_dim=6
+    'geglu, q/k norm, qkv bias, wide heads': changed(
+        BASE,
+        {
+            'mlp.activation': 'geglu',
+            'attention.qk_norm': True,
+            'attention.qkv_bias': True,
+            'attention.head_dim': 6,
+        },
     ),
     'softmax experts': dataclasses.replace(BASE, moe=MOE),
     'sigmoid experts, shared ones, dense first layer': dataclasses.replace(
@@ -37,15 +64,21 @@ VARIANTS = {
             experts=4, top_k=3, mlp_dim=8, shared_experts=2, first_dense_layers=1, router='sigmoid', routed_scale=2.5
         ),
     ),
-    'norms of outputs, layers that do not turn, scores by layer, a gate of shared experts': dataclasses.replace(
+    'norms of outputs, layers that do not turn, scores by layer, a gate of shared experts': changed(
         BASE,
-        norm_order='output',
-        rotary_pattern=(True, False),
-        query_scale_by_layer=True,
-        moe=dataclasses.replace(MOE, shared_experts=1, shared_mlp_dim=20, shared_gate=True),
+        {
+            'norm.order': 'output',
+            'positions.pattern': (True, False),
+            'attention.scale_by_layer': True,
+            'moe': dataclasses.replace(MOE, shared_experts=1, shared_mlp_dim=20, shared_gate=True),
+        },
     ),
-    'experts without renormalisation, plain MLP': dataclasses.replace(
-        BASE, activation='gelu', moe=dataclasses.replace(MOE, renormalize=False, top_k=1)
+    'experts without renormalisation, plain MLP': changed(
+        BASE,
+        {
+            'mlp.activation': 'gelu',
+            'moe': dataclasses.replace(MOE, renormalize=False, top_k=1),
+        },
     ),
 }
 
@@ -84,7 +117,7 @@ def test_loss_and_gradients_equal_the_plain_decoder(name, remat):
 @pytest.mark.parametrize('name', ['grouped-query swiglu', 'multi-query relu, window, untied', 'softmax experts'])
 def test_no_token_sees_later_ones_or_other_documents(name):
     """d logits[t] / d embedding of token s is zero exactly where s is later, in another document, or outside all windows."""
-    c = dataclasses.replace(VARIANTS[name], layers=1 if VARIANTS[name].window else 2)
+    c = dataclasses.replace(VARIANTS[name], layers=1 if VARIANTS[name].attention.window else 2)
     T = 8
     tokens_BT, position_BT, segment_BT = (
         np.array([row], np.int32).repeat(4, 0)
@@ -95,7 +128,7 @@ def test_no_token_sees_later_ones_or_other_documents(name):
         )
     )
     with jax.set_mesh(make_mesh(MeshConfig(expert=2, tensor=2))):
-        model, at = filled(dataclasses.replace(c, tied_embedding=False)), place((tokens_BT, position_BT, segment_BT))
+        model, at = filled(changed(c, {'embedding.tied': False})), place((tokens_BT, position_BT, segment_BT))
 
         def change(model, t):
             here_1T1 = (jnp.arange(T) == t)[None, :, None]
@@ -105,7 +138,7 @@ def test_no_token_sees_later_ones_or_other_documents(name):
         moved_TV = np.stack([np.asarray(moved(t)) for t in range(T)])
     place_T, document_T = position_BT[0], segment_BT[0]
     ago = place_T[:, None] - place_T[None]
-    see = (ago >= 0) & (document_T[:, None] == document_T[None]) & (ago < (c.window or T))
+    see = (ago >= 0) & (document_T[:, None] == document_T[None]) & (ago < (c.attention.window or T))
     np.testing.assert_array_equal(moved_TV[:, :T] > 0, see)
     assert not moved_TV[:, T:].any()
 

@@ -1,7 +1,5 @@
 """An encoder alone: each token sees all of its document and nothing else; what needs the next token is refused."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -9,7 +7,16 @@ import pytest
 from tests.models import filled
 from weft.inference.score import score
 from weft.inference.step import empty_cache
-from weft.model.config import ModelConfig
+from weft.model.config import (
+    AttentionConfig,
+    EmbeddingConfig,
+    HeadConfig,
+    LearnedConfig,
+    MLPConfig,
+    ModelConfig,
+    NormConfig,
+    changed,
+)
 from weft.model.forward import logits, place
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig, make_mesh
@@ -19,19 +26,13 @@ BERT = ModelConfig(
     vocabulary=40,
     layers=2,
     model_dim=16,
-    heads=4,
-    mlp_dim=16,
-    activation='gelu_exact',
-    norm='layernorm',
-    norm_order='post',
-    positions='learned',
-    max_positions=16,
+    attention=AttentionConfig(heads=4, o_bias=True),
+    mlp=MLPConfig(dim=16, activation='gelu_exact', bias=True),
+    norm=NormConfig(kind='layernorm', order='post', bias=True),
+    positions=LearnedConfig(max=16),
     causal=False,
-    segment_kinds=2,
-    embedding_norm=True,
-    head_mlp=True,
-    head_bias=True,
-    bias=True,
+    embedding=EmbeddingConfig(token_types=2, norm=True),
+    head=HeadConfig(mlp=True, bias=True),
 )
 
 
@@ -71,7 +72,7 @@ def test_what_needs_the_next_token_is_refused():
     training = TrainingConfig(steps=1, batch=2, sequence_length=16)
     with pytest.raises(UserError, match=r'model\.causal is false: training learns to predict the next token'):
         RunConfig(name='x', model=BERT, training=training).check_sizes()
-    causal = dataclasses.replace(BERT, causal=True, max_positions=8)
+    causal = changed(BERT, {'causal': True, 'positions.max': 8})
     with pytest.raises(UserError, match=r'max_positions is 8 and training\.sequence_length 16'):
         RunConfig(name='x', model=causal, training=training).check_sizes()
     with jax.set_mesh(make_mesh(MeshConfig())):

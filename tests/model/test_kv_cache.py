@@ -21,7 +21,7 @@ from tests.planner.steps import decode_step, run_config
 from weft.inference.step import decode, empty_cache, extend, grown, prefill
 from weft.model import block, kv_cache, stack
 from weft.model.compute import ComputeConfig
-from weft.model.config import MLAConfig, ModelConfig, MoEConfig
+from weft.model.config import AttentionConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, changed
 from weft.model.forward import logits, place
 from weft.model.kv_cache import CacheArray, CacheSize, DenseCache, LayerCache, WindowCache
 from weft.model.stack import stacked_caches
@@ -35,28 +35,43 @@ ROWS, T, NEW = 4, 24, 12
 LENGTHS = np.array([1, 12, 5, 9], np.int32)  # of the rows' prompts, which decoding goes on with by NEW tokens each
 
 DOUBLE = ComputeConfig(dtype='float64')
-DENSE = ModelConfig(vocabulary=96, layers=2, model_dim=32, heads=8, kv_heads=4, head_dim=8, mlp_dim=32)
-WINDOWS = dataclasses.replace(DENSE, window=3)
-MIXED = dataclasses.replace(DENSE, layers=5, window=4, window_pattern=(True, True, False), attention_sinks=True)
-EXPERTS = dataclasses.replace(MIXED, layers=3, window=3, moe=MoEConfig(experts=4, mlp_dim=16, first_dense_layers=1))
+DENSE = ModelConfig(
+    vocabulary=96,
+    layers=2,
+    model_dim=32,
+    attention=AttentionConfig(heads=8, kv_heads=4, head_dim=8),
+    mlp=MLPConfig(dim=32),
+)
+WINDOWS = changed(DENSE, {'attention.window': 3})
+MIXED = changed(
+    DENSE,
+    {'layers': 5, 'attention.window': 4, 'attention.window_pattern': (True, True, False), 'attention.sinks': True},
+)
+EXPERTS = changed(
+    MIXED, {'layers': 3, 'attention.window': 3, 'moe': MoEConfig(experts=4, mlp_dim=16, first_dense_layers=1)}
+)
 LATENT = dataclasses.replace(
     DENSE,
-    kv_heads=None,
-    head_dim=None,
-    window=4,
-    window_pattern=(True, False),
-    latent=MLAConfig(kv_rank=8, plain_dim=6, rotary_dim=4, value_dim=6),
+    attention=MLAConfig(
+        heads=8,
+        kv_lora_rank=8,
+        qk_nope_head_dim=6,
+        qk_rope_head_dim=4,
+        v_head_dim=6,
+        window=4,
+        window_pattern=(True, False),
+    ),
 )
 ON = [
     (WINDOWS, MeshConfig()),
     (MIXED, MeshConfig()),
     (WINDOWS, MeshConfig(context=2, tensor=4)),
-    (dataclasses.replace(WINDOWS, window=4), MeshConfig(context=2, data=2)),
+    (changed(WINDOWS, {'attention.window': 4}), MeshConfig(context=2, data=2)),
     (MIXED, MeshConfig(context=4, tensor=2)),
-    (dataclasses.replace(MIXED, window=3), MeshConfig(context=4)),
-    (dataclasses.replace(MIXED, window=7), MeshConfig(context=2, tensor=4)),
+    (changed(MIXED, {'attention.window': 3}), MeshConfig(context=4)),
+    (changed(MIXED, {'attention.window': 7}), MeshConfig(context=2, tensor=4)),
     (EXPERTS, MeshConfig(context=2, expert=2, tensor=2)),
-    (dataclasses.replace(EXPERTS, window=4), MeshConfig(expert=4, tensor=2)),
+    (changed(EXPERTS, {'attention.window': 4}), MeshConfig(expert=4, tensor=2)),
     (LATENT, MeshConfig(context=2, tensor=2)),
 ]
 
@@ -76,8 +91,10 @@ def decoded(model) -> np.ndarray:
     """Logits [B, 1 + NEW, V] after each row's prompt and after each of the tokens that follow it."""
     ids_BT = tokens(model.config)
     cache = jax.jit(lambda model: empty_cache(model, ROWS, T))(model)
-    logit_BV, cache = jax.jit(prefill)(model, cache, *place((ids_BT[:, : LENGTHS.max()], LENGTHS)))
-    found, step = [np.asarray(logit_BV)], jax.jit(decode)
+    traced_anew = lambda step: jax.jit(lambda *arguments: step(*arguments))  # a fault may have been planted since
+    read, step = traced_anew(prefill), traced_anew(decode)
+    logit_BV, cache = read(model, cache, *place((ids_BT[:, : LENGTHS.max()], LENGTHS)))
+    found = [np.asarray(logit_BV)]
     for n in range(NEW):
         position_B = LENGTHS + n
         logit_BV, cache = step(model, cache, *place((ids_BT[np.arange(ROWS), position_B], position_B)))
@@ -94,7 +111,7 @@ def error(model) -> float:
 
 @pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize(
-    ('c', 'mesh'), ON, ids=lambda one: str(one) if isinstance(one, MeshConfig) else f'{one.window}'
+    ('c', 'mesh'), ON, ids=lambda one: str(one) if isinstance(one, MeshConfig) else f'{one.attention.window}'
 )
 def test_decoding_past_the_window_is_the_full_forward_pass(c, mesh):
     """Prompts shorter and longer than the window, in one padded batch; each slot of a window is taken several times."""
@@ -102,19 +119,19 @@ def test_decoding_past_the_window_is_the_full_forward_pass(c, mesh):
         assert error(filled(c, DOUBLE, gain=2)) < 1e-12
 
 
-def one_slot_too_few(length, context, window=None, piece=1):
-    return slots(length, context, window and window - 1, piece)
+def one_slot_too_few(length, context, window=None, chunk=1):
+    return slot_count(length, context, window and window - 1, chunk)
 
 
 def padding_too(ctx):
     return own(dataclasses.replace(ctx, segment_BT=jnp.ones_like(ctx.segment_BT)))
 
 
-slots, own = kv_cache.slots, kv_cache.own
+slot_count, own = kv_cache.slot_count, kv_cache.own
 FAULTS = {
     'slots are taken for what they held the first time': (WindowCache, 'positions', DenseCache.positions),
     'a token beyond the last slot is dropped': (WindowCache, '_slots', DenseCache._slots),
-    'a window has a slot too few': (kv_cache, 'slots', one_slot_too_few),
+    'a window has a slot too few': (kv_cache, 'slot_count', one_slot_too_few),
     'padding is kept': (kv_cache, 'own', padding_too),
 }
 
@@ -129,7 +146,7 @@ def test_a_fault_in_going_round_is_seen(fault, monkeypatch):
 
 @pytest.mark.usefixtures('float64')
 @pytest.mark.parametrize(
-    ('c', 'mesh', 'piece'),
+    ('c', 'mesh', 'chunk'),
     [
         (MIXED, MeshConfig(), 5),
         (EXPERTS, MeshConfig(context=2, expert=2, tensor=2), 3),
@@ -137,28 +154,28 @@ def test_a_fault_in_going_round_is_seen(fault, monkeypatch):
     ],
     ids=['mixed', 'experts', 'latent'],
 )
-def test_text_in_pieces_past_the_window_gives_the_logits_of_all_of_it(c, mesh, piece):
+def test_text_in_pieces_past_the_window_gives_the_logits_of_all_of_it(c, mesh, chunk):
     """Rows of different lengths, whose pieces go round in other steps; a cache that grows, and decoding after it."""
     ids_BT = tokens(c)
     with jax.set_mesh(make_mesh(mesh)):
         model = filled(c, DOUBLE, gain=2)
         whole_BTV = whole(model)
-        cache = jax.jit(lambda model: empty_cache(model, ROWS, 8, piece=piece))(model)
+        cache = jax.jit(lambda model: empty_cache(model, ROWS, 8, chunk=chunk))(model)
         read, longer, step = jax.jit(extend), jax.jit(grown, static_argnums=1), jax.jit(decode)
         begin_B, room = np.zeros(ROWS, np.int32), 8
         while (begin_B < T - 3).any():
-            length_B = np.minimum(np.maximum(1, piece - np.arange(ROWS)), T - begin_B).astype(np.int32)
+            length_B = np.minimum(np.maximum(1, chunk - np.arange(ROWS)), T - begin_B).astype(np.int32)
             if max(begin_B + length_B) > room:
                 room += 8
                 cache = longer(cache, room)
-            piece_BT = np.zeros((ROWS, piece), np.int32)
+            chunk_BT = np.zeros((ROWS, chunk), np.int32)
             for row, (begin, length) in enumerate(zip(begin_B, length_B, strict=True)):
-                piece_BT[row, :length] = ids_BT[row, begin : begin + length]
+                chunk_BT[row, :length] = ids_BT[row, begin : begin + length]
             # A row that has all its tokens reads the last one again, which a window must bear.
             again_B = np.minimum(begin_B, T - 1)
-            piece_BT[:, 0] = ids_BT[np.arange(ROWS), again_B]
+            chunk_BT[:, 0] = ids_BT[np.arange(ROWS), again_B]
             length_B = np.maximum(length_B, 1)
-            logit_BV, cache = read(model, cache, *place((piece_BT, again_B, length_B)))
+            logit_BV, cache = read(model, cache, *place((chunk_BT, again_B, length_B)))
             begin_B = again_B + length_B
             want_BV = whole_BTV[np.arange(ROWS), begin_B - 1]
             assert np.abs(np.asarray(logit_BV) - want_BV).max() < 1e-12 * np.abs(whole_BTV).max()
@@ -171,7 +188,7 @@ def test_text_in_pieces_past_the_window_gives_the_logits_of_all_of_it(c, mesh, p
 def test_a_piece_that_a_window_cannot_hold_is_refused():
     with jax.set_mesh(make_mesh(MeshConfig())):
         model = filled(WINDOWS)
-        cache = empty_cache(model, ROWS, T, piece=2)
+        cache = empty_cache(model, ROWS, T, chunk=2)
         numbers = place((np.zeros((ROWS, 3), np.int32), np.zeros(ROWS, np.int32), np.ones(ROWS, np.int32)))
         with pytest.raises(AssertionError, match='3 tokens at once, and a cache that was made for 2'):
             extend(model, cache, *numbers)
@@ -181,28 +198,28 @@ def test_a_piece_that_a_window_cannot_hold_is_refused():
 
 
 @pytest.mark.parametrize(
-    ('length', 'context', 'window', 'piece', 'want'),
+    ('length', 'context', 'window', 'chunk', 'want'),
     [
         (10, 1, None, 1, 10),
         (10, 4, None, 1, 12),
         (10, 1, 3, 1, 3),
         (10, 4, 3, 1, 4),
-        (10, 4, 3, 4, 8),  # a piece of four sees two before its first token
+        (10, 4, 3, 4, 8),  # a chunk of four sees two before its first token
         (10, 2, 8, 8, 10),  # no more than there are tokens
     ],
 )
-def test_slots_of_a_row(length, context, window, piece, want):
-    assert kv_cache.slots(length, context, window, piece) == want
+def test_slots_of_a_row(length, context, window, chunk, want):
+    assert kv_cache.slot_count(length, context, window, chunk) == want
 
 
 def test_a_row_goes_on_from_where_its_window_is_still_there():
     arrays = (CacheArray((1, 2, 6, 8), 'float32', P()),)
-    ring = WindowCache(arrays, window=4, piece=3)
-    assert [ring.rewinds(20, to) for to in (16, 17, 20)] == [False, True, True]
-    assert ring.rewinds(6, 0), 'nothing was written over yet'
-    assert not ring.rewinds(7, 0)
-    assert DenseCache(arrays).rewinds(20, 0)
-    assert (LayerCache(arrays).rewinds(20, 20), LayerCache(arrays).rewinds(20, 19)) == (True, False)
+    ring = WindowCache(arrays, window=4, chunk=3)
+    assert [ring.can_rewind(20, to) for to in (16, 17, 20)] == [False, True, True]
+    assert ring.can_rewind(6, 0), 'nothing was written over yet'
+    assert not ring.can_rewind(7, 0)
+    assert DenseCache(arrays).can_rewind(20, 0)
+    assert (LayerCache(arrays).can_rewind(20, 20), LayerCache(arrays).can_rewind(20, 19)) == (True, False)
 
 
 def test_groups_of_layers_keep_what_each_needs():
@@ -252,7 +269,7 @@ def size(tree: Any) -> int:
 def test_a_step_writes_to_the_caches_where_they_are(mesh, loop, monkeypatch):
     """No group's cache is copied: a step's new arrays are the old ones' memory."""
     monkeypatch.setattr(stack, 'UNROLLED', {} if loop else {'cpu': (8, 64)})
-    c = dataclasses.replace(MIXED, layers=6, window=1024)
+    c = changed(MIXED, {'layers': 6, 'attention.window': 1024})
     with jax.set_mesh(make_mesh(mesh)):
         step, (model, cache, *rest) = decode_step(run_config(c, mesh, 1, 32), 4096)
         compiled = jax.jit(step, donate_argnums=1).lower(model, cache, *rest).compile()

@@ -12,7 +12,7 @@ from tests.models import filled
 from weft.inference.step import decode, empty_cache, prefill
 from weft.model import cost
 from weft.model.compute import DEFAULT
-from weft.model.config import MLAConfig, ModelConfig, RopeScaling
+from weft.model.config import MLAConfig, MLPConfig, ModelConfig, RopeScaling, RotaryConfig
 from weft.model.decoder import init_decoder
 from weft.model.forward import logits, place
 from weft.sharding.mesh import MeshConfig, make_mesh
@@ -38,11 +38,16 @@ def test_decoding_from_latent_vectors_is_the_expanded_form(q_rank, mesh):
         vocabulary=128,
         layers=2,
         model_dim=64,
-        heads=8,
-        mlp_dim=64,
-        rotary_pairs='neighbours',
-        rope_scaling=RopeScaling(kind='yarn', factor=8.0, original_positions=16, mscale_all_dim=1.0),
-        latent=MLAConfig(q_rank=q_rank, kv_rank=32, plain_dim=16, rotary_dim=8, value_dim=12),
+        attention=MLAConfig(
+            heads=8, q_lora_rank=q_rank, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12
+        ),
+        mlp=MLPConfig(dim=64),
+        positions=RotaryConfig(
+            kind=RotaryConfig(
+                layout='interleaved',
+                scaling=RopeScaling(kind='yarn', factor=8.0, original_positions=16, mscale_all_dim=1.0),
+            )
+        ),
     )
     ids = np.random.default_rng(0).integers(0, 128, (2, 48), dtype=np.int32)
     places = np.arange(48, dtype=np.int32)[None].repeat(2, 0)

@@ -15,35 +15,57 @@ from tests.hlo import MOVED, SENT, instructions
 from tests.planner.steps import run_config, training_step
 from weft.inference.step import decode, empty_cache, prefill
 from weft.inference.unstacked import kinds, unstacked
-from weft.model.config import MLAConfig, ModelConfig, MoEConfig
+from weft.model.config import AttentionConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, changed
 from weft.sharding.mesh import BATCH, MeshConfig, make_mesh
 from weft.training.state import abstract_model
 
 # Every weight that multiplies has 64 KiB or more, and nothing else in a decoding step has: neither activations nor the cache.
 LARGE = 2**16
-DENSE = ModelConfig(vocabulary=512, layers=2, model_dim=128, heads=4, kv_heads=2, head_dim=64, mlp_dim=192)
+DENSE = ModelConfig(
+    vocabulary=512,
+    layers=2,
+    model_dim=128,
+    attention=AttentionConfig(heads=4, kv_heads=2, head_dim=64),
+    mlp=MLPConfig(dim=192),
+)
 EXPERTS = dataclasses.replace(DENSE, moe=MoEConfig(experts=4, mlp_dim=128))
 MODELS = {
     'tied': DENSE,
-    'untied, biases, learned positions': dataclasses.replace(
+    'untied, biases, learned positions': changed(
         DENSE,
-        tied_embedding=False,
-        bias=True,
-        qkv_bias=True,
-        norm='layernorm',
-        activation='gelu',
-        positions='learned',
-        max_positions=512,
+        {
+            'embedding.tied': False,
+            'attention.o_bias': True,
+            'mlp.bias': True,
+            'norm.bias': True,
+            'attention.qkv_bias': True,
+            'norm.kind': 'layernorm',
+            'mlp.activation': 'gelu',
+            'positions.kind': 'learned',
+            'positions.max': 512,
+        },
     ),
-    'sandwich, soft caps, windows': dataclasses.replace(
-        DENSE, norm_order='sandwich', attention_softcap=50.0, logit_softcap=30.0, window=8, qk_norm=True
+    'sandwich, soft caps, windows': changed(
+        DENSE,
+        {
+            'norm.order': 'sandwich',
+            'attention.softcap': 50.0,
+            'head.softcap': 30.0,
+            'attention.window': 8,
+            'attention.qk_norm': True,
+        },
     ),
     'experts': EXPERTS,
-    'experts with biases and sinks': dataclasses.replace(
-        EXPERTS, attention_sinks=True, moe=dataclasses.replace(EXPERTS.moe, bias=True, router_bias=True)
+    'experts with biases and sinks': changed(
+        EXPERTS,
+        {
+            'attention.sinks': True,
+            'moe': dataclasses.replace(EXPERTS.moe, bias=True, router_bias=True),
+        },
     ),
     'latent': dataclasses.replace(
-        DENSE, kv_heads=4, head_dim=None, latent=MLAConfig(kv_rank=128, plain_dim=64, rotary_dim=64, value_dim=64)
+        DENSE,
+        attention=MLAConfig(heads=4, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=64, v_head_dim=64),
     ),
 }
 # What moves a parameter after all, and why: opcodes, and the shape of one expert or of the heads' part of a matrix.

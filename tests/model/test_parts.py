@@ -1,6 +1,5 @@
 """What published folders hold decides: parts that config.json has and files lack, other names, fields that are passed over."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 
 from tests.families import cases, folders
 from weft.hub import read as hub
+from weft.model.config import changed
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.conversion import export_run, import_run
@@ -55,7 +55,7 @@ def test_layers_ahead_that_no_file_has_are_left_out_and_said(case, tmp_path):
     """As transformers saves such models."""
     source = folder(tmp_path, case, num_nextn_predict_layers=1)
     found = hub.read(source)
-    assert (found.model.mtp_layers, found.absent) == (0, ('mtp',))
+    assert (found.model.mtp.layers, found.absent) == (0, ('mtp',))
     assert (
         'has no layers that predict further ahead (num_nextn_predict_layers): imported without'
         in there_and_back(source, tmp_path)[1]
@@ -141,11 +141,11 @@ def test_t5_without_shared_has_its_embedding_under_another_name(names, tmp_path)
 def test_t5_without_a_head_is_tied_and_not_scaled_where_its_config_says_so(fields, tmp_path):
     """As transformers 5.24 computes it: a config without ties is of unscaled logits alone."""
     tied, scaled = (hub.read(folder(tmp_path / name, name)).model for name in ('t5-v1.1', 't5-before-v1.1'))
-    assert (tied.tied_embedding, scaled.tied_embedding, scaled.logit_scale) == (False, True, 1 / 8)
+    assert (tied.embedding.tied, scaled.embedding.tied, scaled.head.scale) == (False, True, 1 / 8)
     source = folder(tmp_path, 't5-v1.1', (HEAD,), **fields)
     c = hub.read(source).model
-    assert dataclasses.replace(c, tied_embedding=False) == tied
-    assert c.tied_embedding
+    assert changed(c, {'embedding.tied': False}) == tied
+    assert c.embedding.tied
     assert 'has no LM head: the embedding is it' in there_and_back(source, tmp_path)[1]
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from weft.model.config import ModelConfig, RopeScaling
+from weft.model.config import RopeScaling, model_of
 from weft.model.layers.rope import frequencies
 from weft.runtime.errors import UserError
 
@@ -18,10 +18,10 @@ def test_frequencies_are_the_nearest_float32(dims):
 
 
 def test_longrope_has_a_factor_for_each_pair_that_turns():
-    model = {'layers': 1, 'model_dim': 64, 'heads': 2, 'mlp_dim': 64, 'rotary_fraction': 0.75}
+    model = {'layers': 1, 'model_dim': 64, 'attention.heads': 2, 'mlp.dim': 64, 'positions.fraction': 0.75}
     scaling = RopeScaling(
         kind='longrope', factor=2, original_positions=64, short_factors=(1,) * 12, long_factors=(2,) * 12
     )
-    assert ModelConfig(**model, rope_scaling=scaling).rotary_dim == 24
+    assert model_of(model | {'positions.scaling': scaling}).rotary_dim == 24
     with pytest.raises(UserError, match=r'short_factors has 12 numbers: one is needed for each of the 16 pairs'):
-        ModelConfig(**model | {'rotary_fraction': 1.0}, rope_scaling=scaling)
+        model_of(model | {'positions.fraction': 1.0} | {'positions.scaling': scaling})

@@ -3,7 +3,7 @@
 import random
 import time
 
-from weft.model.config_parts import LayerGroup, LayerSpec, group_layers
+from weft.model.layer_groups import LayerGroup, LayerSpec, group_layers
 
 A, B, C = LayerSpec(), LayerSpec(experts=True), LayerSpec(windowed=True)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from weft.model.compute import ComputeConfig
-from weft.model.config import ModelConfig
+from weft.model.config import AttentionConfig, MLPConfig, ModelConfig
 from weft.planner import aot
 from weft.planner.aot import Compiled, compile_step
 from weft.planner.aot_worker import needed
@@ -22,7 +22,13 @@ from weft.training.config import RunConfig, TrainingConfig
 RUN = RunConfig(
     name='x',
     mesh=MeshConfig(data=8),
-    model=ModelConfig(vocabulary=256, layers=2, model_dim=64, heads=4, mlp_dim=64),
+    model=ModelConfig(
+        vocabulary=256,
+        layers=2,
+        model_dim=64,
+        attention=AttentionConfig(heads=4),
+        mlp=MLPConfig(dim=64),
+    ),
     compute=ComputeConfig(dtype='bfloat16'),
     training=TrainingConfig(steps=1, batch=8, sequence_length=32),
 )

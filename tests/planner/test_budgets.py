@@ -15,16 +15,21 @@ import pytest
 from jax import lax
 
 from tests.planner.steps import decode_step, mesh_shape, run_config, training_step
-from weft.model import context
+from weft.model import context, linear
 from weft.model.compute import DEFAULT, ComputeConfig
-from weft.model.config import ModelConfig, MoEConfig
-from weft.model.layers import attention
+from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig, changed
 from weft.planner import traffic
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.config import RunConfig
 
 BUDGETS = Path(__file__).with_name('budgets')
-DENSE = ModelConfig(vocabulary=300, layers=2, model_dim=32, heads=8, kv_heads=4, mlp_dim=48)
+DENSE = ModelConfig(
+    vocabulary=300,
+    layers=2,
+    model_dim=32,
+    attention=AttentionConfig(heads=8, kv_heads=4),
+    mlp=MLPConfig(dim=48),
+)
 EXPERTS = dataclasses.replace(
     DENSE, layers=2, moe=MoEConfig(experts=8, mlp_dim=16, shared_experts=1, first_dense_layers=1)
 )
@@ -47,10 +52,21 @@ class Case(NamedTuple):
 CASES = {
     'dense_data2_tensor4': Case(DENSE, MeshConfig(data=2, tensor=4), compiled=True),
     'dense_remat_data4_tensor2': Case(
-        dataclasses.replace(DENSE, qk_norm=True), MeshConfig(data=4, tensor=2), compute=ComputeConfig(remat='block')
+        changed(DENSE, {'attention.qk_norm': True}), MeshConfig(data=4, tensor=2), compute=ComputeConfig(remat='block')
     ),
     'dense_untied_data8': Case(
-        dataclasses.replace(DENSE, tied_embedding=False, norm='layernorm', bias=True, qkv_bias=True, activation='gelu'),
+        changed(
+            DENSE,
+            {
+                'embedding.tied': False,
+                'norm.kind': 'layernorm',
+                'attention.o_bias': True,
+                'mlp.bias': True,
+                'norm.bias': True,
+                'attention.qkv_bias': True,
+                'mlp.activation': 'gelu',
+            },
+        ),
         MeshConfig(data=8),
     ),
     'dense_repeated_heads_tensor8': Case(DENSE, MeshConfig(tensor=8)),
@@ -139,13 +155,15 @@ def test_an_activation_gathered_once_more_is_told(monkeypatch):
 
 
 def test_a_weight_gathered_over_too_many_axes_is_told(monkeypatch):
-    def wasteful(w, dtype):
+    def wasteful(w, dtype, axes, *dim):
+        if dim or w.ndim > 2:
+            return unshard(w, dtype, axes, *dim)
         columns = w.shape[1]
-        w = unshard(lax.all_gather(w, 'tensor', axis=1, tiled=True), dtype)
+        w = unshard(lax.all_gather(w, 'tensor', axis=1, tiled=True), dtype, axes)
         return lax.dynamic_slice_in_dim(w, lax.axis_index('tensor') * columns, columns, axis=1)
 
-    unshard = attention.unshard
-    monkeypatch.setattr(attention, 'unshard', wasteful)
+    unshard = linear.unshard
+    monkeypatch.setattr(linear, 'unshard', wasteful)
     lines = told('experts_data2_expert2_tensor2')
     for kind in (f'{kind} over {axis}' for kind in ('all_gather', 'reduce_scatter') for axis in ('data', 'expert')):
         assert any(line.startswith(f'{kind}: ') and '(budget ' in line for line in lines), lines

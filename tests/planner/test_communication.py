@@ -13,7 +13,7 @@ from tests.planner.steps import decode_step, mesh_shape, rows, run_config, train
 from weft.inference.step import encode, prefill
 from weft.model.batch import Source
 from weft.model.compute import DEFAULT, ComputeConfig
-from weft.model.config import EncoderConfig, MLAConfig, ModelConfig, MoEConfig
+from weft.model.config import AttentionConfig, EncoderConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, changed
 from weft.model.ops import expert_dispatch as dispatch
 from weft.planner import communication, traffic
 from weft.sharding.mesh import MeshConfig, make_mesh
@@ -24,7 +24,13 @@ BATCH, LENGTH = 8, 32
 PROMPTS = 16, 5  # tokens: with a sequence that `tensor` splits, and one that it may not
 SCALARS = 400  # bytes: of the loss's sums and the gradient's norm, which are not counted
 
-DENSE = ModelConfig(vocabulary=300, layers=4, model_dim=64, heads=8, kv_heads=4, mlp_dim=48)
+DENSE = ModelConfig(
+    vocabulary=300,
+    layers=4,
+    model_dim=64,
+    attention=AttentionConfig(heads=8, kv_heads=4),
+    mlp=MLPConfig(dim=48),
+)
 EXPERTS = dataclasses.replace(
     DENSE,
     layers=3,
@@ -32,8 +38,8 @@ EXPERTS = dataclasses.replace(
 )
 BIASED = MoEConfig(experts=4, mlp_dim=16, router_bias=True, bias=True, pattern=(True, False))
 GATED = dataclasses.replace(EXPERTS.moe, shared_gate=True, shared_mlp_dim=24)
-LATENT = MLAConfig(q_rank=16, kv_rank=16, plain_dim=8, rotary_dim=4, value_dim=16)
-LARGE = dataclasses.replace(DENSE, vocabulary=8192, layers=2, model_dim=512, mlp_dim=1024)
+LATENT = MLAConfig(heads=8, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=16)
+LARGE = changed(DENSE, {'vocabulary': 8192, 'layers': 2, 'model_dim': 512, 'mlp.dim': 1024})
 
 
 class Case(NamedTuple):
@@ -47,9 +53,16 @@ class Case(NamedTuple):
     compute: ComputeConfig = DEFAULT
 
 
-LAYERNORM = {'norm': 'layernorm', 'norm_order': 'post', 'bias': True, 'activation': 'gelu'}
-LEARNED = {'positions': 'learned', 'max_positions': 64, 'segment_kinds': 2, 'embedding_norm': True}
-MLA = {'kv_heads': None, 'head_dim': None, 'latent': LATENT}
+LAYERNORM = {
+    'norm.kind': 'layernorm',
+    'norm.order': 'post',
+    'attention.o_bias': True,
+    'mlp.bias': True,
+    'norm.bias': True,
+    'mlp.activation': 'gelu',
+}
+LEARNED = {'positions.kind': 'learned', 'positions.max': 64, 'embedding.token_types': 2, 'embedding.norm': True}
+MLA = {'attention': LATENT}
 BLOCK = ComputeConfig(remat='block')
 NARROW = ComputeConfig(dtype='bfloat16')
 
@@ -62,32 +75,38 @@ CASES = {
     'dots, ring': Case(DENSE, {}, MeshConfig(data=2, context=2, tensor=2), compute=ComputeConfig(remat='dots')),
     'one kv head for several devices': Case(
         DENSE,
-        {'qk_norm': 'full', 'qkv_bias': True, 'attention_sinks': True, 'o_bias': True, 'norm_order': 'sandwich'},
+        {
+            'attention.qk_norm': 'full',
+            'attention.qkv_bias': True,
+            'attention.sinks': True,
+            'attention.o_bias': True,
+            'norm.order': 'sandwich',
+        },
         MeshConfig(tensor=8),
     ),
     'norms after, tables': Case(DENSE, {**LAYERNORM, **LEARNED}, MeshConfig(data=2, tensor=4), compute=BLOCK),
     'windows, replicas, parts': Case(
         DENSE,
-        {'layers': 5, 'window': 8, 'window_pattern': (True, False), 'qk_norm': True},
+        {'layers': 5, 'attention.window': 8, 'attention.window_pattern': (True, False), 'attention.qk_norm': True},
         MeshConfig(replica=2, data=2, tensor=2),
         {'accumulation': 2},
         compute=BLOCK,
     ),
     'pipeline': Case(
         DENSE,
-        {'tied_embedding': False},
+        {'embedding.tied': False},
         MeshConfig(stage=2, context=2, tensor=2),
         {'accumulation': 2},
         compute=BLOCK,
     ),
     'pipeline of experts, one ahead': Case(
-        EXPERTS, {'layers': 5, 'mtp_layers': 1}, MeshConfig(stage=2, data=2, tensor=2), compute=NARROW
+        EXPERTS, {'layers': 5, 'mtp.layers': 1}, MeshConfig(stage=2, data=2, tensor=2), compute=NARROW
     ),
     'experts gathered, a gate': Case(
         EXPERTS, {'moe': GATED}, MeshConfig(data=2, expert=2, tensor=2), compute=narrow(remat='block')
     ),
     'experts gathered, dots, norms of outputs': Case(
-        EXPERTS, {'norm_order': 'output'}, MeshConfig(context=2, expert=2, tensor=2), compute=narrow(remat='dots')
+        EXPERTS, {'norm.order': 'output'}, MeshConfig(context=2, expert=2, tensor=2), compute=narrow(remat='dots')
     ),
     'experts all_to_all': Case(
         EXPERTS, {}, MeshConfig(expert=4, tensor=2), compute=narrow(remat='block', dispatch='all_to_all')
@@ -103,17 +122,17 @@ CASES = {
     ),
     'latent, two ahead': Case(
         EXPERTS,
-        {**MLA, 'mtp_layers': 2, 'tied_embedding': False},
+        {**MLA, 'mtp.layers': 2, 'embedding.tied': False},
         MeshConfig(data=2, expert=2, tensor=2),
         compute=narrow(remat='block', weight_dtype='bfloat16'),
     ),
-    'latent, ring': Case(DENSE, {**MLA, 'qkv_bias': True}, MeshConfig(context=4, tensor=2), compute=BLOCK),
+    'latent, ring': Case(DENSE, {**MLA, 'attention.qkv_bias': True}, MeshConfig(context=4, tensor=2), compute=BLOCK),
     'reference ring': Case(
         DENSE, {}, MeshConfig(context=4, tensor=2), compute=ComputeConfig(attention='reference', remat='block')
     ),
     'encoder': Case(
         DENSE,
-        {'encoder': EncoderConfig(layers=3, mlp_dim=32), 'positions': 'relative'},
+        {'encoder': EncoderConfig(layers=3, mlp_dim=32), 'positions.kind': 'relative'},
         MeshConfig(data=2, tensor=4),
         compute=BLOCK,
     ),
@@ -133,7 +152,7 @@ CASES = {
 @pytest.mark.parametrize('name', CASES)
 def test_steps_ask_for_what_their_shapes_say(name, monkeypatch):
     base, fields, mesh, training, length, compute = CASES[name]
-    c = dataclasses.replace(base, **fields)
+    c = changed(base, fields)
     run = run_config(c, mesh, BATCH, length, compute, **training)
     run.check_sizes()
     monkeypatch.setattr(dispatch, 'platform', lambda: 'tpu')  # a CPU's `ragged` gathers

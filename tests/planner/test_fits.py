@@ -7,7 +7,7 @@ import types
 import jax
 import pytest
 
-from weft.model.config import ModelConfig
+from weft.model.config import AttentionConfig, MLPConfig, ModelConfig
 from weft.planner.fits import Room, available_memory, changed, nearest_that_fits, plan_first, room_of
 from weft.planner.memory import training_memory
 from weft.runtime.errors import UserError
@@ -17,7 +17,13 @@ from weft.training.config import RunConfig, TrainingConfig, parse
 RUN = RunConfig(
     name='x',
     mesh=MeshConfig(data=2, tensor=2),
-    model=ModelConfig(vocabulary=512, layers=8, model_dim=256, heads=4, mlp_dim=1024),
+    model=ModelConfig(
+        vocabulary=512,
+        layers=8,
+        model_dim=256,
+        attention=AttentionConfig(heads=4),
+        mlp=MLPConfig(dim=1024),
+    ),
     training=TrainingConfig(steps=1, batch=16, sequence_length=512),
 )
 
@@ -80,7 +86,7 @@ def test_a_device_that_tells_nothing_and_is_not_described_is_not_judged():
 
 def test_a_tokenizer_that_is_still_to_be_made_counts_as_asked_for():
     run = parse(
-        '{name: x, model: {layers: 1, model_dim: 64, heads: 1, mlp_dim: 64}, data: {vocabulary: 384}, '
+        '{name: x, model: {layers: 1, model_dim: 64, attention: {heads: 1}, mlp: {dim: 64}}, data: {vocabulary: 384}, '
         'training: {steps: 1, batch: 1, sequence_length: 64}}',
         'x',
     )

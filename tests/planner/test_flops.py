@@ -18,7 +18,7 @@ from weft.inference.step import decode, empty_cache, encode, prefill
 from weft.model import cost
 from weft.model.batch import Batch, Source
 from weft.model.compute import DEFAULT, ComputeConfig
-from weft.model.config import MLAConfig, ModelConfig, MoEConfig
+from weft.model.config import AttentionConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, changed
 from weft.model.forward import logits
 from weft.model.ops.attention import attention
 from weft.planner.dots import dots
@@ -109,22 +109,42 @@ def test_each_family(name):
     if cases.family(name) in ENCODERS:
         programs = ['score']
     else:
-        programs = ['decode', *(['prefill'] if c.latent or c.encoder else []), *(['encode'] if c.encoder else [])]
+        programs = [
+            'decode',
+            *(['prefill'] if c.attention.kind == 'mla' or c.encoder else []),
+            *(['encode'] if c.encoder else []),
+        ]
     for what in ['train', *programs]:
         check(c, what)
 
 
-DENSE = ModelConfig(vocabulary=256, layers=2, model_dim=32, heads=4, kv_heads=2, mlp_dim=48)
+DENSE = ModelConfig(
+    vocabulary=256,
+    layers=2,
+    model_dim=32,
+    attention=AttentionConfig(heads=4, kv_heads=2),
+    mlp=MLPConfig(dim=48),
+)
 EXPERTS = MoEConfig(experts=4, mlp_dim=16, top_k=2, shared_experts=1, first_dense_layers=1)
-LATENT = MLAConfig(q_rank=16, kv_rank=8, plain_dim=6, rotary_dim=4, value_dim=10)
+LATENT = MLAConfig(heads=4, q_lora_rank=16, kv_lora_rank=8, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10)
 MODELS = {
     'dense': DENSE,
-    'post': dataclasses.replace(DENSE, norm_order='post', norm='layernorm', bias=True, activation='gelu'),
-    'kinds': dataclasses.replace(DENSE, layers=4, window=3, window_pattern=(True, False)),
-    'experts': dataclasses.replace(DENSE, layers=3, moe=dataclasses.replace(EXPERTS, bias=True)),
+    'post': changed(
+        DENSE,
+        {
+            'norm.order': 'post',
+            'norm.kind': 'layernorm',
+            'attention.o_bias': True,
+            'mlp.bias': True,
+            'norm.bias': True,
+            'mlp.activation': 'gelu',
+        },
+    ),
+    'kinds': changed(DENSE, {'layers': 4, 'attention.window': 3, 'attention.window_pattern': (True, False)}),
+    'experts': dataclasses.replace(DENSE, layers=3, moe=changed(EXPERTS, {'bias': True})),
     'gate': dataclasses.replace(DENSE, moe=dataclasses.replace(EXPERTS, first_dense_layers=0, shared_gate=True)),
-    'output': dataclasses.replace(DENSE, norm_order='output', rotary_pattern=(True, False)),
-    'latent': dataclasses.replace(DENSE, layers=3, kv_heads=4, head_dim=None, latent=LATENT, moe=EXPERTS),
+    'output': changed(DENSE, {'norm.order': 'output', 'positions.pattern': (True, False)}),
+    'latent': dataclasses.replace(DENSE, layers=3, attention=LATENT, moe=EXPERTS),
 }
 
 
@@ -165,7 +185,7 @@ def test_each_mesh(name, mesh):
 def test_what_a_model_needs_is_what_is_executed_where_nothing_is_masked_padded_or_repeated(name):
     """`model.cost` and `planner.flops` are one count but for masks, padding, and what is repeated."""
     _, c = read(cases.CASES[name])
-    c = dataclasses.replace(c, vocabulary=256, window=None, mtp_layers=0)
+    c = changed(c, {'vocabulary': 256, 'attention.window': None, 'mtp.layers': 0})
     how: dict[str, Any] = {'rows': B, 'length': T, 'source': T if c.encoder else 0}
     same = lambda a, b: {k: v for k, v in a.items() if v} == {k: v for k, v in b.items() if v}
     assert same(executed(c, DEFAULT, 'loss', **how), {k: B * T * v for k, v in cost.forward_flops(c, T).items()})
@@ -185,14 +205,14 @@ def test_a_step_in_parts_with_chunks_that_do_not_divide():
 
 
 def test_tiles_compute_no_more_than_the_mask_lets_through():
-    c = dataclasses.replace(DENSE, window=4, window_pattern=(True, False))
+    c = changed(DENSE, {'attention.window': 4, 'attention.window_pattern': (True, False)})
     how = {'rows': 1, 'length': 16}
     square, tiles = (
         executed(c, DEFAULT, 'loss', attention=name, **how)['attention'] for name in ('reference', 'flash')
     )
     seen = 16 * 17 / 2 + (4 * 5 / 2 + 12 * 4)  # of the layer without a window, and of the one with it
-    assert tiles == 2 * 2 * c.heads * c.head_dim * seen
-    assert square == 2 * 2 * c.heads * c.head_dim * 2 * 16 * 16
+    assert tiles == 2 * 2 * c.attention.heads * c.attention.head_dim * seen
+    assert square == 2 * 2 * c.attention.heads * c.attention.head_dim * 2 * 16 * 16
     back = executed(c, DEFAULT, 'train', attention='flash', **how)['attention']
     assert back == tiles * (1 + 7 / 2), 'the backward pass has scores twice more'
 

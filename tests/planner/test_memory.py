@@ -15,7 +15,7 @@ from tests.planner.steps import decode_step, run_config, training_step
 from weft.inference.run import in_compute_dtype
 from weft.model.batch import Source
 from weft.model.compute import DEFAULT, ComputeConfig
-from weft.model.config import MLAConfig, ModelConfig, MoEConfig
+from weft.model.config import AttentionConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, changed
 from weft.model.decoder import init_decoder
 from weft.planner.memory import serving_memory, training_memory
 from weft.planner.weights import inventory
@@ -55,31 +55,39 @@ def test_weights_are_those_that_the_model_declares(name):
     assert counted == declared
 
 
-DENSE = ModelConfig(vocabulary=300, layers=4, model_dim=32, heads=8, kv_heads=4, mlp_dim=48)
+DENSE = ModelConfig(
+    vocabulary=300,
+    layers=4,
+    model_dim=32,
+    attention=AttentionConfig(heads=8, kv_heads=4),
+    mlp=MLPConfig(dim=48),
+)
 MIXED = dataclasses.replace(
     DENSE,
     moe=MoEConfig(experts=8, mlp_dim=16, shared_experts=1, first_dense_layers=1, bias_update_rate=0.001),
 )
-LATENT = dataclasses.replace(
+LATENT = changed(
     MIXED,
-    layers=5,
-    kv_heads=None,
-    head_dim=None,
-    latent=MLAConfig(q_rank=16, kv_rank=16, plain_dim=8, rotary_dim=4, value_dim=8),
-    mtp_layers=1,
-    tied_embedding=False,
+    {
+        'layers': 5,
+        'attention': MLAConfig(
+            heads=8, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
+        ),
+        'mtp.layers': 1,
+        'embedding.tied': False,
+    },
 )
 NARROW = ComputeConfig(dtype='bfloat16')
 NARROW_WEIGHTS = ComputeConfig(dtype='bfloat16', weight_dtype='bfloat16')
 ARGUMENTS = [
     (DENSE, DEFAULT, MeshConfig(data=2, stage=2, tensor=2)),
     (
-        dataclasses.replace(DENSE, positions='learned', max_positions=64),
+        changed(DENSE, {'positions.kind': 'learned', 'positions.max': 64}),
         DEFAULT,
         MeshConfig(data=2, context=2, tensor=2),
     ),
     (
-        dataclasses.replace(DENSE, window=5, window_pattern=(True, False)),
+        changed(DENSE, {'attention.window': 5, 'attention.window_pattern': (True, False)}),
         DEFAULT,
         MeshConfig(context=4, tensor=2),
     ),

@@ -14,7 +14,16 @@ import pytest
 from weft.inference.step import empty_cache, prefill
 from weft.model import cost
 from weft.model.compute import DEFAULT
-from weft.model.config import ModelConfig, MoEConfig
+from weft.model.config import (
+    AttentionConfig,
+    EmbeddingConfig,
+    LearnedConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    NormConfig,
+    changed,
+)
 from weft.model.decoder import init_decoder
 from weft.model.forward import logits, place
 from weft.model.layers.rope import rope
@@ -28,20 +37,16 @@ from weft.training.config import load
 PAGE = (Path(__file__).parents[2] / 'docs/claims.md').read_text(encoding='utf-8')
 MODELS = {path.stem: load(path).model for path in sorted(CONFIGS.glob('*.yaml'))}
 LARGE, SMALL, MIXTURE = (MODELS[name] for name in ('llama-3.1-405b', 'llama-3.1-8b', 'mixtral-8x7b'))
-GPT3 = ModelConfig(  # Brown et al. 2020 (arXiv:2005.14165), table 2.1
+GPT3 = ModelConfig(
     vocabulary=50257,
     layers=96,
     model_dim=12288,
-    heads=96,
-    mlp_dim=4 * 12288,
-    activation='gelu',
-    norm='layernorm',
-    bias=True,
-    qkv_bias=True,
-    positions='learned',
-    max_positions=2048,
+    attention=AttentionConfig(heads=96, o_bias=True, qkv_bias=True),
+    mlp=MLPConfig(dim=4 * 12288, activation='gelu', bias=True),
+    norm=NormConfig(kind='layernorm', bias=True),
+    positions=LearnedConfig(max=2048),
 )
-TINY = ModelConfig(vocabulary=128, layers=2, model_dim=32, heads=4, mlp_dim=64)
+TINY = ModelConfig(vocabulary=128, layers=2, model_dim=32, attention=AttentionConfig(heads=4), mlp=MLPConfig(dim=64))
 
 Says = Callable[..., None]
 
@@ -115,11 +120,16 @@ def test_square_keys_and_values(says):
 
 def test_tied_heads(says):
     llama2 = ModelConfig(
-        vocabulary=32000, layers=32, model_dim=4096, heads=32, mlp_dim=11008, tied_embedding=False
+        vocabulary=32000,
+        layers=32,
+        model_dim=4096,
+        attention=AttentionConfig(heads=32),
+        mlp=MLPConfig(dim=11008),
+        embedding=EmbeddingConfig(tied=False),
     )  # meta-llama/Llama-2-7b, config.json
     assert bill(llama2).total == 6_738_415_616, 'as published'
-    says('6,738,415,616', f'{bill(dataclasses.replace(llama2, tied_embedding=True)).total:,}')
-    tied = [name for name, c in MODELS.items() if c.tied_embedding]
+    says('6,738,415,616', f'{bill(changed(llama2, {"embedding.tied": True})).total:,}')
+    tied = [name for name, c in MODELS.items() if c.embedding.tied]
     assert {'gpt2', 'gemma-3-27b', 'grok-1'} <= set(tied)
     says(f'{len(tied)} of {len(MODELS)}')
 
@@ -131,10 +141,10 @@ def test_share_of_the_vocabulary(says):
 
 
 def test_widths_of_the_ffn(says):
-    assert MODELS['gpt2'].mlp_dim == 4 * MODELS['gpt2'].model_dim
-    gated = sum(c.gated for c in MODELS.values())
-    says(f'{gated} of {len(MODELS)}', f'{SMALL.mlp_dim:,}', f'{SMALL.mlp_dim / SMALL.model_dim}')
-    says(f'{LARGE.mlp_dim / LARGE.model_dim}')
+    assert MODELS['gpt2'].mlp.dim == 4 * MODELS['gpt2'].model_dim
+    gated = sum(c.mlp.gated for c in MODELS.values())
+    says(f'{gated} of {len(MODELS)}', f'{SMALL.mlp.dim:,}', f'{SMALL.mlp.dim / SMALL.model_dim}')
+    says(f'{LARGE.mlp.dim / LARGE.model_dim}')
 
 
 def test_widths_of_models(says):
@@ -161,7 +171,13 @@ def test_the_formula_with_its_numbers(says):
     E, V, L, S, H = 4096, 200_000, 100, 128_000, 8
     entered = E * V + L * (8 * E * E * S + 4 * E * S + 8 * S * S)
     assert entered == 1_731_304_652_800_000
-    c = ModelConfig(vocabulary=V, layers=L, model_dim=E, heads=32, mlp_dim=4 * E, activation='gelu')
+    c = ModelConfig(
+        vocabulary=V,
+        layers=L,
+        model_dim=E,
+        attention=AttentionConfig(heads=32),
+        mlp=MLPConfig(dim=4 * E, activation='gelu'),
+    )
     decode = cost.flops_per_token(c, 'decode', S)
     token, prompt = sum(decode.values()), S * sum(cost.flops_per_token(c, 'prefill', S).values())
     says(f'{entered:,}', f'{E * V + L * (8 * E * E * S + 4 * E * H * S + H * S * S):,}')
@@ -261,7 +277,7 @@ def test_sixteen_experts(says):
 def turned_products(q_NH: np.ndarray, k_NH: np.ndarray, distances: list[int]) -> np.ndarray:
     """[distances, N]: q · k, each turned by its position, the key so many before the query; θ is 10,000."""
     N, H = q_NH.shape
-    c = dataclasses.replace(TINY, model_dim=H, heads=1, kv_heads=None, head_dim=None)
+    c = changed(TINY, {'model_dim': H, 'attention.heads': 1, 'attention.kv_heads': None, 'attention.head_dim': None})
     turn = lambda x_NH, position: np.asarray(
         rope(jnp.asarray(x_NH, jnp.float32)[None, :, None], *jnp.full((2, 1, N), position, jnp.int32), c)[0, :, 0]
     )
@@ -293,10 +309,10 @@ def last_logits(c: ModelConfig, tokens_BT: np.ndarray) -> np.ndarray:
 def test_attention_is_blind_to_order(says, one_device):
     """A sentence, and the same with its first words in another order: what the last word makes of them."""
     tokens_BT = np.array([[5, 9, 2, 7, 3], [2, 5, 7, 9, 3]], np.int32)
-    plain = dataclasses.replace(TINY, positions='none')
+    plain = changed(TINY, {'positions.kind': 'none'})
 
     def apart(**fields) -> float:
-        a, b = last_logits(dataclasses.replace(plain, **fields), tokens_BT)
+        a, b = last_logits(changed(plain, fields), tokens_BT)
         return float(np.abs(a - b).max() / np.abs(a).max())
 
     assert apart(layers=1) < 1e-5, 'one layer is blind, with a causal mask too'
@@ -311,11 +327,11 @@ def test_the_scale_is_of_a_head(says):
     """Products of independent numbers of variance 1: their variance is how many are added."""
     q_NH, k_NH = np.random.default_rng(0).standard_normal((2, 20_000, 128))
     assert math.isclose((q_NH * k_NH).sum(-1).var(), 128, rel_tol=0.05)
-    says(f'{LARGE.head_dim}')
+    says(f'{LARGE.attention.head_dim}')
 
 
 def test_heads_and_scores(says):
-    assert LARGE.heads * LARGE.head_dim == LARGE.model_dim == 16_384
+    assert LARGE.attention.heads * LARGE.attention.head_dim == LARGE.model_dim == 16_384
     seen = cost.keys_seen(LARGE, 8192) / 8192
     says('128', f'{seen:.1%}'.replace('%', ' %'))
 

@@ -2,14 +2,14 @@
 
 import pytest
 
-from weft.model.config import ModelConfig
+from weft.model.config import AttentionConfig, MLPConfig, ModelConfig
 from weft.proof import speed as measure
 from weft.runtime.errors import UserError
 from weft.training.config import RunConfig, TrainingConfig
 
 RUN = RunConfig(
     name='x',
-    model=ModelConfig(vocabulary=64, layers=1, model_dim=32, heads=2, mlp_dim=32),
+    model=ModelConfig(vocabulary=64, layers=1, model_dim=32, attention=AttentionConfig(heads=2), mlp=MLPConfig(dim=32)),
     training=TrainingConfig(steps=1, batch=1, sequence_length=16),
 )
 

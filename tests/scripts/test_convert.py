@@ -15,7 +15,7 @@ from weft.data.examples import reversed_digits
 from weft.data.pairs import prompts as sources_of
 from weft.hub.read import SINGLE
 from weft.inference.run import open_run
-from weft.model.config import ModelConfig
+from weft.model.config import AttentionConfig, LearnedConfig, MLPConfig, ModelConfig
 from weft.runtime.device_memory import human_bytes
 from weft.runtime.errors import UserError
 from weft.scripts.score import check_ids
@@ -26,7 +26,7 @@ from weft.training.conversion import export_run, import_run
 from weft.training.loop import train
 from weft.training.state import restore_imported, restore_model
 
-DENSE = ('model.moe=null', 'mesh.expert=1', 'mesh.data=1', 'training.steps=2', 'training.learning_rate=1e-3')
+DENSE = ('model.moe=null', 'mesh.expert=1', 'mesh.data=1', 'training.steps=2', 'optimizer.learning_rate=1e-3')
 
 
 @pytest.fixture(scope='module')
@@ -55,8 +55,8 @@ def test_training_begins_from_imported_weights(place):
     assert theirs[0]['loss'] < ours[0]['loss'] - 0.01, 'it has learnt something already'
     tokenizers = [(place / 'runs' / 'again' / name) for name in ('tokenizer.json', 'checkpoints/2/tokenizer.json')]
     assert tokenizers[0].read_bytes() == tokenizers[1].read_bytes() == (place / 'published/tokenizer.json').read_bytes()
-    done = run(place, 'train', 'runs/again/config.yaml', 'model.mlp_dim=64', code=2)
-    assert 'model.mlp_dim is 64 and was 32' in done.stderr
+    done = run(place, 'train', 'runs/again/config.yaml', 'model.mlp.dim=64', code=2)
+    assert 'model.mlp.dim is 64 and was 32' in done.stderr
 
 
 @pytest.mark.parametrize('more', [['name=other'], ['--fresh'], ['--runs', 'elsewhere']], ids=' '.join)
@@ -72,7 +72,7 @@ def test_small_steps_are_not_lost_in_narrow_weights(place):
     import_run(place / 'narrow', place / 'runs' / 'narrow', MeshConfig(data=2), say=str)
     export_run(place / 'runs' / 'narrow', place / 'untouched', say=str)
     assert (place / 'untouched' / SINGLE).read_bytes() == (place / 'narrow' / SINGLE).read_bytes()
-    few = ['training.steps=3', 'training.batch=4', 'training.sequence_length=32', 'training.warmup_steps=0']
+    few = ['training.steps=3', 'training.batch=4', 'training.sequence_length=32', 'optimizer.warmup_steps=0']
     few.append(f'data.source={place / "text"}')
     config = load(place / 'runs' / 'narrow' / 'config.yaml', few)
     with pytest.raises(UserError, match=r'weight_dtype is float16 and the imported weights are bfloat16.*=float32'):
@@ -98,7 +98,7 @@ def test_small_steps_are_not_lost_in_narrow_weights(place):
 def test_an_encoder_decoder_is_exported_as_a_t5(place):
     pairs = ''.join(f'{source}\t{target}\n' for source, target in reversed_digits(200))
     (place / 'pairs.tsv').write_text(pairs, encoding='utf-8')
-    changes = ['model.query_scale=1.0', 'model.tied_embedding=false', 'model.layers=1', 'model.encoder.layers=1']
+    changes = ['model.attention.scale=1.0', 'model.embedding.tied=false', 'model.layers=1', 'model.encoder.layers=1']
     changes += [f'data.source={place / "pairs.tsv"}', 'training.steps=1', 'training.batch=4']
     train(load(str(ROOT / 'configs/reverse.yaml'), changes), place / 'runs', console=Console(file=io.StringIO()))
     export_run(place / 'runs' / 'reverse', place / 't5', say=str)
@@ -125,7 +125,7 @@ MISTAKES = {
     'no such family': (['export', 'runs/tiny', 'new', '--family', 'lama'], ['lama', "did you mean 'llama'"]),
     'another family': (
         ['export', 'runs/tiny', 'new', '--family', 'gpt2'],
-        ['gpt2, which would need model.', 'model.activation=gelu'],
+        ['gpt2, which would need model.', 'model.mlp.activation=gelu'],
     ),
 }
 
@@ -154,7 +154,14 @@ def test_sizes_are_told_in_a_unit_that_suits_them(size, told):
 
 
 def test_rows_longer_than_the_table_of_positions_are_not_scored():
-    c = ModelConfig(vocabulary=9, layers=1, model_dim=8, heads=1, mlp_dim=8, positions='learned', max_positions=16)
+    c = ModelConfig(
+        vocabulary=9,
+        layers=1,
+        model_dim=8,
+        attention=AttentionConfig(heads=1),
+        mlp=MLPConfig(dim=8),
+        positions=LearnedConfig(max=16),
+    )
     check_ids('--tokens', 'ids.npy', np.zeros((1, 16), np.int32), 0, c)
     with pytest.raises(UserError, match='rows of 17 tokens: this run has 16 positions'):
         check_ids('--tokens', 'ids.npy', np.zeros((1, 17), np.int32), 0, c)

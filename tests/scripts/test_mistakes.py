@@ -76,7 +76,7 @@ TRAIN = {
     'name that leaves runs': (['name=../elsewhere'], ['../elsewhere', "'elsewhere'"]),
     'heads': (
         ['name=n', 'mesh.tensor=3', 'training.sequence_length=36'],
-        ['mesh.tensor is 3', 'model.heads is 4', 'nearest meshes that work'],
+        ['mesh.tensor is 3', 'model.attention.heads is 4', 'nearest meshes that work'],
     ),
     'experts': (
         ['name=n', 'mesh.expert=8', 'mesh.data=1', 'mesh.tensor=1'],
@@ -99,9 +99,9 @@ TRAIN = {
         ['name=n', 'model.moe.first_dense_layers=2'],
         ['first_dense_layers is 2', 'at most 1'],
     ),
-    'not a number': (['name=n', 'training.learning_rate=.nan'], ['nan']),
+    'not a number': (['name=n', 'optimizer.learning_rate=.nan'], ['nan']),
     'far too many devices': (['name=n', 'mesh.data=20000'], ['80,000 devices', 'at most 1,024']),
-    'kv heads': (['name=n', 'model.kv_heads=3'], ['model.kv_heads is 3', 'nearest that works']),
+    'kv heads': (['name=n', 'model.attention.kv_heads=3'], ['model.attention.kv_heads is 3', 'nearest that works']),
 }
 
 
@@ -188,7 +188,7 @@ def test_out_of_memory_says_what_used_it_and_what_to_change(place):
         'name=huge',
         'model.layers=1',
         'model.moe=null',
-        'model.mlp_dim=40000000000',
+        'model.mlp.dim=40000000000',
         '--force',
         code=1,
     )
@@ -200,9 +200,9 @@ def test_out_of_memory_says_what_used_it_and_what_to_change(place):
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_before_it_is_saved(place):
-    done = run(place, 'train', 'tiny.yaml', 'name=steep', 'training.learning_rate=1e38', 'checkpoint.every=1', code=1)
+    done = run(place, 'train', 'tiny.yaml', 'name=steep', 'optimizer.learning_rate=1e38', 'checkpoint.every=1', code=1)
     (line,) = done.stderr.strip().splitlines()
-    assert 'training.learning_rate' in line
+    assert 'optimizer.learning_rate' in line
     steps = sorted(
         int(path.name) for path in (place / 'runs' / 'steep' / 'checkpoints').iterdir() if path.name.isdecimal()
     )

@@ -16,7 +16,7 @@ import zstandard
 from tests.scripts.runs import QUICK, ROOT
 from weft.data.tokenizer import Tokenizer
 from weft.inference.run import open_run
-from weft.model.config import ModelConfig
+from weft.model.config import AttentionConfig, MLPConfig, ModelConfig
 from weft.runtime import program_cache
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig, make_mesh
@@ -68,7 +68,9 @@ def run(tmp_path_factory) -> Path:
     """A run of weights alone, as an import makes it."""
     folder = tmp_path_factory.mktemp('start') / 'run'
     tokenizer = Tokenizer.train(['def read(path):\n    return open(path).read()\n' * 30], 300)
-    model = ModelConfig(layers=2, model_dim=32, heads=2, kv_heads=1, mlp_dim=64, vocabulary=300)
+    model = ModelConfig(
+        layers=2, model_dim=32, attention=AttentionConfig(heads=2, kv_heads=1), mlp=MLPConfig(dim=64), vocabulary=300
+    )
     training = TrainingConfig(steps=1, batch=1, sequence_length=64)
     config = RunConfig(name='run', mesh=MeshConfig(), model=model, training=training)
     with jax.set_mesh(make_mesh(config.mesh)):

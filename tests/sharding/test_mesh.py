@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from weft.model.config import ModelConfig, MoEConfig
+from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
 from weft.model.sizes import batch_sizes, sizes
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import (
@@ -18,7 +18,11 @@ from weft.sharding.mesh import (
 )
 
 MODEL = ModelConfig(
-    layers=2, model_dim=64, heads=12, kv_heads=4, head_dim=8, mlp_dim=96, moe=MoEConfig(experts=6, mlp_dim=48)
+    layers=2,
+    model_dim=64,
+    attention=AttentionConfig(heads=12, kv_heads=4, head_dim=8),
+    mlp=MLPConfig(dim=96),
+    moe=MoEConfig(experts=6, mlp_dim=48),
 )
 
 
@@ -32,8 +36,8 @@ def test_mesh_is_explicit_over_all_axes():
 @pytest.mark.parametrize(
     ('mesh', 'field'),
     [
-        (MeshConfig(tensor=5), 'model.heads is 12'),
-        (MeshConfig(tensor=6), 'model.kv_heads is 4'),
+        (MeshConfig(tensor=5), 'model.attention.heads is 12'),
+        (MeshConfig(tensor=6), 'model.attention.kv_heads is 4'),
         (MeshConfig(expert=4), 'model.moe.experts is 6'),
         (MeshConfig(data=3), 'model.model_dim is 64'),
         (MeshConfig(data=4), 'training.batch is 6'),
@@ -53,7 +57,7 @@ def test_sizes_that_do_not_divide_name_field_and_ways_out(mesh, field):
 
 
 def test_kv_heads_may_be_repeated():
-    rule = Divides(('tensor',), 'model.kv_heads', 2, or_repeats=True)
+    rule = Divides(('tensor',), 'model.attention.kv_heads', 2, or_repeats=True)
     assert [n for n in range(1, 9) if rule.holds(MeshConfig(tensor=n))] == [1, 2, 4, 6, 8]
 
 

@@ -12,7 +12,7 @@ from jax import P
 from tests import reference
 from weft.model import stack
 from weft.model.compute import ComputeConfig
-from weft.model.config import ModelConfig
+from weft.model.config import AttentionConfig, MLPConfig, ModelConfig
 from weft.model.decoder import init_decoder
 from weft.model.forward import place
 from weft.planner.dots import dots
@@ -23,7 +23,7 @@ from weft.training.config import RunConfig, TrainingConfig
 from weft.training.loss import loss_and_gradient
 from weft.training.report import kept_inputs, pipeline_line
 
-MODEL = ModelConfig(vocabulary=100, layers=8, model_dim=16, heads=2, mlp_dim=16)
+MODEL = ModelConfig(vocabulary=100, layers=8, model_dim=16, attention=AttentionConfig(heads=2), mlp=MLPConfig(dim=16))
 COMPUTE = ComputeConfig(remat='block', attention='reference')
 B, T = 16, 8
 

@@ -316,7 +316,7 @@ def test_what_is_refused_touches_nothing_and_fresh_moves_aside(runs, place):
         with pytest.raises(UserError):
             trained(place, runs, 'training.steps=3', *overrides, fresh=fresh)
         assert everything() == before
-    told = trained(place, runs, 'training.steps=2', 'model.mlp_dim=64', fresh=True)
+    told = trained(place, runs, 'training.steps=2', 'model.mlp.dim=64', fresh=True)
     assert any(f'moved the earlier {runs}/tiny aside to {runs}/tiny.old-1' in line for line in told)
     old = {key: value for key, value in everything().items() if '/tiny.old-1/' in key}
     assert {key.replace('.old-1', ''): value for key, value in old.items()} == before

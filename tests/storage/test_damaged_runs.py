@@ -188,9 +188,10 @@ def test_a_place_where_no_run_can_be_is_one_line_and_nothing_is_left(tmp_path):
 
 TINY = """
 name: run
-model: {layers: 1, model_dim: 16, heads: 2, kv_heads: 1, mlp_dim: 16}
+model: {layers: 1, model_dim: 16, attention: {heads: 2, kv_heads: 1}, mlp: {dim: 16}}
 data: {source: SOURCE, vocabulary: 300}
-training: {steps: 4, batch: 2, sequence_length: 16, warmup_steps: 1}
+training: {steps: 4, batch: 2, sequence_length: 16}
+optimizer: {warmup_steps: 1}
 """
 
 

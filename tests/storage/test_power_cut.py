@@ -23,7 +23,7 @@ from weft.training import metrics
 from weft.training.conversion import import_run, imported
 from weft.training.prepare_run import prepare_data
 
-SMALL = 'mesh={}', 'model.mlp_dim=16', 'training.sequence_length=16', 'checkpoint.every=2', 'checkpoint.keep=1'
+SMALL = 'mesh={}', 'model.mlp.dim=16', 'training.sequence_length=16', 'checkpoint.every=2', 'checkpoint.keep=1'
 
 
 @pytest.fixture(scope='module')

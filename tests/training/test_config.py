@@ -1,22 +1,26 @@
 """A config says what it looks like, on the command line as in a file; anything else is refused in one line with its place."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from tests.scripts.runs import ROOT
-from weft.model.config_parts import nearest_divisor
+from weft.model.parts.attention import MixerConfig
+from weft.model.parts.numbers import nearest_divisor
+from weft.model.parts.registry import MIXERS
 from weft.runtime.errors import UserError
 from weft.training import yaml_text
-from weft.training.config import RENAMED, RunConfig, dump, load, parse
+from weft.training.config import RENAMED, RENAMED_VALUES, RunConfig, dump, load, parse
 
 BASE = """
 name: tiny
-model: {layers: 2, model_dim: 64, heads: 4, mlp_dim: 128}
+model: {layers: 2, model_dim: 64, attention: {heads: 4}, mlp: {dim: 128}}
 training: {steps: 2, batch: 4, sequence_length: 64}
 """
 ALL_PLAIN = BASE + 'data: {source: *, vocabulary: 400}\n'
@@ -143,12 +147,12 @@ def test_overrides_are_read_as_their_fields_are() -> None:
             'training.steps=7',
             'training.batch=1_0',
             'training.steps=8',
-            'training.learning_rate=1e-3',
-            'training.clip=null',
-            'model.tied_embedding=false',
-            'model.window=8',
-            'model.window_pattern=[true, false]',
-            'model.qk_norm=full',
+            'optimizer.learning_rate=1e-3',
+            'optimizer.grad_clip=null',
+            'model.embedding.tied=false',
+            'model.attention.window=8',
+            'model.attention.window_pattern=[true, false]',
+            'model.attention.qk_norm=full',
             'model.moe={experts: 4, top_k: 2, mlp_dim: 16}',
             'model.moe.experts=8',
             'compute.dtype=bfloat16',
@@ -158,9 +162,9 @@ def test_overrides_are_read_as_their_fields_are() -> None:
         ],
     )
     assert config.data.source == ('010', 'b c')
-    assert (config.training.steps, config.training.learning_rate, config.training.clip) == (8, 1e-3, None)
+    assert (config.training.steps, config.optimizer.learning_rate, config.optimizer.grad_clip) == (8, 1e-3, None)
     assert config.training.batch == 10
-    assert (config.model.window_pattern, config.model.qk_norm, config.model.tied_embedding) == (
+    assert (config.model.attention.window_pattern, config.model.attention.qk_norm, config.model.embedding.tied) == (
         (True, False),
         'full',
         False,
@@ -192,7 +196,7 @@ OVERRIDES = {
     'training.steps=many': ['training.steps is "many"', 'integer'],
     'training.batch=true': ['training.batch is true'],
     'model.causal=yes': ['model.causal is "yes"', 'boolean'],
-    'training.learning_rate=.inf': ['inf', 'finite'],
+    'optimizer.learning_rate=.inf': ['inf', 'finite'],
     'seed=-1': ['seed is -1'],
     f'seed={2**63}': ['seed is', '2^48'],
     'name=' + 'a' * 300: ['name is', '100'],
@@ -207,7 +211,8 @@ OVERRIDES = {
     'steps=5': ["did you mean 'training.steps'?"],
     'layers=5': ["did you mean 'model.layers'?"],
     'training.layers=5': ["did you mean 'model.layers'?"],
-    'training.optimizer=muon': ["no key 'training.optimizer'; known: training.accumulation"],
+    'training.clip=1': ["no key 'training.clip'; did you mean 'optimizer.grad_clip'?"],
+    'training.optimizer=muon': ["no key 'training.optimizer'; did you mean 'optimizer'?"],
     'training.schedule=wsd': ["no key 'training.schedule'; known:"],
     'mesh.fsdp=4': ["no key 'mesh.fsdp'; known: mesh.context"],
     'model.moe.expert=4': ["did you mean 'model.moe.experts'?"],
@@ -216,29 +221,71 @@ OVERRIDES = {
 
 @pytest.mark.parametrize('override', OVERRIDES, ids=lambda text: ascii(text)[:40])
 def test_a_mistaken_override_is_named(override: str) -> None:
-    base = BASE.replace('mlp_dim: 128}', 'mlp_dim: 128, moe: {experts: 4, top_k: 2, mlp_dim: 16}}')
+    base = BASE.replace('mlp: {dim: 128}', 'mlp: {dim: 128}, moe: {experts: 4, top_k: 2, mlp_dim: 16}')
     line = told(base, override)
     assert all(word in line for word in OVERRIDES[override]), line
-    assert 'optimizer' not in override or 'did you mean' not in line
+
+
+def nested(key: str, value: str) -> str:
+    """A key in YAML."""
+    *sections, field = key.split('.')
+    return ''.join(f'{section}: {{' for section in sections) + f'{field}: {value}' + '}' * len(sections)
 
 
 @pytest.mark.parametrize('key', RENAMED)
 def test_a_key_that_was_renamed_is_answered_with_its_new_name(key: str) -> None:
-    from weft.training.overrides import kind_of
-
     said = f"no key '{key}'; did you mean '{RENAMED[key]}'?"
     assert told(BASE, f'{key}=1').endswith(said)
-    *sections, field = key.split('.')
-    text = ''.join(f'{section}: {{' for section in sections) + f'{field}: 1' + '}' * len(sections)
-    assert told(text).endswith(said)
-    assert kind_of(RunConfig, RENAMED[key].split('.')) is not None
+    assert told(nested(key, '1')).endswith(said)
+
+
+@pytest.mark.parametrize('key', RENAMED_VALUES)
+def test_a_value_that_became_a_section_is_answered_with_its_new_place(key: str) -> None:
+    said = f"{key} is a section; did you mean '{RENAMED_VALUES[key]}'?"
+    assert told(BASE, f'{key}=true').endswith(said)
+    assert told(nested(key, 'true')).endswith(said)
+
+
+def test_every_new_name_of_a_key_exists() -> None:
+    from weft.training.overrides import kind_of
+
+    for name in {**RENAMED, **RENAMED_VALUES}.values():
+        for key in name.removesuffix(', which is null for none').replace(' and ', ', ').split(', '):
+            assert kind_of(RunConfig, key.split('.')) is not None, key
+
+
+def test_kinds_of_a_part_are_told_and_another_file_may_add_one() -> None:
+    """A config names a kind; what it may say is that kind's, and a wrong one is answered with those that exist."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Toy(MixerConfig):
+        kind: Literal['toy'] = 'toy'
+        heads: int
+        decay: float = 0.9
+
+    line = told(BASE, 'model.attention={kind: mqa, heads: 4}')
+    assert "model.attention.kind is 'mqa': no such kind" in line
+    assert 'gqa' in line
+    assert "no key 'model.attention.decay'" in told(BASE, 'model.attention.decay=0.5')
+    MIXERS.register('toy', Toy)
+    try:
+        config = parse(BASE, 'a.yaml', ['model.attention={kind: toy, heads: 4}', 'model.attention.decay=0.5'])
+        assert config.model.attention == Toy(heads=4, decay=0.5)
+        assert parse(dump(config), 'b.yaml') == config
+        wrong = told(BASE, 'model.attention={kind: toy, heads: 4, kv_heads: 2}')
+        assert "no key 'model.attention.kv_heads'" in wrong
+        assert 'model.attention.heads is missing' in told(BASE, 'model.attention={kind: toy}')
+    finally:
+        del MIXERS.configs['toy']
 
 
 def test_every_key_is_known_and_its_typo_is_found() -> None:
     from weft.training.overrides import keys, kind_of, unknown
 
     everything = list(keys(RunConfig))
-    assert {'name', 'mesh.tensor', 'model.moe.experts', 'model.rope_scaling.kind', 'training.clip'} <= set(everything)
+    assert {'name', 'mesh.tensor', 'model.moe.experts', 'model.positions.scaling.kind', 'optimizer.grad_clip'} <= set(
+        everything
+    )
     for key in everything:
         assert kind_of(RunConfig, key.split('.')) is not None
         *parents, last = key.split('.')

@@ -14,35 +14,43 @@ import numpy as np
 import pytest
 
 from tests.training.test_meshes import RUN, batches, place
-from weft.model.config import ModelConfig, MoEConfig
+from weft.model.config import AttentionConfig, EmbeddingConfig, MLPConfig, ModelConfig, MoEConfig, NormConfig
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.step import init, train_step
 
 GOLDEN = Path(__file__).with_name('golden.json')
 MODELS = {
-    'dense': ModelConfig(vocabulary=300, layers=2, model_dim=32, heads=4, kv_heads=2, mlp_dim=48, qk_norm=True),
+    'dense': ModelConfig(
+        vocabulary=300,
+        layers=2,
+        model_dim=32,
+        attention=AttentionConfig(heads=4, kv_heads=2, qk_norm=True),
+        mlp=MLPConfig(dim=48),
+    ),
     'plain': ModelConfig(
         vocabulary=300,
         layers=2,
         model_dim=32,
-        heads=4,
-        mlp_dim=48,
-        activation='gelu',
-        norm='layernorm',
-        bias=True,
-        qkv_bias=True,
+        attention=AttentionConfig(heads=4, o_bias=True, qkv_bias=True),
+        mlp=MLPConfig(dim=48, activation='gelu', bias=True),
+        norm=NormConfig(kind='layernorm', bias=True),
         dropout=0.1,
     ),
     'softmax experts': ModelConfig(
-        vocabulary=300, layers=2, model_dim=32, heads=4, mlp_dim=32, moe=MoEConfig(experts=4, mlp_dim=32)
+        vocabulary=300,
+        layers=2,
+        model_dim=32,
+        attention=AttentionConfig(heads=4),
+        mlp=MLPConfig(dim=32),
+        moe=MoEConfig(experts=4, mlp_dim=32),
     ),
     'sigmoid experts': ModelConfig(
         vocabulary=300,
         layers=2,
         model_dim=32,
-        heads=4,
-        mlp_dim=32,
-        tied_embedding=False,
+        attention=AttentionConfig(heads=4),
+        mlp=MLPConfig(dim=32),
+        embedding=EmbeddingConfig(tied=False),
         moe=MoEConfig(
             experts=4, mlp_dim=32, router='sigmoid', shared_experts=1, first_dense_layers=1, routed_scale=1.5
         ),

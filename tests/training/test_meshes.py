@@ -15,11 +15,12 @@ from tests.families.loading import read
 from weft.inference.step import decode, empty_cache, prefill
 from weft.model.batch import Batch
 from weft.model.compute import DEFAULT, ComputeConfig
-from weft.model.config import ModelConfig, MoEConfig
+from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
 from weft.model.decoder import init_decoder
 from weft.model.forward import logits
 from weft.sharding.mesh import AXES, BATCH, MeshConfig, make_mesh
 from weft.training.config import RunConfig, TrainingConfig
+from weft.training.optimizers import AdamW
 from weft.training.step import init, train_step
 
 MESHES = [
@@ -42,13 +43,12 @@ RUN = RunConfig(
         vocabulary=300,
         layers=3,
         model_dim=32,
-        heads=8,
-        kv_heads=4,
-        mlp_dim=32,
-        window=100,
+        attention=AttentionConfig(heads=8, kv_heads=4, window=100),
+        mlp=MLPConfig(dim=32),
         moe=MoEConfig(experts=8, mlp_dim=16, shared_experts=1, first_dense_layers=1),
     ),
-    training=TrainingConfig(steps=STEPS, batch=8, sequence_length=32, learning_rate=1e-2, warmup_steps=4),
+    training=TrainingConfig(steps=STEPS, batch=8, sequence_length=32),
+    optimizer=AdamW(learning_rate=1e-2, warmup_steps=4),
 )
 
 

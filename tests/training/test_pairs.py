@@ -17,6 +17,7 @@ from weft.data.tokenizer import Tokenizer
 from weft.inference.generate import generate
 from weft.inference.run import open_run
 from weft.inference.sampling import Sampling
+from weft.model.config import changed
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import BATCH, MeshConfig, make_mesh
 from weft.training.config import load
@@ -85,16 +86,18 @@ def test_the_scripts_read_sources(trained):
 VARIANTS = {
     'relative': {},
     'as in 2017': {
-        'positions': 'sinusoidal',
-        'max_positions': 32,
-        'norm': 'layernorm',
-        'norm_order': 'post',
-        'activation': 'relu',
-        'bias': True,
-        'qkv_bias': True,
-        'head_bias': True,
+        'positions.kind': 'sinusoidal',
+        'positions.max': 32,
+        'norm.kind': 'layernorm',
+        'norm.order': 'post',
+        'mlp.activation': 'relu',
+        'attention.o_bias': True,
+        'mlp.bias': True,
+        'norm.bias': True,
+        'attention.qkv_bias': True,
+        'head.bias': True,
     },
-    'rotary, sandwich, grouped': {'positions': 'rotary', 'norm_order': 'sandwich', 'kv_heads': 2, 'remat': 'block'},
+    'rotary, sandwich, grouped': {'positions.kind': 'rotary', 'norm.order': 'sandwich', 'attention.kv_heads': 2},
 }
 
 
@@ -105,12 +108,12 @@ def test_every_mesh_gives_the_same_loss_and_gradient(variant):
         'vocabulary': 300,
         'layers': 1,
         'model_dim': 32,
-        'head_dim': 8,
-        'mlp_dim': 48,
+        'attention.head_dim': 8,
+        'mlp.dim': 48,
         'dropout': 0.2,
         **VARIANTS[variant],
     }
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+    config = dataclasses.replace(config, model=changed(config.model, fields))
     pairs = [Pair(*pair) for pair in reversed_digits(400)]
     packed, _ = pack_pairs(Tokenizer.train((side for pair in pairs for side in pair), 300), pairs, 32)
     batch, found = packed.take(range(8)), []
@@ -130,8 +133,8 @@ def test_every_mesh_gives_the_same_loss_and_gradient(variant):
     [
         ('mesh.context=2', 'mesh.context is 2 and the number of parts that an encoder–decoder can be split into'),
         ('mesh.stage=2', 'mesh.stage is 2 and the number of parts'),
-        ('mesh.tensor=8', r'mesh.tensor is 8 and model.heads is 4'),
-        ('model.positions=sinusoidal', 'model.max_positions is None: sinusoidal positions need a table'),
+        ('mesh.tensor=8', r'mesh.tensor is 8 and model.attention.heads is 4'),
+        ('model.positions={kind: sinusoidal, max: 0}', 'model.positions.max is 0: sinusoidal positions need a table'),
         ('model.causal=false', 'model.causal is false and model.encoder is given'),
         ('model.moe={experts: 4, mlp_dim: 8}', 'model.moe is given and model.encoder too'),
         ('model.encoder.kv_heads=3', 'model.encoder.kv_heads is 3 and model.encoder.heads 4'),

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from tests.house import ROOMS
 from tests.scripts.runs import ROOT
-from weft.model.config import ModelConfig, MoEConfig
+from weft.model.config import AttentionConfig, EmbeddingConfig, MLPConfig, ModelConfig, MoEConfig
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.config import RunConfig, TrainingConfig
 from weft.training.progress import progress_bar
@@ -26,9 +26,9 @@ RUN = RunConfig(
         vocabulary=1000,
         layers=6,
         model_dim=128,
-        heads=4,
-        mlp_dim=4096,
-        tied_embedding=False,
+        attention=AttentionConfig(heads=4),
+        mlp=MLPConfig(dim=4096),
+        embedding=EmbeddingConfig(tied=False),
         moe=MoEConfig(experts=128, mlp_dim=512, first_dense_layers=2),
     ),
     training=TrainingConfig(steps=1, batch=16, sequence_length=32),
