@@ -12,7 +12,6 @@ from weft.model.config import LayerSpec, ModelConfig
 from weft.model.context import ForwardContext
 from weft.model.layers import attention, mla, mlp  # noqa: F401  (they add what computes their kinds to the registries)
 from weft.model.layers.cross import CrossAttention
-from weft.model.layers.moe import MoE
 from weft.model.layers.norm import Norm
 from weft.model.linear import TransposedLinear
 from weft.model.parameters import Size
@@ -42,23 +41,24 @@ class Block(nnx.Module):
                 self.cross_out_norm = Norm(c)
 
     def __call__(self, x_BTD, ctx: ForwardContext, cache: Any | None, layer):
-        """x after the layer, the cache (of its mixer's kind), and the router's figures (an empty dict without a router)."""
-        rate, figures, before = self.config.dropout, {}, self.config.norm.order in ('pre', 'sandwich')
+        """x after the layer, and the cache (of its mixer's kind)."""
+        rate, before = self.config.dropout, self.config.norm.order in ('pre', 'sandwich')
         y_BTD, cache = self.attention(self.attention_norm(x_BTD) if before else x_BTD, ctx, cache, layer)
         x_BTD = self.add(x_BTD, y_BTD, 'attention', ctx, rate, 1, layer)
         if self.config.encoder:
             y_BTD, _ = self.cross(self.cross_norm(x_BTD) if before else x_BTD, ctx)
             x_BTD = self.add(x_BTD, y_BTD, 'cross', ctx, rate, 4, layer)
         y_BTD = self.mlp(self.mlp_norm(x_BTD) if before else x_BTD, ctx)
-        if isinstance(self.mlp, MoE):
-            y_BTD, figures = y_BTD
-        return self.add(x_BTD, y_BTD, 'mlp', ctx, rate, 2, layer), cache, figures
+        x_BTD = self.add(x_BTD, y_BTD, 'mlp', ctx, rate, 2, layer)
+        ctx.tap('block', x_BTD)
+        return x_BTD, cache
 
     def add(self, x_BTD, y_BTD, part: str, ctx: ForwardContext, rate: float, *site):
         """The sum of x and a part's output, of which the output or the sum is normed where the order asks for it."""
         if self.config.norm.order in ('sandwich', 'output'):
             name = 'out_norm' if self.config.norm.order == 'sandwich' else 'norm'
             y_BTD = getattr(self, f'{part}_{name}')(y_BTD)
+        ctx.tap(part, y_BTD)
         x_BTD = x_BTD + ctx.dropout(y_BTD, rate, *site)
         return getattr(self, f'{part}_norm')(x_BTD) if self.config.norm.order == 'post' else x_BTD
 
@@ -78,7 +78,7 @@ class Ahead(Block):
         self.join = TransposedLinear(2 * D, D, part='mtp', split=(FSDP, None))  # of the embedding, then the activations
 
     def ahead(self, x_BTD, next_BTD, ctx: ForwardContext, layer):
-        """The activations that stand for the tokens of `next_BTD`, in the layout between blocks; the router's figures."""
+        """The activations that stand for the tokens of `next_BTD`, in the layout between blocks."""
         x_BTE = jnp.concatenate([self.embedding_norm(next_BTD), self.hidden_norm(x_BTD)], -1)
-        x_BTD, _, figures = self(self.join(x_BTE), ctx, None, layer)
-        return self.norm(x_BTD), figures
+        x_BTD, _ = self(self.join(x_BTE), ctx, None, layer)
+        return self.norm(x_BTD)

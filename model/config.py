@@ -30,8 +30,9 @@ from weft.model.parts.positions import (
     SinusoidalConfig,
     TableConfig,
 )
-from weft.model.parts.registry import FEED_FORWARDS, MIXERS, MIXTURES, POSITIONS, Registry, check_at_least
+from weft.model.parts.registry import FEED_FORWARDS, MIXERS, MIXTURES, POSITIONS, check_at_least
 from weft.runtime.errors import UserError
+from weft.runtime.registry import Registry
 
 # Numbers of a table of positions that no file holds: it is computed as often as a program is traced.
 MOST_COMPUTED = 2**28

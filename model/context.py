@@ -5,12 +5,15 @@ heads.
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Set
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import P
 
 from weft.model.compute import ComputeConfig
+from weft.model.records import BETWEEN_BLOCKS, Metric, Records, Report, Tap
 from weft.sharding.collectives import (
     gather_sequence,
     psum,
@@ -54,6 +57,9 @@ class ForwardContext:
     kind_BT: jax.Array | None = None  # what text a token is of, where the model has `segment_kinds`; None: all 0
     source: EncoderOutput | CrossCache | None = None  # what an encoder made of the rows' sources
     relative_RN: jax.Array | None = None  # relative positions' biases of this device's heads
+    measures: bool = False  # whether somebody asks for metrics
+    taps: Set[str] | Literal['all'] = frozenset()  # which activations somebody asks for
+    records: Records | None = None  # of the layer that is being traced
 
     def my_microbatches(self) -> 'ForwardContext':
         """The rows that this stage works on outside of the pipeline."""
@@ -66,6 +72,44 @@ class ForwardContext:
     def _rows(self, choose) -> 'ForwardContext':
         names = ('position_BT', 'segment_BT', 'row_B', 'kind_BT')
         return dataclasses.replace(self, **choose({name: getattr(self, name) for name in names}))
+
+    def recording(self) -> tuple['ForwardContext', Records]:
+        """This context for one call of a layer, and what that call will have recorded."""
+        records = Records({}, {})
+        return dataclasses.replace(self, records=records), records
+
+    def metric(
+        self,
+        name: str,
+        total: jax.Array,
+        *,
+        per: Literal['tokens', 'rows'] = 'tokens',
+        weight: float = 0.0,
+        report: Report | None = None,
+    ) -> None:
+        """Says a sum over this device's tokens, to be added up over all devices and logged under `name`.
+
+        Args:
+            name: once a layer. Router figures are named `router.entropy` and so forth.
+            total: this device's share: what several devices have alike counts on one of them, or as a part on each.
+            per: what the whole sum is divided by: the batch's real tokens, or its rows.
+            weight: of the mean over all layers with that name in the training objective; 0: it is only watched.
+            report: what is logged, a dict by name, from the quotients of all layers [L, …]; their mean where it is None.
+                A function of a module, not a lambda: it tells metrics apart.
+        """
+        if self.measures and self.records is not None:
+            assert name not in self.records.metrics, f'{name} is said twice in a layer'
+            self.records.metrics[name] = Metric(total, per, weight, report)
+
+    def tap(self, name: str, value: jax.Array, layout: P = BETWEEN_BLOCKS) -> None:
+        """Offers an activation to whoever asks for it by name (`weft.model.forward.capture`).
+
+        `value` is this device's part, and `layout` says of each dim which mesh axes split it: together all those that hold
+        different numbers.
+        """
+        if self.records is not None and (self.taps == 'all' or name in self.taps):
+            assert name not in self.records.taps, f'{name} is tapped twice in a layer'
+            self.records.taps[name] = Tap(value, layout)
 
     @property
     def live_BT(self) -> jax.Array:

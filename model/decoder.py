@@ -30,7 +30,8 @@ from weft.model.layers.bert import HeadMlp, Pooler
 from weft.model.layers.norm import Norm
 from weft.model.layers.positions import sinusoids
 from weft.model.parameters import Parameter, Role, Size, declared, initialise, parameter, stack_layers
-from weft.model.stack import by_layer, each_layer, in_order, pipelined, remat
+from weft.model.records import Records, join
+from weft.model.stack import each_layer, in_order, pipelined, remat
 from weft.sharding.collectives import active_axes, all_gather, all_to_all, mark_varying, tensor_slice, unshard
 from weft.sharding.mesh import FSDP
 from weft.sharding.pipeline import my_microbatches
@@ -99,17 +100,17 @@ class Decoder(nnx.Module):
         return resolve(self.compute, self.config)
 
     def hidden(self, tokens_BT, ctx: ForwardContext, cache: KVCache | None = None, for_head: bool = True):
-        """Normed activations before the LM head, in the layout between blocks; the cache; the figures of each router.
+        """Normed activations before the LM head, in the layout between blocks; the cache; what layers record.
 
         Without `for_head` they are what the layers give, before BERT's MLP of the head.
         Every stage is given all rows and gives those of its own microbatches (`ForwardContext.my_microbatches`).
-        Figures: name -> [L, …] over the layers with a router, in the order of the groups, this device's share; empty without.
+        Records have a leading dim L: the layers that have them, of metrics in the order of the groups.
         """
         c, ends, M = self.config, ctx.my_microbatches(), ctx.microbatches
         tokens_BT = my_microbatches(tokens_BT, M)
         x_BTD = mark_varying(ends.dropout(self.embed(tokens_BT, ends), c.dropout, 0))
-        x_BTD, cache, figures = self.stack(x_BTD, ctx, cache)
-        return (self.head_mlp(x_BTD) if c.head_mlp and for_head else x_BTD), cache, figures
+        x_BTD, cache, records = self.stack(x_BTD, ctx, cache)
+        return (self.head_mlp(x_BTD) if c.head_mlp and for_head else x_BTD), cache, records
 
     def read(self, tokens_BS, position_BS, segment_BS, ctx: ForwardContext) -> EncoderOutput:
         """What the encoder makes of rows of sources, `ctx` being that of the rows that will attend to it."""
@@ -138,7 +139,8 @@ class Decoder(nnx.Module):
         c, ends = self.config, ctx.my_microbatches()
         if c.positions.kind == 'relative':
             ctx, ends = (dataclasses.replace(one, relative_RN=self.relative_RN[...]) for one in (ctx, ends))
-        first, group, kept, figures = 0, 0, list[LayerCache | None](), list[dict[str, jax.Array]]()
+        first, group, kept = 0, 0, list[LayerCache | None]()
+        records, layers = list[Records](), list[range]()
         for number, run in enumerate(c.layer_groups):
             these = slice(group, group + len(run.specs))
             blocks = tuple(self.groups[these])
@@ -148,26 +150,31 @@ class Decoder(nnx.Module):
             else:
                 x_BTD, groups, found = in_order(blocks, x_BTD, ends, cache and cache.part(these), first)
                 kept += groups
-            first, group, figures = first + run.layers, group + len(run.specs), [*figures, *found]
+            records += found
+            layers += [range(first + place, first + run.layers, len(run.specs)) for place in range(len(run.specs))]
+            first, group = first + run.layers, group + len(run.specs)
         cache = cache and cache._replace(groups=tuple(kept))
-        return (x_BTD if c.norm.order == 'post' else self.norm(x_BTD)), cache, by_layer(figures)
+        return (x_BTD if c.norm.order == 'post' else self.norm(x_BTD)), cache, join(records, layers)
 
     def ahead(self, x_BTD, next_kBT, ctx: ForwardContext):
-        """Of each layer of `mtp` its normed activations before the LM head, and the figures of their routers by layer.
+        """Of each layer of `mtp` its normed activations before the LM head, and what they record.
 
         x_BTD is what `hidden` gives. next_kBT: of layer k the tokens k + 1 places after those that the model read.
         """
         c, ends = self.config, ctx.my_microbatches()
-        found, figures = [], []
+        found, records = [], []
+
+        def apply(layer: Ahead, x_BTD, next_BTD, number: int):
+            here, said = ends.recording()
+            return layer.ahead(x_BTD, next_BTD, here, number), said
+
         for k, next_BT in enumerate(next_kBT):
             layer = jax.tree.map(lambda a, k=k: a[k], self.mtp)
-            run = remat(
-                lambda layer, x, after, k=k: layer.ahead(x, after, ends, c.layers + k), ends.compute.remat, True
-            )
-            x_BTD, of_layer = run(layer, x_BTD, self.embed(my_microbatches(next_BT, ctx.microbatches), ends))
+            run = remat(functools.partial(apply, number=c.layers + k), ends.compute.remat, True)
+            x_BTD, said = run(layer, x_BTD, self.embed(my_microbatches(next_BT, ctx.microbatches), ends))
             found.append(x_BTD)
-            figures.append(jax.tree.map(lambda a: mark_varying(a)[None], of_layer))
-        return found, by_layer(figures)
+            records.append(jax.tree.map(lambda a: mark_varying(a)[None], said))
+        return found, join(records)
 
     def embed(self, tokens_BT, ctx: ForwardContext):
         """Each device of `tensor` looks up its part of D for all tokens; what is sent then makes that all of D."""

@@ -124,6 +124,16 @@ class Parameter:
         """Of its array: with the stack's dim."""
         return self.layout if self.layers is None else P(self.split_layers, *self.layout)
 
+    def local_shape(self, mesh: MeshConfig) -> tuple[int, ...]:
+        """Of one layer's, what one device has."""
+        ways = (mesh.span((axes,) if isinstance(axes, str) else axes or ()) for axes in self.layout)
+        return tuple(int(size) // n for size, n in zip(self.shape, ways, strict=True))
+
+    def held(self, mesh: MeshConfig) -> int:
+        """How many layers' of it one device has."""
+        layers = 1 if self.layers is None else len(self.layers)
+        return layers // mesh.span((self.split_layers,)) if self.split_layers else layers
+
     @property
     def split(self) -> tuple[str, ...]:
         """The axes that split one of its own dims."""

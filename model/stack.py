@@ -39,7 +39,7 @@ def stacked_caches(c: ModelConfig, size: CacheSize) -> tuple[LayerCache, ...]:
 
 
 def in_order(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, cache: KVCache | None, first):
-    """x after the layers of a run, of which the first has number `first`; by kind their cache, and the figures of each layer.
+    """x after the layers of a run, of which the first has number `first`; by kind their cache, and what each layer records.
 
     Each of `blocks` has the layers of one kind: stacked, or a list of them (inference/unstacked.py). `cache` is of these kinds.
     """
@@ -49,27 +49,27 @@ def in_order(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, cache: KVCac
 
     def unit(carry, numbered):
         (x_BTD, groups), (blocks, sources, repeat) = carry, numbered
-        number, kept, figures = first + repeat * len(blocks), [], []
+        number, kept, found = first + repeat * len(blocks), [], []
         for place, (block, group, source) in enumerate(zip(blocks, groups, sources, strict=True)):
-            here = ctx if source is None else dataclasses.replace(ctx, source=source)
-            x_BTD, group, found = block(x_BTD, here, group and group.of_layer(repeat), number + place)
+            here, records = (ctx if source is None else dataclasses.replace(ctx, source=source)).recording()
+            x_BTD, group = block(x_BTD, here, group and group.of_layer(repeat), number + place)
             kept.append(group and group.of_layer(None))
-            figures.append(found)
-        return (x_BTD, tuple(kept)), mark_varying(figures)
+            found.append(records)
+        return (x_BTD, tuple(kept)), mark_varying(found)
 
     if isinstance(blocks[0], nnx.List):
-        figures = []
+        by_repeat = []
         run = jax.jit(remat(unit, ctx.compute.remat, True))  # like layers are traced once
         for repeat, layers in enumerate(zip(*blocks, strict=True)):
             of_repeat = jax.tree.map(lambda kept, repeat=repeat: kept[repeat], sources)
             (x_BTD, groups), found = run((x_BTD, groups), (layers, of_repeat, repeat))
-            figures.append(found)
-        return x_BTD, groups, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *figures)
+            by_repeat.append(found)
+        return x_BTD, groups, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *by_repeat)
     repeats = jax.tree.leaves(blocks)[0].shape[0]
     unroll = written_out(repeats * len(blocks), blocks[0].config, ctx.compute.remat, ctx.decoding, platform())
     run = remat(unit, ctx.compute.remat, unroll)
-    (x_BTD, groups), figures = lax.scan(run, (x_BTD, groups), (blocks, sources, jnp.arange(repeats)), unroll=unroll)
-    return x_BTD, groups, figures
+    (x_BTD, groups), records = lax.scan(run, (x_BTD, groups), (blocks, sources, jnp.arange(repeats)), unroll=unroll)
+    return x_BTD, groups, records
 
 
 def written_out(layers: int, c: ModelConfig, kept: Remat, decoding: bool, on: str) -> bool:
@@ -86,19 +86,13 @@ def pipelined(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, first, repe
     before = lax.axis_index('stage') * mine
 
     def layers(x_BTD, number):
-        x_BTD, _, figures = in_order(blocks, x_BTD, ctx.microbatch(number), None, first + before * len(blocks))
-        return x_BTD, figures
+        x_BTD, _, records = in_order(blocks, x_BTD, ctx.microbatch(number), None, first + before * len(blocks))
+        return x_BTD, records
 
     m = ctx.microbatches // lax.axis_size('stage')
-    x_mBTD, figures = pipeline(layers, x_BTD.reshape(m, -1, *x_BTD.shape[1:]))
+    x_mBTD, records = pipeline(layers, x_BTD.reshape(m, -1, *x_BTD.shape[1:]))
     place = lambda a: lax.dynamic_update_slice_in_dim(jnp.zeros((repeats, *a.shape[1:]), a.dtype), a, before, 0)
-    return x_mBTD.reshape(x_BTD.shape), jax.tree.map(place, figures)
-
-
-def by_layer(figures: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
-    """The figures of all groups with a router as one: name -> [L, …], group after group."""
-    found = [of_group for of_group in figures if of_group]
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found) if found else {}
+    return x_mBTD.reshape(x_BTD.shape), jax.tree.map(place, records)
 
 
 def each_layer(f, group):

@@ -22,12 +22,14 @@ import jax.numpy as jnp
 
 from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
+from weft.model.decoder import weights_of
 from weft.model.kv_cache import CacheSize
 from weft.model.ops.cross_entropy import CHUNK
 from weft.model.stack import stacked_caches, written_out
 from weft.planner.weights import Group, Inventory, inventory
 from weft.sharding.mesh import BATCH, MeshConfig
 from weft.training.config import RunConfig
+from weft.training.optimizers import Shard, state_bytes
 
 INT32 = 4  # bytes
 HIDDEN = 6  # arrays that a loop keeps of an MLP's hidden units: what goes into each product, and the activation's steps
@@ -105,7 +107,7 @@ def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
     names = 4 + 3 * bool(c.encoder)
     fixed = Memory(
         parameters=parameters,
-        optimizer=2 * parameters + 3 * INT32 + 2 * INT32,  # two moments; counters; the key
+        optimizer=optimizer_bytes(run) + 3 * INT32,  # with the number of the step, and the key
         batch=names * rows * t.sequence_length * INT32,
     )
     part = rows / t.accumulation
@@ -156,10 +158,20 @@ def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
 
 
 def stored(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig) -> float:
-    """Bytes of the weights that a device keeps while it trains; their gradients and two moments take as many each."""
+    """Bytes of the weights that a device keeps while it trains; their gradients take as many."""
     state = compute.parameter_dtype.itemsize
     size = lambda weight: max(state, FLOAT32) if weight.wide else state
     return sum(numbers * size(weight) for weight, numbers in inventory(c).held(mesh))
+
+
+def optimizer_bytes(run: RunConfig) -> float:
+    """Bytes of the optimizer's state on one device."""
+    mesh, stored = run.mesh, run.compute.parameter_dtype
+    shards = (
+        (Shard(p.local_shape(mesh), str(p.role.dtype(stored)), p.role), p.held(mesh))
+        for p in weights_of(run.model).values()
+    )
+    return state_bytes(run.optimizer, shards)
 
 
 def casts(held: Inventory, device: Device) -> float:

@@ -27,7 +27,7 @@ from weft.model.cost import training_flops
 from weft.planner import communication
 from weft.planner.chips import Chip, group_rate
 from weft.planner.flops import executed
-from weft.planner.memory import cache_bytes
+from weft.planner.memory import cache_bytes, optimizer_bytes
 from weft.planner.traffic import Traffic
 from weft.planner.weights import Group, Weight, inventory
 from weft.sharding.mesh import AXES, BATCH, MeshConfig
@@ -260,7 +260,8 @@ def train_bytes(run: RunConfig) -> dict[str, float]:
     logits = 3 * (c.model_dim + width) * tokens / mesh.stage * b  # forward, and both gradients
     moved['head'] = moved.get('head', 0.0) + logits + 3 * c.model_dim * width * b
     numbers = sum(count for _, count in held.held(mesh))
-    moved['optimizer'] = 7 * numbers * wide  # weight, two moments and gradient read, all but the last written
+    # Weight, state and gradient are read, all but the last written.
+    moved['optimizer'] = 3 * numbers * wide + 2 * optimizer_bytes(run)
     return moved
 
 

@@ -17,7 +17,7 @@ from weft.model.compute import ComputeConfig, Remat
 from weft.model.sizes import batch_sizes, sizes
 from weft.planner.chips import Chip
 from weft.planner.layouts import divisors, meshes, nearest_count
-from weft.planner.memory import Memory, stored, training_memory
+from weft.planner.memory import Memory, optimizer_bytes, stored, training_memory
 from weft.planner.roofline import Time, least_time, train_time
 from weft.runtime.device_memory import gib
 from weft.runtime.errors import UserError
@@ -159,7 +159,7 @@ def search(run: RunConfig, chip: Chip, chips: int) -> Found:
 
 def least_memory(run: RunConfig, mesh: MeshConfig) -> float:
     """Bytes that a chip needs at least: of the weights, their gradients and the optimizer."""
-    return 4 * stored(run.model, run.compute, mesh)
+    return 2 * stored(run.model, run.compute, mesh) + optimizer_bytes(dataclasses.replace(run, mesh=mesh))
 
 
 def _lowest(run: RunConfig, mesh: MeshConfig, chip: Chip) -> float:

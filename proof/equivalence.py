@@ -21,6 +21,7 @@ from weft.model.forward import place
 from weft.sharding.mesh import AXES, MeshConfig, factorizations, make_mesh
 from weft.training.config import RunConfig, TrainingConfig
 from weft.training.loss import loss_and_gradient
+from weft.training.optimizers import AdamW
 from weft.training.step import init, train_step
 
 DEVICES = 8
@@ -112,9 +113,7 @@ def packed_batch(seed: int) -> Batch:
 def config_of(kind: str, mesh: MeshConfig, dtype: Literal['float32', 'float64'], steps: int = 50) -> RunConfig:
     """The run of a kind of model on a mesh."""
     accumulation = ACCUMULATION.get(kind, 1) if mesh.size > 1 else 1
-    t = TrainingConfig(
-        steps=steps, batch=B, sequence_length=T, learning_rate=3e-3, warmup_steps=10, accumulation=accumulation
-    )
+    t = TrainingConfig(steps=steps, batch=B, sequence_length=T, accumulation=accumulation)
     config = RunConfig(
         name='proof',
         mesh=mesh,
@@ -122,6 +121,7 @@ def config_of(kind: str, mesh: MeshConfig, dtype: Literal['float32', 'float64'],
         compute=dataclasses.replace(COMPUTE[kind], dtype=dtype),
         data=DataConfig(),
         training=t,
+        optimizer=AdamW(learning_rate=3e-3, warmup_steps=10),
     )
     config.check_sizes()
     return config

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 
@@ -19,6 +19,7 @@ from weft.model.sizes import batch_sizes, sizes
 from weft.runtime.errors import UserError, nearest, nearest_path, shown
 from weft.sharding.mesh import BATCH, MeshConfig, check_divides
 from weft.training import yaml_text
+from weft.training.optimizers import OPTIMIZERS, AdamW, OptimizerConfig
 from weft.training.overrides import apply, unknown, without_kinds
 from weft.training.renamed import renamed
 
@@ -35,25 +36,17 @@ def _at_least(section: str, config: Any, field: str, least: float) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """What is learnt from, for how long, and how fast (AdamW; linear warm-up, then a cosine)."""
+    """How much is learnt from at a time, and for how long."""
 
     steps: int
     batch: int  # sequences a step, all devices together
     sequence_length: int  # tokens
-    learning_rate: float = 3e-4  # at its highest
-    warmup_steps: int = 100
-    final_learning_rate: float = 0.1  # at the last step, as a share of the highest
-    weight_decay: float = 0.1  # of matrices; norms and biases have none
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
     accumulation: int = (
         1  # parts of a batch that are worked on one after another; the result is that of the whole batch
     )
     microbatches: int | None = (
         None  # parts that go through a pipeline (mesh.stage) after one another; None: 4 a stage, or fewer
     )
-    clip: float | None = 1.0  # global norm above which a gradient is scaled down to it; null: never
 
     def __post_init__(self):
         for field in ('steps', 'batch', 'sequence_length', 'accumulation'):
@@ -66,13 +59,6 @@ class TrainingConfig:
                 f'training.accumulation is {self.accumulation} and training.batch {self.batch}: the first must divide the '
                 f'second; nearest that works: {works}'
             )
-        for field in ('warmup_steps', 'learning_rate', 'final_learning_rate', 'weight_decay', 'epsilon'):
-            _at_least('training', self, field, 0)
-        for field in ('beta1', 'beta2'):
-            if not 0 <= getattr(self, field) < 1:
-                raise UserError(f'training.{field} is {getattr(self, field)}: it must be at least 0 and less than 1')
-        if self.clip is not None and self.clip <= 0:
-            raise UserError(f'training.clip is {self.clip}: it must be above 0; null turns clipping off')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,6 +99,7 @@ class RunConfig:
     compute: ComputeConfig = ComputeConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig
+    optimizer: Annotated[OptimizerConfig, OPTIMIZERS] = AdamW()
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
 
@@ -176,6 +163,7 @@ MAY_BEGIN_WITH = (
     'seed',
     'data',
     'training',
+    'optimizer',
     'compute',
     *(f'model.{field}' for field in OF_TRAINING),
 )  # too, where the run is an imported model that has not been trained on
@@ -276,7 +264,7 @@ def _explain(error: Any) -> str:
     if isinstance(cause, UserError):
         return str(cause)
     given = error['input']
-    rule = error['msg'].replace('Input should be', 'it must be')
+    rule = error['msg'].replace('Input should be', 'it must be').replace('an object', 'a mapping of keys to values')
     if isinstance(given, float) and given.is_integer() and 'integer' in rule:
         rule += f', written as one: {int(given)}'
     return f'{key} is {shown(json.dumps(given), 80)}: {rule}'

@@ -49,6 +49,7 @@ from weft.training import config as configs
 from weft.training.config import RECORD, RunConfig, TrainingConfig
 from weft.training.context import SOURCE, context_of, object_of, published_config, published_files
 from weft.training.finite import RULE, check_saved, not_finite
+from weft.training.optimizers import AdamW
 from weft.training.run_folder import run_folder
 from weft.training.state import abstract_model, abstract_state, restore_newest, saved_config
 
@@ -229,9 +230,17 @@ def run_config(name: str, found: hub.Published, mesh: MeshConfig) -> RunConfig:
         steps=1000,
         batch=mesh.span((*BATCH, 'stage')),
         sequence_length=max(positions // ways, 1) * ways,
-        learning_rate=1e-5,
     )
-    return RunConfig(name=name, mesh=mesh, model=found.model, compute=found.compute, data=NO_DATA, training=training)
+    optimizer = AdamW(learning_rate=1e-5)
+    return RunConfig(
+        name=name,
+        mesh=mesh,
+        model=found.model,
+        compute=found.compute,
+        data=NO_DATA,
+        training=training,
+        optimizer=optimizer,
+    )
 
 
 def trained_on(config: RunConfig) -> RunConfig:

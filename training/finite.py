@@ -93,8 +93,8 @@ def check_saved(checkpoints: Checkpoints, step: int, tree: Any, why: str) -> Non
 def diverged(what: str, checkpoints: Checkpoints, config: RunConfig) -> Diverged:
     """The error of a run whose numbers are not finite any more: what stands, and what to do that a continuation allows."""
     steps = checkpoints.steps()
-    rate = config.training.learning_rate
-    lower = f'training.learning_rate={float(f"{rate / 3:.1e}"):g}'
+    rate = config.optimizer.learning_rate
+    lower = f'optimizer.learning_rate={float(f"{rate / 3:.1e}"):g}'
     stands = f'checkpoint {steps[-1]}, from before, is finite' if steps else 'nothing was saved before'
     if not (checkpoints.run / RECORD).is_file():
         way = f'begin anew with --fresh {lower}'
@@ -104,5 +104,5 @@ def diverged(what: str, checkpoints: Checkpoints, config: RunConfig) -> Diverged
         way = f'import the model again under another name and train it with {lower}'
     return Diverged(
         f'{what}; {stands}; a continuation takes the same steps to the same end: {way} (it is {rate:g}) or a larger '
-        f'training.warmup_steps (it is {config.training.warmup_steps})'
+        f'optimizer.warmup_steps (it is {config.optimizer.warmup_steps})'
     )

@@ -219,14 +219,7 @@ class Run:
         row = {'step': step, **row, 'tokens': self.tokens}
         if not math.isfinite(row['loss']) or not math.isfinite(row['grad_norm']):
             raise self.diverged(f'step {step} has loss {row["loss"]} and gradient norm {row["grad_norm"]}')
-        if 'mtp_loss' in figures:
-            row['mtp_loss'] = float(figures['mtp_loss'])
-        if 'router' in figures:
-            router = figures['router']
-            names = ('entropy', 'max_share', 'balance_loss', 'z_loss', 'dropped_share')
-            row |= {f'router.{name}': float(router[name]) for name in names}
-            row['router.load'] = router['load'].tolist()
-        return row
+        return row | {name: value.tolist() for name, value in figures.items() if name not in row}
 
     def log(self, row: dict[str, Any]) -> None:
         """Writes a row, with the speed since the last one; time spent validating and saving is not counted."""

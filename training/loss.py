@@ -16,7 +16,7 @@ from weft.model.forward import TOKENS, columns, one_device, with_source
 from weft.model.head import to_vocabulary
 from weft.model.ops.cross_entropy import cross_entropy
 from weft.model.parameters import specs
-from weft.model.stack import by_layer
+from weft.model.records import join
 from weft.sharding.collectives import axis_index, mark_varying, psum, reduce_gradients, tensor_slice
 from weft.sharding.mesh import AXES, BATCH, platform
 from weft.sharding.pipeline import my_microbatches
@@ -33,8 +33,8 @@ def loss_sums(model: Decoder, batch: Batch, dropout_key: jax.Array | None = None
         microbatches: into which the pipeline cuts each device's rows, where the mesh has stages: a multiple of them.
 
     Returns:
-        'loss_sum' Σ cross-entropy in nats, 'tokens' how many, 'rows' with a real token; with experts 'router': each figure of
-        `model.layers.moe.route` by layer; with `mtp_layers` 'mtp_loss_sum' [k]: Σ cross-entropy of each such layer.
+        'loss_sum' Σ cross-entropy in nats, 'tokens' how many, 'rows' with a real token; 'metrics': what layers say of
+        themselves (`model.records.Metric`) by name; with `mtp_layers` 'mtp_loss_sum' [k]: Σ cross-entropy of each such layer.
     """
 
     def body(model: Decoder, batch: Batch, key: jax.Array) -> dict:
@@ -50,9 +50,9 @@ def loss_fn(
 ) -> tuple[jax.Array, dict]:
     """The objective, which training minimises, and the metrics that are reported; arguments as in `loss_sums`.
 
-    objective = mean cross-entropy over real tokens + balance_loss · mean over rows and layers of the balance loss
-    + z_loss · mean over tokens and layers of the router z-loss + mtp_loss · mean over `mtp_layers` of their Σ cross-entropy
-    over real tokens (DeepSeek-V3, arXiv:2412.19437, eq. 24–25); in nats.
+    objective = mean cross-entropy over real tokens + mtp_loss · mean over `mtp_layers` of their Σ cross-entropy over real
+    tokens (DeepSeek-V3, arXiv:2412.19437, eq. 24–25) + Σ over what layers say of weight · mean over layers, and over real
+    tokens or rows: with experts the balance loss and the router z-loss; in nats.
     """
     sums = loss_sums(model, batch, dropout_key, microbatches)
     return objective(sums, sums, model), loss_metrics(sums, model)
@@ -140,9 +140,10 @@ def local_loss_sums(model: Decoder, batch: Batch, first: jax.Array, key: jax.Arr
         row_B=first + jnp.arange(B),
         column_T=column_T,
         microbatches=microbatches,
+        measures=True,
     )
     ctx = with_source(model, ctx, batch.source)
-    x_BTD, _, figures = model.hidden(tokens_BT, ctx)
+    x_BTD, _, records = model.hidden(tokens_BT, ctx)
     head, to_logits = model.head(learns=True), functools.partial(to_vocabulary, c=model.config)
 
     def mine(a_BT: jax.Array) -> jax.Array:
@@ -152,15 +153,15 @@ def local_loss_sums(model: Decoder, batch: Batch, first: jax.Array, key: jax.Arr
     def loss_of(x_BTD: jax.Array, target_BT: jax.Array, live_BT: jax.Array) -> jax.Array:
         return cross_entropy(to_logits, head, x_BTD, target_BT, live_BT, model.config.vocabulary)
 
-    sums = {'loss_sum': loss_of(x_BTD, mine(target_BT), ctx.my_microbatches().live_BT), 'router': figures}
+    sums = {'loss_sum': loss_of(x_BTD, mine(target_BT), ctx.my_microbatches().live_BT), 'metrics': records.metrics}
     if model.config.mtp.layers:
         next_kBT, target_kBT, live_kBT = (
             [a_BT[:, column_T] for a_BT in a_kBT] for a_kBT in mtp_targets(batch, model.config.mtp.layers)
         )
-        x_kBTD, found = model.ahead(x_BTD, next_kBT, ctx)
+        x_kBTD, ahead = model.ahead(x_BTD, next_kBT, ctx)
         layers = zip(x_kBTD, target_kBT, live_kBT, strict=True)
         sums['mtp_loss_sum'] = jnp.stack([loss_of(x, mine(target), mine(live)) for x, target, live in layers])
-        sums['router'] = by_layer([figures, found])
+        sums['metrics'] = join([records, ahead]).metrics
     return sums
 
 
@@ -186,31 +187,22 @@ def mtp_targets(batch: Batch, depth: int) -> tuple[list[jax.Array], list[jax.Arr
 
 def objective(sums: dict, counts: dict, model: Decoder) -> jax.Array:
     """What training minimises, of a whole batch's sums; or a device's share of it, of its own sums and the batch's counts."""
-    tokens, moe = jnp.maximum(counts['tokens'], 1), model.config.moe
+    tokens = jnp.maximum(counts['tokens'], 1)
     total = sums['loss_sum'] / tokens
     if model.config.mtp.layers:
         total = total + model.config.mtp.loss * sums['mtp_loss_sum'].mean() / tokens
-    if moe:
-        router, rows = sums['router'], jnp.maximum(counts['rows'], 1)
-        total = total + moe.balance_loss * router['balance'].mean() / rows + moe.z_loss * router['z'].mean() / tokens
+    for metric in sums['metrics'].values():
+        if metric.weight:
+            total = total + metric.loss(counts)
     return total
 
 
 def loss_metrics(sums: dict, model: Decoder) -> dict:
     """What is reported of a whole batch's sums."""
-    tokens, moe = jnp.maximum(sums['tokens'], 1), model.config.moe
+    tokens = jnp.maximum(sums['tokens'], 1)
     metrics = {'loss': sums['loss_sum'] / tokens, 'tokens': sums['tokens']}
     if model.config.mtp.layers:
         metrics['mtp_loss'] = sums['mtp_loss_sum'].mean() / tokens
-    if moe:
-        router = sums['router']
-        load_LE = router['load_E'] / (tokens * moe.top_k)
-        metrics['router'] = {
-            'balance_loss': router['balance'].mean() / jnp.maximum(sums['rows'], 1),
-            'z_loss': router['z'].mean() / tokens,
-            'entropy': router['entropy'].mean() / tokens,
-            'max_share': load_LE.max(),
-            'dropped_share': router['dropped'].sum() / (tokens * moe.top_k * load_LE.shape[0]),
-            'load': load_LE,
-        }
+    for name, metric in sums['metrics'].items():
+        metrics |= metric.logged(name, sums)
     return metrics

@@ -76,12 +76,17 @@ class Metrics:
 def _figures(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """What TensorBoard shows of a row: each number by its name."""
     for name, value in row.items():
-        if name == 'router.load':
-            for layer, shares in enumerate(value):
-                for expert, share in enumerate(shares):
-                    yield f'router.load/layer {layer}/expert {expert}', share
-        elif name != 'step':
-            yield name, value
+        if name != 'step':
+            yield from _numbers(name, value)
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """A number by its name; of a list each of its own: what layers log by layer has the layers first."""
+    if isinstance(value, list):
+        for place, part in enumerate(value):
+            yield from _numbers(f'{name}/{place}', part)
+    else:
+        yield name, value
 
 
 class NullMetrics:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from weft.model.parts.registry import Registry
 from weft.runtime.errors import UserError, closest, nearest, shown
+from weft.runtime.registry import Registry
 from weft.training import yaml_text
 
 KEY = re.compile(r'[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*')
@@ -73,7 +73,7 @@ def _is_text(option: Any) -> bool:
 
 
 def options_of(kind: Any) -> Iterator[Any]:
-    """The types that a field may have, those of an annotation's registry (`model.parts.registry`) among them."""
+    """The types that a field may have, those of an annotation's registry (`runtime.registry`) among them."""
     if get_origin(kind) in (Union, UnionType, Annotated):
         for option in get_args(kind):
             yield from options_of(option)
@@ -142,7 +142,7 @@ def unknown(root: Any, path: Sequence[str]) -> str:
     fields = dict.fromkeys(field.name for one in sections_of(section) for field in dataclasses.fields(one))
     own = ['.'.join((*parents, field)) for field in fields]
     for known in own, list(keys(root)):
-        by_leaf = {one.rpartition('.')[2]: one for one in reversed(known)}
+        by_leaf = {one.rpartition('.')[2]: one for one in reversed(known) if one != '.'.join((*parents, path[-1]))}
         if (leaf := closest(path[-1], by_leaf)) is not None:
             return f'; did you mean {by_leaf[leaf]!r}?'
     return nearest('', own)

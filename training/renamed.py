@@ -63,6 +63,14 @@ RENAMED: dict[str, str] = {
         for field in dataclasses.fields(RopeScaling)
     },
     'model.bias': 'model.attention.o_bias, model.mlp.bias and model.norm.bias',
+    'training.learning_rate': 'optimizer.learning_rate',
+    'training.warmup_steps': 'optimizer.warmup_steps',
+    'training.final_learning_rate': 'optimizer.final_learning_rate_ratio',
+    'training.weight_decay': 'optimizer.weight_decay',
+    'training.beta1': 'optimizer.beta1',
+    'training.beta2': 'optimizer.beta2',
+    'training.epsilon': 'optimizer.epsilon',
+    'training.clip': 'optimizer.grad_clip',
 }
 # Keys that hold a value in earlier configs, and are sections now -> where the value stands.
 RENAMED_VALUES = {

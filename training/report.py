@@ -15,7 +15,6 @@ from weft.runtime.device_memory import gib, shard_bytes
 from weft.sharding.mesh import AXES, BATCH, SEQUENCE
 from weft.sharding.pipeline import bubble, ticks
 from weft.training.config import RunConfig
-from weft.training.step import schedule
 from weft.training.tables import Fitted
 
 
@@ -24,7 +23,8 @@ def rate_line(before: RunConfig, now: RunConfig, step: int) -> str | None:
     was, will = before.training.steps, now.training.steps
     if was == will or step >= will:
         return None
-    rate, next_rate = float(schedule(before.training)(step - 1)), float(schedule(now.training)(step))
+    rate = float(before.optimizer.schedule(was)(step - 1))
+    next_rate = float(now.optimizer.schedule(will)(step))
     return (
         f'training.steps was {was} and is {will}: the schedule is of all steps, and the learning rate goes from {rate:.3g} at '
         f'step {step} to {next_rate:.3g} at step {step + 1}'

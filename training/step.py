@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 
 from weft.model.batch import Batch
-from weft.model.decoder import Decoder, init_decoder, weights_of
+from weft.model.decoder import Decoder, init_decoder
 from weft.model.layers.moe import MoE, updated_bias
-from weft.model.parameters import name_of
-from weft.training.config import RunConfig, TrainingConfig
+from weft.training.config import RunConfig
 from weft.training.loss import loss_and_gradient
+from weft.training.optimizers import roles
 
 
 class State(NamedTuple):
@@ -23,25 +23,9 @@ class State(NamedTuple):
     key: jax.Array  # of everything random after the start
 
 
-def schedule(t: TrainingConfig) -> optax.Schedule:
-    """Learning rate of a step: linear from 0 over `warmup_steps`, then a cosine to the last step."""
-    warmup = min(t.warmup_steps, t.steps)
-    cosine = optax.cosine_decay_schedule(t.learning_rate, max(t.steps - warmup, 1), t.final_learning_rate)
-    if not warmup:
-        return cosine
-    return optax.join_schedules([lambda step: t.learning_rate * (step + 1) / warmup, cosine], [warmup])
-
-
-def optimizer(t: TrainingConfig) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) on gradients clipped by their global norm."""
-    adamw = optax.adamw(schedule(t), t.beta1, t.beta2, t.epsilon, weight_decay=t.weight_decay, mask=decays)
-    return optax.chain(optax.clip_by_global_norm(t.clip), adamw) if t.clip else adamw
-
-
-def decays(model: Decoder) -> Decoder:
-    """Which weights decay, by their role: matrices and tables, not scales and biases."""
-    known = weights_of(model.config)
-    return jax.tree_util.tree_map_with_path(lambda path, _: known[name_of(path)].role.decays, model)
+def optimizer(config: RunConfig, model: Decoder) -> optax.GradientTransformation:
+    """The run's optimizer of the weights of `model`."""
+    return config.optimizer.build(config.training.steps, roles(model))
 
 
 def init(config: RunConfig, model: Decoder | None = None) -> State:
@@ -52,21 +36,24 @@ def init(config: RunConfig, model: Decoder | None = None) -> State:
     weights, rest = jax.random.split(jax.random.key(config.seed))
     if model is None:
         model = init_decoder(config.model, config.compute, weights)
-    return State(model, optimizer(config.training).init(model), jnp.int32(0), rest)
+    return State(model, optimizer(config, model).init(model), jnp.int32(0), rest)
 
 
 def train_step(config: RunConfig, state: State, batch: Batch) -> tuple[State, dict]:
     """One optimizer step on a global batch. Returns the new state and the step's metrics, on the device.
 
     Metrics: loss (mean cross-entropy in nats), tokens (real ones), grad_norm (before clipping), learning_rate, with
-    experts router and with `mtp_layers` mtp_loss (see `training.loss.loss_fn`).
+    `mtp_layers` mtp_loss, and what layers say (`ForwardContext.metric`), such as router.entropy.
     """
     key = jax.random.fold_in(state.key, state.step) if config.model.dropout else None
     (_, metrics), gradient = loss_and_gradient(
         state.model, batch, key, config.microbatches, config.training.accumulation
     )
-    updates, moments = optimizer(config.training).update(gradient, state.optimizer, state.model)
-    metrics |= {'grad_norm': optax.tree.norm(gradient), 'learning_rate': schedule(config.training)(state.step)}
+    updates, moments = optimizer(config, state.model).update(gradient, state.optimizer, state.model)
+    metrics |= {
+        'grad_norm': optax.tree.norm(gradient),
+        'learning_rate': config.optimizer.schedule(config.training.steps)(state.step),
+    }
     model = optax.apply_updates(state.model, updates)
     if config.model.moe and config.model.moe.bias_update_rate:
         balance_choices(model, metrics)
@@ -77,7 +64,7 @@ def balance_choices(model: Decoder, metrics: dict) -> None:
     """Moves the routers' biases by what the whole step's tokens chose, whatever devices and parts they were on."""
     moe = model.config.moe
     # Shares of all choices back to whole numbers, so that every mesh compares the same.
-    load_LE = jnp.round(metrics['router']['load'] * (metrics['tokens'] * moe.top_k))
+    load_LE = jnp.round(metrics['router.load'] * (metrics['tokens'] * moe.top_k))
     first = 0
     for blocks in [*model.groups, model.mtp] if model.config.mtp.layers else model.groups:
         if isinstance(blocks.mlp, MoE):

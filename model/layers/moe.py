@@ -43,19 +43,16 @@ class MoE(nnx.Module):
             self.shared_gate_D = parameter((D,), P(None), Role.VECTOR, part='shared_experts')
 
     def __call__(self, x_BTD, ctx: ForwardContext):
-        """The block's output in the layout between blocks, and this device's share of the router's figures (see `route`).
-
-        Padding visits no routed expert. Figures also has `dropped`, the real tokens' choices that found no room.
-        """
+        """The block's output in the layout between blocks. Padding visits no routed expert."""
         c, m = self.config, self.moe
         router_DE = self.router.kernel(self.router.weight.dtype)  # as wide as it is kept
         router_bias_E = self.router.b_O[...] if m.router_bias else None
         bias_E = self.correction_E[...] if m.has_choice_bias else None
-        gate_BTK, expert_BTK, figures = route(x_BTD, router_DE, bias_E, ctx, c, router_bias_E)
+        gate_BTK, expert_BTK = route(x_BTD, router_DE, bias_E, ctx, c, router_bias_E)
         expert_BTK = jnp.where(ctx.live_BT[..., None], expert_BTK, m.experts)
         flat = lambda a: a.reshape(-1, a.shape[-1])
         send = dispatch(ctx.compute.dispatch)
-        y_ND, figures['dropped'] = send(
+        y_ND, dropped = send(
             flat(x_BTD),
             flat(gate_BTK),
             flat(expert_BTK),
@@ -63,8 +60,9 @@ class MoE(nnx.Module):
             split=ctx.sequence_split,
             capacity_factor=ctx.compute.capacity_factor,
         )
+        ctx.metric('router.dropped_share', dropped / m.top_k)
         y_BTD = y_ND.reshape(x_BTD.shape)
-        return (y_BTD + self.visited(x_BTD, ctx) if m.shared_experts else y_BTD), figures
+        return y_BTD + self.visited(x_BTD, ctx) if m.shared_experts else y_BTD
 
     def visited(self, x_BTD, ctx: ForwardContext):
         """What the shared experts give, in the layout between blocks, with their gate's weight."""
@@ -92,18 +90,17 @@ def mixture(c: ModelConfig) -> MoEConfig:
 
 
 def route(x_BTD, router_DE, bias_E, ctx: ForwardContext, c: ModelConfig, router_bias_E=None):
-    """Each token's experts and their weights, in at least float32, and this device's share of the router's figures.
+    """Each token's experts and their weights, in at least float32.
 
-    bias_E, or None, is added to the scores to choose by them; weights and figures are made of the scores without it
+    bias_E, or None, is added to the scores to choose by them; weights and metrics are made of the scores without it
     (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). Of several groups of experts the best are chosen first (`choices`).
 
-    Returns gate_BTK, expert_BTK (int32) and a dict of sums over this device's real tokens, all of which become whole when
-    added up over every mesh axis:
-        balance  Σ over rows of the sequence-level balance loss, E/K Σ_e f_e P_e with f_e the share of the row's choices
-                 that fell on e (times K) and P_e its mean normalised score (DeepSeek-V3, arXiv:2412.19437, eq. 17–20)
-        z        Σ over tokens of logsumexp(logits)² (ST-MoE, arXiv:2202.08906, eq. 5)
-        entropy  Σ over tokens of the entropy of the normalised scores, in nats
-        load_E   tokens that chose each expert
+    Returns gate_BTK and expert_BTK (int32), and says these metrics, which are sums over real tokens:
+        balance_loss  Σ over rows of the sequence-level balance loss, E/K Σ_e f_e P_e with f_e the share of the row's choices
+                      that fell on e (times K) and P_e its mean normalised score (DeepSeek-V3, arXiv:2412.19437, eq. 17–20)
+        z_loss        Σ over tokens of logsumexp(logits)² (ST-MoE, arXiv:2202.08906, eq. 5)
+        entropy       Σ over tokens of the entropy of the normalised scores, in nats
+        load          of each expert how many tokens chose it, by K
     """
     m = mixture(c)
     logit_BTE = jnp.einsum('BTD,DE->BTE', upcast(x_BTD), upcast(router_DE), precision='highest')
@@ -126,15 +123,20 @@ def route(x_BTD, router_DE, bias_E, ctx: ForwardContext, c: ModelConfig, router_
     row = lambda a_BTE: psum(a_BTE.sum(1), axes)
     tokens_B1 = jnp.maximum(row(live_BT1), 1)
     balance = (row(chosen_BTE) * row(share_BTE) / tokens_B1**2).sum() * (m.experts / m.top_k)
-    figures = {
-        'balance': balance / lax.axis_size(SEQUENCE),  # so many devices have the row's sums: each keeps its share
-        'z': (jax.nn.logsumexp(logit_BTE, axis=-1, keepdims=True) ** 2 * live_BT1).sum(),
-        'entropy': -(share_BTE * jnp.log(jnp.where(share_BTE > 0, share_BTE, 1))).sum(),
-        'load_E': chosen_BTE.sum((0, 1)),
-    }
-    if not ctx.sequence_split:  # every device of `tensor` has the same tokens
-        figures |= {name: figures[name] / lax.axis_size('tensor') for name in ('z', 'entropy', 'load_E')}
-    return gate_BTK * m.routed_scale, expert_BTK, figures
+    # So many devices have the row's sums, and where the sequence is not split over `tensor` the tokens': each keeps its share.
+    copies = 1 if ctx.sequence_split else lax.axis_size('tensor')
+    z = (jax.nn.logsumexp(logit_BTE, axis=-1, keepdims=True) ** 2 * live_BT1).sum()
+    entropy = -(share_BTE * jnp.log(jnp.where(share_BTE > 0, share_BTE, 1))).sum()
+    ctx.metric('router.balance_loss', balance / lax.axis_size(SEQUENCE), per='rows', weight=m.balance_loss)
+    ctx.metric('router.z_loss', z / copies, weight=m.z_loss)
+    ctx.metric('router.entropy', entropy / copies)
+    ctx.metric('router.load', chosen_BTE.sum((0, 1)) / (copies * m.top_k), report=expert_shares)
+    return gate_BTK * m.routed_scale, expert_BTK
+
+
+def expert_shares(load_LE):
+    """What is logged of how a batch's choices fall on experts: the share of each, and the largest of all layers."""
+    return {'router.load': load_LE, 'router.max_share': load_LE.max()}
 
 
 def choices(choice_BTE, m: MoEConfig):

@@ -4,61 +4,13 @@ A kind is a frozen dataclass with a field `kind: Literal['NAME'] = 'NAME'`, and 
 file adds one with `MIXERS.register('NAME', Config, Module)`, before a config is read; nothing here is edited.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-from weft.runtime.errors import UserError, nearest
+from weft.runtime.errors import UserError
+from weft.runtime.registry import Registry
 
 # The value of a field that is not given and is filled in when a `ModelConfig` is made, so that nothing that computes meets it.
 UNSET: Any = None
-
-
-class Registry:
-    """The kinds of one part.
-
-    Args:
-        part: the field of `ModelConfig`, for messages.
-        default: the kind of a config that names none.
-    """
-
-    def __init__(self, part: str, default: str):
-        self.part, self.default = part, default
-        self.configs: dict[str, type] = {}
-        self.modules: dict[str, Callable[..., Any]] = {}
-
-    def register(self, kind: str, config: type, module: Callable[..., Any] | None = None) -> None:
-        """Adds a kind; `module` may come later, by `implement`."""
-        assert self.configs.get(kind, config) is config, f'two kinds of {self.part} are called {kind}'
-        self.configs[kind] = config
-        if module is not None:
-            self.implement(kind, module)
-
-    def implement(self, kind: str, module: Callable[..., Any]) -> None:
-        """What computes a kind."""
-        self.modules[kind] = module
-
-    def config(self, kind: str | None) -> type:
-        """The dataclass of a kind; None: the default one. Raises UserError naming those that exist."""
-        kind = self.default if kind is None else kind
-        if kind not in self.configs:
-            raise UserError(f'model.{self.part}.kind is {kind!r}: no such kind{nearest(kind, self.configs)}')
-        return self.configs[kind]
-
-    def module(self, config: Any) -> Any:
-        """What computes a part that has this config."""
-        return self.modules[config.kind]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        """For a field annotated with a registry: the dataclass of the kind that its mapping names, of those known by then."""
-        from pydantic_core import core_schema
-
-        def kind_of(value: Any) -> Any:
-            if isinstance(value, dict):
-                return value.get('kind', self.default)
-            return getattr(value, 'kind', self.default)
-
-        choices = {kind: handler.generate_schema(config) for kind, config in self.configs.items()}
-        return core_schema.tagged_union_schema(choices, kind_of)
 
 
 def filled(field: Any, value: Any) -> Any:
@@ -84,7 +36,7 @@ def check_above_zero(section: str, config: Any, *fields: str) -> None:
 
 
 # What a module is called with to make a layer's part: see `model.block`.
-MIXERS = Registry('attention', 'gqa')  # (model config, layer's spec); its `rules` are what a mesh must divide
-FEED_FORWARDS = Registry('mlp', 'mlp')  # (model config), as those of the next
-MIXTURES = Registry('moe', 'moe')
-POSITIONS = Registry('positions', 'rotary')  # without modules
+MIXERS = Registry('model.attention', 'gqa')  # (model config, layer's spec); its `rules` are what a mesh must divide
+FEED_FORWARDS = Registry('model.mlp', 'mlp')  # (model config), as those of the next
+MIXTURES = Registry('model.moe', 'moe')
+POSITIONS = Registry('model.positions', 'rotary')  # without modules

@@ -28,7 +28,8 @@ name: tiny
 mesh: {{data: 1}}
 model: {{layers: 1, model_dim: 32, attention: {{heads: 2, kv_heads: 1}}, mlp: {{dim: 32}}}}
 data: {{source: '{base}/text', vocabulary: 300}}
-training: {{steps: {steps}, batch: 4, sequence_length: 128, learning_rate: 1e-2, warmup_steps: 2}}
+training: {{steps: {steps}, batch: 4, sequence_length: 128}}
+optimizer: {{learning_rate: 1e-2, warmup_steps: 2}}
 checkpoint: {{every: 2}}
 metrics: {{every: 1, validate_every: 100, validation_rows: 4}}
 """

@@ -46,7 +46,8 @@ CONFIG = """
 name: run
 model: {layers: 1, model_dim: 16, attention: {heads: 2, kv_heads: 1}, mlp: {dim: 16}}
 data: {source: SOURCE, vocabulary: 300}
-training: {steps: 4, batch: 2, sequence_length: 16, warmup_steps: 1}
+training: {steps: 4, batch: 2, sequence_length: 16}
+optimizer: {warmup_steps: 1}
 checkpoint: {every: 2}
 metrics: {every: 1, validate_every: 100, validation_rows: 2}
 """

@@ -286,6 +286,7 @@ training:
   steps: 2
   batch: 4
   sequence_length: 64
+optimizer:
   learning_rate: 1e-3
 """
 SIGNS = [

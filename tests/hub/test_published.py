@@ -18,6 +18,7 @@ from tests.families.loading import read
 from weft.hub.families import Family, families, leaves, tensors, unpadded
 from weft.model import cost
 from weft.model.config import ModelConfig
+from weft.model.decoder import weights_of
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.config import load
 
@@ -158,7 +159,7 @@ def publishers(name: str) -> dict[str, Any]:
 
 def count(c: ModelConfig) -> int:
     """Numbers in our arrays, without the rows that fill up the vocabulary."""
-    return sum(math.prod(unpadded(name, leaf.shape, c)) for name, leaf in leaves(c).items())
+    return sum(math.prod(unpadded(weight, c)) for weight in weights_of(c).values())
 
 
 def padding(c: ModelConfig) -> int:

@@ -40,7 +40,7 @@ MESHES = [
 ]
 DISPATCHES = ['all_gather', 'all_to_all', 'ragged']
 EVERY = np.ones((1, 1, 1), bool)
-LOSSES = {'balance': 3.0, 'z': 0.1}  # weights in the differentiated sum, so that it feels both
+LOSSES = {'balance_loss': 3.0, 'z_loss': 0.1}  # weights in the differentiated sum, so that it feels both
 
 
 def config(**changes) -> ModelConfig:
@@ -61,9 +61,11 @@ def sparse(compute: ComputeConfig, sequence_split: bool = True):
 
     def body(moe, x_BTD, ct_BTD, segment_BT):
         here = {} if sequence_split else {'sequence_split': False, 'decoding': True}
-        ctx = ForwardContext(jnp.zeros_like(segment_BT), segment_BT, compute, **here)
-        y_BTD, figures = moe(mark_varying(x_BTD), ctx)
+        ctx = ForwardContext(jnp.zeros_like(segment_BT), segment_BT, compute, measures=True, **here)
+        ctx, records = ctx.recording()
+        y_BTD = moe(mark_varying(x_BTD), ctx)
         y_BTD = jax.lax.pmean(mark_varying(y_BTD), copies)
+        figures = {name.removeprefix('router.'): metric.total for name, metric in records.metrics.items()}
         figures = jax.lax.psum(mark_varying(figures), AXES)
         axes = tuple(axis for axis in AXES if axis not in copies)
         total = jax.lax.psum((y_BTD * ct_BTD).sum(), axes) + sum(n * figures[name] for name, n in LOSSES.items())
@@ -84,8 +86,8 @@ def sparse(compute: ComputeConfig, sequence_split: bool = True):
 def dense(w, x, ct, segment, c, kept_BTE=EVERY):
     def run(w, x):
         y, (balance, z, load_E) = reference.experts(w, x, segment, c, kept_BTE)
-        total = (y * ct).sum() + LOSSES['balance'] * balance + LOSSES['z'] * z
-        return total, (y, {'balance': balance, 'z': z, 'load_E': load_E})
+        total = (y * ct).sum() + LOSSES['balance_loss'] * balance + LOSSES['z_loss'] * z
+        return total, (y, {'balance_loss': balance, 'z_loss': z, 'load': load_E / c.moe.top_k})
 
     return jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(w, x)
 
@@ -137,8 +139,8 @@ def check(
         put = lambda a, *spec: jax.device_put(a, P(*spec))
         arrays = put(x, BATCH, SEQUENCE), put(ct, BATCH, SEQUENCE), put(segment, BATCH, 'context')
         (_, (y, figures)), (dw, dx) = sparse(compute)(moe, *arrays)
-        got = {**named(dw), 'x': dx, 'y': y, **{name: figures[name] for name in ('balance', 'z', 'load_E')}}
-        got, w, dropped = jax.device_get(got), named(moe), float(figures['dropped'])
+        got = {**named(dw), 'x': dx, 'y': y, **{name: figures[name] for name in ('balance_loss', 'z_loss', 'load')}}
+        got, w, dropped = jax.device_get(got), named(moe), float(figures['dropped_share']) * c.moe.top_k
     with jax.numpy_rank_promotion('allow'):
         (_, (want_y, want_figures)), (want_dw, want_dx) = dense(w, x, ct, segment, c, kept_BTE)
     want = {**want_dw, 'x': want_dx, 'y': want_y, **want_figures}
@@ -241,10 +243,10 @@ def test_decoding_drops_nothing_and_equals_dense_experts(mesh, dispatch, float64
     with jax.numpy_rank_promotion('allow'):
         (_, (want, want_figures)), _ = dense(w, x, ct, segment, c)
     assert np.abs(y - want).max() <= 1e-10 * np.abs(want).max()
-    np.testing.assert_allclose(figures['load_E'], want_figures['load_E'])
-    np.testing.assert_allclose(figures['balance'], want_figures['balance'])
-    np.testing.assert_allclose(figures['z'], want_figures['z'])
-    assert figures['dropped'] == 0
+    np.testing.assert_allclose(figures['load'], want_figures['load'])
+    np.testing.assert_allclose(figures['balance_loss'], want_figures['balance_loss'])
+    np.testing.assert_allclose(figures['z_loss'], want_figures['z_loss'])
+    assert figures['dropped_share'] == 0
 
 
 def test_a_bias_changes_the_choice_and_not_the_gates(float64):

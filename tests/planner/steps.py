@@ -13,6 +13,7 @@ from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import ModelConfig
 from weft.sharding.mesh import BATCH, MeshConfig
 from weft.training.config import RunConfig, TrainingConfig
+from weft.training.optimizers import AdamW, OptimizerConfig
 from weft.training.state import abstract_state
 from weft.training.step import train_step
 
@@ -20,11 +21,18 @@ SLOTS = 16  # of a row in the cache of a decode step, where no other number is g
 
 
 def run_config(
-    model: ModelConfig, mesh: MeshConfig, batch: int, sequence_length: int, compute: ComputeConfig = DEFAULT, **training
+    model: ModelConfig,
+    mesh: MeshConfig,
+    batch: int,
+    sequence_length: int,
+    compute: ComputeConfig = DEFAULT,
+    optimizer: OptimizerConfig | None = None,
+    **training,
 ) -> RunConfig:
     """A run of one step; `training` are fields of TrainingConfig."""
     t = TrainingConfig(steps=1, batch=batch, sequence_length=sequence_length, **training)
-    return RunConfig(name='traffic', mesh=mesh, model=model, compute=compute, training=t)
+    optimizer = optimizer or AdamW()
+    return RunConfig(name='traffic', mesh=mesh, model=model, compute=compute, training=t, optimizer=optimizer)
 
 
 def rows(*shape: int) -> jax.ShapeDtypeStruct:

@@ -15,10 +15,9 @@ import pytest
 from jax import lax
 
 from tests.planner.steps import decode_step, mesh_shape, run_config, training_step
-from weft.model import context
+from weft.model import context, linear
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig, changed
-from weft.model.layers import attention
 from weft.planner import traffic
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.config import RunConfig
@@ -156,13 +155,15 @@ def test_an_activation_gathered_once_more_is_told(monkeypatch):
 
 
 def test_a_weight_gathered_over_too_many_axes_is_told(monkeypatch):
-    def wasteful(w, dtype):
+    def wasteful(w, dtype, axes, *dim):
+        if dim or w.ndim > 2:
+            return unshard(w, dtype, axes, *dim)
         columns = w.shape[1]
-        w = unshard(lax.all_gather(w, 'tensor', axis=1, tiled=True), dtype)
+        w = unshard(lax.all_gather(w, 'tensor', axis=1, tiled=True), dtype, axes)
         return lax.dynamic_slice_in_dim(w, lax.axis_index('tensor') * columns, columns, axis=1)
 
-    unshard = attention.unshard
-    monkeypatch.setattr(attention, 'unshard', wasteful)
+    unshard = linear.unshard
+    monkeypatch.setattr(linear, 'unshard', wasteful)
     lines = told('experts_data2_expert2_tensor2')
     for kind in (f'{kind} over {axis}' for kind in ('all_gather', 'reduce_scatter') for axis in ('data', 'expert')):
         assert any(line.startswith(f'{kind}: ') and '(budget ' in line for line in lines), lines

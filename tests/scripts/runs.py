@@ -21,7 +21,8 @@ model:
   {layers: 2, model_dim: 32, attention: {heads: 4, kv_heads: 2}, mlp: {dim: 32},
   moe: {experts: 4, mlp_dim: 16, first_dense_layers: 1}}
 data: {source: text, vocabulary: 320}
-training: {steps: 40, batch: 8, sequence_length: 32, learning_rate: 1e-2, warmup_steps: 2}
+training: {steps: 40, batch: 8, sequence_length: 32}
+optimizer: {learning_rate: 1e-2, warmup_steps: 2}
 checkpoint: {every: 3}
 metrics: {every: 1, validate_every: 10, validation_rows: 8}
 """

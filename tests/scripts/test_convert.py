@@ -26,7 +26,7 @@ from weft.training.conversion import export_run, import_run
 from weft.training.loop import train
 from weft.training.state import restore_imported, restore_model
 
-DENSE = ('model.moe=null', 'mesh.expert=1', 'mesh.data=1', 'training.steps=2', 'training.learning_rate=1e-3')
+DENSE = ('model.moe=null', 'mesh.expert=1', 'mesh.data=1', 'training.steps=2', 'optimizer.learning_rate=1e-3')
 
 
 @pytest.fixture(scope='module')
@@ -72,7 +72,7 @@ def test_small_steps_are_not_lost_in_narrow_weights(place):
     import_run(place / 'narrow', place / 'runs' / 'narrow', MeshConfig(data=2), say=str)
     export_run(place / 'runs' / 'narrow', place / 'untouched', say=str)
     assert (place / 'untouched' / SINGLE).read_bytes() == (place / 'narrow' / SINGLE).read_bytes()
-    few = ['training.steps=3', 'training.batch=4', 'training.sequence_length=32', 'training.warmup_steps=0']
+    few = ['training.steps=3', 'training.batch=4', 'training.sequence_length=32', 'optimizer.warmup_steps=0']
     few.append(f'data.source={place / "text"}')
     config = load(place / 'runs' / 'narrow' / 'config.yaml', few)
     with pytest.raises(UserError, match=r'weight_dtype is float16 and the imported weights are bfloat16.*=float32'):

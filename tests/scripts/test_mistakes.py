@@ -99,7 +99,7 @@ TRAIN = {
         ['name=n', 'model.moe.first_dense_layers=2'],
         ['first_dense_layers is 2', 'at most 1'],
     ),
-    'not a number': (['name=n', 'training.learning_rate=.nan'], ['nan']),
+    'not a number': (['name=n', 'optimizer.learning_rate=.nan'], ['nan']),
     'far too many devices': (['name=n', 'mesh.data=20000'], ['80,000 devices', 'at most 1,024']),
     'kv heads': (['name=n', 'model.attention.kv_heads=3'], ['model.attention.kv_heads is 3', 'nearest that works']),
 }
@@ -200,9 +200,9 @@ def test_out_of_memory_says_what_used_it_and_what_to_change(place):
 
 
 def test_a_gradient_that_is_no_number_ends_the_run_before_it_is_saved(place):
-    done = run(place, 'train', 'tiny.yaml', 'name=steep', 'training.learning_rate=1e38', 'checkpoint.every=1', code=1)
+    done = run(place, 'train', 'tiny.yaml', 'name=steep', 'optimizer.learning_rate=1e38', 'checkpoint.every=1', code=1)
     (line,) = done.stderr.strip().splitlines()
-    assert 'training.learning_rate' in line
+    assert 'optimizer.learning_rate' in line
     steps = sorted(
         int(path.name) for path in (place / 'runs' / 'steep' / 'checkpoints').iterdir() if path.name.isdecimal()
     )

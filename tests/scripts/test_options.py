@@ -54,7 +54,7 @@ MISTAKES = [
     ('decode', [*X, '-n', '0'], '-n: 0: it must be at least 1'),
     ('decode', [*X, '--step', '-1'], '--step: -1'),
     ('train', ['configs/demo.yaml', '--steps', '5'], 'there is no option --steps; did you mean training.steps=5?'),
-    ('train', ['configs/demo.yaml', '--learning-rate=3'], 'did you mean training.learning_rate=3?'),
+    ('train', ['configs/demo.yaml', '--learning-rate=3'], 'did you mean optimizer.learning_rate=3?'),
     ('train', ['configs/demo.yaml', '--frehs'], "did you mean '--fresh'?"),
     ('convert', ['runs/demo', 'out'], "invalid choice: 'runs/demo'"),
     ('convert', ['export', 'a', 'b', '--famly', 'x'], "did you mean '--family'?"),

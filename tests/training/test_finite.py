@@ -95,7 +95,7 @@ def test_a_state_that_is_no_number_is_never_saved(monkeypatch, place, at, part, 
     said = diverges(monkeypatch, of(place, name, f'mesh.data={data}'), place / 'runs', at, part)
     assert said.startswith(says)
     assert (f'checkpoint {left[-1]}, from before, is finite' if left else 'nothing was saved before') in said
-    assert '--fresh training.learning_rate=0.0033' in said, 'a continuation takes the same steps'
+    assert '--fresh optimizer.learning_rate=0.0033' in said, 'a continuation takes the same steps'
     assert Checkpoints(place / 'runs' / name).steps() == left
 
 
@@ -108,8 +108,8 @@ def test_an_infinity_is_no_number_either_and_what_is_said_can_be_followed(monkey
 
 def test_a_rate_that_float32_does_not_hold_is_refused(place):
     """The loss of a first step would be finite, and no weight after it."""
-    with pytest.raises(UserError, match=r'training\.learning_rate is 1e\+39: it must be a finite number'):
-        of(place, 'steep', 'training.learning_rate=1e39')
+    with pytest.raises(UserError, match=r'optimizer\.learning_rate is 1e\+39: it must be a finite number'):
+        of(place, 'steep', 'optimizer.learning_rate=1e39')
 
 
 @pytest.fixture(scope='module')

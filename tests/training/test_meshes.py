@@ -20,6 +20,7 @@ from weft.model.decoder import init_decoder
 from weft.model.forward import logits
 from weft.sharding.mesh import AXES, BATCH, MeshConfig, make_mesh
 from weft.training.config import RunConfig, TrainingConfig
+from weft.training.optimizers import AdamW
 from weft.training.step import init, train_step
 
 MESHES = [
@@ -46,7 +47,8 @@ RUN = RunConfig(
         mlp=MLPConfig(dim=32),
         moe=MoEConfig(experts=8, mlp_dim=16, shared_experts=1, first_dense_layers=1),
     ),
-    training=TrainingConfig(steps=STEPS, batch=8, sequence_length=32, learning_rate=1e-2, warmup_steps=4),
+    training=TrainingConfig(steps=STEPS, batch=8, sequence_length=32),
+    optimizer=AdamW(learning_rate=1e-2, warmup_steps=4),
 )
 
 

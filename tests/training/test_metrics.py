@@ -120,10 +120,10 @@ def test_tensorboard_has_the_numbers_of_each_row(tmp_path):
     assert {one.tag: one.simple_value for one in row.summary.value} == {
         'loss': 0.25,
         'router.max_share': 0.5,
-        'router.load/layer 0/expert 0': 0.5,
-        'router.load/layer 0/expert 1': 0.25,
-        'router.load/layer 1/expert 0': 0.125,
-        'router.load/layer 1/expert 1': 0.0,
+        'router.load/0/0': 0.5,
+        'router.load/0/1': 0.25,
+        'router.load/1/0': 0.125,
+        'router.load/1/1': 0.0,
     }
 
 

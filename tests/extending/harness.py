@@ -1,0 +1,150 @@
+"""What is asked of every change to a model, wherever it is made: the same numbers on any mesh, whole checkpoints, a true plan.
+
+A test of a change makes a `RunConfig` and calls these. Between them the two meshes split rows, weights, the sequence,
+experts and heads.
+"""
+
+import dataclasses
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from weft.model.batch import Batch
+from weft.model.config import ModelConfig
+from weft.model.forward import place
+from weft.planner.memory import training_memory
+from weft.sharding.mesh import MeshConfig, make_mesh
+from weft.storage.checkpoint import Checkpoints
+from weft.training.config import RunConfig, TrainingConfig, dump
+from weft.training.loss import loss_and_gradient
+from weft.training.state import abstract_state, items, restore
+from weft.training.step import State, init, train_step
+
+ROWS, COLUMNS, VOCABULARY = 8, 16, 96
+TRAINING = TrainingConfig(steps=4, batch=ROWS, sequence_length=COLUMNS)
+ONE_DEVICE = MeshConfig()
+MESHES = (MeshConfig(data=2, context=2, tensor=2), MeshConfig(expert=2, context=2, tensor=2))
+
+
+def run_of(model: ModelConfig, **fields: Any) -> RunConfig:
+    """A run of a model; `fields` are those of RunConfig."""
+    return RunConfig(name='x', model=model, training=TRAINING, **fields)
+
+
+def batch_of(step: int) -> Batch:
+    """Rows of several documents, some of them with padding at the end; int32 [8, 16] each."""
+    r = np.random.default_rng(step)
+    token_BT = r.integers(0, VOCABULARY, (ROWS, COLUMNS + 1), np.int32)
+    segment_BT = 1 + (r.random((ROWS, COLUMNS)) < 0.1).cumsum(1, dtype=np.int32)
+    segment_BT[:, -2:] = np.where(r.random((ROWS, 1)) < 0.5, 0, segment_BT[:, -2:])
+    column_BT = np.broadcast_to(np.arange(COLUMNS, dtype=np.int32), segment_BT.shape)
+    begins_BT = np.diff(segment_BT, axis=1, prepend=0) != 0
+    position_BT = column_BT - np.maximum.accumulate(np.where(begins_BT, column_BT, 0), axis=1)
+    return Batch(token_BT[:, :-1], token_BT[:, 1:], position_BT, segment_BT)
+
+
+def named(tree: Any) -> dict[str, np.ndarray]:
+    """A tree's arrays on the host, by their paths."""
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def check_gradients(config: RunConfig, tolerance: float = 1e-9) -> dict[str, Any]:
+    """Asserts that loss and gradients of a batch on both meshes are those of one device. Returns its metrics.
+
+    Every weight must have a gradient. Ask for float64, in which another order of sums is no excuse. `tolerance` is relative to
+    the largest number of an array.
+    """
+    wanted, metrics = _gradient(config, ONE_DEVICE)
+    idle = [name for name, gradient in wanted.items() if not np.any(gradient)]
+    assert not idle, f'no gradient reaches {idle}'
+    for mesh in MESHES:
+        _check_equal(_gradient(config, mesh)[0], wanted, tolerance, mesh)
+    return metrics
+
+
+def _gradient(config: RunConfig, mesh: MeshConfig) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    with jax.set_mesh(make_mesh(mesh)):
+        model = jax.jit(lambda: init(dataclasses.replace(config, mesh=mesh)).model)()
+        (loss, metrics), gradient = jax.jit(loss_and_gradient)(model, place(batch_of(0)))
+        return named(gradient) | {'the loss': np.asarray(loss)}, jax.device_get(metrics)
+
+
+def check_training(config: RunConfig, tolerance: float = 1e-9) -> None:
+    """Asserts that two steps of training on both meshes give the losses and weights of one device; as `check_gradients`."""
+    wanted = _trained(config, ONE_DEVICE)
+    for mesh in MESHES:
+        _check_equal(_trained(config, mesh), wanted, tolerance, mesh)
+
+
+def _trained(config: RunConfig, mesh: MeshConfig) -> dict[str, np.ndarray]:
+    config = dataclasses.replace(config, mesh=mesh)
+    with jax.set_mesh(make_mesh(mesh)):
+        state = jax.jit(functools.partial(init, config))()
+        before, step = state, jax.jit(functools.partial(train_step, config))
+        for number in range(2):
+            state, metrics = step(state, place(batch_of(number)))
+        check_layouts(state, before)
+        return named(state.model) | {'the loss': np.asarray(metrics['loss'])}
+
+
+def check_layouts(found: Any, wanted: Any) -> None:
+    """Asserts that each array of a tree is laid out as that of another."""
+
+    def check(x, y):
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim), (x.sharding, y.sharding)
+
+    jax.tree.map(check, found, wanted)
+
+
+def _check_equal(found: dict, wanted: dict, tolerance: float, mesh: MeshConfig) -> None:
+    assert jax.config.read('jax_enable_x64'), 'in float32 a wrong sum may hide'
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        error = np.abs(found[name] - array).max() / max(np.abs(array).max(), 1e-30)
+        assert error <= tolerance, f'{name} on {mesh}: {error:.1e} off'
+
+
+def check_checkpoint(config: RunConfig, folder: Path) -> None:
+    """Asserts that the whole state, the optimizer's too, comes back bit for bit on another mesh, in that mesh's layout."""
+    first, second = (dataclasses.replace(config, mesh=mesh) for mesh in MESHES)
+
+    def worn() -> State:
+        """A state none of whose arrays is made of equal numbers."""
+        state = init(first)
+        wear = lambda x: x + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape, out_sharding=jax.typeof(x).sharding)
+        return State(*jax.tree.map(wear, state[:3]), state.key)
+
+    with jax.set_mesh(make_mesh(first.mesh)):
+        state, checkpoints = jax.jit(worn)(), Checkpoints(folder)
+        checkpoints.save(1, items(state), {}, {'config.yaml': dump(first).encode()})
+        checkpoints.wait()
+        saved = named(state._replace(key=jax.random.key_data(state.key)))
+    with jax.set_mesh(make_mesh(second.mesh)):
+        again, wanted = restore(checkpoints, 1, second), abstract_state(second)
+        check_layouts(again, wanted)
+        found = named(again._replace(key=jax.random.key_data(again.key)))
+    assert found.keys() == saved.keys()
+    for name, array in saved.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def check_plan(config: RunConfig) -> None:
+    """Asserts that the plan's bytes of weights and of the optimizer on a device are those that it really keeps."""
+    for mesh in MESHES:
+        run = dataclasses.replace(config, mesh=mesh)
+        with jax.set_mesh(make_mesh(mesh)):
+            state = abstract_state(run)
+        planned = training_memory(run)
+        assert planned.parameters == bytes_on_a_device(state.model), mesh
+        assert planned.parameters + planned.optimizer == bytes_on_a_device(state), mesh
+
+
+def bytes_on_a_device(tree: Any) -> int:
+    """Bytes of one device's shards of all arrays, which may be abstract."""
+    width = lambda x: 8 if 'key' in str(x.dtype) else x.dtype.itemsize
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * width(x) for x in jax.tree.leaves(tree))
