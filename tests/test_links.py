@@ -7,7 +7,7 @@ import pytest
 
 from tests.changed import Project
 from tests.house import ROOMS, ROOT
-from weft.training.config import RENAMED, RENAMED_VALUES
+from weft.training.renamed import RENAMED, RENAMED_VALUES
 
 PROJECT = Project(ROOT)
 FILES = {*PROJECT.contents, *(str(parent) for file in PROJECT.contents for parent in Path(file).parents)}

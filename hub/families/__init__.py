@@ -287,6 +287,7 @@ def tensors(family: Family, c: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeS
             if '{e}' not in name:
                 found.append(tensor(of_layer, entry, prefix, (repeat,), c, shapes))
                 continue
+            assert c.moe is not None, 'experts fit'
             for e in range(c.moe.experts):
                 found.append(tensor(of_layer.replace('{e}', str(e)), entry, prefix, (repeat, e), c, shapes))
     used = {part.leaf for one in found for part in one.parts}
@@ -366,6 +367,7 @@ def unpadded(weight: Parameter, c: ModelConfig) -> tuple[int, ...]:
     """An array's shape without the rows or columns that fill up the vocabulary."""
     shape = list(weight.global_shape)
     if weight.padded is not None:
+        assert c.vocabulary is not None
         shape[weight.padded] = c.vocabulary
     return tuple(shape)
 
