@@ -47,7 +47,8 @@ def tensors(family: Family, c: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeS
             if '{e}' not in name:
                 found.append(entry_tensor(of_layer, entry, prefix, (repeat,), c, shapes))
                 continue
-            for e in range(c.moe.experts if c.moe else 0):
+            assert c.moe is not None, 'experts fit'
+            for e in range(c.moe.experts):
                 found.append(entry_tensor(of_layer.replace('{e}', str(e)), entry, prefix, (repeat, e), c, shapes))
     used = {part.leaf for one in found for part in one.parts}
     for leaf in shapes:

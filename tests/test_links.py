@@ -7,7 +7,7 @@ import pytest
 
 from tests.changed import Project
 from tests.house import ROOMS, ROOT
-from weft.training.config import RENAMED
+from weft.training.renamed import RENAMED, RENAMED_VALUES
 
 PROJECT = Project(ROOT)
 FILES = {*PROJECT.contents, *(str(parent) for file in PROJECT.contents for parent in Path(file).parents)}
@@ -73,4 +73,6 @@ def test_the_readme_is_short_and_so_is_the_forward_pass():
 
 def test_the_changelog_lists_each_key_that_was_renamed():
     log = (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8')
-    assert [old for old, new in RENAMED.items() if f'| `{old}` | `{new}` |' not in log] == []
+    rows = [f'| `{old}` | `{new}` |' for old, new in {**RENAMED, **RENAMED_VALUES}.items()]
+    missing = [row for row in rows if row not in log]
+    assert not missing, '\n'.join(missing)

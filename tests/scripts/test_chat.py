@@ -27,7 +27,7 @@ from weft.training.conversion import export_run, import_run
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] ~ m.content ~ '</s>' }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
 )
-TOKENIZER = json.loads((Path(__file__).parents[1] / 'data' / 'chat.json').read_text(encoding='utf-8'))['about'][
+TOKENIZER = json.loads((Path(__file__).parents[1] / 'hub' / 'chat.json').read_text(encoding='utf-8'))['about'][
     'tokenizer'
 ]
 MORE = 'additional_chat_templates/other.jinja'

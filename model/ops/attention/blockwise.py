@@ -271,7 +271,7 @@ def tiled(
 
 
 def tiled_forward(
-    q_BcKMH: jax.Array, k_BdKSH: jax.Array, v_BdKSU: jax.Array, at_c, at_d, sink_KG: jax.Array, rule: MaskRule
+    q_BcKMH: jax.Array, k_BdKSH: jax.Array, v_BdKSU: jax.Array, at_c, at_d, sink_KG: jax.Array | None, rule: MaskRule
 ):
     inputs = q_BcKMH, k_BdKSH, v_BdKSU, at_c, at_d
     sink_BcKM = None if sink_KG is None else by_query(sink_KG, q_BcKMH)
