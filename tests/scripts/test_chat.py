@@ -15,7 +15,7 @@ from tests.families import cases, folders, weights
 from tests.families.loading import read
 from weft.hub import read as hub
 from weft.hub.chat import RENDERER
-from weft.hub.families import tensors
+from weft.hub.tensor_table import tensors
 from weft.inference.generate import Completion
 from weft.inference.questions import read_prompts
 from weft.runtime.errors import UserError
