@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from weft.hub import gguf
 from weft.hub.dequantize import unpacked
-from weft.hub.families import OPTIONAL, Family, Fields, Tensor, family_of, leaves, tensors
+from weft.hub.families import OPTIONAL, Family, Fields, Tensor, family_of
 from weft.hub.families.fields import passed_over
 from weft.hub.published_folder import CONFIG, all_stored, config_of
 from weft.hub.published_folder import INDEX as INDEX  # as parts of this face for what reads and writes folders
@@ -30,6 +30,7 @@ from weft.hub.published_folder import SINGLE as SINGLE
 from weft.hub.published_folder import TEMPLATES as TEMPLATES
 from weft.hub.published_folder import side_files as side_files
 from weft.hub.streaming import arrays
+from weft.hub.tensor_table import array_shapes, tensors
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import ModelConfig
 from weft.runtime.errors import CLOSE, SEARCHED, UserError, nearest, shown
@@ -82,19 +83,19 @@ class Published:
     def arrays(self, mesh: jax.sharding.Mesh) -> Iterator[tuple[str, jax.Array]]:
         """Our arrays by name, one after another, in their layout on the mesh."""
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            shapes = leaves(
+            shapes = array_shapes(
                 self.model, self.compute
             )  # whose layouts name the axes that this mesh splits something along
         return arrays(self.table, shapes, lambda name, take: self.sources[name].read(take), mesh)
 
 
 def shapes_of(c: ModelConfig, compute: ComputeConfig = DEFAULT) -> dict[str, jax.ShapeDtypeStruct]:
-    """`leaves`, also where no mesh is set and no device may be touched yet: their layouts are then those on one device."""
+    """`array_shapes`, also where no mesh is set and no device may be touched yet: the layouts are then those on one device."""
     if not jax.sharding.get_abstract_mesh().empty:
-        return leaves(c, compute)
+        return array_shapes(c, compute)
     mesh = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Explicit,) * len(AXES))
     with jax.sharding.use_abstract_mesh(mesh):
-        return leaves(c, compute)
+        return array_shapes(c, compute)
 
 
 def read(

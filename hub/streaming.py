@@ -18,14 +18,14 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
-from weft.hub.families import Part, Tensor
+from weft.hub.families import Tensor, TensorPart
 from weft.runtime.errors import UserError
 from weft.storage.array_slices import NO_MESH, Bounds, host_slice, is_host, slice_shape, split_bounds
 
 BLOCK = 2**26  # bytes that a host holds of an array at a time
 TILE = 256  # rows and columns
 Read = Callable[[str, tuple[Any, ...]], np.ndarray]  # a part of a published tensor, by its name
-Places = Mapping[tuple[int, ...], tuple[Tensor, Part]]  # of one array, by its first dims
+Places = Mapping[tuple[int, ...], tuple[Tensor, TensorPart]]  # of one array, by its first dims
 
 
 def arrays(
@@ -33,8 +33,7 @@ def arrays(
 ) -> Iterator[tuple[str, jax.Array]]:
     """Our arrays by name, one after another, in their layout on the mesh.
 
-    `shapes` are `hub.families.leaves` and `table` is `hub.families.tensors` of them. What no tensor fills (rows that
-    pad the vocabulary) is 0.
+    `shapes` and `table` are those of hub/tensor_table.py. What no tensor fills (rows that pad the vocabulary) is 0.
     """
     places: dict[str, dict] = defaultdict(dict)
     for one in table:

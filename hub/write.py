@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from weft.hub import tensor_files
-from weft.hub.families import Family, Fields, families, tensors
+from weft.hub.families import Family, Fields, families
 from weft.hub.families.fields import passed_over
 from weft.hub.read import CONFIG, INDEX, SINGLE, shapes_of
+from weft.hub.tensor_table import tensors
 from weft.model.config import OF_TRAINING, ModelConfig
 from weft.runtime.errors import UserError, nearest
 from weft.storage import files as disk

@@ -10,7 +10,7 @@ from flax import nnx
 
 from weft.model.config import LayerSpec, ModelConfig
 from weft.model.context import ForwardContext
-from weft.model.layers import attention, mla, mlp  # noqa: F401  (they add what computes their kinds to the registries)
+from weft.model.layers import attention, mla, mlp, moe  # noqa: F401  (they add what computes their kinds to the registries)
 from weft.model.layers.cross import CrossAttention
 from weft.model.layers.norm import Norm
 from weft.model.linear import TransposedLinear

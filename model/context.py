@@ -128,6 +128,8 @@ class ForwardContext:
         """Zeroes a share of x; which ones depends on the key, the site, the row and the column alone, not on the mesh."""
         if self.dropout_key is None or rate == 0:
             return x_BTD
+        assert self.row_B is not None
+        assert self.column_T is not None
         key = self.dropout_key
         for number in site:
             key = jax.random.fold_in(key, number)

@@ -64,7 +64,7 @@ def keys_seen(c: ModelConfig, sequence_length: int) -> float:
     """Keys that a token of a row sees, itself one of them, on average over tokens and layers."""
 
     def seen(windowed: bool) -> float:
-        window = min(c.attention.window if windowed else sequence_length, sequence_length)
+        window = c.attention.reach(sequence_length, windowed)
         if not c.causal:  # as far ahead as behind
             return ((2 * window - 1) * sequence_length - window * (window - 1)) / sequence_length
         return (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
@@ -118,13 +118,14 @@ def flops_per_token(c: ModelConfig, what: Literal['train', 'prefill', 'decode'],
         return forward | {'head': forward['head'] / context}
     if c.mtp.layers:
         last = c.layer_specs[-1]
+        mixture = dataclasses.replace(c.moe, first_dense_layers=0, pattern=(True,)) if c.moe and last.experts else None
         one = changed(
             c,
             {
                 'layers': 1,
                 'mtp.layers': 0,
                 'attention.window_pattern': (last.windowed,),
-                'moe': dataclasses.replace(c.moe, first_dense_layers=0, pattern=(True,)) if last.experts else None,
+                'moe': mixture,
             },
         )
         layer = sum(forward_flops(one, keys_seen(one, int(context))).values())  # with the head, which each has too
@@ -135,7 +136,7 @@ def flops_per_token(c: ModelConfig, what: Literal['train', 'prefill', 'decode'],
 def _decode_flops(c: ModelConfig, context: float) -> dict[str, float]:
     """One token whose keys are in a cache. Latent attention goes to the latent space instead (model/latent.py)."""
     a = c.attention
-    seen = sum(min(context, c.attention.window) if kind.windowed else context for kind in c.layer_specs) / c.layers
+    seen = sum(a.reach(context, kind.windowed) for kind in c.layer_specs) / c.layers
     flops = forward_flops(c, seen, context)
     flops.pop('encoder', None)
     if a.kind == 'mla':
@@ -157,7 +158,7 @@ def decode_bytes(c: ModelConfig, rows: int, keys: float, weight_bytes: int, cach
         parts.pop('embedding')
     if c.moe:
         parts['experts'] *= 1 - (1 - c.moe.top_k / c.moe.experts) ** rows
-    seen = sum(min(keys, c.attention.window if kind.windowed else keys) for kind in c.layer_specs) / c.layers
+    seen = sum(c.attention.reach(keys, kind.windowed) for kind in c.layer_specs) / c.layers
     return sum(parts.values()) * weight_bytes / rows + cache_bytes_per_token(c, cache_bytes) * seen
 
 

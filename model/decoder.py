@@ -57,7 +57,7 @@ class Decoder(nnx.Module):
             self.embed_VD = parameter((V, D), P(FSDP, 'tensor'), Role.EMBEDDING, scale=scale, padded=0, **embedding)
             table = {'scale': c.model_dim**-0.5, **embedding}
             if c.positions.kind == 'learned':
-                shape = c.max_positions, D
+                shape = c.positions.max, D
                 self.position_PD = parameter(shape, P(None, ('tensor', *FSDP)), Role.EMBEDDING, **table)
             if c.embedding.token_types:
                 shape = c.embedding.token_types, D

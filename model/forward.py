@@ -62,9 +62,8 @@ def local_rows(count: int) -> list[tuple[int, int]]:
     """Which of `count` rows lie on this process' devices of the current mesh: [begin, end) of each run of them, ascending."""
     split = NamedSharding(jax.sharding.get_mesh(), TOKENS)
     found: list[tuple[int, int]] = []
-    for begin, end in sorted(
-        {i[0].indices(count)[:2] for i in split.addressable_devices_indices_map((count,)).values()}
-    ):
+    places = [place for place in split.addressable_devices_indices_map((count,)).values() if place is not None]
+    for begin, end in sorted({place[0].indices(count)[:2] for place in places}):
         if found and begin == found[-1][1]:
             begin = found.pop()[0]
         found.append((begin, end))

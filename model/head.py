@@ -31,6 +31,7 @@ def scattered_columns(columns: int) -> int:
 
 def to_vocabulary(x_ND: jax.Array, head: Head, c: ModelConfig) -> jax.Array:
     """Logits [..., V] of x [..., D], in at least float32 however narrow x and the head are."""
+    assert c.head is not None, 'a model without an LM head has no logits'
     logit_NV = head_product(x_ND, head.w, head.sink, 'VD' if c.embedding.tied else 'DV')
     if c.head.scale != 1:
         logit_NV = logit_NV * c.head.scale

@@ -126,10 +126,8 @@ class ExpertLinear(nnx.Module):
         """The weights of this device's experts with the model's dim whole, in the compute dtype, [E, model, hidden]."""
         return unshard(self.weight[...], dtype, GATHERED, 1)
 
-    def bias(self, dtype) -> jax.Array | None:
-        """The biases of this device's experts, or None. Back, the devices of `tensor` add up: one of them has the bias."""
-        if not self.biased:
-            return None
+    def bias(self, dtype) -> jax.Array:
+        """The biases of this device's experts, where there are any. Back, the devices of `tensor` add up: one has the bias."""
         b_EO = jnp.where(axis_index('tensor') == 0, self.b_EO[...], 0) if self.back else self.b_EO
         return b_EO.astype(dtype)
 

@@ -24,7 +24,7 @@ class Registry:
         self.modules: dict[str, Callable[..., Any]] = {}
 
     def register(self, kind: str, config: type, module: Callable[..., Any] | None = None) -> None:
-        """Adds a kind; `module` may come later, by `implement`. Raises ValueError where another dataclass has the name."""
+        """Adds a kind; `module` may come later, by `implement`. Raises ValueError where another dataclass has that name."""
         other = self.configs.get(kind, config)
         if (other.__module__, other.__qualname__) != (config.__module__, config.__qualname__):
             raise ValueError(f'{self.section}.kind {kind!r} is {other.__module__}.{other.__qualname__} already')

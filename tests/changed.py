@@ -188,7 +188,9 @@ class Project:
         return {path for path in self.sources if path.startswith('tests/') and _is_test(path)}
 
     def edited(self, path: str) -> bool:
-        """Whether a file has changed since this was made."""
+        """Whether a file has changed since this was made; what was none then has not."""
+        if path not in self.contents:
+            return False
         return not (self.root / path).is_file() or _hash((self.root / path).read_bytes()) != self.contents[path]
 
     def closure(self, path: str) -> dict[str, int]:

@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 
 from tests.families.loading import from_leaves
-from weft.hub.families import leaves
+from weft.hub.tensor_table import array_shapes
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.decoder import Decoder, weights_of
@@ -18,7 +18,7 @@ def filled(c: ModelConfig, compute: ComputeConfig = DEFAULT, seed: int = 0, gain
     `gain` is of the matrices.
     """
     found = {}
-    for name, leaf in leaves(c, compute).items():
+    for name, leaf in array_shapes(c, compute).items():
         noise = np.random.default_rng((seed, zlib.crc32(name.encode()))).standard_normal(leaf.shape)
         role = weights_of(c)[name].role
         if role.decays:

@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,16 +120,15 @@ class Notes:
     def file(self, path: str) -> Path:
         return self.folder / _record_name(path)
 
-    def hashes(self, path: str) -> dict[str, str]:
-        """Of what a module rests on as it stands, with all that it was ever seen to read and start."""
-        before, seen = self.record(path), self.seen[path]
-        found = self.project.hashes(path, seen.reads.union(before.reads), seen.processes or before.processes)
-        return found | {'environment': self.environment}
+    def hashes(self, path: str, reads: Iterable[str], processes: bool) -> dict[str, str]:
+        """Of what a module rests on as it stands, with what it was seen to read and start."""
+        return self.project.hashes(path, reads, processes) | {'environment': self.environment}
 
     @functools.cache  # noqa: B019
     def unchanged(self, path: str) -> bool:
         """Whether all that a module rests on is as it was when its record was made."""
-        return self.record(path).hashes == self.hashes(path)
+        known = self.record(path)
+        return known.hashes == self.hashes(path, known.reads, known.processes)
 
     def passed(self, item: pytest.Item) -> bool:
         path, test = _names(item)
@@ -152,10 +151,10 @@ class Notes:
     @functools.cache  # noqa: B019
     def distance(self, path: str) -> int:
         """Imports between a test module and what changed since its record was made; 1 where there is none."""
-        before, now = self.record(path).hashes, self.hashes(path)
-        away = self.project.closure(path)
-        changed = [away.get(file, FAR) for file in now if before.get(file) != now[file]]
-        return min(max(1, min(changed, default=1)), FAR) if before else 1
+        known, away = self.record(path), self.project.closure(path)
+        now = self.hashes(path, known.reads, known.processes)
+        changed = [away.get(file, FAR) for file in now if known.hashes.get(file) != now[file]]
+        return min(max(1, min(changed, default=1)), FAR) if known.hashes else 1
 
     # What is collected.
 
@@ -192,7 +191,8 @@ class Notes:
             'tests left': len(left),
             'tests chosen': len(chosen),
         }
-        if out := [item for item in items if item not in set(chosen)]:
+        taken = set(chosen)
+        if out := [item for item in items if item not in taken]:
             config.hook.pytest_deselected(items=out)
         cost = collections.Counter[str]()
         for item in chosen:
@@ -234,7 +234,7 @@ class Notes:
         return result
 
     @pytest.hookimpl(tryfirst=True, specname='pytest_runtest_protocol')
-    def leave(self, item: pytest.Item) -> bool | None:
+    def pytest_leave_out(self, item: pytest.Item) -> bool | None:
         """Past the time of `--quick` the tests that are left are passed over."""
         if time.monotonic() < self.deadline:
             return None
@@ -250,19 +250,23 @@ class Notes:
 
     def keep(self, path: str) -> None:
         """Writes down how a module's tests came out, unless a file that it rests on was edited meanwhile."""
-        before, seen, hashes = self.record(path), self.seen[path], self.hashes(path)
-        if any(self.project.edited(file) for file in hashes if file in self.project.contents):
+        before, seen = self.record(path), self.seen[path]
+        everything = self.whole and seen.outcomes.keys() == set(seen.tests)
+        reads = sorted(seen.reads.union(() if everything else before.reads))
+        processes = seen.processes or (before.processes and not everything)
+        hashes = self.hashes(path, reads, processes)
+        if any(self.project.edited(file.removeprefix('read ')) for file in hashes):
             return
-        same = before.hashes.items() <= hashes.items()  # what was read for the first time is new, and no change
+        # What is read for the first time is new, and no change; what is not read any more no longer counts.
+        same = everything or before.hashes.items() <= hashes.items()
         tests = {test: (outcome if same else '', seconds) for test, (outcome, seconds) in before.tests.items()}
         for test, outcomes in seen.outcomes.items():
             worst = next((one for one in ('failed', 'skipped') if one in outcomes), 'passed')
             tests[test] = worst, round(seen.seconds[test], 3)
-        everything = self.whole and seen.outcomes.keys() == set(seen.tests)
         record = Record(
             hashes=hashes,
-            reads=sorted(seen.reads.union(() if everything else before.reads)),
-            processes=seen.processes or (before.processes and not everything),
+            reads=reads,
+            processes=processes,
             complete=self.whole and all(tests.get(test, ('', 0))[0] == 'passed' for test in seen.tests),
             tests={test: tests[test] for test in seen.tests if test in tests},
         )

@@ -190,6 +190,27 @@ def test_quick_takes_what_fits_and_later_the_rest(project):
     assert pytest_of(project, '--quick', '100')[1] == set()
 
 
+def test_quick_begins_no_test_past_its_time(project):
+    sleeping = 'import time\n\n\ndef test_long():\n    time.sleep(2)\n\n\ndef test_next():\n    pass\n'
+    (project / 'tests/b/test_alone.py').write_text(sleeping)
+    seconds = {'tests/b/test_alone.py': {'test_long': 0.1, 'test_next': 0.1}}
+    (project / 'tests/durations.json').write_text(json.dumps(seconds))
+    code, _, text = pytest_of(project, '--quick', '2')
+    assert code == 0
+    assert set(re.findall(r'::(\S+) [A-Z]', text)) == {'test_long'}
+    assert 'of these 2 tests 1 were run, as many as fit into 2 s' in text
+    assert set(re.findall(r'::(\S+) [A-Z]', pytest_of(project, '--changed')[2])) == {'test_next'}
+
+
+def test_what_is_read_no_more_no_longer_counts(project):
+    test = project / 'tests/b/test_reads.py'
+    test.write_text('def test_it():\n    pass\n')
+    assert pytest_of(project, '--changed')[1] == {'reads'}
+    assert pytest_of(project, '--changed')[1] == set()
+    edit(project / 'jottings/1.txt', '1', '2')
+    assert pytest_of(project, '--changed')[1] == {'process'}
+
+
 def test_imports_that_are_found_are_those_that_are_made():
     code = 'import sys, tests.sharding.test_pipeline; print(*sys.modules)'
     environment = os.environ | {'PYTHONPATH': str(ROOT)}

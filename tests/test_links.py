@@ -7,7 +7,7 @@ import pytest
 
 from tests.changed import Project
 from tests.house import ROOMS, ROOT
-from weft.training.config import RENAMED
+from weft.training.renamed import RENAMED, RENAMED_VALUES
 
 PROJECT = Project(ROOT)
 FILES = {*PROJECT.contents, *(str(parent) for file in PROJECT.contents for parent in Path(file).parents)}
@@ -38,6 +38,20 @@ def test_files_modules_and_targets_that_are_named_are_there(page):
     targets = re.findall(r'^([a-z-]+):', (ROOT / 'Makefile').read_text(encoding='utf-8'), re.MULTILINE)
     asked = re.findall(r'(?:`|^|&& )(?:\w+=\S+ )*make ([a-z-]+)', text, re.MULTILINE)
     assert set(asked) <= {*targets}
+
+
+@pytest.mark.parametrize('page', ['docs/architecture.md', 'docs/glossary.md', 'docs/meshes.md'])
+def test_names_are_those_of_the_code(page):
+    text = (ROOT / page).read_text(encoding='utf-8')
+    for name, file in re.findall(r'`(\w+)` (?:in|of) \[[^\]]*\]\(([^)]+\.py)\)', text):
+        assert re.search(rf'\b{name}\b', (ROOT / page).parent.joinpath(file).read_text(encoding='utf-8')), (name, file)
+    code = '\n'.join(
+        (ROOT / path).read_text(encoding='utf-8') for path in PROJECT.sources if not path.startswith('tests/')
+    )
+    words = set(re.findall(r'\w+', code))
+    named = {name for name in re.findall(r'`([A-Za-z_][\w.]*)`', text) if not name.endswith(('.py', '.yaml'))}
+    assert len(named) > 5
+    assert not {name for name in named if name.rpartition('.')[2] not in words}
 
 
 @pytest.mark.parametrize('page', sorted(path for path in PAGES if path.startswith('docs/')))
@@ -73,4 +87,6 @@ def test_the_readme_is_short_and_so_is_the_forward_pass():
 
 def test_the_changelog_lists_each_key_that_was_renamed():
     log = (ROOT / 'CHANGELOG.md').read_text(encoding='utf-8')
-    assert [old for old, new in RENAMED.items() if f'| `{old}` | `{new}` |' not in log] == []
+    rows = [f'| `{old}` | `{new}` |' for old, new in {**RENAMED, **RENAMED_VALUES}.items()]
+    missing = [row for row in rows if row not in log]
+    assert not missing, '\n'.join(missing)

@@ -21,6 +21,7 @@ from weft.sharding.mesh import BATCH, MeshConfig, check_divides
 from weft.training import yaml_text
 from weft.training.optimizers import OPTIMIZERS, AdamW, OptimizerConfig
 from weft.training.overrides import apply, unknown, without_kinds
+from weft.training.renamed import renamed
 
 LARGEST_NUMBER = 1 << 48  # no size is larger, and all arithmetic with one stays exact
 FLOAT32 = 3.4028234663852886e38  # its largest number
@@ -168,91 +169,6 @@ MAY_BEGIN_WITH = (
 )  # too, where the run is an imported model that has not been trained on
 
 
-# Keys of earlier configs -> what they are called now.
-RENAMED = {
-    'model.dtype': 'compute.dtype',
-    'model.weight_dtype': 'compute.weight_dtype',
-    'model.remat': 'compute.remat',
-    'model.experts': 'compute.grouped_matmul',
-    'model.moe.dispatch': 'compute.dispatch',
-    'model.moe.capacity_factor': 'compute.capacity_factor',
-    'model.heads': 'model.attention.heads',
-    'model.kv_heads': 'model.attention.kv_heads',
-    'model.head_dim': 'model.attention.head_dim',
-    'model.qk_norm': 'model.attention.qk_norm',
-    'model.qkv_bias': 'model.attention.qkv_bias',
-    'model.o_bias': 'model.attention.o_bias',
-    'model.window': 'model.attention.window',
-    'model.window_pattern': 'model.attention.window_pattern',
-    'model.query_scale': 'model.attention.scale',
-    'model.query_scale_by_layer': 'model.attention.scale_by_layer',
-    'model.attention_softcap': 'model.attention.softcap',
-    'model.attention_sinks': 'model.attention.sinks',
-    'model.mlp_dim': 'model.mlp.dim',
-    'model.activation': 'model.mlp.activation',
-    'model.activation_limit': 'model.mlp.limit',
-    'model.mlp_bias': 'model.mlp.bias',
-    'model.norm_epsilon': 'model.norm.epsilon',
-    'model.norm_order': 'model.norm.order',
-    'model.norm_offset': 'model.norm.offset',
-    'model.max_positions': 'model.positions.max',
-    'model.relative_buckets': 'model.positions.buckets',
-    'model.relative_most': 'model.positions.max_distance',
-    'model.rope_theta': 'model.positions.theta',
-    'model.rope_scaling': 'model.positions.scaling',
-    'model.rotary_fraction': 'model.positions.fraction',
-    'model.rotary_pairs': 'model.positions.layout',
-    'model.rotary_pattern': 'model.positions.pattern',
-    'model.local_rope_theta': 'model.positions.local_theta',
-    'model.tied_embedding': 'model.embedding.tied',
-    'model.embedding_scale': 'model.embedding.scale',
-    'model.segment_kinds': 'model.embedding.token_types',
-    'model.embedding_norm': 'model.embedding.norm',
-    'model.logit_scale': 'model.head.scale',
-    'model.logit_softcap': 'model.head.softcap',
-    'model.head_mlp': 'model.head.mlp',
-    'model.head_bias': 'model.head.bias',
-    'model.next_sentence': 'model.pooler.next_sentence',
-    'model.mtp_layers': 'model.mtp.layers',
-    'model.mtp_loss': 'model.mtp.loss',
-    'model.latent.q_rank': 'model.attention.q_lora_rank',
-    'model.latent.kv_rank': 'model.attention.kv_lora_rank',
-    'model.latent.plain_dim': 'model.attention.qk_nope_head_dim',
-    'model.latent.rotary_dim': 'model.attention.qk_rope_head_dim',
-    'model.latent.value_dim': 'model.attention.v_head_dim',
-    'model.latent': 'model.attention.kind',
-    'model.rope_scaling.kind': 'model.positions.scaling.kind',
-    'model.rope_scaling.factor': 'model.positions.scaling.factor',
-    'model.rope_scaling.original_positions': 'model.positions.scaling.original_positions',
-    'model.rope_scaling.low_frequency_factor': 'model.positions.scaling.low_frequency_factor',
-    'model.rope_scaling.high_frequency_factor': 'model.positions.scaling.high_frequency_factor',
-    'model.rope_scaling.beta_fast': 'model.positions.scaling.beta_fast',
-    'model.rope_scaling.beta_slow': 'model.positions.scaling.beta_slow',
-    'model.rope_scaling.truncate': 'model.positions.scaling.truncate',
-    'model.rope_scaling.attention_factor': 'model.positions.scaling.attention_factor',
-    'model.rope_scaling.mscale_all_dim': 'model.positions.scaling.mscale_all_dim',
-    'model.rope_scaling.short_factors': 'model.positions.scaling.short_factors',
-    'model.rope_scaling.long_factors': 'model.positions.scaling.long_factors',
-    'model.bias': 'model.attention.o_bias, model.mlp.bias and model.norm.bias',
-    'training.learning_rate': 'optimizer.learning_rate',
-    'training.warmup_steps': 'optimizer.warmup_steps',
-    'training.final_learning_rate': 'optimizer.final_learning_rate_ratio',
-    'training.weight_decay': 'optimizer.weight_decay',
-    'training.beta1': 'optimizer.beta1',
-    'training.beta2': 'optimizer.beta2',
-    'training.epsilon': 'optimizer.epsilon',
-    'training.clip': 'optimizer.grad_clip',
-}
-# Keys that hold a value in earlier configs, and are sections now -> where the value stands.
-RENAMED_VALUES = {
-    'model.attention': 'compute.attention',
-    'model.norm': 'model.norm.kind',
-    'model.positions': 'model.positions.kind',
-    'model.head': 'model.head, which is null for none',
-    'model.pooler': 'model.pooler, which is null for none',
-}
-
-
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config of a YAML file with dotted overrides such as `training.steps=100`.
 
@@ -286,8 +202,8 @@ def parse(content: str | bytes, path: str, overrides: Sequence[str] = ()) -> Run
 def validate(tree: dict, source: str) -> RunConfig:
     """A mapping as a RunConfig; `source` names where it came from in the message of a UserError."""
     for key, value in _leaves(tree):
-        if key in RENAMED or (key in RENAMED_VALUES and value is not None):
-            raise UserError(f'{source}: {renamed(key)}')
+        if (now := renamed(key, value)) is not None:
+            raise UserError(f'{source}: {now}')
         key = shown(key, 80)
         if isinstance(value, float) and not abs(value) <= FLOAT32:
             raise UserError(
@@ -305,13 +221,6 @@ def validate(tree: dict, source: str) -> RunConfig:
         return pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(tree), strict=True, extra='forbid')
     except pydantic.ValidationError as error:
         raise UserError(f'{source}: {_explain(error.errors()[0])}') from None
-
-
-def renamed(key: str) -> str:
-    """What a key of an earlier config is called now."""
-    if key in RENAMED:
-        return f'no key {key!r}; did you mean {RENAMED[key]!r}?'
-    return f'{key} is a section; did you mean {RENAMED_VALUES[key]!r}?'
 
 
 def _is_unicode(text: str) -> bool:
@@ -355,7 +264,7 @@ def _explain(error: Any) -> str:
     if isinstance(cause, UserError):
         return str(cause)
     given = error['input']
-    rule = error['msg'].replace('Input should be', 'it must be')
+    rule = error['msg'].replace('Input should be', 'it must be').replace('an object', 'a mapping of keys to values')
     if isinstance(given, float) and given.is_integer() and 'integer' in rule:
         rule += f', written as one: {int(given)}'
     return f'{key} is {shown(json.dumps(given), 80)}: {rule}'

@@ -28,10 +28,11 @@ from weft.data.tokenizer import Tokenizer
 from weft.hub import read as hub
 from weft.hub import write as publish
 from weft.hub.exported_tokenizer import exported_tokenizer
-from weft.hub.families import OPTIONAL, Tensor, families, tensors
+from weft.hub.families import OPTIONAL, Tensor, families
 from weft.hub.gguf.tokenizer import tokenizer_files
 from weft.hub.published_tokenizer import published_tokenizer, run_tokenizer
 from weft.hub.streaming import narrowed, published
+from weft.hub.tensor_table import tensors
 from weft.model.sizes import sizes
 from weft.runtime.device_memory import human_bytes
 from weft.runtime.errors import UserError, shown

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from rich.console import Group
 from rich.table import Table
 
-from weft.hub.families import unpadded
+from weft.hub.tensor_table import unpadded
 from weft.model.decoder import weights_of
 from weft.runtime.device_memory import gib, shard_bytes
 from weft.sharding.mesh import AXES, BATCH, SEQUENCE

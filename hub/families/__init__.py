@@ -3,7 +3,7 @@
 A family is a `Family`: two functions between config.json and `ModelConfig`, and a table from its tensors' names to ours. To
 add one, write such a file, list it in `FAMILIES`, and add goldens (tests/families/README.md). The table says where every
 number of a published tensor goes, so that it is read in both directions and can be checked: each tensor is used once, and
-each of our arrays is filled once (`tensors`).
+each of our arrays is filled once (hub/tensor_table.py).
 """
 
 import dataclasses
@@ -11,19 +11,14 @@ import difflib
 import functools
 import importlib
 import json
-import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from weft.hub.families.fields import Fields
-from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import HeadConfig, ModelConfig, RotaryConfig, changed
-from weft.model.decoder import declared_decoder, weights_of
-from weft.model.parameters import Parameter, abstract, name_of
 from weft.runtime.errors import NAMED, UserError, shown
 from weft.storage.foreign import shown_value
 
@@ -39,7 +34,7 @@ ENCODER = 'encoder.layers.'  # how a table's names of an encoder's layers begin
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class TensorPart:
     """Where a part of a published tensor goes."""
 
     leaf: str  # our array's name, such as groups.0.attention.q.w_IO
@@ -59,7 +54,7 @@ class Tensor:
 
     name: str
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
     copy_of: str | None = None  # the tensor that it repeats; then its parts are those of that one
 
 
@@ -91,7 +86,7 @@ class Flipped:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class AsRow:
     """A tensor of one row that holds our vector."""
 
     leaf: str
@@ -106,7 +101,7 @@ class Where:
     has: bool
 
 
-Entry = str | Joined | Woven | Flipped | Row | Where
+Entry = str | Joined | Woven | Flipped | AsRow | Where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,137 +267,6 @@ def near(name: str, known: Iterable[str]) -> str:
         if close
         else f'; the families are {", ".join(one.name for one in families())}'
     )
-
-
-def leaves(c: ModelConfig, compute: ComputeConfig = DEFAULT) -> dict[str, jax.ShapeDtypeStruct]:
-    """Our arrays by name, as shapes with shardings on the current mesh, in the dtype that `compute` stores."""
-    found = abstract(declared_decoder(c, compute), compute.parameter_dtype)
-    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
-
-
-def tensors(family: Family, c: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> list[Tensor]:
-    """The published tensors of a model, `shapes` being `leaves(c)`; together they fill each of our arrays exactly once.
-
-    Raises UserError where the family has no name for one of our arrays.
-    """
-    found: list[Tensor] = []
-    places = {'': list(layers(c)), ENCODER: list(layers(c.of_encoder, 'encoder.')) if c.encoder else []}
-    used: set[str] = set()
-
-    def fits(entry: Entry, prefix: str) -> bool:
-        if isinstance(entry, Where) and (array_name(prefix, entry.beside) in shapes) != entry.has:
-            return False
-        return all(array_name(prefix, leaf) in shapes for leaf in named_by(entry))
-
-    for name, entry in family.names.items():
-        if '{i}' not in name:
-            if fits(entry, ''):
-                found.append(tensor(name, entry, '', (), c, shapes))
-            continue
-        stack = ENCODER if named_by(entry)[0].startswith(ENCODER) else ''
-        for i, (prefix, repeat) in enumerate(places[stack]):
-            if not fits(entry, prefix):
-                continue
-            of_layer = name.replace('{i}', str(i))
-            if '{e}' not in name:
-                found.append(tensor(of_layer, entry, prefix, (repeat,), c, shapes))
-                continue
-            for e in range(c.moe.experts):
-                found.append(tensor(of_layer.replace('{e}', str(e)), entry, prefix, (repeat, e), c, shapes))
-    used = {part.leaf for one in found for part in one.parts}
-    for leaf in shapes:
-        if leaf not in used:
-            raise UserError(f'family {family.name} has no tensor for {leaf}: this model is not one of its own')
-    check_filled(found, c, shapes)
-    by_name = {one.name: one for one in found}
-    return [*found, *copies(family, c, by_name)]
-
-
-def copies(family: Family, c: ModelConfig, by_name: Mapping[str, Tensor]) -> list[Tensor]:
-    """The published tensors that repeat one of `by_name`."""
-    return [
-        dataclasses.replace(by_name[source], name=name.replace('{i}', str(c.layers + k)), copy_of=source)
-        for k in range(c.mtp.layers)
-        for name, source in family.copies.items()
-        if source in by_name
-    ]
-
-
-def layers(c: ModelConfig, stack: str = '') -> Iterator[tuple[str, int]]:
-    """Of each layer, first to last, then those of `mtp`: the prefix of its arrays' names, and its index in them.
-
-    The names begin with `stack`.
-    """
-    group = 0
-    for run in c.layer_groups:
-        for repeat in range(run.repeats):
-            for place in range(len(run.specs)):
-                yield f'{stack}groups.{group + place}.', repeat
-        group += len(run.specs)
-    yield from (('mtp.', k) for k in range(c.mtp.layers))
-
-
-def array_name(prefix: str, leaf: str) -> str:
-    """The whole name of an array that a table names."""
-    return prefix + leaf.removeprefix(ENCODER)
-
-
-def named_by(entry: Entry) -> tuple[str, ...]:
-    """The arrays that an entry speaks of."""
-    if isinstance(entry, str):
-        return (entry,)
-    return (entry.leaf,) if isinstance(entry, Flipped | Row | Where) else entry.leaves
-
-
-def tensor(name: str, entry: Entry, prefix: str, at: tuple[int, ...], c: ModelConfig, shapes: Mapping) -> Tensor:
-    """One published tensor of an entry of a table."""
-    flip = isinstance(entry, Flipped) or (isinstance(entry, Joined | Woven) and entry.flip)
-    parts, published = [], []
-    for leaf in named_by(entry):
-        known = weights_of(c)[array_name(prefix, leaf)]
-        shape = unpadded(known, c)[len(at) :]
-        turned = len(shape) > 1 and known.in_first != flip
-        axes = (*range(len(shape) - 2), len(shape) - 1, len(shape) - 2) if turned else None
-        parts.append(Part(array_name(prefix, leaf), at, axes=axes))
-        published.append(tuple(shape[i] for i in axes) if axes else tuple(shape))
-    if isinstance(entry, Row):
-        return Tensor(name, (1, *published[0]), (dataclasses.replace(parts[0], take=(0,)),))
-    if len(parts) == 1:
-        return Tensor(name, published[0], tuple(parts))
-    assert isinstance(entry, Joined | Woven)
-    dim = entry.dim if isinstance(entry, Joined) else len(published[0]) - 1
-    total = sum(shape[dim] for shape in published)
-    begin, placed = 0, []
-    for number, (part, shape) in enumerate(zip(parts, published, strict=True)):
-        side_by_side = isinstance(entry, Joined)
-        cut = slice(begin, begin + shape[dim]) if side_by_side else slice(number, None, len(parts))
-        placed.append(dataclasses.replace(part, take=(*[slice(None)] * dim, cut)))
-        begin += shape[dim]
-    whole = (*published[0][:dim], total, *published[0][dim + 1 :])
-    return Tensor(name, whole, tuple(placed))
-
-
-def unpadded(weight: Parameter, c: ModelConfig) -> tuple[int, ...]:
-    """An array's shape without the rows or columns that fill up the vocabulary."""
-    shape = list(weight.global_shape)
-    if weight.padded is not None:
-        shape[weight.padded] = c.vocabulary
-    return tuple(shape)
-
-
-def check_filled(found: list[Tensor], c: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    """That names differ, that no two parts fill one place, and that together they fill every place."""
-    names = [one.name for one in found]
-    assert len(set(names)) == len(names), 'two tensors of one name'
-    places = [(part.leaf, part.at) for one in found for part in one.parts]
-    assert len(set(places)) == len(places), 'two tensors fill one place'
-    count = dict.fromkeys(shapes, 0)
-    for leaf, at in places:
-        count[leaf] += math.prod(unpadded(weights_of(c)[leaf], c)[len(at) :])
-    for leaf, shape in shapes.items():
-        assert count[leaf] == math.prod(unpadded(weights_of(c)[leaf], c)), (
-            f'{leaf}: {count[leaf]} numbers of {shape.shape}'
-        )
 
 
 def pattern(layers: Iterable[bool]) -> tuple[bool, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from weft.hub.families import Family, Fields, Row
+from weft.hub.families import AsRow, Family, Fields
 from weft.model.config import (
     AttentionConfig,
     EmbeddingConfig,
@@ -55,9 +55,9 @@ def mlp(published: str, stack: str) -> dict[str, str]:
     }
 
 
-NAMES: dict[str, str | Row] = {
+NAMES: dict[str, str | AsRow] = {
     'model.shared.weight': 'embed_VD',
-    'final_logits_bias': Row('head_bias_V'),
+    'final_logits_bias': AsRow('head_bias_V'),
     **attention('model.encoder.layers.{i}.self_attn', 'encoder.layers.', 'attention'),
     **mlp('model.encoder.layers.{i}', 'encoder.layers.'),
     **attention('model.decoder.layers.{i}.self_attn', '', 'attention'),

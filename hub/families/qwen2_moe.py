@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from weft.hub.families import Entry, Family, Fields, Row, pattern
+from weft.hub.families import AsRow, Entry, Family, Fields, pattern
 from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, common, write_common
 from weft.hub.families.qwen2 import read_windows, write_window
 from weft.hub.families.qwen3_moe import EXPERTS, read_sparse, write_sparse
@@ -13,7 +13,7 @@ SHARED: dict[str, Entry] = {
     'model.layers.{i}.mlp.shared_expert.gate_proj.weight': 'mlp.shared.gate.w_IO',
     'model.layers.{i}.mlp.shared_expert.up_proj.weight': 'mlp.shared.up.w_IO',
     'model.layers.{i}.mlp.shared_expert.down_proj.weight': 'mlp.shared.down.w_OI',
-    'model.layers.{i}.mlp.shared_expert_gate.weight': Row('mlp.shared_gate_D'),
+    'model.layers.{i}.mlp.shared_expert_gate.weight': AsRow('mlp.shared_gate_D'),
 }
 
 

@@ -102,6 +102,7 @@ class Attention(nnx.Module):
             assert c.positions.kind == 'relative'
             how['relative'] = Relative(table_KGR, not c.causal, c.positions.max_distance)
         if ctx.decoding:
+            assert cache is not None
             k_BSKH, v_BSKH = cache.read(k_BTKH, v_BTKH)
             a_BTKGH = cached_attention(q_BTKGH, k_BSKH, v_BSKH, ctx.position_BT, cache.positions(ctx), **how)
         else:

@@ -37,6 +37,7 @@ class CrossAttention(Attention):
             last_BT = jnp.broadcast_to(source.length_B[:, None] - 1, ctx.position_BT.shape)  # all of the source is seen
             a_BTKGH = cached_attention(q_BTKGH, k_BSKH, v_BSKH, last_BT, dense_positions(*k_BSKH.shape[:2]), **how)
         else:
+            assert isinstance(source, EncoderOutput)
             k_BSKH, v_BSKH = self.keys(source.x_BSD)
             q_BTKGH = q.reshape(*q.shape[:2], k_BSKH.shape[2], -1, c.attention.head_dim)
             here, there = (ctx.position_BT, ctx.segment_BT), (jnp.zeros_like(source.segment_BS), source.segment_BS)

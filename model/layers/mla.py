@@ -90,6 +90,7 @@ class LatentAttention(nnx.Module):
         up_RnP, up_RnU = up_RnH[..., : a.qk_nope_head_dim], up_RnH[..., a.qk_nope_head_dim :]
         how = how_to_attend(c, self.windowed)
         if ctx.decoding:
+            assert cache is not None
             (kept_BS1R,) = cache.read(new_BT1R)
             q_BTnR = jnp.concatenate([jnp.einsum('BTnP,RnP->BTnR', plain_BTnH, up_RnP), turned_BTnr], -1)
             value_BS1R, at_BS = kept_BS1R[..., : a.kv_lora_rank], cache.positions(ctx)

@@ -25,7 +25,8 @@ class MoE(nnx.Module):
     """Experts split over `expert`, their hidden units over `tensor`; the router works on each device's own tokens."""
 
     def __init__(self, c: ModelConfig):
-        self.config, m = c, c.moe
+        self.config, self.moe = c, mixture(c)
+        m = self.moe
         D, E = Size(c.model_dim, 'model.model_dim'), Size(m.experts, 'model.moe.experts')
         F = Size(m.mlp_dim, 'model.moe.mlp_dim')
         self.router = Linear(D, E, part='router', bias=m.router_bias, split=(FSDP, None), role=Role.ROUTER)
@@ -43,9 +44,18 @@ class MoE(nnx.Module):
 
     def __call__(self, x_BTD, ctx: ForwardContext):
         """The block's output in the layout between blocks. Padding visits no routed expert."""
+<<<<<<< HEAD
         c = self.config
         gate_BTK, expert_BTK = self.route(x_BTD, ctx)
         expert_BTK = jnp.where(ctx.live_BT[..., None], expert_BTK, c.moe.experts)
+=======
+        c, m = self.config, self.moe
+        router_DE = self.router.kernel(self.router.weight.dtype)  # as wide as it is kept
+        router_bias_E = self.router.b_O[...] if m.router_bias else None
+        bias_E = self.correction_E[...] if m.has_choice_bias else None
+        gate_BTK, expert_BTK = route(x_BTD, router_DE, bias_E, ctx, c, router_bias_E)
+        expert_BTK = jnp.where(ctx.live_BT[..., None], expert_BTK, m.experts)
+>>>>>>> w-int
         flat = lambda a: a.reshape(-1, a.shape[-1])
         send = dispatch(ctx.compute.dispatch)
         y_ND, dropped = send(
@@ -56,9 +66,9 @@ class MoE(nnx.Module):
             split=ctx.sequence_split,
             capacity_factor=ctx.compute.capacity_factor,
         )
-        ctx.metric('router.dropped_share', dropped / c.moe.top_k)
+        ctx.metric('router.dropped_share', dropped / m.top_k)
         y_BTD = y_ND.reshape(x_BTD.shape)
-        return y_BTD + self.visited(x_BTD, ctx) if c.moe.shared_experts else y_BTD
+        return y_BTD + self.visited(x_BTD, ctx) if m.shared_experts else y_BTD
 
     def route(self, x_BTD, ctx: ForwardContext):
         """gate_BTK, what each of a token's experts counts, and expert_BTK, which they are, int32. Padding's are passed over."""
@@ -71,7 +81,7 @@ class MoE(nnx.Module):
     def visited(self, x_BTD, ctx: ForwardContext):
         """What the shared experts give, in the layout between blocks, with their gate's weight."""
         y_BTD = self.shared(x_BTD, ctx)
-        if not self.config.moe.shared_gate:
+        if not self.moe.shared_gate:
             return y_BTD
         gate_BT1 = jax.nn.sigmoid((upcast(x_BTD) * upcast(self.shared_gate_D[...])[None, None]).sum(-1, keepdims=True))
         return (gate_BT1 * y_BTD).astype(y_BTD.dtype)
@@ -81,10 +91,16 @@ class MoE(nnx.Module):
         c = self.config
         inner = (self.gate, self.up) if c.mlp.gated else (self.up,)
         biases = None
-        if c.moe.bias:
+        if self.moe.bias:
             biases = tuple(one.bias(dtype) for one in inner), self.down.bias(dtype)
         gate_EDF = self.gate.kernel(dtype) if c.mlp.gated else None
         return LocalExperts(gate_EDF, self.up.kernel(dtype), self.down.kernel(dtype), activation(c), backend, biases)
+
+
+def mixture(c: ModelConfig) -> MoEConfig:
+    """The model's mixture, of which it has one."""
+    assert c.moe is not None
+    return c.moe
 
 
 def route(x_BTD, router_DE, bias_E, ctx: ForwardContext, c: ModelConfig, router_bias_E=None):
@@ -100,7 +116,7 @@ def route(x_BTD, router_DE, bias_E, ctx: ForwardContext, c: ModelConfig, router_
         entropy       Σ over tokens of the entropy of the normalised scores, in nats
         load          of each expert how many tokens chose it, by K
     """
-    m = c.moe
+    m = mixture(c)
     logit_BTE = jnp.einsum('BTD,DE->BTE', upcast(x_BTD), upcast(router_DE), precision='highest')
     if router_bias_E is not None:
         logit_BTE = logit_BTE + upcast(router_bias_E)[None, None]

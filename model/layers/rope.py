@@ -70,8 +70,8 @@ def _linear(plain, theta, half, position_BT, s: RopeScaling):
 def _dynamic(plain, theta, half, position_BT, s: RopeScaling):
     """Of transformers' `dynamic`: rows longer than the old context get a larger theta, by their length."""
     dtype = plain(theta).dtype
-    length_B1 = jnp.maximum(row_lengths(position_BT), s.original_positions).astype(dtype)
-    stretch_B1 = s.factor * length_B1 / s.original_positions - (s.factor - 1)
+    length_B1 = jnp.maximum(row_lengths(position_BT), s.old_context).astype(dtype)
+    stretch_B1 = s.factor * length_B1 / s.old_context - (s.factor - 1)
     theta_B1 = theta * stretch_B1 ** (half / (half - 1))
     return theta_B1 ** (-jnp.arange(half, dtype=dtype) / half)[None], 1.0
 
@@ -81,7 +81,7 @@ def _yarn(plain, theta, half, position_BT, s: RopeScaling):
 
     def pair_of(turns: float) -> float:
         """The pair that makes so many turns in the old context."""
-        return half * math.log(s.original_positions / (turns * 2 * math.pi)) / math.log(theta)
+        return half * math.log(s.old_context / (turns * 2 * math.pi)) / math.log(theta)
 
     low, high = pair_of(s.beta_fast), pair_of(s.beta_slow)
     if s.truncate:
@@ -101,7 +101,7 @@ def yarn_gain(factor: float, times: float = 1.0) -> float:
 def _llama3(plain, theta, half, position_BT, s: RopeScaling):
     """Of Llama 3.1's published code: pairs with long waves are slowed by `factor`, short ones are not, a ramp between."""
     turn = plain(theta)
-    waves = s.original_positions / (2 * math.pi) * turn  # in the old context
+    waves = s.old_context / (2 * math.pi) * turn  # in the old context
     share = (waves - s.low_frequency_factor) / (s.high_frequency_factor - s.low_frequency_factor)
     share = jnp.clip(share, 0, 1)
     return ((1 - share) * turn / s.factor + share * turn)[None], 1.0
@@ -113,5 +113,5 @@ def _longrope(plain, theta, half, position_BT, s: RopeScaling):
     short, long = (turn / jnp.asarray(factors, turn.dtype) for factors in (s.short_factors, s.long_factors))
     gain = s.attention_factor
     if gain is None:
-        gain = math.sqrt(1 + math.log(s.factor) / math.log(s.original_positions)) if s.factor > 1 else 1.0
-    return jnp.where(row_lengths(position_BT) > s.original_positions, long[None], short[None]), gain
+        gain = math.sqrt(1 + math.log(s.factor) / math.log(s.old_context)) if s.factor > 1 else 1.0
+    return jnp.where(row_lengths(position_BT) > s.old_context, long[None], short[None]), gain

@@ -35,7 +35,10 @@ class GroupedTiling:
     stages: int
 
 
-def tilings(dtype: jnp.dtype) -> tuple[GroupedTiling, GroupedTiling]:
+Tilings = tuple[GroupedTiling, GroupedTiling]  # of rows times weights, of the weights' gradients
+
+
+def tilings(dtype: jnp.dtype) -> Tilings:
     """Of rows and of weight gradients, within an A100's or H100's shared memory."""
     if jnp.dtype(dtype).itemsize == 2:
         return GroupedTiling(128, 256, 64, 8, 3), GroupedTiling(128, 256, 64, 8, 3)
@@ -46,7 +49,7 @@ def gmm(
     x_RD: jax.Array,
     w_EDF: jax.Array,
     sizes_E: jax.Array,
-    tiling: tuple[GroupedTiling, GroupedTiling] | None = None,
+    tiling: Tilings | None = None,
     transposed: bool = False,
 ) -> jax.Array:
     """y_RF: each group's rows of x times the group's weights. Rows past sum(sizes) hold anything, also in x's gradient.
@@ -64,21 +67,19 @@ def gmm(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _gmm(
-    x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, tiling: tuple[GroupedTiling, GroupedTiling], transposed: bool
-) -> jax.Array:
+def _gmm(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, tiling: Tilings, transposed: bool) -> jax.Array:
     return rows_times_weights(x_RD, w_EDF, sizes_E, tiling[0], transposed)
 
 
-def _forward(x_RD, w_EDF, sizes_E, tiling, transposed):
+def _forward(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, tiling: Tilings, transposed: bool) -> tuple:
     return _gmm(x_RD, w_EDF, sizes_E, tiling, transposed), (x_RD, w_EDF, sizes_E)
 
 
-def _backward(tiling, transposed, kept, dy_RF):
+def _backward(tiling: Tilings, transposed: bool, kept: tuple, dy_RF: jax.Array) -> tuple:
     x_RD, w_EDF, sizes_E = kept
     dx_RD = rows_times_weights(dy_RF, w_EDF, sizes_E, tiling[0], not transposed)
-    sides = (dy_RF, x_RD) if transposed else (x_RD, dy_RF)
-    return dx_RD, weight_gradients(*sides, sizes_E, tiling[1]), None
+    x_RD, dy_RF = (dy_RF, x_RD) if transposed else (x_RD, dy_RF)
+    return dx_RD, weight_gradients(x_RD, dy_RF, sizes_E, tiling[1]), None
 
 
 _gmm.defvjp(_forward, _backward)
@@ -152,7 +153,7 @@ def _rows_kernel(x_ref, w_ref, tile_ref, y_ref, *, t: GroupedTiling, transposed:
     mine_R = first + jnp.arange(t.rows) < end
     inside_F = _inside(column, t.columns, columns)
 
-    def step(i, y_RF):
+    def step(i, y_RF: jax.Array):
         inside_D = _inside(i * t.inner, t.inner, inner)
         x_RD = _load(x_ref.at[pl.ds(first, t.rows), pl.ds(i * t.inner, t.inner)], mine_R, inside_D)
         if transposed:
@@ -173,7 +174,7 @@ def _weights_kernel(x_ref, dy_ref, span_ref, dw_ref, *, t: GroupedTiling):
     column, row = pl.program_id(0) * t.columns, pl.program_id(1) * t.rows
     inside_D, inside_F = _inside(row, t.rows, D), _inside(column, t.columns, F)
 
-    def step(i, dw_DF):
+    def step(i, dw_DF: jax.Array):
         first = start + i * t.inner
         mine_R = first + jnp.arange(t.inner) < end
         x_RD = _load(x_ref.at[pl.ds(first, t.inner), pl.ds(row, t.rows)], mine_R, inside_D)

@@ -20,6 +20,10 @@ class MixerConfig:
         """Whether a layer, counted from 0, sees no more than the window; such layers may have rotary positions of their own."""
         return False
 
+    def reach(self, tokens: float, windowed: bool) -> float:
+        """Of so many tokens, itself one of them, how many a query sees at most, in a layer that is `windowed` or not."""
+        return tokens
+
     def resolve(self, model_dim: int) -> 'MixerConfig':
         """The config with what was left out filled in."""
         return self
@@ -46,6 +50,10 @@ class SoftmaxConfig(MixerConfig):
     def windowed(self, layer: int) -> bool:
         """Whether a layer, counted from 0, sees no more than the window."""
         return self.window is not None and self.window_pattern[layer % len(self.window_pattern)]
+
+    def reach(self, tokens: float, windowed: bool) -> float:
+        """Of so many tokens, itself one of them, how many a query sees at most, in a layer that is `windowed` or not."""
+        return tokens if self.window is None or not windowed else min(self.window, tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,12 @@ class RopeScaling:
                 f'{SECTION}.scaling: longrope needs short_factors and long_factors, one for each pair of dims'
             )
 
+    @property
+    def old_context(self) -> int:
+        """`original_positions`, which all kinds but linear have."""
+        assert self.original_positions is not None
+        return self.original_positions
+
     def check_pairs(self, pairs: int) -> None:
         """Raises UserError where there is not one factor for each pair of dims that turns."""
         for field in ('short_factors', 'long_factors'):

@@ -4,17 +4,20 @@ A test of a change makes a `RunConfig` and calls these. Between them the two mes
 experts and heads.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from weft.model import stack
 from weft.model.batch import Batch
 from weft.model.config import ModelConfig
 from weft.model.forward import place
@@ -30,6 +33,13 @@ ROWS, COLUMNS, VOCABULARY = 8, 16, 96
 TRAINING = TrainingConfig(steps=4, batch=ROWS, sequence_length=COLUMNS)
 ONE_DEVICE = MeshConfig()
 MESHES = (MeshConfig(data=2, context=2, tensor=2), MeshConfig(expert=2, context=2, tensor=2))
+
+
+@contextlib.contextmanager
+def on(mesh: MeshConfig) -> Iterator[None]:
+    """On a mesh, with loops over layers, which compile in half the time of layers written out one by one."""
+    with mock.patch.object(stack, 'UNROLLED', {}), jax.set_mesh(make_mesh(mesh)):
+        yield
 
 
 def run_of(model: ModelConfig, **fields: Any) -> RunConfig:
@@ -71,7 +81,7 @@ def check_gradients(config: RunConfig, tolerance: float = 1e-9, idle: Collection
 
 
 def _gradient(config: RunConfig, mesh: MeshConfig) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    with jax.set_mesh(make_mesh(mesh)):
+    with on(mesh):
         model = jax.jit(lambda: init(dataclasses.replace(config, mesh=mesh)).model)()
         (loss, metrics), gradient = jax.jit(loss_and_gradient)(model, place(batch_of(0)))
         return named(gradient) | {'the loss': np.asarray(loss)}, jax.device_get(metrics)
@@ -86,7 +96,7 @@ def check_training(config: RunConfig, tolerance: float = 1e-9) -> None:
 
 def _trained(config: RunConfig, mesh: MeshConfig) -> dict[str, np.ndarray]:
     config = dataclasses.replace(config, mesh=mesh)
-    with jax.set_mesh(make_mesh(mesh)):
+    with on(mesh):
         state = jax.jit(functools.partial(init, config))()
         before, step = state, jax.jit(functools.partial(train_step, config))
         for number in range(2):
@@ -122,12 +132,12 @@ def check_checkpoint(config: RunConfig, folder: Path) -> None:
         wear = lambda x: x + jnp.arange(x.size, dtype=x.dtype).reshape(x.shape, out_sharding=jax.typeof(x).sharding)
         return State(*jax.tree.map(wear, state[:3]), state.key)
 
-    with jax.set_mesh(make_mesh(first.mesh)):
+    with on(first.mesh):
         state, checkpoints = jax.jit(worn)(), Checkpoints(folder)
         checkpoints.save(1, items(state), {}, {'config.yaml': dump(first).encode()})
         checkpoints.wait()
         saved = named(state._replace(key=jax.random.key_data(state.key)))
-    with jax.set_mesh(make_mesh(second.mesh)):
+    with on(second.mesh):
         again, wanted = restore(checkpoints, 1, second), abstract_state(second)
         check_layouts(again, wanted)
         found = named(again._replace(key=jax.random.key_data(again.key)))
@@ -141,7 +151,7 @@ def check_plan(config: RunConfig) -> None:
     for mesh in MESHES:
         run = dataclasses.replace(config, mesh=mesh)
         run.check_sizes()
-        with jax.set_mesh(make_mesh(mesh)):
+        with on(mesh):
             state = abstract_state(run)
         assert stored(run.model, run.compute, mesh) == bytes_on_a_device(state.model), mesh
         assert optimizer_bytes(run) == bytes_on_a_device(state.optimizer), mesh

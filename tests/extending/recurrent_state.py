@@ -21,7 +21,7 @@ from weft.model.linear import Linear, TransposedLinear
 from weft.model.parameters import Size
 from weft.model.parts.attention import MixerConfig
 from weft.model.parts.registry import MIXERS
-from weft.sharding.collectives import all_gather, all_to_all
+from weft.sharding.collectives import all_gather, all_to_all, axis_index
 from weft.sharding.mesh import Divides
 
 
@@ -37,7 +37,7 @@ class LinearConfig(MixerConfig):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StateCache(LayerCache):
-    """One array [L, B, n, H, H], whatever the length of a row. Every device of `context` has all of it."""
+    """One array [L, B, n, H, H], whatever the length of a row; heads are split over `tensor` and `context`."""
 
     def write(self, state_BnHH) -> 'StateCache':
         (old,) = self.arrays
@@ -45,7 +45,7 @@ class StateCache(LayerCache):
 
 
 class LinearAttention(nnx.Module):
-    """Heads are split over `tensor`, and over `context` while the state goes through a row."""
+    """Heads are split over `tensor`, and where there is a state over `context` too."""
 
     def __init__(self, c: ModelConfig, kind: LayerSpec):
         self.config, a = c, c.attention
@@ -60,7 +60,7 @@ class LinearAttention(nnx.Module):
     @staticmethod
     def cache(c: ModelConfig, kind: LayerSpec, size: CacheSize) -> StateCache:
         shape = size.rows, c.attention.heads, c.attention.head_dim, c.attention.head_dim
-        return StateCache((CacheArray(shape, 'float32', P(ROWS, 'tensor')),))
+        return StateCache((CacheArray(shape, str(jnp.promote_types(size.dtype, 'float32')), P(ROWS, ('tensor', 'context'))),))
 
     def __call__(self, x_BTD, ctx: ForwardContext, cache: StateCache | None, layer):
         H = self.config.attention.head_dim
@@ -74,7 +74,10 @@ class LinearAttention(nnx.Module):
         keep = jnp.where(live_BT11 & (ctx.position_BT == 0)[..., None, None], 0, keep)  # a document begins
         B, n = q.shape[0], q.shape[2]
         if ctx.decoding:
-            out_BTnH, state = recurrence(q, k, v, keep, cache.arrays[0][cache.layer])
+            m = n // lax.axis_size('context')
+            mine = lambda a: lax.dynamic_slice_in_dim(a, axis_index('context') * m, m, 2)
+            out_BTnH, state = recurrence(*map(mine, (q, k, v, keep)), cache.arrays[0][cache.layer])
+            out_BTnH = all_gather(out_BTnH, 'context', 2)
         else:
             order_BT = ctx.segment_BT * (1 << 20) + ctx.position_BT
             order_BT = jnp.argsort(all_gather(order_BT, 'context', 1), axis=1)  # padding comes first
@@ -86,8 +89,6 @@ class LinearAttention(nnx.Module):
             out_BTnH, state = recurrence(*there, nothing)
             back_BT = jnp.argsort(order_BT, axis=1)[..., None, None]
             out_BTnH = all_to_all(jnp.take_along_axis(out_BTnH, back_BT, 1), 'context', 1, 2)
-            if cache is not None:
-                state = all_gather(state, 'context', 1)
         if cache is not None:
             cache = cache.write(state)
         return self.o(out_BTnH.reshape(*out_BTnH.shape[:2], n * H), ctx.reduce_scatter_sequence), cache

@@ -99,7 +99,7 @@ def built(c: ModelConfig):
 def test_a_captured_activation_is_that_of_one_device(float64):
     found = {}
     for mesh in (harness.ONE_DEVICE, *harness.MESHES):
-        with jax.set_mesh(make_mesh(mesh)):
+        with harness.on(mesh):
             batch = place(harness.batch_of(0))
             run = jax.jit(lambda *rows: capture(rows[0], ['hidden_units', 'block'], *rows[1:]))
             units = run(
@@ -128,7 +128,7 @@ def test_decoding_equals_the_full_forward_pass(name, float64):
     length_B = np.array([5, 9, 3, 8, 1, 7, 2, 6], np.int32)
     column_BT = np.broadcast_to(np.arange(harness.COLUMNS, dtype=np.int32), token_BT.shape)
     for mesh in harness.MESHES:
-        with jax.set_mesh(make_mesh(mesh)):
+        with harness.on(mesh):
             model = built(c)
             rows = place((token_BT, column_BT, np.ones_like(column_BT)))
             whole_BTV = np.asarray(jax.jit(logits)(model, *rows))

@@ -12,7 +12,8 @@ from tests.families import cases, weights
 from tests.families.loading import read
 from weft.hub import read as hub
 from weft.hub import tensor_files
-from weft.hub.families import stored_name, tensors
+from weft.hub.families import stored_name
+from weft.hub.tensor_table import tensors
 
 
 def named(name: str, make: Callable[[str, tuple[int, ...]], np.ndarray] | None = None) -> dict[str, np.ndarray]:

@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from tests.families import cases, weights
-from weft.hub.families import Family, Fields, family_of, leaves, stored_name, tensors
+from weft.hub.families import Family, Fields, family_of, stored_name
+from weft.hub.tensor_table import array_shapes, tensors
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.decoder import Decoder, init_decoder
@@ -57,7 +58,7 @@ def read(config: dict[str, Any]) -> tuple[Family, ModelConfig]:
 
 def generated(name: str, family: Family, c: ModelConfig, seed: int) -> Decoder:
     """The model with generated weights, on the current mesh."""
-    shapes = leaves(c)
+    shapes = array_shapes(c)
     filled = {leaf: np.zeros(shape.shape, shape.dtype) for leaf, shape in shapes.items()}
     for one in tensors(family, c, shapes):
         tensor = stored_name(family, c, one.copy_of or one.name)

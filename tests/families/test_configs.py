@@ -10,8 +10,8 @@ import pytest
 
 from tests.families import cases
 from tests.families.loading import read
-from weft.hub.families import leaves, tensors
 from weft.hub.families.fields import HARMLESS, KIND_OF
+from weft.hub.tensor_table import array_shapes, tensors
 from weft.model.config import PoolerConfig
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig, make_mesh
@@ -188,7 +188,7 @@ def test_the_published_bert_has_tensors_that_its_config_does_not_tell_of():
     whole = family.model_of(c, there)
     assert (c.pooler, whole.pooler) == (None, PoolerConfig(next_sentence=True))
     with jax.set_mesh(make_mesh(MeshConfig())):
-        found = {one.name for one in tensors(family, whole, leaves(whole))}
+        found = {one.name for one in tensors(family, whole, array_shapes(whole))}
     assert set(there) < found
     assert len(found) == 5 + 12 * 16 + 5 + 4
 

@@ -9,7 +9,8 @@ from jax import lax
 from tests.families import cases
 from tests.families.encoder_cases import ENCODERS, live, masked
 from tests.families.loading import GOLDENS, generated, golden, read
-from weft.hub.families import Fields, families, leaves
+from weft.hub.families import Fields, families
+from weft.hub.tensor_table import array_shapes
 from weft.inference.score import score
 from weft.inference.step import decode, empty_cache, encode, prefill
 from weft.model.batch import Source
@@ -165,7 +166,7 @@ def is_steady(c) -> bool:
 def test_parameters_by_formula_are_those_by_shapes(name):
     _, c = read(cases.CASES[name])
     with jax.set_mesh(make_mesh(MeshConfig())):
-        shapes = leaves(c)
+        shapes = array_shapes(c)
     assert sum(parameters(c).values()) == sum(shape.size for shape in shapes.values())
 
 

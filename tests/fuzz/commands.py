@@ -363,7 +363,8 @@ def write_large(folder: Path) -> None:
 
     from tests.families.loading import read
     from weft.hub import read as hub
-    from weft.hub.families import stored_name, tensors
+    from weft.hub.families import stored_name
+    from weft.hub.tensor_table import tensors
 
     family, c = read(config)
     table = tensors(family, c, hub.shapes_of(c))

@@ -15,7 +15,8 @@ import jax
 import pytest
 
 from tests.families.loading import read
-from weft.hub.families import Family, families, leaves, tensors, unpadded
+from weft.hub.families import Family, families
+from weft.hub.tensor_table import array_shapes, tensors, unpadded
 from weft.model import cost
 from weft.model.config import ModelConfig
 from weft.model.decoder import weights_of
@@ -48,7 +49,7 @@ class Published:
 def scales(c: ModelConfig) -> int:
     """DeepSeek-V3's: one for each 128 × 128 of a quantised matrix."""
     family = next(one for one in families() if one.name == 'deepseek_v3')
-    found = tensors(family, c, leaves(c))
+    found = tensors(family, c, array_shapes(c))
     quantised = [one.shape for one in found if '_proj' in one.name and 'eh_proj' not in one.name]
     return sum(math.prod(-(-n // 128) for n in shape) for shape in quantised)
 
@@ -205,4 +206,4 @@ def test_a_config_is_what_its_family_reads_of_the_publishers(name):
     family, wanted = read_published(name)
     c = model(name)
     assert c == wanted
-    assert sum(math.prod(one.shape) for one in tensors(family, c, leaves(c))) == PUBLISHED[name].total
+    assert sum(math.prod(one.shape) for one in tensors(family, c, array_shapes(c))) == PUBLISHED[name].total

@@ -18,7 +18,8 @@ from tests.memory import Peak
 from weft.hub import read as hub
 from weft.hub import streaming, tensor_files
 from weft.hub import write as publish
-from weft.hub.families import Fields, tensors
+from weft.hub.families import Fields
+from weft.hub.tensor_table import tensors
 from weft.inference.run import open_run
 from weft.inference.score import score
 from weft.runtime.errors import UserError

@@ -15,7 +15,7 @@ from tests.families import cases, folders, weights
 from tests.families.loading import read
 from weft.hub import read as hub
 from weft.hub.chat import RENDERER
-from weft.hub.families import tensors
+from weft.hub.tensor_table import tensors
 from weft.inference.generate import Completion
 from weft.inference.questions import read_prompts
 from weft.runtime.errors import UserError
@@ -27,7 +27,7 @@ from weft.training.conversion import export_run, import_run
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] ~ m.content ~ '</s>' }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
 )
-TOKENIZER = json.loads((Path(__file__).parents[1] / 'data' / 'chat.json').read_text(encoding='utf-8'))['about'][
+TOKENIZER = json.loads((Path(__file__).parents[1] / 'hub' / 'chat.json').read_text(encoding='utf-8'))['about'][
     'tokenizer'
 ]
 MORE = 'additional_chat_templates/other.jinja'

@@ -16,7 +16,8 @@ from weft.model.parts.numbers import nearest_divisor
 from weft.model.parts.registry import MIXERS
 from weft.runtime.errors import UserError
 from weft.training import yaml_text
-from weft.training.config import RENAMED, RENAMED_VALUES, RunConfig, dump, load, parse
+from weft.training.config import RunConfig, dump, load, parse
+from weft.training.renamed import RENAMED, RENAMED_VALUES
 
 BASE = """
 name: tiny

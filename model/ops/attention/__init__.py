@@ -118,6 +118,7 @@ def attention(
     if sink_KG is not None:
         options['sink_KG'] = sink_KG
     if relative is not None:
+        assert relative_table is not None
         options['relative'] = relative._replace(table_KGN=relative_table)
     scale = H**-0.5 if scale is None else scale
     run = _function(backend, ring and lax.axis_size('context') > 1)

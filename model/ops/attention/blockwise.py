@@ -153,7 +153,16 @@ def attend_back(
 
 
 def over_keys(
-    state: State, q_KMH, at_T: TokenIndex, k_dKSH, v_dKSH, at_d: TokenIndex, first, end, rule: MaskRule, row=()
+    state: State,
+    q_KMH: jax.Array,
+    at_T: TokenIndex,
+    k_dKSH: jax.Array,
+    v_dKSH: jax.Array,
+    at_d: TokenIndex,
+    first,
+    end,
+    rule: MaskRule,
+    row=(),
 ) -> State:
     """The state with the keys of tiles `first` to `end` - 1; with `row` (b,), k, v and at_d have rows, and b's are meant.
 
@@ -169,13 +178,13 @@ def over_keys(
 
 def over_keys_back(
     grads,
-    q_KMH,
+    q_KMH: jax.Array,
     at_T: TokenIndex,
-    dout_KMH,
-    lse_KM,
-    delta_KM,
-    k_dKSH,
-    v_dKSH,
+    dout_KMH: jax.Array,
+    lse_KM: jax.Array,
+    delta_KM: jax.Array,
+    k_dKSH: jax.Array,
+    v_dKSH: jax.Array,
     at_d: TokenIndex,
     first,
     end,
@@ -261,7 +270,9 @@ def tiled(
     return tiled_forward(q_BcKMH, k_BdKSH, v_BdKSU, at_c, at_d, sink_KG, rule)[0]
 
 
-def tiled_forward(q_BcKMH, k_BdKSH, v_BdKSU, at_c, at_d, sink_KG, rule: MaskRule):
+def tiled_forward(
+    q_BcKMH: jax.Array, k_BdKSH: jax.Array, v_BdKSU: jax.Array, at_c, at_d, sink_KG: jax.Array | None, rule: MaskRule
+):
     inputs = q_BcKMH, k_BdKSH, v_BdKSU, at_c, at_d
     sink_BcKM = None if sink_KG is None else by_query(sink_KG, q_BcKMH)
     U = v_BdKSU.shape[-1]
@@ -288,7 +299,7 @@ def tiled_forward(q_BcKMH, k_BdKSH, v_BdKSU, at_c, at_d, sink_KG, rule: MaskRule
     return out_BcKMU, (*inputs, sink_KG, out_BcKMU, lse_BcKM)
 
 
-def tiled_backward(rule: MaskRule, kept, dout_BcKMU):
+def tiled_backward(rule: MaskRule, kept: tuple, dout_BcKMU: jax.Array) -> tuple:
     *inputs, sink_KG, out_BcKMU, lse_BcKM = kept
     q_BcKMH, k_BdKSH, v_BdKSU, at_c, at_d = inputs
     delta_BcKM = (dout_BcKMU.astype(lse_BcKM.dtype) * out_BcKMU).sum(-1)
@@ -327,12 +338,20 @@ tiled.defvjp(tiled_forward, tiled_backward)
 # All tiles, for a ring: queries as they come, and their state or gradient changed in place -----------------------------
 
 
-def more_keys(state_BT: State, q_BTKGH, k_BdKSH, v_BdKSH, at_c: TokenIndex, at_d: TokenIndex, rule: MaskRule) -> State:
+def more_keys(
+    state_BT: State,
+    q_BTKGH: jax.Array,
+    k_BdKSH: jax.Array,
+    v_BdKSH: jax.Array,
+    at_c: TokenIndex,
+    at_d: TokenIndex,
+    rule: MaskRule,
+) -> State:
     """The state of all queries ([B, T, K, G], twice, and [B, T, K, G, H]), with these keys too; T in whole tiles of at_c."""
     first_Bc, end_Bc = span(tiles_see(at_c, at_d, rule.window, rule.causal)[0])
     B, c = first_Bc.shape
 
-    def query_tile(i, state_BT):
+    def query_tile(i, state_BT: jax.Array):
         b, i = i // c, i % c
         max_KM, sum_KM, out_KMH = (get_tile(x, c, b, i) for x in state_BT)
         q_KMH, at_T = get_tile(q_BTKGH, c, b, i), at_tile(at_c, b, i)
@@ -344,15 +363,15 @@ def more_keys(state_BT: State, q_BTKGH, k_BdKSH, v_BdKSH, at_c: TokenIndex, at_d
 
 
 def more_keys_back(
-    dq_BTKGH,
-    q_BTKGH,
-    k_BdKSH,
-    v_BdKSH,
+    dq_BTKGH: jax.Array,
+    q_BTKGH: jax.Array,
+    k_BdKSH: jax.Array,
+    v_BdKSH: jax.Array,
     at_c: TokenIndex,
     at_d: TokenIndex,
-    dout_BTKGH,
-    lse_BTKG,
-    delta_BTKG,
+    dout_BTKGH: jax.Array,
+    lse_BTKG: jax.Array,
+    delta_BTKG: jax.Array,
     rule: MaskRule,
 ):
     """dq with these keys' part added, and their dk and dv, all in `wide`.

@@ -179,7 +179,7 @@ def dq_kernel(
     lse_T, delta_T = lse_ref[...], delta_ref[...]
     q_at = q_at_ref[0], q_at_ref[1]
 
-    def one_tile(d, dq_TH, masked):
+    def one_tile(d, dq_TH: jax.Array, masked):
         rows = pl.ds(d * plan.dq.k, plan.dq.k)
         k_SH = load(k_ref, H, rows)
         s_TS = triton.dot(q_TH, k_SH, trans_b=True) * (plan.scale * math.log2(math.e))
@@ -254,7 +254,9 @@ def pairs(at_BiT: jax.Array, at_BiS: jax.Array, t: FlashTiling, window: int | No
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
-def whole_tiles(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan: Plan):
+def whole_tiles(
+    q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, at_BiT: jax.Array, at_BiS: jax.Array, plan: Plan
+):
     return whole_tiles_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan)[0]
 
 
@@ -287,13 +289,15 @@ def key_specs(t: FlashTiling, T: int, G: int, H: int):
     )
 
 
-def whole_tiles_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan: Plan):
+def whole_tiles_forward(
+    q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, at_BiT: jax.Array, at_BiS: jax.Array, plan: Plan
+):
     inputs = q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS
     out_BTKGH, lse_BNT = tiles_forward(*inputs, plan, q_BTKGH.dtype)
     return out_BTKGH, (*inputs, out_BTKGH, lse_BNT)
 
 
-def whole_tiles_backward(plan: Plan, kept, dout_BTKGH):
+def whole_tiles_backward(plan: Plan, kept: tuple, dout_BTKGH: jax.Array) -> tuple:
     q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, out_BTKGH, lse_BNT = kept
     delta_BTKG = (dout_BTKGH.astype(jnp.float32) * out_BTKGH.astype(jnp.float32)).sum(-1)
     inputs = q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS
@@ -309,7 +313,15 @@ def by_head(x_BTKG: jax.Array) -> jax.Array:
     return x_BTKG.reshape(*x_BTKG.shape[:2], -1).swapaxes(1, 2)
 
 
-def tiles_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan: Plan, dtype: DTypeLike) -> list[jax.Array]:
+def tiles_forward(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    at_BiT: jax.Array,
+    at_BiS: jax.Array,
+    plan: Plan,
+    dtype: DTypeLike,
+) -> list[jax.Array]:
     """Output [B, T, K, G, H] in `dtype` and log-sum-exp [B, N, T] in base 2 and float32; of no key, 0 and `FLOOR`."""
     (B, T, K, G, H), S, t = q_BTKGH.shape, k_BSKH.shape[1], plan.forward
     q, kv, lse, at_q, at_k, span = query_specs(t, T, S, G, H)
@@ -327,7 +339,16 @@ def tiles_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan: Plan, dtype: DT
 
 
 def tiles_backward(
-    q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, dout_BTKGH, lse_BNT, delta_BNT, plan: Plan, dtype: DTypeLike
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    at_BiT: jax.Array,
+    at_BiS: jax.Array,
+    dout_BTKGH: jax.Array,
+    lse_BNT: jax.Array,
+    delta_BNT: jax.Array,
+    plan: Plan,
+    dtype: DTypeLike,
 ) -> list[jax.Array]:
     """dq, dk and dv in `dtype`. Log-sum-exp and delta may be of a softmax over more keys than these."""
     (B, T, K, G, H), S = q_BTKGH.shape, k_BSKH.shape[1]

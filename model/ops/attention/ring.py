@@ -54,7 +54,14 @@ def ring_attention(
 
 
 def ring_reference(
-    q_BTKGH, k_BSKH, v_BSKH, q_at: TokenIndex, k_at: TokenIndex, window: int | None, scale: float, **options: Any
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    q_at: TokenIndex,
+    k_at: TokenIndex,
+    window: int | None,
+    scale: float,
+    **options: Any,
 ) -> jax.Array:
     """Every device with all keys at once, gradients by autodiff."""
     k_BSKH, v_BSKH, k_at = lax.all_gather((k_BSKH, v_BSKH, k_at), AXIS, axis=1, tiled=True)
@@ -62,9 +69,9 @@ def ring_reference(
 
 
 def ring_blockwise(
-    q_BTKGH,
-    k_BSKH,
-    v_BSKH,
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
     q_at: TokenIndex,
     k_at: TokenIndex,
     window: int | None,
@@ -85,9 +92,9 @@ def ring_blockwise(
 
 
 def ring_flash(
-    q_BTKGH,
-    k_BSKH,
-    v_BSKH,
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
     q_at: TokenIndex,
     k_at: TokenIndex,
     window: int | None,
@@ -125,18 +132,27 @@ class Tick:
     value_width: int
 
 
-def blockwise_tick(state, q_BTKGH, at_c, keys, plan):
+def blockwise_tick(state, q_BTKGH: jax.Array, at_c, keys, plan):
     k_BdKSH, v_BdKSH, at_d = keys
     return blockwise.more_keys(state, q_BTKGH, k_BdKSH, v_BdKSH, at_c, at_d, plan)
 
 
-def blockwise_tick_back(dq_BTKGH, q_BTKGH, at_c, keys, dout_BTKGH, lse_BTKG, delta_BTKG, plan):
+def blockwise_tick_back(
+    dq_BTKGH: jax.Array,
+    q_BTKGH: jax.Array,
+    at_c,
+    keys,
+    dout_BTKGH: jax.Array,
+    lse_BTKG: jax.Array,
+    delta_BTKG: jax.Array,
+    plan,
+):
     k_BdKSH, v_BdKSH, at_d = keys
     inputs = dq_BTKGH, q_BTKGH, k_BdKSH, v_BdKSH, at_c, at_d
     return blockwise.more_keys_back(*inputs, dout_BTKGH, lse_BTKG, delta_BTKG, plan)
 
 
-def flash_tick(state, q_BTKGH, at_BiT, keys, plan):
+def flash_tick(state, q_BTKGH: jax.Array, at_BiT: jax.Array, keys, plan):
     k_BSKH, v_BSKH, at_BiS = keys
     out_BTKGH, lse_BNT = flash.tiles_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan, jnp.float32)
     # Where no key is seen FLOOR itself: a compiler may keep more digits of a product (in a fused multiply-add), and in what
@@ -146,7 +162,16 @@ def flash_tick(state, q_BTKGH, at_BiT, keys, plan):
     return blockwise.merge(state, (lse_BTKG, jnp.ones_like(lse_BTKG), out_BTKGH))  # an output's weights add up to 1
 
 
-def flash_tick_back(dq_BTKGH, q_BTKGH, at_BiT, keys, dout_BTKGH, lse_BTKG, delta_BTKG, plan):
+def flash_tick_back(
+    dq_BTKGH: jax.Array,
+    q_BTKGH: jax.Array,
+    at_BiT: jax.Array,
+    keys,
+    dout_BTKGH: jax.Array,
+    lse_BTKG: jax.Array,
+    delta_BTKG: jax.Array,
+    plan,
+):
     k_BSKH, v_BSKH, at_BiS = keys
     lse_BNT, delta_BNT = flash.by_head(lse_BTKG * math.log2(math.e)), flash.by_head(delta_BTKG)
     inputs = q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS
@@ -158,11 +183,11 @@ def flash_tick_back(dq_BTKGH, q_BTKGH, at_BiT, keys, dout_BTKGH, lse_BTKG, delta
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6,))
-def ring(q_BTKGH, k, v, q_at, k_at, sink_KG, tick: Tick):
+def ring(q_BTKGH: jax.Array, k, v, q_at, k_at, sink_KG: jax.Array, tick: Tick):
     return ring_forward(q_BTKGH, k, v, q_at, k_at, sink_KG, tick)[0]
 
 
-def ring_forward(q_BTKGH, k, v, q_at, k_at, sink_KG, tick: Tick):
+def ring_forward(q_BTKGH: jax.Array, k, v, q_at, k_at, sink_KG: jax.Array, tick: Tick):
     def meet(state, keys):
         return tick.forward(state, q_BTKGH, q_at, keys, tick.plan)
 
@@ -182,11 +207,11 @@ def ring_forward(q_BTKGH, k, v, q_at, k_at, sink_KG, tick: Tick):
     return out_BTKGH, (q_BTKGH, k, v, q_at, k_at, sink_KG, out_BTKGH, lse_BTKG)
 
 
-def ring_backward(tick: Tick, kept, dout_BTKGH):
+def ring_backward(tick: Tick, kept: tuple, dout_BTKGH: jax.Array) -> tuple:
     q_BTKGH, k, v, q_at, k_at, sink_KG, out_BTKGH, lse_BTKG = kept
     delta_BTKG = (dout_BTKGH.astype(lse_BTKG.dtype) * out_BTKGH).sum(-1)
 
-    def meet(dq_BTKGH, keys):
+    def meet(dq_BTKGH: jax.Array, keys):
         dq_BTKGH, *dkv = tick.backward(dq_BTKGH, q_BTKGH, q_at, keys, dout_BTKGH, lse_BTKG, delta_BTKG, tick.plan)
         return dq_BTKGH, dkv
 
