@@ -60,7 +60,9 @@ class LinearAttention(nnx.Module):
     @staticmethod
     def cache(c: ModelConfig, kind: LayerSpec, size: CacheSize) -> StateCache:
         shape = size.rows, c.attention.heads, c.attention.head_dim, c.attention.head_dim
-        return StateCache((CacheArray(shape, str(jnp.promote_types(size.dtype, 'float32')), P(ROWS, ('tensor', 'context'))),))
+        return StateCache(
+            (CacheArray(shape, str(jnp.promote_types(size.dtype, 'float32')), P(ROWS, ('tensor', 'context'))),)
+        )
 
     def __call__(self, x_BTD, ctx: ForwardContext, cache: StateCache | None, layer):
         H = self.config.attention.head_dim

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import re
 from typing import Any
 
 import jax
@@ -19,6 +21,7 @@ import tests.extending.recurrent_state
 import tests.extending.router  # noqa: F401
 from tests.extending import harness
 from tests.families import folders
+from tests.house import ROOT
 from weft.hub import read as hub
 from weft.hub import streaming
 from weft.hub.families import Fields, families, register, tensors
@@ -189,3 +192,17 @@ def test_an_architecture_has_one_family():
     (llama,) = (one for one in families() if one.name == 'llama')
     with pytest.raises(ValueError, match="family 'llama' has the architecture LlamaForCausalLM already"):
         register(dataclasses.replace(llama, name='other'))
+
+
+def test_the_page_shows_the_files_as_they_are():
+    """UPDATE=1 writes them into it."""
+    path = ROOT / 'docs' / 'extending.md'
+    page = path.read_text(encoding='utf-8')
+    shown = re.compile(r'`tests/extending/(\w+)\.py`:\n\n```python\n(.*?)```\n', re.DOTALL)
+    files = {file.stem: file.read_text(encoding='utf-8') for file in (ROOT / 'tests' / 'extending').glob('*.py')}
+    assert {name for name, _ in shown.findall(page)} == files.keys() - {'harness', 'test_changes'}
+    wanted = shown.sub(lambda one: f'`tests/extending/{one[1]}.py`:\n\n```python\n{files[one[1]]}```\n', page)
+    if os.environ.get('UPDATE'):
+        path.write_text(wanted, encoding='utf-8')
+        return
+    assert page == wanted
