@@ -40,6 +40,20 @@ def test_files_modules_and_targets_that_are_named_are_there(page):
     assert set(asked) <= {*targets}
 
 
+@pytest.mark.parametrize('page', ['docs/architecture.md', 'docs/glossary.md', 'docs/meshes.md'])
+def test_names_are_those_of_the_code(page):
+    text = (ROOT / page).read_text(encoding='utf-8')
+    for name, file in re.findall(r'`(\w+)` (?:in|of) \[[^\]]*\]\(([^)]+\.py)\)', text):
+        assert re.search(rf'\b{name}\b', (ROOT / page).parent.joinpath(file).read_text(encoding='utf-8')), (name, file)
+    code = '\n'.join(
+        (ROOT / path).read_text(encoding='utf-8') for path in PROJECT.sources if not path.startswith('tests/')
+    )
+    words = set(re.findall(r'\w+', code))
+    named = {name for name in re.findall(r'`([A-Za-z_][\w.]*)`', text) if not name.endswith(('.py', '.yaml'))}
+    assert len(named) > 5
+    assert not {name for name in named if name.rpartition('.')[2] not in words}
+
+
 @pytest.mark.parametrize('page', sorted(path for path in PAGES if path.startswith('docs/')))
 def test_a_page_begins_with_the_question_that_it_answers(page):
     assert re.match(r'# [^\n]+\?\n', (ROOT / page).read_text(encoding='utf-8'))
