@@ -24,7 +24,8 @@ from tests.families import folders
 from tests.house import ROOT
 from weft.hub import read as hub
 from weft.hub import streaming
-from weft.hub.families import Fields, families, register, tensors
+from weft.hub.families import Fields, families, register
+from weft.hub.tensor_table import tensors
 from weft.inference.step import decode, empty_cache, prefill
 from weft.model.capture import capture
 from weft.model.compute import ComputeConfig
