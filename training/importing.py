@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from weft.data.config import DataConfig
 from weft.data.tokenizer import Tokenizer
 from weft.hub import read as hub
-from weft.hub.families import OPTIONAL
+from weft.hub.families import OPTIONAL, Tensor
 from weft.hub.gguf.tokenizer import tokenizer_files
 from weft.hub.published_tokenizer import published_tokenizer
 from weft.model.sizes import sizes
@@ -245,8 +246,11 @@ def import_record(found: hub.Published, dtype: str | None) -> dict[str, Any]:
     """What an export needs beside the weights: the family, and what each tensor was, whatever it becomes here."""
     kept = found.compute.weight_dtype
     shapes = found.shapes
+
     # Those of a source that is imported in another dtype become what our arrays are.
-    own = lambda one: shapes[one.parts[0].leaf].dtype if dtype else found.sources[one.name].dtype
+    def own(one: Tensor) -> np.dtype:
+        return shapes[one.parts[0].leaf].dtype if dtype else found.sources[one.name].dtype
+
     return {
         'family': found.family.name,
         'files': found.files,
