@@ -1,25 +1,15 @@
 """The nine changes of docs/extending.md: each is one file here, the project is not edited, and all is held to the usual."""
 
 import dataclasses
-import json
 import os
 import re
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-import tests.extending.attention_variant
-import tests.extending.captured_activation
-import tests.extending.family
-import tests.extending.feed_forward
-import tests.extending.lora
-import tests.extending.optimizer
-import tests.extending.quantized_weight
-import tests.extending.recurrent_state
-import tests.extending.router  # noqa: F401
 from tests.extending import harness
+from tests.extending.configs import CHANGES, config
 from tests.families import folders
 from tests.house import ROOT
 from weft.hub import read as hub
@@ -32,50 +22,10 @@ from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.decoder import init_decoder
 from weft.model.forward import logits, place
+from weft.runtime.errors import UserError
 from weft.sharding.mesh import make_mesh
-from weft.training.config import RunConfig, dump, parse
-
-BASE: dict[str, Any] = {
-    'name': 'x',
-    'model': {
-        'vocabulary': harness.VOCABULARY,
-        'layers': 2,
-        'model_dim': 16,
-        'attention': {'heads': 4, 'kv_heads': 2},
-        'mlp': {'dim': 32},
-    },
-    'training': {'steps': 4, 'batch': harness.ROWS, 'sequence_length': harness.COLUMNS},
-}
-MOE = {'experts': 4, 'mlp_dim': 8}
-# What a user writes to have a change.
-CHANGES: dict[str, dict[str, Any]] = {
-    'attention_variant': {'model': {'attention': {'kind': 'gated', 'heads': 4, 'kv_heads': 2}}},
-    'router': {'model': {'moe': {'kind': 'cosine', **MOE}}},
-    'feed_forward': {'model': {'mlp': {'kind': 'squared_relu', 'dim': 32}}},
-    'recurrent_state': {
-        'model': {'attention': {'kind': 'linear', 'heads': 4, 'head_dim': 4}, 'positions': {'kind': 'none'}}
-    },
-    'captured_activation': {'model': {'mlp': {'kind': 'watched', 'dim': 32, 'activation': 'relu'}}},
-    'lora': {'model': {'attention': {'kind': 'adapted', 'heads': 4, 'rank': 2}}},
-    'quantized_weight': {'model': {'mlp': {'kind': 'quantized', 'dim': 32}}},
-}
-
-
-def config(change: dict[str, Any], *overrides: str) -> RunConfig:
-    """The run of a config that has the change."""
-    tree = {**BASE, **change, 'model': {**BASE['model'], **change.get('model', {})}}
-    return parse(json.dumps(tree), 'change.yaml', overrides)
-
-
-@pytest.mark.parametrize('name', CHANGES)
-def test_gradients_are_those_of_one_device(name, float64):
-    # At first b is 0, and so no gradient reaches a; the weights beside the adapters are kept as they are.
-    idle = ('.base', '.a_IR') if name == 'lora' else ()
-    metrics = harness.check_gradients(config(CHANGES[name], 'compute.dtype=float64'), idle=idle)
-    if name == 'router':
-        assert metrics['router.balance_loss'] >= 1, 'even scores have the least'
-    if name == 'captured_activation':
-        assert 0.1 < metrics['mlp.idle_share'] < 0.9
+from weft.training.config import dump, parse
+from weft.training.optimizers import OPTIMIZERS
 
 
 @pytest.mark.parametrize('name', CHANGES)
@@ -201,9 +151,35 @@ def test_the_page_shows_the_files_as_they_are():
     page = path.read_text(encoding='utf-8')
     shown = re.compile(r'`tests/extending/(\w+)\.py`:\n\n```python\n(.*?)```\n', re.DOTALL)
     files = {file.stem: file.read_text(encoding='utf-8') for file in (ROOT / 'tests' / 'extending').glob('*.py')}
-    assert {name for name, _ in shown.findall(page)} == files.keys() - {'harness', 'test_changes'}
+    assert {name for name, _ in shown.findall(page)} == files.keys() - {
+        'harness',
+        'configs',
+        'test_changes',
+        'test_gradients',
+    }
     wanted = shown.sub(lambda one: f'`tests/extending/{one[1]}.py`:\n\n```python\n{files[one[1]]}```\n', page)
     if os.environ.get('UPDATE'):
         path.write_text(wanted, encoding='utf-8')
         return
     assert page == wanted
+
+
+def test_the_environment_names_modules_that_a_config_needs(monkeypatch, tmp_path):
+    (tmp_path / 'my_optimizer.py').write_text(
+        (ROOT / 'tests/extending/optimizer.py').read_text().replace('normalized_momentum', 'mine')
+    )
+    (tmp_path / 'broken.py').write_text('import nowhere_at_all\n')
+    change = {'optimizer': {'kind': 'mine'}}
+    with pytest.raises(UserError, match=r"optimizer\.kind is 'mine': no such kind"):
+        config(change)
+    monkeypatch.setenv('WEFT_IMPORT', 'my_optimizer')
+    with pytest.raises(UserError, match="WEFT_IMPORT: no module 'my_optimizer' on the path of Python; PYTHONPATH may"):
+        config(change)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert config(change).optimizer.kind == 'mine'
+    finally:
+        OPTIMIZERS.configs.pop('mine', None)
+    monkeypatch.setenv('WEFT_IMPORT', 'broken')
+    with pytest.raises(ModuleNotFoundError, match='nowhere_at_all'):
+        config({})
