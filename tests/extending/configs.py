@@ -5,7 +5,6 @@ from typing import Any
 
 import tests.extending.attention_variant
 import tests.extending.captured_activation
-import tests.extending.family
 import tests.extending.feed_forward
 import tests.extending.lora
 import tests.extending.optimizer
