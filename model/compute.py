@@ -13,6 +13,7 @@ from weft.model.ops import grouped_matmul
 from weft.model.ops.attention import AttentionFeatures
 from weft.model.ops.attention import default_backend as attention_backend
 from weft.model.ops.expert_dispatch import default_dispatch
+from weft.model.parts.attention import SoftmaxConfig
 from weft.runtime.errors import UserError, nearest
 from weft.sharding.mesh import platform
 
@@ -63,6 +64,8 @@ DEFAULT = ComputeConfig()  # float32 throughout, and the fast way of each platfo
 
 def required_features(c: ModelConfig, compute: ComputeConfig) -> AttentionFeatures:
     """What the model needs of attention that not every backend has."""
+    if not isinstance(c.attention, SoftmaxConfig):  # a mixer of another kind, which asks for no backend
+        return AttentionFeatures()
     return AttentionFeatures(
         softcap=c.attention.softcap is not None,
         sinks=c.attention.sinks,

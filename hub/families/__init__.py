@@ -210,9 +210,25 @@ def head_of(c: ModelConfig) -> HeadConfig:
 
 
 @functools.cache
-def families() -> tuple[Family, ...]:
-    """All of them."""
+def _own_families() -> tuple[Family, ...]:
     return tuple(importlib.import_module(f'{__name__}.{name}').FAMILY for name in FAMILIES)
+
+
+ADDED: list[Family] = []  # by files outside of the project
+
+
+def register(family: Family) -> None:
+    """Adds a family of another file. Raises ValueError where another family has one of its architectures."""
+    for other in families():
+        taken = {*family.architectures, family.headless} & {*other.architectures, other.headless} - {None}
+        if taken and other.name != family.name:
+            raise ValueError(f'family {other.name!r} has the architecture {min(map(str, taken))} already')
+    ADDED[:] = [other for other in ADDED if other.name != family.name] + [family]
+
+
+def families() -> tuple[Family, ...]:
+    """All of them: the project's, and those that `register` added."""
+    return (*_own_families(), *ADDED)
 
 
 def family_of(fields: Fields) -> Family:
@@ -246,7 +262,11 @@ def near(name: str, known: Iterable[str]) -> str:
     digits = lambda name: re.sub(r'\D', '', name)
     by_stem = {stem(other): other for other in known if digits(other) == digits(name)}
     close = difflib.get_close_matches(stem(name), by_stem, n=1, cutoff=0.9)
-    return f'; did you mean {by_stem[close[0]]!r}?' if close else f'; the families are {", ".join(FAMILIES)}'
+    return (
+        f'; did you mean {by_stem[close[0]]!r}?'
+        if close
+        else f'; the families are {", ".join(one.name for one in families())}'
+    )
 
 
 def pattern(layers: Iterable[bool]) -> tuple[bool, ...]:

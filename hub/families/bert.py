@@ -94,7 +94,7 @@ def with_pooler(c: ModelConfig) -> ModelConfig:
 
 
 def with_next_sentence(c: ModelConfig) -> ModelConfig:
-    return changed(c, {'pooler.next_sentence': True})
+    return changed(c, {'pooler.next_sentence': True}) if c.head else c
 
 
 def write(c: ModelConfig) -> dict[str, Any]:

@@ -69,8 +69,12 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD, ctx: ForwardContext, cache: DenseCache | None, layer):
         """The block's output in the layout between blocks, and the cache with these tokens' keys and values."""
+        a_BTN, cache = self.attend(ctx.gather_sequence(x_BTD), ctx, cache, layer)
+        return self.o(a_BTN, ctx.reduce_scatter_sequence), cache
+
+    def attend(self, x_BTD, ctx: ForwardContext, cache: DenseCache | None, layer):
+        """What this device's heads make of whole sequences, before the output projection, and the cache."""
         c, H = self.config, self.config.attention.head_dim
-        x_BTD = ctx.gather_sequence(x_BTD)
         q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
         if c.attention.qk_norm == 'full':
             q = norm_of_all(q, offset(self.q_scale_N[...], c), c.attention.heads, c)
@@ -104,7 +108,7 @@ class Attention(nnx.Module):
         else:
             how |= {'causal': c.causal, 'backend': ctx.compute.attention, 'ring': True}
             a_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, here, here, **how)
-        return self.o(a_BTKGH.reshape(*q.shape[:2], -1), ctx.reduce_scatter_sequence), cache
+        return a_BTKGH.reshape(*q.shape[:2], -1), cache
 
 
 class KVLinear(Linear):

@@ -44,11 +44,8 @@ class MoE(nnx.Module):
 
     def __call__(self, x_BTD, ctx: ForwardContext):
         """The block's output in the layout between blocks. Padding visits no routed expert."""
-        c, m = self.config, self.moe
-        router_DE = self.router.kernel(self.router.weight.dtype)  # as wide as it is kept
-        router_bias_E = self.router.b_O[...] if m.router_bias else None
-        bias_E = self.correction_E[...] if m.has_choice_bias else None
-        gate_BTK, expert_BTK = route(x_BTD, router_DE, bias_E, ctx, c, router_bias_E)
+        m = self.moe
+        gate_BTK, expert_BTK = self.route(x_BTD, ctx)
         expert_BTK = jnp.where(ctx.live_BT[..., None], expert_BTK, m.experts)
         flat = lambda a: a.reshape(-1, a.shape[-1])
         send = dispatch(ctx.compute.dispatch)
@@ -63,6 +60,13 @@ class MoE(nnx.Module):
         ctx.metric('router.dropped_share', dropped / m.top_k)
         y_BTD = y_ND.reshape(x_BTD.shape)
         return y_BTD + self.visited(x_BTD, ctx) if m.shared_experts else y_BTD
+
+    def route(self, x_BTD, ctx: ForwardContext):
+        """gate_BTK, what each of a token's experts counts, and expert_BTK, which they are, int32. Padding's are passed over."""
+        router_DE = self.router.kernel(self.router.weight.dtype)  # as wide as it is kept
+        router_bias_E = self.router.b_O[...] if self.moe.router_bias else None
+        bias_E = self.correction_E[...] if self.moe.has_choice_bias else None
+        return route(x_BTD, router_DE, bias_E, ctx, self.config, router_bias_E)
 
     def visited(self, x_BTD, ctx: ForwardContext):
         """What the shared experts give, in the layout between blocks, with their gate's weight."""

@@ -73,7 +73,7 @@ def test_what_needs_the_next_token_is_refused():
     with pytest.raises(UserError, match=r'model\.causal is false: training learns to predict the next token'):
         RunConfig(name='x', model=BERT, training=training).check_sizes()
     causal = changed(BERT, {'causal': True, 'positions.max': 8})
-    with pytest.raises(UserError, match=r'max_positions is 8 and training\.sequence_length 16'):
+    with pytest.raises(UserError, match=r'positions\.max is 8 and training\.sequence_length 16'):
         RunConfig(name='x', model=causal, training=training).check_sizes()
     with jax.set_mesh(make_mesh(MeshConfig())):
         model = filled(BERT)

@@ -99,7 +99,7 @@ def test_caches_of_each_kind():
     assert numbers['llama-3.1-405b'].bytes_per_token(2) == 516_096
     assert numbers['llama-3.1-405b'].without_sharing == 16 * numbers['llama-3.1-405b'].numbers
     local = numbers['gpt-oss-120b']
-    assert (local.layers, local.windowed, local.attention.window) == (36, 18, 128)
+    assert (local.layers, local.windowed, local.window) == (36, 18, 128)
     assert local.bytes(131_072) == 2 * 2 * 8 * 64 * (18 * 131_072 + 18 * 128)
     assert local.full_bytes(131_072) == 2 * 2 * 8 * 64 * 36 * 131_072
     assert local.bytes(100) == local.full_bytes(100), 'no window is full'

@@ -141,7 +141,7 @@ MODELS = {
         },
     ),
     'kinds': changed(DENSE, {'layers': 4, 'attention.window': 3, 'attention.window_pattern': (True, False)}),
-    'experts': dataclasses.replace(DENSE, layers=3, moe=changed(EXPERTS, {'bias': True})),
+    'experts': dataclasses.replace(DENSE, layers=3, moe=dataclasses.replace(EXPERTS, bias=True)),
     'gate': dataclasses.replace(DENSE, moe=dataclasses.replace(EXPERTS, first_dense_layers=0, shared_gate=True)),
     'output': changed(DENSE, {'norm.order': 'output', 'positions.pattern': (True, False)}),
     'latent': dataclasses.replace(DENSE, layers=3, attention=LATENT, moe=EXPERTS),

@@ -1,0 +1,55 @@
+"""A LoRA adapter (Hu et al. 2021, arXiv:2106.09685) beside queries and values; all other weights of attention stay as they are.
+
+Letters: B rows, T sequence, I inputs, O outputs, R rank.
+"""
+
+import dataclasses
+from typing import Literal
+
+from flax import nnx
+from jax import P, lax
+
+from weft.model.config import LayerSpec, ModelConfig
+from weft.model.layers.attention import Attention
+from weft.model.linear import Linear, linear
+from weft.model.parameters import Role, parameter
+from weft.model.parts.attention import AttentionConfig
+from weft.model.parts.registry import MIXERS
+from weft.sharding.collectives import unshard
+from weft.sharding.mesh import FSDP
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptedConfig(AttentionConfig):
+    """`model: {attention: {kind: adapted, heads: 8, rank: 4}}`"""
+
+    kind: Literal['adapted'] = 'adapted'
+    rank: int = 4
+    alpha: float = 8.0
+
+
+class Adapted(nnx.Module):
+    """Takes the place of a linear map W, which has no gradient any more: x W + x A B · alpha / rank. At first B is 0."""
+
+    def __init__(self, base: Linear, rank: int, alpha: float):
+        declared = base.weight.get_value()
+        self.base, self.scale = base, alpha / rank
+        self.a_IR = parameter(
+            (declared.shape[0], rank), P(FSDP, None), Role.MATRIX, scale=rank**-0.5, gathered=FSDP, part='adapters'
+        )
+        self.b_RO = parameter((rank, declared.shape[1]), P(None, 'tensor'), Role.MATRIX, part='adapters')
+
+    def __call__(self, x_BTI):
+        a_IR = unshard(self.a_IR[...], x_BTI.dtype)
+        w_IO = lax.stop_gradient(self.base.kernel(x_BTI.dtype))
+        return linear(x_BTI, w_IO) + linear(linear(x_BTI, a_IR), self.b_RO.astype(x_BTI.dtype)) * self.scale
+
+
+class AdaptedAttention(Attention):
+    def __init__(self, c: ModelConfig, kind: LayerSpec):
+        super().__init__(c, kind)
+        self.q = Adapted(self.q, c.attention.rank, c.attention.alpha)
+        self.v = Adapted(self.v, c.attention.rank, c.attention.alpha)
+
+
+MIXERS.register('adapted', AdaptedConfig, AdaptedAttention)

@@ -1,0 +1,208 @@
+"""The nine changes of docs/extending.md: each is one file here, the project is not edited, and all is held to the usual."""
+
+import dataclasses
+import json
+import os
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import tests.extending.attention_variant
+import tests.extending.captured_activation
+import tests.extending.family
+import tests.extending.feed_forward
+import tests.extending.lora
+import tests.extending.optimizer
+import tests.extending.quantized_weight
+import tests.extending.recurrent_state
+import tests.extending.router  # noqa: F401
+from tests.extending import harness
+from tests.families import folders
+from tests.house import ROOT
+from weft.hub import read as hub
+from weft.hub import streaming
+from weft.hub.families import Fields, families, register, tensors
+from weft.inference.step import decode, empty_cache, prefill
+from weft.model.capture import capture
+from weft.model.compute import ComputeConfig
+from weft.model.config import ModelConfig
+from weft.model.decoder import init_decoder
+from weft.model.forward import logits, place
+from weft.sharding.mesh import make_mesh
+from weft.training.config import RunConfig, dump, parse
+
+BASE: dict[str, Any] = {
+    'name': 'x',
+    'model': {
+        'vocabulary': harness.VOCABULARY,
+        'layers': 2,
+        'model_dim': 16,
+        'attention': {'heads': 4, 'kv_heads': 2},
+        'mlp': {'dim': 32},
+    },
+    'training': {'steps': 4, 'batch': harness.ROWS, 'sequence_length': harness.COLUMNS},
+}
+MOE = {'experts': 4, 'mlp_dim': 8}
+# What a user writes to have a change.
+CHANGES: dict[str, dict[str, Any]] = {
+    'attention_variant': {'model': {'attention': {'kind': 'gated', 'heads': 4, 'kv_heads': 2}}},
+    'router': {'model': {'moe': {'kind': 'cosine', **MOE}}},
+    'feed_forward': {'model': {'mlp': {'kind': 'squared_relu', 'dim': 32}}},
+    'recurrent_state': {
+        'model': {'attention': {'kind': 'linear', 'heads': 4, 'head_dim': 4}, 'positions': {'kind': 'none'}}
+    },
+    'captured_activation': {'model': {'mlp': {'kind': 'watched', 'dim': 32, 'activation': 'relu'}}},
+    'lora': {'model': {'attention': {'kind': 'adapted', 'heads': 4, 'rank': 2}}},
+    'quantized_weight': {'model': {'mlp': {'kind': 'quantized', 'dim': 32}}},
+}
+
+
+def config(change: dict[str, Any], *overrides: str) -> RunConfig:
+    """The run of a config that has the change."""
+    tree = {**BASE, **change, 'model': {**BASE['model'], **change.get('model', {})}}
+    return parse(json.dumps(tree), 'change.yaml', overrides)
+
+
+@pytest.mark.parametrize('name', CHANGES)
+def test_gradients_are_those_of_one_device(name, float64):
+    # At first b is 0, and so no gradient reaches a; the weights beside the adapters are kept as they are.
+    idle = ('.base', '.a_IR') if name == 'lora' else ()
+    metrics = harness.check_gradients(config(CHANGES[name], 'compute.dtype=float64'), idle=idle)
+    if name == 'router':
+        assert metrics['router.balance_loss'] >= 1, 'even scores have the least'
+    if name == 'captured_activation':
+        assert 0.1 < metrics['mlp.idle_share'] < 0.9
+
+
+@pytest.mark.parametrize('name', CHANGES)
+def test_it_is_saved_and_counted_and_its_config_is_read_back(name, tmp_path):
+    run = config(CHANGES[name])
+    assert parse(dump(run), 'again.yaml') == run
+    harness.check_checkpoint(run, tmp_path / 'run')
+    harness.check_plan(run)
+
+
+def test_an_optimizer(float64, tmp_path):
+    change = {
+        'optimizer': {'kind': 'normalized_momentum', 'learning_rate': 0.1, 'warmup_steps': 0, 'weight_decay': 0.01}
+    }
+    run = config(change, 'compute.dtype=float64')
+    harness.check_training(run)
+    harness.check_checkpoint(run, tmp_path / 'run')
+    harness.check_plan(run)
+
+
+def built(c: ModelConfig):
+    return jax.jit(lambda: init_decoder(c, ComputeConfig(dtype='float64'), jax.random.key(0)))()
+
+
+def test_a_captured_activation_is_that_of_one_device(float64):
+    found = {}
+    for mesh in (harness.ONE_DEVICE, *harness.MESHES):
+        with harness.on(mesh):
+            batch = place(harness.batch_of(0))
+            run = jax.jit(lambda *rows: capture(rows[0], ['hidden_units', 'block'], *rows[1:]))
+            units = run(
+                built(config(CHANGES['captured_activation']).model),
+                batch.tokens_BT,
+                batch.position_BT,
+                batch.segment_BT,
+            )
+            assert (
+                units['hidden_units'].sharding.shard_shape((2, harness.ROWS, harness.COLUMNS, 32))[-1]
+                == 32 // mesh.tensor
+            )
+            found[mesh] = jax.device_get(units)
+    wanted = found[harness.ONE_DEVICE]
+    assert wanted['hidden_units'].shape == (2, harness.ROWS, harness.COLUMNS, 32)
+    for mesh in harness.MESHES:
+        for name, array in wanted.items():
+            np.testing.assert_allclose(found[mesh][name], array, atol=1e-12, err_msg=f'{name} on {mesh}')
+
+
+@pytest.mark.parametrize('name', ['attention_variant', 'recurrent_state'])
+def test_decoding_equals_the_full_forward_pass(name, float64):
+    """Rows of different lengths; what the layer keeps goes from the prompt's pass to the steps."""
+    c, new = config(CHANGES[name]).model, 3
+    token_BT = harness.batch_of(0).tokens_BT
+    length_B = np.array([5, 9, 3, 8, 1, 7, 2, 6], np.int32)
+    column_BT = np.broadcast_to(np.arange(harness.COLUMNS, dtype=np.int32), token_BT.shape)
+    for mesh in harness.MESHES:
+        with harness.on(mesh):
+            model = built(c)
+            rows = place((token_BT, column_BT, np.ones_like(column_BT)))
+            whole_BTV = np.asarray(jax.jit(logits)(model, *rows))
+            cache = empty_cache(model, harness.ROWS, harness.COLUMNS)
+            logit_BV, cache = jax.jit(prefill)(model, cache, place(token_BT[:, :10]), place(length_B))
+            step = jax.jit(decode)
+            for ahead in range(new):
+                here = length_B - 1 + ahead
+                np.testing.assert_allclose(
+                    logit_BV, whole_BTV[np.arange(harness.ROWS), here], atol=1e-9, err_msg=str(mesh)
+                )
+                token_B = token_BT[np.arange(harness.ROWS), here + 1]
+                logit_BV, cache = step(model, cache, place(token_B), place(here + 1))
+
+
+def test_a_quantized_weight_has_at_most_255_values(float64):
+    from tests.extending.quantized_weight import rounded
+
+    w = np.random.default_rng(0).normal(size=(4000, 3))
+    found = np.asarray(rounded(w, 0))
+    assert max(len(np.unique(column)) for column in found.T) <= 255
+    np.testing.assert_allclose(found, w, atol=np.abs(w).max() / 250)
+    np.testing.assert_allclose(jax.grad(lambda w: (rounded(w, 0) * w).sum())(w), found + w, rtol=1e-12)
+
+
+PUBLISHED = {
+    'architectures': ['LoomForCausalLM'],
+    'model_type': 'loom',
+    'vocab_size': 96,
+    'hidden_size': 16,
+    'intermediate_size': 32,
+    'num_hidden_layers': 2,
+    'num_attention_heads': 4,
+    'num_key_value_heads': 2,
+    'hidden_act': 'silu',
+}
+
+
+def test_a_family_comes_back_bit_for_bit(tmp_path):
+    """A published folder as arrays on a mesh, and as published tensors again; its config too."""
+    (family,) = (one for one in families() if one.name == 'loom')
+    c = family.read(Fields(PUBLISHED, 'config.json'))
+    assert family.read(Fields(family.write(c), 'config.json')) == c
+    r = np.random.default_rng(0)
+    given = {one.name: r.normal(size=one.shape).astype(np.float32) for one in tensors(family, c, hub.shapes_of(c))}
+    assert given['layers.1.mlp.gate_up.weight'].shape == (64, 16)
+    for mesh in harness.MESHES:
+        published = hub.read(folders.write(tmp_path / str(mesh.expert), PUBLISHED, given))
+        assert published.model == c
+        arrays = dict(published.arrays(make_mesh(mesh)))
+        back = {one.name: streaming.published(one, arrays) for one in published.table}
+        assert back.keys() == given.keys()
+        for name, array in given.items():
+            np.testing.assert_array_equal(back[name], array, err_msg=name)
+
+
+def test_an_architecture_has_one_family():
+    (llama,) = (one for one in families() if one.name == 'llama')
+    with pytest.raises(ValueError, match="family 'llama' has the architecture LlamaForCausalLM already"):
+        register(dataclasses.replace(llama, name='other'))
+
+
+def test_the_page_shows_the_files_as_they_are():
+    """UPDATE=1 writes them into it."""
+    path = ROOT / 'docs' / 'extending.md'
+    page = path.read_text(encoding='utf-8')
+    shown = re.compile(r'`tests/extending/(\w+)\.py`:\n\n```python\n(.*?)```\n', re.DOTALL)
+    files = {file.stem: file.read_text(encoding='utf-8') for file in (ROOT / 'tests' / 'extending').glob('*.py')}
+    assert {name for name, _ in shown.findall(page)} == files.keys() - {'harness', 'test_changes'}
+    wanted = shown.sub(lambda one: f'`tests/extending/{one[1]}.py`:\n\n```python\n{files[one[1]]}```\n', page)
+    if os.environ.get('UPDATE'):
+        path.write_text(wanted, encoding='utf-8')
+        return
+    assert page == wanted
