@@ -129,7 +129,7 @@ def logits(
 ):
     """Logits [B, T, vocabulary] of the full forward pass, float32 or wider, rows split over BATCH, T over `context`.
 
-    context × tensor must divide T. `kind_BT`: see View; `source`: an encoder–decoder needs it. Raises UserError on a mesh with
+    context × tensor must divide T. `kind_BT`: token types, as `ForwardContext` has them; `source`: an encoder–decoder needs it. Raises UserError on a mesh with
     stages, and for a model without an LM head (`hidden_states`).
     """
     needs_no_stages('scoring')
@@ -183,7 +183,7 @@ def with_source(model: Decoder, ctx: ForwardContext, source: Source | None) -> F
 
 
 def logits_ahead(model: Decoder, tokens_BT: jax.Array, position_BT: jax.Array, segment_BT: jax.Array):
-    """Logits [k, B, T, vocabulary] of the layers that predict further ahead (`mtp_layers`), as those of `logits`.
+    """Logits [k, B, T, vocabulary] of the layers that predict further ahead (`mtp.layers`), as those of `logits`.
 
     At column t of layer k (from 0) stand those of the token k + 2 columns later, given all tokens up to k + 1 columns later,
     which is why the last k + 1 columns mean nothing.
