@@ -4,10 +4,31 @@ A kind is a frozen dataclass with a field `kind: Literal['NAME'] = 'NAME'`. Anot
 `REGISTRY.register('NAME', Config, …)` before a config is read; nothing of the project is edited: docs/extending.md.
 """
 
+import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
 from weft.runtime.errors import UserError, nearest, shown
+
+IMPORTS = 'WEFT_IMPORT'  # modules, separated by commas, that register kinds of their own
+
+
+def import_extensions() -> None:
+    """Imports the modules that the environment names: before a config is read, for its kinds may be theirs.
+
+    Not a config but whoever starts a command names them: a run folder from elsewhere says nothing of what code is run. Raises
+    UserError where there is no such module.
+    """
+    for name in filter(None, os.environ.get(IMPORTS, '').split(',')):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f'{name}.'.startswith(f'{error.name}.'):
+                raise
+            raise UserError(
+                f'{IMPORTS}: no module {shown(name, quoted=True)} on the path of Python; PYTHONPATH may name its folder'
+            ) from None
 
 
 class Registry:

@@ -17,6 +17,7 @@ from weft.model.config import OF_TRAINING, ModelConfig, needs_head
 from weft.model.parts.numbers import nearest_divisor
 from weft.model.sizes import batch_sizes, sizes
 from weft.runtime.errors import UserError, nearest, nearest_path, shown
+from weft.runtime.registry import import_extensions
 from weft.sharding.mesh import BATCH, MeshConfig, check_divides
 from weft.training import yaml_text
 from weft.training.optimizers import OPTIMIZERS, AdamW, OptimizerConfig
@@ -191,6 +192,7 @@ def _near_config(path: Path) -> str:
 def parse(content: str | bytes, path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The config that a YAML text from `path` holds."""
     source = shown(path)
+    import_extensions()
     tree = yaml_text.read(decoded(content, source) if isinstance(content, bytes) else content, source)
     if not isinstance(tree, dict):
         what = 'is empty' if tree is None else f'holds {"a list" if isinstance(tree, list) else shown(repr(tree), 60)}'

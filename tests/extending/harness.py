@@ -83,7 +83,7 @@ def check_gradients(config: RunConfig, tolerance: float = 1e-9, idle: Collection
 def _gradient(config: RunConfig, mesh: MeshConfig) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     with on(mesh):
         model = jax.jit(lambda: init(dataclasses.replace(config, mesh=mesh)).model)()
-        (loss, metrics), gradient = jax.jit(loss_and_gradient)(model, place(batch_of(0)))
+        (loss, metrics), gradient = jax.jit(lambda *given: loss_and_gradient(*given))(model, place(batch_of(0)))
         return named(gradient) | {'the loss': np.asarray(loss)}, jax.device_get(metrics)
 
 

@@ -1,80 +1,33 @@
 """The nine changes of docs/extending.md: each is one file here, the project is not edited, and all is held to the usual."""
 
 import dataclasses
-import json
 import os
 import re
-from typing import Any
+import runpy
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 import pytest
 
-import tests.extending.attention_variant
-import tests.extending.captured_activation
-import tests.extending.family
-import tests.extending.feed_forward
-import tests.extending.lora
-import tests.extending.optimizer
-import tests.extending.quantized_weight
-import tests.extending.recurrent_state
-import tests.extending.router  # noqa: F401
 from tests.extending import harness
+from tests.extending.configs import CHANGES, config
 from tests.families import folders
 from tests.house import ROOT
 from weft.hub import read as hub
 from weft.hub import streaming
-from weft.hub.families import Fields, families, register, tensors
+from weft.hub.families import ADDED, Family, Fields, families, register
+from weft.hub.tensor_table import tensors
 from weft.inference.step import decode, empty_cache, prefill
 from weft.model.capture import capture
 from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.decoder import init_decoder
 from weft.model.forward import logits, place
+from weft.runtime.errors import UserError
 from weft.sharding.mesh import make_mesh
-from weft.training.config import RunConfig, dump, parse
-
-BASE: dict[str, Any] = {
-    'name': 'x',
-    'model': {
-        'vocabulary': harness.VOCABULARY,
-        'layers': 2,
-        'model_dim': 16,
-        'attention': {'heads': 4, 'kv_heads': 2},
-        'mlp': {'dim': 32},
-    },
-    'training': {'steps': 4, 'batch': harness.ROWS, 'sequence_length': harness.COLUMNS},
-}
-MOE = {'experts': 4, 'mlp_dim': 8}
-# What a user writes to have a change.
-CHANGES: dict[str, dict[str, Any]] = {
-    'attention_variant': {'model': {'attention': {'kind': 'gated', 'heads': 4, 'kv_heads': 2}}},
-    'router': {'model': {'moe': {'kind': 'cosine', **MOE}}},
-    'feed_forward': {'model': {'mlp': {'kind': 'squared_relu', 'dim': 32}}},
-    'recurrent_state': {
-        'model': {'attention': {'kind': 'linear', 'heads': 4, 'head_dim': 4}, 'positions': {'kind': 'none'}}
-    },
-    'captured_activation': {'model': {'mlp': {'kind': 'watched', 'dim': 32, 'activation': 'relu'}}},
-    'lora': {'model': {'attention': {'kind': 'adapted', 'heads': 4, 'rank': 2}}},
-    'quantized_weight': {'model': {'mlp': {'kind': 'quantized', 'dim': 32}}},
-}
-
-
-def config(change: dict[str, Any], *overrides: str) -> RunConfig:
-    """The run of a config that has the change."""
-    tree = {**BASE, **change, 'model': {**BASE['model'], **change.get('model', {})}}
-    return parse(json.dumps(tree), 'change.yaml', overrides)
-
-
-@pytest.mark.parametrize('name', CHANGES)
-def test_gradients_are_those_of_one_device(name, float64):
-    # At first b is 0, and so no gradient reaches a; the weights beside the adapters are kept as they are.
-    idle = ('.base', '.a_IR') if name == 'lora' else ()
-    metrics = harness.check_gradients(config(CHANGES[name], 'compute.dtype=float64'), idle=idle)
-    if name == 'router':
-        assert metrics['router.balance_loss'] >= 1, 'even scores have the least'
-    if name == 'captured_activation':
-        assert 0.1 < metrics['mlp.idle_share'] < 0.9
+from weft.training.config import dump, parse
+from weft.training.optimizers import OPTIMIZERS
 
 
 @pytest.mark.parametrize('name', CHANGES)
@@ -170,13 +123,20 @@ PUBLISHED = {
 }
 
 
-def test_a_family_comes_back_bit_for_bit(tmp_path):
+@pytest.fixture
+def loom() -> Iterator[Family]:
+    """The family of this folder, which no other test knows."""
+    runpy.run_path(str(ROOT / 'tests' / 'extending' / 'family.py'))
+    yield next(family for family in families() if family.name == 'loom')
+    ADDED.clear()
+
+
+def test_a_family_comes_back_bit_for_bit(loom, tmp_path):
     """A published folder as arrays on a mesh, and as published tensors again; its config too."""
-    (family,) = (one for one in families() if one.name == 'loom')
-    c = family.read(Fields(PUBLISHED, 'config.json'))
-    assert family.read(Fields(family.write(c), 'config.json')) == c
+    c = loom.read(Fields(PUBLISHED, 'config.json'))
+    assert loom.read(Fields(loom.write(c), 'config.json')) == c
     r = np.random.default_rng(0)
-    given = {one.name: r.normal(size=one.shape).astype(np.float32) for one in tensors(family, c, hub.shapes_of(c))}
+    given = {one.name: r.normal(size=one.shape).astype(np.float32) for one in tensors(loom, c, hub.shapes_of(c))}
     assert given['layers.1.mlp.gate_up.weight'].shape == (64, 16)
     for mesh in harness.MESHES:
         published = hub.read(folders.write(tmp_path / str(mesh.expert), PUBLISHED, given))
@@ -200,9 +160,35 @@ def test_the_page_shows_the_files_as_they_are():
     page = path.read_text(encoding='utf-8')
     shown = re.compile(r'`tests/extending/(\w+)\.py`:\n\n```python\n(.*?)```\n', re.DOTALL)
     files = {file.stem: file.read_text(encoding='utf-8') for file in (ROOT / 'tests' / 'extending').glob('*.py')}
-    assert {name for name, _ in shown.findall(page)} == files.keys() - {'harness', 'test_changes'}
+    assert {name for name, _ in shown.findall(page)} == files.keys() - {
+        'harness',
+        'configs',
+        'test_changes',
+        'test_gradients',
+    }
     wanted = shown.sub(lambda one: f'`tests/extending/{one[1]}.py`:\n\n```python\n{files[one[1]]}```\n', page)
     if os.environ.get('UPDATE'):
         path.write_text(wanted, encoding='utf-8')
         return
     assert page == wanted
+
+
+def test_the_environment_names_modules_that_a_config_needs(monkeypatch, tmp_path):
+    (tmp_path / 'my_optimizer.py').write_text(
+        (ROOT / 'tests/extending/optimizer.py').read_text().replace('normalized_momentum', 'mine')
+    )
+    (tmp_path / 'broken.py').write_text('import nowhere_at_all\n')
+    change = {'optimizer': {'kind': 'mine'}}
+    with pytest.raises(UserError, match=r"optimizer\.kind is 'mine': no such kind"):
+        config(change)
+    monkeypatch.setenv('WEFT_IMPORT', 'my_optimizer')
+    with pytest.raises(UserError, match="WEFT_IMPORT: no module 'my_optimizer' on the path of Python; PYTHONPATH may"):
+        config(change)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert config(change).optimizer.kind == 'mine'
+    finally:
+        OPTIMIZERS.configs.pop('mine', None)
+    monkeypatch.setenv('WEFT_IMPORT', 'broken')
+    with pytest.raises(ModuleNotFoundError, match='nowhere_at_all'):
+        config({})
