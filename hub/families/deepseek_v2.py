@@ -3,7 +3,7 @@
 from typing import Any
 
 from weft.hub.families import Family, Fields
-from weft.hub.families.deepseek_v3 import LATENT, SHARED, read_latent, write_latent
+from weft.hub.families.deepseek_v3 import LATENT, SHARED, read_latent, write_latent, write_routing
 from weft.hub.families.llama import MLP, NORMS, OUTER
 from weft.hub.families.qwen3_moe import EXPERTS
 from weft.model.config import ModelConfig, MoEConfig, model_of
@@ -34,18 +34,7 @@ def write(c: ModelConfig) -> dict[str, Any]:
     m, fields = c.moe, write_latent(c) | {'model_type': 'deepseek_v2', 'mlp_bias': c.mlp.bias}
     if m is None:
         return fields
-    return fields | {
-        'n_routed_experts': m.experts,
-        'num_experts_per_tok': m.top_k,
-        'moe_intermediate_size': m.mlp_dim,
-        'n_shared_experts': m.shared_experts,
-        'first_k_dense_replace': m.first_dense_layers,
-        'norm_topk_prob': m.renormalize,
-        'routed_scaling_factor': m.routed_scale,
-        'topk_method': 'greedy' if m.groups == 1 else 'group_limited_greedy',
-        'n_group': m.groups,
-        'topk_group': m.top_groups,
-    }
+    return fields | write_routing(m) | {'topk_method': 'greedy' if m.groups == 1 else 'group_limited_greedy'}
 
 
 FAMILY = Family(

@@ -107,9 +107,11 @@ def write_latent(c: ModelConfig) -> dict[str, Any]:
 
 def write_experts(c: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_experts`."""
-    m = c.moe
-    if m is None:
-        return {}
+    return {} if c.moe is None else write_routing(c.moe) | {'num_nextn_predict_layers': c.mtp.layers}
+
+
+def write_routing(m: MoEConfig) -> dict[str, Any]:
+    """The fields of the experts and of how a token finds its own, DeepSeek-V2's too."""
     return {
         'n_routed_experts': m.experts,
         'num_experts_per_tok': m.top_k,
@@ -120,7 +122,6 @@ def write_experts(c: ModelConfig) -> dict[str, Any]:
         'routed_scaling_factor': m.routed_scale,
         'n_group': m.groups,
         'topk_group': m.top_groups,
-        'num_nextn_predict_layers': c.mtp.layers,
     }
 
 
