@@ -41,7 +41,7 @@ BUFFERS = (r'.*rotary_emb\.inv_freq',)  # of every family in old files: they fol
 Kept = Literal['float32', 'bfloat16', 'float16']  # what weights can be kept in
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """Where a published tensor's numbers are: a file, or a file of others that stand for them."""
 
     @property
@@ -63,7 +63,7 @@ class Published:
     model: ModelConfig
     compute: ComputeConfig  # the dtypes that its weights are kept in and computed in
     table: list[Tensor]  # without copies
-    sources: dict[str, Source]  # by the table's names
+    sources: dict[str, TensorSource]  # by the table's names
     files: dict[str, str]  # what tensors are called in the files, where the table calls them otherwise
     copies: dict[str, str]  # tensors in the files that repeat another of the table, which it is
     fixed: dict[str, str]  # tensors in the files that follow from the model, and their dtype
@@ -121,7 +121,7 @@ def read(
     with fields.told():
         c = family.model(fields)
     fields.finish()
-    found: Mapping[str, Source] = from_gguf.stored if from_gguf else unpacked(all_stored(folder), config, where)
+    found: Mapping[str, TensorSource] = from_gguf.stored if from_gguf else unpacked(all_stored(folder), config, where)
     with fields.told():
         _check_counts(family, c, len(found))
     stored, files = _as_named(found, family)
@@ -153,7 +153,7 @@ def _check_counts(family: Family, c: ModelConfig, tensors: int) -> None:
 
 
 def _present(
-    family: Family, c: ModelConfig, stored: Mapping[str, Source]
+    family: Family, c: ModelConfig, stored: Mapping[str, TensorSource]
 ) -> tuple[ModelConfig, list[Tensor], tuple[str, ...]]:
     """A model without the parts of which the files hold no tensor; its tensors; the names of those parts."""
     table, absent = tensors(family, c, shapes_of(c)), list[str]()
@@ -171,11 +171,11 @@ def _present(
     return c, table, tuple(absent)
 
 
-def _as_named(stored: Mapping[str, Source], family: Family) -> tuple[dict[str, Source], dict[str, str]]:
+def _as_named(stored: Mapping[str, TensorSource], family: Family) -> tuple[dict[str, TensorSource], dict[str, str]]:
     """Tensors by the names of the family's table, and what differs from these in the files."""
     short = bool(family.prefix) and not any(name.startswith(family.prefix) for name in stored)
     outside = {name for name in (*family.names, *family.tied) if not name.startswith(family.prefix)}  # such as a head's
-    found: dict[str, Source] = {}
+    found: dict[str, TensorSource] = {}
     files: dict[str, str] = {}
     for name, source in stored.items():
         now = family.known_as(name)
@@ -194,15 +194,15 @@ def _match(
     folder: Path,
     family: Family,
     table: list[Tensor],
-    stored: Mapping[str, Source],
+    stored: Mapping[str, TensorSource],
     files: dict[str, str],
     c: ModelConfig,
-) -> tuple[dict[str, Source], dict[str, str], dict[str, str]]:
+) -> tuple[dict[str, TensorSource], dict[str, str], dict[str, str]]:
     """The source of each tensor of the table; the copies; what is fixed. All in the files is one of these, or a buffer.
 
     A tensor that is there only under the name of a copy of it is taken from there, and `files` says so.
     """
-    sources: dict[str, Source] = {}
+    sources: dict[str, TensorSource] = {}
     left = dict(stored)
     missing, own = [], {one.name for one in table if not one.copy_of}
     repeats = {name: of for name, of in _copies(family, table, c).items() if name not in own}
@@ -264,7 +264,7 @@ def _copies(family: Family, table: list[Tensor], c: ModelConfig) -> dict[str, st
     return found | {one.name: one.copy_of for one in table if one.copy_of}
 
 
-def _check_fixed(one: Source, name: str, c: ModelConfig, make: Callable[[ModelConfig], np.ndarray]) -> None:
+def _check_fixed(one: TensorSource, name: str, c: ModelConfig, make: Callable[[ModelConfig], np.ndarray]) -> None:
     """That a tensor has the numbers that it must have, as far as its dtype can say them."""
     fits = one.shape == (c.max_positions, c.model_dim) and jnp.issubdtype(one.dtype, np.floating)
     if not fits or not np.allclose(
@@ -277,7 +277,7 @@ def _check_fixed(one: Source, name: str, c: ModelConfig, make: Callable[[ModelCo
         )
 
 
-def _check_copy(one: Source, name: str, source: Source, of: str) -> None:
+def _check_copy(one: TensorSource, name: str, source: TensorSource, of: str) -> None:
     """That a tensor has the numbers of another, some rows at a time."""
     same = one.shape == source.shape and one.dtype == source.dtype
     step = max(2**24 // max(math.prod(one.shape[1:]), 1), 1)
@@ -292,7 +292,7 @@ def _check_copy(one: Source, name: str, source: Source, of: str) -> None:
         )
 
 
-def _dtypes(folder: Path, table: list[Tensor], sources: Mapping[str, Source], dtype: str | None) -> ComputeConfig:
+def _dtypes(folder: Path, table: list[Tensor], sources: Mapping[str, TensorSource], dtype: str | None) -> ComputeConfig:
     """The dtypes of storage and compute: see `read`."""
     found: Counter[np.dtype] = Counter()
     for one in table:

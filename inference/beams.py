@@ -90,10 +90,19 @@ def first_candidates(model: Decoder, slots: int, beams: int, per_beam: int, prom
 
 
 @functools.partial(jit_step, static_argnums=(2, 3), donate_argnums=1)
-def next_candidates(model: Decoder, cache: KVCache, beams: int, per_beam: int, parent_R, token_R, score_R, position_R):
+def next_candidates(
+    model: Decoder,
+    cache: KVCache,
+    beams: int,
+    per_beam: int,
+    parent_R: jax.Array,
+    token_R: jax.Array,
+    score_R: jax.Array,
+    position_R: jax.Array,
+):
     """Candidates after one more token in each of B × N rows, whose beams come from others of their prompt."""
 
-    def chosen(a, axis, parent_R):
+    def chosen(a: jax.Array, axis: int, parent_R: jax.Array) -> jax.Array:
         first_R = jnp.arange(len(parent_R), dtype=parent_R.dtype) // beams * beams
         return jnp.take(a, first_R + parent_R, axis)
 
@@ -103,10 +112,10 @@ def next_candidates(model: Decoder, cache: KVCache, beams: int, per_beam: int, p
     return candidates(logit_RV, score_R, per_beam * beams, beams), cache
 
 
-def candidates(logit_RV, score_R, count: int, beams: int) -> Candidates:
+def candidates(logit_RV: jax.Array, score_R: jax.Array, count: int, beams: int) -> Candidates:
     """The `count` best continuations of each prompt's `beams` rows, or all that there are."""
 
-    def one_device(logit_RV, score_R):
+    def one_device(logit_RV: jax.Array, score_R: jax.Array) -> Candidates:
         V = logit_RV.shape[1]
         score_RV = score_R[:, None] + jax.nn.log_softmax(logit_RV, axis=-1)
         score_BC, which_BC = jax.lax.top_k(score_RV.reshape(-1, beams * V), min(count, beams * V))
@@ -118,7 +127,10 @@ def candidates(logit_RV, score_R, count: int, beams: int) -> Candidates:
 def by_row(cache: KVCache, change, *rows):
     """A cache of other rows: `change(array, axis of its rows, *rows)` for each array, on each device by itself."""
     layout = specs(cache)
-    change_all = lambda cache, *rows: cache.map_rows(lambda array, axis: change(array, axis, *rows))
+
+    def change_all(cache: KVCache, *rows: jax.Array) -> KVCache:
+        return cache.map_rows(lambda array, axis: change(array, axis, *rows))
+
     return jax.shard_map(change_all, in_specs=(layout, *[TOKENS] * len(rows)), out_specs=layout)(cache, *rows)
 
 

@@ -24,7 +24,7 @@ from weft.sharding.collectives import upcast
 from weft.sharding.mesh import BATCH, SEQUENCE
 from weft.storage.buckets import Bucket
 from weft.storage.foreign import read_json
-from weft.training.conversion import SOURCE
+from weft.training.importing import SOURCE
 
 Pooling = Literal['mean', 'cls', 'last']  # over a text's tokens; its first; its last
 ROWS = 16  # texts at once on each part of the rows

@@ -93,7 +93,10 @@ def follow(completion: Completion, stream: TextStream, token: int, ends: Abstrac
 
 def token_logprobs(tokenizer: Tokenizer, likely: Likely, row: int, token: int) -> dict[str, Any]:
     """How likely a token was, and which ones were the most likely, for JSON: natural logarithms of probabilities."""
-    one = lambda i, logprob: {'token': i, 'text': tokenizer.decode([i]), 'logprob': float(logprob)}
+
+    def one(i: int, logprob: Any) -> dict[str, Any]:
+        return {'token': i, 'text': tokenizer.decode([i]), 'logprob': float(logprob)}
+
     top = zip(likely.token_BK[row].tolist(), likely.logprob_BK[row], strict=True)
     return one(token, likely.logprob_B[row]) | {'top': [one(i, logprob) for i, logprob in top]}
 
@@ -149,7 +152,10 @@ def choices(samplings: Sequence[Sampling], rows: int) -> RowSampling | None:
     Rows that only fill up the batch are greedy.
     """
     filled = [*samplings, *[Sampling()] * (rows - len(samplings))]
-    every = lambda name, dtype: np.array([getattr(one, name) for one in filled], dtype)
+
+    def every(name: str, dtype: Any) -> np.ndarray:
+        return np.array([getattr(one, name) for one in filled], dtype)
+
     temperature_B, penalty_B = every('temperature', np.float32), every('repetition_penalty', np.float32)
     if not temperature_B.any() and (penalty_B == 1).all():
         return None

@@ -94,7 +94,7 @@ def describe(
     if not count:
         return token_B, Beside(seen_BV)
 
-    def tell(logit_BV, token_B):
+    def tell(logit_BV: jax.Array, token_B: jax.Array):
         all_BV = jax.nn.log_softmax(logit_BV)
         return Likely(jnp.take_along_axis(all_BV, token_B[:, None], 1)[:, 0], *jax.lax.top_k(all_BV, count))
 
@@ -141,9 +141,12 @@ def one_device(logit_BV: jax.Array, position_B: jax.Array, choice: RowSampling) 
         chance_BV = jax.nn.softmax(sorted_BV, axis=-1)
         before_BV = jnp.cumsum(chance_BV, axis=-1) - chance_BV
         keep_BV = (before_BV < choice.top_p_B[:, None]) & (chance_BV >= choice.min_p_B[:, None] * chance_BV[:, :1])
-        draw = lambda seed, position: jax.random.gumbel(
-            jax.random.fold_in(jax.random.key(seed), position), sorted_BV.shape[-1:], sorted_BV.dtype
-        )
+
+        def draw(seed: jax.Array | np.ndarray, position: jax.Array) -> jax.Array:
+            return jax.random.gumbel(
+                jax.random.fold_in(jax.random.key(seed), position), sorted_BV.shape[-1:], sorted_BV.dtype
+            )
+
         noise_BV = jax.vmap(draw)(choice.seed_B, position_B)
         best_B1 = jnp.argmax(jnp.where(keep_BV, sorted_BV + noise_BV, -jnp.inf), axis=-1)[:, None]
         picked_B = jnp.take_along_axis(order_BV, best_B1, axis=-1)[:, 0].astype(jnp.int32)

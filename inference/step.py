@@ -82,14 +82,17 @@ def empty_cache(
     needs_causal(model, 'decoding')
     mesh = jax.sharding.get_abstract_mesh().shape
     size = CacheSize(rows, length, chunk, mesh['context'], mesh['tensor'], model.compute.dtype, platform())
-    make = lambda array: jnp.zeros(array.shape, array.dtype, out_sharding=array.spec)
+
+    def make(array: Any) -> jax.Array:
+        return jnp.zeros(array.shape, array.dtype, out_sharding=array.spec)
+
     return KVCache(jax.tree.map(make, stacked_caches(model.config, size)), source)
 
 
-def encode(model: Decoder, tokens_BS, length_B) -> tuple[CrossCache, ...]:
+def encode(model: Decoder, tokens_BS: jax.Array, length_B: jax.Array) -> tuple[CrossCache, ...]:
     """What an encoder–decoder's cache keeps of sources, of which row b's tokens are tokens_BS[b, :length_B[b]]."""
 
-    def body(model, tokens_BS, length_B):
+    def body(model, tokens_BS: jax.Array, length_B: jax.Array):
         position_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32), tokens_BS.shape)
         segment_BS = (position_BS < length_B[:, None]).astype(jnp.int32)
         ctx = ForwardContext(position_BS, segment_BS, model.resolved_compute)
@@ -102,7 +105,7 @@ def encode(model: Decoder, tokens_BS, length_B) -> tuple[CrossCache, ...]:
     return run(model, tokens_BS, length_B)
 
 
-def prefill(model: Decoder, cache: KVCache, tokens_BT, length_B):
+def prefill(model: Decoder, cache: KVCache, tokens_BT: jax.Array, length_B: jax.Array):
     """Reads the prompts: row b's are tokens_BT[b, :length_B[b]], what follows is padding.
 
     Returns the logits [B, vocabulary] after each row's last token, and the cache. Device i of `context` reads columns i,
@@ -111,7 +114,7 @@ def prefill(model: Decoder, cache: KVCache, tokens_BT, length_B):
     fill = -tokens_BT.shape[1] % jax.sharding.get_abstract_mesh().shape['context']
     tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, fill)))
 
-    def body(model, cache, tokens_BT, length_B):
+    def body(model, cache, tokens_BT: jax.Array, length_B: jax.Array):
         column_T = columns(tokens_BT.shape[1], cyclic)
         tokens_BT = tokens_BT[:, column_T]
         position_BT = jnp.broadcast_to(column_T, tokens_BT.shape)
@@ -126,7 +129,7 @@ def prefill(model: Decoder, cache: KVCache, tokens_BT, length_B):
     return _with_cache(body, model, cache, tokens_BT, length_B)
 
 
-def extend(model: Decoder, cache: KVCache, tokens_BT, begin_B, length_B):
+def extend(model: Decoder, cache: KVCache, tokens_BT: jax.Array, begin_B: jax.Array, length_B: jax.Array):
     """Reads more tokens after those in the cache: row b's are tokens_BT[b, :length_B[b]] and stand at position begin_B[b] on.
 
     A row has one of them at least; what follows is padding, which does not come into the cache and sees what the last one sees.
@@ -135,7 +138,7 @@ def extend(model: Decoder, cache: KVCache, tokens_BT, begin_B, length_B):
     tokens than the `chunk` of `empty_cache`.
     """
 
-    def body(model, cache, tokens_BT, begin_B, length_B):
+    def body(model, cache, tokens_BT: jax.Array, begin_B: jax.Array, length_B: jax.Array):
         column_1T = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
         live_BT = column_1T < length_B[:, None]
         ctx = ForwardContext(
@@ -158,13 +161,13 @@ def grown(cache: KVCache, length: int) -> KVCache:
     return jax.shard_map(lambda cache: cache.grown(length), in_specs=(layout,), out_specs=layout)(cache)
 
 
-def decode(model: Decoder, cache: KVCache, token_B, position_B):
+def decode(model: Decoder, cache: KVCache, token_B: jax.Array, position_B: jax.Array):
     """One more token in each row, at its position. Returns the logits [B, vocabulary] after it, and the cache.
 
     Every device of `context` works on the same tokens; each attends to the slots that it keeps.
     """
 
-    def body(model, cache, token_B, position_B):
+    def body(model, cache, token_B: jax.Array, position_B: jax.Array):
         ones_B1 = jnp.ones_like(position_B)[:, None]
         ctx = ForwardContext(position_B[:, None], ones_B1, model.resolved_compute, sequence_split=False, decoding=True)
         x_BTD, cache, _ = model.hidden(token_B[:, None], ctx, cache)

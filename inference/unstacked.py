@@ -43,7 +43,10 @@ def divided(stack: jax.Array) -> list[jax.Array]:
         # A CPU's array can lie in memory that NumPy knows, and so can its parts.
         layout, shape = _of_layer(stack.sharding), stack.shape[1:]
         shards = [(np.asarray(shard.data), shard.device) for shard in stack.addressable_shards]
-        here = lambda layer: [jax.device_put(part[layer], device) for part, device in shards]
+
+        def here(layer: int) -> list[jax.Array]:
+            return [jax.device_put(part[layer], device) for part, device in shards]
+
         whole = jax.make_array_from_single_device_arrays
         return [whole(shape, layout, here(layer), dtype=stack.dtype) for layer in range(stack.shape[0])]
     parts = list(_divide(stack))

@@ -27,7 +27,9 @@ class EncoderOutput(NamedTuple):
     """An encoder's output while a decoder reads whole rows."""
 
     x_BSD: jax.Array  # on each device of `tensor` all of it
-    segment_BS: jax.Array  # as a View's: the decoder's tokens attend to those of their own segment
+    segment_BS: (
+        jax.Array
+    )  # sources of a row, numbered from 1: the decoder's tokens attend to those of their own segment
 
 
 class CrossCache(NamedTuple):
@@ -53,8 +55,10 @@ class ForwardContext:
     row_B: jax.Array | None = None  # number of each row in the global batch, for dropout
     column_T: jax.Array | None = None  # number of each column in the row, for dropout
     microbatches: int = 1  # of a pipeline, into which the rows are cut; 1 where `stage` is 1
-    decoding: bool = False  # one token a row, that sees the cache
-    kind_BT: jax.Array | None = None  # what text a token is of, where the model has `segment_kinds`; None: all 0
+    decoding: bool = False  # new tokens of rows that are begun, which see the cache
+    kind_BT: jax.Array | None = (
+        None  # what text a token is of, where the model has `embedding.token_types`; None: all 0
+    )
     source: EncoderOutput | CrossCache | None = None  # what an encoder made of the rows' sources
     relative_RN: jax.Array | None = None  # relative positions' biases of this device's heads
     measures: bool = False  # whether somebody asks for metrics
@@ -102,7 +106,7 @@ class ForwardContext:
             self.records.metrics[name] = Metric(total, per, weight, report)
 
     def tap(self, name: str, value: jax.Array, layout: P = BETWEEN_BLOCKS) -> None:
-        """Offers an activation to whoever asks for it by name (`weft.model.forward.capture`).
+        """Offers an activation to whoever asks for it by name (`weft.model.capture.capture`).
 
         `value` is this device's part, and `layout` says of each dim which mesh axes split it: together all those that hold
         different numbers.

@@ -87,8 +87,11 @@ def one_device(body, model: Decoder, in_specs, out_specs):
         attention.needs_unchecked(how.attention)
         or (model.config.moe and grouped_matmul.needs_unchecked(how.grouped_matmul))
     )
-    own = lambda model, *rest: body(mark_varying(model), *rest)
-    return jax.shard_map(own, in_specs=(specs(model), *in_specs), out_specs=out_specs, check_vma=checked)
+
+    def on_own_copies(model: Decoder, *rest: Any) -> Any:
+        return body(mark_varying(model), *rest)
+
+    return jax.shard_map(on_own_copies, in_specs=(specs(model), *in_specs), out_specs=out_specs, check_vma=checked)
 
 
 def columns(T: int, order) -> jax.Array:
@@ -116,10 +119,17 @@ def needs_causal(model: Decoder, what: str) -> None:
         )
 
 
-def logits(model: Decoder, tokens_BT, position_BT, segment_BT, kind_BT=None, source: Source | None = None):
+def logits(
+    model: Decoder,
+    tokens_BT: jax.Array,
+    position_BT: jax.Array,
+    segment_BT: jax.Array,
+    kind_BT: jax.Array | None = None,
+    source: Source | None = None,
+):
     """Logits [B, T, vocabulary] of the full forward pass, float32 or wider, rows split over BATCH, T over `context`.
 
-    context × tensor must divide T. `kind_BT`: see View; `source`: an encoder–decoder needs it. Raises UserError on a mesh with
+    context × tensor must divide T. `kind_BT`: token types, as `ForwardContext` has them; `source`: an encoder–decoder needs it. Raises UserError on a mesh with
     stages, and for a model without an LM head (`hidden_states`).
     """
     needs_no_stages('scoring')
@@ -139,7 +149,13 @@ def logits(model: Decoder, tokens_BT, position_BT, segment_BT, kind_BT=None, sou
     return real_vocabulary(run(model, rows, source), model)
 
 
-def hidden_states(model: Decoder, tokens_BT, position_BT, segment_BT, kind_BT=None):
+def hidden_states(
+    model: Decoder,
+    tokens_BT: jax.Array,
+    position_BT: jax.Array,
+    segment_BT: jax.Array,
+    kind_BT: jax.Array | None = None,
+):
     """What the last layer and the final norm give, [B, T, D] in the compute dtype, laid out as `logits` has its rows and T.
 
     context × tensor must divide T. Raises UserError on a mesh with stages, and for an encoder–decoder.
@@ -166,8 +182,8 @@ def with_source(model: Decoder, ctx: ForwardContext, source: Source | None) -> F
     return ctx if source is None else dataclasses.replace(ctx, source=model.read(*source, ctx))
 
 
-def logits_ahead(model: Decoder, tokens_BT, position_BT, segment_BT):
-    """Logits [k, B, T, vocabulary] of the layers that predict further ahead (`mtp_layers`), as those of `logits`.
+def logits_ahead(model: Decoder, tokens_BT: jax.Array, position_BT: jax.Array, segment_BT: jax.Array):
+    """Logits [k, B, T, vocabulary] of the layers that predict further ahead (`mtp.layers`), as those of `logits`.
 
     At column t of layer k (from 0) stand those of the token k + 2 columns later, given all tokens up to k + 1 columns later,
     which is why the last k + 1 columns mean nothing.
@@ -177,7 +193,10 @@ def logits_ahead(model: Decoder, tokens_BT, position_BT, segment_BT):
 
     def body(model, *batch):
         column_T = columns(batch[0].shape[1], contiguous)
-        cut = lambda a_BT: a_BT[:, column_T]
+
+        def cut(a_BT: jax.Array) -> jax.Array:
+            return a_BT[:, column_T]
+
         ctx = ForwardContext(cut(batch[1]), cut(batch[2]), model.resolved_compute)
         x_BTD, _, _ = model.hidden(cut(batch[0]), ctx)
         found, _ = model.ahead(x_BTD, [cut(jnp.roll(batch[0], -1 - k, axis=1)) for k in range(depth)], ctx)
@@ -188,7 +207,7 @@ def logits_ahead(model: Decoder, tokens_BT, position_BT, segment_BT):
     return jax.reshard(logit_kBTV, P(None, BATCH, 'context', None))[..., : model.config.vocabulary]
 
 
-def real_vocabulary(logit_V, model: Decoder):
+def real_vocabulary(logit_V: jax.Array, model: Decoder):
     """Logits split over `tensor` and padded, to all of the real vocabulary on each of its devices."""
     spec = P(BATCH, *jax.typeof(logit_V).sharding.spec[1:-1], None)
     return jax.reshard(logit_V, spec)[..., : model.config.vocabulary]

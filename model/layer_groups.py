@@ -11,7 +11,7 @@ class LayerSpec:
     """What tells one layer of a stack from another."""
 
     experts: bool = False  # a mixture of experts; else an MLP
-    windowed: bool = False  # attention sees `window` tokens, and turns by `local_rope_theta`; else all of them
+    windowed: bool = False  # attention sees `window` tokens, and turns by `positions.local_theta`; else all of them
     turned: bool = True  # where positions are rotary: queries and keys turn; else the layer knows no positions
 
 

@@ -2,8 +2,8 @@
 
 A module's `__init__` makes no array: each `nnx.Param` of it holds a `Parameter`, which says what the weight is. So a model's
 weights can be read in a millisecond, without a mesh and without JAX's tracing: for counts and bytes (planner/), for what a mesh
-must divide (model/sizes.py), for published names (hub/), for optimizer groups, for restoring. `initialise` makes the arrays,
-each born in its layout. Outside `jax.shard_map` the module then holds global arrays, whose types carry their layout; inside,
+must divide (model/sizes.py), for optimizer groups, for restoring; a published tensor finds its place by the weight's name
+(hub/). `initialise` makes the arrays, each born in its layout. Outside `jax.shard_map` the module then holds global arrays, whose types carry their layout; inside,
 the same module holds this device's shards.
 """
 

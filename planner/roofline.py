@@ -27,7 +27,7 @@ from weft.model.cost import training_flops
 from weft.planner import communication
 from weft.planner.chips import Chip, group_rate
 from weft.planner.flops import executed
-from weft.planner.memory import cache_bytes, optimizer_bytes
+from weft.planner.memory import optimizer_bytes
 from weft.planner.traffic import Traffic
 from weft.planner.weights import Group, Weight, inventory
 from weft.sharding.mesh import AXES, BATCH, MeshConfig
@@ -142,7 +142,7 @@ class Time:
 
 def train_time(run: RunConfig, chip: Chip) -> Time:
     """Of one step of a run, its batch whole, on as many chips as its mesh has devices."""
-    return _time(run.compute, run.mesh, chip, _flops_of(run), train_bytes(run), run_traffic(run))
+    return step_time(run.compute, run.mesh, chip, _flops_of(run), train_bytes(run), run_traffic(run))
 
 
 def least_time(run: RunConfig, chip: Chip) -> float:
@@ -186,7 +186,7 @@ def train_flops(
     )
 
 
-def _time(
+def step_time(
     compute: ComputeConfig,
     mesh: MeshConfig,
     chip: Chip,
@@ -253,7 +253,7 @@ def train_bytes(run: RunConfig) -> dict[str, float]:
         busy = tokens * (ticks_share(run) if group.where == 'pipeline' else 1 / mesh.stage)
         passes = (2 if compute.remat == 'block' else 1) + 2  # forward, again, and both gradients
         times = t.accumulation * (run.microbatches if group.where == 'pipeline' else 1)
-        for name, size in _layer_bytes(group, compute, mesh, busy, passes, times).items():
+        for name, size in layer_bytes(group, compute, mesh, busy, passes, times).items():
             moved[name] = moved.get(name, 0.0) + layers * size
     b = jnp.dtype(compute.dtype).itemsize
     width = c.padded_vocabulary / mesh.tensor
@@ -270,7 +270,7 @@ def ticks_share(run: RunConfig) -> float:
     return (run.microbatches + run.mesh.stage - 1) / run.microbatches
 
 
-def _layer_bytes(
+def layer_bytes(
     group: Group,
     compute: ComputeConfig,
     mesh: MeshConfig,
@@ -311,42 +311,6 @@ def _matmul_bytes(c: ModelConfig, weight: Weight, mesh: MeshConfig, tokens: floa
     mine = columns / mesh.tensor if 'tensor' in weight.split else columns
     visits = c.moe.top_k if c.moe and weight.part == 'experts' else 1
     return tokens * visits * (rows + mine)
-
-
-@functools.lru_cache(maxsize=2**12)
-def decode_flops(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, rows: int, length: int) -> dict[str, float]:
-    """By part of one more token in each row, all devices together."""
-    source = length if c.encoder else 0
-    return executed(c, compute, 'decode', rows=rows, length=length, source=source, mesh=mesh, attention='flash')
-
-
-def decode_time(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, chip: Chip, rows: int, length: int) -> Time:
-    """Of one more token in each of `rows` sequences (all devices together), whose cache is for `length` tokens."""
-    flops = decode_flops(c, compute, rows_as_data(mesh), rows, length)
-    held, b, mine = inventory(c), jnp.dtype(compute.dtype).itemsize, rows / mesh.span(BATCH)
-    moved: dict[str, float] = {}
-    for group in held.groups:
-        if group.where == 'ahead' or group.where == 'encoder':
-            continue
-        for name, size in _layer_bytes(group, compute, mesh, mine, 1, 1, rows).items():
-            moved[name] = moved.get(name, 0.0) + group.layers * size
-    moved['attention'] = cache_bytes(c, compute, mesh, rows, length, chip.platform)
-    moved['head'] = (c.model_dim + mine) * c.padded_vocabulary / mesh.tensor * b
-    return _time(compute, mesh, chip, flops, moved, communication.decoding(c, compute, mesh, rows))
-
-
-def prefill_time(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, chip: Chip, rows: int, length: int) -> Time:
-    """Of reading a prompt of `length` tokens in each of `rows` sequences, all devices together."""
-    source = length if c.encoder else 0
-    flops = executed(c, compute, 'prefill', rows=rows, length=length, source=source, mesh=mesh, attention='flash')
-    tokens = rows / mesh.span(BATCH) * length / mesh.context
-    moved: dict[str, float] = {}
-    for group in inventory(c).groups:
-        if group.where == 'ahead':
-            continue
-        for name, size in _layer_bytes(group, compute, mesh, tokens, 1, 1).items():
-            moved[name] = moved.get(name, 0.0) + group.layers * size
-    return _time(compute, mesh, chip, flops, moved, communication.prefill(c, compute, mesh, rows, length))
 
 
 def mfu(run: RunConfig, chip: Chip, seconds: float) -> float:

@@ -11,8 +11,9 @@ from weft.model.sizes import sizes
 from weft.planner.chips import Chip
 from weft.planner.layouts import meshes_of
 from weft.planner.memory import Memory, serving_memory
-from weft.planner.roofline import Time, decode_time, prefill_time
+from weft.planner.roofline import Time
 from weft.planner.search import Found, Planned, rank, strategy
+from weft.planner.serving_time import decode_time, prefill_time
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import AXES, BATCH, Divides, MeshConfig, check_divides
 

@@ -14,7 +14,8 @@ from weft.planner import communication
 from weft.planner.aot import ROOT, Compiled
 from weft.planner.chips import CHIPS
 from weft.planner.memory import Memory, serving_memory, training_memory
-from weft.planner.roofline import Time, decode_time, mfu, prefill_time, run_traffic, train_time
+from weft.planner.roofline import Time, mfu, run_traffic, train_time
+from weft.planner.serving_time import decode_time, prefill_time
 from weft.planner.traffic import Traffic
 from weft.proof.compiled_pairs import PAIRS, ProgramPair, known, read
 from weft.proof.compiled_searched import Searched, searched

@@ -19,7 +19,7 @@ from weft.proof.speed import Trainer, measurable, seconds_each
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import make_mesh
 from weft.training.config import RunConfig
-from weft.training.conversion import export_run
+from weft.training.exporting import export_run
 
 NANOGPT, TRANSFORMERS = (Path(__file__).with_name(f'{name}_worker.py') for name in ('nanogpt', 'transformers'))
 

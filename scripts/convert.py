@@ -49,7 +49,8 @@ def main() -> None:
 
     from weft.sharding.mesh import parse_mesh
     from weft.storage.buckets import at
-    from weft.training.conversion import export_run, import_run
+    from weft.training.exporting import export_run
+    from weft.training.importing import import_run
 
     if options.way == 'import':
         mesh = parse_mesh(options.mesh)

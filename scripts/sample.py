@@ -62,7 +62,7 @@ def make(source: Path, facts: dict[str, Any], folder: Path) -> None:
     from weft.storage.local_copy import set_aside
     from weft.storage.lock import Lock
     from weft.storage.staged import making, staged
-    from weft.training.conversion import import_run
+    from weft.training.importing import import_run
 
     stage = staged(folder)
     with Lock(folder):

@@ -2,7 +2,7 @@
 
 An axis of size 1 sends nothing and leaves no trace in the program: XLA's CPU compiler would keep a collective over one device
 as a copy. Types know no such axes either (`sharding.mesh` sets JAX so), and nothing varies over them. So `lax`'s own
-collectives are called in this file alone; elsewhere only where the axis is known to be larger.
+collectives are called here, and elsewhere only where the axis is known to be larger: KV heads, the ring, expert dispatch.
 
 Letters: B rows, T sequence (here: as long as the name says), D model, N any dim split over `tensor`.
 """

@@ -6,7 +6,7 @@ does so too, and of the tests that are left runs as many as fit: of each module 
 function, then the rest; the cheaper and the closer to what changed, the earlier. The next call takes those that did not fit.
 
 What a test costs is known from the last run here or, in a fresh clone, from tests/durations.json, which `make durations`
-writes from what was noted. The slowest modules begin first, so that no worker is left alone with one at the end.
+writes from what was noted. Without `--quick` the slowest modules begin first, so that no worker is left alone with one.
 """
 
 import collections
@@ -197,7 +197,9 @@ class Notes:
         cost = collections.Counter[str]()
         for item in chosen:
             cost[_names(item)[0]] += self.cost(item)
-        items[:] = sorted(chosen, key=lambda item: -cost[_names(item)[0]])
+        # Of what is cut short the closest and cheapest is to be run; of all, the slowest is to begin first.
+        order = lambda path: (self.distance(path), cost[path]) if self.seconds else (0, -cost[path])
+        items[:] = sorted(chosen, key=lambda item: order(_names(item)[0]))
 
     def choose(self, items: list[pytest.Item]) -> list[pytest.Item]:
         """As many of the tests as are expected to take no longer than `--quick` says, in the order that they came in."""

@@ -76,6 +76,22 @@ def test_nothing_is_imported_by_a_rooms_own_name():
     assert not wrong
 
 
+LONGEST = 350  # lines of a file that a reader holds in mind
+# Files that may be longer, and why.
+LONGER = {
+    'model/ops/attention/blockwise.py': 'a kernel: tiles of attention forward and backward, which share their masks and sums',
+    'model/ops/attention/flash.py': 'a kernel: attention forward and backward in Pallas, for GPUs',
+}
+
+
+def test_files_are_no_longer_than_a_reader_holds_in_mind():
+    lines = {
+        path.relative_to(ROOT).as_posix(): len(path.read_text(encoding='utf-8').splitlines()) for path in FILES.values()
+    }
+    long = {name for name, count in lines.items() if count > LONGEST}
+    assert long == LONGER.keys(), 'take apart what is too long; what is short again needs no exception'
+
+
 def test_the_packages_that_are_installed_are_those_that_are_there():
     settings = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))
     folders = {path.parent.relative_to(ROOT).as_posix().replace('/', '.') for path in FILES.values()}

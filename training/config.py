@@ -151,7 +151,7 @@ class RunConfig:
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocabulary=have or tokens))
 
 
-RECORD = 'source.json'  # in the folder of a run that was imported: see training/conversion.py
+RECORD = 'source.json'  # in the folder of a run that was imported: see training/importing.py
 MAY_CHANGE = (
     'mesh',
     'checkpoint',

@@ -34,7 +34,7 @@ def loss_sums(model: Decoder, batch: Batch, dropout_key: jax.Array | None = None
 
     Returns:
         'loss_sum' Σ cross-entropy in nats, 'tokens' how many, 'rows' with a real token; 'metrics': what layers say of
-        themselves (`model.records.Metric`) by name; with `mtp_layers` 'mtp_loss_sum' [k]: Σ cross-entropy of each such layer.
+        themselves (`model.records.Metric`) by name; with `mtp.layers` 'mtp_loss_sum' [k]: Σ cross-entropy of each such layer.
     """
 
     def body(model: Decoder, batch: Batch, key: jax.Array) -> dict:
@@ -50,7 +50,7 @@ def loss_fn(
 ) -> tuple[jax.Array, dict]:
     """The objective, which training minimises, and the metrics that are reported; arguments as in `loss_sums`.
 
-    objective = mean cross-entropy over real tokens + mtp_loss · mean over `mtp_layers` of their Σ cross-entropy over real
+    objective = mean cross-entropy over real tokens + mtp.loss · mean over `mtp.layers` of their Σ cross-entropy over real
     tokens (DeepSeek-V3, arXiv:2412.19437, eq. 24–25) + Σ over what layers say of weight · mean over layers, and over real
     tokens or rows: with experts the balance loss and the router z-loss; in nats.
     """

@@ -15,7 +15,7 @@ from weft.training.optimizers import roles
 
 
 class State(NamedTuple):
-    """All that a step changes. Weights and optimizer state are split over `data`, `expert` and `tensor` alike."""
+    """All that a step changes. Optimizer state is laid out as the weights are."""
 
     model: Decoder
     optimizer: Any  # optax state
@@ -43,7 +43,7 @@ def train_step(config: RunConfig, state: State, batch: Batch) -> tuple[State, di
     """One optimizer step on a global batch. Returns the new state and the step's metrics, on the device.
 
     Metrics: loss (mean cross-entropy in nats), tokens (real ones), grad_norm (before clipping), learning_rate, with
-    `mtp_layers` mtp_loss, and what layers say (`ForwardContext.metric`), such as router.entropy.
+    `mtp.layers` mtp_loss, and what layers say (`ForwardContext.metric`), such as router.entropy.
     """
     key = jax.random.fold_in(state.key, state.step) if config.model.dropout else None
     (_, metrics), gradient = loss_and_gradient(

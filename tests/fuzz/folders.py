@@ -21,7 +21,7 @@ from weft.hub.chat import chat_templates
 from weft.hub.streaming import published
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig, make_mesh
-from weft.training import conversion
+from weft.training import importing
 
 NAME, COUNT, QUICK, SECONDS, IN_PROCESS = 'folders', 3000, 120, 10.0, True
 GROWTH = 3 * 2**29  # bytes by which one case may raise what a process has held in memory
@@ -120,7 +120,7 @@ def _in_fp8(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def outcome(folder: Path, run: Path) -> str:
     """What an import does before it writes, and the numbers that it would write."""
-    one = conversion.examined(folder, run.name, MeshConfig())
+    one = importing.examine(folder, run.name, MeshConfig())
     chat_templates(one.files, str(folder))
     if one.tokenizer:
         with contextlib.suppress(UserError):  # a text may have tokens that the model does not know

@@ -32,7 +32,8 @@ from weft.storage.newest import read_newest
 from weft.storage.sealed import sealed, unsealed
 from weft.training import config as configs
 from weft.training import state
-from weft.training.conversion import import_run, imported
+from weft.training.exporting import read_import
+from weft.training.importing import import_run
 from weft.training.loop import Run, train
 from weft.training.metrics import Metrics
 from weft.training.prepare_run import prepare_data
@@ -144,7 +145,7 @@ def exported(run: Path, place: Path) -> None:
     """What an export reads beside the weights."""
     checkpoints = Checkpoints(run)
     read_newest(checkpoints, lambda step: (saved_config(checkpoints, step), checkpoints.files(step)))
-    imported(run)
+    read_import(run)
 
 
 def continued(run: Path, place: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from tests.fuzz import Case, folders
 from weft.runtime.errors import UserError
-from weft.training import conversion
+from weft.training import importing
 
 
 @pytest.fixture(scope='module')
@@ -44,7 +44,7 @@ def test_what_is_wrong_with_a_refusal_is_told(place, monkeypatch, examined, told
     def unspoiled(folder: Path, draw: object) -> str:
         return 'unspoiled'
 
-    monkeypatch.setattr(conversion, 'examined', examined)
+    monkeypatch.setattr(importing, 'examine', examined)
     scratch = place / 'case-0'
     scratch.mkdir()
     try:

@@ -14,7 +14,8 @@ from tests.gguf import written
 from weft.hub import read as hub
 from weft.hub.gguf.common_fields import llama3_scaling
 from weft.sharding.mesh import MeshConfig, make_mesh
-from weft.training.conversion import export_run, import_run
+from weft.training.exporting import export_run
+from weft.training.importing import import_run
 
 YARN = {'rope_type': 'yarn', 'factor': 32.0, 'beta_fast': 32.0, 'beta_slow': 1.0, 'truncate': False}
 GLM = {'n_shared_experts': 1, 'norm_topk_prob': True, 'n_group': 1, 'topk_group': 1}

@@ -24,7 +24,7 @@ from weft.hub.gguf.tokenizer import tokenizer_files
 from weft.hub.published_tokenizer import published_tokenizer
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig
-from weft.training.conversion import import_run
+from weft.training.importing import import_run
 
 ROOT = Path(__file__).parents[2]
 LLAMA = cases.CASES['llama-llama3-scaling'] | {'vocab_size': 8}

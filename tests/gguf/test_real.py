@@ -11,7 +11,7 @@ from tests.gguf.texts import texts
 from weft.inference.run import open_run
 from weft.inference.score import score
 from weft.sharding.mesh import MeshConfig
-from weft.training.conversion import import_run
+from weft.training.importing import import_run
 
 GOLDENS = sorted(Path(os.environ.get('GGUF_GOLDENS', '/nonexistent')).glob('*.npz'))
 

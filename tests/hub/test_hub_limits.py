@@ -28,7 +28,7 @@ from weft.model.parts import numbers
 from weft.model.parts.numbers import nearest_divisor
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig
-from weft.training.conversion import import_run
+from weft.training.importing import import_run
 
 SECONDS, BYTES = (
     5,

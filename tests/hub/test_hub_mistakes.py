@@ -17,7 +17,7 @@ from weft.hub.exported_tokenizer import exported_tokenizer
 from weft.hub.published_tokenizer import load_tokenizer
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig
-from weft.training.conversion import import_run
+from weft.training.importing import import_run
 
 LLAMA = cases.CASES['llama-grouped']
 

@@ -13,7 +13,8 @@ from weft.hub import read as hub
 from weft.hub import tensor_files
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig, make_mesh
-from weft.training.conversion import export_run, import_run
+from weft.training.exporting import export_run
+from weft.training.importing import import_run
 
 GOLDEN = Path(__file__).with_name('quantised.npz')
 FP8 = {'quant_method': 'fp8', 'fmt': 'e4m3', 'activation_scheme': 'dynamic', 'weight_block_size': [16, 32]}
@@ -36,7 +37,7 @@ def golden(kind: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
         return packed, file[kind]
 
 
-def source(folder: Path, packed: dict[str, np.ndarray], said: dict) -> hub.Source:
+def source(folder: Path, packed: dict[str, np.ndarray], said: dict) -> hub.TensorSource:
     kinds = {name: (x.dtype, x.shape) for name, x in packed.items()}
     tensor_files.write(folder / 'f.safetensors', kinds, lambda name: packed[name])
     (found,) = hub.unpacked(

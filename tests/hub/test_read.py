@@ -27,7 +27,8 @@ from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.storage import array_slices as boxes
 from weft.storage import shards
 from weft.training.config import load
-from weft.training.conversion import export_run, import_run
+from weft.training.exporting import export_run
+from weft.training.importing import import_run
 from weft.training.report import weights_table
 
 MESHES = {'one': MeshConfig(), 'all': MeshConfig(data=2, expert=2, tensor=2), 'stages': MeshConfig(stage=2, tensor=2)}

@@ -21,7 +21,7 @@ from weft.runtime.errors import UserError
 from weft.scripts import score as script
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.config import load
-from weft.training.conversion import import_run
+from weft.training.importing import import_run
 
 WORDS = ['[PAD]', '[CLS]', '[SEP]', '[UNK]', *['the', 'of', 'bank', 'river', 'money', 'house', 'dog', 'runs']]
 TEXTS = ['the bank of the river', 'money', '', 'dog runs house', 'the ' * 70 + 'dog']

@@ -13,7 +13,8 @@ from weft.hub import read as hub
 from weft.model.config import changed
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig, make_mesh
-from weft.training.conversion import export_run, import_run
+from weft.training.exporting import export_run
+from weft.training.importing import import_run
 
 HEAD = 'lm_head.weight'
 

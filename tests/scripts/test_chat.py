@@ -22,7 +22,8 @@ from weft.runtime.errors import UserError
 from weft.scripts import answering, chat, convert, decode, sample
 from weft.scripts.entry import run
 from weft.sharding.mesh import MeshConfig
-from weft.training.conversion import export_run, import_run
+from weft.training.exporting import export_run
+from weft.training.importing import import_run
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] ~ m.content ~ '</s>' }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"

@@ -22,7 +22,8 @@ from weft.scripts.score import check_ids
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.storage.checkpoint import Checkpoints
 from weft.training.config import load
-from weft.training.conversion import export_run, import_run
+from weft.training.exporting import export_run
+from weft.training.importing import import_run
 from weft.training.loop import train
 from weft.training.state import restore_imported, restore_model
 

@@ -13,7 +13,8 @@ from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig
 from weft.storage.checkpoint import Checkpoints
 from weft.storage.lock import Lock, Taken
-from weft.training.conversion import export_run, import_run
+from weft.training.exporting import export_run
+from weft.training.importing import import_run
 
 SMALL = 'tiny.yaml', 'mesh={}', 'model.layers=1', 'model.moe=null', 'metrics.validate_every=100000'
 

@@ -55,7 +55,7 @@ HEAVY = (
 HEAVY += (
     'weft.hub.read',
     'weft.training.loop',
-    'weft.training.conversion',
+    'weft.training.importing',
     'weft.planner',
     'weft.proof',
     'uvicorn',

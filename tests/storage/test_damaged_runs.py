@@ -22,7 +22,8 @@ from weft.storage.checkpoint import Checkpoints
 from weft.storage.sealed import sealed, unsealed
 from weft.training.config import load, parse
 from weft.training.context import context
-from weft.training.conversion import export_run, import_run, imported
+from weft.training.exporting import export_run, read_import
+from weft.training.importing import import_run
 from weft.training.loop import train
 
 KINDS = 'folder', 'fifo', 'loop', 'nowhere', 'device'
@@ -239,4 +240,4 @@ def test_a_damaged_file_of_an_import_is_one_line_with_a_way_out(published, tmp_p
     for kind in ('missing', *KINDS) if name == 'source/config.json' else ():
         put(path, kind)
         with pytest.raises(UserError, match=r'source/config\.json'):
-            imported(run)
+            read_import(run)

@@ -20,7 +20,8 @@ from weft.storage.checkpoint import Checkpoints
 from weft.storage.local_copy import LocalCopy
 from weft.training import config as configs
 from weft.training import metrics
-from weft.training.conversion import import_run, imported
+from weft.training.exporting import read_import
+from weft.training.importing import import_run
 from weft.training.prepare_run import prepare_data
 
 SMALL = 'mesh={}', 'model.mlp.dim=16', 'training.sequence_length=16', 'checkpoint.every=2', 'checkpoint.keep=1'
@@ -114,7 +115,11 @@ def test_a_power_cut_while_importing_leaves_a_run_or_none(tmp_path):
     with disk.watched(recorder):
         import_run(source, root / 'run', MeshConfig(), say=str)
     look = Looked(
-        lambda run: (whole_steps(run), imported(run).family, json.loads((run / 'source' / 'config.json').read_bytes())),
+        lambda run: (
+            whole_steps(run),
+            read_import(run).family,
+            json.loads((run / 'source' / 'config.json').read_bytes()),
+        ),
         tmp_path / 'run',
     )
     there = 0

@@ -21,8 +21,9 @@ from weft.storage.checkpoint import Checkpoints
 from weft.training import config as configs
 from weft.training import finite, loop
 from weft.training.config import RunConfig
-from weft.training.conversion import export_run, import_run
+from weft.training.exporting import export_run
 from weft.training.finite import not_finite
+from weft.training.importing import import_run
 from weft.training.loop import train
 from weft.training.state import items, restore, saved_config
 

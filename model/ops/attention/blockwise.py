@@ -252,7 +252,10 @@ def by_query(sink_KG: jax.Array, q_BcKMH: jax.Array) -> jax.Array:
 def sink_gradient(sink_KG: jax.Array, lse_BcKM: jax.Array, delta_BcKM: jax.Array) -> jax.Array:
     """Of the sinks: the share that a sink has of a query's softmax takes from all that is seen."""
     K, G = sink_KG.shape
-    by_head = lambda x_BcKM: x_BcKM.reshape(*x_BcKM.shape[:2], K, G, -1)
+
+    def by_head(x_BcKM: jax.Array) -> jax.Array:
+        return x_BcKM.reshape(*x_BcKM.shape[:2], K, G, -1)
+
     share = jnp.exp(sink_KG.astype(lse_BcKM.dtype)[None, None, :, :, None] - by_head(lse_BcKM))
     return -(share * by_head(delta_BcKM)).sum((0, 1, 4)).astype(sink_KG.dtype)
 

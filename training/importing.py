@@ -10,7 +10,6 @@ One array after another goes from the files over the mesh into the checkpoint: n
 """
 
 import dataclasses
-import functools
 import json
 import math
 import time
@@ -23,36 +22,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from weft.data.config import DataConfig
-from weft.data.pairs import first_token
 from weft.data.tokenizer import Tokenizer
 from weft.hub import read as hub
-from weft.hub import write as publish
-from weft.hub.exported_tokenizer import exported_tokenizer
-from weft.hub.families import OPTIONAL, Tensor, families
+from weft.hub.families import OPTIONAL, Tensor
 from weft.hub.gguf.tokenizer import tokenizer_files
-from weft.hub.published_tokenizer import published_tokenizer, run_tokenizer
-from weft.hub.streaming import narrowed, published
-from weft.hub.tensor_table import tensors
+from weft.hub.published_tokenizer import published_tokenizer
 from weft.model.sizes import sizes
 from weft.runtime.device_memory import human_bytes
 from weft.runtime.errors import UserError, shown
 from weft.sharding.mesh import BATCH, SEQUENCE, MeshConfig, check_divides, configure_jax, make_mesh
 from weft.storage import files as disk
-from weft.storage.bucket_checkpoint import checkpoints_of
-from weft.storage.buckets import Bucket
 from weft.storage.checkpoint import Checkpoints
 from weft.storage.foreign import shown_path
 from weft.storage.lock import Lock
 from weft.storage.manifest import leaves_by_path
-from weft.storage.newest import read_newest
 from weft.storage.staged import refuse_existing, staged
 from weft.training import config as configs
 from weft.training.config import RECORD, RunConfig, TrainingConfig
-from weft.training.context import SOURCE, context_of, object_of, published_config, published_files
-from weft.training.finite import RULE, check_saved, not_finite
+from weft.training.context import SOURCE, context_of
+from weft.training.finite import RULE, not_finite
 from weft.training.optimizers import AdamW
-from weft.training.run_folder import run_folder
-from weft.training.state import abstract_model, abstract_state, restore_newest, saved_config
+from weft.training.state import abstract_state
 
 CONTEXT = 2048  # tokens, where a config says nothing of it
 MOST_TO_TRAIN = 4096  # tokens of a row, however long a context is: what fits in memory
@@ -91,7 +81,7 @@ def make_run(
 
     Raises UserError, before anything is written, if it cannot be one. The arguments are those of `hub.read`.
     """
-    found, files, config, tokenizer, unread = examined(source, run.name, mesh, dtype, without_remote_code, ignore)
+    found, files, config, tokenizer, unread = examine(source, run.name, mesh, dtype, without_remote_code, ignore)
     configure_jax(mesh.size, config.compute.dtype)
     devices = make_mesh(mesh)
     kept = {'config.yaml': configs.dump(config).encode()} | (tokenizer.files() if tokenizer else {})
@@ -99,7 +89,7 @@ def make_run(
     with staged(run) as place:
         with jax.set_mesh(devices):
             names = dict(zip(found.shapes, leaves_by_path(abstract_state(config).model), strict=True))
-        arrays = told(checked(found.arrays(devices), names, str(source)), names, found.bytes, say)
+        arrays = with_progress(finite_arrays(found.arrays(devices), names, str(source)), names, found.bytes, say)
         facts = {'step': 0, 'tokens': 0, 'corpus': None, 'seed': config.seed, 'next_sample': 0}
         Checkpoints(place).save_weights(0, 'model', arrays, facts, kept)
         for name, content in beside.items():
@@ -108,9 +98,9 @@ def make_run(
         for name, content in files.items():
             disk.make_folder((place / SOURCE / name).parent)
             disk.put(place / SOURCE / name, content)
-        disk.put(place / RECORD, (json.dumps(record(found, dtype), indent=1) + '\n').encode())
+        disk.put(place / RECORD, (json.dumps(import_record(found, dtype), indent=1) + '\n').encode())
     say(f'{run}: {found.family.name}, {parameters(found):,} parameters, weights in {found.compute.weight_dtype}')
-    for line in (*left_out(found), *unread):
+    for line in (*left_out_lines(found), *unread):
         say(line)
     if found.of_gguf and (packed := found.of_gguf.packed):
         say(f'read from blocks of {", ".join(packed)}, whose numbers are float32; --dtype bfloat16 halves them')
@@ -144,7 +134,7 @@ class Examined(NamedTuple):
     unread: list[str]  # a line for each file beside the weights that is not kept because it could not be read
 
 
-def examined(
+def examine(
     source: Path,
     name: str,
     mesh: MeshConfig,
@@ -163,7 +153,7 @@ def examined(
     return Examined(found, files, config, tokenizer, unread)
 
 
-def left_out(found: hub.Published) -> Iterator[str]:
+def left_out_lines(found: hub.Published) -> Iterator[str]:
     """What of a published folder a run does without, a line each."""
     for field in found.ignored:
         yield f'{found.fields.source}: {shown(field, 100)} is passed over, as asked'
@@ -192,7 +182,7 @@ def parameters(found: hub.Published) -> int:
     return sum(math.prod(one.shape) for one in found.table)
 
 
-def checked(
+def finite_arrays(
     arrays: Iterable[tuple[str, jax.Array]], names: Mapping[str, str], source: str
 ) -> Iterator[tuple[str, jax.Array]]:
     """Hands on arrays by their leaves. Raises UserError for one that is not finite: nothing could be computed with it.
@@ -206,7 +196,7 @@ def checked(
         del x  # before the next is made
 
 
-def told(
+def with_progress(
     arrays: Iterable[tuple[str, jax.Array]], names: Mapping[str, str], total: int, say: Callable[[str], None]
 ) -> Iterator[tuple[str, jax.Array]]:
     """Hands on arrays by the names of a checkpoint (`names` has them by leaf), and says every few seconds how far they are.
@@ -252,12 +242,15 @@ def trained_on(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, compute=dataclasses.replace(config.compute, weight_dtype=None))
 
 
-def record(found: hub.Published, dtype: str | None) -> dict[str, Any]:
+def import_record(found: hub.Published, dtype: str | None) -> dict[str, Any]:
     """What an export needs beside the weights: the family, and what each tensor was, whatever it becomes here."""
     kept = found.compute.weight_dtype
     shapes = found.shapes
+
     # Those of a source that is imported in another dtype become what our arrays are.
-    own = lambda one: shapes[one.parts[0].leaf].dtype if dtype else found.sources[one.name].dtype
+    def own(one: Tensor) -> np.dtype:
+        return shapes[one.parts[0].leaf].dtype if dtype else found.sources[one.name].dtype
+
     return {
         'family': found.family.name,
         'files': found.files,
@@ -268,153 +261,3 @@ def record(found: hub.Published, dtype: str | None) -> dict[str, Any]:
         'absent': list(found.absent),
         'ignored': list(found.ignored),
     }
-
-
-def export_run(
-    run: Path | Bucket,
-    target: Path,
-    dtype: str | None = None,
-    family: str | None = None,
-    mesh: MeshConfig | None = None,
-    say: Callable[[str], None] = print,
-) -> None:
-    """Makes a published folder of a run's newest checkpoint, each tensor in the dtype that it was imported in, or in `dtype`.
-
-    `family` is for a run that was not imported; the first that can say this model otherwise. Raises UserError where none can.
-    """
-    check_local(target)
-    refuse_existing(target)
-    run = run_folder(run)
-    checkpoints = checkpoints_of(run)
-    first, config, files = read_newest(
-        checkpoints, lambda newest: (newest, saved_config(checkpoints, newest), checkpoints.files(newest))
-    )
-    c, stored = config.model, config.compute.parameter_dtype
-    known = imported(run)
-    if known and family not in (None, known.family):
-        raise UserError(f'--family {family}: {run} was imported as {known.family}, and is exported as that')
-    context = config.training.sequence_length
-    tokenizer = None
-    if known:
-        chosen, fields = publish.published_config(c, context, known.family, known.config, known.absent, known.ignored)
-    else:
-        tokenizer = run_tokenizer(files, str(run))
-        if tokenizer is None:
-            raise UserError(
-                f'{run}: its checkpoint {first} holds no tokenizer, and {RECORD} does not say that it was imported'
-            )
-        if c.encoder:  # a published config names the token that a decoder reads first
-            start_token = first_token(tokenizer, c.encoder.start_token)
-            c = dataclasses.replace(c, encoder=dataclasses.replace(c.encoder, start_token=start_token))
-        chosen, fields = publish.published_config(c, context, family)
-    if tokenizer is None:
-        beside = known.beside
-    else:
-        fields |= {'bos_token_id': tokenizer.bos, 'eos_token_id': tokenizer.eos}
-        beside = exported_tokenizer(tokenizer, fields.get('max_position_embeddings', context))
-    kept = dtype or (known.dtype if known else stored.name)
-    fields['torch_dtype' if 'torch_dtype' in fields else 'dtype'] = kept
-    wanted = mesh or config.mesh
-    check_divides(wanted, sizes(c))
-    configure_jax(wanted.size, config.compute.dtype)
-    shapes = hub.shapes_of(c, config.compute)
-    with jax.set_mesh(make_mesh(wanted)):
-        model, step = restore_newest(checkpoints, first, config, files, abstract_model(config))
-        check_saved(checkpoints, step, {'model': model}, 'which are not to be published')
-    found = dict(zip(shapes, jax.tree.leaves(model), strict=True))
-    kinds: dict[str, tuple[np.dtype, Sequence[int]]] = {}
-    makers: dict[str, Callable[[], np.ndarray]] = {}
-
-    def add(name: str, kept: str, shape: Sequence[int], make: Callable[[], np.ndarray]) -> None:
-        file = known.files.get(name, name) if known else name
-        kinds[file], makers[file] = (np.dtype(kept), shape), make
-
-    table = {one.name: one for one in tensors(chosen, c, shapes)}
-    if known and (odd := {*known.copies.values()} - {*table} or {*known.fixed} - {*chosen.fixed}):
-        raise UserError(
-            f'{run / RECORD}: is damaged ({shown(min(odd))} is no tensor of {chosen.name}); import the model again'
-        )
-    for one in table.values():
-        if not (known and one.copy_of):  # the copies are those that there were
-            kept = dtype_of(one, stored, shapes, known, dtype)
-            add(one.name, kept, one.shape, functools.partial(published, one, found))
-    if known:
-        for name, of in known.copies.items():
-            kept = dtype_of(table[of], stored, shapes, known, dtype)
-            add(name, kept, table[of].shape, functools.partial(published, table[of], found))
-        for name, own in known.fixed.items():
-            numbers = chosen.fixed[name](c)
-            add(name, dtype or own, numbers.shape, functools.partial(np.asarray, numbers))
-    content = lambda name: narrowed(makers[name](), kinds[name][0], name).astype(kinds[name][0])
-    publish.write(target, fields, beside, kinds, content)
-    size = sum(math.prod(shape) * kept.itemsize for kept, shape in kinds.values())
-    say(f'{target}: {fields["architectures"][0]}, {len(kinds)} tensors in {kept}, {human_bytes(size)} (step {step})')
-    if not dtype and jnp.promote_types(kept, stored) != kept:
-        say(f'rounded from {stored} to {kept}, as it was imported; --dtype {stored} keeps all digits')
-
-
-def dtype_of(
-    one: Tensor,
-    stored: jnp.dtype,
-    shapes: Mapping[str, jax.ShapeDtypeStruct],
-    known: 'Imported | None',
-    dtype: str | None,
-) -> str:
-    """What a tensor is exported in: as it was imported; or `dtype`, and a bias of a router's choices in at least float32."""
-    if known and not dtype:
-        return known.dtypes.get(one.name, known.dtype)
-    if all(part.leaf.endswith('.bias_E') for part in one.parts):
-        return shapes[one.parts[0].leaf].dtype.name
-    return dtype or stored.name
-
-
-@dataclasses.dataclass(frozen=True)
-class Imported:
-    """What a run keeps of the folder that it was imported from."""
-
-    family: str
-    files: dict[str, str]  # tensors' names in the folder's files, where the family's table has others
-    dtype: str  # of its tensors
-    dtypes: dict[str, str]  # of tensors that have another
-    copies: dict[str, str]  # tensors that repeat others
-    fixed: dict[str, str]  # tensors that follow from the model, and their dtypes
-    config: dict[str, Any]
-    beside: dict[str, bytes]  # files beside config.json and the weights, by their paths
-    absent: Sequence[str] = ()  # parts that config.json has and the files had not
-    ignored: Sequence[str] = ()  # fields of config.json that were passed over
-
-
-# What `record` writes, each text or texts.
-RECORDED: dict[str, type] = {'family': str, 'files': dict, 'dtype': str, 'dtypes': dict, 'copies': dict, 'fixed': dict}
-RECORDED |= {'absent': list, 'ignored': list}
-
-
-def imported(run: Path | Bucket) -> Imported | None:
-    """Of a run; None where it was not imported."""
-    if not (run / RECORD).is_file():
-        return None
-    record: dict[str, Any] = {'absent': [], 'ignored': []} | object_of(run / RECORD)
-    for field, kind in RECORDED.items():
-        value = record.get(field)
-        texts = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        right = type(value) is kind and all(isinstance(text, str) for text in texts)
-        if not right or (field in ('dtype', 'dtypes', 'fixed') and not all(map(_is_dtype, texts))):
-            damaged = f'{field} is {"missing" if value is None else shown(repr(value))}'
-            raise UserError(
-                f'{run / RECORD}: is damaged ({damaged}); restore it from a copy, or import the model again'
-            )
-    if record['family'] not in (family.name for family in families()):
-        raise UserError(
-            f'{run / RECORD}: is damaged (family is {shown(record["family"], 60, quoted=True)}, which is none)'
-        )
-    files = published_files(run, lambda path: path != hub.CONFIG)
-    config = published_config(run)
-    return Imported(config=config, beside=files, **{field: record[field] for field in RECORDED})
-
-
-def _is_dtype(name: str) -> bool:
-    """Whether tensors may be of it."""
-    try:
-        return bool(jnp.issubdtype(jnp.dtype(name), jnp.number))
-    except TypeError:
-        return False
