@@ -129,8 +129,8 @@ def logits(
 ):
     """Logits [B, T, vocabulary] of the full forward pass, float32 or wider, rows split over BATCH, T over `context`.
 
-    context × tensor must divide T. `kind_BT`: token types, as `ForwardContext` has them; `source`: an encoder–decoder needs it. Raises UserError on a mesh with
-    stages, and for a model without an LM head (`hidden_states`).
+    context × tensor must divide T. `kind_BT`: token types, as `ForwardContext` has them; `source`: an encoder–decoder needs it.
+    Raises UserError on a mesh with stages, and for a model without an LM head (`hidden_states`).
     """
     needs_no_stages('scoring')
     needs_head(model.config, 'logits')
