@@ -136,7 +136,7 @@ FAULTS = {
     'a disk': ("raise OSError(28, 'No space left on device', 'a\\nb')", 1, 'error: a\\nb: No space left on device\n'),
     'memory': ('bytearray(1 << 62)', 1, 'error: out of memory: this machine has no more of it for this process\n'),
     'a text out of a file': (
-        "from runtime.errors import UserError; raise UserError('x\\x1b[2J\\ny' + 'z' * 5000)",
+        "from weft.runtime.errors import UserError; raise UserError('x\\x1b[2J\\ny' + 'z' * 5000)",
         2,
         f'error: x\\x1b[2J\\ny{"z" * 1992}…\n',
     ),
