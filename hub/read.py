@@ -2,7 +2,7 @@
 
 `read` checks a folder by its headers alone, so that every mistake is told before a number is read; `Published.arrays` then
 streams its tensors onto a mesh. Nothing in a folder is ever run or unpickled. hub/write.py writes such folders. A GGUF file
-is read as the folder that it stands for (model/gguf).
+is read as the folder that it stands for (hub/gguf).
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from weft.hub.published_folder import SINGLE as SINGLE
 from weft.hub.published_folder import TEMPLATES as TEMPLATES
 from weft.hub.published_folder import side_files as side_files
 from weft.hub.streaming import arrays
-from weft.hub.tensor_table import array_shapes, tensors
+from weft.hub.tensor_table import array_shapes, is_correction, tensors
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import ModelConfig
 from weft.runtime.errors import CLOSE, SEARCHED, UserError, nearest, shown
@@ -130,7 +130,7 @@ def read(
         from_gguf.check(table)
     sources, copies, fixed = _match(folder, family, table, stored, files, c)
     table = [one for one in table if not one.copy_of]
-    compute = _dtypes(folder, table, sources, dtype)
+    compute = _dtypes(folder, c, table, sources, dtype)
     files = {name: file for name, file in files.items() if name in (*sources, *copies, *fixed)}
     return Published(
         folder, fields, family, c, compute, table, sources, files, copies, fixed, absent, tuple(ignore), from_gguf
@@ -292,7 +292,9 @@ def _check_copy(one: TensorSource, name: str, source: TensorSource, of: str) -> 
         )
 
 
-def _dtypes(folder: Path, table: list[Tensor], sources: Mapping[str, TensorSource], dtype: str | None) -> ComputeConfig:
+def _dtypes(
+    folder: Path, c: ModelConfig, table: list[Tensor], sources: Mapping[str, TensorSource], dtype: str | None
+) -> ComputeConfig:
     """The dtypes of storage and compute: see `read`."""
     found: Counter[np.dtype] = Counter()
     for one in table:
@@ -304,7 +306,7 @@ def _dtypes(folder: Path, table: list[Tensor], sources: Mapping[str, TensorSourc
                 'numbers stand for; supported: DeepSeek’s block-scaled FP8, MXFP4'
             )
         # The bias of a router's choices is kept in at least float32 anyhow, without widening all others.
-        if not all(part.leaf.endswith('.bias_E') for part in one.parts) or source.dtype.itemsize > 4:
+        if not is_correction(one, c) or source.dtype.itemsize > 4:
             found[source.dtype] += math.prod(one.shape)
     kept = dtype or np.dtype(functools.reduce(jnp.promote_types, found)).name
     if kept not in get_args(Kept):

@@ -10,7 +10,7 @@ from weft.hub.families import ENCODER, AsRow, Entry, Family, Flipped, Joined, Te
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.decoder import declared_decoder, weights_of
-from weft.model.parameters import Parameter, abstract, name_of
+from weft.model.parameters import Parameter, Role, abstract, name_of
 from weft.runtime.errors import UserError
 
 
@@ -146,3 +146,8 @@ def check_filled(found: list[Tensor], c: ModelConfig, shapes: Mapping[str, jax.S
         assert count[leaf] == math.prod(unpadded(weights_of(c)[leaf], c)), (
             f'{leaf}: {count[leaf]} numbers of {shape.shape}'
         )
+
+
+def is_correction(one: Tensor, c: ModelConfig) -> bool:
+    """Whether a published tensor is the correction of a router's choices, which is kept in at least float32."""
+    return all(weights_of(c)[part.leaf].role is Role.CORRECTION for part in one.parts)

@@ -112,7 +112,7 @@ class ModelConfig:
                 )
 
     def _check_direction(self) -> None:
-        if self.attention.kind == 'mla' and (self.encoder or not self.causal or self.positions.kind == 'relative'):
+        if self.attention.kind == 'mla' and (self.encoder or not self.causal or self.positions.kind != 'rotary'):
             raise UserError(
                 'model.attention.kind is mla: it is causal, without model.encoder, and its positions rotary'
             )
@@ -141,7 +141,8 @@ class ModelConfig:
     def _check_encoder(self) -> None:
         e, a = self.encoder, self.attention
         assert e is not None
-        assert a.kind == 'gqa'
+        if not isinstance(a, AttentionConfig):
+            raise UserError(f'model.attention.kind is {a.kind} and model.encoder is given: an encoder–decoder has gqa')
         unfit = {
             'moe': self.moe,
             'attention.qk_norm': a.qk_norm,

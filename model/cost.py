@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from weft.model.block import Block
-from weft.model.config import LayerSpec, ModelConfig, changed
+from weft.model.config import LayerSpec, MLAConfig, ModelConfig, changed
 from weft.model.decoder import weights_of
 from weft.model.kv_cache import CacheSize
 from weft.model.layers.norm import Norm
@@ -134,7 +134,7 @@ def flops_per_token(c: ModelConfig, what: Literal['train', 'prefill', 'decode'],
 
 
 def _decode_flops(c: ModelConfig, context: float) -> dict[str, float]:
-    """One token whose keys are in a cache. Latent attention goes to the latent space instead (model/latent.py)."""
+    """One token whose keys are in a cache. Latent attention goes to the latent space instead (model/layers/mla.py)."""
     a = c.attention
     seen = sum(a.reach(context, kind.windowed) for kind in c.layer_specs) / c.layers
     flops = forward_flops(c, seen, context)
@@ -174,7 +174,7 @@ def projections(c: ModelConfig) -> list[tuple[int, int]]:
     """Rows and columns of each of a layer's matrices of attention, as training and prefill use them."""
     D, a = c.model_dim, c.attention
     N, M = a.heads * a.query_dim, a.kv_heads * a.head_dim
-    if a.kind == 'gqa':
+    if not isinstance(a, MLAConfig):
         return [(D, N), (D, M), (D, M), (D, N)]
     queries = [(D, a.q_lora_rank), (a.q_lora_rank, N)] if a.q_lora_rank else [(D, N)]
     latent = [(D, a.kv_lora_rank + a.qk_rope_head_dim), (a.kv_lora_rank, a.heads * (a.qk_nope_head_dim + a.v_head_dim))]

@@ -3,8 +3,8 @@
 A module's `__init__` makes no array: each `nnx.Param` of it holds a `Parameter`, which says what the weight is. So a model's
 weights can be read in a millisecond, without a mesh and without JAX's tracing: for counts and bytes (planner/), for what a mesh
 must divide (model/sizes.py), for optimizer groups, for restoring; a published tensor finds its place by the weight's name
-(hub/). `initialise` makes the arrays, each born in its layout. Outside `jax.shard_map` the module then holds global arrays, whose types carry their layout; inside,
-the same module holds this device's shards.
+(hub/). `initialise` makes the arrays, each born in its layout. Outside `jax.shard_map` the module then holds global arrays,
+whose types carry their layout; inside, the same module holds this device's shards.
 """
 
 import dataclasses
@@ -39,6 +39,7 @@ class Role(enum.Enum):
     BIAS = 'bias'
     VECTOR = 'vector'  # any other that is multiplied or added element by element
     CORRECTION = 'correction'  # moved by the training step itself, not by a gradient
+    FROZEN = 'frozen'  # of a linear map that learns no more: it has no gradient, and does not decay
 
     @property
     def decays(self) -> bool:
@@ -47,8 +48,8 @@ class Role(enum.Enum):
 
     @property
     def narrow(self) -> bool:
-        """Whether the forward pass uses it in the compute dtype; routers, norms and biases compute in at least float32."""
-        return self.decays and self is not Role.ROUTER
+        """Whether decoding keeps it in the compute dtype; routers, scales and biases stay as wide as they are stored."""
+        return (self.decays and self is not Role.ROUTER) or self is Role.FROZEN
 
     def dtype(self, stored: Any) -> jnp.dtype:
         """The dtype it is stored in, where `stored` is that of the model's weights."""
@@ -142,7 +143,7 @@ class Parameter:
     @property
     def in_first(self) -> bool:
         """Whether it is a linear map that is kept as in × out."""
-        return self.role in (Role.MATRIX, Role.EXPERT, Role.HEAD, Role.ROUTER) and not self.out_first
+        return self.role in (Role.MATRIX, Role.EXPERT, Role.HEAD, Role.ROUTER, Role.FROZEN) and not self.out_first
 
     def rules(self) -> Iterator[Divides]:
         """What a mesh must divide to hold it."""
@@ -208,7 +209,8 @@ def initialise(module: Module, key: jax.Array, stored: Any) -> Module:
 
 def abstract(module: Module, stored: Any) -> Module:
     """The module with shapes, dtypes and layouts on the current mesh in the place of arrays; nothing is traced."""
-    mesh = jax.sharding.get_mesh()
+    mesh: Any = jax.sharding.get_mesh()
+    mesh = jax.sharding.get_abstract_mesh() if mesh.empty else mesh  # a mesh that is only named, while files are read
     config = MeshConfig(**mesh.shape)
 
     def kind(name: str, found: Parameter) -> jax.ShapeDtypeStruct:

@@ -123,7 +123,8 @@ def _layers(c: ModelConfig, name: str):
     for experts, times in sorted(counts.items()):
         label = name if len(counts) == 1 else f'{"mixture" if experts else "dense"} {name}'
         parts = cost.layer_parameters(c, LayerSpec(experts))
-        for part in ('attention', 'cross_attention', 'mlp', 'router', 'experts', 'shared_experts', 'norms'):
+        known = ('attention', 'cross_attention', 'mlp', 'router', 'experts', 'shared_experts', 'norms')
+        for part in (*known, *(part for part in parts if part not in known)):
             if not (each := parts.get(part, 0)):
                 continue
             active = each * c.moe.top_k // c.moe.experts if part == 'experts' else each

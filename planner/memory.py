@@ -23,6 +23,7 @@ from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.decoder import weights_of
 from weft.model.kv_cache import CacheSize
+from weft.model.parts.attention import SoftmaxConfig
 from weft.model.stack import stacked_caches
 from weft.planner.activations import FLOAT32, Device, at_work, in_loss, kept_by, residuals
 from weft.planner.weights import Inventory, inventory
@@ -62,6 +63,11 @@ class Memory:
     def parts(self) -> dict[str, float]:
         """By name."""
         return dataclasses.asdict(self)
+
+
+def counted(c: ModelConfig) -> bool:
+    """Whether memory and FLOPs of a model's layers are counted: not of a mixer that is no softmax attention."""
+    return isinstance(c.attention, SoftmaxConfig)
 
 
 def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:

@@ -12,7 +12,10 @@ from weft.model.config import ModelConfig
 
 
 def weights(model) -> dict:
-    """The model's weights as a nested dict of host arrays, layers unstacked: {'embed_VD': …, 'layers': [{'q.w_IO': …}, …]}."""
+    """The model's weights as a nested dict of host arrays, layers unstacked.
+
+    {'embed_VD': …, 'layers': [{'attention.q.w_IO': …}, …]}
+    """
     flat = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(model):
         flat[jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value')] = np.asarray(leaf)
@@ -49,14 +52,10 @@ def rope(x_BTNH, position_BT, theta):
 def attend(w, x_BTD, position_BT, segment_BT, number: int, c: ModelConfig):
     B, T, _ = x_BTD.shape
     get = lambda name: w.get(f'attention.{name}')
-    heads = lambda letter, dims, n: (
-        x_BTD @ get(f'{letter}_{dims}') + (get(f'{letter}_bias_{dims[1]}') if c.attention.qkv_bias else 0)
+    heads = lambda letter, n: (
+        x_BTD @ w[f'attention.{letter}.w_IO'] + (w[f'attention.{letter}.b_O'] if c.attention.qkv_bias else 0)
     ).reshape(B, T, n, c.attention.head_dim)
-    q, k, v = (
-        heads('q', 'DN', c.attention.heads),
-        heads('k', 'DM', c.attention.kv_heads),
-        heads('v', 'DM', c.attention.kv_heads),
-    )
+    q, k, v = heads('q', c.attention.heads), heads('k', c.attention.kv_heads), heads('v', c.attention.kv_heads)
     if c.attention.qk_norm:
         q, k = rms(q, get('q_scale_H'), c), rms(k, get('k_scale_H'), c)
     if c.positions.pattern[number % len(c.positions.pattern)]:

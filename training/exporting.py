@@ -18,7 +18,7 @@ from weft.hub.exported_tokenizer import exported_tokenizer
 from weft.hub.families import Family, Tensor, families
 from weft.hub.published_tokenizer import run_tokenizer
 from weft.hub.streaming import narrowed, published
-from weft.hub.tensor_table import tensors
+from weft.hub.tensor_table import is_correction, tensors
 from weft.model.config import ModelConfig
 from weft.model.sizes import sizes
 from weft.runtime.device_memory import human_bytes
@@ -131,7 +131,7 @@ def exported_tensors(
     """
 
     def of_table(one: Tensor) -> ExportedTensor:
-        kept = np.dtype(dtype_of(one, stored, shapes, known, dtype))
+        kept = np.dtype(dtype_of(one, c, stored, shapes, known, dtype))
         return ExportedTensor(kept, one.shape, functools.partial(published, one, arrays))
 
     for one in table.values():
@@ -155,6 +155,7 @@ def check_record(run: Path | Bucket, known: 'Imported', family: Family, table: M
 
 def dtype_of(
     one: Tensor,
+    c: ModelConfig,
     stored: jnp.dtype,
     shapes: Mapping[str, jax.ShapeDtypeStruct],
     known: 'Imported | None',
@@ -163,7 +164,7 @@ def dtype_of(
     """What a tensor is exported in: as it was imported; or `dtype`, and a bias of a router's choices in at least float32."""
     if known and not dtype:
         return known.dtypes.get(one.name, known.dtype)
-    if all(part.leaf.endswith('.bias_E') for part in one.parts):
+    if is_correction(one, c):
         return shapes[one.parts[0].leaf].dtype.name
     return dtype or stored.name
 

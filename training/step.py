@@ -9,6 +9,7 @@ import optax
 from weft.model.batch import Batch
 from weft.model.decoder import Decoder, init_decoder
 from weft.model.layers.moe import MoE, updated_bias
+from weft.runtime.errors import UserError
 from weft.training.config import RunConfig
 from weft.training.loss import loss_and_gradient
 from weft.training.optimizers import roles
@@ -63,6 +64,11 @@ def train_step(config: RunConfig, state: State, batch: Batch) -> tuple[State, di
 def balance_choices(model: Decoder, metrics: dict) -> None:
     """Moves the routers' biases by what the whole step's tokens chose, whatever devices and parts they were on."""
     moe = model.config.moe
+    if 'router.load' not in metrics:
+        raise UserError(
+            f'model.moe.bias_update_rate is {moe.bias_update_rate}: a mixture of kind {moe.kind} logs no router.load, by which '
+            'the bias moves; set it to 0'
+        )
     # Shares of all choices back to whole numbers, so that every mesh compares the same.
     load_LE = jnp.round(metrics['router.load'] * (metrics['tokens'] * moe.top_k))
     first = 0

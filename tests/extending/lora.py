@@ -1,4 +1,4 @@
-"""A LoRA adapter (Hu et al. 2021, arXiv:2106.09685) beside queries and values; all other weights of attention stay as they are.
+"""A LoRA adapter (Hu et al. 2021, arXiv:2106.09685) beside queries and values, whose own maps learn no more.
 
 Letters: B rows, T sequence, I inputs, O outputs, R rank.
 """
@@ -16,7 +16,7 @@ from weft.model.parameters import Role, parameter
 from weft.model.parts.attention import AttentionConfig
 from weft.model.parts.registry import MIXERS
 from weft.sharding.collectives import unshard
-from weft.sharding.mesh import FSDP
+from weft.sharding.mesh import FSDP, Divides
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class Adapted(nnx.Module):
 
     def __init__(self, base: Linear, rank: int, alpha: float):
         declared = base.weight.get_value()
+        base.weight.set_value(dataclasses.replace(declared, role=Role.FROZEN))
         self.base, self.scale = base, alpha / rank
         self.a_IR = parameter(
             (declared.shape[0], rank), P(FSDP, None), Role.MATRIX, scale=rank**-0.5, gathered=FSDP, part='adapters'
@@ -42,10 +43,15 @@ class Adapted(nnx.Module):
     def __call__(self, x_BTI):
         a_IR = unshard(self.a_IR[...], x_BTI.dtype)
         w_IO = lax.stop_gradient(self.base.kernel(x_BTI.dtype))
-        return linear(x_BTI, w_IO) + linear(linear(x_BTI, a_IR), self.b_RO.astype(x_BTI.dtype)) * self.scale
+        y_BTO = linear(x_BTI, w_IO) + linear(linear(x_BTI, a_IR), self.b_RO.astype(x_BTI.dtype)) * self.scale
+        return y_BTO + self.base.bias(x_BTI.dtype)[None, None] if self.base.biased else y_BTO
 
 
 class AdaptedAttention(Attention):
+    @staticmethod
+    def rules(c: ModelConfig) -> list[Divides]:  # heads of values are not repeated
+        return [*Attention.rules(c), Divides(('tensor',), 'model.attention.kv_heads', c.attention.kv_heads)]
+
     def __init__(self, c: ModelConfig, kind: LayerSpec):
         super().__init__(c, kind)
         self.q = Adapted(self.q, c.attention.rank, c.attention.alpha)

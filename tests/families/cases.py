@@ -1,6 +1,6 @@
 """Tiny configs of each family, as published config.json files are: together they exercise what the family can do.
 
-CASES: name -> config. The name begins with the family's file in model/families.
+CASES: name -> config. The name begins with the family's file in hub/families.
 """
 
 from typing import Any

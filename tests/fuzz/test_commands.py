@@ -9,6 +9,7 @@ import pytest
 
 from tests.fuzz import commands, disks, pairs, signals, streams
 from tests.fuzz.commands import COMMANDS, Command, Ended
+from weft.scripts.command import NOT_COMMANDS
 
 SCRIPT = Path(__file__).parent / 'fakes' / 'script.py'
 
@@ -200,12 +201,7 @@ def test_disks_are_as_they_are_called_and_what_is_left_is_seen(tmp_path, monkeyp
 
 
 def test_every_script_and_each_of_its_ways_is_among_the_commands():
-    scripts = {path.stem for path in (commands.ROOT / 'scripts').glob('*.py')} - {
-        '__init__',
-        'entry',
-        'answering',
-        'options',
-    }
+    scripts = {path.stem for path in (commands.ROOT / 'scripts').glob('*.py')} - NOT_COMMANDS
     assert {command.words[0] for command in COMMANDS.values()} == scripts
     ways = (commands.ROOT / 'scripts' / 'convert.py').read_text(encoding='utf-8').count('ways.add_parser(')
     assert len({command.words[1] for command in COMMANDS.values() if command.words[0] == 'convert'}) == ways

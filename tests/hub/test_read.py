@@ -244,7 +244,7 @@ def test_the_config_of_an_import_is_true_and_fits(said, length, most, tmp_path):
     assert (written.data.source, written.data.vocabulary) == (None, None)
     with pytest.raises(UserError, match=r'data.source is null: name what to learn from.*data.source=notes/'):
         written.data.paths  # noqa: B018
-    opened = open_run(tmp_path / 'run', needs_text=False)
+    opened = open_run(tmp_path / 'run', needs_text=False, stacked=True)
     assert opened.context == most
     # What training prints of the same weights is the same number, and how many fill up the vocabulary.
     count = sum(x.size for x in folders.named('llama-grouped').values())

@@ -43,10 +43,8 @@ def test_decoding_from_latent_vectors_is_the_expanded_form(q_rank, mesh):
         ),
         mlp=MLPConfig(dim=64),
         positions=RotaryConfig(
-            kind=RotaryConfig(
-                layout='interleaved',
-                scaling=RopeScaling(kind='yarn', factor=8.0, original_positions=16, mscale_all_dim=1.0),
-            )
+            layout='interleaved',
+            scaling=RopeScaling(kind='yarn', factor=8.0, original_positions=16, mscale_all_dim=1.0),
         ),
     )
     ids = np.random.default_rng(0).integers(0, 128, (2, 48), dtype=np.int32)
