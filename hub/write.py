@@ -27,7 +27,7 @@ OF_KINDS = (
     'model.attention.window_pattern',
     'model.positions.pattern',
 )  # what `ModelConfig.layer_specs` says
-FAR, MOST_TOLD = 1000, 4  # fields: of a family that does not read at all; of one that are told
+FAR, MOST_TOLD = 1000, 8  # fields: of a family that does not read at all; of one that are told
 
 
 def write(
