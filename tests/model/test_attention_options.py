@@ -18,7 +18,7 @@ OPTIONS = {
     'softcap': {'softcap': 1.5},
     'sinks': {'sink_KG': True},
     'two ways': {'causal': False},
-    'two ways in a window': {'causal': False, 'attention.window': 5},
+    'two ways in a window': {'causal': False, 'window': 5},
     'all': {'softcap': 0.7, 'sink_KG': True, 'window': 9, 'scale': 0.9},
 }
 K, G, H, U = 2, 3, 8, 6
