@@ -40,7 +40,7 @@ def head_fields(k: Keys, fields: Config) -> dict[str, Any]:
         raise UserError(
             f'{k.path}: key {k.architecture}.attention.value_length is {values} and key_length {width}: both must be the same'
         )
-    return {'attention.head_dim': width} | ({} if turning == width else {'partial_rotary_factor': turning / width})
+    return {'head_dim': width} | ({} if turning == width else {'partial_rotary_factor': turning / width})
 
 
 def scaling_fields(k: Keys, fields: Config, width: int) -> dict[str, Any]:
@@ -52,12 +52,12 @@ def scaling_fields(k: Keys, fields: Config, width: int) -> dict[str, Any]:
             raise UserError(
                 f'{k.path}: has both rope_freqs.weight and {name}.type {shown_value(kind)}: only one of them is supported'
             )
-        return {'positions.scaling': llama3_scaling(factors, fields['rope_theta'], width, k.path)}
+        return {'rope_scaling': llama3_scaling(factors, fields['rope_theta'], width, k.path)}
     if kind == 'none':
         factor = k.number('rope.scale_linear', 1.0)  # of older files
-        return {} if factor in (0, 1) else {'positions.scaling': {'rope_type': 'linear', 'factor': float(factor)}}
+        return {} if factor in (0, 1) else {'rope_scaling': {'rope_type': 'linear', 'factor': float(factor)}}
     if kind == 'linear':
-        return {'positions.scaling': {'rope_type': 'linear', 'factor': k.positive('rope.scaling.factor')}}
+        return {'rope_scaling': {'rope_type': 'linear', 'factor': k.positive('rope.scaling.factor')}}
     if kind != 'yarn':
         raise UserError(
             f'{k.path}: key {name}.type is {shown_value(kind)}, which is not supported; supported: none, linear, yarn'
@@ -81,7 +81,7 @@ def scaling_fields(k: Keys, fields: Config, width: int) -> dict[str, Any]:
     ):
         if k(key, None) is not None:
             found[field] = k.positive(key)
-    return {'positions.scaling': found}
+    return {'rope_scaling': found}
 
 
 def llama3_scaling(factors: np.ndarray, theta: float, width: int, path: Path) -> dict[str, Any]:
