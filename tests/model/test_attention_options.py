@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax import P
 
+from weft.model.kv_cache import dense_positions
 from weft.model.ops.attention import AttentionFeatures, attention, default_backend
 from weft.model.ops.attention.blockwise import blockwise_attention
 from weft.model.ops.attention.cached import cached_attention
@@ -128,7 +129,9 @@ def test_over_a_cache_the_last_query_gives_what_it_gives_in_the_row(name, contex
     kept = [np.concatenate([x[:, one] for one in slots], 1) for x in (k, v)]
     with jax.set_mesh(make_mesh(MeshConfig(context=context))):
         run = jax.shard_map(
-            lambda q, k, v: cached_attention(q, k, v, position_BT[:, -1:], sink_KG=sinks, **options),
+            lambda q, k, v: cached_attention(
+                q, k, v, position_BT[:, -1:], dense_positions(2, T // context), sink_KG=sinks, **options
+            ),
             in_specs=(P(), P(None, 'context'), P(None, 'context')),
             out_specs=P(),
         )
