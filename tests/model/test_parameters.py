@@ -13,8 +13,8 @@ from flax import nnx
 from jax import P
 
 from tests.extending import harness
-from weft.hub.families import families, tensors
-from weft.hub.families import leaves as leaves_of
+from weft.hub.families import families
+from weft.hub.tensor_table import array_shapes, tensors
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import AttentionConfig, MLPConfig, ModelConfig
 from weft.model.cost import parameters
@@ -155,7 +155,7 @@ def test_its_gradients_are_those_of_one_device_and_it_is_saved_and_restored(toy,
 def test_a_published_family_refuses_it_by_name(toy):
     llama = next(family for family in families() if family.name == 'llama')
     with jax.set_mesh(make_mesh(MeshConfig())), pytest.raises(UserError) as caught:
-        tensors(llama, toy, leaves_of(toy))
+        tensors(llama, toy, array_shapes(toy))
     assert 'family llama has no tensor for groups.0.mlp.' in str(caught.value)
 
 
