@@ -145,13 +145,3 @@ def linear_back(x_BTI: jax.Array, w_OI: jax.Array) -> jax.Array:
     """x @ w.T, for weights kept as out × in."""
     flat_NO = lax.dot_general(x_BTI.reshape(-1, x_BTI.shape[-1]), w_OI, (((1,), (1,)), ((), ())))
     return flat_NO.reshape(*x_BTI.shape[:-1], -1)
-
-
-def maps(module: nnx.Module) -> dict[str, Linear | ExpertLinear]:
-    """The linear maps of a model, by name: what adapters and quantisation may take the place of."""
-    found = {
-        '.'.join(map(str, path)): node
-        for path, node in nnx.iter_modules(module)
-        if isinstance(node, Linear | ExpertLinear)
-    }
-    return dict(sorted(found.items()))

@@ -132,7 +132,6 @@ class NoPositions:
     kind: Literal['none'] = 'none'
 
 
-Positions = RotaryConfig | LearnedConfig | SinusoidalConfig | RelativeConfig | NoPositions
 POSITIONS.register('rotary', RotaryConfig)
 POSITIONS.register('learned', LearnedConfig)
 POSITIONS.register('sinusoidal', SinusoidalConfig)
