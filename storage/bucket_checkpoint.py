@@ -106,7 +106,6 @@ class BucketCheckpoints(Checkpoints):
             path.delete(others)
             at_once(lambda name: (path / name).write_bytes(files[name]), files)
             digests |= {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in files.items()}
-            self.check_lock()
             manifest = {'format': SHARDS, 'arrays': arrays, 'files': dict(sorted(digests.items()))}
             (path / MANIFEST).write_bytes(sealed(manifest))
             self._delete_old(step)

@@ -95,6 +95,8 @@ class Bucket:
 
     protocol: str
     key: str  # BUCKET/… without slashes at its ends
+    # Called right before each change here or below: what it raises prevents that.
+    before_change: Callable[[], None] = dataclasses.field(default=lambda: None, compare=False, repr=False)
 
     @property
     def store(self) -> Any:
@@ -105,7 +107,7 @@ class Bucket:
         return f'{self.protocol}://{self.key}'
 
     def __truediv__(self, name: str) -> 'Bucket':
-        return Bucket(self.protocol, f'{self.key}/{name}')
+        return dataclasses.replace(self, key=f'{self.key}/{name}')
 
     @property
     def name(self) -> str:
@@ -113,7 +115,7 @@ class Bucket:
 
     @property
     def parent(self) -> 'Bucket':
-        return Bucket(self.protocol, self.key.rpartition('/')[0] or self.key)
+        return dataclasses.replace(self, key=self.key.rpartition('/')[0] or self.key)
 
     def with_name(self, name: str) -> 'Bucket':
         return self.parent / name
@@ -158,6 +160,7 @@ class Bucket:
     def write_bytes(self, content: bytes) -> None:
         """Whole or not at all."""
         with _reaching(self):
+            self.before_change()
             try:
                 self.store.pipe_file(self.key, content)
             except FileNotFoundError as error:
@@ -166,6 +169,7 @@ class Bucket:
     def create(self, content: bytes) -> bool:
         """Writes an object that is not there, in one step: False where one is. (Stores that cannot tell write in any case.)"""
         with _reaching(self):
+            self.before_change()
             try:
                 self.store.pipe_file(self.key, content, mode='create')
             except FileExistsError:
@@ -179,6 +183,7 @@ class Bucket:
     def upload(self, source: Path) -> None:
         """Writes one object from a file."""
         with _reaching(self):
+            self.before_change()
             self.store.put_file(str(source), self.key)
 
     def download(self, target: Path, names: Iterable[str]) -> None:
@@ -197,6 +202,7 @@ class Bucket:
 
         def remove(name: str) -> None:
             with _reaching(self / name), contextlib.suppress(FileNotFoundError):
+                self.before_change()
                 self.store.rm_file((self / name).key)
 
         at_once(remove, names)
@@ -206,6 +212,7 @@ class Bucket:
 
         def copy(name: str) -> None:
             with _reaching(self / name):
+                target.before_change()
                 self.store.cp_file((self / name).key, (target / name).key)
 
         at_once(copy, names)

@@ -20,6 +20,7 @@ power cut tears or brings back says nothing that is believed.
 
 import contextlib
 import dataclasses
+import functools
 import sys
 import threading
 import time
@@ -94,6 +95,13 @@ class Lock:
         finally:
             self._file.close()
             self._unmake()
+
+    @property
+    def run(self) -> Path | Bucket:
+        """The run's folder, for its one writer: in a bucket each change is refused once another process has taken it over."""
+        if not isinstance(self.folder, Bucket):
+            return self.folder
+        return dataclasses.replace(self.folder, before_change=functools.partial(self.check, look=True))
 
     def check(self, look: bool = False) -> None:
         """Raises MachineError where another process is known to have taken the run over.

@@ -55,7 +55,7 @@ def train(config: RunConfig, runs: Path | Bucket, fresh: bool = False, console: 
     folder = runs / config.name
     # One process of one run writes; readers need no lock.
     lock = Lock(folder) if peers.first() else contextlib.nullcontext()
-    with lock as held, contextlib.closing(LocalCopy(folder)) as local_copy:
+    with lock as held, contextlib.closing(LocalCopy(held.run if held else folder)) as local_copy:
         if peers.first():
             config, dataset = prepare_run(config, local_copy, fresh, console)
         # Where process 0 finds something wrong, all processes end with its exit code, here or wherever they are.
@@ -262,6 +262,7 @@ class Run:
             self.local_copy.push()
             self.unsent = None
         except (MachineError, UserError) as error:
+            self.checkpoints.check_lock()
             self.unsent = shown(error, 500)
             streams.say(f'error: an upload failed: {self.unsent}; training goes on, to the next one')
 

@@ -16,7 +16,7 @@ from tests.storage.test_checkpoint import FILES, MESHES, bits, restored_small, s
 from weft.inference.run import open_run
 from weft.runtime.errors import MachineError, UserError
 from weft.storage.bucket_checkpoint import checkpoints_of
-from weft.storage.buckets import Bucket, at
+from weft.storage.buckets import Bucket, at, at_once
 from weft.storage.checkpoint import MANIFEST, Checkpoints, SaveFailed
 from weft.storage.holder import own_record
 from weft.storage.local_copy import LocalCopy
@@ -228,18 +228,31 @@ def test_a_last_upload_that_fails_is_no_good_end(runs, place):
         trained(place, runs, 'training.steps=2')
 
 
-def test_a_run_that_another_process_took_over_is_written_no_more(runs, place):
-    theirs = b'the new holder wrote this'
+@pytest.mark.parametrize(
+    'moment', [('delete', '/data/data.json'), ('write', '/2/model/'), ('write', '/2/manifest.json')], ids=str
+)
+def test_a_run_that_another_process_took_over_is_written_no_more(runs, place, monkeypatch, moment):
+    """In the middle of an upload, in the middle of a save, and at its end, of which only training can tell."""
+    theirs, after, save = b'the new holder wrote this', [], Run.save
+
+    def saving(self: Run, step: int) -> None:
+        self.settle(wait=True)  # else an object of the next upload may be on its way when the checkpoint is published
+        save(self, step)
 
     def before(change: str, key: str) -> None:
-        if change == 'write' and key.endswith('/2/manifest.json'):
+        if change == moment[0] and moment[1] in key:
             Store.before = staticmethod(lambda change, key: None)
             (runs / '.tiny.lock').write_bytes(dataclasses.replace(own_record(), host='far').written())
             (runs / 'tiny' / 'metrics.jsonl').write_bytes(theirs)
+            Store.before = staticmethod(lambda change, key: after.append(key))
 
+    monkeypatch.setattr(Run, 'save', saving)
+    monkeypatch.setattr('weft.storage.lock.BEAT', 1000.0)  # a beat at the same moment would win the lock back
+    monkeypatch.setattr(at_once, '__defaults__', (1,))  # and no object is on its way beside that one
     Store.before = staticmethod(before)
     with pytest.raises(MachineError, match=r'no longer this process’s to write: process \d+ of host far'):
         trained(place, runs, 'training.steps=6', 'checkpoint.every=2')
+    assert after == []
     assert (runs / 'tiny' / 'metrics.jsonl').read_bytes() == theirs
     assert (runs / '.tiny.lock').is_file()
 
