@@ -1,3 +1,4 @@
+# ruff: noqa: F401 (names for type checkers and editors)
 """Weft: sharded transformers in JAX.
 
 What a notebook or a program of one's own begins with; each name is imported when it is first used:
@@ -19,55 +20,31 @@ if TYPE_CHECKING:
     from weft.model.forward import hidden_states, logits
     from weft.runtime.errors import MachineError, UserError
     from weft.sharding.mesh import MeshConfig, make_mesh
-    from weft.training.config import RunConfig
-    from weft.training.config import load as load_config
+    from weft.training.config import RunConfig, load_config
     from weft.training.loss import loss_and_gradient
     from weft.training.step import init, train_step
 
-__all__ = [
-    'Decoder',
-    'MachineError',
-    'MeshConfig',
-    'ModelConfig',
-    'RunConfig',
-    'Sampling',
-    'UserError',
-    'generate',
-    'hidden_states',
-    'init',
-    'load_config',
-    'logits',
-    'loss_and_gradient',
-    'make_mesh',
-    'open_run',
-    'train_step',
-]
-
-_WHERE = {
-    'generate': 'inference.generate',
-    'open_run': 'inference.run',
-    'Sampling': 'inference.sampling',
-    'ModelConfig': 'model.config',
-    'Decoder': 'model.decoder',
-    'hidden_states': 'model.forward',
-    'logits': 'model.forward',
-    'MachineError': 'runtime.errors',
-    'UserError': 'runtime.errors',
-    'MeshConfig': 'sharding.mesh',
-    'make_mesh': 'sharding.mesh',
-    'RunConfig': 'training.config',
-    'load_config': 'training.config',
-    'loss_and_gradient': 'training.loss',
-    'init': 'training.step',
-    'train_step': 'training.step',
+_MODULES = {
+    'inference.generate': ['generate'],
+    'inference.run': ['open_run'],
+    'inference.sampling': ['Sampling'],
+    'model.config': ['ModelConfig'],
+    'model.decoder': ['Decoder'],
+    'model.forward': ['hidden_states', 'logits'],
+    'runtime.errors': ['MachineError', 'UserError'],
+    'sharding.mesh': ['MeshConfig', 'make_mesh'],
+    'training.config': ['RunConfig', 'load_config'],
+    'training.loss': ['loss_and_gradient'],
+    'training.step': ['init', 'train_step'],
 }
-_OWN_NAME = {'load_config': 'load'}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _MODULE_OF:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    found = getattr(importlib.import_module(f'{__name__}.{_WHERE[name]}'), _OWN_NAME.get(name, name))
+    found = getattr(importlib.import_module(f'{__name__}.{_MODULE_OF[name]}'), name)
     globals()[name] = found
     return found
 

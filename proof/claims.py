@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from weft.planner.bill import Bill, bill
-from weft.training.config import load
+from weft.training.config import load_config
 
 CONFIGS = Path(__file__).parents[1] / 'configs/models'
 CLOSE = 0.01  # apart, by the exact figure: a claim is rounded
@@ -42,7 +42,7 @@ LLAMA_3_405B = {
 
 def llama_405b() -> tuple[Line, ...]:
     """The table of Llama 3 405B line by line, in parameters."""
-    found = bill(load(CONFIGS / 'llama-3.1-405b.yaml').model)
+    found = bill(load_config(CONFIGS / 'llama-3.1-405b.yaml').model)
     row = {one.part: one for one in found.rows}
     (layer,) = found.layers
     exact = {

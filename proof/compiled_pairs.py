@@ -38,7 +38,7 @@ class ProgramPair:
     @property
     def config(self) -> RunConfig:
         """The whole run."""
-        return configs.load(ROOT / 'configs' / 'models' / f'{self.model}.yaml', self.overrides.split())
+        return configs.load_config(ROOT / 'configs' / 'models' / f'{self.model}.yaml', self.overrides.split())
 
     @property
     def name(self) -> str:

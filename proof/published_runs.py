@@ -21,7 +21,7 @@ from weft.planner.chips import CHIPS, Chip
 from weft.planner.roofline import Time, mfu, train_time
 from weft.sharding.mesh import parse_mesh
 from weft.storage.files import write
-from weft.training.config import RunConfig, load
+from weft.training.config import RunConfig, load_config
 
 FOLDER = Path(__file__).parents[1]
 RUNS, PAGE = FOLDER / 'benchmarks' / 'published_runs.yaml', FOLDER / 'benchmarks' / 'plan_runs.md'
@@ -115,7 +115,9 @@ def _published(row: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]], 
         'training.accumulation': row.get('accumulation', 1),
         'training.microbatches': row.get('microbatches', 'null'),
     }
-    run = load(FOLDER / 'configs' / 'models' / f'{name}.yaml', [f'{key}={value}' for key, value in changes.items()])
+    run = load_config(
+        FOLDER / 'configs' / 'models' / f'{name}.yaml', [f'{key}={value}' for key, value in changes.items()]
+    )
     mesh = parse_mesh(row['mesh'])
     assert mesh.size == row['chips'], f'{row}: its mesh has {mesh.size} devices'
     return Published(row, dataclasses.replace(run, mesh=mesh), fit)

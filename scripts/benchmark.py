@@ -100,9 +100,9 @@ def main() -> None:
 
 def configured(given: argparse.Namespace) -> dict[str, Any]:
     """Benchmarks of a config."""
-    from weft.training.config import load
+    from weft.training.config import load_config
 
-    config = load(given.config, given.overrides)
+    config = load_config(given.config, given.overrides)
 
     from weft.sharding.mesh import configure_jax
 

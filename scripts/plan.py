@@ -106,9 +106,9 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
 
     from weft.planner import plan
     from weft.planner.memory import counted
-    from weft.training.config import load
+    from weft.training.config import load_config
 
-    config = load(options.config, options.overrides)
+    config = load_config(options.config, options.overrides)
     if not counted(config.model):
         kind = config.model.attention.kind
         raise UserError(

@@ -30,11 +30,11 @@ def main() -> int:
 
     from weft.runtime.processes import check_devices, detect_launch, initialize
     from weft.storage.buckets import at
-    from weft.training.config import load
+    from weft.training.config import load_config
     from weft.training.run_folder import check_new
 
     runs = at(options.runs)
-    config = load(options.config, options.overrides)
+    config = load_config(options.config, options.overrides)
     check_new(runs, config.name)
     check_imported(Path(options.config).parent, runs, config.name, options.fresh)
     launch = detect_launch(vars(options))

@@ -102,7 +102,7 @@ def test_the_packages_that_are_installed_are_those_that_are_there():
 
 def test_the_face_has_what_it_names():
     for name in weft.__all__:
-        assert getattr(weft, name).__name__ == {'load_config': 'load'}.get(name, name)
+        assert getattr(weft, name).__name__ == name
     with pytest.raises(AttributeError, match='no attribute'):
         weft.nothing  # noqa: B018
 

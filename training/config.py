@@ -170,7 +170,7 @@ MAY_BEGIN_WITH = (
 )  # too, where the run is an imported model that has not been trained on
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config of a YAML file with dotted overrides such as `training.steps=100`.
 
     Raises UserError naming the file, the key, and what is wrong with it.
@@ -230,7 +230,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def dump(config: RunConfig) -> str:
-    """The complete config as YAML; `load` gives it back."""
+    """The complete config as YAML; `load_config` gives it back."""
     return yaml_text.dump(json.loads(json.dumps(dataclasses.asdict(config))))
 
 

@@ -21,7 +21,7 @@ from weft.model import cost
 from weft.model.config import ModelConfig
 from weft.model.decoder import weights_of
 from weft.sharding.mesh import MeshConfig, make_mesh
-from weft.training.config import load
+from weft.training.config import load_config
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / 'configs/models'
@@ -144,7 +144,7 @@ def mesh():
 
 
 def model(name: str) -> ModelConfig:
-    return load(CONFIGS / f'{name}.yaml').model
+    return load_config(CONFIGS / f'{name}.yaml').model
 
 
 def publishers(name: str) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def test_parameters_are_exactly_the_publishers(name):
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_a_config_is_a_run_that_its_own_mesh_holds(name):
     path, published = CONFIGS / f'{name}.yaml', PUBLISHED[name]
-    config = load(path)
+    config = load_config(path)
     assert config.name == name
     first, *about = path.read_text(encoding='utf-8').split('name: ')[0].splitlines()
     if config.model.causal:

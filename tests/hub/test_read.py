@@ -26,7 +26,7 @@ from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.storage import array_slices as boxes
 from weft.storage import shards
-from weft.training.config import load
+from weft.training.config import load_config
 from weft.training.exporting import export_run
 from weft.training.importing import import_run
 from weft.training.report import weights_table
@@ -239,7 +239,7 @@ def test_the_config_of_an_import_is_true_and_fits(said, length, most, tmp_path):
     lines = []
     folder = folders.write(tmp_path / 'source', config, folders.named('llama-grouped'))
     import_run(folder, tmp_path / 'run', MeshConfig(), say=lines.append)
-    written = load(tmp_path / 'run' / 'config.yaml')
+    written = load_config(tmp_path / 'run' / 'config.yaml')
     assert written.training.sequence_length == length
     assert (written.data.source, written.data.vocabulary) == (None, None)
     with pytest.raises(UserError, match=r'data.source is null: name what to learn from.*data.source=notes/'):
@@ -345,7 +345,7 @@ NOT_SAID = {  # a config with changes -> the family that it is, or the whole ref
 @pytest.mark.parametrize('name', NOT_SAID, ids=' '.join)
 def test_a_model_of_no_family_is_told_what_the_nearest_would_need(name):
     config, changes = name
-    c = load(f'configs/{config}.yaml', ['model.vocabulary=300', *changes.split()]).model
+    c = load_config(f'configs/{config}.yaml', ['model.vocabulary=300', *changes.split()]).model
     if c.encoder:
         c = dataclasses.replace(c, encoder=dataclasses.replace(c.encoder, start_token=1))
     try:

@@ -20,7 +20,7 @@ from weft.inference.sampling import Sampling
 from weft.runtime.errors import UserError
 from weft.scripts import score as script
 from weft.sharding.mesh import MeshConfig, make_mesh
-from weft.training.config import load
+from weft.training.config import load_config
 from weft.training.importing import import_run
 
 WORDS = ['[PAD]', '[CLS]', '[SEP]', '[UNK]', *['the', 'of', 'bank', 'river', 'money', 'house', 'dog', 'runs']]
@@ -148,4 +148,4 @@ def test_a_model_without_a_head_says_that_it_neither_decodes_nor_learns(place):
     ):
         generate(opened.model, opened.tokenizer, ['the'], Sampling(), 2, context=opened.context)
     with pytest.raises(UserError, match=r'model.head is null: training needs an LM head'):
-        load(place / 'runs' / 'bert' / 'config.yaml').check_sizes()
+        load_config(place / 'runs' / 'bert' / 'config.yaml').check_sizes()

@@ -16,7 +16,7 @@ from weft.model.decoder import init_decoder
 from weft.model.kv_cache import CacheSize
 from weft.model.stack import stacked_caches
 from weft.sharding.mesh import MeshConfig, make_mesh
-from weft.training.config import load
+from weft.training.config import load_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,7 +115,7 @@ def test_a_token_visits_its_experts_only():
     ],
 )
 def test_a_cache_is_filled_up_for_tpus_alone(name, tensor, numbers, on_tpu):
-    c = load(ROOT / f'configs/models/{name}.yaml').model
+    c = load_config(ROOT / f'configs/models/{name}.yaml').model
 
     def kept(platform: str) -> set[tuple[int, ...]]:
         """Numbers of a slot on one device of `tensor`, of each array."""

@@ -28,7 +28,7 @@ from weft.model.stack import stacked_caches
 from weft.planner.memory import cache_bytes
 from weft.planner.plan import model_part
 from weft.sharding.mesh import MeshConfig, make_mesh
-from weft.training.config import load
+from weft.training.config import load_config
 
 CONFIGS = Path(__file__).parents[2] / 'configs/models'
 ROWS, T, NEW = 4, 24, 12
@@ -240,7 +240,7 @@ FORMER = 62 * LONG * 2 * 16 * 128 * 2  # bytes of a row with a slot for each tok
 
 def test_gemma_3s_cache_is_a_fifth_of_what_all_tokens_would_take(monkeypatch):
     """By the plan, and as the decoding step that was compiled for it is given it: 3.12 GB of 16.6 GB."""
-    run = load(GEMMA)
+    run = load_config(GEMMA)
     c, compute = run.model, run.compute
     want = 2 * 16 * 128 * 2 * (10 * LONG + 52 * 1024)
     assert want == 3_120_562_176

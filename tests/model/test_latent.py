@@ -16,14 +16,14 @@ from weft.model.config import MLAConfig, MLPConfig, ModelConfig, RopeScaling, Ro
 from weft.model.decoder import init_decoder
 from weft.model.forward import logits, place
 from weft.sharding.mesh import MeshConfig, make_mesh
-from weft.training.config import load
+from weft.training.config import load_config
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(('name', 'numbers'), [('deepseek-v3', 512 + 64), ('deepseek-v2-lite', 512 + 64)])
 def test_a_cache_is_as_small_as_published(name, numbers):
-    c = load(ROOT / f'configs/models/{name}.yaml').model
+    c = load_config(ROOT / f'configs/models/{name}.yaml').model
     with jax.set_mesh(make_mesh(MeshConfig())):
         model = jax.eval_shape(lambda key: init_decoder(c, DEFAULT, key), jax.random.key(0))
         cache = jax.eval_shape(lambda: empty_cache(model, 3, 1000))

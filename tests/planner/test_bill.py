@@ -12,13 +12,13 @@ from weft.model import cost
 from weft.model.config import ModelConfig
 from weft.planner.bill import BYTES, bill, cache_bill, rules_of_thumb
 from weft.proof.claims import CONFIGS, llama_405b, markdown, share_of_ffn
-from weft.training.config import load
+from weft.training.config import load_config
 
 NAMES = sorted(path.stem for path in CONFIGS.glob('*.yaml'))
 
 
 def model(name: str) -> ModelConfig:
-    return load(CONFIGS / f'{name}.yaml').model
+    return load_config(CONFIGS / f'{name}.yaml').model
 
 
 @pytest.mark.parametrize('name', NAMES)

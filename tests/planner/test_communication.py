@@ -17,7 +17,7 @@ from weft.model.config import AttentionConfig, EncoderConfig, MLAConfig, MLPConf
 from weft.model.ops import expert_dispatch as dispatch
 from weft.planner import communication, traffic
 from weft.sharding.mesh import MeshConfig, make_mesh
-from weft.training.config import load
+from weft.training.config import load_config
 
 CONFIGS = Path(__file__).parents[2] / 'configs/models'
 BATCH, LENGTH = 8, 32
@@ -201,7 +201,7 @@ def test_what_is_not_done_is_not_counted():
 
 @pytest.mark.parametrize('name', ['llama-3.1-405b', 'deepseek-v3'])
 def test_a_count_takes_no_time_whatever_the_depth(name):
-    run, mesh = load(CONFIGS / f'{name}.yaml'), MeshConfig(data=8, expert=8, tensor=8)
+    run, mesh = load_config(CONFIGS / f'{name}.yaml'), MeshConfig(data=8, expert=8, tensor=8)
     c, compute = run.model, run.compute
     communication.training(c, compute, mesh, 512, 4096)
     start = time.process_time()

@@ -20,7 +20,7 @@ from weft.model.decoder import init_decoder
 from weft.planner.memory import serving_memory, training_memory
 from weft.planner.weights import inventory
 from weft.sharding.mesh import MeshConfig, make_mesh
-from weft.training.config import load
+from weft.training.config import load_config
 
 CONFIGS = Path(__file__).parents[2] / 'configs/models'
 
@@ -128,7 +128,7 @@ def test_arguments_are_those_of_the_real_steps(model, compute, mesh):
 
 
 def test_an_estimate_takes_no_time_whatever_the_depth():
-    run = load(CONFIGS / 'llama-3.1-405b.yaml')
+    run = load_config(CONFIGS / 'llama-3.1-405b.yaml')
     training_memory(run)
     start = time.process_time()
     for _ in range(200):

@@ -32,10 +32,10 @@ from weft.planner.chips import CHIPS
 from weft.planner.flops import executed
 from weft.proof.claims import CONFIGS, llama_405b, markdown, share_of_ffn
 from weft.sharding.mesh import MeshConfig, make_mesh
-from weft.training.config import load
+from weft.training.config import load_config
 
 PAGE = (Path(__file__).parents[2] / 'docs/claims.md').read_text(encoding='utf-8')
-MODELS = {path.stem: load(path).model for path in sorted(CONFIGS.glob('*.yaml'))}
+MODELS = {path.stem: load_config(path).model for path in sorted(CONFIGS.glob('*.yaml'))}
 LARGE, SMALL, MIXTURE = (MODELS[name] for name in ('llama-3.1-405b', 'llama-3.1-8b', 'mixtral-8x7b'))
 GPT3 = ModelConfig(
     vocabulary=50257,

@@ -21,7 +21,7 @@ from weft.runtime.errors import UserError
 from weft.scripts.score import check_ids
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.storage.checkpoint import Checkpoints
-from weft.training.config import load
+from weft.training.config import load_config
 from weft.training.exporting import export_run
 from weft.training.importing import import_run
 from weft.training.loop import train
@@ -75,9 +75,12 @@ def test_small_steps_are_not_lost_in_narrow_weights(place):
     assert (place / 'untouched' / SINGLE).read_bytes() == (place / 'narrow' / SINGLE).read_bytes()
     few = ['training.steps=3', 'training.batch=4', 'training.sequence_length=32', 'optimizer.warmup_steps=0']
     few.append(f'data.source={place / "text"}')
-    config = load(place / 'runs' / 'narrow' / 'config.yaml', few)
+    config = load_config(place / 'runs' / 'narrow' / 'config.yaml', few)
     with pytest.raises(UserError, match=r'weight_dtype is float16 and the imported weights are bfloat16.*=float32'):
-        train(load(place / 'runs' / 'narrow' / 'config.yaml', [*few, 'compute.weight_dtype=float16']), place / 'runs')
+        train(
+            load_config(place / 'runs' / 'narrow' / 'config.yaml', [*few, 'compute.weight_dtype=float16']),
+            place / 'runs',
+        )
     out = io.StringIO()
     train(config, place / 'runs', console=Console(file=out, width=200))
     assert 'narrow, in float32: small steps would be lost in bfloat16' in out.getvalue()
@@ -101,7 +104,7 @@ def test_an_encoder_decoder_is_exported_as_a_t5(place):
     (place / 'pairs.tsv').write_text(pairs, encoding='utf-8')
     changes = ['model.attention.scale=1.0', 'model.embedding.tied=false', 'model.layers=1', 'model.encoder.layers=1']
     changes += [f'data.source={place / "pairs.tsv"}', 'training.steps=1', 'training.batch=4']
-    train(load(str(ROOT / 'configs/reverse.yaml'), changes), place / 'runs', console=Console(file=io.StringIO()))
+    train(load_config(str(ROOT / 'configs/reverse.yaml'), changes), place / 'runs', console=Console(file=io.StringIO()))
     export_run(place / 'runs' / 'reverse', place / 't5', say=str)
     import_run(place / 't5', place / 'runs' / 't5', MeshConfig(), say=str)
     ours, again = (open_run(place / 'runs' / name) for name in ('reverse', 't5'))

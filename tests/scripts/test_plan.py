@@ -19,7 +19,7 @@ from weft.planner.plan_text import flops_line, show, tables, verdict
 from weft.planner.traffic import Traffic
 from weft.runtime.errors import UserError
 from weft.scripts.plan import make, parse
-from weft.training.config import load
+from weft.training.config import load_config
 
 SMALL = ('configs/demo.yaml', '--chip', 'h100', '--chips', '4')
 LLAMA = 'configs/models/llama-3.1-70b.yaml'
@@ -46,7 +46,7 @@ def test_json_has_the_contract_s_keys_and_the_model_s_own_counts():
     )
     found = json.loads(run(ROOT, 'plan', LLAMA, *arguments, '--json').stdout)
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began < 5
-    model = load(LLAMA).model
+    model = load_config(LLAMA).model
     assert found['parameters']['total'] == sum(cost.parameters(model).values()) == 70_553_706_496
     assert found['flops_per_token']['train'] == cost.training_flops(model, found['context'])
     assert set(found['flops_per_token']) >= {'train', 'prefill', 'decode'}

@@ -36,7 +36,7 @@ def undisturbed(place) -> Path:
 def final(place: Path, name: str, mesh: str | None = None, step: int = STEPS):
     """All arrays of a run's checkpoint, gathered."""
     folder = place / 'runs' / name
-    config = configs.load(folder / 'config.yaml', [f'mesh={mesh}'] if mesh else [])
+    config = configs.load_config(folder / 'config.yaml', [f'mesh={mesh}'] if mesh else [])
     with jax.set_mesh(make_mesh(config.mesh)):
         state = restore(Checkpoints(folder), step, config)
         for leaf in jax.tree.leaves((state.model, state.optimizer)):
@@ -125,7 +125,7 @@ def test_another_mesh_restores_bit_equal_and_goes_on_with_the_next_rows(undistur
 
 
 def test_initial_state_does_not_depend_on_what_is_there(undisturbed):
-    config = configs.load(undisturbed / 'runs' / 'undisturbed' / 'config.yaml')
+    config = configs.load_config(undisturbed / 'runs' / 'undisturbed' / 'config.yaml')
     with jax.set_mesh(make_mesh(config.mesh)):
         fresh = jax.jit(functools.partial(init, config))()
         assert int(fresh.step) == 0

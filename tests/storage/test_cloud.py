@@ -38,7 +38,7 @@ def trained(place: Path, runs: Path | Bucket, *overrides: str, fresh: bool = Fal
     """Trains the tiny run in this process; what it printed."""
     source = f'data.source={place / "text"}'
     small_model = 'model.layers=1', 'model.moe=null', 'mesh={data: 2, tensor: 2}', 'metrics.validate_every=1000'
-    config = configs.load(place / 'tiny.yaml', [source, *small_model, *overrides])
+    config = configs.load_config(place / 'tiny.yaml', [source, *small_model, *overrides])
     console = Console(record=True, quiet=False, width=200, file=open('/dev/null', 'w'))  # noqa: SIM115
     try:
         assert train(config, runs, fresh, console) == 0

@@ -20,7 +20,7 @@ from weft.runtime.errors import MachineError, UserError
 from weft.sharding.mesh import MeshConfig
 from weft.storage.checkpoint import Checkpoints
 from weft.storage.sealed import sealed, unsealed
-from weft.training.config import load, parse
+from weft.training.config import load_config, parse
 from weft.training.context import context
 from weft.training.exporting import export_run, read_import
 from weft.training.importing import import_run
@@ -229,7 +229,7 @@ def test_a_damaged_file_of_an_import_is_one_line_with_a_way_out(published, tmp_p
         'source/config.json': lambda: context(run, config),
         'tokenizer.special.json': lambda: load_tokenizer(run),
     }
-    config = load(run / 'config.yaml')
+    config = load_config(run / 'config.yaml')
     for content in odd:
         path.write_bytes(content)
         with pytest.raises(UserError, match=path.name) as caught:

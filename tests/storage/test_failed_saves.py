@@ -33,7 +33,7 @@ def of(place: Path, name: str) -> RunConfig:
         'metrics.validate_every=100',
     )
     more = ('training.steps=6', 'checkpoint.every=2', f'data.source={place / "text"}', f'name={name}', 'mesh={}')
-    return configs.load(place / 'tiny.yaml', [*small, *more])
+    return configs.load_config(place / 'tiny.yaml', [*small, *more])
 
 
 def full(monkeypatch, *steps: int) -> None:

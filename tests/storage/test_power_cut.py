@@ -63,7 +63,7 @@ def test_a_power_cut_while_training_leaves_a_run_that_goes_on_or_begins_anew(cha
     )
     corpus_of = Looked(lambda run: (data := prepared.load(run, pytest.fail)) and data[1]['sha256'], tmp_path / 'b')
     rows_of = Looked(lambda run: metrics.read(run / 'metrics.jsonl'), tmp_path / 'c')
-    config_of = Looked(lambda run: configs.load(run / 'config.yaml').name, tmp_path / 'd')
+    config_of = Looked(lambda run: configs.load_config(run / 'config.yaml').name, tmp_path / 'd')
 
     newest, count = 0, 0
     for number, how, tree in states(root, recorded):
@@ -95,7 +95,7 @@ def test_a_power_cut_while_training_leaves_a_run_that_goes_on_or_begins_anew(cha
 def test_what_a_power_cut_leaves_is_made_ready_again(changes, place, tmp_path):
     """By the function that does it when a run is started, after a few of the moments."""
     root, recorded, ends = changes
-    config = configs.load(
+    config = configs.load_config(
         place / 'tiny.yaml', [f'data.source={place / "text"}', *SMALL, 'model.layers=1', 'model.moe=null']
     )
     found = list(states(root, recorded[: ends[0]]))

@@ -16,7 +16,7 @@ from weft.model.parts.numbers import nearest_divisor
 from weft.model.parts.registry import MIXERS
 from weft.runtime.errors import UserError
 from weft.training import yaml_text
-from weft.training.config import RunConfig, dump, load, parse
+from weft.training.config import RunConfig, dump, load_config, parse
 from weft.training.renamed import RENAMED, RENAMED_VALUES
 
 BASE = """
@@ -320,7 +320,7 @@ def test_what_is_no_file_is_no_config(tmp_path: Path, monkeypatch: pytest.Monkey
         'configs/demo.yaml/x': ['no such config'],
     }.items():
         with pytest.raises(UserError) as caught:
-            load(path)
+            load_config(path)
         assert all(word in str(caught.value) for word in words), str(caught.value)
         assert str(caught.value).isprintable()
 

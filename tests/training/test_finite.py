@@ -53,7 +53,7 @@ def sound(place) -> RunConfig:
 def of(place: Path, name: str, *more: str) -> RunConfig:
     source = f'data.source={place / "text"}'
     schedule = (f'training.steps={STEPS}', f'checkpoint.every={EVERY}')
-    return configs.load(place / 'tiny.yaml', [f'name={name}', 'mesh={}', source, *SMALL, *schedule, *more])
+    return configs.load_config(place / 'tiny.yaml', [f'name={name}', 'mesh={}', source, *SMALL, *schedule, *more])
 
 
 def poisoned(tree, value: float = math.nan):

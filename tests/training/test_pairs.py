@@ -20,7 +20,7 @@ from weft.inference.sampling import Sampling
 from weft.model.config import changed
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import BATCH, MeshConfig, make_mesh
-from weft.training.config import load
+from weft.training.config import load_config
 from weft.training.loss import loss_and_gradient
 
 CONFIG = Path(__file__).parents[2] / 'configs' / 'reverse.yaml'
@@ -103,7 +103,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_every_mesh_gives_the_same_loss_and_gradient(variant):
-    config = load(CONFIG)
+    config = load_config(CONFIG)
     fields = {
         'vocabulary': 300,
         'layers': 1,
@@ -142,5 +142,5 @@ def test_every_mesh_gives_the_same_loss_and_gradient(variant):
 )
 def test_what_an_encoder_decoder_cannot_be_is_refused_before_anything_is_compiled(override, message):
     with pytest.raises(UserError, match=message) as found:
-        load(CONFIG, [override]).check_sizes()
+        load_config(CONFIG, [override]).check_sizes()
     assert '\n' not in str(found.value)
