@@ -4,6 +4,8 @@ Letters: B rows, T sequence, D model, L layers, E experts, k layers of multi-tok
 """
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +19,15 @@ from weft.model.head import to_vocabulary
 from weft.model.ops.cross_entropy import cross_entropy
 from weft.model.parameters import specs
 from weft.model.records import join
-from weft.sharding.collectives import axis_index, mark_varying, psum, reduce_gradients, tensor_slice
+from weft.sharding.collectives import Tree, axis_index, mark_varying, psum, reduce_gradients, tensor_slice
 from weft.sharding.mesh import AXES, BATCH, platform
 from weft.sharding.pipeline import my_microbatches
 from weft.sharding.sequence_layout import zigzag
 
+Sums = dict[str, Any]  # arrays by name
 
-def loss_sums(model: Decoder, batch: Batch, dropout_key: jax.Array | None = None, microbatches: int = 1) -> dict:
+
+def loss_sums(model: Decoder, batch: Batch, dropout_key: jax.Array | None = None, microbatches: int = 1) -> Sums:
     """Sums over all real tokens of a batch, float32 or wider.
 
     Args:
@@ -37,17 +41,16 @@ def loss_sums(model: Decoder, batch: Batch, dropout_key: jax.Array | None = None
         themselves (`model.records.Metric`) by name; with `mtp.layers` 'mtp_loss_sum' [k]: Σ cross-entropy of each such layer.
     """
 
-    def body(model: Decoder, batch: Batch, key: jax.Array) -> dict:
-        sums = local_loss_sums(model, batch, first_row(batch), key if dropout_key is not None else None, microbatches)
+    def body(model: Decoder, batch: Batch, key: jax.Array | None) -> Sums:
+        sums = local_loss_sums(model, batch, first_row(batch), key, microbatches)
         return token_counts(batch) | psum(mark_varying(sums), AXES)
 
-    run = one_device(body, model, (jax.tree.map(lambda _: TOKENS, batch), P()), P())
-    return run(model, batch, jax.random.key(0) if dropout_key is None else dropout_key)
+    return one_device(body, model, (TOKENS, P()), P())(model, batch, dropout_key)
 
 
 def loss_fn(
     model: Decoder, batch: Batch, dropout_key: jax.Array | None = None, microbatches: int = 1
-) -> tuple[jax.Array, dict]:
+) -> tuple[jax.Array, Sums]:
     """The objective, which training minimises, and the metrics that are reported; arguments as in `loss_sums`.
 
     objective = mean cross-entropy over real tokens + mtp.loss · mean over `mtp.layers` of their Σ cross-entropy over real
@@ -59,12 +62,8 @@ def loss_fn(
 
 
 def loss_and_gradient(
-    model: Decoder,
-    batch: Batch,
-    dropout_key: jax.Array | None = None,
-    microbatches: int = 1,
-    accumulation: int = 1,
-) -> tuple[tuple[jax.Array, dict], Decoder]:
+    model: Decoder, batch: Batch, dropout_key: jax.Array | None = None, microbatches: int = 1, accumulation: int = 1
+) -> tuple[tuple[jax.Array, Sums], Decoder]:
     """((objective, metrics), gradient) of `loss_fn`, the gradient laid out like the model.
 
     `accumulation`: parts of each device's rows that are worked on one after another, their gradients added up. The sum is the
@@ -72,40 +71,35 @@ def loss_and_gradient(
     (in the shard_map, not through it), so that what a weight's copies need of each other is sent once a step.
     """
 
-    def body(model: Decoder, batch: Batch, key: jax.Array) -> tuple[Decoder, dict]:
-        counts, rows = token_counts(batch), batch.tokens_BT.shape[0]
+    def body(model: Decoder, batch: Batch, key: jax.Array | None) -> tuple[Decoder, Sums]:
+        counts = token_counts(batch)
         # Devices that a CPU simulates may start what does not wait in different orders and then wait for each other for ever:
         # so the layers' collectives wait for those of the counts, which are never negative.
         batch = jax.tree.map(lambda a: jnp.where(counts['tokens'] < 0, 0, a), batch)
-        first, key = first_row(batch), key if dropout_key is not None else None
-        size = rows // accumulation
+        first, size = first_row(batch), batch.tokens_BT.shape[0] // accumulation
 
-        def one_part(batch: Batch, number: int | jax.Array) -> tuple[Decoder, dict]:
-            def local_objective(model: Decoder) -> tuple[jax.Array, dict]:
+        def one_part(batch: Batch, number: int | jax.Array) -> tuple[Decoder, Sums]:
+            def local_objective(model: Decoder) -> tuple[jax.Array, Sums]:
                 sums = local_loss_sums(model, batch, first + number * size, key, microbatches)
                 return objective(sums, counts, model), sums
 
             return mark_varying(jax.grad(local_objective, has_aux=True)(model))
 
-        if accumulation == 1:
-            gradient, sums = one_part(batch, 0)
-        else:
-            gradient, sums = accumulate(one_part, batch, accumulation)
+        gradient, sums = one_part(batch, 0) if accumulation == 1 else accumulate(one_part, batch, accumulation)
         return reduce_gradients(gradient, layouts), counts | psum(mark_varying(sums), AXES)
 
     layouts = specs(model)
-    run = one_device(body, model, (jax.tree.map(lambda _: TOKENS, batch), P()), (layouts, P()))
-    gradient, sums = run(model, batch, jax.random.key(0) if dropout_key is None else dropout_key)
+    gradient, sums = one_device(body, model, (TOKENS, P()), (layouts, P()))(model, batch, dropout_key)
     return (objective(sums, sums, model), loss_metrics(sums, model)), gradient
 
 
-def accumulate(one_part, batch: Batch, parts: int):
+def accumulate(one_part: Callable[[Batch, int | jax.Array], Tree], batch: Batch, parts: int) -> Tree:
     """Σ over n of one_part(part n of the rows, n), one after another, from one device's view; any pytree."""
     batches = jax.tree.map(lambda a: a.reshape(parts, a.shape[0] // parts, *a.shape[1:]), batch)
     shapes = jax.eval_shape(one_part, jax.tree.map(lambda a: a[0], batches), 0)
     nothing = mark_varying(jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes))
 
-    def add(total, part):
+    def add(total: Tree, part: tuple[Batch, jax.Array]) -> tuple[Tree, None]:
         found = one_part(*part)
         if platform() == 'tpu':
             # XLA's TPU compiler fails where a reduce-scatter's result goes straight into a loop's sum.
@@ -121,13 +115,13 @@ def first_row(batch: Batch) -> jax.Array:
     return axis_index(BATCH) * batch.tokens_BT.shape[0]
 
 
-def token_counts(batch: Batch) -> dict:
+def token_counts(batch: Batch) -> Sums:
     """How many real 'tokens' the global batch has, and 'rows' with one; known before anything is computed."""
     live_BT = batch.segment_BT > 0
     return psum({'tokens': live_BT.sum(), 'rows': live_BT.any(1).sum()}, BATCH)
 
 
-def local_loss_sums(model: Decoder, batch: Batch, first: jax.Array, key: jax.Array | None, microbatches: int) -> dict:
+def local_loss_sums(model: Decoder, batch: Batch, first: jax.Array, key: jax.Array | None, microbatches: int) -> Sums:
     """This device's share of `loss_sums` but for the counts: added up over all devices it is the batch's."""
     B, T = batch.tokens_BT.shape
     column_T = columns(T, zigzag)
@@ -146,26 +140,25 @@ def local_loss_sums(model: Decoder, batch: Batch, first: jax.Array, key: jax.Arr
     x_BTD, _, records = model.hidden(tokens_BT, ctx)
     head, to_logits = model.head(learns=True), functools.partial(to_vocabulary, c=model.config)
 
+    assert model.config.vocabulary is not None, 'the tokenizer has decided'
+    entropy = functools.partial(cross_entropy, to_logits, head, vocabulary=model.config.vocabulary)
+
     def mine(a_BT: jax.Array) -> jax.Array:
         """The rows of this stage's microbatches, and of them this device's slice of the sequence: the layout of x."""
         return tensor_slice(my_microbatches(a_BT, microbatches))
 
-    def loss_of(x_BTD: jax.Array, target_BT: jax.Array, live_BT: jax.Array) -> jax.Array:
-        return cross_entropy(to_logits, head, x_BTD, target_BT, live_BT, model.config.vocabulary)
-
-    sums = {'loss_sum': loss_of(x_BTD, mine(target_BT), ctx.my_microbatches().live_BT), 'metrics': records.metrics}
+    sums = {'loss_sum': entropy(x_BTD, mine(target_BT), ctx.my_microbatches().live_BT), 'metrics': records.metrics}
     if model.config.mtp.layers:
-        next_kBT, target_kBT, live_kBT = (
-            [a_BT[:, column_T] for a_BT in a_kBT] for a_kBT in mtp_targets(batch, model.config.mtp.layers)
-        )
-        x_kBTD, ahead = model.ahead(x_BTD, next_kBT, ctx)
+        targets = mtp_targets(batch, model.config.mtp.layers)
+        next_kBT, target_kBT, live_kBT = ([a_BT[:, column_T] for a_BT in a_kBT] for a_kBT in targets)
+        x_kBTD, mtp_records = model.ahead(x_BTD, next_kBT, ctx)
         layers = zip(x_kBTD, target_kBT, live_kBT, strict=True)
-        sums['mtp_loss_sum'] = jnp.stack([loss_of(x, mine(target), mine(live)) for x, target, live in layers])
-        sums['metrics'] = join([records, ahead]).metrics
+        sums['mtp_loss_sum'] = jnp.stack([entropy(x, mine(target), mine(live)) for x, target, live in layers])
+        sums['metrics'] = join([records, mtp_records]).metrics
     return sums
 
 
-def mtp_targets(batch: Batch, depth: int) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+def mtp_targets(batch: Batch, depth: int) -> tuple[Sequence[jax.Array], Sequence[jax.Array], Sequence[jax.Array]]:
     """For each of `depth` layers of multi-token prediction: the tokens it is given, its targets, and where both are real.
 
     All [B, T]. Layer k (from 0) is given the token k + 1 places on, and predicts the next; it has none where its document ends.
@@ -181,11 +174,11 @@ def mtp_targets(batch: Batch, depth: int) -> tuple[list[jax.Array], list[jax.Arr
         live_BT = live_BT & (segment_BT == batch.segment_BT)
         layers.append((next_BT, left(next_BT), live_BT))
         next_BT = left(next_BT)
-    next_kBT, target_kBT, live_kBT = map(list, zip(*layers, strict=True))
+    next_kBT, target_kBT, live_kBT = zip(*layers, strict=True)
     return next_kBT, target_kBT, live_kBT
 
 
-def objective(sums: dict, counts: dict, model: Decoder) -> jax.Array:
+def objective(sums: Sums, counts: Sums, model: Decoder) -> jax.Array:
     """What training minimises, of a whole batch's sums; or a device's share of it, of its own sums and the batch's counts."""
     tokens = jnp.maximum(counts['tokens'], 1)
     total = sums['loss_sum'] / tokens
@@ -197,7 +190,7 @@ def objective(sums: dict, counts: dict, model: Decoder) -> jax.Array:
     return total
 
 
-def loss_metrics(sums: dict, model: Decoder) -> dict:
+def loss_metrics(sums: Sums, model: Decoder) -> Sums:
     """What is reported of a whole batch's sums."""
     tokens = jnp.maximum(sums['tokens'], 1)
     metrics = {'loss': sums['loss_sum'] / tokens, 'tokens': sums['tokens']}

@@ -30,17 +30,14 @@ def optimizer(config: RunConfig, model: Decoder) -> optax.GradientTransformation
 
 
 def init(config: RunConfig, model: Decoder | None = None) -> State:
-    """The state before the first step: the same on every mesh, born in its layout. Run it under `jax.jit` and a mesh.
-
-    The weights are those of `model` where they are not to be random.
-    """
+    """The state before the first step, of `model` or random weights, the same on every mesh; under `jax.jit` and a mesh."""
     weights, rest = jax.random.split(jax.random.key(config.seed))
     if model is None:
         model = init_decoder(config.model, config.compute, weights)
     return State(model, optimizer(config, model).init(model), jnp.int32(0), rest)
 
 
-def train_step(config: RunConfig, state: State, batch: Batch) -> tuple[State, dict]:
+def train_step(config: RunConfig, state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
     """One optimizer step on a global batch. Returns the new state and the step's metrics, on the device.
 
     Metrics: loss (mean cross-entropy in nats), tokens (real ones), grad_norm (before clipping), learning_rate, with
@@ -61,9 +58,10 @@ def train_step(config: RunConfig, state: State, batch: Batch) -> tuple[State, di
     return State(model, moments, state.step + 1, state.key), metrics
 
 
-def balance_choices(model: Decoder, metrics: dict) -> None:
+def balance_choices(model: Decoder, metrics: dict[str, Any]) -> None:
     """Moves the routers' biases by what the whole step's tokens chose, whatever devices and parts they were on."""
     moe = model.config.moe
+    assert moe is not None
     if 'router.load' not in metrics:
         raise UserError(
             f'model.moe.bias_update_rate is {moe.bias_update_rate}: a mixture of kind {moe.kind} logs no router.load, by which '
