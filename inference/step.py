@@ -18,7 +18,7 @@ from weft.model.forward import ROWS, TOKENS, columns, needs_causal, needs_no_sta
 from weft.model.head import to_vocabulary
 from weft.model.kv_cache import CacheSize, KVCache
 from weft.model.parameters import specs
-from weft.model.stack import stacked_caches
+from weft.model.stack import declared_cache
 from weft.runtime import background
 from weft.sharding.collectives import as_replicated, mark_varying, psum
 from weft.sharding.mesh import BATCH, platform
@@ -86,7 +86,7 @@ def empty_cache(
     def make(array: Any) -> jax.Array:
         return jnp.zeros(array.shape, array.dtype, out_sharding=array.spec)
 
-    return KVCache(jax.tree.map(make, stacked_caches(model.config, size)), source)
+    return KVCache(jax.tree.map(make, declared_cache(model.config, size)), source)
 
 
 def encode(model: Decoder, tokens_BS: jax.Array, length_B: jax.Array) -> tuple[CrossCache, ...]:

@@ -10,13 +10,13 @@ from jax import P
 from jax.sharding import NamedSharding
 
 from weft.model.decoder import Decoder
-from weft.model.stack import written_out
+from weft.model.stack import is_unrolled
 from weft.sharding.mesh import platform
 
 
 def is_written_out(model: Decoder) -> bool:
     """Whether a decoding step on the current mesh's platform has no loop over this model's layers."""
-    return written_out(model.config.layers, model.config, model.compute.remat, True, platform())
+    return is_unrolled(model.config.layers, model.config, model.compute.remat, True, platform())
 
 
 def unstacked(model: Decoder, divide: Callable[[Any], list[Any]]) -> Decoder:

@@ -63,7 +63,7 @@ class Block(nnx.Module):
         return getattr(self, f'{part}_norm')(x_BTD) if self.config.norm.order == 'post' else x_BTD
 
 
-class Ahead(Block):
+class MTPBlock(Block):
     """A layer that predicts one token further than what it reads, with the model's embedding and head.
 
     Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2): the activations that stand for a token are joined
@@ -77,7 +77,7 @@ class Ahead(Block):
         self.embedding_norm, self.hidden_norm, self.norm = Norm(c, 'mtp'), Norm(c, 'mtp'), Norm(c, 'mtp')
         self.join = TransposedLinear(2 * D, D, part='mtp', split=(FSDP, None))  # of the embedding, then the activations
 
-    def ahead(self, x_BTD, next_BTD, ctx: ForwardContext, layer):
+    def predict(self, x_BTD, next_BTD, ctx: ForwardContext, layer):
         """The activations that stand for the tokens of `next_BTD`, in the layout between blocks."""
         x_BTE = jnp.concatenate([self.embedding_norm(next_BTD), self.hidden_norm(x_BTD)], -1)
         x_BTD, _ = self(self.join(x_BTE), ctx, None, layer)

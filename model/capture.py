@@ -9,12 +9,10 @@ import jax
 from jax import P
 
 from weft.model.batch import Source
-from weft.model.context import ForwardContext
 from weft.model.decoder import Decoder
-from weft.model.forward import TOKENS, columns, needs_no_stages, one_device, with_source
+from weft.model.forward import TOKENS, needs_no_stages, one_device, scoring_view
 from weft.runtime.errors import UserError, nearest
 from weft.sharding.mesh import AXES
-from weft.sharding.sequence_layout import contiguous
 
 
 def capture(
@@ -35,17 +33,12 @@ def capture(
     with stages.
     """
     needs_no_stages('capturing activations')
-    rows = {'tokens_BT': tokens_BT, 'position_BT': position_BT, 'segment_BT': segment_BT}
-    rows |= {} if kind_BT is None else {'kind_BT': kind_BT}
+    rows = tokens_BT, position_BT, segment_BT, kind_BT
     layouts: dict[str, P] = {}
 
     def run(taps, out_specs):
         def body(model, rows, source):
-            column_T = columns(rows['tokens_BT'].shape[1], contiguous)
-            rows = {name: a_BT[:, column_T] for name, a_BT in rows.items()}
-            tokens_BT = rows.pop('tokens_BT')
-            ctx = with_source(model, ForwardContext(**rows, compute=model.resolved_compute, taps=taps), source)
-            _, _, records = model.hidden(tokens_BT, ctx, for_head=False)
+            _, _, records = model.hidden(*scoring_view(model, rows, source, taps=taps), for_head=False)
             layouts.update({name: P(None, *tap.layout) for name, tap in records.taps.items()})
             return {name: tap.value for name, tap in records.taps.items()}
 

@@ -14,12 +14,7 @@ from jax import P
 
 from weft.model.compute import ComputeConfig
 from weft.model.records import BETWEEN_BLOCKS, Metric, Records, Report, Tap
-from weft.sharding.collectives import (
-    gather_sequence,
-    psum,
-    reduce_scatter_sequence,
-    tensor_slice,
-)
+from weft.sharding.collectives import gather_sequence, psum, reduce_scatter_sequence, tensor_slice
 from weft.sharding.pipeline import microbatch, my_microbatches
 
 
@@ -56,9 +51,7 @@ class ForwardContext:
     column_T: jax.Array | None = None  # number of each column in the row, for dropout
     microbatches: int = 1  # of a pipeline, into which the rows are cut; 1 where `stage` is 1
     decoding: bool = False  # new tokens of rows that are begun, which see the cache
-    kind_BT: jax.Array | None = (
-        None  # what text a token is of, where the model has `embedding.token_types`; None: all 0
-    )
+    kind_BT: jax.Array | None = None  # what text a token is of (`embedding.token_types`); None: all 0
     source: EncoderOutput | CrossCache | None = None  # what an encoder made of the rows' sources
     relative_RN: jax.Array | None = None  # relative positions' biases of this device's heads
     measures: bool = False  # whether somebody asks for metrics

@@ -18,7 +18,7 @@ from weft.model.decoder import weights_of
 from weft.model.kv_cache import CacheSize
 from weft.model.layers.norm import Norm
 from weft.model.parameters import Parameter, declared
-from weft.model.stack import stacked_caches
+from weft.model.stack import declared_cache
 
 
 def parameters(c: ModelConfig) -> dict[str, int]:
@@ -165,7 +165,7 @@ def decode_bytes(c: ModelConfig, rows: int, keys: float, weight_bytes: int, cach
 def cache_bytes_per_token(c: ModelConfig, number_bytes: int) -> int:
     """Bytes of one token in every layer's cache: its keys and values, or its latent vectors; without what TPUs fill up."""
     numbers = (
-        math.prod(array.shape) for group in stacked_caches(c, CacheSize(rows=1, length=1)) for array in group.arrays
+        math.prod(array.shape) for group in declared_cache(c, CacheSize(rows=1, length=1)) for array in group.arrays
     )
     return sum(numbers) * number_bytes
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import P, lax
 
-from weft.model.block import Ahead, Block
+from weft.model.block import Block, MTPBlock
 from weft.model.compute import DEFAULT, ComputeConfig, resolve
 from weft.model.config import ModelConfig
 from weft.model.context import CrossCache, EncoderOutput, ForwardContext
@@ -31,7 +31,7 @@ from weft.model.layers.norm import Norm
 from weft.model.layers.positions import sinusoids
 from weft.model.parameters import Parameter, Role, Size, declared, initialise, parameter, stack_layers
 from weft.model.records import Records, join
-from weft.model.stack import each_layer, in_order, pipelined, remat
+from weft.model.stack import apply_layers, apply_pipeline, each_layer, remat
 from weft.sharding.collectives import active_axes, all_gather, all_to_all, mark_varying, tensor_slice, unshard
 from weft.sharding.mesh import FSDP
 from weft.sharding.pipeline import my_microbatches
@@ -53,15 +53,13 @@ class Decoder(nnx.Module):
             V = Size(c.padded_vocabulary, 'the padded vocabulary')
             # As the tied head too it must be small, or each token begins by predicting itself.
             scale = c.model_dim**-0.5 if c.embedding.tied else 1.0
-            embedding = {'part': 'embedding', 'gathered': FSDP}
-            self.embed_VD = parameter((V, D), P(FSDP, 'tensor'), Role.EMBEDDING, scale=scale, padded=0, **embedding)
-            table = {'scale': c.model_dim**-0.5, **embedding}
+            embedding = functools.partial(parameter, role=Role.EMBEDDING, part='embedding', gathered=FSDP)
+            self.embed_VD = embedding((V, D), P(FSDP, 'tensor'), scale=scale, padded=0)
+            table = functools.partial(embedding, layout=P(None, ('tensor', *FSDP)), scale=c.model_dim**-0.5)
             if c.positions.kind == 'learned':
-                shape = c.positions.max, D
-                self.position_PD = parameter(shape, P(None, ('tensor', *FSDP)), Role.EMBEDDING, **table)
+                self.position_PD = table((c.positions.max, D))
             if c.embedding.token_types:
-                shape = c.embedding.token_types, D
-                self.token_type_YD = parameter(shape, P(None, ('tensor', *FSDP)), Role.EMBEDDING, **table)
+                self.token_type_YD = table((c.embedding.token_types, D))
             if c.embedding.norm:
                 self.embedding_norm = Norm(c)
             if c.encoder:
@@ -77,22 +75,15 @@ class Decoder(nnx.Module):
             if c.head_mlp:
                 self.head_mlp = HeadMlp(c)
             if c.head and not c.embedding.tied:
-                self.head_DV = parameter(
-                    (D, V),
-                    P(FSDP, 'tensor'),
-                    Role.HEAD,
-                    scale=c.model_dim**-0.5,
-                    gathered=FSDP,
-                    padded=1,
-                    part='head',
-                )
+                of = {'scale': c.model_dim**-0.5, 'gathered': FSDP, 'padded': 1, 'part': 'head'}
+                self.head_DV = parameter((D, V), P(FSDP, 'tensor'), Role.HEAD, **of)
             if c.head_bias:
                 self.head_bias_V = parameter((V,), P('tensor'), Role.BIAS, padded=0, part='head')
             if c.pooler:
                 self.pooler = Pooler(c)
         if c.mtp.layers:
             numbers = tuple(range(c.layers, c.layers + c.mtp.layers))
-            self.mtp = stack_layers(Ahead(c, c.layer_specs[-1]), numbers, None)
+            self.mtp = stack_layers(MTPBlock(c, c.layer_specs[-1]), numbers, None)
 
     @property
     def resolved_compute(self) -> ComputeConfig:
@@ -146,9 +137,9 @@ class Decoder(nnx.Module):
             blocks = tuple(self.groups[these])
             if lax.axis_size('stage') > 1 and number == c.pipelined_group:
                 assert cache is None, 'decoding has no pipeline'
-                x_BTD, found = pipelined(blocks, x_BTD, ctx, first, run.repeats)
+                x_BTD, found = apply_pipeline(blocks, x_BTD, ctx, first, run.repeats)
             else:
-                x_BTD, groups, found = in_order(blocks, x_BTD, ends, cache and cache.part(these), first)
+                x_BTD, groups, found = apply_layers(blocks, x_BTD, ends, cache and cache.part(these), first)
                 kept += groups
             records += found
             layers += [range(first + place, first + run.layers, len(run.specs)) for place in range(len(run.specs))]
@@ -156,7 +147,7 @@ class Decoder(nnx.Module):
         cache = cache and cache._replace(groups=tuple(kept))
         return (x_BTD if c.norm.order == 'post' else self.norm(x_BTD)), cache, join(records, layers)
 
-    def ahead(self, x_BTD, next_kBT, ctx: ForwardContext):
+    def mtp_hidden(self, x_BTD, next_kBT, ctx: ForwardContext):
         """Of each layer of `mtp` its normed activations before the LM head, and what they record.
 
         x_BTD is what `hidden` gives. next_kBT: of layer k the tokens k + 1 places after those that the model read.
@@ -164,9 +155,9 @@ class Decoder(nnx.Module):
         c, ends = self.config, ctx.my_microbatches()
         found, records = [], []
 
-        def apply(layer: Ahead, x_BTD, next_BTD, number: int):
+        def apply(layer: MTPBlock, x_BTD, next_BTD, number: int):
             here, said = ends.recording()
-            return layer.ahead(x_BTD, next_BTD, here, number), said
+            return layer.predict(x_BTD, next_BTD, here, number), said
 
         for k, next_BT in enumerate(next_kBT):
             layer = jax.tree.map(lambda a, k=k: a[k], self.mtp)

@@ -119,6 +119,20 @@ def needs_causal(model: Decoder, what: str) -> None:
         )
 
 
+def own_columns(tree: Any) -> Any:
+    """Of arrays [B, T] what this device of `context` works on, in the order of the row."""
+    return jax.tree.map(lambda a_BT: a_BT[:, columns(a_BT.shape[1], contiguous)], tree)
+
+
+def scoring_view(
+    model: Decoder, rows: tuple[jax.Array | None, ...], source: Source | None = None, **more: Any
+) -> tuple[jax.Array, ForwardContext]:
+    """One device's tokens, of whole rows (tokens, position, segment, kind), and their context; `more`: fields of it."""
+    tokens_BT, position_BT, segment_BT, kind_BT = own_columns(rows)
+    ctx = ForwardContext(position_BT, segment_BT, model.resolved_compute, kind_BT=kind_BT, **more)
+    return tokens_BT, with_source(model, ctx, source)
+
+
 def logits(
     model: Decoder,
     tokens_BT: jax.Array,
@@ -126,7 +140,7 @@ def logits(
     segment_BT: jax.Array,
     kind_BT: jax.Array | None = None,
     source: Source | None = None,
-):
+) -> jax.Array:
     """Logits [B, T, vocabulary] of the full forward pass, float32 or wider, rows split over BATCH, T over `context`.
 
     context × tensor must divide T. `kind_BT`: token types, as `ForwardContext` has them; `source`: an encoder–decoder needs it.
@@ -136,17 +150,11 @@ def logits(
     needs_head(model.config, 'logits')
 
     def body(model, rows, source):
-        column_T = columns(rows['tokens_BT'].shape[1], contiguous)
-        rows = {name: a_BT[:, column_T] for name, a_BT in rows.items()}
-        tokens_BT = rows.pop('tokens_BT')
-        ctx = with_source(model, ForwardContext(**rows, compute=model.resolved_compute), source)
-        x_BTD, _, _ = model.hidden(tokens_BT, ctx)
+        x_BTD, _, _ = model.hidden(*scoring_view(model, rows, source))
         return to_vocabulary(gather_sequence(x_BTD), model.head(), model.config)
 
-    rows = {'tokens_BT': tokens_BT, 'position_BT': position_BT, 'segment_BT': segment_BT}
-    rows |= {} if kind_BT is None else {'kind_BT': kind_BT}
     run = one_device(body, model, (TOKENS, TOKENS), P(ROWS, 'context', 'tensor'))
-    return real_vocabulary(run(model, rows, source), model)
+    return real_vocabulary(run(model, (tokens_BT, position_BT, segment_BT, kind_BT), source), model)
 
 
 def hidden_states(
@@ -155,7 +163,7 @@ def hidden_states(
     position_BT: jax.Array,
     segment_BT: jax.Array,
     kind_BT: jax.Array | None = None,
-):
+) -> jax.Array:
     """What the last layer and the final norm give, [B, T, D] in the compute dtype, laid out as `logits` has its rows and T.
 
     context × tensor must divide T. Raises UserError on a mesh with stages, and for an encoder–decoder.
@@ -165,15 +173,10 @@ def hidden_states(
         raise UserError('model.encoder is given: hidden states and embeddings are of models without one')
 
     def body(model, rows):
-        column_T = columns(rows['tokens_BT'].shape[1], contiguous)
-        rows = {name: a_BT[:, column_T] for name, a_BT in rows.items()}
-        tokens_BT = rows.pop('tokens_BT')
-        return model.hidden(tokens_BT, ForwardContext(**rows, compute=model.resolved_compute), for_head=False)[0]
+        return model.hidden(*scoring_view(model, rows), for_head=False)[0]
 
-    rows = {'tokens_BT': tokens_BT, 'position_BT': position_BT, 'segment_BT': segment_BT}
-    rows |= {} if kind_BT is None else {'kind_BT': kind_BT}
-    x_BTD = one_device(body, model, (TOKENS,), P(ROWS, SEQUENCE))(model, rows)
-    return jax.reshard(x_BTD, P(BATCH, 'context'))
+    run = one_device(body, model, (TOKENS,), P(ROWS, SEQUENCE))
+    return jax.reshard(run(model, (tokens_BT, position_BT, segment_BT, kind_BT)), P(BATCH, 'context'))
 
 
 def with_source(model: Decoder, ctx: ForwardContext, source: Source | None) -> ForwardContext:
@@ -182,24 +185,19 @@ def with_source(model: Decoder, ctx: ForwardContext, source: Source | None) -> F
     return ctx if source is None else dataclasses.replace(ctx, source=model.read(*source, ctx))
 
 
-def logits_ahead(model: Decoder, tokens_BT: jax.Array, position_BT: jax.Array, segment_BT: jax.Array):
+def mtp_logits(model: Decoder, tokens_BT: jax.Array, position_BT: jax.Array, segment_BT: jax.Array) -> jax.Array:
     """Logits [k, B, T, vocabulary] of the layers that predict further ahead (`mtp.layers`), as those of `logits`.
 
     At column t of layer k (from 0) stand those of the token k + 2 columns later, given all tokens up to k + 1 columns later,
     which is why the last k + 1 columns mean nothing.
     """
     needs_no_stages('scoring')
-    depth = model.config.mtp.layers
 
-    def body(model, *batch):
-        column_T = columns(batch[0].shape[1], contiguous)
-
-        def cut(a_BT: jax.Array) -> jax.Array:
-            return a_BT[:, column_T]
-
-        ctx = ForwardContext(cut(batch[1]), cut(batch[2]), model.resolved_compute)
-        x_BTD, _, _ = model.hidden(cut(batch[0]), ctx)
-        found, _ = model.ahead(x_BTD, [cut(jnp.roll(batch[0], -1 - k, axis=1)) for k in range(depth)], ctx)
+    def body(model, *rows):
+        tokens_BT, ctx = scoring_view(model, (*rows, None))
+        x_BTD, _, _ = model.hidden(tokens_BT, ctx)
+        next_kBT = [own_columns(jnp.roll(rows[0], -1 - k, axis=1)) for k in range(model.config.mtp.layers)]
+        found, _ = model.mtp_hidden(x_BTD, next_kBT, ctx)
         return jnp.stack([to_vocabulary(gather_sequence(x_BTD), model.head(), model.config) for x_BTD in found])
 
     run = one_device(body, model, (TOKENS, TOKENS, TOKENS), P(None, ROWS, 'context', 'tensor'))

@@ -2,7 +2,7 @@
 
 A mixer (attention, latent attention) declares what it keeps: its static method `cache(config, layer spec, CacheSize)` gives a
 `LayerCache` whose arrays are `CacheArray`s, that is shapes, dtypes and layouts, known without a mesh or memory. With a leading
-dim of layers that is the cache of a group of like layers (`model.stack.stacked_caches`), one for each of `Decoder.groups`.
+dim of layers that is the cache of a group of like layers (`model.stack.declared_cache`), one for each of `Decoder.groups`.
 While a layer runs, its mixer has the group's cache with `layer` set: it writes the new tokens and reads what is kept. All
 others (the decoder, beam search, sessions, the planner) handle whole arrays [L, B, …] and do not know the kind.
 
@@ -29,7 +29,7 @@ from jax import P, lax
 
 from weft.model.context import CrossCache, ForwardContext
 from weft.sharding.collectives import axis_index
-from weft.sharding.mesh import BATCH, MeshConfig
+from weft.sharding.mesh import BATCH, MeshConfig, split_axes
 
 ROWS = (*BATCH, 'stage')  # axes that split a cache's rows; `stage` is 1 where there is a cache
 LANES = 128  # numbers in which TPUs tile the last dim of an array
@@ -40,9 +40,7 @@ class CacheSize(NamedTuple):
 
     rows: int  # sequences, all devices together
     length: int  # tokens of a row at most
-    chunk: int = (
-        1  # tokens of a row at most that one step adds to those in the cache; above 1 for `inference.step.extend`
-    )
+    chunk: int = 1  # tokens of a row at most that one step adds to the cache; above 1 for `inference.step.extend`
     context: int = 1  # devices of the mesh along this axis
     tensor: int = 1
     dtype: str = 'float32'
@@ -63,8 +61,7 @@ class CacheArray:
 
     def shard_bytes(self, mesh: MeshConfig) -> float:
         """Bytes on one device."""
-        axes = [axis for part in self.spec if part for axis in ((part,) if isinstance(part, str) else part)]
-        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize / mesh.span(axes)
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize / mesh.span(split_axes(self.spec))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +126,8 @@ class DenseCache(LayerCache):
         """The cache with slots for rows of `length` tokens, with what is in it; inside `jax.shard_map`."""
         n = lax.axis_size('context')
         fill = self._tokens(length, n) // n - self.arrays[0].shape[2]
-        longer = lambda array: jnp.pad(array, ((0, 0), (0, 0), (0, fill), (0, 0)))
-        return dataclasses.replace(self, arrays=tuple(map(longer, self.arrays)))
+        pads = (0, 0), (0, 0), (0, fill), (0, 0)
+        return dataclasses.replace(self, arrays=tuple(jnp.pad(array, pads) for array in self.arrays))
 
     def can_rewind(self, written: int, to: int) -> bool:
         """True: a token does not see what stands after it, and that is written over before a later one does."""
@@ -161,9 +158,8 @@ class WindowCache(DenseCache):
         T, ring = ctx.position_BT.shape[1], self.arrays[0].shape[2] * lax.axis_size('context')
         assert self.chunk >= T, f'{T} tokens at once, and a cache that was made for {self.chunk}'
         last_B1 = jnp.where(ctx.segment_BT > 0, ctx.position_BT, 0).max(1, keepdims=True)
-        first_BS = super().positions(
-            ctx
-        )  # of the first token that a slot can hold; the others follow at distances of `ring`
+        # Of the first token that a slot can hold; the others follow at distances of `ring`.
+        first_BS = super().positions(ctx)
         return first_BS + jnp.maximum(last_B1 - first_BS, 0) // ring * ring
 
     def can_rewind(self, written: int, to: int) -> bool:
@@ -193,8 +189,8 @@ class KVCache(NamedTuple):
 
     def map_rows(self, change: Callable[[jax.Array, int], jax.Array]) -> 'KVCache':
         """The cache of other rows: `change(array, axis of its rows)` of each array."""
-        of_source = lambda array: change(array, 1)
-        return KVCache(tuple(group.map_rows(change) for group in self.groups), jax.tree.map(of_source, self.source))
+        source = jax.tree.map(lambda array: change(array, 1), self.source)
+        return KVCache(tuple(group.map_rows(change) for group in self.groups), source)
 
     def grown(self, length: int) -> 'KVCache':
         """The cache with room for rows of `length` tokens, with what is in it; inside `jax.shard_map`."""

@@ -21,7 +21,7 @@ from flax import nnx
 from jax import P
 from jax.sharding import NamedSharding
 
-from weft.sharding.mesh import AXES, FSDP, Divides, MeshConfig
+from weft.sharding.mesh import AXES, FSDP, Divides, MeshConfig, as_axes, split_axes
 
 Module = TypeVar('Module', bound=nnx.Module)
 EVERY = (*FSDP, 'tensor')  # axes that split a weight of tokens whose dims are all whole on each device
@@ -127,7 +127,7 @@ class Parameter:
 
     def local_shape(self, mesh: MeshConfig) -> tuple[int, ...]:
         """Of one layer's, what one device has."""
-        ways = (mesh.span((axes,) if isinstance(axes, str) else axes or ()) for axes in self.layout)
+        ways = (mesh.span(as_axes(axes)) for axes in self.layout)
         return tuple(int(size) // n for size, n in zip(self.shape, ways, strict=True))
 
     def held(self, mesh: MeshConfig) -> int:
@@ -138,7 +138,7 @@ class Parameter:
     @property
     def split(self) -> tuple[str, ...]:
         """The axes that split one of its own dims."""
-        return tuple(axis for axes in self.layout if axes for axis in ((axes,) if isinstance(axes, str) else axes))
+        return split_axes(self.layout)
 
     @property
     def in_first(self) -> bool:
@@ -150,8 +150,7 @@ class Parameter:
         for size, axes in zip(self.shape, self.layout, strict=True):
             if axes:
                 assert isinstance(size, Size), f'{self}: a dim that is split needs a Size, which names its field'
-                among = (axes,) if isinstance(axes, str) else tuple(axes)
-                yield Divides(tuple(axis for axis in AXES if axis in among), size.field, size.units)
+                yield Divides(tuple(axis for axis in AXES if axis in as_axes(axes)), size.field, size.units)
 
     def init(self, key: jax.Array, stored: Any) -> jax.Array:
         """Its initial values in its layout, of which no device ever holds more than its part: the same on every mesh.
@@ -161,7 +160,10 @@ class Parameter:
         dtype, shape = self.role.dtype(stored), tuple(map(int, self.shape))
         if not self.scale:
             return jnp.full(self.global_shape, self.value, dtype, out_sharding=self.global_layout)
-        normal = lambda key: jax.random.normal(key, shape, dtype, out_sharding=self.layout) * self.scale
+
+        def normal(key: jax.Array) -> jax.Array:
+            return jax.random.normal(key, shape, dtype, out_sharding=self.layout) * self.scale
+
         if self.layers is None:
             return normal(key)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.array(self.layers, jnp.uint32))
@@ -224,9 +226,7 @@ def active(layout: P, mesh: MeshConfig) -> P:
     """A layout without axes of one device, as types have it."""
 
     def left(axes: Any) -> Any:
-        if axes is None or isinstance(axes, str):
-            return axes if axes and getattr(mesh, axes) > 1 else None
-        some = tuple(axis for axis in axes if getattr(mesh, axis) > 1)
+        some = tuple(axis for axis in as_axes(axes) if getattr(mesh, axis) > 1)
         return some if len(some) > 1 else some[0] if some else None
 
     return P(*map(left, layout))

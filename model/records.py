@@ -74,9 +74,11 @@ def join(found: Sequence[Records], numbers: Sequence[Sequence[int]] = ()) -> Rec
     """
 
     def concatenated(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        names = sorted({name for part in parts for name in part})
-        of = lambda name: [part[name] for part in parts if name in part]
-        return {name: jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *of(name)) for name in names}
+        def joined(name: str) -> Any:
+            having = (part[name] for part in parts if name in part)
+            return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *having)
+
+        return {name: joined(name) for name in sorted({name for part in parts for name in part})}
 
     taps = concatenated([one.taps for one in found])
     if numbers:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 
-from weft.model.config import VOCABULARY_MULTIPLE, LayerSpec, ModelConfig, encoder_field
+from weft.model.config import VOCABULARY_MULTIPLE, ModelConfig, encoder_field
 from weft.model.decoder import weights_of
 from weft.model.parts.registry import MIXERS
 from weft.sharding.mesh import BATCH, FSDP, SEQUENCE, Divides
@@ -19,7 +19,8 @@ def sizes(c: ModelConfig) -> list[Divides]:
         *(Divides(axes, 'the padded vocabulary', vocabulary) for axes in (FSDP, ('tensor',))),
     ]
     run = c.layer_groups[c.pipelined_group]
-    units = f'units of {len(run.specs)} layers' if len(run.specs) > 1 else f'{_name(run.specs[0])} layers'
+    kind = 'moe' if run.specs[0].experts else 'dense'
+    units = f'units of {len(run.specs)} layers' if len(run.specs) > 1 else f'{kind} layers'
     name = 'model.layers' if run.repeats == c.layers else f'the number of {units} in a row'
     rules.append(Divides(('stage',), name, run.repeats))
     for name, weight in weights_of(c).items():
@@ -35,10 +36,6 @@ def sizes(c: ModelConfig) -> list[Divides]:
             ),
         ]
     return list(dict.fromkeys(rules))
-
-
-def _name(kind: LayerSpec) -> str:
-    return 'moe' if kind.experts else 'dense'
 
 
 def batch_sizes(

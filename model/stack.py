@@ -1,4 +1,4 @@
-"""Layers one after another, from one device's view: scanned, written out, or split over the stages of a pipeline.
+"""Layers one after another, from one device's view: scanned, unrolled, or split over the stages of a pipeline.
 
 Letters: B rows, T sequence, D model, m microbatches of this stage.
 """
@@ -19,16 +19,14 @@ from weft.sharding.collectives import mark_varying
 from weft.sharding.mesh import platform
 from weft.sharding.pipeline import pipeline
 
-# Platform -> layers that are written out at most, of whole rows and of a decoding step: a loop's slices of weights, and of what
+# Platform -> layers that are unrolled at most, of whole rows and of a decoding step: a loop's slices of weights, and of what
 # is kept, are copies, and with them a decoding step takes up to twice as long. More keep the loop, to compile quickly.
 UNROLLED = {'cpu': (8, 64), 'gpu': (16, 256)}
-
-
 # TPUs read a slice of a stack where it is used, but for experts, all of which they would copy to multiply by a few.
 UNROLLED_EXPERTS = {'tpu': (0, 64)}
 
 
-def stacked_caches(c: ModelConfig, size: CacheSize) -> tuple[LayerCache, ...]:
+def declared_cache(c: ModelConfig, size: CacheSize) -> tuple[LayerCache, ...]:
     """A decoder's cache as it is declared: what the mixers of each group of layers keep, with a leading dim of layers."""
     found = []
     for run in c.layer_groups:
@@ -38,7 +36,7 @@ def stacked_caches(c: ModelConfig, size: CacheSize) -> tuple[LayerCache, ...]:
     return tuple(found)
 
 
-def in_order(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, cache: KVCache | None, first):
+def apply_layers(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, cache: KVCache | None, first):
     """x after the layers of a run, of which the first has number `first`; by kind their cache, and what each layer records.
 
     Each of `blocks` has the layers of one kind: stacked, or a list of them (inference/unstacked.py). `cache` is of these kinds.
@@ -66,33 +64,37 @@ def in_order(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, cache: KVCac
             by_repeat.append(found)
         return x_BTD, groups, jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *by_repeat)
     repeats = jax.tree.leaves(blocks)[0].shape[0]
-    unroll = written_out(repeats * len(blocks), blocks[0].config, ctx.compute.remat, ctx.decoding, platform())
+    unroll = is_unrolled(repeats * len(blocks), blocks[0].config, ctx.compute.remat, ctx.decoding, platform())
     run = remat(unit, ctx.compute.remat, unroll)
     (x_BTD, groups), records = lax.scan(run, (x_BTD, groups), (blocks, sources, jnp.arange(repeats)), unroll=unroll)
     return x_BTD, groups, records
 
 
-def written_out(layers: int, c: ModelConfig, kept: Remat, decoding: bool, on: str) -> bool:
-    """Whether so many layers are no loop on a platform."""
+def is_unrolled(layers: int, c: ModelConfig, kept: Remat, decoding: bool, on: str) -> bool:
+    """Whether so many layers are unrolled, not a loop, on a platform."""
     # XLA for GPUs would compute all of them again at once, and what remat is to save would be there together.
     together = kept != 'none' and on == 'gpu' and not decoding
     most = UNROLLED.get(on) or (UNROLLED_EXPERTS.get(on) if c.moe else None) or (0, 0)
     return not together and layers <= most[decoding]
 
 
-def pipelined(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, first, repeats: int):
+def apply_pipeline(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, first, repeats: int):
     """Applies a run of blocks that is split over `stage`; x holds the rows of this stage's microbatches. No cache."""
     mine = jax.tree.leaves(blocks)[0].shape[0]
     before = lax.axis_index('stage') * mine
 
     def layers(x_BTD, number):
-        x_BTD, _, records = in_order(blocks, x_BTD, ctx.microbatch(number), None, first + before * len(blocks))
+        x_BTD, _, records = apply_layers(blocks, x_BTD, ctx.microbatch(number), None, first + before * len(blocks))
         return x_BTD, records
 
     m = ctx.microbatches // lax.axis_size('stage')
     x_mBTD, records = pipeline(layers, x_BTD.reshape(m, -1, *x_BTD.shape[1:]))
-    place = lambda a: lax.dynamic_update_slice_in_dim(jnp.zeros((repeats, *a.shape[1:]), a.dtype), a, before, 0)
-    return x_mBTD.reshape(x_BTD.shape), jax.tree.map(place, records)
+
+    def among_all(a: jax.Array) -> jax.Array:
+        """What this stage's layers record, in an array for those of all stages."""
+        return lax.dynamic_update_slice_in_dim(jnp.zeros((repeats, *a.shape[1:]), a.dtype), a, before, 0)
+
+    return x_mBTD.reshape(x_BTD.shape), jax.tree.map(among_all, records)
 
 
 def each_layer(f, group):

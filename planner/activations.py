@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.ops.cross_entropy import CHUNK
-from weft.model.stack import written_out
+from weft.model.stack import is_unrolled
 from weft.planner.weights import Group
 from weft.sharding.mesh import MeshConfig
 
@@ -56,7 +56,7 @@ def kept_by(group: Group, device: Device) -> float:
     layers = group.held(device.mesh)
     if device.compute.remat == 'none':
         made, whole = residuals(group, device)
-        if not written_out(math.ceil(layers), group.config, device.compute.remat, False, device.platform):
+        if not is_unrolled(math.ceil(layers), group.config, device.compute.remat, False, device.platform):
             made = stacked(group, device)
         return layers * (made + whole)
     kept = device.x

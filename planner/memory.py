@@ -24,7 +24,7 @@ from weft.model.config import ModelConfig
 from weft.model.decoder import weights_of
 from weft.model.kv_cache import CacheSize
 from weft.model.parts.attention import SoftmaxConfig
-from weft.model.stack import stacked_caches
+from weft.model.stack import declared_cache
 from weft.planner.activations import FLOAT32, Device, at_work, in_loss, kept_by, residuals
 from weft.planner.weights import Inventory, inventory
 from weft.sharding.mesh import BATCH, MeshConfig
@@ -209,5 +209,5 @@ def cache_bytes(
     c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, rows: int, length: int, platform: str = 'tpu'
 ) -> float:
     """Bytes of the cache on one device for `rows` sequences of at most `length` tokens; an encoder's output is not counted."""
-    groups = stacked_caches(c, CacheSize(rows, length, 1, mesh.context, mesh.tensor, compute.dtype, platform))
+    groups = declared_cache(c, CacheSize(rows, length, 1, mesh.context, mesh.tensor, compute.dtype, platform))
     return sum(array.shard_bytes(mesh) for group in groups for array in group.arrays)

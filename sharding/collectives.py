@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import P, lax
+from jax.typing import DTypeLike
 
-from weft.sharding.mesh import AXES, FSDP, platform
+from weft.sharding.mesh import AXES, FSDP, as_axes, platform, split_axes
 
 Tree = TypeVar('Tree')  # any pytree of arrays
 Axes = str | Iterable[str]
@@ -26,11 +27,7 @@ def mark_varying(tree: Tree) -> Tree:
     Without the mark the sum would be taken at each use, inside the scan over layers.
     """
 
-    def mark(w: jax.Array) -> jax.Array:
-        axes = tuple(axis for axis in AXES if axis not in varying(w))
-        return lax.pcast(w, axes, to='varying') if axes else w
-
-    return jax.tree.map(mark, tree)
+    return _vary(tree, AXES)
 
 
 def match_varying(tree: Tree) -> Tree:
@@ -39,10 +36,17 @@ def match_varying(tree: Tree) -> Tree:
     A loop's carry, a kernel's operands and a custom gradient have one type throughout. What JAX adds for the cast in the
     backward pass is the sum that the gradient of a replicated array needs.
     """
-    axes = frozenset().union(*map(varying, jax.tree.leaves(tree)))
+    return _vary(tree, sorted(frozenset().union(*map(varying, jax.tree.leaves(tree)))))
 
+
+def vary_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """A constant x as varying over the mesh axes that `like` varies over, as a loop's carry must."""
+    return match_varying((x, like))[0]
+
+
+def _vary(tree: Tree, axes: Iterable[str]) -> Tree:
     def mark(x: jax.Array) -> jax.Array:
-        missing = tuple(sorted(axes - varying(x)))
+        missing = tuple(axis for axis in axes if axis not in varying(x))
         return lax.pcast(x, missing, to='varying') if missing else x
 
     return jax.tree.map(mark, tree)
@@ -62,8 +66,7 @@ def reduce_gradients(tree: Tree, specs: Any) -> Tree:
     layouts = jax.tree.leaves(specs, is_leaf=lambda spec: isinstance(spec, P))
     by_axes: dict[tuple[str, ...], list[int]] = {}
     for i, spec in enumerate(layouts):
-        split = {axis for axes in spec if axes for axis in (axes if isinstance(axes, tuple) else (axes,))}
-        by_axes.setdefault(active_axes(axis for axis in AXES if axis not in split), []).append(i)
+        by_axes.setdefault(active_axes(axis for axis in AXES if axis not in split_axes(spec)), []).append(i)
     for axes, where in by_axes.items():
         for i, total in zip(where, psum([leaves[i] for i in where], axes), strict=True):
             leaves[i] = total
@@ -72,7 +75,7 @@ def reduce_gradients(tree: Tree, specs: Any) -> Tree:
 
 def active_axes(axes: Axes) -> tuple[str, ...]:
     """The axes among `axes` that have more than one device, in their order."""
-    return tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes) if lax.axis_size(axis) > 1)
+    return tuple(axis for axis in as_axes(axes) if lax.axis_size(axis) > 1)
 
 
 def psum(tree: Tree, axes: Axes) -> Tree:
@@ -194,4 +197,9 @@ def tensor_slice(x_BT: jax.Array, dim: int = 1) -> jax.Array:
 
 def upcast(x: jax.Array) -> jax.Array:
     """x in at least float32."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide(x.dtype))
+
+
+def wide(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of scores, norms and sums: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)

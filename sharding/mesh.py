@@ -29,11 +29,7 @@ from weft.runtime.errors import UserError, shown
 
 AXES = ('replica', 'stage', 'data', 'context', 'expert', 'tensor')
 BATCH = ('replica', 'data', 'expert')  # axes that split the rows of a batch
-FSDP = (
-    'data',
-    'context',
-    'expert',
-)  # axes that split a weight which every token meets: it is gathered where it is used
+FSDP = ('data', 'context', 'expert')  # axes that split a weight which every token meets, and over which it is gathered
 SEQUENCE = ('context', 'tensor')  # axes that split the sequence between blocks
 IN_ORDER = '--xla_cpu_enable_concurrency_optimized_scheduler=false'
 SEARCHED = 1024  # devices at most of a mesh that is proposed in an error
@@ -76,6 +72,16 @@ class MeshConfig:
     def __str__(self) -> str:
         """The axes that are on, as in `data=4 tensor=2`; `data=1` where none is."""
         return ' '.join(f'{axis}={getattr(self, axis)}' for axis in AXES if getattr(self, axis) > 1) or 'data=1'
+
+
+def split_axes(layout: Iterable[str | tuple[str, ...] | None]) -> tuple[str, ...]:
+    """The mesh axes that split some dim of an array of a layout (a PartitionSpec)."""
+    return tuple(axis for axes in layout if axes for axis in as_axes(axes))
+
+
+def as_axes(axes: str | Iterable[str] | None) -> tuple[str, ...]:
+    """One axis, several or none, as a tuple."""
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def parse_mesh(text: str, option: str = '--mesh') -> MeshConfig:

@@ -151,7 +151,7 @@ def local_loss_sums(model: Decoder, batch: Batch, first: jax.Array, key: jax.Arr
     if model.config.mtp.layers:
         targets = mtp_targets(batch, model.config.mtp.layers)
         next_kBT, target_kBT, live_kBT = ([a_BT[:, column_T] for a_BT in a_kBT] for a_kBT in targets)
-        x_kBTD, mtp_records = model.ahead(x_BTD, next_kBT, ctx)
+        x_kBTD, mtp_records = model.mtp_hidden(x_BTD, next_kBT, ctx)
         layers = zip(x_kBTD, target_kBT, live_kBT, strict=True)
         sums['mtp_loss_sum'] = jnp.stack([entropy(x, mine(target), mine(live)) for x, target, live in layers])
         sums['metrics'] = join([records, mtp_records]).metrics

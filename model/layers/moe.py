@@ -14,7 +14,7 @@ from weft.model.config import ModelConfig, MoEConfig
 from weft.model.context import ForwardContext
 from weft.model.layers.mlp import Mlp, activation
 from weft.model.linear import ExpertLinear, Linear
-from weft.model.ops.expert_dispatch import LocalExperts, dispatch
+from weft.model.ops.expert_dispatch import LocalExperts, Routed, dispatch
 from weft.model.parameters import Role, Size, parameter, residual_gain
 from weft.model.parts.registry import MIXTURES
 from weft.sharding.collectives import mark_varying, psum, upcast
@@ -50,9 +50,7 @@ class MoE(nnx.Module):
         flat = lambda a: a.reshape(-1, a.shape[-1])
         send = dispatch(ctx.compute.dispatch)
         y_ND, dropped = send(
-            flat(x_BTD),
-            flat(gate_BTK),
-            flat(expert_BTK),
+            Routed(flat(x_BTD), flat(gate_BTK), flat(expert_BTK)),
             self.experts(x_BTD.dtype, ctx.compute.grouped_matmul),
             split=ctx.sequence_split,
             capacity_factor=ctx.compute.capacity_factor,

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from weft.model.ops.grouped_weights import Bias, RowFunction, Transposed
-from weft.sharding.collectives import match_varying, upcast
+from weft.sharding.collectives import upcast, vary_like
 
 # Rows of a block, tried in this order in each group; the last one covers what remains. Large blocks run at a plain
 # matmul's speed, small ones waste little where a group ends. Few rows a group, as in decoding, have small blocks
@@ -104,19 +104,9 @@ def write_rows(a_RD: jax.Array, a_BD: jax.Array, mine_B1: jax.Array, first: jax.
     return lax.dynamic_update_slice_in_dim(a_RD, a_BD, first, 0)
 
 
-def zeros(shape: tuple[int, ...], dtype: jnp.dtype, like: jax.Array) -> jax.Array:
-    """Zeros that vary over the mesh axes that `like` varies over, as a loop's carry must."""
-    return match_varying((jnp.zeros(shape, dtype), like))[0]
-
-
-def upcast_all(tree: Any) -> Any:
-    """Each array in at least float32."""
-    return jax.tree.map(upcast, tree)
-
-
 def group_weights(weights: Any, e: int | jax.Array) -> Any:
     """The weights of group e, in at least float32."""
-    return upcast_all(jax.tree.map(lambda w: lax.dynamic_index_in_dim(w, e, keepdims=False), weights))
+    return jax.tree.map(lambda w: upcast(lax.dynamic_index_in_dim(w, e, keepdims=False)), weights)
 
 
 def group_of_rows(plan: Plan, sizes_E: jax.Array) -> jax.Array:
@@ -164,7 +154,7 @@ def by_group(plan: Plan, x_RD: jax.Array, weights: Any, sizes_E: jax.Array) -> j
         return walk(plan, block, y_RG, ends_E[e] - size, size)
 
     G = jax.eval_shape(plan.block, x_RD, group_weights(weights, 0)).shape[1]
-    return lax.fori_loop(0, (sizes_E > 0).sum(), group, zeros((plan.rows, G), x_RD.dtype, x_RD))
+    return lax.fori_loop(0, (sizes_E > 0).sum(), group, vary_like(jnp.zeros((plan.rows, G), x_RD.dtype), x_RD))
 
 
 def batched(plan: Plan, x_RD: jax.Array, weights: Any, sizes_E: jax.Array) -> jax.Array:
@@ -187,7 +177,7 @@ def _backward(plan: Plan, saved: tuple, dy_RG: jax.Array) -> tuple:
 
     def group(dx_RD: jax.Array, item: tuple) -> tuple[jax.Array, Any]:
         mine, size, end = item
-        mine = upcast_all(mine)
+        mine = jax.tree.map(upcast, mine)
 
         def block(first: jax.Array, mine_B1: jax.Array, carry: tuple) -> tuple:
             dx_RD, sums = carry
@@ -197,12 +187,11 @@ def _backward(plan: Plan, saved: tuple, dy_RG: jax.Array) -> tuple:
             dx_BD, dweights = jax.vjp(plan.block, x_BD, mine)[1](dy_BG)
             return write_rows(dx_RD, dx_BD, mine_B1, first), jax.tree.map(jnp.add, sums, dweights)
 
-        sums = jax.tree.map(lambda w: zeros(w.shape, w.dtype, x_RD), mine)
+        sums = jax.tree.map(lambda w: vary_like(jnp.zeros_like(w), x_RD), mine)
         dx_RD, sums = walk(plan, block, (dx_RD, sums), end - size, size)
         return dx_RD, jax.tree.map(lambda a: a.astype(x_RD.dtype), sums)
 
-    nothing_RD = zeros(x_RD.shape, x_RD.dtype, x_RD)
-    dx_RD, dweights = lax.scan(group, nothing_RD, (weights, sizes_E, jnp.cumsum(sizes_E)))
+    dx_RD, dweights = lax.scan(group, vary_like(jnp.zeros_like(x_RD), x_RD), (weights, sizes_E, jnp.cumsum(sizes_E)))
     return dx_RD, dweights, None
 
 

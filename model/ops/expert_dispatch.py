@@ -7,10 +7,8 @@
     ragged      each row goes to its expert's device alone, in messages as long as they need be. Nothing is dropped.
 
 Each is a function of one device's view
-    (x_ND, gate_NK, expert_NK, experts, *, split, capacity_factor) -> (y_ND, dropped)
-    x_ND       this device's tokens; with `split` each device of `tensor` has its own, without it all have the same ones
-    gate_NK    the weight of each choice in its token's sum
-    expert_NK  the chosen experts among all E; E itself means none
+    (routed, experts, *, split, capacity_factor) -> (y_ND, dropped)
+    routed     this device's tokens; with `split` each device of `tensor` has its own, without it all have the same ones
     experts    those that this device holds
     y_ND       Σ over a token's choices of gate · expert(x), in the layout of x
     dropped    this device's share of the choices that had no room, float32: whole when added up over every mesh axis
@@ -31,8 +29,23 @@ from jax import lax
 
 from weft.model.ops.grouped_matmul import combine, expert_mlp, permute
 from weft.sharding import collectives
-from weft.sharding.collectives import axis_index, match_varying, psum, reduce_scatter
+from weft.sharding.collectives import axis_index, match_varying, psum, reduce_scatter, vary_like
 from weft.sharding.mesh import platform
+
+
+class Routed(NamedTuple):
+    """Tokens and the experts that a router chose for them."""
+
+    x_ND: jax.Array
+    gate_NK: jax.Array  # the weight of each choice in its token's sum
+    expert_NK: jax.Array  # the chosen experts among all E; E itself means none
+
+    def all_gather(self, axis: str) -> 'Routed':
+        """The tokens of all devices along an axis."""
+        return Routed(*(collectives.all_gather(a, axis) for a in self))
+
+
+Combined = tuple[jax.Array, jax.Array]  # y_ND, dropped
 
 
 class LocalExperts(NamedTuple):
@@ -75,48 +88,31 @@ def default_dispatch(platform: str) -> str:
     return 'all_gather'
 
 
-def dispatch(name: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def dispatch(name: str) -> Callable[..., Combined]:
     """The way of that name, 'all_gather', 'all_to_all' or 'ragged': a function as the top of this file has it."""
     return _DISPATCH[name]
 
 
-def all_gather(
-    x_ND: jax.Array,
-    gate_NK: jax.Array,
-    expert_NK: jax.Array,
-    experts: LocalExperts,
-    *,
-    split: bool,
-    capacity_factor: float,
-) -> tuple[jax.Array, jax.Array]:
+def all_gather(routed: Routed, experts: LocalExperts, *, split: bool, capacity_factor: float) -> Combined:
     """Every token to every device; rows of other devices' experts sort last and are not computed."""
     # One axis at a time: over two at once TPU makes the sums on all devices, twice the bytes (benchmarks/dispatch.md).
     for axis in ('tensor', 'expert') if split else ('expert',):
-        x_ND, gate_NK, expert_NK = (collectives.all_gather(a, axis) for a in (x_ND, gate_NK, expert_NK))
+        routed = routed.all_gather(axis)
     E = experts.held
-    mine_NK = expert_NK - E * axis_index('expert')
+    mine_NK = routed.expert_NK - E * axis_index('expert')
     mine_NK = jnp.where((mine_NK >= 0) & (mine_NK < E), mine_NK, E)
     order_R, place_R, sizes_E = by_expert(mine_NK, E)
-    y_RD = experts.grouped(permute(x_ND, order_R, place_R), sizes_E)
-    y_ND = combine(y_RD, gate_NK.astype(x_ND.dtype), order_R, place_R)
-    y_ND = reduce_scatter(y_ND, 'expert')
-    y_ND = reduce_scatter(y_ND, 'tensor') if split else psum(y_ND, 'tensor')
-    return y_ND, jnp.float32(0)
+    y_RD = experts.grouped(permute(routed.x_ND, order_R, place_R), sizes_E)
+    y_ND = reduce_scatter(combine(y_RD, routed.gate_NK.astype(y_RD.dtype), order_R, place_R), 'expert')
+    return (reduce_scatter(y_ND, 'tensor') if split else psum(y_ND, 'tensor')), jnp.float32(0)
 
 
-def all_to_all(
-    x_ND: jax.Array,
-    gate_NK: jax.Array,
-    expert_NK: jax.Array,
-    experts: LocalExperts,
-    *,
-    split: bool,
-    capacity_factor: float,
-) -> tuple[jax.Array, jax.Array]:
+def all_to_all(routed: Routed, experts: LocalExperts, *, split: bool, capacity_factor: float) -> Combined:
     """A buffer of C rows from each device to each expert. Tokens that come later in the order of rows are dropped first.
 
     Gates stay at home. Without `split` there is room for every token, so that decoding drops none.
     """
+    x_ND, gate_NK, expert_NK = routed
     (N, K), n = expert_NK.shape, lax.axis_size('expert')
     E, D = n * experts.held, x_ND.shape[1]
     C = capacity(N, K, E, capacity_factor) if split else N
@@ -135,22 +131,13 @@ def all_to_all(
     return (y_ND, dropped) if split else (psum(y_ND, 'tensor'), dropped / lax.axis_size('tensor'))
 
 
-def ragged(
-    x_ND: jax.Array,
-    gate_NK: jax.Array,
-    expert_NK: jax.Array,
-    experts: LocalExperts,
-    *,
-    split: bool,
-    capacity_factor: float,
-) -> tuple[jax.Array, jax.Array]:
+def ragged(routed: Routed, experts: LocalExperts, *, split: bool, capacity_factor: float) -> Combined:
     """Rows sorted by expert, each run of rows to its expert's device, where it lands in the order of experts.
 
     As in an MLP, the devices of `tensor` have all of each other's tokens in between. The buffer has room for the worst
     case, that all tokens of all devices want the experts of one.
     """
-    if split:
-        x_ND, gate_NK, expert_NK = (collectives.all_gather(a, 'tensor') for a in (x_ND, gate_NK, expert_NK))
+    x_ND, gate_NK, expert_NK = routed.all_gather('tensor') if split else routed
     (N, K), n = expert_NK.shape, lax.axis_size('expert')
     E = n * experts.held
     order_R, place_R, count_E = by_expert(expert_NK, E)
@@ -241,19 +228,16 @@ class Runs(NamedTuple):
 def _exchange(x_RD: jax.Array, count_nE: jax.Array, rows: int, back: bool) -> jax.Array:
     me, runs = axis_index('expert'), Runs.of(count_nE)
 
-    def from_me(a_sde: jax.Array) -> jax.Array:
-        return lax.dynamic_index_in_dim(a_sde, me, 0, keepdims=False).reshape(-1)
+    def of_me(a_sde: jax.Array, dim: int) -> jax.Array:
+        return lax.dynamic_index_in_dim(a_sde, me, dim, keepdims=False).reshape(-1)
 
-    def to_me(a_sde: jax.Array) -> jax.Array:
-        return lax.dynamic_index_in_dim(a_sde, me, 1, keepdims=False).reshape(-1)
-
+    sender, receiver = (1, 0) if back else (0, 1)  # dims of the runs
+    begin_sde, land_sde = (runs.there_sde, runs.home_sde) if back else (runs.home_sde, runs.there_sde)
     # Where each run begins here, its rows, where it begins on the device that it goes to; rows of each run that comes.
-    if back:
-        offsets = to_me(runs.there_sde), to_me(runs.count_sde), to_me(runs.home_sde), from_me(runs.count_sde)
-    else:
-        offsets = from_me(runs.home_sde), from_me(runs.count_sde), from_me(runs.there_sde), to_me(runs.count_sde)
+    offsets = [of_me(a_sde, sender) for a_sde in (begin_sde, runs.count_sde, land_sde)]
+    offsets.append(of_me(runs.count_sde, receiver))
     # ragged_all_to_all's result varies over the mesh axes that its second argument does.
-    empty_SD, _ = match_varying((jnp.zeros((rows, x_RD.shape[1]), x_RD.dtype), x_RD))
+    empty_SD = vary_like(jnp.zeros((rows, x_RD.shape[1]), x_RD.dtype), x_RD)
     ragged_all_to_all = gathered_ragged_all_to_all if platform() == 'cpu' else lax.ragged_all_to_all
     return ragged_all_to_all(x_RD, empty_SD, *offsets, axis_name='expert')
 

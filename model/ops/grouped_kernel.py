@@ -17,10 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from weft.model.ops.kernels import call
-from weft.runtime.errors import UserError
+from weft.model.ops.kernels import call, check_dtype
 
-DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 MOST_INDICES = 65535  # of CUDA's second and third grid axis
 
 
@@ -60,9 +58,7 @@ def gmm(
     Raises:
         UserError: another dtype.
     """
-    if x_RD.dtype not in DTYPES:
-        names = ', '.join(jnp.dtype(dtype).name for dtype in DTYPES)
-        raise UserError(f'grouped matmul backend gmm has no {x_RD.dtype}; it computes in {names}, reference in any')
+    check_dtype('grouped matmul backend gmm', x_RD.dtype)
     return _gmm(x_RD, w_EDF, sizes_E, tiling or tilings(x_RD.dtype), transposed)
 
 
@@ -100,8 +96,7 @@ def rows_times_weights(
         [pl.BlockSpec((R, columns), lambda f, v: (0, 0))],
         [((R, columns), x_RD.dtype)],
         *(x_RD, w_EDF, row_tiles(sizes_E, R // t.rows + E, t.rows)),
-        warps=t.warps,
-        stages=t.stages,
+        tiling=t,
     )
     return y_RF
 
@@ -119,8 +114,7 @@ def weight_gradients(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, t: G
         [pl.BlockSpec((None, D, F), lambda f, d, e: (e, 0, 0))],
         [((E, D, F), x_RD.dtype)],
         *(x_RD, dy_RF, jnp.stack([ends_E - sizes_E, ends_E], 1)),
-        warps=t.warps,
-        stages=t.stages,
+        tiling=t,
     )
     return dw_EDF
 

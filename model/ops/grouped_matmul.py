@@ -20,7 +20,7 @@ from jax import lax
 from weft.model.ops.blocked_matmul import blocked_apply
 from weft.model.ops.grouped_weights import Bias, Matmul, RowFunction, Transposed
 from weft.runtime.errors import UserError, nearest
-from weft.sharding.collectives import match_varying
+from weft.sharding.collectives import match_varying, upcast, wide
 from weft.sharding.mesh import platform
 
 BACKENDS = ('reference', 'blocked', 'ragged', 'gmm')
@@ -112,28 +112,27 @@ def grouped_apply(f: RowFunction, x_RD: jax.Array, weights: Any, sizes_E: jax.Ar
         if isinstance(w_EDF, Bias):
             group_R = jnp.searchsorted(ends_E, row_R.astype(ends_E.dtype), side='right')
             # In at least float32, in which its gradient is then added up.
-            b_EF = w_EDF.b.astype(jnp.promote_types(w_EDF.b.dtype, jnp.float32))
-            return b_EF.at[group_R].get(mode='fill', fill_value=0, indices_are_sorted=True).astype(w_EDF.b.dtype)
+            b_RF = upcast(w_EDF.b).at[group_R].get(mode='fill', fill_value=0, indices_are_sorted=True)
+            return b_RF.astype(w_EDF.b.dtype)
         transposed = isinstance(w_EDF, Transposed)
         if isinstance(w_EDF, tuple) and not transposed:
             return tuple(matmul(x_RD, w) for w in w_EDF)
+        if transposed:
+            w_EDF = w_EDF.w
         if backend == 'gmm':
             from weft.model.ops.grouped_kernel import gmm  # it needs Pallas, whose import takes a while
 
-            return gmm(x_RD, w_EDF.w if transposed else w_EDF, sizes_E, transposed=transposed)
-        if transposed:
-            w_EDF = w_EDF.w
-        wide = jnp.promote_types(x_RD.dtype, jnp.float32)
+            return gmm(x_RD, w_EDF, sizes_E, transposed=transposed)
         if backend == 'ragged':
             # A TPU sums in float32 whatever it writes; asked for float32 it would hold all rows in it too.
-            kept = x_RD.dtype if platform() == 'tpu' else wide
-            y_RF = lax.ragged_dot_general(
-                x_RD, w_EDF, sizes_E, TRANSPOSED if transposed else PLAIN, preferred_element_type=kept
-            )
+            kept = x_RD.dtype if platform() == 'tpu' else wide(x_RD.dtype)
+            dims = TRANSPOSED if transposed else PLAIN
+            y_RF = lax.ragged_dot_general(x_RD, w_EDF, sizes_E, dims, preferred_element_type=kept)
         else:
             mine_RE = (row_R[:, None] < ends_E[None]) & (row_R[:, None] >= (ends_E - sizes_E)[None])
             sums = 'RF,EDF,RE->RD' if transposed else 'RD,EDF,RE->RF'
-            y_RF = jnp.einsum(sums, x_RD, w_EDF, mine_RE.astype(wide), preferred_element_type=wide)
+            kept = wide(x_RD.dtype)
+            y_RF = jnp.einsum(sums, x_RD, w_EDF, mine_RE.astype(kept), preferred_element_type=kept)
         return y_RF.astype(x_RD.dtype)
 
     # Masked at both ends: what the last rows hold (even NaN) reaches neither y nor, through 0 * NaN, a gradient.
@@ -169,9 +168,8 @@ def _rows(x_RD: jax.Array, row_B: jax.Array, mode: str) -> jax.Array:
 
 def _added(y_SD: jax.Array, share_NK: jax.Array, slot_R: jax.Array, mode: str) -> jax.Array:
     # K gathers added up, not one summed over K: XLA's CPU code for a sum over a middle dim is three times slower.
-    wide = jnp.promote_types(y_SD.dtype, jnp.float32)
     pairs = zip(share_NK.T, slot_R.reshape(share_NK.shape).T, strict=True)
-    terms = [share_N[:, None] * _rows(y_SD, slot_N, mode).astype(wide) for share_N, slot_N in pairs]
+    terms = [share_N[:, None] * upcast(_rows(y_SD, slot_N, mode)) for share_N, slot_N in pairs]
     return sum(terms[1:], terms[0]).astype(y_SD.dtype)
 
 

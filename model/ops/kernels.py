@@ -2,12 +2,36 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+
+from weft.runtime.errors import UserError
+
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+
+
+class Tiling(Protocol):
+    """How large a kernel's tiles are, and how a program works on them."""
+
+    @property
+    def warps(self) -> int:
+        """Of 32 threads, a program."""
+
+    @property
+    def stages(self) -> int:
+        """Tiles that a loop loads ahead."""
+
+
+def check_dtype(backend: str, dtype: jnp.dtype) -> None:
+    """Raises UserError for a dtype that the kernels do not compute in."""
+    if dtype not in DTYPES:
+        names = ', '.join(jnp.dtype(one).name for one in DTYPES)
+        raise UserError(f'{backend} has no {dtype}; it computes in {names}, reference in any')
 
 
 def call(
@@ -18,15 +42,12 @@ def call(
     out_specs: Sequence[pl.BlockSpec],
     out_shapes: Sequence[tuple[tuple[int, ...], Any]],
     *inputs: jax.Array,
-    warps: int,
-    stages: int,
+    tiling: Tiling,
 ) -> list[jax.Array]:
     """The kernel's outputs, of these (shape, dtype).
 
     Args:
         kernel: takes a ref of each input, then of each output.
-        warps: of 32 threads a program.
-        stages: tiles that a loop loads ahead.
     """
     kind = jax.typeof(inputs[0]).manual_axis_type  # outputs vary over the mesh axes that the inputs vary over
 
@@ -37,7 +58,7 @@ def call(
             in_specs=in_specs,
             out_specs=out_specs,
             out_shape=[jax.ShapeDtypeStruct(*out, manual_axis_type=kind) for out in out_shapes],
-            compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
+            compiler_params=triton.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
             interpret=interpret,
             name=name,
         )(*inputs)

@@ -15,7 +15,7 @@ from weft.inference.score import score
 from weft.inference.step import decode, empty_cache, encode, prefill
 from weft.model.batch import Source
 from weft.model.cost import parameters
-from weft.model.forward import hidden_states, logits, logits_ahead, place
+from weft.model.forward import hidden_states, logits, mtp_logits, place
 from weft.sharding.mesh import MeshConfig, make_mesh
 
 TOLERANCE, KL = 1e-5, 1e-8
@@ -44,7 +44,7 @@ def of_golden(model, known):
     return whole(model, known.ids, live_BT, known.kinds, known.source)
 
 
-_whole, whole_ahead, _hidden = jax.jit(logits), jax.jit(logits_ahead), jax.jit(hidden_states)
+_whole, whole_ahead, _hidden = jax.jit(logits), jax.jit(mtp_logits), jax.jit(hidden_states)
 
 
 @jax.jit

@@ -14,7 +14,7 @@ from weft.model.compute import DEFAULT
 from weft.model.config import AttentionConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, changed
 from weft.model.decoder import init_decoder
 from weft.model.kv_cache import CacheSize
-from weft.model.stack import stacked_caches
+from weft.model.stack import declared_cache
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.config import load_config
 
@@ -120,7 +120,7 @@ def test_a_cache_is_filled_up_for_tpus_alone(name, tensor, numbers, on_tpu):
     def kept(platform: str) -> set[tuple[int, ...]]:
         """Numbers of a slot on one device of `tensor`, of each array."""
         size = CacheSize(rows=1, length=1, tensor=tensor, platform=platform)
-        return {tuple(array.shape[-1] // tensor for array in group.arrays) for group in stacked_caches(c, size)}
+        return {tuple(array.shape[-1] // tensor for array in group.arrays) for group in declared_cache(c, size)}
 
     assert [kept(platform) for platform in ('cpu', 'gpu', 'tpu')] == [{numbers}, {numbers}, {on_tpu}]
 

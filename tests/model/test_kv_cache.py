@@ -24,7 +24,7 @@ from weft.model.compute import ComputeConfig
 from weft.model.config import AttentionConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, changed
 from weft.model.forward import logits, place
 from weft.model.kv_cache import CacheArray, CacheSize, DenseCache, LayerCache, WindowCache
-from weft.model.stack import stacked_caches
+from weft.model.stack import declared_cache
 from weft.planner.memory import cache_bytes
 from weft.planner.plan import model_part
 from weft.sharding.mesh import MeshConfig, make_mesh
@@ -223,7 +223,7 @@ def test_a_row_goes_on_from_where_its_window_is_still_there():
 
 
 def test_groups_of_layers_keep_what_each_needs():
-    groups = stacked_caches(MIXED, CacheSize(rows=6, length=30, context=4, tensor=2))
+    groups = declared_cache(MIXED, CacheSize(rows=6, length=30, context=4, tensor=2))
     kinds = [(type(group), [array.shape for array in group.arrays]) for group in groups]
     width = 4 * 8
     assert sum(group.arrays[0].shape[0] for group in groups) == MIXED.layers

@@ -11,7 +11,7 @@ from tests.models import filled
 from weft.model.batch import Batch
 from weft.model.compute import ComputeConfig
 from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig, MTPConfig
-from weft.model.forward import logits_ahead, place
+from weft.model.forward import mtp_logits, place
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.config import RunConfig, TrainingConfig
 from weft.training.loss import loss_and_gradient, mtp_targets
@@ -81,7 +81,7 @@ def test_the_loss_is_that_of_the_logits():
         (loss, figures), _ = jax.jit(loss_and_gradient)(model, place(rows))
         padded = np.pad(ids, ((0, 0), (0, 7)))
         places = np.arange(40, dtype=np.int32)[None].repeat(8, 0)
-        logit_kBTV = np.asarray(jax.jit(logits_ahead)(model, *place((padded, places, np.ones_like(places)))))
+        logit_kBTV = np.asarray(jax.jit(mtp_logits)(model, *place((padded, places, np.ones_like(places)))))
     nats = []
     for k, logit_BTV in enumerate(logit_kBTV):
         asked = ids[:, 2 + k :]

@@ -7,13 +7,12 @@ a key, U of a value.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 from jax import lax
 
 from weft.model.ops.attention.blockwise import blockwise_attention
-from weft.model.ops.attention.mask import TokenIndex
+from weft.model.ops.attention.mask import MaskRule, TokenIndex
 from weft.model.ops.attention.reference import Relative, reference_attention
 from weft.runtime.errors import UserError, nearest
 from weft.sharding.collectives import match_varying
@@ -88,11 +87,8 @@ def attention(
     if window is not None and window < 1:
         raise UserError(f'attention window {window} sees no token, not even itself; the least is 1')
     B, T, K, _, H = q_BTKGH.shape
-    assert k_BSKH.shape == (*v_BSKU.shape[:3], H) == (B, k_BSKH.shape[1], K, H), (
-        q_BTKGH.shape,
-        k_BSKH.shape,
-        v_BSKU.shape,
-    )
+    shapes = q_BTKGH.shape, k_BSKH.shape, v_BSKU.shape
+    assert k_BSKH.shape == (*v_BSKU.shape[:3], H) == (B, k_BSKH.shape[1], K, H), shapes
     assert q_at[0].shape == q_at[1].shape == (B, T), (q_BTKGH.shape, q_at[0].shape)
     assert k_at[0].shape == k_at[1].shape == k_BSKH.shape[:2], (k_BSKH.shape, k_at[0].shape)
     (*inputs, sink_KG, relative_table) = match_varying(
@@ -110,19 +106,10 @@ def attention(
     if lacks:
         works = ', '.join(name for name in BACKENDS if not set(asked.names()) - _ABLE[name])
         raise UserError(f'attention backend {backend} has no {lacks[0]}, which this model needs; use {works}')
-    options: dict[str, Any] = {}
-    if softcap is not None:
-        options['softcap'] = softcap
-    if not causal:
-        options['causal'] = False
-    if sink_KG is not None:
-        options['sink_KG'] = sink_KG
-    if relative is not None:
-        assert relative_table is not None
-        options['relative'] = relative._replace(table_KGN=relative_table)
-    scale = H**-0.5 if scale is None else scale
+    options = {'sink_KG': sink_KG, 'relative': relative and relative._replace(table_KGN=relative_table)}
     run = _function(backend, ring and lax.axis_size('context') > 1)
-    return run(*inputs, window, scale, **options)
+    rule = MaskRule(window, H**-0.5 if scale is None else scale, softcap, causal)
+    return run(*inputs, rule, **{name: given for name, given in options.items() if given is not None})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from weft.model.ops.attention.mask import FLOOR, HIDDEN, MaskRule, TokenIndex, sees, span, tiles_of, tiles_see
-from weft.sharding.collectives import varying
+from weft.model.ops.attention.mask import FLOOR, HIDDEN, Keys, MaskRule, TokenIndex, sees, span, tiles_of, tiles_see
+from weft.sharding.collectives import vary_like, wide
 from weft.sharding.mesh import platform
 
 TILES = {'cpu': 128, 'gpu': 128, 'tpu': 512}  # queries and keys a tile, by platform: a TPU's matmuls want larger ones
@@ -29,12 +29,9 @@ def blockwise_attention(
     v_BSKH: jax.Array,
     q_at: TokenIndex,
     k_at: TokenIndex,
-    window: int | None,
-    scale: float,
+    rule: MaskRule,
     tile: int | None = None,
     *,
-    softcap: float | None = None,
-    causal: bool = True,
     sink_KG: jax.Array | None = None,
 ) -> jax.Array:
     """What `reference_attention` gives, [B, T, K, G, U], from the scores of `tile` queries and keys of a row at a time.
@@ -43,10 +40,8 @@ def blockwise_attention(
     """
     T, S, G = q_BTKGH.shape[1], k_BSKH.shape[1], q_BTKGH.shape[3]
     q_tile, k_tile = tile_sizes(q_BTKGH, S, tile)
-    keys = cut(k_BSKH[:, :, :, None], k_tile), cut(v_BSKH[:, :, :, None], k_tile)
-    at_c, at_d = tiles_of(q_at, q_tile, nobody=-1), tiles_of(k_at, k_tile, nobody=-2)
-    rule = MaskRule(window, scale, softcap, causal)
-    return uncut(tiled(cut(q_BTKGH, q_tile), *keys, at_c, at_d, sink_KG, rule), T, G)
+    keys, at_c = key_tiles(k_BSKH, v_BSKH, k_at, k_tile), tiles_of(q_at, q_tile, nobody=-1)
+    return uncut(tiled(cut(q_BTKGH, q_tile), at_c, keys, sink_KG, rule), T, G)
 
 
 def tile_sizes(q_BTKGH: jax.Array, S: int, tile: int | None) -> tuple[int, int]:
@@ -55,6 +50,11 @@ def tile_sizes(q_BTKGH: jax.Array, S: int, tile: int | None) -> tuple[int, int]:
     if tile is None:
         tile = max(T, S) if B * K * G * T * S <= ONE_TILE else TILES[platform()]
     return min(tile, T), min(tile, S)
+
+
+def key_tiles(k_BSKH: jax.Array, v_BSKU: jax.Array, k_at: TokenIndex, tile: int) -> Keys:
+    """Keys and values as `cut` has them, [B, d, K, tile, H or U], and where they stand, [B, d, tile] each."""
+    return cut(k_BSKH[:, :, :, None], tile), cut(v_BSKU[:, :, :, None], tile), tiles_of(k_at, tile, nobody=-2)
 
 
 def cut(x_BTKGH: jax.Array, tile: int) -> jax.Array:
@@ -74,11 +74,6 @@ def uncut(x_BcKMH: jax.Array, T: int, G: int) -> jax.Array:
     B, c, K, M, H = x_BcKMH.shape
     x_BcKGTH = x_BcKMH.reshape(B, c, K, G, M // G, H)
     return x_BcKGTH.transpose(0, 1, 4, 2, 3, 5).reshape(B, -1, K, G, H)[:, :T]
-
-
-def wide(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype of scores and sums: float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 # One tile of queries with one tile of keys ----------------------------------------------------------------------------
@@ -153,54 +148,42 @@ def attend_back(
 
 
 def over_keys(
-    state: State,
-    q_KMH: jax.Array,
-    at_T: TokenIndex,
-    k_dKSH: jax.Array,
-    v_dKSH: jax.Array,
-    at_d: TokenIndex,
-    first,
-    end,
-    rule: MaskRule,
-    row=(),
+    state: State, q_KMH: jax.Array, at_T: TokenIndex, keys: Keys, first, end, rule: MaskRule, row: tuple = ()
 ) -> State:
-    """The state with the keys of tiles `first` to `end` - 1; with `row` (b,), k, v and at_d have rows, and b's are meant.
+    """The state with the keys of tiles `first` to `end` - 1; with `row` (b,), `keys` have rows, and b's are meant.
 
     A row is not cut out beforehand, which would copy it.
     """
+    k_dKSH, v_dKSU, at_d = keys
 
     def key_tile(d, state):
         see_RTS = sees(one(at_T), one(at_tile(at_d, *row, d)), rule.window, rule.causal)
-        return merge(state, attend(q_KMH, k_dKSH[*row, d], v_dKSH[*row, d], see_RTS, rule))
+        return merge(state, attend(q_KMH, k_dKSH[*row, d], v_dKSU[*row, d], see_RTS, rule))
 
     return lax.fori_loop(first, end, key_tile, state)
 
 
-def over_keys_back(
-    grads,
-    q_KMH: jax.Array,
-    at_T: TokenIndex,
-    dout_KMH: jax.Array,
-    lse_KM: jax.Array,
-    delta_KM: jax.Array,
-    k_dKSH: jax.Array,
-    v_dKSH: jax.Array,
-    at_d: TokenIndex,
-    first,
-    end,
-    rule: MaskRule,
-    row=(),
-):
-    """The gradients dq_KMH, dk_dKHS, dv_dKHS with what the keys of tiles `first` to `end` - 1 add; `row` as in `over_keys`."""
+def over_keys_back(grads: tuple, query: tuple, keys: Keys, first, end, rule: MaskRule, row: tuple = ()) -> tuple:
+    """The gradients (dq_KMH, dk_dKHS, dv_dKUS) with what the keys of tiles `first` to `end` - 1 add; `row` as in `over_keys`.
+
+    query: q_KMH, its places at_T, dout_KMU, and the log-sum-exp and delta, [K, M] each, of the whole softmax.
+    """
+    q_KMH, at_T, dout_KMU, lse_KM, delta_KM = query
+    k_dKSH, v_dKSU, at_d = keys
 
     def key_tile(d, grads):
-        dq_KMH, dk_dKHS, dv_dKHS = grads
+        dq_KMH, dk_dKHS, dv_dKUS = grads
         see_RTS = sees(one(at_T), one(at_tile(at_d, *row, d)), rule.window, rule.causal)
-        k_KSH, v_KSH = k_dKSH[*row, d], v_dKSH[*row, d]
-        dq, dk, dv = attend_back(q_KMH, k_KSH, v_KSH, dout_KMH, lse_KM, delta_KM, see_RTS, rule)
-        return dq_KMH + dq, dk_dKHS.at[*row, d].add(dk), dv_dKHS.at[*row, d].add(dv)
+        k_KSH, v_KSU = k_dKSH[*row, d], v_dKSU[*row, d]
+        dq, dk, dv = attend_back(q_KMH, k_KSH, v_KSU, dout_KMU, lse_KM, delta_KM, see_RTS, rule)
+        return dq_KMH + dq, dk_dKHS.at[*row, d].add(dk), dv_dKUS.at[*row, d].add(dv)
 
     return lax.fori_loop(first, end, key_tile, grads)
+
+
+def seen_tiles(at_c: TokenIndex, at_d: TokenIndex, rule: MaskRule) -> tuple[jax.Array, jax.Array]:
+    """int32 [B, c] twice: first and end of the key tiles that a query tile may see."""
+    return span(tiles_see(at_c, at_d, rule.window, rule.causal)[0])
 
 
 def nothing(q: jax.Array, U: int) -> State:
@@ -209,10 +192,8 @@ def nothing(q: jax.Array, U: int) -> State:
 
 
 def like(x: jax.Array, shape: tuple[int, ...], fill: float = 0.0) -> jax.Array:
-    """A constant that varies over the mesh axes that x varies over, as a loop's carry must."""
-    constant = jnp.full(shape, fill, wide(x.dtype))
-    axes = tuple(varying(x))
-    return lax.pcast(constant, axes, to='varying') if axes else constant
+    """A constant in `wide` that varies over the mesh axes that x varies over."""
+    return vary_like(jnp.full(shape, fill, wide(x.dtype)), x)
 
 
 def at_tile(at: TokenIndex, *where: jax.Array | int) -> TokenIndex:
@@ -260,23 +241,13 @@ def sink_gradient(sink_KG: jax.Array, lse_BcKM: jax.Array, delta_BcKM: jax.Array
     return -(share * by_head(delta_BcKM)).sum((0, 1, 4)).astype(sink_KG.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def tiled(
-    q_BcKMH: jax.Array,
-    k_BdKSH: jax.Array,
-    v_BdKSU: jax.Array,
-    at_c: TokenIndex,
-    at_d: TokenIndex,
-    sink_KG: jax.Array | None,
-    rule: MaskRule,
-) -> jax.Array:
-    return tiled_forward(q_BcKMH, k_BdKSH, v_BdKSU, at_c, at_d, sink_KG, rule)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def tiled(q_BcKMH: jax.Array, at_c: TokenIndex, keys: Keys, sink_KG: jax.Array | None, rule: MaskRule) -> jax.Array:
+    return tiled_forward(q_BcKMH, at_c, keys, sink_KG, rule)[0]
 
 
-def tiled_forward(
-    q_BcKMH: jax.Array, k_BdKSH: jax.Array, v_BdKSU: jax.Array, at_c, at_d, sink_KG: jax.Array | None, rule: MaskRule
-):
-    inputs = q_BcKMH, k_BdKSH, v_BdKSU, at_c, at_d
+def tiled_forward(q_BcKMH: jax.Array, at_c: TokenIndex, keys: Keys, sink_KG: jax.Array | None, rule: MaskRule) -> tuple:
+    k_BdKSH, v_BdKSU, at_d = keys
     sink_BcKM = None if sink_KG is None else by_query(sink_KG, q_BcKMH)
     U = v_BdKSU.shape[-1]
     if is_one_tile(q_BcKMH, k_BdKSH):
@@ -284,27 +255,26 @@ def tiled_forward(
         state = attend(heads(q_BcKMH), heads(k_BdKSH), heads(v_BdKSU), see_RTS, rule)
         out_NMU, lse_NM = finish(state, None if sink_BcKM is None else heads(sink_BcKM))
         out_BcKMU = out_NMU.astype(q_BcKMH.dtype).reshape(*q_BcKMH.shape[:-1], U)
-        return out_BcKMU, (*inputs, sink_KG, out_BcKMU, lse_NM.reshape(q_BcKMH.shape[:-1]))
+        return out_BcKMU, (q_BcKMH, at_c, keys, sink_KG, out_BcKMU, lse_NM.reshape(q_BcKMH.shape[:-1]))
 
     def row(row):
-        (q_cKMH, k_dKSH, v_dKSU, at_c, at_d), sink_cKM, first_c, end_c = row
+        *tiles, keys = row
 
         def query_tile(tile):
             q_KMH, at_T, sink_KM, first, end = tile
-            state = over_keys(nothing(q_KMH, U), q_KMH, at_T, k_dKSH, v_dKSU, at_d, first, end, rule)
+            state = over_keys(nothing(q_KMH, U), q_KMH, at_T, keys, first, end, rule)
             out_KMU, lse_KM = finish(state, sink_KM)
             return out_KMU.astype(q_KMH.dtype), lse_KM
 
-        return lax.map(query_tile, (q_cKMH, at_c, sink_cKM, first_c, end_c))
+        return lax.map(query_tile, tiles)
 
-    seen = span(tiles_see(at_c, at_d, rule.window, rule.causal)[0])
-    out_BcKMU, lse_BcKM = lax.map(row, (inputs, sink_BcKM, *seen))
-    return out_BcKMU, (*inputs, sink_KG, out_BcKMU, lse_BcKM)
+    out_BcKMU, lse_BcKM = lax.map(row, (q_BcKMH, at_c, sink_BcKM, *seen_tiles(at_c, at_d, rule), keys))
+    return out_BcKMU, (q_BcKMH, at_c, keys, sink_KG, out_BcKMU, lse_BcKM)
 
 
 def tiled_backward(rule: MaskRule, kept: tuple, dout_BcKMU: jax.Array) -> tuple:
-    *inputs, sink_KG, out_BcKMU, lse_BcKM = kept
-    q_BcKMH, k_BdKSH, v_BdKSU, at_c, at_d = inputs
+    q_BcKMH, at_c, keys, sink_KG, out_BcKMU, lse_BcKM = kept
+    k_BdKSH, v_BdKSU, at_d = keys
     delta_BcKM = (dout_BcKMU.astype(lse_BcKM.dtype) * out_BcKMU).sum(-1)
     if is_one_tile(q_BcKMH, k_BdKSH):
         see_RTS = sees(only(at_c), only(at_d), rule.window, rule.causal)
@@ -314,52 +284,46 @@ def tiled_backward(rule: MaskRule, kept: tuple, dout_BcKMU: jax.Array) -> tuple:
     else:
 
         def row(row):
-            q_cKMH, k_dKSH, v_dKSU, at_c, at_d, dout_cKMU, lse_cKM, delta_cKM, first_c, end_c = row
+            *tiles, keys = row
 
             def query_tile(dkv, tile):
-                q_KMH, at_T, dout_KMU, lse_KM, delta_KM, first, end = tile
-                query, keys = (q_KMH, at_T, dout_KMU, lse_KM, delta_KM), (k_dKSH, v_dKSU, at_d, first, end)
-                grads = like(q_KMH, q_KMH.shape), *dkv
-                dq_KMH, *dkv = over_keys_back(grads, *query, *keys, rule)
+                *query, first, end = tile
+                grads = like(query[0], query[0].shape), *dkv
+                dq_KMH, *dkv = over_keys_back(grads, query, keys, first, end, rule)
                 return tuple(dkv), dq_KMH
 
-            d, K, S, H = k_dKSH.shape
-            zeros = like(k_dKSH, (d, K, H, S)), like(k_dKSH, (d, K, v_dKSU.shape[-1], S))
-            tiles = q_cKMH, at_c, dout_cKMU, lse_cKM, delta_cKM, first_c, end_c
-            (dk_dKHS, dv_dKUS), dq_cKMH = lax.scan(query_tile, zeros, tiles)
-            return dq_cKMH, dk_dKHS.swapaxes(2, 3), dv_dKUS.swapaxes(2, 3)
+            (dk_dKHS, dv_dKUS), dq_cKMH = lax.scan(query_tile, transposed_zeros(keys), tiles)
+            return dq_cKMH, dk_dKHS.swapaxes(-1, -2), dv_dKUS.swapaxes(-1, -2)
 
-        seen = span(tiles_see(at_c, at_d, rule.window, rule.causal)[0])
-        grads = lax.map(row, (*inputs, dout_BcKMU, lse_BcKM, delta_BcKM, *seen))
-    dqkv = (grad.reshape(x.shape).astype(x.dtype) for grad, x in zip(grads, inputs[:3], strict=True))
-    return *dqkv, None, None, None if sink_KG is None else sink_gradient(sink_KG, lse_BcKM, delta_BcKM)
+        seen = seen_tiles(at_c, at_d, rule)
+        grads = lax.map(row, (q_BcKMH, at_c, dout_BcKMU, lse_BcKM, delta_BcKM, *seen, keys))
+    inputs = q_BcKMH, k_BdKSH, v_BdKSU
+    dq, dk, dv = (grad.reshape(x.shape).astype(x.dtype) for grad, x in zip(grads, inputs, strict=True))
+    return dq, None, (dk, dv, None), None if sink_KG is None else sink_gradient(sink_KG, lse_BcKM, delta_BcKM)
 
 
 tiled.defvjp(tiled_forward, tiled_backward)
 
 
+def transposed_zeros(keys: Keys) -> tuple[jax.Array, jax.Array]:
+    """Zeros in the shapes of keys and values with their last two dims exchanged, as `attend_back` gives their gradients."""
+    k, v, _ = keys
+    return tuple(like(k, (*x.shape[:-2], x.shape[-1], x.shape[-2])) for x in (k, v))
+
+
 # All tiles, for a ring: queries as they come, and their state or gradient changed in place -----------------------------
 
 
-def more_keys(
-    state_BT: State,
-    q_BTKGH: jax.Array,
-    k_BdKSH: jax.Array,
-    v_BdKSH: jax.Array,
-    at_c: TokenIndex,
-    at_d: TokenIndex,
-    rule: MaskRule,
-) -> State:
-    """The state of all queries ([B, T, K, G], twice, and [B, T, K, G, H]), with these keys too; T in whole tiles of at_c."""
-    first_Bc, end_Bc = span(tiles_see(at_c, at_d, rule.window, rule.causal)[0])
+def more_keys(state_BT: State, q_BTKGH: jax.Array, at_c: TokenIndex, keys: Keys, rule: MaskRule) -> State:
+    """The state of all queries ([B, T, K, G], twice, and [B, T, K, G, U]), with these keys too; T in whole tiles of at_c."""
+    first_Bc, end_Bc = seen_tiles(at_c, keys[2], rule)
     B, c = first_Bc.shape
 
-    def query_tile(i, state_BT: jax.Array):
+    def query_tile(i, state_BT: State) -> State:
         b, i = i // c, i % c
-        max_KM, sum_KM, out_KMH = (get_tile(x, c, b, i) for x in state_BT)
-        q_KMH, at_T = get_tile(q_BTKGH, c, b, i), at_tile(at_c, b, i)
-        keys = k_BdKSH, v_BdKSH, at_d, first_Bc[b, i], end_Bc[b, i]
-        state = over_keys((max_KM, sum_KM, out_KMH), q_KMH, at_T, *keys, rule, row=(b,))
+        max_KM, sum_KM, out_KMU, q_KMH = (get_tile(x, c, b, i) for x in (*state_BT, q_BTKGH))
+        state = max_KM, sum_KM, out_KMU
+        state = over_keys(state, q_KMH, at_tile(at_c, b, i), keys, first_Bc[b, i], end_Bc[b, i], rule, row=(b,))
         return tuple(set_tile(x, c, b, i, new) for x, new in zip(state_BT, state, strict=True))
 
     return lax.fori_loop(0, B * c, query_tile, state_BT)
@@ -368,37 +332,33 @@ def more_keys(
 def more_keys_back(
     dq_BTKGH: jax.Array,
     q_BTKGH: jax.Array,
-    k_BdKSH: jax.Array,
-    v_BdKSH: jax.Array,
     at_c: TokenIndex,
-    at_d: TokenIndex,
-    dout_BTKGH: jax.Array,
+    keys: Keys,
+    dout_BTKGU: jax.Array,
     lse_BTKG: jax.Array,
     delta_BTKG: jax.Array,
     rule: MaskRule,
-):
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dq with these keys' part added, and their dk and dv, all in `wide`.
 
-    Log-sum-exp and delta (dout times out, summed over H) are those of the whole softmax, over whatever keys.
+    Log-sum-exp and delta (dout times out, summed over U) are those of the whole softmax, over whatever keys.
     """
-    first_Bc, end_Bc = span(tiles_see(at_c, at_d, rule.window, rule.causal)[0])
+    first_Bc, end_Bc = seen_tiles(at_c, keys[2], rule)
     B, c = first_Bc.shape
 
     def query_tile(i, grads):
         dq_BTKGH, *dkv_BdKHS = grads
         b, i = i // c, i % c
-        dq_KMH, q_KMH, dout_KMH, lse_KM, delta_KM = (
-            get_tile(x, c, b, i) for x in (dq_BTKGH, q_BTKGH, dout_BTKGH, lse_BTKG, delta_BTKG)
+        dq_KMH, q_KMH, *of_output = (
+            get_tile(x, c, b, i) for x in (dq_BTKGH, q_BTKGH, dout_BTKGU, lse_BTKG, delta_BTKG)
         )
-        query = q_KMH, at_tile(at_c, b, i), dout_KMH, lse_KM, delta_KM
-        keys = k_BdKSH, v_BdKSH, at_d, first_Bc[b, i], end_Bc[b, i]
-        dq_KMH, *dkv_BdKHS = over_keys_back((dq_KMH, *dkv_BdKHS), *query, *keys, rule, row=(b,))
+        query, seen = (q_KMH, at_tile(at_c, b, i), *of_output), (first_Bc[b, i], end_Bc[b, i])
+        dq_KMH, *dkv_BdKHS = over_keys_back((dq_KMH, *dkv_BdKHS), query, keys, *seen, rule, row=(b,))
         return set_tile(dq_BTKGH, c, b, i, dq_KMH), *dkv_BdKHS
 
-    _, d, K, S, H = k_BdKSH.shape
-    zeros = like(k_BdKSH, (B, d, K, H, S)), like(k_BdKSH, (B, d, K, v_BdKSH.shape[-1], S))
-    dq_BTKGH, dk_BdKHS, dv_BdKHS = lax.fori_loop(0, B * c, query_tile, (dq_BTKGH, *zeros))
-    return dq_BTKGH, dk_BdKHS.swapaxes(3, 4), dv_BdKHS.swapaxes(3, 4)
+    grads = lax.fori_loop(0, B * c, query_tile, (dq_BTKGH, *transposed_zeros(keys)))
+    dq_BTKGH, dk_BdKHS, dv_BdKUS = grads
+    return dq_BTKGH, dk_BdKHS.swapaxes(-1, -2), dv_BdKUS.swapaxes(-1, -2)
 
 
 def get_tile(x_BTKG: jax.Array, tiles: int, b, i) -> jax.Array:

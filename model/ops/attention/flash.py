@@ -13,6 +13,7 @@ H head dim, c query tiles, d key tiles. Inside a kernel T and S are one tile's, 
 import dataclasses
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +23,12 @@ from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 
 from weft.model.ops.attention.blockwise import fill
-from weft.model.ops.attention.mask import FLOOR, HIDDEN, TokenIndex, sees, tiles_of, tiles_see
+from weft.model.ops.attention.mask import FLOOR, HIDDEN, Keys, MaskRule, TokenIndex, sees, tiles_of, tiles_see
 from weft.model.ops.attention.mask import span as least_span
-from weft.model.ops.kernels import call
-from weft.runtime.errors import UserError
-
-DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+from weft.model.ops.kernels import call, check_dtype
 
 
-@dataclasses.dataclass(frozen=True)
-class FlashTiling:
+class FlashTiling(NamedTuple):
     """Queries and keys a tile (powers of two, at least 16), warps a program, and tiles that are loaded ahead."""
 
     q: int
@@ -47,8 +44,7 @@ class Plan:
     forward: FlashTiling
     dq: FlashTiling
     dkv: FlashTiling
-    window: int | None
-    scale: float
+    rule: MaskRule
 
 
 def tilings(H: int, dtype: jnp.dtype) -> tuple[FlashTiling, FlashTiling, FlashTiling]:
@@ -73,8 +69,7 @@ def flash_attention(
     v_BSKH: jax.Array,
     q_at: TokenIndex,
     k_at: TokenIndex,
-    window: int | None,
-    scale: float,
+    rule: MaskRule,
     tiling: tuple[FlashTiling, FlashTiling, FlashTiling] | None = None,
 ) -> jax.Array:
     """What `reference_attention` gives, [B, T, K, G, H], for bfloat16, float16, float32; a CPU interprets the kernels.
@@ -85,7 +80,7 @@ def flash_attention(
     Raises:
         UserError: another dtype.
     """
-    inputs, plan = in_tiles(q_BTKGH, k_BSKH, v_BSKH, q_at, k_at, window, scale, tiling)
+    inputs, plan = in_tiles(q_BTKGH, k_BSKH, v_BSKH, q_at, k_at, rule, tiling)
     return whole_tiles(*inputs, plan)[:, : q_BTKGH.shape[1]]
 
 
@@ -95,26 +90,22 @@ def in_tiles(
     v_BSKH: jax.Array,
     q_at: TokenIndex,
     k_at: TokenIndex,
-    window: int | None,
-    scale: float,
+    rule: MaskRule,
     tiling: tuple[FlashTiling, FlashTiling, FlashTiling] | None,
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], Plan]:
-    """q, k, v, filled up to whole tiles, and the places of their tokens, int32 [B, 2, T] and [B, 2, S]."""
-    if q_BTKGH.dtype not in DTYPES:
-        names = ', '.join(jnp.dtype(dtype).name for dtype in DTYPES)
-        raise UserError(f'attention backend flash has no {q_BTKGH.dtype}; it computes in {names}, reference in any')
+) -> tuple[tuple[jax.Array, jax.Array, Keys], Plan]:
+    """q and the places of its tokens, int32 [B, 2, T]; k, v, and theirs, [B, 2, S]; all filled up to whole tiles."""
+    check_dtype('attention backend flash', q_BTKGH.dtype)
     T, S, H = q_BTKGH.shape[1], k_BSKH.shape[1], q_BTKGH.shape[-1]
     forward, dq, dkv = each = [smaller(t, T, S) for t in tiling or tilings(H, q_BTKGH.dtype)]
     q_tile, k_tile = max(t.q for t in each), max(t.k for t in each)
-    q_BTKGH, (k_BSKH, v_BSKH) = fill(q_BTKGH, q_tile), (fill(x, k_tile) for x in (k_BSKH, v_BSKH))
-    at_BiT, at_BiS = fill_at(q_at, q_tile, nobody=-1), fill_at(k_at, k_tile, nobody=-2)
-    return (q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS), Plan(forward, dq, dkv, window, scale)
+    keys = fill(k_BSKH, k_tile), fill(v_BSKH, k_tile), fill_at(k_at, k_tile, nobody=-2)
+    return (fill(q_BTKGH, q_tile), fill_at(q_at, q_tile, nobody=-1), keys), Plan(forward, dq, dkv, rule)
 
 
 def smaller(t: FlashTiling, T: int, S: int) -> FlashTiling:
     """Tiles no larger than what there is; Triton's matmuls want 16."""
     q_most, k_most = (max(16, pl.next_power_of_2(length)) for length in (T, S))
-    return dataclasses.replace(t, q=min(t.q, q_most), k=min(t.k, k_most))
+    return t._replace(q=min(t.q, q_most), k=min(t.k, k_most))
 
 
 def fill_at(at: TokenIndex, tile: int, nobody: int) -> jax.Array:
@@ -155,9 +146,9 @@ def forward_kernel(q_ref, k_ref, v_ref, q_at_ref, k_at_ref, span_ref, out_ref, l
     def one_tile(d, state, masked):
         max_T, sum_T, out_TH = state
         rows = pl.ds(d * plan.forward.k, plan.forward.k)
-        s_TS = triton.dot(q_TH, load(k_ref, H, rows), trans_b=True) * (plan.scale * math.log2(math.e))
+        s_TS = triton.dot(q_TH, load(k_ref, H, rows), trans_b=True) * (plan.rule.scale * math.log2(math.e))
         if masked:
-            s_TS = jnp.where(sees(q_at, (k_at_ref[0, rows], k_at_ref[1, rows]), plan.window), s_TS, HIDDEN)
+            s_TS = jnp.where(sees(q_at, (k_at_ref[0, rows], k_at_ref[1, rows]), plan.rule.window), s_TS, HIDDEN)
         new_T = jnp.maximum(max_T, s_TS.max(1))
         p_TS = jnp.exp2(s_TS - new_T[:, None])
         shrink_T = jnp.exp2(max_T - new_T)
@@ -182,14 +173,14 @@ def dq_kernel(
     def one_tile(d, dq_TH: jax.Array, masked):
         rows = pl.ds(d * plan.dq.k, plan.dq.k)
         k_SH = load(k_ref, H, rows)
-        s_TS = triton.dot(q_TH, k_SH, trans_b=True) * (plan.scale * math.log2(math.e))
+        s_TS = triton.dot(q_TH, k_SH, trans_b=True) * (plan.rule.scale * math.log2(math.e))
         if masked:
-            s_TS = jnp.where(sees(q_at, (k_at_ref[0, rows], k_at_ref[1, rows]), plan.window), s_TS, HIDDEN)
+            s_TS = jnp.where(sees(q_at, (k_at_ref[0, rows], k_at_ref[1, rows]), plan.rule.window), s_TS, HIDDEN)
         dp_TS = triton.dot(dout_TH, load(v_ref, H, rows), trans_b=True)
         ds_TS = jnp.exp2(s_TS - lse_T[:, None]) * (dp_TS - delta_T[:, None])
         return dq_TH + triton.dot(ds_TS.astype(k_SH.dtype), k_SH)
 
-    store(dq_ref, H, plan.scale * walk(span_ref, one_tile, jnp.zeros(q_TH.shape, jnp.float32)))
+    store(dq_ref, H, plan.rule.scale * walk(span_ref, one_tile, jnp.zeros(q_TH.shape, jnp.float32)))
 
 
 def dkv_kernel(
@@ -216,9 +207,9 @@ def dkv_kernel(
             dk_SH, dv_SH = grads
             rows = pl.ds(c * plan.dkv.q, plan.dkv.q)
             q_TH, dout_TH = load(q_ref, H, rows, g), load(dout_ref, H, rows, g)
-            s_ST = triton.dot(k_SH, q_TH, trans_b=True) * (plan.scale * math.log2(math.e))
+            s_ST = triton.dot(k_SH, q_TH, trans_b=True) * (plan.rule.scale * math.log2(math.e))
             if masked:
-                see_TS = sees((q_at_ref[0, rows], q_at_ref[1, rows]), k_at, plan.window)
+                see_TS = sees((q_at_ref[0, rows], q_at_ref[1, rows]), k_at, plan.rule.window)
                 s_ST = jnp.where(see_TS.T, s_ST, HIDDEN)
             p_ST = jnp.exp2(s_ST - lse_ref[g, rows][None, :])
             dv_SH = dv_SH + triton.dot(p_ST.astype(dout_TH.dtype), dout_TH)
@@ -230,7 +221,7 @@ def dkv_kernel(
 
     zeros_SH = jnp.zeros(k_SH.shape, jnp.float32)
     dk_SH, dv_SH = lax.fori_loop(0, q_ref.shape[1], one_head, (zeros_SH, zeros_SH))
-    store(dk_ref, H, plan.scale * dk_SH)
+    store(dk_ref, H, plan.rule.scale * dk_SH)
     store(dv_ref, H, dv_SH)
 
 
@@ -253,11 +244,9 @@ def pairs(at_BiT: jax.Array, at_BiS: jax.Array, t: FlashTiling, window: int | No
     return tiles_see(tiles_of(at_c, t.q, nobody=-1), tiles_of(at_d, t.k, nobody=-2), window)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def whole_tiles(
-    q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, at_BiT: jax.Array, at_BiS: jax.Array, plan: Plan
-):
-    return whole_tiles_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def whole_tiles(q_BTKGH: jax.Array, at_BiT: jax.Array, keys: Keys, plan: Plan) -> jax.Array:
+    return whole_tiles_forward(q_BTKGH, at_BiT, keys, plan)[0]
 
 
 def query_specs(t: FlashTiling, T: int, S: int, G: int, H: int):
@@ -289,20 +278,17 @@ def key_specs(t: FlashTiling, T: int, G: int, H: int):
     )
 
 
-def whole_tiles_forward(
-    q_BTKGH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, at_BiT: jax.Array, at_BiS: jax.Array, plan: Plan
-):
-    inputs = q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS
-    out_BTKGH, lse_BNT = tiles_forward(*inputs, plan, q_BTKGH.dtype)
-    return out_BTKGH, (*inputs, out_BTKGH, lse_BNT)
+def whole_tiles_forward(q_BTKGH: jax.Array, at_BiT: jax.Array, keys: Keys, plan: Plan) -> tuple:
+    out_BTKGH, lse_BNT = tiles_forward(q_BTKGH, at_BiT, keys, plan, q_BTKGH.dtype)
+    return out_BTKGH, (q_BTKGH, at_BiT, keys, out_BTKGH, lse_BNT)
 
 
 def whole_tiles_backward(plan: Plan, kept: tuple, dout_BTKGH: jax.Array) -> tuple:
-    q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, out_BTKGH, lse_BNT = kept
+    q_BTKGH, at_BiT, keys, out_BTKGH, lse_BNT = kept
     delta_BTKG = (dout_BTKGH.astype(jnp.float32) * out_BTKGH.astype(jnp.float32)).sum(-1)
-    inputs = q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS
-    grads = tiles_backward(*inputs, dout_BTKGH, lse_BNT, by_head(delta_BTKG), plan, q_BTKGH.dtype)
-    return *grads, None, None
+    output = dout_BTKGH, lse_BNT, by_head(delta_BTKG)
+    dq_BTKGH, dk_BSKH, dv_BSKH = tiles_backward(q_BTKGH, at_BiT, keys, *output, plan, q_BTKGH.dtype)
+    return dq_BTKGH, None, (dk_BSKH, dv_BSKH, None)
 
 
 whole_tiles.defvjp(whole_tiles_forward, whole_tiles_backward)
@@ -313,16 +299,9 @@ def by_head(x_BTKG: jax.Array) -> jax.Array:
     return x_BTKG.reshape(*x_BTKG.shape[:2], -1).swapaxes(1, 2)
 
 
-def tiles_forward(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    at_BiT: jax.Array,
-    at_BiS: jax.Array,
-    plan: Plan,
-    dtype: DTypeLike,
-) -> list[jax.Array]:
+def tiles_forward(q_BTKGH: jax.Array, at_BiT: jax.Array, keys: Keys, plan: Plan, dtype: DTypeLike) -> list[jax.Array]:
     """Output [B, T, K, G, H] in `dtype` and log-sum-exp [B, N, T] in base 2 and float32; of no key, 0 and `FLOOR`."""
+    k_BSKH, v_BSKH, at_BiS = keys
     (B, T, K, G, H), S, t = q_BTKGH.shape, k_BSKH.shape[1], plan.forward
     q, kv, lse, at_q, at_k, span = query_specs(t, T, S, G, H)
     return call(
@@ -332,18 +311,15 @@ def tiles_forward(
         [q, kv, kv, at_q, at_k, span],
         [q, lse],
         [(q_BTKGH.shape, dtype), ((B, K * G, T), jnp.float32)],
-        *(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, spans(*pairs(at_BiT, at_BiS, t, plan.window))),
-        warps=t.warps,
-        stages=t.stages,
+        *(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, spans(*pairs(at_BiT, at_BiS, t, plan.rule.window))),
+        tiling=t,
     )
 
 
 def tiles_backward(
     q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
     at_BiT: jax.Array,
-    at_BiS: jax.Array,
+    keys: Keys,
     dout_BTKGH: jax.Array,
     lse_BNT: jax.Array,
     delta_BNT: jax.Array,
@@ -351,6 +327,7 @@ def tiles_backward(
     dtype: DTypeLike,
 ) -> list[jax.Array]:
     """dq, dk and dv in `dtype`. Log-sum-exp and delta may be of a softmax over more keys than these."""
+    k_BSKH, v_BSKH, at_BiS = keys
     (B, T, K, G, H), S = q_BTKGH.shape, k_BSKH.shape[1]
     inputs = q_BTKGH, k_BSKH, v_BSKH, dout_BTKGH, lse_BNT, delta_BNT, at_BiT, at_BiS
 
@@ -363,14 +340,13 @@ def tiles_backward(
         [q, kv, kv, q, lse, lse, at_q, at_k, span],
         [q],
         [(q_BTKGH.shape, dtype)],
-        *(*inputs, spans(*pairs(at_BiT, at_BiS, t, plan.window))),
-        warps=t.warps,
-        stages=t.stages,
+        *(*inputs, spans(*pairs(at_BiT, at_BiS, t, plan.rule.window))),
+        tiling=t,
     )
 
     t = plan.dkv
     q, kv, lse, at_q, at_k, span = key_specs(t, T, G, H)
-    some_Bcd, every_Bcd = pairs(at_BiT, at_BiS, t, plan.window)
+    some_Bcd, every_Bcd = pairs(at_BiT, at_BiS, t, plan.rule.window)
     dk_BSKH, dv_BSKH = call(
         partial(dkv_kernel, plan=plan, H=H),
         'flash_dkv',
@@ -379,7 +355,6 @@ def tiles_backward(
         [kv, kv],
         [(k_BSKH.shape, dtype), (v_BSKH.shape, dtype)],
         *(*inputs, spans(some_Bcd.swapaxes(1, 2), every_Bcd.swapaxes(1, 2))),
-        warps=t.warps,
-        stages=t.stages,
+        tiling=t,
     )
     return [dq_BTKGH, dk_BSKH, dv_BSKH]

@@ -4,13 +4,15 @@ Letters: B batch rows, T queries, S keys; c query tiles, d key tiles.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-TokenIndex = tuple[
-    jax.Array, jax.Array
-]  # (position, segment): where a token stands in its document, and in which of its row
+# (position, segment): where a token stands in its document, and in which of its row
+TokenIndex = tuple[jax.Array, jax.Array]
+# Keys, values, and where their tokens stand, as a backend lays them out.
+Keys = tuple[jax.Array, jax.Array, Any]
 
 HIDDEN = -1e30  # the score of a key that must not be seen
 FLOOR = -1e29  # the least maximum of a row of scores: exp(HIDDEN - FLOOR) is 0, also in a row that sees nothing
@@ -49,9 +51,7 @@ def tiles_of(at: TokenIndex, tile: int, nobody: int) -> TokenIndex:
     return position_BT.reshape(rows, -1, tile), segment_BT.reshape(rows, -1, tile)
 
 
-def tiles_see(
-    at_c: TokenIndex, at_d: TokenIndex, window: int | None, causal: bool = True
-) -> tuple[jax.Array, jax.Array]:
+def tiles_see(at_c: TokenIndex, at_d: TokenIndex, window: int | None, causal: bool = True) -> tuple[jax.Array, ...]:
     """bool [B, c, d] twice: may any query of tile c see a key of tile d, and does every query of c see every key of d.
 
     From the tiles' bounds alone, so the first may err on the side of True and the second on the side of False.

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from weft.model.ops.attention.mask import FLOOR, HIDDEN, TokenIndex, sees
+from weft.model.ops.attention.mask import FLOOR, HIDDEN, MaskRule, TokenIndex, sees
+from weft.sharding.collectives import upcast, wide
 
 
 class Relative(NamedTuple):
@@ -44,37 +45,47 @@ def relative_bucket(ahead: jax.Array, buckets: int, both_ways: bool, most: int) 
     return first + jnp.where(ahead < near, ahead, far)
 
 
+def masked_scores(
+    q_BTKGH: jax.Array,
+    k_BSKH: jax.Array,
+    q_at: TokenIndex,
+    k_at: TokenIndex,
+    rule: MaskRule,
+    sink_KG: jax.Array | None,
+    relative: Relative | None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Scores [B, K, G, T, S], the largest of each query [B, K, G, T, 1], at least FLOOR, and sinks [1, K, G, 1, 1]; `wide`."""
+    s_BKGTS = rule.scale * jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=wide(q_BTKGH.dtype))
+    if rule.softcap is not None:
+        s_BKGTS = rule.softcap * jnp.tanh(s_BKGTS / rule.softcap)
+    if relative is not None:
+        s_BKGTS = s_BKGTS + relative.bias(q_at[0], k_at[0]).astype(s_BKGTS.dtype)
+    s_BKGTS = jnp.where(sees(q_at, k_at, rule.window, rule.causal)[:, None, None], s_BKGTS, HIDDEN)
+    max_BKGT1 = jnp.maximum(s_BKGTS.max(-1, keepdims=True), FLOOR)
+    if sink_KG is None:
+        return s_BKGTS, max_BKGT1, None
+    sink_1KG11 = sink_KG.astype(s_BKGTS.dtype)[None, :, :, None, None]
+    return s_BKGTS, jnp.maximum(max_BKGT1, sink_1KG11), sink_1KG11
+
+
 def reference_attention(
     q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
     v_BSKU: jax.Array,
     q_at: TokenIndex,
     k_at: TokenIndex,
-    window: int | None,
-    scale: float,
+    rule: MaskRule,
     *,
-    softcap: float | None = None,
-    causal: bool = True,
     sink_KG: jax.Array | None = None,
     relative: Relative | None = None,
 ) -> jax.Array:
     """softmax(scale q k') v over the keys that each query sees, 0 where it sees none: [B, T, K, G, U] in q's dtype."""
-    wide = jnp.promote_types(q_BTKGH.dtype, jnp.float32)
-    s_BKGTS = scale * jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=wide)
-    if softcap is not None:
-        s_BKGTS = softcap * jnp.tanh(s_BKGTS / softcap)
-    if relative is not None:
-        s_BKGTS = s_BKGTS + relative.bias(q_at[0], k_at[0]).astype(wide)
-    s_BKGTS = jnp.where(sees(q_at, k_at, window, causal)[:, None, None], s_BKGTS, HIDDEN)
-    max_BKGT1 = jnp.maximum(s_BKGTS.max(-1, keepdims=True), FLOOR)
-    if sink_KG is not None:
-        sink_1KG11 = sink_KG.astype(wide)[None, :, :, None, None]
-        max_BKGT1 = jnp.maximum(max_BKGT1, sink_1KG11)
+    s_BKGTS, max_BKGT1, sink_1KG11 = masked_scores(q_BTKGH, k_BSKH, q_at, k_at, rule, sink_KG, relative)
     max_BKGT1 = lax.stop_gradient(max_BKGT1)
     p_BKGTS = jnp.exp(s_BKGTS - max_BKGT1)
     sum_BKGT1 = p_BKGTS.sum(-1, keepdims=True)
-    if sink_KG is not None:
+    if sink_1KG11 is not None:
         sum_BKGT1 = sum_BKGT1 + jnp.exp(sink_1KG11 - max_BKGT1)
     p_BKGTS = p_BKGTS / jnp.where(sum_BKGT1 > 0, sum_BKGT1, 1)
-    out_BTKGU = jnp.einsum('BKGTS,BSKU->BTKGU', p_BKGTS, v_BSKU.astype(wide), preferred_element_type=wide)
+    out_BTKGU = jnp.einsum('BKGTS,BSKU->BTKGU', p_BKGTS, upcast(v_BSKU), preferred_element_type=p_BKGTS.dtype)
     return out_BTKGU.astype(q_BTKGH.dtype)

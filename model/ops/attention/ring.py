@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from weft.model.ops.attention import blockwise, flash
-from weft.model.ops.attention.mask import FLOOR, MaskRule, TokenIndex, tiles_of
+from weft.model.ops.attention.mask import FLOOR, Keys, MaskRule, TokenIndex, tiles_of
 from weft.model.ops.attention.reference import reference_attention
 from weft.runtime.errors import UserError
 from weft.sharding.collectives import ring_shift
@@ -35,8 +35,7 @@ def ring_attention(
     v_BSKH: jax.Array,
     q_at: TokenIndex,
     k_at: TokenIndex,
-    window: int | None,
-    scale: float,
+    rule: MaskRule,
     backend: str,
     **options: Any,
 ) -> jax.Array:
@@ -50,7 +49,7 @@ def ring_attention(
             f'attention backend {backend} masks by slot and takes no keys from other devices: with mesh.context above 1 '
             f'use blockwise'
         )
-    return _RING[backend](q_BTKGH, k_BSKH, v_BSKH, q_at, k_at, window, scale, **options)
+    return _RING[backend](q_BTKGH, k_BSKH, v_BSKH, q_at, k_at, rule, **options)
 
 
 def ring_reference(
@@ -59,13 +58,12 @@ def ring_reference(
     v_BSKH: jax.Array,
     q_at: TokenIndex,
     k_at: TokenIndex,
-    window: int | None,
-    scale: float,
+    rule: MaskRule,
     **options: Any,
 ) -> jax.Array:
     """Every device with all keys at once, gradients by autodiff."""
     k_BSKH, v_BSKH, k_at = lax.all_gather((k_BSKH, v_BSKH, k_at), AXIS, axis=1, tiled=True)
-    return reference_attention(q_BTKGH, k_BSKH, v_BSKH, q_at, k_at, window, scale, **options)
+    return reference_attention(q_BTKGH, k_BSKH, v_BSKH, q_at, k_at, rule, **options)
 
 
 def ring_blockwise(
@@ -74,21 +72,17 @@ def ring_blockwise(
     v_BSKH: jax.Array,
     q_at: TokenIndex,
     k_at: TokenIndex,
-    window: int | None,
-    scale: float,
+    rule: MaskRule,
     tile: int | None = None,
     *,
-    softcap: float | None = None,
-    causal: bool = True,
     sink_KG: jax.Array | None = None,
 ) -> jax.Array:
     """A tick is `blockwise`'s tiles. Arguments as `blockwise_attention`'s."""
     T, S = q_BTKGH.shape[1], k_BSKH.shape[1]
     q_tile, k_tile = blockwise.tile_sizes(q_BTKGH, S, tile)
-    keys = (blockwise.cut(x_BSKH[:, :, :, None], k_tile) for x_BSKH in (k_BSKH, v_BSKH))
-    at_c, at_d = tiles_of(q_at, q_tile, nobody=-1), tiles_of(k_at, k_tile, nobody=-2)
-    tick = Tick(blockwise_tick, blockwise_tick_back, MaskRule(window, scale, softcap, causal), v_BSKH.shape[-1])
-    return ring(blockwise.fill(q_BTKGH, q_tile), *keys, at_c, at_d, sink_KG, tick)[:, :T]
+    keys, at_c = blockwise.key_tiles(k_BSKH, v_BSKH, k_at, k_tile), tiles_of(q_at, q_tile, nobody=-1)
+    tick = Tick(blockwise.more_keys, blockwise.more_keys_back, rule, v_BSKH.shape[-1])
+    return ring(blockwise.fill(q_BTKGH, q_tile), at_c, keys, sink_KG, tick)[:, :T]
 
 
 def ring_flash(
@@ -97,12 +91,11 @@ def ring_flash(
     v_BSKH: jax.Array,
     q_at: TokenIndex,
     k_at: TokenIndex,
-    window: int | None,
-    scale: float,
+    rule: MaskRule,
     tiling: tuple[flash.FlashTiling, flash.FlashTiling, flash.FlashTiling] | None = None,
 ) -> jax.Array:
     """A tick is `flash`'s kernels. Arguments as `flash_attention`'s."""
-    inputs, plan = flash.in_tiles(q_BTKGH, k_BSKH, v_BSKH, q_at, k_at, window, scale, tiling)
+    inputs, plan = flash.in_tiles(q_BTKGH, k_BSKH, v_BSKH, q_at, k_at, rule, tiling)
     tick = Tick(flash_tick, flash_tick_back, plan, v_BSKH.shape[-1])
     return ring(*inputs, None, tick)[:, : q_BTKGH.shape[1]]
 
@@ -132,29 +125,8 @@ class Tick:
     value_width: int
 
 
-def blockwise_tick(state, q_BTKGH: jax.Array, at_c, keys, plan):
-    k_BdKSH, v_BdKSH, at_d = keys
-    return blockwise.more_keys(state, q_BTKGH, k_BdKSH, v_BdKSH, at_c, at_d, plan)
-
-
-def blockwise_tick_back(
-    dq_BTKGH: jax.Array,
-    q_BTKGH: jax.Array,
-    at_c,
-    keys,
-    dout_BTKGH: jax.Array,
-    lse_BTKG: jax.Array,
-    delta_BTKG: jax.Array,
-    plan,
-):
-    k_BdKSH, v_BdKSH, at_d = keys
-    inputs = dq_BTKGH, q_BTKGH, k_BdKSH, v_BdKSH, at_c, at_d
-    return blockwise.more_keys_back(*inputs, dout_BTKGH, lse_BTKG, delta_BTKG, plan)
-
-
-def flash_tick(state, q_BTKGH: jax.Array, at_BiT: jax.Array, keys, plan):
-    k_BSKH, v_BSKH, at_BiS = keys
-    out_BTKGH, lse_BNT = flash.tiles_forward(q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS, plan, jnp.float32)
+def flash_tick(state: blockwise.State, q_BTKGH: jax.Array, at_BiT: jax.Array, keys: Keys, plan: flash.Plan):
+    out_BTKGH, lse_BNT = flash.tiles_forward(q_BTKGH, at_BiT, keys, plan, jnp.float32)
     # Where no key is seen FLOOR itself: a compiler may keep more digits of a product (in a fused multiply-add), and in what
     # `merge` subtracts, at 1e29, the difference of one rounding is an infinite exponential.
     lse_BNT = jnp.where(lse_BNT > FLOOR / 2, lse_BNT * math.log(2), FLOOR)
@@ -166,28 +138,26 @@ def flash_tick_back(
     dq_BTKGH: jax.Array,
     q_BTKGH: jax.Array,
     at_BiT: jax.Array,
-    keys,
+    keys: Keys,
     dout_BTKGH: jax.Array,
     lse_BTKG: jax.Array,
     delta_BTKG: jax.Array,
-    plan,
+    plan: flash.Plan,
 ):
-    k_BSKH, v_BSKH, at_BiS = keys
     lse_BNT, delta_BNT = flash.by_head(lse_BTKG * math.log2(math.e)), flash.by_head(delta_BTKG)
-    inputs = q_BTKGH, k_BSKH, v_BSKH, at_BiT, at_BiS
-    dq, dk, dv = flash.tiles_backward(*inputs, dout_BTKGH, lse_BNT, delta_BNT, plan, jnp.float32)
+    dq, dk, dv = flash.tiles_backward(q_BTKGH, at_BiT, keys, dout_BTKGH, lse_BNT, delta_BNT, plan, jnp.float32)
     return dq_BTKGH + dq, dk, dv
 
 
 # All ticks ------------------------------------------------------------------------------------------------------------
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def ring(q_BTKGH: jax.Array, k, v, q_at, k_at, sink_KG: jax.Array, tick: Tick):
-    return ring_forward(q_BTKGH, k, v, q_at, k_at, sink_KG, tick)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def ring(q_BTKGH: jax.Array, q_at: Any, keys: Keys, sink_KG: jax.Array | None, tick: Tick) -> jax.Array:
+    return ring_forward(q_BTKGH, q_at, keys, sink_KG, tick)[0]
 
 
-def ring_forward(q_BTKGH: jax.Array, k, v, q_at, k_at, sink_KG: jax.Array, tick: Tick):
+def ring_forward(q_BTKGH: jax.Array, q_at: Any, mine: Keys, sink_KG: jax.Array | None, tick: Tick) -> tuple:
     def meet(state, keys):
         return tick.forward(state, q_BTKGH, q_at, keys, tick.plan)
 
@@ -196,19 +166,19 @@ def ring_forward(q_BTKGH: jax.Array, k, v, q_at, k_at, sink_KG: jax.Array, tick:
         coming = ring_shift(keys, AXIS)  # wants nothing of this tick's work, so that it is sent meanwhile
         return (meet(state, keys), coming), None
 
-    start = blockwise.nothing(q_BTKGH, tick.value_width), (k, v, k_at)
-    (state, keys), _ = lax.scan(one_tick, start, length=lax.axis_size(AXIS) - 1)
-    state = meet(state, keys)
-    sink_BTKG = (
-        None if sink_KG is None else jnp.broadcast_to(sink_KG.astype(state[0].dtype)[None, None], state[0].shape)
-    )
+    start = blockwise.nothing(q_BTKGH, tick.value_width), mine
+    (state, last), _ = lax.scan(one_tick, start, length=lax.axis_size(AXIS) - 1)
+    state = meet(state, last)
+    sink_BTKG = None
+    if sink_KG is not None:
+        sink_BTKG = jnp.broadcast_to(sink_KG.astype(state[0].dtype)[None, None], state[0].shape)
     out_BTKGH, lse_BTKG = blockwise.finish(state, sink_BTKG)
     out_BTKGH = out_BTKGH.astype(q_BTKGH.dtype)
-    return out_BTKGH, (q_BTKGH, k, v, q_at, k_at, sink_KG, out_BTKGH, lse_BTKG)
+    return out_BTKGH, (q_BTKGH, q_at, mine, sink_KG, out_BTKGH, lse_BTKG)
 
 
 def ring_backward(tick: Tick, kept: tuple, dout_BTKGH: jax.Array) -> tuple:
-    q_BTKGH, k, v, q_at, k_at, sink_KG, out_BTKGH, lse_BTKG = kept
+    q_BTKGH, q_at, mine, sink_KG, out_BTKGH, lse_BTKG = kept
     delta_BTKG = (dout_BTKGH.astype(lse_BTKG.dtype) * out_BTKGH).sum(-1)
 
     def meet(dq_BTKGH: jax.Array, keys):
@@ -222,7 +192,6 @@ def ring_backward(tick: Tick, kept: tuple, dout_BTKGH: jax.Array) -> tuple:
         return (dq_BTKGH, jax.tree.map(jnp.add, dkv, more), coming), None
 
     # The first tick has no sums to receive, the last no keys to send.
-    mine = k, v, k_at
     coming = ring_shift(mine, AXIS)
     start = *meet(blockwise.like(q_BTKGH, q_BTKGH.shape), mine), coming
     (dq_BTKGH, dkv, keys), _ = lax.scan(one_tick, start, length=lax.axis_size(AXIS) - 2)
@@ -233,7 +202,7 @@ def ring_backward(tick: Tick, kept: tuple, dout_BTKGH: jax.Array) -> tuple:
     if sink_KG is not None:
         share_BTKG = jnp.exp(sink_KG.astype(lse_BTKG.dtype)[None, None] - lse_BTKG)
         dsink_KG = -(share_BTKG * delta_BTKG).sum((0, 1)).astype(sink_KG.dtype)
-    return dq_BTKGH.astype(q_BTKGH.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None, dsink_KG
+    return dq_BTKGH.astype(q_BTKGH.dtype), None, (dk.astype(mine[0].dtype), dv.astype(mine[1].dtype), None), dsink_KG
 
 
 ring.defvjp(ring_forward, ring_backward)

@@ -18,7 +18,8 @@ from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from weft.model.ops.attention.mask import TokenIndex
+from weft.model.ops.attention.blockwise import fill
+from weft.model.ops.attention.mask import MaskRule, TokenIndex
 from weft.runtime.errors import UserError
 
 LANES = 128  # the kernel's tiles are whole multiples of them
@@ -31,11 +32,7 @@ def splash_attention(
     v_BTKU: jax.Array,
     q_at: TokenIndex,
     k_at: TokenIndex,
-    window: int | None,
-    scale: float,
-    *,
-    softcap: float | None = None,
-    causal: bool = True,
+    rule: MaskRule,
 ) -> jax.Array:
     """What `reference_attention` gives, [B, T, K, G, U], for rows as above. On a CPU the kernel is interpreted.
 
@@ -50,14 +47,13 @@ def splash_attention(
     if q_BTKGH.dtype == jnp.float64:
         raise UserError('attention backend splash has no float64; it computes in float32 or less, reference in any')
     q_segment_BT, k_segment_BT = q_at[1], k_at[1]
-    fill = -T % LANES  # tokens of segment 0 at the end: they see themselves, so that no sum of a softmax is empty
-    pad = partial(pad_time, fill=fill)
-    q_BKGTH = pad(q_BTKGH * jnp.asarray(scale, q_BTKGH.dtype)).transpose(0, 2, 3, 1, 4)
+    pad = partial(fill, tile=LANES)  # tokens of segment 0 at the end see themselves: no sum of a softmax is empty
+    q_BKGTH = pad(q_BTKGH * jnp.asarray(rule.scale, q_BTKGH.dtype)).transpose(0, 2, 3, 1, 4)
     k_BKTH, v_BKTU = pad(k_BTKH).swapaxes(1, 2), pad(v_BTKU).swapaxes(1, 2)
     segments = kernels.SegmentIds(pad(q_segment_BT), pad(k_segment_BT))
 
     def run(interpret: bool, *inputs):
-        one_kv_head = make_kernel(T + fill, G, window, interpret, softcap, causal)
+        one_kv_head = make_kernel(k_BKTH.shape[2], G, rule, interpret)
         return jax.vmap(jax.vmap(one_kv_head, in_axes=(0, 0, 0, None)))(*inputs)
 
     inputs = q_BKGTH, k_BKTH, v_BKTU, segments
@@ -65,24 +61,18 @@ def splash_attention(
     return out_BKGTH.transpose(0, 3, 1, 2, 4)[:, :T]
 
 
-def pad_time(x_BT: jax.Array, fill: int) -> jax.Array:
-    return jnp.pad(x_BT, [(0, 0), (0, fill)] + [(0, 0)] * (x_BT.ndim - 2))
-
-
-def make_kernel(
-    T: int, G: int, window: int | None, interpret: bool, softcap: float | None = None, causal: bool = True
-) -> kernels.SplashAttentionKernel:
+def make_kernel(T: int, G: int, rule: MaskRule, interpret: bool) -> kernels.SplashAttentionKernel:
     """(q [G, T, H], k [T, H], v [T, U], segments [T] twice) to [G, T, U]; T in whole LANES."""
     see_TT: masks.Mask
-    if window is not None:
-        see_TT = masks.LocalMask((T, T), (window - 1, 0 if causal else window - 1), offset=0)
+    if rule.window is not None:
+        see_TT = masks.LocalMask((T, T), (rule.window - 1, 0 if rule.causal else rule.window - 1), offset=0)
     else:
-        see_TT = masks.CausalMask((T, T)) if causal else masks.FullMask((T, T))
+        see_TT = masks.CausalMask((T, T)) if rule.causal else masks.FullMask((T, T))
     tile = next(tile for tile in TILES if T % tile == 0)
     # dq and dk, dv by kernels of their own: the fused one keeps T / tile copies of dq
     ends = ('_q', '_kv', '_kv_compute', '_q_dkv', '_kv_dkv', '_kv_dkv_compute', '_q_dq', '_kv_dq')
     sizes: dict[str, Any] = {f'block{end}': tile for end in ends}
     see_GTT = masks.MultiHeadMask([see_TT] * G)
     return kernels.make_splash_mqa_single_device(
-        see_GTT, block_sizes=kernels.BlockSizes(**sizes), attn_logits_soft_cap=softcap, interpret=interpret
+        see_GTT, block_sizes=kernels.BlockSizes(**sizes), attn_logits_soft_cap=rule.softcap, interpret=interpret
     )
