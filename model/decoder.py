@@ -176,16 +176,12 @@ class Decoder(nnx.Module):
         if c.embedding.token_types:
             kind_BT = jnp.zeros_like(tokens_BT) if ctx.kind_BT is None else ctx.kind_BT
             x = x + unshard(self.token_type_YD[...], x.dtype, dim=1)[kind_BT]
-        if c.positions.kind in ('learned', 'sinusoidal'):
-            x = x + self.position_table(x.dtype)[ctx.position_BT]
+        if c.positions.kind == 'learned':
+            x = x + unshard(self.position_PD[...], x.dtype, dim=1)[ctx.position_BT]
+        elif c.positions.kind == 'sinusoidal':
+            x = x + tensor_slice(jnp.asarray(sinusoids(c), x.dtype))[ctx.position_BT]
         x = all_to_all(x, 'tensor', 1, 2) if ctx.sequence_split else all_gather(x, 'tensor', 2)
         return self.embedding_norm(x) if c.embedding.norm else x
-
-    def position_table(self, dtype):
-        """What is added to the tokens' embeddings by position, this device's part of D: [P, D / tensor]."""
-        if self.config.positions.kind == 'sinusoidal':
-            return tensor_slice(jnp.asarray(sinusoids(self.config), dtype))
-        return unshard(self.position_PD[...], dtype, dim=1)
 
     def head(self, learns: bool = False) -> 'Head':
         """The LM head in the compute dtype, its part of the vocabulary on each device of `tensor`; `learns`: has a gradient."""

@@ -19,8 +19,6 @@ from jax.experimental.pallas import triton
 
 from weft.model.ops.kernels import call, check_dtype
 
-MOST_INDICES = 65535  # of CUDA's second and third grid axis
-
 
 @dataclasses.dataclass(frozen=True)
 class GroupedTiling:
@@ -44,11 +42,7 @@ def tilings(dtype: jnp.dtype) -> Tilings:
 
 
 def gmm(
-    x_RD: jax.Array,
-    w_EDF: jax.Array,
-    sizes_E: jax.Array,
-    tiling: Tilings | None = None,
-    transposed: bool = False,
+    x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, tiling: Tilings | None = None, transposed: bool = False
 ) -> jax.Array:
     """y_RF: each group's rows of x times the group's weights. Rows past sum(sizes) hold anything, also in x's gradient.
 
@@ -187,9 +181,9 @@ def _inside(first: jax.Array, count: int, size: int) -> jax.Array | None:
 
 
 def _both(rows: jax.Array | None, columns: jax.Array | None) -> jax.Array | None:
-    if rows is None or columns is None:
-        return columns[None] if rows is None and columns is not None else rows[:, None] if rows is not None else None
-    return rows[:, None] & columns[None]
+    if rows is None:
+        return None if columns is None else columns[None]
+    return rows[:, None] if columns is None else rows[:, None] & columns[None]
 
 
 def _load(ref, rows: jax.Array | None, columns: jax.Array | None) -> jax.Array:

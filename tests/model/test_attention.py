@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from weft.model.ops.attention import BACKENDS, attention, default_backend, needs_unchecked
 from weft.model.ops.attention.blockwise import blockwise_attention
 from weft.model.ops.attention.flash import FlashTiling, flash_attention
-from weft.model.ops.attention.mask import MaskRule, sees, span, tiles_see
+from weft.model.ops.attention.mask import QKV, MaskRule, sees, span, tiles_see
 from weft.runtime.errors import UserError
 
 FAST = tuple(backend for backend in BACKENDS if backend != 'reference')
@@ -72,7 +72,7 @@ def check(run, window: int | None, inputs: tuple, tolerance: float) -> None:
 
 def small(backend: str, window: int | None):
     """The backend in small tiles, called as `attention` calls it."""
-    return lambda q, k, v, q_at, k_at: SMALL_TILES[backend](q, k, v, q_at, k_at, MaskRule(window, q.shape[-1] ** -0.5))
+    return lambda *inputs: SMALL_TILES[backend](QKV(*inputs), MaskRule(window, inputs[0].shape[-1] ** -0.5))
 
 
 @pytest.mark.usefixtures('float64')

@@ -11,7 +11,7 @@ from jax import P
 from tests.model.test_attention import here, sample, value_and_grads
 from weft.model.ops.attention import attention, default_backend, needs_unchecked, ring
 from weft.model.ops.attention.flash import FlashTiling
-from weft.model.ops.attention.mask import MaskRule, tiles_see
+from weft.model.ops.attention.mask import QKV, MaskRule, tiles_see
 from weft.model.ops.attention.ring import ring_blockwise, ring_flash
 from weft.runtime.errors import UserError
 from weft.sharding.collectives import match_varying, ring_shift
@@ -31,10 +31,10 @@ ORDERS = {
 }
 
 
-def in_tiles(run, q, k, v, q_at, k_at, window, **kwargs):
+def in_tiles(run, *inputs, window, **kwargs):
     """A ring in small tiles, called as `attention` calls it."""
-    q, k, v, q_at, k_at = match_varying((q, k, v, q_at, k_at))
-    return run(q, k, v, q_at, k_at, MaskRule(window, q.shape[-1] ** -0.5), **kwargs)
+    inputs = QKV(*match_varying(inputs))
+    return run(inputs, MaskRule(window, inputs.q_BTKGH.shape[-1] ** -0.5), **kwargs)
 
 
 def over_devices(body, order: np.ndarray, checked: bool = True):

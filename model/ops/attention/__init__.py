@@ -12,7 +12,7 @@ import jax
 from jax import lax
 
 from weft.model.ops.attention.blockwise import blockwise_attention
-from weft.model.ops.attention.mask import MaskRule, TokenIndex
+from weft.model.ops.attention.mask import QKV, MaskRule, TokenIndex
 from weft.model.ops.attention.reference import Relative, reference_attention
 from weft.runtime.errors import UserError, nearest
 from weft.sharding.collectives import match_varying
@@ -91,9 +91,8 @@ def attention(
     assert k_BSKH.shape == (*v_BSKU.shape[:3], H) == (B, k_BSKH.shape[1], K, H), shapes
     assert q_at[0].shape == q_at[1].shape == (B, T), (q_BTKGH.shape, q_at[0].shape)
     assert k_at[0].shape == k_at[1].shape == k_BSKH.shape[:2], (k_BSKH.shape, k_at[0].shape)
-    (*inputs, sink_KG, relative_table) = match_varying(
-        (q_BTKGH, k_BSKH, v_BSKU, q_at, k_at, sink_KG, relative and relative.table_KGN)
-    )
+    inputs = QKV(q_BTKGH, k_BSKH, v_BSKU, q_at, k_at)
+    inputs, sink_KG, table_KGN = match_varying((inputs, sink_KG, relative and relative.table_KGN))
     asked = AttentionFeatures(
         softcap=softcap is not None,
         sinks=sink_KG is not None,
@@ -106,10 +105,12 @@ def attention(
     if lacks:
         works = ', '.join(name for name in BACKENDS if not set(asked.names()) - _ABLE[name])
         raise UserError(f'attention backend {backend} has no {lacks[0]}, which this model needs; use {works}')
-    options = {'sink_KG': sink_KG, 'relative': relative and relative._replace(table_KGN=relative_table)}
+    if relative is not None and table_KGN is not None:
+        relative = relative._replace(table_KGN=table_KGN)
+    options = {'sink_KG': sink_KG, 'relative': relative}
     run = _function(backend, ring and lax.axis_size('context') > 1)
     rule = MaskRule(window, H**-0.5 if scale is None else scale, softcap, causal)
-    return run(*inputs, rule, **{name: given for name, given in options.items() if given is not None})
+    return run(inputs, rule, **{name: given for name, given in options.items() if given is not None})
 
 
 @dataclasses.dataclass(frozen=True)

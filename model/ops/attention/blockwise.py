@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from weft.model.ops.attention.mask import FLOOR, HIDDEN, Keys, MaskRule, TokenIndex, sees, span, tiles_of, tiles_see
+from weft.model.ops.attention.mask import FLOOR, HIDDEN, QKV, Keys, MaskRule, TokenIndex, seen_tiles, sees, tiles_of
 from weft.sharding.collectives import vary_like, wide
 from weft.sharding.mesh import platform
 
@@ -24,37 +24,26 @@ ONE_TILE = 1 << 20  # scores: up to here (4 MiB in float32) all of them make one
 
 
 def blockwise_attention(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    q_at: TokenIndex,
-    k_at: TokenIndex,
-    rule: MaskRule,
-    tile: int | None = None,
-    *,
-    sink_KG: jax.Array | None = None,
+    inputs: QKV, rule: MaskRule, tile: int | None = None, *, sink_KG: jax.Array | None = None
 ) -> jax.Array:
     """What `reference_attention` gives, [B, T, K, G, U], from the scores of `tile` queries and keys of a row at a time.
 
     Small inputs (`ONE_TILE`) are one tile altogether. Key tiles outside the range that a query tile sees are skipped.
     """
-    T, S, G = q_BTKGH.shape[1], k_BSKH.shape[1], q_BTKGH.shape[3]
-    q_tile, k_tile = tile_sizes(q_BTKGH, S, tile)
-    keys, at_c = key_tiles(k_BSKH, v_BSKH, k_at, k_tile), tiles_of(q_at, q_tile, nobody=-1)
-    return uncut(tiled(cut(q_BTKGH, q_tile), at_c, keys, sink_KG, rule), T, G)
+    T, G = inputs.q_BTKGH.shape[1], inputs.q_BTKGH.shape[3]
+    q_tile, at_c, keys = in_tiles(inputs, tile)
+    return uncut(tiled(cut(inputs.q_BTKGH, q_tile), at_c, keys, sink_KG, rule), T, G)
 
 
-def tile_sizes(q_BTKGH: jax.Array, S: int, tile: int | None) -> tuple[int, int]:
-    """Queries and keys a tile."""
-    B, T, K, G, _ = q_BTKGH.shape
+def in_tiles(inputs: QKV, tile: int | None) -> tuple[int, TokenIndex, Keys]:
+    """Queries a tile, and where those of each tile stand; keys and values in tiles, [B, d, K, tile, H or U], and where."""
+    q_BTKGH, k_BSKH, v_BSKU, q_at, k_at = inputs
+    (B, T, K, G, _), S = q_BTKGH.shape, k_BSKH.shape[1]
     if tile is None:
         tile = max(T, S) if B * K * G * T * S <= ONE_TILE else TILES[platform()]
-    return min(tile, T), min(tile, S)
-
-
-def key_tiles(k_BSKH: jax.Array, v_BSKU: jax.Array, k_at: TokenIndex, tile: int) -> Keys:
-    """Keys and values as `cut` has them, [B, d, K, tile, H or U], and where they stand, [B, d, tile] each."""
-    return cut(k_BSKH[:, :, :, None], tile), cut(v_BSKU[:, :, :, None], tile), tiles_of(k_at, tile, nobody=-2)
+    q_tile, k_tile = min(tile, T), min(tile, S)
+    keys = cut(k_BSKH[:, :, :, None], k_tile), cut(v_BSKU[:, :, :, None], k_tile), tiles_of(k_at, k_tile, nobody=-2)
+    return q_tile, tiles_of(q_at, q_tile, nobody=-1), keys
 
 
 def cut(x_BTKGH: jax.Array, tile: int) -> jax.Array:
@@ -181,11 +170,6 @@ def over_keys_back(grads: tuple, query: tuple, keys: Keys, first, end, rule: Mas
     return lax.fori_loop(first, end, key_tile, grads)
 
 
-def seen_tiles(at_c: TokenIndex, at_d: TokenIndex, rule: MaskRule) -> tuple[jax.Array, jax.Array]:
-    """int32 [B, c] twice: first and end of the key tiles that a query tile may see."""
-    return span(tiles_see(at_c, at_d, rule.window, rule.causal)[0])
-
-
 def nothing(q: jax.Array, U: int) -> State:
     """The state of queries [..., H] that have met no key, whose values are U wide."""
     return like(q, q.shape[:-1], FLOOR), like(q, q.shape[:-1]), like(q, (*q.shape[:-1], U))
@@ -305,7 +289,7 @@ def tiled_backward(rule: MaskRule, kept: tuple, dout_BcKMU: jax.Array) -> tuple:
 tiled.defvjp(tiled_forward, tiled_backward)
 
 
-def transposed_zeros(keys: Keys) -> tuple[jax.Array, jax.Array]:
+def transposed_zeros(keys: Keys) -> tuple[jax.Array, ...]:
     """Zeros in the shapes of keys and values with their last two dims exchanged, as `attend_back` gives their gradients."""
     k, v, _ = keys
     return tuple(like(k, (*x.shape[:-2], x.shape[-1], x.shape[-2])) for x in (k, v))
@@ -319,7 +303,7 @@ def more_keys(state_BT: State, q_BTKGH: jax.Array, at_c: TokenIndex, keys: Keys,
     first_Bc, end_Bc = seen_tiles(at_c, keys[2], rule)
     B, c = first_Bc.shape
 
-    def query_tile(i, state_BT: State) -> State:
+    def query_tile(i, state_BT):
         b, i = i // c, i % c
         max_KM, sum_KM, out_KMU, q_KMH = (get_tile(x, c, b, i) for x in (*state_BT, q_BTKGH))
         state = max_KM, sum_KM, out_KMU

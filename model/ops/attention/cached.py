@@ -7,7 +7,7 @@ key/value head, H width of a query and a key, U of a value.
 import jax
 import jax.numpy as jnp
 
-from weft.model.ops.attention.mask import MaskRule
+from weft.model.ops.attention.mask import QKV, MaskRule
 from weft.model.ops.attention.reference import Relative, masked_scores
 from weft.sharding.collectives import pmax, psum, upcast
 
@@ -32,7 +32,8 @@ def cached_attention(
     """
     rule = MaskRule(window, scale, softcap)
     q_at, k_at = ((position, jnp.ones_like(position)) for position in (q_position_BT, k_position_BS))
-    s_BKGTS, max_BKGT1, sink_1KG11 = masked_scores(q_BTKGH, k_BSKH, q_at, k_at, rule, sink_KG, relative)
+    inputs = QKV(q_BTKGH, k_BSKH, v_BSKU, q_at, k_at)
+    s_BKGTS, max_BKGT1, sink_1KG11 = masked_scores(inputs, rule, sink_KG, relative)
     max_BKGT1 = pmax(max_BKGT1, 'context')
     p_BKGTS = jnp.exp(s_BKGTS - max_BKGT1)
     out_BTKGU = jnp.einsum('BKGTS,BSKU->BTKGU', p_BKGTS, upcast(v_BSKU), preferred_element_type=p_BKGTS.dtype)

@@ -23,7 +23,7 @@ from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 
 from weft.model.ops.attention.blockwise import fill
-from weft.model.ops.attention.mask import FLOOR, HIDDEN, Keys, MaskRule, TokenIndex, sees, tiles_of, tiles_see
+from weft.model.ops.attention.mask import FLOOR, HIDDEN, QKV, Keys, MaskRule, TokenIndex, sees, tiles_of, tiles_see
 from weft.model.ops.attention.mask import span as least_span
 from weft.model.ops.kernels import call, check_dtype
 
@@ -37,6 +37,9 @@ class FlashTiling(NamedTuple):
     stages: int
 
 
+Tilings = tuple[FlashTiling, FlashTiling, FlashTiling]  # of forward, dq, dkv
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What the kernels know while they are traced."""
@@ -47,8 +50,8 @@ class Plan:
     rule: MaskRule
 
 
-def tilings(H: int, dtype: jnp.dtype) -> tuple[FlashTiling, FlashTiling, FlashTiling]:
-    """For forward, dq, dkv: by the bytes of one head's row, so that an A100 or H100 has the shared memory.
+def tilings(H: int, dtype: jnp.dtype) -> Tilings:
+    """By the bytes of one head's row, so that an A100 or H100 has the shared memory.
 
     The first two are the fastest, or nearly, of those tried on an H200 (benchmarks/h200.md); compiled for sm_90a all but the
     last run on wgmma.
@@ -63,15 +66,7 @@ def tilings(H: int, dtype: jnp.dtype) -> tuple[FlashTiling, FlashTiling, FlashTi
     return FlashTiling(32, 32, 8, 2), FlashTiling(32, 32, 8, 1), FlashTiling(16, 32, 8, 1)
 
 
-def flash_attention(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    q_at: TokenIndex,
-    k_at: TokenIndex,
-    rule: MaskRule,
-    tiling: tuple[FlashTiling, FlashTiling, FlashTiling] | None = None,
-) -> jax.Array:
+def flash_attention(inputs: QKV, rule: MaskRule, tiling: Tilings | None = None) -> jax.Array:
     """What `reference_attention` gives, [B, T, K, G, H], for bfloat16, float16, float32; a CPU interprets the kernels.
 
     Time is filled up to whole tiles (a copy, where they do not divide it); H is filled up inside the kernels. float32
@@ -80,20 +75,14 @@ def flash_attention(
     Raises:
         UserError: another dtype.
     """
-    inputs, plan = in_tiles(q_BTKGH, k_BSKH, v_BSKH, q_at, k_at, rule, tiling)
-    return whole_tiles(*inputs, plan)[:, : q_BTKGH.shape[1]]
+    tiles, plan = in_tiles(inputs, rule, tiling)
+    return whole_tiles(*tiles, plan)[:, : inputs.q_BTKGH.shape[1]]
 
 
-def in_tiles(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    q_at: TokenIndex,
-    k_at: TokenIndex,
-    rule: MaskRule,
-    tiling: tuple[FlashTiling, FlashTiling, FlashTiling] | None,
-) -> tuple[tuple[jax.Array, jax.Array, Keys], Plan]:
+def in_tiles(inputs: QKV, rule: MaskRule, tiling: Tilings | None) -> tuple[tuple[jax.Array, jax.Array, Keys], Plan]:
     """q and the places of its tokens, int32 [B, 2, T]; k, v, and theirs, [B, 2, S]; all filled up to whole tiles."""
+    assert rule == MaskRule(rule.window, rule.scale), f'{rule}: plain causal attention alone'
+    q_BTKGH, k_BSKH, v_BSKH, q_at, k_at = inputs
     check_dtype('attention backend flash', q_BTKGH.dtype)
     T, S, H = q_BTKGH.shape[1], k_BSKH.shape[1], q_BTKGH.shape[-1]
     forward, dq, dkv = each = [smaller(t, T, S) for t in tiling or tilings(H, q_BTKGH.dtype)]

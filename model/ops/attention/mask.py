@@ -1,10 +1,11 @@
 """Who sees whom, of single tokens and of whole tiles of them.
 
-Letters: B batch rows, T queries, S keys; c query tiles, d key tiles.
+Letters: B batch rows, T queries, S keys, K key/value heads, G query heads per key/value head, H width of a query and a key,
+U of a value; c query tiles, d key tiles.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,17 @@ import jax.numpy as jnp
 TokenIndex = tuple[jax.Array, jax.Array]
 # Keys, values, and where their tokens stand, as a backend lays them out.
 Keys = tuple[jax.Array, jax.Array, Any]
+
+
+class QKV(NamedTuple):
+    """What a backend attends with: queries, keys, values, and where the tokens of queries and keys stand."""
+
+    q_BTKGH: jax.Array
+    k_BSKH: jax.Array
+    v_BSKU: jax.Array
+    q_at: TokenIndex
+    k_at: TokenIndex
+
 
 HIDDEN = -1e30  # the score of a key that must not be seen
 FLOOR = -1e29  # the least maximum of a row of scores: exp(HIDDEN - FLOOR) is 0, also in a row that sees nothing
@@ -51,7 +63,9 @@ def tiles_of(at: TokenIndex, tile: int, nobody: int) -> TokenIndex:
     return position_BT.reshape(rows, -1, tile), segment_BT.reshape(rows, -1, tile)
 
 
-def tiles_see(at_c: TokenIndex, at_d: TokenIndex, window: int | None, causal: bool = True) -> tuple[jax.Array, ...]:
+def tiles_see(
+    at_c: TokenIndex, at_d: TokenIndex, window: int | None, causal: bool = True
+) -> tuple[jax.Array, jax.Array]:
     """bool [B, c, d] twice: may any query of tile c see a key of tile d, and does every query of c see every key of d.
 
     From the tiles' bounds alone, so the first may err on the side of True and the second on the side of False.
@@ -80,3 +94,8 @@ def span(on_cd: jax.Array) -> tuple[jax.Array, jax.Array]:
     first = jnp.argmax(on_cd, axis=-1).astype(jnp.int32)
     end = on_cd.shape[-1] - jnp.argmax(on_cd[..., ::-1], axis=-1).astype(jnp.int32)
     return first, jnp.where(on_cd.any(-1), end, 0)
+
+
+def seen_tiles(at_c: TokenIndex, at_d: TokenIndex, rule: MaskRule) -> tuple[jax.Array, jax.Array]:
+    """int32 [B, c] twice: first and end of the key tiles that a query tile may see."""
+    return span(tiles_see(at_c, at_d, rule.window, rule.causal)[0])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from weft.model.ops.attention.mask import FLOOR, HIDDEN, MaskRule, TokenIndex, sees
+from weft.model.ops.attention.mask import FLOOR, HIDDEN, QKV, MaskRule, sees
 from weft.sharding.collectives import upcast, wide
 
 
@@ -46,15 +46,10 @@ def relative_bucket(ahead: jax.Array, buckets: int, both_ways: bool, most: int) 
 
 
 def masked_scores(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    q_at: TokenIndex,
-    k_at: TokenIndex,
-    rule: MaskRule,
-    sink_KG: jax.Array | None,
-    relative: Relative | None,
+    inputs: QKV, rule: MaskRule, sink_KG: jax.Array | None, relative: Relative | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Scores [B, K, G, T, S], the largest of each query [B, K, G, T, 1], at least FLOOR, and sinks [1, K, G, 1, 1]; `wide`."""
+    q_BTKGH, k_BSKH, _, q_at, k_at = inputs
     s_BKGTS = rule.scale * jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=wide(q_BTKGH.dtype))
     if rule.softcap is not None:
         s_BKGTS = rule.softcap * jnp.tanh(s_BKGTS / rule.softcap)
@@ -69,23 +64,15 @@ def masked_scores(
 
 
 def reference_attention(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKU: jax.Array,
-    q_at: TokenIndex,
-    k_at: TokenIndex,
-    rule: MaskRule,
-    *,
-    sink_KG: jax.Array | None = None,
-    relative: Relative | None = None,
+    inputs: QKV, rule: MaskRule, *, sink_KG: jax.Array | None = None, relative: Relative | None = None
 ) -> jax.Array:
     """softmax(scale q k') v over the keys that each query sees, 0 where it sees none: [B, T, K, G, U] in q's dtype."""
-    s_BKGTS, max_BKGT1, sink_1KG11 = masked_scores(q_BTKGH, k_BSKH, q_at, k_at, rule, sink_KG, relative)
+    s_BKGTS, max_BKGT1, sink_1KG11 = masked_scores(inputs, rule, sink_KG, relative)
     max_BKGT1 = lax.stop_gradient(max_BKGT1)
     p_BKGTS = jnp.exp(s_BKGTS - max_BKGT1)
     sum_BKGT1 = p_BKGTS.sum(-1, keepdims=True)
     if sink_1KG11 is not None:
         sum_BKGT1 = sum_BKGT1 + jnp.exp(sink_1KG11 - max_BKGT1)
     p_BKGTS = p_BKGTS / jnp.where(sum_BKGT1 > 0, sum_BKGT1, 1)
-    out_BTKGU = jnp.einsum('BKGTS,BSKU->BTKGU', p_BKGTS, upcast(v_BSKU), preferred_element_type=p_BKGTS.dtype)
-    return out_BTKGU.astype(q_BTKGH.dtype)
+    out_BTKGU = jnp.einsum('BKGTS,BSKU->BTKGU', p_BKGTS, upcast(inputs.v_BSKU), preferred_element_type=p_BKGTS.dtype)
+    return out_BTKGU.astype(inputs.q_BTKGH.dtype)

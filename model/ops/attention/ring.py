@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from weft.model.ops.attention import blockwise, flash
-from weft.model.ops.attention.mask import FLOOR, Keys, MaskRule, TokenIndex, tiles_of
+from weft.model.ops.attention.mask import FLOOR, QKV, Keys, MaskRule
 from weft.model.ops.attention.reference import reference_attention
 from weft.runtime.errors import UserError
 from weft.sharding.collectives import ring_shift
@@ -29,16 +29,7 @@ from weft.sharding.collectives import ring_shift
 AXIS = 'context'
 
 
-def ring_attention(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    q_at: TokenIndex,
-    k_at: TokenIndex,
-    rule: MaskRule,
-    backend: str,
-    **options: Any,
-) -> jax.Array:
+def ring_attention(inputs: QKV, rule: MaskRule, backend: str, **options: Any) -> jax.Array:
     """What `reference_attention` gives of this device's queries and the keys of all devices of `context`, [B, T, K, G, H].
 
     Raises:
@@ -49,55 +40,30 @@ def ring_attention(
             f'attention backend {backend} masks by slot and takes no keys from other devices: with mesh.context above 1 '
             f'use blockwise'
         )
-    return _RING[backend](q_BTKGH, k_BSKH, v_BSKH, q_at, k_at, rule, **options)
+    return _RING[backend](inputs, rule, **options)
 
 
-def ring_reference(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    q_at: TokenIndex,
-    k_at: TokenIndex,
-    rule: MaskRule,
-    **options: Any,
-) -> jax.Array:
+def ring_reference(inputs: QKV, rule: MaskRule, **options: Any) -> jax.Array:
     """Every device with all keys at once, gradients by autodiff."""
-    k_BSKH, v_BSKH, k_at = lax.all_gather((k_BSKH, v_BSKH, k_at), AXIS, axis=1, tiled=True)
-    return reference_attention(q_BTKGH, k_BSKH, v_BSKH, q_at, k_at, rule, **options)
+    q_BTKGH, k_BSKH, v_BSKU, q_at, k_at = inputs
+    k_BSKH, v_BSKU, k_at = lax.all_gather((k_BSKH, v_BSKU, k_at), AXIS, axis=1, tiled=True)
+    return reference_attention(QKV(q_BTKGH, k_BSKH, v_BSKU, q_at, k_at), rule, **options)
 
 
 def ring_blockwise(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    q_at: TokenIndex,
-    k_at: TokenIndex,
-    rule: MaskRule,
-    tile: int | None = None,
-    *,
-    sink_KG: jax.Array | None = None,
+    inputs: QKV, rule: MaskRule, tile: int | None = None, *, sink_KG: jax.Array | None = None
 ) -> jax.Array:
     """A tick is `blockwise`'s tiles. Arguments as `blockwise_attention`'s."""
-    T, S = q_BTKGH.shape[1], k_BSKH.shape[1]
-    q_tile, k_tile = blockwise.tile_sizes(q_BTKGH, S, tile)
-    keys, at_c = blockwise.key_tiles(k_BSKH, v_BSKH, k_at, k_tile), tiles_of(q_at, q_tile, nobody=-1)
-    tick = Tick(blockwise.more_keys, blockwise.more_keys_back, rule, v_BSKH.shape[-1])
-    return ring(blockwise.fill(q_BTKGH, q_tile), at_c, keys, sink_KG, tick)[:, :T]
+    q_tile, at_c, keys = blockwise.in_tiles(inputs, tile)
+    tick = Tick(blockwise.more_keys, blockwise.more_keys_back, rule, inputs.v_BSKU.shape[-1])
+    return ring(blockwise.fill(inputs.q_BTKGH, q_tile), at_c, keys, sink_KG, tick)[:, : inputs.q_BTKGH.shape[1]]
 
 
-def ring_flash(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    q_at: TokenIndex,
-    k_at: TokenIndex,
-    rule: MaskRule,
-    tiling: tuple[flash.FlashTiling, flash.FlashTiling, flash.FlashTiling] | None = None,
-) -> jax.Array:
+def ring_flash(inputs: QKV, rule: MaskRule, tiling: flash.Tilings | None = None) -> jax.Array:
     """A tick is `flash`'s kernels. Arguments as `flash_attention`'s."""
-    inputs, plan = flash.in_tiles(q_BTKGH, k_BSKH, v_BSKH, q_at, k_at, rule, tiling)
-    tick = Tick(flash_tick, flash_tick_back, plan, v_BSKH.shape[-1])
-    return ring(*inputs, None, tick)[:, : q_BTKGH.shape[1]]
+    tiles, plan = flash.in_tiles(inputs, rule, tiling)
+    tick = Tick(flash_tick, flash_tick_back, plan, inputs.v_BSKU.shape[-1])
+    return ring(*tiles, None, tick)[:, : inputs.q_BTKGH.shape[1]]
 
 
 _RING: dict[str, Callable[..., jax.Array]] = {

@@ -19,26 +19,20 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
 from weft.model.ops.attention.blockwise import fill
-from weft.model.ops.attention.mask import MaskRule, TokenIndex
+from weft.model.ops.attention.mask import QKV, MaskRule
 from weft.runtime.errors import UserError
 
 LANES = 128  # the kernel's tiles are whole multiples of them
 TILES = (512, 256, 128)
 
 
-def splash_attention(
-    q_BTKGH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKU: jax.Array,
-    q_at: TokenIndex,
-    k_at: TokenIndex,
-    rule: MaskRule,
-) -> jax.Array:
+def splash_attention(inputs: QKV, rule: MaskRule) -> jax.Array:
     """What `reference_attention` gives, [B, T, K, G, U], for rows as above. On a CPU the kernel is interpreted.
 
     Raises:
         UserError: keys that are not the queries' own tokens, or float64.
     """
+    q_BTKGH, k_BTKH, v_BTKU, (_, q_segment_BT), (_, k_segment_BT) = inputs
     T, G = q_BTKGH.shape[1], q_BTKGH.shape[3]
     if k_BTKH.shape[1] != T:
         raise UserError(
@@ -46,18 +40,17 @@ def splash_attention(
         )
     if q_BTKGH.dtype == jnp.float64:
         raise UserError('attention backend splash has no float64; it computes in float32 or less, reference in any')
-    q_segment_BT, k_segment_BT = q_at[1], k_at[1]
     pad = partial(fill, tile=LANES)  # tokens of segment 0 at the end see themselves: no sum of a softmax is empty
     q_BKGTH = pad(q_BTKGH * jnp.asarray(rule.scale, q_BTKGH.dtype)).transpose(0, 2, 3, 1, 4)
     k_BKTH, v_BKTU = pad(k_BTKH).swapaxes(1, 2), pad(v_BTKU).swapaxes(1, 2)
     segments = kernels.SegmentIds(pad(q_segment_BT), pad(k_segment_BT))
 
-    def run(interpret: bool, *inputs):
+    def run(interpret: bool, *arrays):
         one_kv_head = make_kernel(k_BKTH.shape[2], G, rule, interpret)
-        return jax.vmap(jax.vmap(one_kv_head, in_axes=(0, 0, 0, None)))(*inputs)
+        return jax.vmap(jax.vmap(one_kv_head, in_axes=(0, 0, 0, None)))(*arrays)
 
-    inputs = q_BKGTH, k_BKTH, v_BKTU, segments
-    out_BKGTH = lax.platform_dependent(*inputs, tpu=partial(run, False), cpu=partial(run, True))
+    arrays = q_BKGTH, k_BKTH, v_BKTU, segments
+    out_BKGTH = lax.platform_dependent(*arrays, tpu=partial(run, False), cpu=partial(run, True))
     return out_BKGTH.transpose(0, 3, 1, 2, 4)[:, :T]
 
 
