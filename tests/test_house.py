@@ -80,7 +80,6 @@ LONGEST = 350  # lines of a file that a reader holds in mind
 # Files that may be longer, and why.
 LONGER = {
     'model/ops/attention/blockwise.py': 'a kernel: tiles of attention forward and backward, which share their masks and sums',
-    'model/ops/attention/flash.py': 'a kernel: attention forward and backward in Pallas, for GPUs',
 }
 
 
