@@ -25,9 +25,8 @@ from weft.training.optimizers import AdamW
 from weft.training.step import init, train_step
 
 DEVICES = 8
-# Of losses: of the first 20 steps and of all 50. By dtype, see `losses`.
 TOLERANCE = {'gradient': 1e-10, 'initial': 0.0}
-LOSSES_TOLERANCE = {'float32': (1e-5, 1e-4), 'float64': (1e-10, 1e-10)}
+LOSSES_TOLERANCE = {'float32': (1e-5, 1e-4), 'float64': (1e-10, 1e-10)}  # of the first 20 steps, and of all 50
 VOCABULARY, B, T = 200, 16, 128
 
 DENSE = ModelConfig(
@@ -37,15 +36,7 @@ DENSE = ModelConfig(
     attention=AttentionConfig(heads=8, kv_heads=4, window=48, qk_norm=True),
     mlp=MLPConfig(dim=32),
 )
-EXPERTS = MoEConfig(
-    experts=8,
-    top_k=2,
-    mlp_dim=16,
-    router='sigmoid',
-    bias_update_rate=0.001,
-)
-
-
+EXPERTS = MoEConfig(experts=8, top_k=2, mlp_dim=16, router='sigmoid', bias_update_rate=0.001)
 MIXTURE = changed(DENSE, {'attention.window': None, 'attention.qk_norm': False, 'moe': EXPERTS})
 MODELS = {
     'dense': DENSE,
@@ -67,26 +58,18 @@ ACCUMULATION = {'dense': 2, 'all_to_all': 2}  # parts a step, on every mesh but 
 
 RUNS = ('dense', 'all_gather')  # models of whole runs
 MESHES = [MeshConfig(**dict(zip(AXES, shape, strict=True))) for shape in factorizations(DEVICES, len(AXES))]
-# Every axis is on in at least four of them.
-LONG = [
-    MeshConfig(**sizes)
-    for sizes in (
-        {'replica': 8},
-        {'stage': 8},
-        {'data': 8},
-        {'context': 8},
-        {'expert': 8},
-        {'tensor': 8},
-        {'replica': 2, 'stage': 2, 'data': 2},
-        {'replica': 2, 'context': 2, 'expert': 2},
-        {'replica': 2, 'stage': 2, 'tensor': 2},
-        {'stage': 2, 'data': 2, 'context': 2},
-        {'stage': 2, 'context': 2, 'tensor': 2},
-        {'stage': 2, 'expert': 2, 'tensor': 2},
-        {'data': 2, 'expert': 2, 'tensor': 2},
-        {'context': 2, 'expert': 2, 'tensor': 2},
-    )
-]
+PAIRED = (
+    ('replica', 'stage', 'data'),
+    ('replica', 'context', 'expert'),
+    ('replica', 'stage', 'tensor'),
+    ('stage', 'data', 'context'),
+    ('stage', 'context', 'tensor'),
+    ('stage', 'expert', 'tensor'),
+    ('data', 'expert', 'tensor'),
+    ('context', 'expert', 'tensor'),
+)
+# Of whole runs: every axis alone, and is on in at least four of them.
+LONG = [MeshConfig(**{axis: DEVICES}) for axis in AXES] + [MeshConfig(**dict.fromkeys(axes, 2)) for axes in PAIRED]
 
 
 def packed_batch(seed: int) -> Batch:
@@ -110,17 +93,16 @@ def packed_batch(seed: int) -> Batch:
     )
 
 
-def config_of(kind: str, mesh: MeshConfig, dtype: Literal['float32', 'float64'], steps: int = 50) -> RunConfig:
+def run_of(kind: str, mesh: MeshConfig, dtype: Literal['float32', 'float64']) -> RunConfig:
     """The run of a kind of model on a mesh."""
     accumulation = ACCUMULATION.get(kind, 1) if mesh.size > 1 else 1
-    t = TrainingConfig(steps=steps, batch=B, sequence_length=T, accumulation=accumulation)
     config = RunConfig(
         name='proof',
         mesh=mesh,
         model=MODELS[kind],
         compute=dataclasses.replace(COMPUTE[kind], dtype=dtype),
         data=DataConfig(),
-        training=t,
+        training=TrainingConfig(steps=50, batch=B, sequence_length=T, accumulation=accumulation),
         optimizer=AdamW(learning_rate=3e-3, warmup_steps=10),
     )
     config.check_sizes()
@@ -128,12 +110,12 @@ def config_of(kind: str, mesh: MeshConfig, dtype: Literal['float32', 'float64'],
 
 
 @contextlib.contextmanager
-def precision(dtype: str) -> Iterator[None]:
-    """float64 where the case asks for it, and programs that compile quickly: loops over layers as on accelerators."""
+def running(config: RunConfig) -> Iterator[None]:
+    """On the run's mesh, in its dtype, and with programs that compile quickly: loops over layers as on accelerators."""
     before = jax.config.read('jax_enable_x64')
-    jax.config.update('jax_enable_x64', dtype == 'float64')
+    jax.config.update('jax_enable_x64', config.compute.dtype == 'float64')
     try:
-        with mock.patch.object(stack, 'UNROLLED', {}):
+        with mock.patch.object(stack, 'UNROLLED', {}), jax.set_mesh(make_mesh(config.mesh)):
             yield
     finally:
         jax.config.update('jax_enable_x64', before)
@@ -148,17 +130,20 @@ def arrays_by_name(tree: Any) -> dict[str, np.ndarray]:
     }
 
 
+def initial(config: RunConfig) -> Decoder:
+    """Initial parameters, made on the run's mesh."""
+    return jax.jit(functools.partial(init_decoder, config.model, config.compute))(jax.random.key(config.seed))
+
+
 def gradient(kind: str, mesh: MeshConfig) -> tuple[float, dict[str, np.ndarray]]:
     """Loss and gradient of the first step in float64, from one device's initial parameters."""
-    config = config_of(kind, mesh, 'float64')
-    make = lambda key: init_decoder(config.model, config.compute, key)
-    with precision('float64'), jax.set_mesh(make_mesh(mesh)):
+    config = run_of(kind, mesh, 'float64')
+    with running(config):
         if mesh.size == 1:
-            model = jax.jit(make)(jax.random.key(0))
+            model = initial(config)
         else:
-            born, shapes = one_model(kind), jax.eval_shape(make, jax.random.key(0))
             put = lambda x, w: jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), w.sharding.spec))
-            model = jax.tree.map(put, born, shapes)
+            model = jax.tree.map(put, one_model(kind), jax.eval_shape(functools.partial(initial, config)))
         run = functools.partial(
             loss_and_gradient, microbatches=config.microbatches, accumulation=config.training.accumulation
         )
@@ -169,19 +154,16 @@ def gradient(kind: str, mesh: MeshConfig) -> tuple[float, dict[str, np.ndarray]]
 @functools.cache
 def one_model(kind: str) -> Decoder:
     """Initial parameters in float64, made on one device, on the host."""
-    with precision('float64'), jax.set_mesh(make_mesh(MeshConfig())):
-        config = config_of(kind, MeshConfig(), 'float64')
-        make = lambda key: init_decoder(config.model, config.compute, key)
-        return jax.tree.map(np.asarray, jax.jit(make)(jax.random.key(0)))
+    config = run_of(kind, MeshConfig(), 'float64')
+    with running(config):
+        return jax.tree.map(np.asarray, initial(config))
 
 
-def initial(kind: str, mesh: MeshConfig) -> dict[str, np.ndarray]:
+def initial_arrays(kind: str, mesh: MeshConfig) -> dict[str, np.ndarray]:
     """Initial parameters in float32, made on the mesh."""
-    config = config_of(kind, mesh, 'float32')
-    with precision('float32'), jax.set_mesh(make_mesh(mesh)):
-        return arrays_by_name(
-            jax.jit(lambda key: init_decoder(config.model, config.compute, key))(jax.random.key(config.seed))
-        )
+    config = run_of(kind, mesh, 'float32')
+    with running(config):
+        return arrays_by_name(initial(config))
 
 
 def losses_dtype(kind: str) -> Literal['float32', 'float64']:
@@ -193,23 +175,22 @@ def losses_dtype(kind: str) -> Literal['float32', 'float64']:
     return 'float64' if MODELS[kind].moe else 'float32'
 
 
-def losses(kind: str, mesh: MeshConfig, steps: int) -> list[float]:
-    """Losses of the first steps of a whole run: AdamW, and the update of the routers' biases."""
-    dtype = losses_dtype(kind)
-    config = config_of(kind, mesh, dtype, steps=50)
-    with precision(dtype), jax.set_mesh(make_mesh(mesh)):
+def losses(kind: str, mesh: MeshConfig) -> list[float]:
+    """Losses of a whole run: AdamW, and the update of the routers' biases."""
+    config = run_of(kind, mesh, losses_dtype(kind))
+    with running(config):
         state = jax.jit(functools.partial(init, config))()
         step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
         found = []
-        for number in range(steps):
+        for number in range(config.training.steps):
             state, figures = step(state, place(packed_batch(number)))
             found.append(float(figures['loss']))
     return found
 
 
 one_gradient = functools.cache(lambda kind: gradient(kind, MeshConfig()))
-one_initial = functools.cache(lambda kind: initial(kind, MeshConfig()))
-one_losses = functools.cache(lambda kind: losses(kind, MeshConfig(), 50))
+one_initial = functools.cache(lambda kind: initial_arrays(kind, MeshConfig()))
+one_losses = functools.cache(lambda kind: losses(kind, MeshConfig()))
 
 
 def gradient_error(kind: str, mesh: MeshConfig) -> dict[str, Any]:
@@ -224,7 +205,7 @@ def gradient_error(kind: str, mesh: MeshConfig) -> dict[str, Any]:
 
 def initial_error(kind: str, mesh: MeshConfig) -> dict[str, Any]:
     """How many initial parameters are not bit for bit one device's."""
-    found, one = initial(kind, mesh), one_initial(kind)
+    found, one = initial_arrays(kind, mesh), one_initial(kind)
     return {
         'error': float(sum((found[name] != one[name]).sum() for name in one)),
         'parameters': sum(leaf.size for leaf in one.values()),
@@ -233,7 +214,7 @@ def initial_error(kind: str, mesh: MeshConfig) -> dict[str, Any]:
 
 def losses_error(kind: str, mesh: MeshConfig) -> dict[str, Any]:
     """The largest relative difference of 20 and of 50 losses from one device's."""
-    found, one = np.array(losses(kind, mesh, 50)), np.array(one_losses(kind))
+    found, one = np.array(losses(kind, mesh)), np.array(one_losses(kind))
     apart = np.abs(found / one - 1)
     return {
         'error': float(apart[:20].max()),

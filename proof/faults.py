@@ -1,9 +1,9 @@
 """Faults that the proof must catch: mistakes planted in the code while a case of it runs."""
 
 import contextlib
-import dataclasses
+import pkgutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -15,21 +15,14 @@ from weft.sharding.collectives import tensor_slice
 from weft.sharding.mesh import MeshConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class Fault:
-    """A mistake planted in the code while a case runs."""
+class Fault(NamedTuple):
+    """A mistake in the code: `target`, a dotted name, is replaced by `change` of it while a case runs."""
 
     what: str
-    kind: str
     mesh: MeshConfig
-    plant: Callable[[], contextlib.AbstractContextManager]
-
-
-def patched(target: str, change: Callable[[Any], Any]) -> contextlib.AbstractContextManager:
-    """The attribute `target` (a dotted name) replaced by `change` of it."""
-    module, _, name = target.rpartition('.')
-    found = __import__(module, fromlist=[name])
-    return mock.patch.object(found, name, change(getattr(found, name)))
+    target: str
+    change: Callable[[Any], Any]
+    kind: str = 'dense'
 
 
 def first_replica_only(real: Callable) -> Callable:
@@ -58,77 +51,64 @@ def late_borders(real: Callable) -> Callable:
     return sums
 
 
-def fault(what: str, kind: str, mesh: MeshConfig, target: str, change: Callable[[Any], Any]) -> Fault:
-    return Fault(what, kind, mesh, lambda: patched(target, change))
-
-
 FAULTS = (
-    fault(
+    Fault(
         'gradients are not summed over replicas',
-        'dense',
         MeshConfig(replica=2, data=4),
         'weft.training.loss.reduce_gradients',
         lambda real: lambda gradient, specs: gradient,
     ),
-    fault(
+    Fault(
         'only one replica’s gradient counts',
-        'dense',
         MeshConfig(replica=2, data=4),
         'weft.training.loss.reduce_gradients',
         first_replica_only,
     ),
-    fault(
+    Fault(
         'a sum over tensor is left out',
-        'dense',
         MeshConfig(data=2, tensor=4),
         'weft.model.context.reduce_scatter_sequence',
         lambda real: tensor_slice,
     ),
-    fault(
+    Fault(
         'the ring moves two devices at a time',
-        'dense',
         MeshConfig(data=2, context=4),
         'weft.model.ops.attention.ring.ring_shift',
         lambda real: lambda tree, axis: real(tree, axis, 2),
     ),
-    fault(
+    Fault(
         'keys go round without their positions',
-        'dense',
         MeshConfig(data=2, context=4),
         'weft.model.ops.attention.ring.ring_shift',
         keys_without_places,
     ),
-    fault(
+    Fault(
         'each part of a step is averaged by itself',
-        'dense',
         MeshConfig(data=8),
         'weft.training.loss.objective',
         own_counts,
     ),
-    fault(
+    Fault(
         'the last microbatch is dropped',
-        'dense',
         MeshConfig(stage=4, data=2),
         'weft.sharding.pipeline.ticks',
         lambda real: lambda microbatches, stages: real(microbatches, stages) - 1,
     ),
-    fault(
+    Fault(
         'a stage takes the documents of another microbatch',
-        'dense',
         MeshConfig(stage=4, data=2),
         'weft.model.context.microbatch',
         lambda real: lambda tree, number, M: real(tree, (number + 1) % M, M),
     ),
-    fault(
+    Fault(
         'tokens reach the next device’s experts',
-        'all_gather',
         MeshConfig(data=2, expert=4),
         'weft.model.ops.expert_dispatch.by_expert',
         lambda real: lambda expert_NK, E: real(jnp.where(expert_NK < E, (expert_NK + 1) % E, E), E),
+        kind='all_gather',
     ),
-    fault(
+    Fault(
         'a document begins a token late',
-        'dense',
         MeshConfig(data=2, context=2, tensor=2),
         'weft.training.loss.local_loss_sums',
         late_borders,
@@ -140,7 +120,8 @@ def fault_error(fault: Fault) -> dict[str, Any]:
     """What the case says while the fault is planted: the type check's refusal, or how wrong the numbers are."""
     one_gradient(fault.kind)  # before anything is planted
     jax.clear_caches()  # else what was traced without the fault is used again
-    with fault.plant(), contextlib.ExitStack() as after:
+    planted = mock.patch(fault.target, fault.change(pkgutil.resolve_name(fault.target)))
+    with planted, contextlib.ExitStack() as after:
         after.callback(jax.clear_caches)
         try:
             return gradient_error(fault.kind, fault.mesh)
