@@ -10,6 +10,7 @@ from flax import nnx
 
 from weft.model.config import LayerSpec, ModelConfig
 from weft.model.context import ForwardContext
+from weft.model.costs import CostCounter
 from weft.model.layers import attention, mla, mlp, moe  # noqa: F401  (they add what computes their kinds to the registries)
 from weft.model.layers.cross import CrossAttention
 from weft.model.layers.norm import Norm
@@ -24,6 +25,11 @@ def mixer(c: ModelConfig) -> Any:
     return MIXERS.module(c.attention)
 
 
+def feed_forward(c: ModelConfig, kind: LayerSpec) -> Any:
+    """What works on each token alone in a layer: the module of the kind of `mlp`, or of `moe`."""
+    return MIXTURES.module(c.moe) if kind.experts else FEED_FORWARDS.module(c.mlp)
+
+
 class Block(nnx.Module):
     """One layer: attention, then an MLP or a mixture of experts, each added to what it read; norms as `norm.order` says."""
 
@@ -34,11 +40,23 @@ class Block(nnx.Module):
         if c.encoder:
             self.cross_norm, self.cross = Norm(c), CrossAttention(c)
         self.mlp_norm = Norm(c)
-        self.mlp = MIXTURES.module(c.moe)(c) if kind.experts else FEED_FORWARDS.module(c.mlp)(c)
+        self.mlp = feed_forward(c, kind)(c)
         if c.norm.order == 'sandwich':
             self.attention_out_norm, self.mlp_out_norm = Norm(c), Norm(c)
             if c.encoder:
                 self.cross_out_norm = Norm(c)
+
+    @staticmethod
+    def costs(c: ModelConfig, kind: LayerSpec, count: CostCounter) -> None:
+        """Tells a counter what one device does."""
+        x = count.tokens / count.mesh.tensor * c.model_dim
+        # x, twice with a part added, and normed; a loop keeps of each norm its input and its output, wide.
+        count.keep((4 + kind.experts) * x * count.wide if count.looped else 3 * x * count.number)
+        mixer(c).costs(c, kind, count)
+        if c.encoder:
+            CrossAttention.costs(c, kind, count)
+        # Where a norm follows a part's sum, the sum is needed once more, also the last one.
+        feed_forward(c, kind).costs(c, count, last=c.norm.order == 'pre')
 
     def __call__(self, x_BTD, ctx: ForwardContext, cache: Any | None, layer):
         """x after the layer, and the cache (of its mixer's kind)."""
@@ -61,6 +79,11 @@ class Block(nnx.Module):
         ctx.tap(part, y_BTD)
         x_BTD = x_BTD + ctx.dropout(y_BTD, rate, *site)
         return getattr(self, f'{part}_norm')(x_BTD) if self.config.norm.order == 'post' else x_BTD
+
+
+def has_costs(c: ModelConfig) -> bool:
+    """Whether all of a model's layers say what they cost, each kind for itself: what one inherits may be wrong of it."""
+    return all('costs' in vars(part) for kind in set(c.layer_specs) for part in (mixer(c), feed_forward(c, kind)))
 
 
 class MTPBlock(Block):

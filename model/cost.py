@@ -8,17 +8,28 @@ together with one of the source.
 """
 
 import dataclasses
+import functools
 import math
+from collections import Counter
 from collections.abc import Iterable
 from typing import Literal
 
-from weft.model.block import Block
-from weft.model.config import LayerSpec, MLAConfig, ModelConfig, changed
-from weft.model.decoder import weights_of
+import jax
+import jax.numpy as jnp
+
+from weft.model.batch import Source
+from weft.model.block import Block, has_costs
+from weft.model.compute import ComputeConfig
+from weft.model.config import LayerSpec, ModelConfig
+from weft.model.costs import CostCounter, What
+from weft.model.decoder import declared_decoder, weights_of
+from weft.model.dots import dots
+from weft.model.forward import hidden_states, logits
 from weft.model.kv_cache import CacheSize
 from weft.model.layers.norm import Norm
-from weft.model.parameters import Parameter, declared
+from weft.model.parameters import Parameter, abstract, declared
 from weft.model.stack import declared_cache
+from weft.sharding.mesh import MeshConfig, abstract_mesh
 
 
 def parameters(c: ModelConfig) -> dict[str, int]:
@@ -28,6 +39,12 @@ def parameters(c: ModelConfig) -> dict[str, int]:
         part = next((whole for whole in ('mtp', 'encoder') if name.startswith(f'{whole}.')), weight.part)
         parts[part] = parts.get(part, 0) + math.prod(weight.global_shape)
     return parts
+
+
+def layer_matrices(c: ModelConfig, spec: LayerSpec, part: str) -> list[tuple[int, ...]]:
+    """Rows and columns of each matrix of one part of a layer."""
+    weights = declared(Block(c, spec)).values()
+    return [tuple(map(int, weight.shape)) for weight in weights if weight.part == part and len(weight.shape) > 1]
 
 
 def layer_parameters(c: ModelConfig, spec: LayerSpec) -> dict[str, int]:
@@ -60,40 +77,71 @@ def active_parameters(c: ModelConfig) -> int:
     return sum(parts.values()) - idle
 
 
+def keys_seen_in(c: ModelConfig, spec: LayerSpec, sequence_length: int) -> float:
+    """Keys that a token of a row sees in one layer, itself one of them, on average."""
+    window = c.attention.reach(sequence_length, spec.windowed)
+    if not c.causal:  # as far ahead as behind
+        return ((2 * window - 1) * sequence_length - window * (window - 1)) / sequence_length
+    return (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
+
+
 def keys_seen(c: ModelConfig, sequence_length: int) -> float:
     """Keys that a token of a row sees, itself one of them, on average over tokens and layers."""
-
-    def seen(windowed: bool) -> float:
-        window = c.attention.reach(sequence_length, windowed)
-        if not c.causal:  # as far ahead as behind
-            return ((2 * window - 1) * sequence_length - window * (window - 1)) / sequence_length
-        return (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
-
-    return sum(seen(kind.windowed) for kind in c.layer_specs) / c.layers
+    return sum(keys_seen_in(c, spec, sequence_length) for spec in c.layer_specs) / c.layers
 
 
-def forward_flops(c: ModelConfig, keys: float, source_keys: float | None = None) -> dict[str, float]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenCounter(CostCounter):
+    """Adds up by part what one token asks for, on one device that computes nothing twice."""
+
+    compute: ComputeConfig = ComputeConfig(dispatch='all_gather')
+    found: dict[str, float] = dataclasses.field(default_factory=dict)
+    keys: float = 0.0
+    source_keys: float = 0.0
+
+    def keys_seen(self, c: ModelConfig, spec: LayerSpec) -> float:
+        return self.keys
+
+    def matmul(self, part: str, tokens: float, inputs: float, outputs: float, last: bool = False) -> None:
+        self.grouped_matmul(part, tokens, inputs, outputs)
+
+    def grouped_matmul(self, part: str, rows: float, inputs: float, outputs: float) -> None:
+        self.found[part] = self.found.get(part, 0.0) + self.times * 2.0 * rows * inputs * outputs
+
+    def attend(self, part: str, heads: float, query_width: float, value_width: float, keys: float) -> None:
+        self.grouped_matmul(part, heads, query_width + value_width, keys)
+
+
+def forward_flops(
+    c: ModelConfig, keys: float, source_keys: float | None = None, what: What = 'score'
+) -> dict[str, float]:
     """Matmul FLOPs of one token's forward pass by part, where it sees `keys` keys in each layer on average.
 
-    With an encoder a token of its source sees `source_keys`, and so does the decoder's token; None: as many as `keys`.
+    With an encoder a token of its source sees `source_keys`, and so does the decoder's token; None: as many as `keys`. With
+    `decode` as `what` keys and values are in a cache, of an encoder's output too.
     """
-    D, moe = c.model_dim, sum(kind.experts for kind in c.layer_specs)
     source_keys = keys if source_keys is None else source_keys
-    scores = c.layers * 2.0 * c.attention.heads * (c.attention.query_dim + c.attention.value_dim)  # for each key
-    flops = {
-        'projections': c.layers * 2.0 * sum(a * b for a, b in projections(c)),
-        'attention': scores * keys,
-        'mlp': (c.layers - moe) * 2.0 * _matrices(c) * D * c.mlp.dim,
-        'head': 2.0 * D * (c.vocabulary or 0) * bool(c.head) + 2.0 * D * D * c.head_mlp,
-    }
-    if c.encoder:
-        flops['cross_attention'] = flops['projections'] + scores * source_keys
-        flops['encoder'] = sum(forward_flops(c.of_encoder, source_keys).values())
-    if c.moe:
-        flops['router'] = moe * 2.0 * D * c.moe.experts
-        units = c.moe.top_k * c.moe.mlp_dim + c.moe.shared_dim
-        flops['experts'] = moe * 2.0 * units * _matrices(c) * D
-    return flops
+    count = TokenCounter(what=what, source=1, keys=keys, source_keys=source_keys)
+    if not has_costs(c):
+        count.found['layers'] = _traced_layers(c, max(int(keys), 1))
+    for kind, times in Counter(c.layer_specs).items() if has_costs(c) else ():
+        Block.costs(c, kind, dataclasses.replace(count, times=times))
+    count.found['head'] = 2.0 * c.model_dim * (c.vocabulary or 0) * bool(c.head) + 2.0 * c.model_dim**2 * c.head_mlp
+    if c.encoder and what != 'decode' and has_costs(c):
+        count.found['encoder'] = sum(forward_flops(c.of_encoder, source_keys).values())
+    return count.found
+
+
+def _traced_layers(c: ModelConfig, tokens: int) -> float:
+    """FLOPs of one token in all layers, an encoder's too, traced in rows of so many tokens that all see each other."""
+    with jax.sharding.use_abstract_mesh(abstract_mesh(MeshConfig())):
+        model = abstract(declared_decoder(c, ComputeConfig(attention='reference', grouped_matmul='ragged')), 'float32')
+        row_BT = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+        if not c.encoder:
+            return dots(jax.make_jaxpr(hidden_states)(model, *[row_BT] * 3)).flops / tokens
+        score = functools.partial(logits, source=Source(*[row_BT] * 3))
+        found = dots(jax.make_jaxpr(score)(model, *[row_BT] * 3))
+    return found.flops / tokens - 2.0 * c.model_dim * c.padded_vocabulary
 
 
 def training_flops(c: ModelConfig, sequence_length: int) -> float:
@@ -112,38 +160,20 @@ def flops_per_token(c: ModelConfig, what: Literal['train', 'prefill', 'decode'],
         context: tokens.
     """
     if what == 'decode':
-        return _decode_flops(c, context)
+        seen = sum(c.attention.reach(context, kind.windowed) for kind in c.layer_specs) / c.layers
+        return forward_flops(c, seen, context, 'decode')
     forward = forward_flops(c, keys_seen(c, int(context)), context)
     if what == 'prefill':
         return forward | {'head': forward['head'] / context}
     if c.mtp.layers:
         last = c.layer_specs[-1]
-        mixture = dataclasses.replace(c.moe, first_dense_layers=0, pattern=(True,)) if c.moe and last.experts else None
-        one = changed(
-            c,
-            {
-                'layers': 1,
-                'mtp.layers': 0,
-                'attention.window_pattern': (last.windowed,),
-                'moe': mixture,
-            },
-        )
-        layer = sum(forward_flops(one, keys_seen(one, int(context))).values())  # with the head, which each has too
-        forward['mtp'] = c.mtp.layers * (layer + 2 * 2 * c.model_dim**2)
+        count = TokenCounter(keys=keys_seen_in(c, last, int(context)))
+        if has_costs(c):
+            Block.costs(c, last, count)
+        layer = sum(count.found.values()) if has_costs(c) else forward['layers'] / c.layers
+        each = layer + forward['head'] + 2 * 2 * c.model_dim**2
+        forward['mtp'] = c.mtp.layers * each
     return {part: 3 * flops for part, flops in forward.items()}
-
-
-def _decode_flops(c: ModelConfig, context: float) -> dict[str, float]:
-    """One token whose keys are in a cache. Latent attention goes to the latent space instead (model/layers/mla.py)."""
-    a = c.attention
-    seen = sum(a.reach(context, kind.windowed) for kind in c.layer_specs) / c.layers
-    flops = forward_flops(c, seen, context)
-    flops.pop('encoder', None)
-    if a.kind == 'mla':
-        flops['attention'] = c.layers * 2.0 * a.heads * (2 * a.kv_lora_rank + a.qk_rope_head_dim) * seen
-    if c.encoder:  # the source's keys and values are there
-        flops['cross_attention'] -= c.layers * 2.0 * 2 * c.model_dim * c.attention.kv_heads * c.attention.head_dim
-    return flops
 
 
 def decode_bytes(c: ModelConfig, rows: int, keys: float, weight_bytes: int, cache_bytes: int) -> float:
@@ -159,27 +189,16 @@ def decode_bytes(c: ModelConfig, rows: int, keys: float, weight_bytes: int, cach
     if c.moe:
         parts['experts'] *= 1 - (1 - c.moe.top_k / c.moe.experts) ** rows
     seen = sum(c.attention.reach(keys, kind.windowed) for kind in c.layer_specs) / c.layers
-    return sum(parts.values()) * weight_bytes / rows + cache_bytes_per_token(c, cache_bytes) * seen
+    cache = cache_numbers(c, 1) + cache_numbers_per_token(c) * (seen - 1)
+    return sum(parts.values()) * weight_bytes / rows + max(cache, 0) * cache_bytes
 
 
-def cache_bytes_per_token(c: ModelConfig, number_bytes: int) -> int:
-    """Bytes of one token in every layer's cache: its keys and values, or its latent vectors; without what TPUs fill up."""
-    numbers = (
-        math.prod(array.shape) for group in declared_cache(c, CacheSize(rows=1, length=1)) for array in group.arrays
-    )
-    return sum(numbers) * number_bytes
+def cache_numbers(c: ModelConfig, tokens: int) -> int:
+    """Numbers in every layer's cache of a row of so many tokens; without what TPUs fill up."""
+    groups = declared_cache(c, CacheSize(rows=1, length=tokens))
+    return sum(math.prod(array.shape) for group in groups for array in group.arrays)
 
 
-def projections(c: ModelConfig) -> list[tuple[int, int]]:
-    """Rows and columns of each of a layer's matrices of attention, as training and prefill use them."""
-    D, a = c.model_dim, c.attention
-    N, M = a.heads * a.query_dim, a.kv_heads * a.head_dim
-    if not isinstance(a, MLAConfig):
-        return [(D, N), (D, M), (D, M), (D, N)]
-    queries = [(D, a.q_lora_rank), (a.q_lora_rank, N)] if a.q_lora_rank else [(D, N)]
-    latent = [(D, a.kv_lora_rank + a.qk_rope_head_dim), (a.kv_lora_rank, a.heads * (a.qk_nope_head_dim + a.v_head_dim))]
-    return [*queries, *latent, (D, a.heads * a.v_head_dim)]
-
-
-def _matrices(c: ModelConfig) -> int:
-    return 3 if c.mlp.gated else 2
+def cache_numbers_per_token(c: ModelConfig) -> int:
+    """Those of one more token while no window is full: its keys and values, or its latent vectors; a state's are none."""
+    return cache_numbers(c, 2) - cache_numbers(c, 1)

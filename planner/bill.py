@@ -13,6 +13,7 @@ from typing import Any
 
 from weft.model import cost
 from weft.model.config import LayerSpec, ModelConfig
+from weft.model.parts.attention import SoftmaxConfig
 
 BYTES = {
     'float32': 4.0,
@@ -163,7 +164,8 @@ def _shapes(c: ModelConfig, part: str, count: int) -> str:
         return _by(count // D, D)
     found: list[tuple[tuple[int, ...], int]]
     if part in ('attention', 'cross_attention'):
-        found = list(collections.Counter(cost.projections(c)).items())
+        matrices_of = sorted(cost.layer_matrices(c, LayerSpec(), part), key=math.prod, reverse=True)
+        found = list(collections.Counter(matrices_of).items())
     elif part == 'mlp':
         found = [((matrices, D, c.mlp.dim), 1)]
     elif part == 'router':
@@ -192,10 +194,11 @@ class CacheBill:
     """What a cache keeps of tokens.
 
     Attributes:
-        kind: MHA, GQA, MQA or MLA.
+        kind: MHA, GQA, MQA or MLA; another one by its name.
         numbers: of one token in all layers.
         without_sharing: the same if each query head had a key and a value of its own.
         layers, windowed: layers, and those of them that see no more than `window` tokens.
+        state: numbers of a row however long it is, such as a recurrent state.
     """
 
     kind: str
@@ -204,6 +207,7 @@ class CacheBill:
     layers: int
     windowed: int
     window: int | None
+    state: int = 0
 
     def bytes_per_token(self, number_bytes: float = 2) -> float:
         """Of one more token while no window is full; without what TPUs fill up."""
@@ -211,23 +215,26 @@ class CacheBill:
 
     def full_bytes(self, context: int, number_bytes: float = 2) -> float:
         """Of a row of `context` tokens, if layers with a window kept all of them too."""
-        return context * self.bytes_per_token(number_bytes)
+        return context * self.bytes_per_token(number_bytes) + self.state * number_bytes
 
     def bytes(self, context: int, number_bytes: float = 2) -> float:
         """Of a row of `context` tokens, as decoding keeps it: layers with a window keep no more tokens than they see."""
         seen = min(context, self.window) if self.window else context
         tokens = (self.layers - self.windowed) * context + self.windowed * seen
-        return tokens * self.bytes_per_token(number_bytes) / self.layers
+        return tokens * self.bytes_per_token(number_bytes) / self.layers + self.state * number_bytes
 
 
 def cache_bill(c: ModelConfig) -> CacheBill:
     """What decoding keeps of a decoder's tokens; of an encoder's output it keeps as much, which is not counted here."""
-    shared = 'GQA' if c.attention.kv_heads < c.attention.heads else 'MHA'
-    kind = 'MLA' if c.attention.kind == 'mla' else 'MQA' if c.attention.kv_heads == 1 < c.attention.heads else shared
-    numbers = cost.cache_bytes_per_token(c, 1)
-    alone = c.layers * c.attention.heads * (c.attention.query_dim + c.attention.value_dim)
-    windowed = sum(kind.windowed for kind in c.layer_specs)
-    return CacheBill(kind, numbers, alone, c.layers, windowed, c.attention.window)
+    a, numbers = c.attention, cost.cache_numbers_per_token(c)
+    state, alone = cost.cache_numbers(c, 1) - numbers, numbers
+    kind: str = a.kind
+    if isinstance(a, SoftmaxConfig):
+        shared = 'MHA' if a.kv_heads == a.heads else 'MQA' if a.kv_heads == 1 else 'GQA'
+        kind = 'MLA' if a.kind == 'mla' else shared
+        alone = c.layers * a.heads * (a.query_dim + a.value_dim)
+    windowed = sum(spec.windowed for spec in c.layer_specs)
+    return CacheBill(kind, numbers, alone, c.layers, windowed, getattr(a, 'window', None), state)
 
 
 # Rules of thumb -------------------------------------------------------------------------------------------------------
@@ -265,11 +272,12 @@ def rules_of_thumb(c: ModelConfig, context: int) -> tuple[Rule, ...]:
     N is what a token meets (`Bill.active`), S = `context`, E the model's width, V the vocabulary, L layers, H heads. The last
     two are of models that decode without an encoder.
     """
-    N, S, E, L, H = bill(c).active, context, c.model_dim, c.layers, c.attention.heads
+    N, S, E, L = bill(c).active, context, c.model_dim, c.layers
     forward, train = cost.forward_flops(c, cost.keys_seen(c, S), S), cost.flops_per_token(c, 'train', S)
-    why = (
-        f'leaves out attention to other tokens, {forward["attention"] / sum(forward.values()):.1%} of the work at {S:,}'
+    share = (
+        f', {forward["attention"] / sum(forward.values()):.1%} of the work at {S:,}' if 'attention' in forward else ''
     )
+    why = f'leaves out attention to other tokens{share}'
     if not c.embedding.tied:
         why += f', and counts the embedding, a lookup ({c.vocabulary * E / N:.1%} of N)'
     if c.moe:
@@ -279,10 +287,10 @@ def rules_of_thumb(c: ModelConfig, context: int) -> tuple[Rule, ...]:
         Rule('2N', 'a token forward', 2.0 * N, sum(forward.values()), why),
         Rule('6N', 'a token in training', 6.0 * N, sum(train.values()), f'2N thrice, so it {why}{ahead}'),
     )
-    if not c.causal or c.encoder:
+    if not c.causal or c.encoder or not isinstance(c.attention, SoftmaxConfig):
         return rules
-    decode = cost.flops_per_token(c, 'decode', S)
-    one, scores = sum(decode.values()), decode['attention']
+    H, decode = c.attention.heads, cost.flops_per_token(c, 'decode', S)
+    one, scores = sum(decode.values()), decode.get('attention', 0.0)
     prompt = f'it is a whole prompt of {S:,} tokens, where with a cache a new token meets each weight once'
     formula = E * c.vocabulary + L * (8.0 * E**2 * S + 4.0 * E * H * S + H * S**2)
     hidden = f'{3 if c.mlp.gated else 2} of {_by(E, c.moe.mlp_dim if c.moe else c.mlp.dim)}'

@@ -9,7 +9,7 @@ from typing import Any
 from weft.model.sizes import batch_sizes, sizes
 from weft.planner import chips
 from weft.planner.layouts import divisors
-from weft.planner.memory import counted, training_memory
+from weft.planner.memory import training_memory
 from weft.planner.roofline import train_time
 from weft.runtime.device_memory import gib
 from weft.runtime.errors import UserError
@@ -31,8 +31,6 @@ def plan_first(run: RunConfig, device: Any, processes: int = 1, force: bool = Fa
     Raises UserError where a step cannot fit, with the nearest that does, unless `force` is given. `device` is one of this
     process; the vocabulary of a run whose tokenizer is still to be made is what data.vocabulary asks for.
     """
-    if not counted(run.model):
-        return f'plan: none, for what attention of kind {run.model.attention.kind} needs is not counted'
     run = run if run.model.vocabulary else run.with_vocabulary(run.data.vocabulary)
     room = room_of(device, run.mesh, processes)
     platform = 'gpu' if device.platform in ('gpu', 'cuda', 'rocm') else device.platform

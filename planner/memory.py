@@ -19,19 +19,19 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from weft.model.block import has_costs
 from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
+from weft.model.costs import FLOAT32, INT32
 from weft.model.decoder import weights_of
 from weft.model.kv_cache import CacheSize
-from weft.model.parts.attention import SoftmaxConfig
 from weft.model.stack import declared_cache
-from weft.planner.activations import FLOAT32, Device, at_work, in_loss, kept_by, residuals
+from weft.planner.activations import ActivationCounter, at_work, gathered_by, in_loss, kept_by, residuals
+from weft.planner.tracing import traced_activations
 from weft.planner.weights import Inventory, inventory
 from weft.sharding.mesh import BATCH, MeshConfig
 from weft.training.config import RunConfig
 from weft.training.optimizers import Shard, state_bytes
-
-INT32 = 4  # bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,11 +65,6 @@ class Memory:
         return dataclasses.asdict(self)
 
 
-def counted(c: ModelConfig) -> bool:
-    """Whether memory and FLOPs of a model's layers are counted: not of a mixer that is no softmax attention."""
-    return isinstance(c.attention, SoftmaxConfig)
-
-
 def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
     """Of a step of training on a 'cpu', 'gpu' or 'tpu'; the vocabulary must be known."""
     c, compute, mesh, t = run.model, run.compute, run.mesh, run.training
@@ -82,23 +77,21 @@ def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
         batch=names * rows * t.sequence_length * INT32,
     )
     part = rows / t.accumulation
-    outside = Device(c, compute, mesh, part / mesh.stage, t.sequence_length, platform)
+    outside = ActivationCounter(
+        compute=compute, mesh=mesh, rows=part / mesh.stage, columns=t.sequence_length, platform=platform
+    )
     inside = dataclasses.replace(outside, rows=part / run.microbatches)
     sums = parameters if t.accumulation > 1 else 0  # of the parts before this one
     ticks = run.microbatches + mesh.stage - 1 if mesh.stage > 1 else 1
-    kept = working = gathered = 0.0
-    for group in held.groups:
-        device = inside if group.where == 'pipeline' else outside
-        times = ticks if group.where == 'pipeline' else 1
-        kept += times * kept_by(group, device)
-    for group in held.groups:
-        device = inside if group.where == 'pipeline' else outside
-        made, sent = at_work(group, device)
-        if made + sent > working + gathered:
-            working, gathered = made, sent
+    if has_costs(c):
+        of = [(group, *((inside, ticks) if group.where == 'pipeline' else (outside, 1))) for group in held.groups]
+        kept = sum(times * kept_by(group, count) for group, count, times in of)
+        working, gathered = max((at_work(group, count) for group, count, _ in of), key=sum)
+    else:
+        kept, working, gathered = _traced_layers(run, outside)
     if mesh.stage > 1:
-        kept += 3 * outside.x  # what waits, moves and is done
-    head, logits = in_loss(outside)
+        kept += 3 * outside.x(c)  # what waits, moves and is done
+    head, logits = in_loss(c, outside)
     waits = head * outside.number  # the head's gradient, which is scattered with the others
     of_layers = sum(group.held(mesh) * weight.shard(mesh) for group in held.groups for weight in group.weights)
     of_layers *= compute.parameter_dtype.itemsize
@@ -128,6 +121,25 @@ def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
     return max(moments, key=lambda moment: moment.total)
 
 
+def _traced_layers(run: RunConfig, outside: ActivationCounter) -> tuple[float, float, float]:
+    """What the layers keep for the backward pass, and what one that is computed again makes meanwhile; its whole weights."""
+    t, head = run.training, in_loss(run.model, outside)[0] * (outside.number + outside.wide)  # counted apart
+
+    # Of one row and of two in each part, so that a search over numbers of parts need not trace again: each more row is alike.
+    unit = run.mesh.span(BATCH) * run.microbatches
+    more = t.batch // t.accumulation / unit - 1
+
+    def kept(compute: ComputeConfig) -> float:
+        shape = (t.sequence_length, run.microbatches, outside.platform)
+        one, two = (traced_activations(run.model, compute, run.mesh, rows * unit, *shape) for rows in (1, 2))
+        return max(one + more * (two - one) - head, 0.0)
+
+    if run.compute.remat == 'none':
+        return kept(run.compute), 0.0, 0.0
+    all_of_them = kept(dataclasses.replace(run.compute, remat='none'))
+    return kept(run.compute), all_of_them / (run.model.layers / run.mesh.stage), 0.0
+
+
 def stored(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig) -> float:
     """Bytes of the weights that a device keeps while it trains; their gradients take as many."""
     state = compute.parameter_dtype.itemsize
@@ -145,7 +157,7 @@ def optimizer_bytes(run: RunConfig) -> float:
     return state_bytes(run.optimizer, shards)
 
 
-def casts(held: Inventory, device: Device) -> float:
+def casts(held: Inventory, device: ActivationCounter) -> float:
     """Bytes of the layers' matrices in the compute dtype, where they are stored in another.
 
     A layer casts its own, but all of them are known before the loop over layers, and XLA casts them there, at once, where they
@@ -187,12 +199,9 @@ def serving_memory(
     held = inventory(c)
     parameters = sum(numbers * size(weight) for weight, numbers in held.held(mesh))
     mine = rows / mesh.span(BATCH)
-    device = Device(c, compute, mesh, mine, new, platform)
-    working = gathered = 0.0
-    for group in held.groups:
-        made, whole = residuals(group, device)
-        if made + whole > working + gathered:
-            working, gathered = made, whole
+    count = ActivationCounter(compute=compute, mesh=mesh, what='prefill', rows=mine, columns=new, platform=platform)
+    needs = residuals if has_costs(c) else lambda group, count: (3 * count.x(c), gathered_by(group, count))
+    working, gathered = max((needs(group, count) for group in held.groups), key=sum)
     head = c.padded_vocabulary * c.model_dim / mesh.tensor * b if mesh.span(('data', 'context', 'expert')) > 1 else 0
     logits = mine * c.padded_vocabulary * (1 + 1 / mesh.tensor) * FLOAT32
     return Memory(

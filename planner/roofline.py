@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.cost import training_flops
+from weft.model.parts.attention import SoftmaxConfig
 from weft.planner import communication
 from weft.planner.chips import Chip, group_rate
 from weft.planner.flops import executed
@@ -207,8 +208,10 @@ def sends_of(sent: Traffic, mesh: MeshConfig, chip: Chip) -> Iterable[Send]:
     """Each row of a table with its seconds, the longest first."""
     rows = []
     for (kind, axes), (calls, size) in sent.sent.items():
-        names = axes.split('+')
-        rate = group_rate(chip, mesh.size, mesh.span(names), stride(mesh, names), kind)
+        label, _, groups = axes.partition(' (groups of ')
+        names = label.split('+')
+        joined = int(groups[:-1]) if groups else mesh.span(names)
+        rate = group_rate(chip, mesh.size, joined, stride(mesh, names), kind)
         hides: Hides = 'nowhere' if set(names) <= WAITS or 'replica' in names else 'anywhere'
         if (kind, axes) == ('ppermute', 'context'):
             hides = 'attention'
@@ -296,12 +299,8 @@ def layer_bytes(
             read *= 1 - (1 - c.moe.top_k / c.moe.experts) ** rows
         size = _matmul_bytes(c, weight, mesh, tokens) * passes + times * passes * read
         found[name] = found.get(name, 0.0) + size * b
-    heads = (
-        c.attention.heads * (c.attention.query_dim + c.attention.value_dim)
-        + c.attention.kv_heads * (c.attention.query_dim + c.attention.value_dim)
-    ) / n
-    if group.where in ('pipeline', 'stack'):
-        found['attention'] = tokens * heads * passes * b
+    if group.where in ('pipeline', 'stack') and isinstance(a := c.attention, SoftmaxConfig):
+        found['attention'] = tokens * (a.heads + a.kv_heads) * (a.query_dim + a.value_dim) / n * passes * b
     return found
 
 

@@ -105,15 +105,9 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f'--{name} is {shown(told(value), 40)}: it must be {least_or_most}')
 
     from weft.planner import plan
-    from weft.planner.memory import counted
     from weft.training.config import load_config
 
     config = load_config(options.config, options.overrides)
-    if not counted(config.model):
-        kind = config.model.attention.kind
-        raise UserError(
-            f'model.attention.kind is {kind}: what it needs is not counted; plans are of gqa, mla and kinds of them'
-        )
     config = config if config.model.vocabulary else config.with_vocabulary(config.data.vocabulary)
     config, mesh = settle_mesh(options, config)
     terms = plan.Terms(tokens=options.tokens, price=options.price, currency=options.currency, watts=options.watts)

@@ -100,6 +100,13 @@ def parse_mesh(text: str, option: str = '--mesh') -> MeshConfig:
     return MeshConfig(**sizes)
 
 
+def abstract_mesh(config: MeshConfig, platform: str = 'tpu') -> jax.sharding.AbstractMesh:
+    """The explicit mesh of so many devices, none of which need exist: to trace programs under `use_abstract_mesh`."""
+    device = jax.sharding.AbstractDevice(device_kind=platform, num_cores=1, platform=platform)
+    shape, explicit = tuple(getattr(config, axis) for axis in AXES), (AxisType.Explicit,) * len(AXES)
+    return jax.sharding.AbstractMesh(shape, AXES, axis_types=explicit, abstract_device=device)
+
+
 def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
     """The explicit mesh over the first devices (or over the given ones), laid out so that the last axes have the best links.
 

@@ -11,6 +11,7 @@ from jax import P, lax
 
 from weft.model.config import LayerSpec, ModelConfig
 from weft.model.context import ForwardContext
+from weft.model.costs import INT32, CostCounter
 from weft.model.kv_cache import CacheSize, DenseCache, token_cache
 from weft.model.layers.norm import norm_of_all, offset, rms_norm
 from weft.model.layers.rope import rope, yarn_gain
@@ -66,6 +67,20 @@ class Attention(nnx.Module):
             c.attention.head_dim,
             c.attention.head_dim,
         )
+
+    @staticmethod
+    def costs(c: ModelConfig, spec: LayerSpec, count: CostCounter) -> None:
+        """Tells a counter what one device does."""
+        D, H = c.model_dim, c.attention.head_dim
+        heads, kv_heads = c.attention.heads / count.mesh.tensor, count.kv_heads(c.attention.kv_heads)
+        count.gather_sequence(D)
+        for width in (heads * H, kv_heads * H, kv_heads * H):
+            count.matmul('projections', count.tokens, D, width)
+        if c.attention.qk_norm == 'full':  # sums over all heads: of queries and of keys, and of the gradients of both
+            count.send('psum', ('tensor',), count.tokens * count.wide, 2 * count.passes)
+        softmax_costs(c, spec, count, H, H)
+        count.matmul('projections', count.tokens, heads * H, D)
+        count.reduce_scatter_sequence(D)
 
     def __call__(self, x_BTD, ctx: ForwardContext, cache: DenseCache | None, layer):
         """The block's output in the layout between blocks, and the cache with these tokens' keys and values."""
@@ -140,6 +155,48 @@ def how_to_attend(c: ModelConfig, windowed: bool) -> dict[str, Any]:
         'scale': scale,
         'softcap': c.attention.softcap,
     }
+
+
+def softmax_costs(c: ModelConfig, spec: LayerSpec, count: CostCounter, query_width: int, value_width: int) -> None:
+    """Tells a counter what stands between the projections of any softmax attention to the tokens of one sequence."""
+    heads, kv_heads = c.attention.heads / count.mesh.tensor, count.kv_heads(c.attention.kv_heads)
+    count.attend('attention', heads, query_width, value_width, count.keys_seen(c, spec))
+    kept_costs(c, count)
+    if count.decoding:  # devices of `context` have their own keys: maxima, weighted values and sums of weights
+        for kind, width in (('pmax', 1), ('psum', value_width), ('psum', 1)):
+            count.send(kind, ('context',), count.rows * heads * width * count.wide)
+    elif count.compute.attention == 'reference':
+        n = count.mesh.context
+        for width in (query_width, value_width):
+            count.all_gather(('context',), n * count.tokens * kv_heads * width * count.number)
+        count.send_alike('all_gather', ('context',), n * count.tokens * INT32, 2)
+    else:
+        ring_costs(count, kv_heads * query_width, kv_heads * value_width)
+
+
+def ring_costs(count: CostCounter, *widths: float) -> None:
+    """Tells a counter what model/ops/attention/ring.py sends: arrays of such widths, and the tokens' places, go round.
+
+    In one send fewer than there are devices of `context` a pass. Backward the gradients go along, in at least float32, and
+    one send further: home. Places are the same in all layers.
+    """
+    n = count.mesh.context
+    for width in widths if n > 1 else ():
+        count.send('ppermute', ('context',), count.tokens * width * count.number, count.passes * (n - 1))
+        count.send('ppermute', ('context',), count.tokens * width * count.wide, count.training * n)
+    count.send_alike('ppermute', ('context',), count.tokens * INT32, 2 * (n - 1))
+    count.send('ppermute', ('context',), count.tokens * INT32, 2 * count.training * (n - 1))
+
+
+def kept_costs(c: ModelConfig, count: CostCounter) -> None:
+    """Tells a counter what the backward pass of softmax attention needs: input, queries, keys, values, output, log-sum-exps."""
+    a, t = c.attention, count.tokens
+    heads, kv_heads = a.heads / count.mesh.tensor, count.kv_heads(a.kv_heads)
+    again = heads * a.value_dim * count.looped  # a loop keeps the output in two layouts
+    numbers = c.model_dim + again + (heads + kv_heads) * (a.query_dim + a.value_dim)
+    count.keep(t * (numbers * count.number + heads * count.wide))
+    if count.looped and a.qk_norm:
+        count.keep(2 * t * (heads + kv_heads) * a.query_dim * count.wide)
 
 
 def local_kv_heads(w_DM, heads: int, head_dim: int):

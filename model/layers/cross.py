@@ -11,8 +11,9 @@ from jax import lax
 
 from weft.model.config import LayerSpec, ModelConfig
 from weft.model.context import CrossCache, EncoderOutput, ForwardContext
+from weft.model.costs import CostCounter
 from weft.model.kv_cache import dense_positions, pad_heads, slot_width, unpad_heads
-from weft.model.layers.attention import Attention, how_to_attend
+from weft.model.layers.attention import Attention, how_to_attend, kept_costs
 from weft.model.ops.attention import attention
 from weft.model.ops.attention.cached import cached_attention
 from weft.sharding.mesh import platform
@@ -23,6 +24,34 @@ class CrossAttention(Attention):
 
     def __init__(self, c: ModelConfig):
         super().__init__(c, LayerSpec(), 'cross_attention')
+
+    @staticmethod
+    def costs(c: ModelConfig, spec: LayerSpec, count: CostCounter) -> None:
+        """Tells a counter what one device does; decoding and prefill have the source's keys and values already."""
+        D, N = c.model_dim, c.attention.heads / count.mesh.tensor * c.attention.head_dim
+        count.gather_sequence(D)
+        count.matmul('cross_attention', count.tokens, D, N)
+        if count.what not in ('prefill', 'decode'):
+            CrossAttention.key_costs(c, count)
+        count.attend(
+            'cross_attention',
+            c.attention.heads / count.mesh.tensor,
+            c.attention.query_dim,
+            c.attention.value_dim,
+            count.source_keys,
+        )
+        count.matmul('cross_attention', count.tokens, N, D)
+        count.reduce_scatter_sequence(D)
+        if not count.looped:
+            count.keep(count.tokens * D / count.mesh.tensor * count.number)
+            kept_costs(c, count)
+
+    @staticmethod
+    def key_costs(c: ModelConfig, count: CostCounter) -> None:
+        """Tells a counter what the keys and values of an encoder's output take."""
+        tokens, width = count.rows * count.source / count.mesh.context, count.kv_heads(c.attention.kv_heads)
+        for _ in 'kv':
+            count.matmul('cross_attention', tokens, c.model_dim, width * c.attention.head_dim)
 
     def __call__(self, x_BTD, ctx: ForwardContext, cache: Any = None, layer: Any = None):
         """The output in the layout between blocks, and no cache: what is kept of the source, `ctx.source`, is only read."""

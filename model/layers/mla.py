@@ -14,8 +14,9 @@ from jax import P
 
 from weft.model.config import LayerSpec, ModelConfig
 from weft.model.context import ForwardContext
+from weft.model.costs import CostCounter
 from weft.model.kv_cache import CacheSize, DenseCache, token_cache
-from weft.model.layers.attention import how_to_attend
+from weft.model.layers.attention import how_to_attend, softmax_costs
 from weft.model.layers.norm import rms_norm
 from weft.model.layers.rope import rope
 from weft.model.linear import Linear, TransposedLinear
@@ -64,6 +65,25 @@ class LatentAttention(nnx.Module):
         a = c.attention
         assert a.kind == 'mla'
         return token_cache(size, a.window if kind.windowed else None, 1, a.kv_lora_rank + a.qk_rope_head_dim)
+
+    @staticmethod
+    def costs(c: ModelConfig, spec: LayerSpec, count: CostCounter) -> None:
+        """Tells a counter what one device does; each device of `tensor` makes the latent vectors of its own tokens."""
+        a, D = c.attention, c.model_dim
+        assert a.kind == 'mla'
+        R, n, Q = a.kv_lora_rank, a.heads / count.mesh.tensor, a.q_lora_rank or D
+        count.gather_sequence(R + a.qk_rope_head_dim)
+        count.gather_sequence(Q)
+        count.matmul('projections', count.own_tokens, D, R + a.qk_rope_head_dim)
+        if a.q_lora_rank:
+            count.matmul('projections', count.own_tokens, D, Q)
+        count.matmul('projections', count.tokens, Q, n * a.query_dim)
+        # Keys and values; in decoding the same weights take queries into the latent space, and outputs back.
+        count.matmul('projections', count.tokens, R, n * (a.qk_nope_head_dim + a.v_head_dim))
+        widths = (R + a.qk_rope_head_dim, R) if count.decoding else (a.query_dim, a.v_head_dim)
+        softmax_costs(c, spec, count, *widths)
+        count.matmul('projections', count.tokens, n * a.v_head_dim, D)
+        count.reduce_scatter_sequence(D)
 
     def __call__(self, x_BTD, ctx: ForwardContext, cache: DenseCache | None, layer):
         """The block's output in the layout between blocks, and the cache with these tokens' latent vectors."""

@@ -12,6 +12,7 @@ from flax import nnx
 
 from weft.model.config import ModelConfig
 from weft.model.context import ForwardContext
+from weft.model.costs import CostCounter
 from weft.model.linear import Linear, TransposedLinear
 from weft.model.parameters import Size, residual_gain
 from weft.model.parts.registry import FEED_FORWARDS
@@ -40,6 +41,9 @@ def activation(c: ModelConfig) -> Callable[..., jax.Array]:
     return partial(found, limit=c.mlp.limit) if c.mlp.activation == 'clamped_swiglu' else found
 
 
+LOOPED = 6  # arrays that a loop keeps of hidden units: what goes into each product, and the activation's steps
+
+
 class Mlp(nnx.Module):
     """Gated (Shazeer 2020, arXiv:2002.05202) or plain, hidden units split over `tensor`."""
 
@@ -52,6 +56,12 @@ class Mlp(nnx.Module):
         self.up = Linear(D, hidden, part=part, bias=biased)
         self.down = TransposedLinear(hidden, D, part=part, bias=biased, gain=residual_gain(c.layers))
 
+    @staticmethod
+    def costs(c: ModelConfig, count: CostCounter, last: bool) -> None:
+        """Tells a counter what one device does; `last`: nothing in the backward pass needs the layer's result."""
+        count.keep(count.tokens * c.model_dim * count.number)
+        hidden_costs(c, count, 'mlp', c.mlp.dim, last)
+
     def __call__(self, x_BTD, ctx: ForwardContext):
         """The block's output in the layout between blocks."""
         c = self.config
@@ -59,6 +69,19 @@ class Mlp(nnx.Module):
         h_BTF = self.up(x_BTD)
         h_BTF = activation(c)(self.gate(x_BTD), h_BTF) if c.mlp.gated else activation(c)(h_BTF)
         return self.down(h_BTF, ctx.reduce_scatter_sequence)
+
+
+def hidden_costs(c: ModelConfig, count: CostCounter, part: str, units: int, last: bool) -> None:
+    """Tells a counter what an MLP of so many hidden units does, without its input, which another may have kept."""
+    D, F, hidden = c.model_dim, units / count.mesh.tensor, count.tokens * units / count.mesh.tensor * count.number
+    count.gather_sequence(D)
+    for _ in range(2 if c.mlp.gated else 1):
+        count.matmul(part, count.tokens, D, F)
+    count.matmul(part, count.tokens, F, D, last)
+    count.reduce_scatter_sequence(D, last)
+    count.keep(hidden * (LOOPED if count.looped else 3 if c.mlp.gated else 2))
+    # The units' gradient. Those of gate and up take the places of gate and up, but not on TPUs: one fused matmul makes them.
+    count.work(hidden * (2 if count.platform == 'tpu' else 1))
 
 
 FEED_FORWARDS.implement('mlp', Mlp)

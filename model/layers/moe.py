@@ -4,6 +4,8 @@ Letters: B rows, T sequence, N tokens of this device, D model, E experts, K expe
 L layers.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,9 +14,10 @@ from jax import P, lax
 from weft.model.compute import GroupedMatmul
 from weft.model.config import ModelConfig, MoEConfig
 from weft.model.context import ForwardContext
-from weft.model.layers.mlp import Mlp, activation
+from weft.model.costs import INT32, CostCounter
+from weft.model.layers.mlp import LOOPED, Mlp, activation, hidden_costs
 from weft.model.linear import ExpertLinear, Linear
-from weft.model.ops.expert_dispatch import LocalExperts, Routed, dispatch
+from weft.model.ops.expert_dispatch import LocalExperts, Routed, capacity, default_dispatch, dispatch
 from weft.model.parameters import Role, Size, parameter, residual_gain
 from weft.model.parts.registry import MIXTURES
 from weft.sharding.collectives import mark_varying, psum, upcast
@@ -41,6 +44,20 @@ class MoE(nnx.Module):
             self.shared = Mlp(c, hidden, 'shared_experts')
         if m.shared_gate:
             self.shared_gate_D = parameter((D,), P(None), Role.VECTOR, part='shared_experts')
+
+    @staticmethod
+    def costs(c: ModelConfig, count: CostCounter, last: bool) -> None:
+        """Tells a counter what one device does if choices are even; `last`: nothing in the backward pass needs the result."""
+        m = mixture(c)
+        count.matmul('router', count.own_tokens, c.model_dim, m.experts)
+        # Sums over a row's tokens: of choices, which the backward pass needs once more, of scores, and of real tokens.
+        axes = SEQUENCE if count.split else ('context',)
+        count.send('psum', axes, count.rows * m.experts * count.wide, 2 + count.again)
+        count.send_alike('psum', axes, count.rows * count.wide)
+        expert_costs(c, count)
+        dispatch_costs(c, count, last)
+        if m.shared_experts:  # the gate's gradient needs what it weighs
+            hidden_costs(c, count, 'experts', m.shared_dim, last and not m.shared_gate)
 
     def __call__(self, x_BTD, ctx: ForwardContext):
         """The block's output in the layout between blocks. Padding visits no routed expert."""
@@ -159,6 +176,69 @@ def updated_bias(bias_LE, load_LE, rate: float):
     """
     load_LE = load_LE.astype(bias_LE.dtype)
     return bias_LE + rate * jnp.sign(load_LE.mean(-1, keepdims=True) - load_LE)
+
+
+def expert_costs(c: ModelConfig, count: CostCounter) -> None:
+    """Tells a counter what a device's experts compute, and what their backward pass needs."""
+    m, D, F, t, n = mixture(c), c.model_dim, mixture(c).mlp_dim / count.mesh.tensor, count.tokens, count.mesh.tensor
+    buffered = count.compute.dispatch == 'all_to_all'
+    rows = buffer_rows(c, count) if buffered else t * m.top_k  # those that visit an expert, or all of the buffer
+    for _ in range(2 if c.mlp.gated else 1):
+        count.grouped_matmul('experts', rows, D, F)
+    count.grouped_matmul('experts', rows, F, D)
+    # The buffer in which experts find their tokens: all devices' of `expert`, but of `ragged` only what a choice can fill.
+    if buffered:
+        each = min(t / n, math.ceil(count.compute.capacity_factor * t / n * m.top_k / m.experts))
+        rows = m.experts * each * n
+    elif count.compute.dispatch == 'ragged':
+        rows = count.mesh.expert * t * min(m.top_k, m.experts / count.mesh.expert)
+    else:
+        rows = count.mesh.expert * t * m.top_k
+    if count.looped and (buffered or count.platform != 'gpu'):
+        masks = 2  # a byte for each number
+        count.keep(rows * ((2 * D + LOOPED * F) * count.number + masks * D))
+    else:  # a kernel's own backward pass
+        count.keep(rows * (2 * D + (3 if c.mlp.gated else 2) * F) * count.number)
+    if not count.looped:
+        count.keep(t * D * count.number)
+    count.work(rows * (F + D) * count.number)
+
+
+def buffer_rows(c: ModelConfig, count: CostCounter) -> float:
+    """Rows that a device's experts are sent by `all_to_all`, empty ones among them."""
+    m, N = mixture(c), int(count.own_tokens)
+    if not count.split:
+        return m.experts * N
+    return count.mesh.tensor * m.experts * capacity(N, m.top_k, m.experts, count.compute.capacity_factor)
+
+
+def dispatch_costs(c: ModelConfig, count: CostCounter, last: bool) -> None:
+    """Tells a counter what model/ops/expert_dispatch.py sends, on accelerators: on CPUs `ragged` is made of all_gathers."""
+    m, D = mixture(c), c.model_dim * count.number
+    name = default_dispatch('tpu') if count.compute.dispatch == 'auto' else count.compute.dispatch
+    tokens, N = count.own_tokens, count.own_tokens
+    if name == 'all_to_all':
+        rows = buffer_rows(c, count)
+        own = rows / count.mesh.tensor if count.split else rows
+        count.send('all_to_all', ('expert',), own * D, 2 * count.passes)
+        if count.split:
+            count.all_gather(('tensor',), rows * D)
+            count.reduce_scatter(('tensor',), rows * D)
+    else:
+        gathered = [axis for axis in ('tensor', 'expert') if axis == 'tensor' or name == 'all_gather']
+        for axis in gathered if count.split else gathered[1:]:  # tokens, their experts, and the weights of these
+            tokens *= getattr(count.mesh, axis)
+            for size, grad in ((D, True), (m.top_k * count.wide, True), (m.top_k * INT32, False)):
+                count.all_gather((axis,), tokens * size, grad)
+        if name == 'all_gather':
+            count.reduce_scatter(('expert',), tokens * D, last)
+        else:
+            count.all_gather(('expert',), count.mesh.expert * m.experts * INT32, grad=False)
+            count.send('ragged_all_to_all', ('expert',), tokens * m.top_k * D, 2 * count.passes)
+        if count.split:
+            count.reduce_scatter(('tensor',), N * count.mesh.tensor * D, last)
+    if not count.split:
+        count.send('psum', ('tensor',), N * D)
 
 
 MIXTURES.implement('moe', MoE)

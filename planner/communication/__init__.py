@@ -5,14 +5,20 @@ over `tensor` around its blocks, the keys and values that go round `context`, to
 on theirs through a pipeline, the embedding, the loss over a split vocabulary, and the sums of gradients over the axes that
 replicate a weight. Left out: scalars (the loss's sums, the gradient's norm).
 
-A count takes as long for a deep model as for a shallow one, so that a search may try thousands of meshes.
+A count takes as long for a deep model as for a shallow one, so that a search may try thousands of meshes. A model with a kind
+of layer that does not say what it sends is traced, on each mesh anew.
 """
 
+import dataclasses
+
+from weft.model.block import has_costs
 from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
+from weft.model.costs import What
 from weft.planner.communication import ends
+from weft.planner.communication.counter import TrafficCounter
 from weft.planner.communication.layers import copies, layers
-from weft.planner.communication.view import View
+from weft.planner.tracing import traced_traffic
 from weft.planner.traffic import Traffic
 from weft.planner.weights import inventory
 from weft.sharding.mesh import BATCH, MeshConfig
@@ -46,29 +52,31 @@ def training(
     """
     if not c.causal:
         raise ValueError('model.causal is false: such a model is not trained, and its traffic not counted')
-    held, part = inventory(c), Traffic()
     rows = batch / (mesh.span(BATCH) * accumulation)
-    dealt = View(c, compute, mesh, part, rows / mesh.stage, sequence_length)
-    microbatch = View(c, compute, mesh, part, rows / microbatches, sequence_length)
-    ends.embedding(dealt, 1 + bool(c.encoder) + c.mtp.layers)
+    if not has_costs(c):
+        step = (batch, sequence_length, sequence_length if c.encoder else 0, accumulation, microbatches)
+        return traced_traffic(c, compute, mesh, 'train', *step)
+    held = inventory(c)
+    dealt = TrafficCounter(compute=compute, mesh=mesh, rows=rows / mesh.stage, columns=sequence_length)
+    microbatch = dataclasses.replace(dealt, rows=rows / microbatches)
+    ends.embedding(c, dealt.outside(1 + bool(c.encoder) + c.mtp.layers))
     for group in held.groups:
         if group.where == 'pipeline' and mesh.stage > 1:
             layers(microbatch, group, ticks(microbatches, mesh.stage))
         else:
-            layers(_of(dealt, group.config), group)
+            layers(dealt, group)
     if c.encoder:  # its output, whole for every layer of the decoder
-        dealt.gather(('tensor',), dealt.tokens * c.model_dim * dealt.number)
+        dealt.outside().all_gather(('tensor',), dealt.tokens * c.model_dim * dealt.number)
     if mesh.stage > 1:
-        ends.pipeline(microbatch, ticks(microbatches, mesh.stage))
-    ends.head(dealt)
-    ends.cross_entropy(dealt, 1 + c.mtp.layers)
-    found = Traffic()
-    found.include(part, accumulation)
-    once = View(c, compute, mesh, found, rows, sequence_length)
+        ends.pipeline(c, microbatch, ticks(microbatches, mesh.stage))
+    ends.head(c, dealt.outside())
+    ends.cross_entropy(c, dealt.outside(1 + c.mtp.layers))
+    once = dataclasses.replace(dealt, found=Traffic())
+    once.found.include(dealt.found, accumulation)
     for group in held.groups:
         copies(once, group)
-    ends.copies(once, held)
-    return found
+    ends.copies(c, once, held)
+    return once.found
 
 
 def prefill(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, rows: int, tokens: int) -> Traffic:
@@ -77,16 +85,13 @@ def prefill(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, rows: int,
     What an encoder sends for its sources is not among it. Raises ValueError for a mesh with stages and a model that cannot
     decode.
     """
-    _can_decode(c, mesh)
-    columns = -(-tokens // mesh.context) * mesh.context
-    split = columns // mesh.context % mesh.tensor == 0
-    view = View(c, compute, mesh, Traffic(), rows / mesh.span(BATCH), columns, training=False, split=split)
-    _forward(view)
-    if split:
-        view.gather(('tensor',), view.tokens * c.model_dim * view.number)
-    view.send('psum', ('context',), view.rows * c.model_dim * view.number)
-    ends.logits(view)
-    return view.found
+    count = _forward(c, compute, mesh, 'prefill', rows, -(-tokens // mesh.context) * mesh.context)
+    if has_costs(c):
+        if count.split:
+            count.all_gather(('tensor',), count.tokens * c.model_dim * count.number)
+        count.send('psum', ('context',), count.rows * c.model_dim * count.number)
+        ends.logits(c, count)
+    return count.found
 
 
 def decoding(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, rows: int) -> Traffic:
@@ -94,29 +99,30 @@ def decoding(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, rows: int
 
     Raises ValueError as `prefill`.
     """
-    _can_decode(c, mesh)
-    view = View(
-        c, compute, mesh, Traffic(), rows / mesh.span(BATCH), columns=1, training=False, split=False, decoding=True
-    )
-    _forward(view)
-    ends.logits(view)
-    return view.found
+    count = _forward(c, compute, mesh, 'decode', rows, 1)
+    if has_costs(c):
+        ends.logits(c, count)
+    return count.found
 
 
-def _forward(view: View) -> None:
-    ends.embedding(view)
-    for group in inventory(view.config).groups:
-        if group.where in ('pipeline', 'stack'):
-            layers(view, group)
-    ends.head(view)
-
-
-def _of(view: View, c: ModelConfig) -> View:
-    return view if view.config is c else View(c, view.compute, view.mesh, view.found, view.rows, view.columns)
-
-
-def _can_decode(c: ModelConfig, mesh: MeshConfig) -> None:
+def _forward(
+    c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, what: What, rows: int, columns: int
+) -> TrafficCounter:
+    """What embedding, layers and head send; of a model that is traced, all of it."""
     if not c.causal:
         raise ValueError('model.causal is false: such a model does not decode')
     if mesh.stage > 1:
         raise ValueError(f'mesh.stage is {mesh.stage}: decoding has no pipeline; use mesh.data={mesh.stage} more')
+    count = TrafficCounter(compute=compute, mesh=mesh, what=what, rows=rows / mesh.span(BATCH), columns=columns)
+    if not has_costs(c):
+        # However long the cache is: its slots are not sent.
+        length = max(columns, mesh.context)
+        return dataclasses.replace(
+            count, found=traced_traffic(c, compute, mesh, what, rows, length, length if c.encoder else 0)
+        )
+    ends.embedding(c, count)
+    for group in inventory(c).groups:
+        if group.where in ('pipeline', 'stack'):
+            layers(count, group)
+    ends.head(c, count)
+    return count

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from weft.planner.dots import bodies
+from weft.model.dots import bodies
 from weft.planner.traffic.tables import Mesh, Traffic, cost, label, largest, name, span
 
 # JAX's primitives, with the variants that say what varies (check_vma) beside the plain ones.

@@ -19,18 +19,25 @@ import numpy as np
 
 from weft.model import stack
 from weft.model.batch import Batch
+from weft.model.block import has_costs
 from weft.model.config import ModelConfig
+from weft.model.dots import dots
 from weft.model.forward import place
+from weft.planner import communication, traffic
+from weft.planner.flops import executed
 from weft.planner.memory import optimizer_bytes, stored
+from weft.planner.traffic import difference
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.storage.checkpoint import Checkpoints
 from weft.training.config import RunConfig, TrainingConfig, dump
 from weft.training.loss import loss_and_gradient
-from weft.training.state import abstract_state, items, restore
+from weft.training.state import abstract_model, abstract_state, items, restore
 from weft.training.step import State, init, train_step
 
 ROWS, COLUMNS, VOCABULARY = 8, 16, 96
 TRAINING = TrainingConfig(steps=4, batch=ROWS, sequence_length=COLUMNS)
+# Backends whose every product is a dot of known size, and that are those of every platform.
+COUNTABLE = {'attention': 'reference', 'grouped_matmul': 'ragged', 'dispatch': 'all_gather'}
 ONE_DEVICE = MeshConfig()
 MESHES = (MeshConfig(data=2, context=2, tensor=2), MeshConfig(expert=2, context=2, tensor=2))
 
@@ -147,7 +154,7 @@ def check_checkpoint(config: RunConfig, folder: Path) -> None:
 
 
 def check_plan(config: RunConfig) -> None:
-    """Asserts that the plan's bytes of weights and of the optimizer on a device are those that it really keeps."""
+    """Asserts that the plan is of what a device really keeps and does: bytes of weights and optimizer, FLOPs, what is sent."""
     for mesh in MESHES:
         run = dataclasses.replace(config, mesh=mesh)
         run.check_sizes()
@@ -155,6 +162,16 @@ def check_plan(config: RunConfig) -> None:
             state = abstract_state(run)
         assert stored(run.model, run.compute, mesh) == bytes_on_a_device(state.model), mesh
         assert optimizer_bytes(run) == bytes_on_a_device(state.optimizer), mesh
+        compute = dataclasses.replace(run.compute, **COUNTABLE)
+        with on(mesh):
+            model = abstract_model(dataclasses.replace(run, compute=compute))
+            step = jax.make_jaxpr(loss_and_gradient)(model, place(batch_of(0)))
+        if run.model.moe is None:  # else devices of `expert` have buffers with rows that visit none of their experts
+            planned = executed(run.model, compute, 'train', rows=ROWS, length=COLUMNS, mesh=mesh)
+            assert sum(planned.values()) == dots(step, make_mesh(mesh).shape).flops, mesh
+        if not has_costs(run.model):  # else it is by formula, which leaves scalars out
+            sent = communication.training(run.model, compute, mesh, ROWS, COLUMNS)
+            assert not (found := difference(sent, traffic.asked(step, make_mesh(mesh).shape))), found
 
 
 def bytes_on_a_device(tree: Any) -> int:

@@ -126,4 +126,4 @@ def test_a_cache_is_filled_up_for_tpus_alone(name, tensor, numbers, on_tpu):
 
 
 def test_cache_is_two_vectors_a_head_and_layer():
-    assert cost.cache_bytes_per_token(DENSE, 2) == 2 * 2 * 2 * 8 * 2
+    assert cost.cache_numbers_per_token(DENSE) * 2 == 2 * 2 * 2 * 8 * 2

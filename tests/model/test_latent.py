@@ -28,7 +28,7 @@ def test_a_cache_is_as_small_as_published(name, numbers):
         model = jax.eval_shape(lambda key: init_decoder(c, DEFAULT, key), jax.random.key(0))
         cache = jax.eval_shape(lambda: empty_cache(model, 3, 1000))
     assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(cache)) == c.layers * 3 * 1000 * numbers
-    assert cost.cache_bytes_per_token(c, 2) == c.layers * numbers * 2
+    assert cost.cache_numbers_per_token(c) == c.layers * numbers
 
 
 @pytest.mark.parametrize('mesh', [MeshConfig(), MeshConfig(context=2, tensor=4)], ids=str)

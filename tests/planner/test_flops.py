@@ -19,9 +19,9 @@ from weft.model import cost
 from weft.model.batch import Batch, Source
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import AttentionConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, changed
+from weft.model.dots import dots
 from weft.model.forward import logits
 from weft.model.ops.attention import attention
-from weft.planner.dots import dots
 from weft.planner.flops import BACKWARD, ONE, executed
 from weft.sharding.mesh import BATCH, MeshConfig, make_mesh
 from weft.training.loss import loss_and_gradient, loss_fn

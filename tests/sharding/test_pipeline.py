@@ -14,8 +14,8 @@ from weft.model import stack
 from weft.model.compute import ComputeConfig
 from weft.model.config import AttentionConfig, MLPConfig, ModelConfig
 from weft.model.decoder import init_decoder
+from weft.model.dots import dots
 from weft.model.forward import place
-from weft.planner.dots import dots
 from weft.sharding.collectives import mark_varying
 from weft.sharding.mesh import AXES, MeshConfig, make_mesh
 from weft.sharding.pipeline import bubble, microbatch, my_microbatches, pipeline, ticks
