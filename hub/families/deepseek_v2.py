@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from weft.hub.families import Family, Fields
+from weft.hub.families import Fields
 from weft.hub.families.deepseek_v3 import LATENT, SHARED, read_latent, write_latent, write_routing
-from weft.hub.families.llama import MLP, NORMS, OUTER
+from weft.hub.families.llama import MLP, NORMS, OUTER, causal_family
 from weft.hub.families.qwen3_moe import EXPERTS
 from weft.model.config import ModelConfig, MoEConfig, model_of
 
@@ -37,12 +37,4 @@ def write(c: ModelConfig) -> dict[str, Any]:
     return fields | write_routing(m) | {'topk_method': 'greedy' if m.groups == 1 else 'group_limited_greedy'}
 
 
-FAMILY = Family(
-    'deepseek_v2',
-    ('DeepseekV2ForCausalLM',),
-    read,
-    write,
-    OUTER | NORMS | LATENT | MLP | EXPERTS | SHARED,
-    prefix='model.',
-    headless='DeepseekV2Model',
-)
+FAMILY = causal_family('deepseek_v2', 'DeepseekV2', read, write, OUTER | NORMS | LATENT | MLP | EXPERTS | SHARED)

@@ -4,8 +4,8 @@ layers that predict further ahead.
 
 from typing import Any
 
-from weft.hub.families import Family, Fields, rotary_of
-from weft.hub.families.llama import MLP, NORMS, OUTER, common, write_common
+from weft.hub.families import Fields, rotary_of
+from weft.hub.families.llama import MLP, NORMS, OUTER, causal_family, common, write_common
 from weft.hub.families.qwen3_moe import EXPERTS
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import MLAConfig, ModelConfig, MoEConfig, model_of
@@ -126,13 +126,4 @@ def write_routing(m: MoEConfig) -> dict[str, Any]:
 
 
 NAMES = OUTER | NORMS | LATENT | MLP | EXPERTS | CHOICE | SHARED | MTP
-FAMILY = Family(
-    'deepseek_v3',
-    ('DeepseekV3ForCausalLM',),
-    read,
-    write,
-    NAMES,
-    copies=COPIES,
-    prefix='model.',
-    headless='DeepseekV3Model',
-)
+FAMILY = causal_family('deepseek_v3', 'DeepseekV3', read, write, NAMES, copies=COPIES)

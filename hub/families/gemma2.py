@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from weft.hub.families import Family, Fields, head_of, pattern
-from weft.hub.families.llama import ATTENTION, MLP, OUTER, sizes, write_common
+from weft.hub.families import Fields, head_of, pattern
+from weft.hub.families.llama import ATTENTION, MLP, OUTER, causal_family, sizes, write_common
 from weft.hub.families.qwen2 import read_types
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
@@ -83,12 +83,4 @@ def write_windows(c: ModelConfig) -> dict[str, Any]:
     return {'sliding_window': WINDOW if c.attention.window is None else c.attention.window, 'layer_types': types}
 
 
-FAMILY = Family(
-    'gemma2',
-    ('Gemma2ForCausalLM',),
-    read,
-    write,
-    OUTER | NORMS | ATTENTION | MLP,
-    prefix='model.',
-    headless='Gemma2Model',
-)
+FAMILY = causal_family('gemma2', 'Gemma2', read, write, OUTER | NORMS | ATTENTION | MLP)

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from weft.hub.families import Family, Fields
+from weft.hub.families import Fields
 from weft.hub.families.deepseek_v3 import CHOICE, COPIES, MTP, SHARED, read_experts, write_experts
-from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, common, write_common
+from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, causal_family, common, write_common
 from weft.hub.families.qwen3 import QK_NORMS
 from weft.hub.families.qwen3_moe import EXPERTS
 from weft.hub.families.rope import read_rope, write_rope
@@ -25,6 +25,4 @@ def write(c: ModelConfig) -> dict[str, Any]:
 
 
 NAMES = OUTER | NORMS | ATTENTION | QK_NORMS | MLP | EXPERTS | CHOICE | SHARED | MTP
-FAMILY = Family(
-    'glm4_moe', ('Glm4MoeForCausalLM',), read, write, NAMES, copies=COPIES, prefix='model.', headless='Glm4MoeModel'
-)
+FAMILY = causal_family('glm4_moe', 'Glm4Moe', read, write, NAMES, copies=COPIES)

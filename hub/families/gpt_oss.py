@@ -6,9 +6,9 @@ that OpenAI published the experts are packed as MXFP4.
 
 from typing import Any
 
-from weft.hub.families import Entry, Family, Fields, Flipped, Woven
+from weft.hub.families import Entry, Fields, Flipped, Woven
 from weft.hub.families.gemma2 import read_windows, write_windows
-from weft.hub.families.llama import ATTENTION, NORMS, OUTER, sizes, write_common
+from weft.hub.families.llama import ATTENTION, NORMS, OUTER, causal_family, sizes, write_common
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, MoEConfig, RopeScaling, model_of
 from weft.runtime.errors import UserError
@@ -83,12 +83,4 @@ def write(c: ModelConfig) -> dict[str, Any]:
     return write_common(c) | write_rope(c) | write_windows(c) | own
 
 
-FAMILY = Family(
-    'gpt_oss',
-    ('GptOssForCausalLM',),
-    read,
-    write,
-    OUTER | NORMS | ATTENTION | EXPERTS,
-    prefix='model.',
-    headless='GptOssModel',
-)
+FAMILY = causal_family('gpt_oss', 'GptOss', read, write, OUTER | NORMS | ATTENTION | EXPERTS)

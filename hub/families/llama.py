@@ -3,9 +3,11 @@
 Grouped-query attention, SwiGLU, RMSNorm, rotary positions in halves.
 """
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
-from weft.hub.families import Family, Fields
+from weft.hub.families import Entry, Family, Fields
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
 from weft.runtime.errors import UserError
@@ -38,6 +40,20 @@ OUTER = {
     'model.norm.weight': 'norm.scale_D',
     'lm_head.weight': 'head_DV',
 }
+
+
+def causal_family(
+    name: str,
+    stem: str,
+    read: Callable[[Fields], ModelConfig],
+    write: Callable[[ModelConfig], dict[str, Any]],
+    names: Mapping[str, Entry],
+    copies: Mapping[str, str] = MappingProxyType({}),
+) -> Family:
+    """A family of classes {stem}ForCausalLM and {stem}Model, whose tensors' names begin with `model.`."""
+    return Family(
+        name, (f'{stem}ForCausalLM',), read, write, names, copies=copies, prefix='model.', headless=f'{stem}Model'
+    )
 
 
 def read(f: Fields) -> ModelConfig:
@@ -108,6 +124,4 @@ def write_common(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(
-    'llama', ('LlamaForCausalLM',), read, write, OUTER | NORMS | ATTENTION | MLP, prefix='model.', headless='LlamaModel'
-)
+FAMILY = causal_family('llama', 'Llama', read, write, OUTER | NORMS | ATTENTION | MLP)

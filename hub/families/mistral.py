@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from weft.hub.families import Family, Fields
-from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, common, write_common
+from weft.hub.families import Fields
+from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, causal_family, common, write_common
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
 
@@ -16,12 +16,4 @@ def write(c: ModelConfig) -> dict[str, Any]:
     return write_common(c) | write_rope(c) | {'model_type': 'mistral', 'sliding_window': c.attention.window}
 
 
-FAMILY = Family(
-    'mistral',
-    ('MistralForCausalLM',),
-    read,
-    write,
-    OUTER | NORMS | ATTENTION | MLP,
-    prefix='model.',
-    headless='MistralModel',
-)
+FAMILY = causal_family('mistral', 'Mistral', read, write, OUTER | NORMS | ATTENTION | MLP)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from weft.hub.families import Family, Fields
-from weft.hub.families.llama import ATTENTION, NORMS, OUTER, common, write_common
+from weft.hub.families import Fields
+from weft.hub.families.llama import ATTENTION, NORMS, OUTER, causal_family, common, write_common
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, MoEConfig, model_of
 
@@ -30,12 +30,4 @@ def write(c: ModelConfig) -> dict[str, Any]:
     return write_common(c) | write_rope(c) | {'model_type': 'mixtral', 'sliding_window': c.attention.window} | experts
 
 
-FAMILY = Family(
-    'mixtral',
-    ('MixtralForCausalLM',),
-    read,
-    write,
-    OUTER | NORMS | ATTENTION | EXPERTS,
-    prefix='model.',
-    headless='MixtralModel',
-)
+FAMILY = causal_family('mixtral', 'Mixtral', read, write, OUTER | NORMS | ATTENTION | EXPERTS)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from weft.hub.families import Family, Fields
-from weft.hub.families.llama import ATTENTION, MLP, OUTER, common, no_windows, write_common
+from weft.hub.families import Fields
+from weft.hub.families.llama import ATTENTION, MLP, OUTER, causal_family, common, no_windows, write_common
 from weft.hub.families.olmoe import QK_NORMS
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
@@ -28,12 +28,4 @@ def write(c: ModelConfig) -> dict[str, Any]:
     return write_common(c) | write_rope(c) | {'model_type': 'olmo2', 'attention_bias': c.attention.qkv_bias}
 
 
-FAMILY = Family(
-    'olmo2',
-    ('Olmo2ForCausalLM',),
-    read,
-    write,
-    OUTER | NORMS | ATTENTION | QK_NORMS | MLP,
-    prefix='model.',
-    headless='Olmo2Model',
-)
+FAMILY = causal_family('olmo2', 'Olmo2', read, write, OUTER | NORMS | ATTENTION | QK_NORMS | MLP)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from weft.hub.families import Family, Fields
-from weft.hub.families.llama import ATTENTION, NORMS, OUTER, common, write_common
+from weft.hub.families import Fields
+from weft.hub.families.llama import ATTENTION, NORMS, OUTER, causal_family, common, write_common
 from weft.hub.families.qwen3_moe import EXPERTS
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, MoEConfig, model_of
@@ -42,12 +42,4 @@ def write(c: ModelConfig) -> dict[str, Any]:
     return write_common(c) | write_rope(c) | own
 
 
-FAMILY = Family(
-    'olmoe',
-    ('OlmoeForCausalLM',),
-    read,
-    write,
-    OUTER | NORMS | ATTENTION | QK_NORMS | EXPERTS,
-    prefix='model.',
-    headless='OlmoeModel',
-)
+FAMILY = causal_family('olmoe', 'Olmoe', read, write, OUTER | NORMS | ATTENTION | QK_NORMS | EXPERTS)

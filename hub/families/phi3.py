@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from weft.hub.families import Entry, Family, Fields, Joined
-from weft.hub.families.llama import NORMS, OUTER, common, write_common
+from weft.hub.families import Entry, Fields, Joined
+from weft.hub.families.llama import NORMS, OUTER, causal_family, common, write_common
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
 from weft.runtime.errors import UserError
@@ -47,4 +47,4 @@ def write(c: ModelConfig) -> dict[str, Any]:
     return fields
 
 
-FAMILY = Family('phi3', ('Phi3ForCausalLM',), read, write, FUSED | OUTER | NORMS, prefix='model.', headless='Phi3Model')
+FAMILY = causal_family('phi3', 'Phi3', read, write, FUSED | OUTER | NORMS)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from weft.hub.families import Family, Fields, pattern
-from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, common, write_common
+from weft.hub.families import Fields, pattern
+from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, causal_family, common, write_common
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
 from weft.runtime.errors import UserError
@@ -59,6 +59,4 @@ def write_window(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(
-    'qwen2', ('Qwen2ForCausalLM',), read, write, OUTER | NORMS | ATTENTION | MLP, prefix='model.', headless='Qwen2Model'
-)
+FAMILY = causal_family('qwen2', 'Qwen2', read, write, OUTER | NORMS | ATTENTION | MLP)

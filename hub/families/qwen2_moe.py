@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from weft.hub.families import AsRow, Entry, Family, Fields, pattern
-from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, common, write_common
+from weft.hub.families import AsRow, Entry, Fields, pattern
+from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, causal_family, common, write_common
 from weft.hub.families.qwen2 import read_windows, write_window
 from weft.hub.families.qwen3_moe import EXPERTS, read_sparse, write_sparse
 from weft.hub.families.rope import read_rope, write_rope
@@ -43,12 +43,4 @@ def write(c: ModelConfig) -> dict[str, Any]:
     return write_common(c) | write_rope(c) | write_window(c) | own
 
 
-FAMILY = Family(
-    'qwen2_moe',
-    ('Qwen2MoeForCausalLM',),
-    read,
-    write,
-    OUTER | NORMS | ATTENTION | MLP | EXPERTS | SHARED,
-    prefix='model.',
-    headless='Qwen2MoeModel',
-)
+FAMILY = causal_family('qwen2_moe', 'Qwen2Moe', read, write, OUTER | NORMS | ATTENTION | MLP | EXPERTS | SHARED)

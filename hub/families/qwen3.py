@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from weft.hub.families import Family, Fields
-from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, common, write_common
+from weft.hub.families import Fields
+from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, causal_family, common, write_common
 from weft.hub.families.qwen2 import read_window, write_window
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
@@ -31,12 +31,4 @@ def write(c: ModelConfig) -> dict[str, Any]:
     return write_common(c) | write_rope(c) | write_window(c) | own
 
 
-FAMILY = Family(
-    'qwen3',
-    ('Qwen3ForCausalLM',),
-    read,
-    write,
-    OUTER | NORMS | ATTENTION | QK_NORMS | MLP,
-    prefix='model.',
-    headless='Qwen3Model',
-)
+FAMILY = causal_family('qwen3', 'Qwen3', read, write, OUTER | NORMS | ATTENTION | QK_NORMS | MLP)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from weft.hub.families import Family, Fields, pattern
-from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, common, write_common
+from weft.hub.families import Fields, pattern
+from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, causal_family, common, write_common
 from weft.hub.families.qwen3 import QK_NORMS
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, MoEConfig, model_of
@@ -73,12 +73,4 @@ def write_sparse(c: ModelConfig) -> dict[str, Any]:
     return own
 
 
-FAMILY = Family(
-    'qwen3_moe',
-    ('Qwen3MoeForCausalLM',),
-    read,
-    write,
-    OUTER | NORMS | ATTENTION | QK_NORMS | MLP | EXPERTS,
-    prefix='model.',
-    headless='Qwen3MoeModel',
-)
+FAMILY = causal_family('qwen3_moe', 'Qwen3Moe', read, write, OUTER | NORMS | ATTENTION | QK_NORMS | MLP | EXPERTS)

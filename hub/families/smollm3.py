@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from weft.hub.families import Family, Fields, pattern
-from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, biases, sizes, write_common
+from weft.hub.families import Fields, pattern
+from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, biases, causal_family, sizes, write_common
 from weft.hub.families.qwen2 import read_types
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
@@ -63,12 +63,4 @@ def write(c: ModelConfig) -> dict[str, Any]:
     )
 
 
-FAMILY = Family(
-    'smollm3',
-    ('SmolLM3ForCausalLM',),
-    read,
-    write,
-    OUTER | NORMS | ATTENTION | MLP,
-    prefix='model.',
-    headless='SmolLM3Model',
-)
+FAMILY = causal_family('smollm3', 'SmolLM3', read, write, OUTER | NORMS | ATTENTION | MLP)
