@@ -7,17 +7,8 @@ the first may have too: no logit of a token depends on them. BertModel is it wit
 from typing import Any
 
 from weft.hub.families import Family, Fields
-from weft.model.config import (
-    AttentionConfig,
-    EmbeddingConfig,
-    HeadConfig,
-    LearnedConfig,
-    MLPConfig,
-    ModelConfig,
-    NormConfig,
-    PoolerConfig,
-    changed,
-)
+from weft.hub.families.fields import Table, read_fields, write_fields
+from weft.model.config import ModelConfig, PoolerConfig, changed, model_of
 
 HEADLESS = 'BertModel'  # as models that embed texts come
 # By published name.
@@ -60,6 +51,17 @@ POOLER = {
     'cls.seq_relationship.weight': 'pooler.next.w_OI',
     'cls.seq_relationship.bias': 'pooler.next.b_O',
 }
+FIELDS: Table = {
+    'vocab_size': ('vocabulary', 30522),
+    'num_hidden_layers': ('layers', 12),
+    'hidden_size': ('model_dim', 768),
+    'num_attention_heads': ('attention.heads', 12),
+    'intermediate_size': ('mlp.dim', 3072),
+    'hidden_act': ('mlp.activation', ACTIVATIONS),
+    'layer_norm_eps': ('norm.epsilon', 1e-12),
+    'max_position_embeddings': ('positions.max', 512),
+    'type_vocab_size': ('embedding.token_types', 2),
+}
 
 
 def read(f: Fields) -> ModelConfig:
@@ -72,21 +74,21 @@ def read(f: Fields) -> ModelConfig:
     pretraining = architecture == 'BertForPreTraining'
     tied = True if architecture == HEADLESS else f.only('tie_word_embeddings', True)
     f.skip('tie_word_embeddings')
-    return ModelConfig(
-        vocabulary=f('vocab_size', 30522),
-        layers=f('num_hidden_layers', 12),
-        model_dim=f('hidden_size', 768),
-        attention=AttentionConfig(heads=f('num_attention_heads', 12), qkv_bias=True, o_bias=True),
-        mlp=MLPConfig(
-            dim=f('intermediate_size', 3072), activation=ACTIVATIONS[f.only('hidden_act', *ACTIVATIONS)], bias=True
-        ),
-        norm=NormConfig(kind='layernorm', epsilon=f('layer_norm_eps', 1e-12), order='post', bias=True),
-        positions=LearnedConfig(max=f('max_position_embeddings', 512)),
-        causal=False,
-        embedding=EmbeddingConfig(token_types=f('type_vocab_size', 2), norm=True, tied=tied),
-        head=HeadConfig(mlp=True, bias=True),
-        pooler=PoolerConfig(next_sentence=True) if pretraining else None,
-    )
+    fields = read_fields(f, FIELDS) | {
+        'attention.qkv_bias': True,
+        'attention.o_bias': True,
+        'mlp.bias': True,
+        'norm.kind': 'layernorm',
+        'norm.order': 'post',
+        'norm.bias': True,
+        'positions.kind': 'learned',
+        'causal': False,
+        'embedding.norm': True,
+        'embedding.tied': tied,
+        'head.mlp': True,
+        'head.bias': True,
+    }
+    return model_of(fields | ({'pooler.next_sentence': True} if pretraining else {}))
 
 
 def with_pooler(c: ModelConfig) -> ModelConfig:
@@ -98,21 +100,8 @@ def with_next_sentence(c: ModelConfig) -> ModelConfig:
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    known = {ours: published for published, ours in ACTIVATIONS.items()}
-    return {
-        'architectures': ['BertForPreTraining' if c.next_sentence else 'BertForMaskedLM'],
-        'model_type': 'bert',
-        'vocab_size': c.vocabulary,
-        'num_hidden_layers': c.layers,
-        'hidden_size': c.model_dim,
-        'num_attention_heads': c.attention.heads,
-        'intermediate_size': c.mlp.dim,
-        'hidden_act': known.get(c.mlp.activation, 'gelu'),
-        'layer_norm_eps': c.norm.epsilon,
-        'max_position_embeddings': c.max_positions,
-        'type_vocab_size': c.embedding.token_types,
-        'pad_token_id': 0,
-    }
+    own = {'architectures': ['BertForPreTraining' if c.next_sentence else 'BertForMaskedLM'], 'model_type': 'bert'}
+    return own | write_fields(c, FIELDS) | {'pad_token_id': 0}
 
 
 FAMILY = Family(

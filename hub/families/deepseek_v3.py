@@ -5,10 +5,11 @@ layers that predict further ahead.
 from typing import Any
 
 from weft.hub.families import Fields, rotary_of
-from weft.hub.families.llama import MLP, NORMS, OUTER, causal_family, common, write_common
+from weft.hub.families.fields import Table, read_fields, write_fields
+from weft.hub.families.llama import MLP, NORMS, OUTER, attention_biases, causal_family, common, write_common
 from weft.hub.families.qwen3_moe import EXPERTS
 from weft.hub.families.rope import read_rope, write_rope
-from weft.model.config import MLAConfig, ModelConfig, MoEConfig, model_of
+from weft.model.config import MLAConfig, ModelConfig, model_of
 
 LATENT = {
     'model.layers.{i}.self_attn.q_proj.weight': 'attention.q.w_IO',
@@ -43,10 +44,28 @@ COPIES = {  # in each layer of MTP
     'model.layers.{i}.embed_tokens.weight': 'model.embed_tokens.weight',
     'model.layers.{i}.shared_head.head.weight': 'lm_head.weight',
 }
+RANKS: Table = {
+    'kv_lora_rank': ('attention.kv_lora_rank', 512),
+    'qk_nope_head_dim': ('attention.qk_nope_head_dim', 128),
+    'qk_rope_head_dim': ('attention.qk_rope_head_dim', 64),
+    'v_head_dim': ('attention.v_head_dim', 128),
+}
+ROUTING: Table = {
+    'n_routed_experts': ('moe.experts', ...),
+    'num_experts_per_tok': ('moe.top_k', ...),
+    'moe_intermediate_size': ('moe.mlp_dim', ...),
+    'n_shared_experts': ('moe.shared_experts', 1),
+    'first_k_dense_replace': ('moe.first_dense_layers', 1),
+    'norm_topk_prob': ('moe.renormalize', True),
+    'routed_scaling_factor': ('moe.routed_scale', 1.0),
+    'n_group': ('moe.groups', 1),
+    'topk_group': ('moe.top_groups', 1),
+}
+DEFAULTS = {'first_k_dense_replace': 3, 'routed_scaling_factor': 2.5, 'n_group': 8, 'topk_group': 4}  # V3's defaults
 
 
 def read(f: Fields) -> ModelConfig:
-    fields = read_latent(f) | read_experts(f, dense=3, scale=2.5, groups=8, top_groups=4)
+    fields = read_latent(f) | read_experts(f, **DEFAULTS)
     return model_of(fields | {'positions.layout': 'interleaved' if f('rope_interleave', True) else 'half'})
 
 
@@ -54,40 +73,25 @@ def read_latent(f: Fields) -> dict[str, Any]:
     """The fields of DeepSeek-V2 and V3: all but their experts, and which dims turn together."""
     f.skip('head_dim', 'qk_head_dim')  # transformers writes them; they follow from the others
     f.only('num_key_value_heads', f('num_attention_heads'))
-    bias = f('attention_bias', False)
     fields = common(f) | read_rope(f, scores=True)
     del fields['attention.kv_heads'], fields['attention.head_dim']
-    return fields | {
-        'attention.kind': 'mla',
-        'attention.q_lora_rank': f.given('q_lora_rank', 1536),
-        'attention.kv_lora_rank': f('kv_lora_rank', 512),
-        'attention.qk_nope_head_dim': f('qk_nope_head_dim', 128),
-        'attention.qk_rope_head_dim': f('qk_rope_head_dim', 64),
-        'attention.v_head_dim': f('v_head_dim', 128),
-        'attention.qkv_bias': bias,
-        'attention.o_bias': bias,
-    }
+    own = {'attention.kind': 'mla', 'attention.q_lora_rank': f.given('q_lora_rank', 1536)}
+    return fields | attention_biases(f) | read_fields(f, RANKS) | own
 
 
-def read_experts(f: Fields, dense: int = 1, scale: float = 1.0, groups: int = 1, top_groups: int = 1) -> dict[str, Any]:
-    """Experts and MTP layers of DeepSeek-V3 and GLM-4.5, with a family's defaults."""
+def read_experts(f: Fields, **defaults: Any) -> dict[str, Any]:
+    """Experts and MTP layers of DeepSeek-V3 and GLM-4.5, with a family's own `defaults`."""
     f.only('scoring_func', 'sigmoid')
     f.only('topk_method', 'noaux_tc')
     f.only('moe_layer_freq', 1)
-    moe = MoEConfig(
-        experts=f('n_routed_experts'),
-        top_k=f('num_experts_per_tok'),
-        mlp_dim=f('moe_intermediate_size'),
-        shared_experts=f('n_shared_experts', 1),
-        first_dense_layers=f('first_k_dense_replace', dense),
-        router='sigmoid',
-        renormalize=f('norm_topk_prob', True),
-        routed_scale=float(f('routed_scaling_factor', scale)),
-        groups=f('n_group', groups),
-        top_groups=f('topk_group', top_groups),
-        choice_bias=True,
-    )
-    return {'moe': moe, 'mtp.layers': f.either(('num_nextn_predict_layers', 'num_mtp_layers'), 0)}
+    ahead = f.either(('num_nextn_predict_layers', 'num_mtp_layers'), 0)
+    return read_routing(f, **defaults) | {'moe.router': 'sigmoid', 'moe.choice_bias': True, 'mtp.layers': ahead}
+
+
+def read_routing(f: Fields, **defaults: Any) -> dict[str, Any]:
+    """The fields of the experts and of how a token finds its own, DeepSeek-V2's too."""
+    found = read_fields(f, ROUTING, **defaults)
+    return found | {'moe.routed_scale': float(found['moe.routed_scale'])}
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
@@ -100,29 +104,13 @@ def write_latent(c: ModelConfig) -> dict[str, Any]:
     fields = write_common(c) | write_rope(c) | {'attention_bias': c.attention.qkv_bias}
     del fields['head_dim']
     if isinstance(c.attention, MLAConfig):
-        names = ('q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim')
-        fields |= {name: getattr(c.attention, name) for name in names}
+        fields |= {'q_lora_rank': c.attention.q_lora_rank} | write_fields(c, RANKS)
     return fields
 
 
 def write_experts(c: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_experts`."""
-    return {} if c.moe is None else write_routing(c.moe) | {'num_nextn_predict_layers': c.mtp.layers}
-
-
-def write_routing(m: MoEConfig) -> dict[str, Any]:
-    """The fields of the experts and of how a token finds its own, DeepSeek-V2's too."""
-    return {
-        'n_routed_experts': m.experts,
-        'num_experts_per_tok': m.top_k,
-        'moe_intermediate_size': m.mlp_dim,
-        'n_shared_experts': m.shared_experts,
-        'first_k_dense_replace': m.first_dense_layers,
-        'norm_topk_prob': m.renormalize,
-        'routed_scaling_factor': m.routed_scale,
-        'n_group': m.groups,
-        'topk_group': m.top_groups,
-    }
+    return {} if c.moe is None else write_fields(c, ROUTING) | {'num_nextn_predict_layers': c.mtp.layers}
 
 
 NAMES = OUTER | NORMS | LATENT | MLP | EXPERTS | CHOICE | SHARED | MTP

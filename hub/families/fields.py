@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from weft.model.config import ModelConfig
 from weft.model.parts.ends import MOST_LAYERS
 from weft.runtime.errors import UserError, nearest, shown
 from weft.storage.foreign import shown_value
@@ -284,6 +285,37 @@ class Fields:
                     'it may change '
                     f'the result; --ignore {shown(self.path + name, 60)} passes it over{nearest(name, self.seen)}'
                 )
+
+
+# Fields of config.json that are fields of the model as they are: by name ours, dotted; what an absent one means (`...`: it must
+# be there); other names that it has had. Of a field whose values have other names with us, these names stand in the place of
+# the default: absent means the first.
+Table = Mapping[str, tuple[Any, ...]]
+
+
+def read_fields(f: Fields, table: Table, **defaults: Any) -> dict[str, Any]:
+    """Our fields, dotted, of those in a table; `defaults` count before the table's."""
+    found = {}
+    for name, (ours, default, *others) in table.items():
+        if isinstance(default, Mapping):
+            found[ours] = default[f.only(name, *default, default=defaults.get(name, ...))]
+        else:
+            found[ours] = f.either((name, *others), defaults.get(name, default))
+    return found
+
+
+def write_fields(c: ModelConfig, table: Table) -> dict[str, Any]:
+    """The inverse of `read_fields`; without the fields of parts that the model does not have."""
+    found = {}
+    for name, (ours, default, *_) in table.items():
+        part, _, field = ours.rpartition('.')
+        owner = getattr(c, part) if part else c
+        value = getattr(owner, field, None)
+        if isinstance(default, Mapping):
+            value = next((named for named, mine in default.items() if mine == value), next(iter(default)))
+        if owner is not None:
+            found[name] = value
+    return found
 
 
 def passed_over(values: Mapping[str, Any], names: Sequence[str], source: str) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from weft.hub.families import Fields, head_of, pattern
-from weft.hub.families.llama import ATTENTION, MLP, OUTER, causal_family, sizes, write_common
-from weft.hub.families.qwen2 import read_types
+from weft.hub.families import Fields, head_of
+from weft.hub.families.llama import ATTENTION, MLP, OUTER, attention_biases, causal_family, sizes, write_common
+from weft.hub.families.qwen2 import layer_types, read_types, window_fields
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
 from weft.runtime.errors import UserError
@@ -36,16 +36,14 @@ def common(f: Fields) -> dict[str, Any]:
     """The fields that Gemma 2 and 3 share."""
     f.only('use_bidirectional_attention', False)
     f.either(('hidden_activation', 'hidden_act'), None)  # published with both
-    fields = sizes(f, kv_heads=4, tied=True) | {'attention.head_dim': f('head_dim', 256)}
-    bias, scalar = f('attention_bias', False), f('query_pre_attn_scalar', 256)
+    fields, scalar = sizes(f, kv_heads=4, tie_word_embeddings=True, head_dim=256), f('query_pre_attn_scalar', 256)
     return fields | {
         'mlp.activation': ACTIVATIONS[f.only('hidden_activation', *ACTIVATIONS)],
         'norm.order': 'sandwich',
         'norm.offset': 1.0,
         'embedding.scale': fields['model_dim'] ** 0.5,
         'attention.scale': None if scalar == fields['attention.head_dim'] else scalar**-0.5,
-        'attention.qkv_bias': bias,
-        'attention.o_bias': bias,
+        **attention_biases(f),
     }
 
 
@@ -58,7 +56,7 @@ def read_windows(f: Fields, every: int, default: int) -> dict[str, Any]:
             f'{f.source}: sliding_window is null: {sum(windowed)} layers have it, and need a number of tokens; layer_types '
             'of full_attention alone has none'
         )
-    return {'attention.window': window, 'attention.window_pattern': pattern(windowed)} if any(windowed) else {}
+    return window_fields(window, windowed)
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
@@ -79,8 +77,8 @@ def write_own(c: ModelConfig) -> dict[str, Any]:
 
 def write_windows(c: ModelConfig) -> dict[str, Any]:
     """The inverse of `read_windows`. transformers wants a number even where no layer has the window."""
-    types = ['sliding_attention' if kind.windowed else 'full_attention' for kind in c.layer_specs]
-    return {'sliding_window': WINDOW if c.attention.window is None else c.attention.window, 'layer_types': types}
+    window = WINDOW if c.attention.window is None else c.attention.window
+    return {'sliding_window': window, 'layer_types': layer_types(c)}
 
 
 FAMILY = causal_family('gemma2', 'Gemma2', read, write, OUTER | NORMS | ATTENTION | MLP)

@@ -13,7 +13,7 @@ from weft.model.config import ModelConfig, model_of
 
 def read(f: Fields) -> ModelConfig:
     rope = read_rope(f, fraction=0.5)
-    fields = common(f, epsilon=1e-5, kv_heads=8) | rope | read_experts(f)
+    fields = common(f, kv_heads=8, rms_norm_eps=1e-5) | rope | read_experts(f)
     return model_of(
         fields | {'attention.qk_norm': f('use_qk_norm', False), 'attention.qkv_bias': f('attention_bias', False)}
     )

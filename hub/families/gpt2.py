@@ -6,7 +6,8 @@ Fields of config.json as transformers has them, with its defaults, which publish
 from typing import Any
 
 from weft.hub.families import Entry, Family, Fields, Flipped, Joined
-from weft.model.config import AttentionConfig, EmbeddingConfig, LearnedConfig, MLPConfig, ModelConfig, NormConfig
+from weft.hub.families.fields import Table, read_fields, write_fields
+from weft.model.config import ModelConfig, model_of
 
 ACTIVATIONS: dict[str, Any] = {  # transformers' names, of which three are one function
     'gelu_new': 'gelu',
@@ -42,50 +43,42 @@ NAMES: dict[str, Entry] = {
 }
 
 
+FIELDS: Table = {
+    'vocab_size': ('vocabulary', 50257),
+    'n_layer': ('layers', 12, 'num_hidden_layers'),
+    'n_embd': ('model_dim', 768, 'hidden_size'),
+    'n_head': ('attention.heads', 12, 'num_attention_heads'),
+    'n_inner': ('mlp.dim', None),
+    'n_positions': ('positions.max', 1024, 'max_position_embeddings', 'n_ctx'),
+    'activation_function': ('mlp.activation', ACTIVATIONS),
+    'layer_norm_epsilon': ('norm.epsilon', 1e-5),
+    'scale_attn_weights': ('attention.scale', {True: None, False: 1.0}),
+    'scale_attn_by_inverse_layer_idx': ('attention.scale_by_layer', False),
+    'tie_word_embeddings': ('embedding.tied', True),
+}
+
+
 def read(f: Fields) -> ModelConfig:
     f.only('add_cross_attention', False)
     f.skip('reorder_and_upcast_attn')  # the softmax is float32 either way
     f.skip('n_special', 'predict_special_tokens', 'output_past')  # of the first published configs; nothing reads them
-    model_dim = f.either(('n_embd', 'hidden_size'), 768)
-    return ModelConfig(
-        vocabulary=f('vocab_size', 50257),
-        layers=f.either(('n_layer', 'num_hidden_layers'), 12),
-        model_dim=model_dim,
-        attention=AttentionConfig(
-            heads=f.either(('n_head', 'num_attention_heads'), 12),
-            scale=None if f('scale_attn_weights', True) else 1.0,
-            scale_by_layer=f('scale_attn_by_inverse_layer_idx', False),
-            qkv_bias=True,
-            o_bias=True,
-        ),
-        mlp=MLPConfig(
-            dim=f('n_inner', 4 * model_dim),
-            activation=ACTIVATIONS[f.only('activation_function', *ACTIVATIONS)],
-            bias=True,
-        ),
-        norm=NormConfig(kind='layernorm', epsilon=f('layer_norm_epsilon', 1e-5), bias=True),
-        positions=LearnedConfig(max=f.either(('n_positions', 'max_position_embeddings', 'n_ctx'), 1024)),
-        embedding=EmbeddingConfig(tied=f('tie_word_embeddings', True)),
+    fields = read_fields(f, FIELDS)
+    return model_of(
+        fields
+        | {
+            'attention.qkv_bias': True,
+            'attention.o_bias': True,
+            'mlp.dim': fields['mlp.dim'] or 4 * fields['model_dim'],
+            'mlp.bias': True,
+            'norm.kind': 'layernorm',
+            'norm.bias': True,
+            'positions.kind': 'learned',
+        }
     )
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    return {
-        'model_type': 'gpt2',
-        'vocab_size': c.vocabulary,
-        'n_layer': c.layers,
-        'n_embd': c.model_dim,
-        'n_head': c.attention.heads,
-        'n_inner': c.mlp.dim,
-        'n_positions': c.max_positions,
-        'activation_function': next(
-            (name for name, ours in ACTIVATIONS.items() if ours == c.mlp.activation), 'gelu_new'
-        ),
-        'layer_norm_epsilon': c.norm.epsilon,
-        'scale_attn_weights': c.attention.scale is None,
-        'scale_attn_by_inverse_layer_idx': c.attention.scale_by_layer,
-        'tie_word_embeddings': c.embedding.tied,
-    }
+    return {'model_type': 'gpt2'} | write_fields(c, FIELDS) | {'scale_attn_weights': c.attention.scale is None}
 
 
 FAMILY = Family(

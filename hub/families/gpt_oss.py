@@ -7,10 +7,11 @@ that OpenAI published the experts are packed as MXFP4.
 from typing import Any
 
 from weft.hub.families import Entry, Fields, Flipped, Woven
+from weft.hub.families.fields import Table, read_fields, write_fields
 from weft.hub.families.gemma2 import read_windows, write_windows
-from weft.hub.families.llama import ATTENTION, NORMS, OUTER, causal_family, sizes, write_common
+from weft.hub.families.llama import ATTENTION, NORMS, OUTER, attention_biases, causal_family, sizes, write_common
 from weft.hub.families.rope import read_rope, write_rope
-from weft.model.config import ModelConfig, MoEConfig, RopeScaling, model_of
+from weft.model.config import ModelConfig, RopeScaling, model_of
 from weft.runtime.errors import UserError
 
 YARN = RopeScaling(kind='yarn', factor=32.0, original_positions=4096, truncate=False)  # where a config says nothing
@@ -23,34 +24,29 @@ EXPERTS: dict[str, Entry] = {
     'model.layers.{i}.mlp.experts.down_proj': Flipped('mlp.down.w_EOI'),
     'model.layers.{i}.mlp.experts.down_proj_bias': 'mlp.down.b_EO',
 }
+MIXTURE: Table = {
+    'num_local_experts': ('moe.experts', 128, 'num_experts'),
+    'num_experts_per_tok': ('moe.top_k', 4, 'experts_per_token'),
+    'intermediate_size': ('moe.mlp_dim', ...),
+}
 
 
 def read(f: Fields) -> ModelConfig:
     f.only('hidden_act', 'silu')
     f.only('swiglu_alpha', 1.702)
-    fields, bias = (
-        sizes(f, epsilon=1e-5, kv_heads=8) | {'attention.head_dim': f('head_dim', 64)},
-        f('attention_bias', True),
-    )
-    # A softmax over the chosen logits is a softmax over all of them, made to add up to 1 over the chosen.
-    moe = MoEConfig(
-        experts=f.either(('num_local_experts', 'num_experts'), 128),
-        top_k=f.either(('num_experts_per_tok', 'experts_per_token'), 4),
-        mlp_dim=fields['mlp.dim'],
-        router_bias=True,
-        bias=True,
-    )
     return model_of(
-        fields
+        sizes(f, kv_heads=8, rms_norm_eps=1e-5, head_dim=64)
         | read_positions(f)
         | read_windows(f, every=2, default=128)
+        | attention_biases(f, default=True)
+        # A softmax over the chosen logits is a softmax over all of them, made to add up to 1 over the chosen.
+        | read_fields(f, MIXTURE)
         | {
             'mlp.activation': 'clamped_swiglu',
             'mlp.limit': float(f('swiglu_limit', 7.0)),
             'attention.sinks': True,
-            'attention.qkv_bias': bias,
-            'attention.o_bias': bias,
-            'moe': moe,
+            'moe.router_bias': True,
+            'moe.bias': True,
         }
     )
 
@@ -70,17 +66,10 @@ def read_positions(f: Fields) -> dict[str, Any]:
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    own: dict[str, Any] = {
-        'model_type': 'gpt_oss',
-        'attention_bias': c.attention.qkv_bias,
-        'swiglu_limit': c.mlp.limit,
-    }
+    own: dict[str, Any] = {'model_type': 'gpt_oss', 'attention_bias': c.attention.qkv_bias, 'swiglu_limit': c.mlp.limit}
     if c.rope_scaling is None:
         own['rope_scaling'] = {'rope_type': 'default'}  # without it there would be YaRN
-    if c.moe:
-        own |= {'num_local_experts': c.moe.experts, 'num_experts_per_tok': c.moe.top_k}
-        own['intermediate_size'] = c.moe.mlp_dim
-    return write_common(c) | write_rope(c) | write_windows(c) | own
+    return write_common(c) | write_rope(c) | write_windows(c) | own | write_fields(c, MIXTURE)
 
 
 FAMILY = causal_family('gpt_oss', 'GptOss', read, write, OUTER | NORMS | ATTENTION | EXPERTS)

@@ -7,9 +7,10 @@ see than its epsilon).
 
 from typing import Any
 
-from weft.hub.families import Family, Fields, head_of
-from weft.hub.families.llama import sizes, write_common
-from weft.model.config import ModelConfig, MoEConfig, model_of
+from weft.hub.families import Family, Fields
+from weft.hub.families.fields import Table, read_fields, write_fields
+from weft.hub.families.llama import SIZES, sizes
+from weft.model.config import ModelConfig, model_of
 
 NAMES = {
     'model.embed_tokens.weight': 'embed_VD',
@@ -28,44 +29,27 @@ NAMES = {
     'model.layers.{i}.moe_block.experts.{e}.linear_v.weight': 'mlp.up.w_EIO',
     'model.layers.{i}.moe_block.experts.{e}.linear_1.weight': 'mlp.down.w_EOI',
 }
+OWN: Table = {
+    'attn_output_multiplier': ('attention.scale', 128**-0.5),
+    'max_attn_value': ('attention.softcap', 30.0),
+    'embedding_multiplier_scale': ('embedding.scale', 6144**0.5),
+    'output_multiplier_scale': ('head.scale', 3**-0.5),
+    'num_experts': ('moe.experts', 8),
+    'num_experts_per_tok': ('moe.top_k', 2),
+    'intermediate_size': ('moe.mlp_dim', ...),
+}
 
 
 def read(f: Fields) -> ModelConfig:
     f.skip('max_position_embeddings')
     f.only('hidden_act', 'gelu')
-    moe = MoEConfig(
-        experts=f('num_experts', 8),
-        top_k=f('num_experts_per_tok', 2),
-        mlp_dim=f('intermediate_size'),
-        renormalize=False,
-    )
-    fields = sizes(f, epsilon=1e-5) | {'embedding.tied': f('tie_word_embeddings', True)}
-    return model_of(
-        fields
-        | {
-            'mlp.activation': 'geglu',
-            'norm.order': 'sandwich',
-            'attention.scale': f('attn_output_multiplier', 128**-0.5),
-            'attention.softcap': f('max_attn_value', 30.0),
-            'embedding.scale': f('embedding_multiplier_scale', 6144**0.5),
-            'head.scale': f('output_multiplier_scale', 3**-0.5),
-            'moe': moe,
-        }
-    )
+    fields = sizes(f, rms_norm_eps=1e-5, tie_word_embeddings=True) | read_fields(f, OWN)
+    return model_of(fields | {'mlp.activation': 'geglu', 'norm.order': 'sandwich', 'moe.renormalize': False})
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    fields = write_common(c) | {
-        'model_type': 'grok-1',
-        'attn_output_multiplier': c.attention.scale,
-        'max_attn_value': c.attention.softcap,
-        'embedding_multiplier_scale': c.embedding.scale,
-        'output_multiplier_scale': head_of(c).scale,
-    }
-    del fields['hidden_act'], fields['head_dim']
-    if c.moe:
-        experts = {'num_experts': c.moe.experts, 'num_experts_per_tok': c.moe.top_k}
-        fields |= experts | {'intermediate_size': c.moe.mlp_dim}
+    fields = write_fields(c, SIZES) | {'model_type': 'grok-1'} | write_fields(c, OWN)
+    del fields['head_dim']
     return fields
 
 

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from weft.hub.families import Entry, Family, Fields
+from weft.hub.families.fields import Table, read_fields, write_fields
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
 from weft.runtime.errors import UserError
@@ -61,28 +62,31 @@ def read(f: Fields) -> ModelConfig:
     return model_of(common(f) | read_rope(f) | biases(f))
 
 
-def common(f: Fields, epsilon: float = 1e-6, kv_heads: int | None = None) -> dict[str, Any]:
+SIZES: Table = {
+    'vocab_size': ('vocabulary', ...),
+    'num_hidden_layers': ('layers', ...),
+    'hidden_size': ('model_dim', ...),
+    'num_attention_heads': ('attention.heads', ...),
+    'num_key_value_heads': ('attention.kv_heads', None),
+    'head_dim': ('attention.head_dim', None),
+    'intermediate_size': ('mlp.dim', ...),
+    'rms_norm_eps': ('norm.epsilon', 1e-6),
+    'tie_word_embeddings': ('embedding.tied', False),
+}
+
+
+def common(f: Fields, kv_heads: int | None = None, **defaults: Any) -> dict[str, Any]:
     """The fields that Llama and its many descendants share; see `sizes`."""
     f.only('hidden_act', 'silu')
-    return sizes(f, epsilon, kv_heads)
+    return sizes(f, kv_heads, **defaults)
 
 
-def sizes(f: Fields, epsilon: float = 1e-6, kv_heads: int | None = None, tied: bool = False) -> dict[str, Any]:
-    """Those of them that say nothing of the activation; `epsilon`, `kv_heads`, `tied` where a config leaves them out.
-
-    None, and null in a config: as many kv_heads as heads.
-    """
-    return {
-        'vocabulary': f('vocab_size'),
-        'layers': f('num_hidden_layers'),
-        'model_dim': f('hidden_size'),
-        'attention.heads': f('num_attention_heads'),
-        'attention.kv_heads': f.given('num_key_value_heads', kv_heads) or f('num_attention_heads'),
-        'attention.head_dim': f('head_dim', f('hidden_size') // f('num_attention_heads')),
-        'mlp.dim': f('intermediate_size'),
-        'norm.epsilon': f('rms_norm_eps', epsilon),
-        'embedding.tied': f('tie_word_embeddings', tied),
-    }
+def sizes(f: Fields, kv_heads: int | None = None, **defaults: Any) -> dict[str, Any]:
+    """The fields of SIZES, with a family's own `defaults`. kv_heads None, and null in a config: as many as heads."""
+    found = read_fields(f, SIZES, **defaults)
+    found['attention.kv_heads'] = f.given('num_key_value_heads', kv_heads) or found['attention.heads']
+    found['attention.head_dim'] = found['attention.head_dim'] or found['model_dim'] // found['attention.heads']
+    return found
 
 
 def no_windows(f: Fields) -> None:
@@ -94,10 +98,15 @@ def no_windows(f: Fields) -> None:
         )
 
 
+def attention_biases(f: Fields, default: bool = False) -> dict[str, Any]:
+    """Of all attention's projections."""
+    bias = f('attention_bias', default)
+    return {'attention.qkv_bias': bias, 'attention.o_bias': bias}
+
+
 def biases(f: Fields) -> dict[str, Any]:
     """Of all attention's projections, of all of the MLP's."""
-    attention, mlp = f('attention_bias', False), f('mlp_bias', False)
-    return {'attention.qkv_bias': attention, 'attention.o_bias': attention, 'mlp.bias': mlp}
+    return attention_biases(f) | {'mlp.bias': f('mlp_bias', False)}
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
@@ -110,18 +119,7 @@ def write(c: ModelConfig) -> dict[str, Any]:
 
 def write_common(c: ModelConfig) -> dict[str, Any]:
     """The inverse of `common`."""
-    return {
-        'hidden_act': 'silu',
-        'vocab_size': c.vocabulary,
-        'num_hidden_layers': c.layers,
-        'hidden_size': c.model_dim,
-        'num_attention_heads': c.attention.heads,
-        'num_key_value_heads': c.attention.kv_heads,
-        'head_dim': c.attention.head_dim,
-        'intermediate_size': c.mlp.dim,
-        'rms_norm_eps': c.norm.epsilon,
-        'tie_word_embeddings': c.embedding.tied,
-    }
+    return {'hidden_act': 'silu'} | write_fields(c, SIZES)
 
 
 FAMILY = causal_family('llama', 'Llama', read, write, OUTER | NORMS | ATTENTION | MLP)

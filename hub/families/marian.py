@@ -9,16 +9,8 @@ from typing import Any
 import numpy as np
 
 from weft.hub.families import AsRow, Family, Fields
-from weft.model.config import (
-    AttentionConfig,
-    EmbeddingConfig,
-    EncoderConfig,
-    HeadConfig,
-    MLPConfig,
-    ModelConfig,
-    NormConfig,
-    SinusoidalConfig,
-)
+from weft.hub.families.fields import Table, read_fields, write_fields
+from weft.model.config import ModelConfig, model_of
 from weft.model.layers.positions import sinusoids
 from weft.runtime.errors import UserError
 
@@ -66,6 +58,18 @@ NAMES: dict[str, str | AsRow] = {
 }
 OF_TRAINING = ('activation_dropout', 'classif_dropout', 'decoder_layerdrop', 'encoder_layerdrop', 'init_std')
 OF_OTHERS = ('add_bias_logits', 'extra_pos_embeddings', 'force_bos_token_to_be_generated')
+FIELDS: Table = {
+    'vocab_size': ('vocabulary', 58101),
+    'd_model': ('model_dim', 1024),
+    'encoder_layers': ('encoder.layers', 12),
+    'encoder_attention_heads': ('encoder.heads', 16),
+    'encoder_ffn_dim': ('encoder.mlp_dim', 4096),
+    'decoder_layers': ('layers', 12),
+    'decoder_attention_heads': ('attention.heads', 16),
+    'decoder_ffn_dim': ('mlp.dim', 4096),
+    'activation_function': ('mlp.activation', ACTIVATIONS),
+    'max_position_embeddings': ('positions.max', 1024),
+}
 
 
 def read(f: Fields) -> ModelConfig:
@@ -75,51 +79,43 @@ def read(f: Fields) -> ModelConfig:
     for name, value in (always | {'add_final_layer_norm': False}).items():
         f.only(name, value)
     f.skip(*OF_TRAINING, *OF_OTHERS, 'num_hidden_layers')  # the last is encoder_layers
-    vocabulary, width = f('vocab_size', 58101), f('d_model', 1024)
-    f.only('decoder_vocab_size', vocabulary)
-    heads = f('decoder_attention_heads', 16)
-    own = {'heads': f('encoder_attention_heads', 16), 'mlp_dim': f('encoder_ffn_dim', 4096)}
-    own |= {'kv_heads': own['heads'], 'head_dim': width // own['heads']}
-    return ModelConfig(
-        vocabulary=vocabulary,
-        layers=f('decoder_layers', 12),
-        model_dim=width,
-        attention=AttentionConfig(heads=heads, qkv_bias=True, o_bias=True),
-        mlp=MLPConfig(
-            dim=f('decoder_ffn_dim', 4096),
-            activation=ACTIVATIONS[f.only('activation_function', *ACTIVATIONS)],
-            bias=True,
-        ),
-        norm=NormConfig(kind='layernorm', order='post', bias=True),
-        positions=SinusoidalConfig(max=f('max_position_embeddings', 1024)),
-        encoder=EncoderConfig(layers=f('encoder_layers', 12), start_token=f('decoder_start_token_id', 58100), **own),
-        embedding=EmbeddingConfig(scale=math.sqrt(width) if f('scale_embedding', False) else 1.0),
-        head=HeadConfig(bias=True),
+    fields = read_fields(f, FIELDS)
+    f.only('decoder_vocab_size', fields['vocabulary'])
+    width = fields['model_dim']
+    return model_of(
+        fields
+        | {
+            'attention.qkv_bias': True,
+            'attention.o_bias': True,
+            'mlp.bias': True,
+            'norm.kind': 'layernorm',
+            'norm.order': 'post',
+            'norm.bias': True,
+            'positions.kind': 'sinusoidal',
+            'encoder.start_token': f('decoder_start_token_id', 58100),
+            'encoder.kv_heads': fields['encoder.heads'],
+            'encoder.head_dim': width // fields['encoder.heads'],
+            'embedding.scale': math.sqrt(width) if f('scale_embedding', False) else 1.0,
+            'head.bias': True,
+        }
     )
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    known = {ours: published for published, ours in reversed(ACTIVATIONS.items())}
     if c.encoder is None:
         raise UserError('model.encoder is null: Marian has one')
-    e, start = c.of_encoder, c.encoder.start_token
+    e = c.of_encoder
     return {
         'model_type': 'marian',
         'is_encoder_decoder': True,
         'vocab_size': c.vocabulary,
         'decoder_vocab_size': c.vocabulary,
-        'd_model': c.model_dim,
-        'encoder_layers': e.layers,
+        **write_fields(c, FIELDS),
         'encoder_attention_heads': e.attention.heads,
         'encoder_ffn_dim': e.mlp.dim,
-        'decoder_layers': c.layers,
-        'decoder_attention_heads': c.attention.heads,
-        'decoder_ffn_dim': c.mlp.dim,
-        'activation_function': known.get(c.mlp.activation, 'relu'),
-        'max_position_embeddings': c.max_positions,
         'scale_embedding': c.embedding.scale != 1,
-        'decoder_start_token_id': start,
-        'pad_token_id': start,
+        'decoder_start_token_id': c.encoder.start_token,
+        'pad_token_id': c.encoder.start_token,
     }
 
 

@@ -3,9 +3,10 @@
 from typing import Any
 
 from weft.hub.families import Fields
+from weft.hub.families.fields import Table, read_fields, write_fields
 from weft.hub.families.llama import ATTENTION, NORMS, OUTER, causal_family, common, write_common
 from weft.hub.families.rope import read_rope, write_rope
-from weft.model.config import ModelConfig, MoEConfig, model_of
+from weft.model.config import ModelConfig, model_of
 
 EXPERTS = {
     'model.layers.{i}.block_sparse_moe.gate.weight': 'mlp.router.w_IO',
@@ -13,21 +14,22 @@ EXPERTS = {
     'model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight': 'mlp.down.w_EOI',
     'model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight': 'mlp.up.w_EIO',
 }
+MIXTURE: Table = {
+    'num_local_experts': ('moe.experts', 8),
+    'num_experts_per_tok': ('moe.top_k', 2),
+    'intermediate_size': ('moe.mlp_dim', ...),
+}
 
 
 def read(f: Fields) -> ModelConfig:
-    fields = common(f, epsilon=1e-5, kv_heads=8)
     # A softmax over the chosen logits is a softmax over all of them, made to add up to 1 over the chosen.
-    moe = MoEConfig(experts=f('num_local_experts', 8), top_k=f('num_experts_per_tok', 2), mlp_dim=fields['mlp.dim'])
-    return model_of(fields | read_rope(f, 1e6) | {'attention.window': f('sliding_window', None), 'moe': moe})
+    fields = common(f, kv_heads=8, rms_norm_eps=1e-5) | read_rope(f, 1e6) | read_fields(f, MIXTURE)
+    return model_of(fields | {'attention.window': f('sliding_window', None)})
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    m = c.moe
-    experts = {}
-    if m:
-        experts = {'num_local_experts': m.experts, 'num_experts_per_tok': m.top_k, 'intermediate_size': m.mlp_dim}
-    return write_common(c) | write_rope(c) | {'model_type': 'mixtral', 'sliding_window': c.attention.window} | experts
+    own = {'model_type': 'mixtral', 'sliding_window': c.attention.window}
+    return write_common(c) | write_rope(c) | own | write_fields(c, MIXTURE)
 
 
 FAMILY = causal_family('mixtral', 'Mixtral', read, write, OUTER | NORMS | ATTENTION | EXPERTS)

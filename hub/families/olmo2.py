@@ -3,7 +3,16 @@
 from typing import Any
 
 from weft.hub.families import Fields
-from weft.hub.families.llama import ATTENTION, MLP, OUTER, causal_family, common, no_windows, write_common
+from weft.hub.families.llama import (
+    ATTENTION,
+    MLP,
+    OUTER,
+    attention_biases,
+    causal_family,
+    common,
+    no_windows,
+    write_common,
+)
 from weft.hub.families.olmoe import QK_NORMS
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
@@ -16,12 +25,8 @@ NORMS = {
 
 def read(f: Fields) -> ModelConfig:
     no_windows(f)
-    bias = f('attention_bias', False)
-    fields = common(f, epsilon=1e-5) | read_rope(f)
-    return model_of(
-        fields
-        | {'norm.order': 'output', 'attention.qk_norm': 'full', 'attention.qkv_bias': bias, 'attention.o_bias': bias}
-    )
+    fields = common(f, rms_norm_eps=1e-5) | read_rope(f) | attention_biases(f)
+    return model_of(fields | {'norm.order': 'output', 'attention.qk_norm': 'full'})
 
 
 def write(c: ModelConfig) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def read(f: Fields) -> ModelConfig:
             f'{f.source}: rope_scaling is of type {rope["positions.scaling"].kind}, which this family does not have; '
             'supported: default, longrope'
         )
-    return model_of(common(f, epsilon=1e-5) | rope | {'attention.window': f('sliding_window', None)})
+    return model_of(common(f, rms_norm_eps=1e-5) | rope | {'attention.window': f('sliding_window', None)})
 
 
 def write(c: ModelConfig) -> dict[str, Any]:

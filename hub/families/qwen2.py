@@ -21,16 +21,21 @@ def read_window(f: Fields) -> dict[str, Any]:
     return read_windows(f, [i >= first for i in range(f('num_hidden_layers'))])
 
 
-def read_windows(f: Fields, default: list[bool]) -> dict[str, Any]:
-    """The window, and which layers have it: as layer_types says, else those of `default`."""
-    on, window, types = f('use_sliding_window', False), f.given('sliding_window', 4096), f('layer_types', None)
+def read_windows(f: Fields, layers: list[bool], default: int | None = 4096) -> dict[str, Any]:
+    """The window, `default` where a config leaves it out, and which layers have it: as layer_types says, else `layers`."""
+    on, window, types = f('use_sliding_window', False), f.given('sliding_window', default), f('layer_types', None)
     window = window if on else None
-    windowed = [window is not None and one for one in default] if types is None else read_types(f, types)
+    windowed = [window is not None and one for one in layers] if types is None else read_types(f, types)
     if any(windowed) and window is None:
         raise UserError(
             f'{f.source}: layer_types has sliding_attention and use_sliding_window is {on}, sliding_window '
             f'{f("sliding_window", None)}: such layers need true and a number of tokens'
         )
+    return window_fields(window, windowed)
+
+
+def window_fields(window: int | None, windowed: list[bool]) -> dict[str, Any]:
+    """Of a window and which layers have it."""
     return {'attention.window': window, 'attention.window_pattern': pattern(windowed)} if any(windowed) else {}
 
 
@@ -55,8 +60,13 @@ def write_window(c: ModelConfig) -> dict[str, Any]:
         'use_sliding_window': c.attention.window is not None,
         'sliding_window': c.attention.window,
         'max_window_layers': c.layers,
-        'layer_types': ['sliding_attention' if kind.windowed else 'full_attention' for kind in c.layer_specs],
+        'layer_types': layer_types(c),
     }
+
+
+def layer_types(c: ModelConfig) -> list[str]:
+    """The inverse of `read_types`."""
+    return ['sliding_attention' if kind.windowed else 'full_attention' for kind in c.layer_specs]
 
 
 FAMILY = causal_family('qwen2', 'Qwen2', read, write, OUTER | NORMS | ATTENTION | MLP)

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from weft.hub.families import AsRow, Entry, Fields, pattern
+from weft.hub.families import AsRow, Entry, Fields
 from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, causal_family, common, write_common
 from weft.hub.families.qwen2 import read_windows, write_window
-from weft.hub.families.qwen3_moe import EXPERTS, read_sparse, write_sparse
+from weft.hub.families.qwen3_moe import EXPERTS, read_mixture, write_mixture
 from weft.hub.families.rope import read_rope, write_rope
-from weft.model.config import ModelConfig, MoEConfig, model_of
+from weft.model.config import ModelConfig, model_of
 
 SHARED: dict[str, Entry] = {
     'model.layers.{i}.mlp.shared_expert.gate_proj.weight': 'mlp.shared.gate.w_IO',
@@ -18,26 +18,20 @@ SHARED: dict[str, Entry] = {
 
 
 def read(f: Fields) -> ModelConfig:
-    moe = MoEConfig(
-        experts=f.either(('num_experts', 'num_local_experts'), 60),
-        top_k=f('num_experts_per_tok', 4),
-        mlp_dim=f('moe_intermediate_size', 1408),
-        shared_experts=1,
-        shared_mlp_dim=f('shared_expert_intermediate_size', 5632),
-        shared_gate=True,
-        renormalize=f('norm_topk_prob', False),
-        pattern=pattern(read_sparse(f)),
-    )
+    moe = read_mixture(f, num_experts=60, num_experts_per_tok=4, moe_intermediate_size=1408) | {
+        'moe.shared_experts': 1,
+        'moe.shared_mlp_dim': f('shared_expert_intermediate_size', 5632),
+        'moe.shared_gate': True,
+    }
     first = f('max_window_layers', 28)
     # Every second layer of the first: so transformers has it, unlike in Qwen2 without experts.
     windows = read_windows(f, [i < first and i % 2 == 0 for i in range(f('num_hidden_layers'))])
-    return model_of(
-        common(f, kv_heads=16) | read_rope(f) | windows | {'attention.qkv_bias': f('qkv_bias', True), 'moe': moe}
-    )
+    fields = common(f, kv_heads=16) | read_rope(f) | windows | moe
+    return model_of(fields | {'attention.qkv_bias': f('qkv_bias', True)})
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    own = {'model_type': 'qwen2_moe', 'qkv_bias': c.attention.qkv_bias} | write_sparse(c)
+    own = {'model_type': 'qwen2_moe', 'qkv_bias': c.attention.qkv_bias} | write_mixture(c)
     if c.moe and c.moe.shared_experts:
         own['shared_expert_intermediate_size'] = c.moe.shared_dim
     return write_common(c) | write_rope(c) | write_window(c) | own

@@ -3,12 +3,11 @@
 from typing import Any
 
 from weft.hub.families import Fields
-from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, causal_family, common, write_common
+from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, attention_biases, causal_family, common, write_common
 from weft.hub.families.qwen2 import read_window, write_window
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
 
-HEAD_DIM = 128  # where a config leaves it out
 QK_NORMS = {
     'model.layers.{i}.self_attn.q_norm.weight': 'attention.q_scale_H',
     'model.layers.{i}.self_attn.k_norm.weight': 'attention.k_scale_H',
@@ -16,14 +15,8 @@ QK_NORMS = {
 
 
 def read(f: Fields) -> ModelConfig:
-    fields = common(f, kv_heads=32) | {'attention.head_dim': f('head_dim', HEAD_DIM)}
-    bias = f('attention_bias', False)
-    return model_of(
-        fields
-        | read_rope(f)
-        | read_window(f)
-        | {'attention.qk_norm': True, 'attention.qkv_bias': bias, 'attention.o_bias': bias}
-    )
+    fields = common(f, kv_heads=32, head_dim=128) | read_rope(f) | read_window(f) | attention_biases(f)
+    return model_of(fields | {'attention.qk_norm': True})
 
 
 def write(c: ModelConfig) -> dict[str, Any]:

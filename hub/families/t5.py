@@ -7,16 +7,8 @@ of its own; before it one relu and the embedding as the head, on activations sca
 from typing import Any
 
 from weft.hub.families import Family, Fields, Where, head_of
-from weft.model.config import (
-    AttentionConfig,
-    EmbeddingConfig,
-    EncoderConfig,
-    HeadConfig,
-    MLPConfig,
-    ModelConfig,
-    NormConfig,
-    RelativeConfig,
-)
+from weft.hub.families.fields import Table, read_fields, write_fields
+from weft.model.config import ModelConfig, model_of
 from weft.runtime.errors import UserError
 
 # By published name; the first of two is the one that is written.
@@ -72,6 +64,19 @@ DECODER = {
     **mlp('decoder.block.{i}.layer.2.DenseReluDense', ''),
     'decoder.block.{i}.layer.2.layer_norm.weight': 'mlp_norm.scale_D',
 }
+FIELDS: Table = {
+    'vocab_size': ('vocabulary', 32128),
+    'num_layers': ('encoder.layers', 6),
+    'num_decoder_layers': ('layers', None),
+    'd_model': ('model_dim', 512),
+    'num_heads': ('attention.heads', 8),
+    'd_kv': ('attention.head_dim', 64),
+    'd_ff': ('mlp.dim', 2048),
+    'feed_forward_proj': ('mlp.activation', ACTIVATIONS),
+    'layer_norm_epsilon': ('norm.epsilon', 1e-6),
+    'relative_attention_num_buckets': ('positions.buckets', 32),
+    'relative_attention_max_distance': ('positions.max_distance', 128),
+}
 
 
 def read(f: Fields) -> ModelConfig:
@@ -81,44 +86,28 @@ def read(f: Fields) -> ModelConfig:
     # transformers 5 writes tie_word_embeddings true of every T5, and in scale_decoder_outputs what it was.
     tied = f('tie_word_embeddings', True)
     scaled = f('scale_decoder_outputs', tied)
-    layers, width = f('num_layers', 6), f('d_model', 512)
-    return ModelConfig(
-        vocabulary=f('vocab_size', 32128),
-        layers=f('num_decoder_layers', layers),
-        model_dim=width,
-        attention=AttentionConfig(heads=f('num_heads', 8), head_dim=f('d_kv', 64), scale=1.0),
-        mlp=MLPConfig(
-            dim=f('d_ff', 2048), activation=ACTIVATIONS[f.only('feed_forward_proj', *ACTIVATIONS, default='relu')]
-        ),
-        norm=NormConfig(epsilon=f('layer_norm_epsilon', 1e-6)),
-        positions=RelativeConfig(
-            buckets=f('relative_attention_num_buckets', 32), max_distance=f('relative_attention_max_distance', 128)
-        ),
-        encoder=EncoderConfig(layers=layers, start_token=f('decoder_start_token_id', f('pad_token_id', 0))),
-        embedding=EmbeddingConfig(tied=tied and scaled),
-        head=HeadConfig(scale=width**-0.5 if scaled else 1.0),
+    fields = read_fields(f, FIELDS, feed_forward_proj='relu')
+    return model_of(
+        fields
+        | {
+            'layers': fields['layers'] or fields['encoder.layers'],
+            'attention.scale': 1.0,
+            'positions.kind': 'relative',
+            'encoder.start_token': f('decoder_start_token_id', f('pad_token_id', 0)),
+            'embedding.tied': tied and scaled,
+            'head.scale': fields['model_dim'] ** -0.5 if scaled else 1.0,
+        }
     )
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    known = {ours: published for published, ours in reversed(ACTIVATIONS.items())}
     if c.encoder is None:
         raise UserError('model.encoder is null: T5 has one')
-    start, p = c.encoder.start_token or 0, c.positions if isinstance(c.positions, RelativeConfig) else RelativeConfig()
+    start = c.encoder.start_token or 0
     return {
         'model_type': 't5',
         'is_encoder_decoder': True,
-        'vocab_size': c.vocabulary,
-        'num_layers': c.encoder.layers,
-        'num_decoder_layers': c.layers,
-        'd_model': c.model_dim,
-        'num_heads': c.attention.heads,
-        'd_kv': c.attention.head_dim,
-        'd_ff': c.mlp.dim,
-        'feed_forward_proj': known.get(c.mlp.activation, 'gated-gelu'),
-        'layer_norm_epsilon': c.norm.epsilon,
-        'relative_attention_num_buckets': p.buckets,
-        'relative_attention_max_distance': p.max_distance,
+        **write_fields(c, FIELDS),
         'tie_word_embeddings': c.embedding.tied,
         'scale_decoder_outputs': head_of(c).scale != 1,
         'decoder_start_token_id': start,

@@ -4,84 +4,183 @@ Where a converter leaves something out of a file, what llama.cpp assumes in its 
 that nothing reads becomes a field of its own name, so that it is refused like any field that may change the result.
 """
 
+import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from weft.hub.gguf.common_fields import common_fields, head_fields, scaling_fields
-from weft.hub.gguf.keys import Keys
+from weft.hub.gguf.keys import LARGEST, Config, Keys
 from weft.runtime.errors import UserError
 from weft.storage.foreign import shown_value
 
 GATES = {1: 'softmax', 2: 'sigmoid'}  # how experts are scored, by llama.cpp's numbers
 
 
-def has_bias(k: Keys, *names: str) -> bool:
-    """Whether the first layer has a bias of one of these."""
-    return any(k.has(f'blk.0.{name}.bias') for name in names)
-
-
 def of_class(name: str, kind: str) -> dict[str, Any]:
     return {'architectures': [name], 'model_type': kind}
 
 
+def common_fields(k: Keys) -> dict[str, Any]:
+    """The fields that Llama and its many descendants share, but for heads."""
+    heads, width = k.count('attention.head_count'), k.count('embedding_length')
+    return {
+        'vocab_size': k.vocabulary(),
+        'num_hidden_layers': k.layers(),
+        'hidden_size': width,
+        'num_attention_heads': heads,
+        'num_key_value_heads': k.count('attention.head_count_kv', heads),
+        'intermediate_size': k.count('feed_forward_length'),
+        'rms_norm_eps': k.positive('attention.layer_norm_rms_epsilon'),
+        'max_position_embeddings': k.count('context_length'),
+        'rope_theta': k.positive('rope.freq_base', 10_000.0),
+        'tie_word_embeddings': 'output.weight' not in k.tensors,
+    }
+
+
+def decoder_fields(k: Keys, name: str, kind: str) -> dict[str, Any]:
+    """`common_fields` of a class, the width of its heads, and of which part of one positions turn."""
+    fields = of_class(name, kind) | common_fields(k)
+    width = k.count('attention.key_length', fields['hidden_size'] // fields['num_attention_heads'])
+    turning, values = k.count('rope.dimension_count', width), k.count('attention.value_length', width)
+    if values != width:
+        raise k.error(
+            f'key {k.architecture}.attention.value_length is {values} and key_length {width}: both must be the same'
+        )
+    return fields | {'head_dim': width} | ({} if turning == width else {'partial_rotary_factor': turning / width})
+
+
+def original_context(k: Keys, fields: Config) -> int:
+    """Positions before they were scaled."""
+    return k.count('rope.scaling.original_context_length', fields['max_position_embeddings'])
+
+
+def scaling_fields(k: Keys, fields: Config, width: int | None = None) -> dict[str, Any]:
+    """The field rope_scaling; `width` is how many dims of a head turn, None for all."""
+    width = fields['head_dim'] if width is None else width
+    kind, name = k('rope.scaling.type', 'none'), f'{k.architecture}.rope.scaling'
+    factors = k.vector('rope_freqs.weight', width // 2)
+    if factors is not None and not np.allclose(factors, 1):
+        if kind != 'none':
+            raise k.error(
+                f'has both rope_freqs.weight and {name}.type {shown_value(kind)}: only one of them is supported'
+            )
+        return {'rope_scaling': llama3_scaling(factors, fields['rope_theta'], width, k.path)}
+    if kind == 'none':
+        factor = k.number('rope.scale_linear', 1.0)  # of older files
+        return {} if factor in (0, 1) else {'rope_scaling': {'rope_type': 'linear', 'factor': float(factor)}}
+    if kind == 'linear':
+        return {'rope_scaling': {'rope_type': 'linear', 'factor': k.positive('rope.scaling.factor')}}
+    if kind != 'yarn':
+        raise k.error(f'key {name}.type is {shown_value(kind)}, which is not supported; supported: none, linear, yarn')
+    found: dict[str, Any] = {'rope_type': 'yarn', 'factor': k.positive('rope.scaling.factor')}
+    found['original_max_position_embeddings'] = original_context(k, fields)
+    mixed = k.number('rope.scaling.yarn_ext_factor', 1.0)
+    if mixed not in (1, -1):  # below 0: as the kind of scaling has it
+        raise k.error(f'key {name}.yarn_ext_factor is {mixed}: only 1 is supported')
+    for field, key in (('beta_fast', 'beta_fast'), ('beta_slow', 'beta_slow'), ('attention_factor', 'attn_factor')):
+        if k(f'rope.scaling.yarn_{key}', None) is not None:
+            found[field] = k.positive(f'rope.scaling.yarn_{key}')
+    return {'rope_scaling': found}
+
+
+def llama3_scaling(factors: np.ndarray, theta: float, width: int, path: Path) -> dict[str, Any]:
+    """Llama 3's scaling of which these are the factors of wavelengths (transformers' modeling_rope_utils.py has the formula).
+
+    Of wavelengths between two bounds the inverse factor grows as the inverse wavelength does; the line gives the bounds, of
+    which only the ratios to the old context matter: low_freq_factor is taken to be 1, as in all published models.
+    """
+    wrong = UserError(
+        f'{path}: tensor rope_freqs.weight has factors that are not those of Llama 3’s scaling of positions'
+    )
+    largest = float(factors.max())
+    if not np.isfinite(factors).all() or factors.min() < 1:
+        raise wrong
+    waves = 2 * math.pi * theta ** (np.arange(0, width, 2) / width)
+    between = np.flatnonzero((factors > 1 + 1e-6) & (factors < largest * (1 - 1e-6)))
+    smooth = (1 / factors[between].astype(np.float64) - 1 / largest) / (1 - 1 / largest)
+    with np.errstate(all='ignore'):
+        if len(between) > 1:
+            slope = (smooth[0] - smooth[-1]) / (1 / waves[between[0]] - 1 / waves[between[-1]])
+            offset = smooth[0] - slope / waves[between[0]]
+        else:  # one is not enough for a line, nor is none: with the bounds and the context of all published models
+            offset = np.float64(-1 / 3)
+            slope = (smooth[0] - offset) * waves[between[0]] if len(between) else 8192 / 3
+        high = round(float(1 - 1 / offset), 3)
+        old = float(slope * (high - 1))
+    if not 1 < high < math.inf or not 1 <= old < LARGEST:
+        raise wrong
+    part = np.clip((round(old) / waves - 1) / (high - 1), 0, 1)
+    if not np.allclose(1 / ((1 - part) / largest + part), factors, rtol=1e-4, atol=0):
+        raise wrong
+    return {
+        'rope_type': 'llama3',
+        'factor': float(str(np.float32(largest))),
+        'low_freq_factor': 1.0,
+        'high_freq_factor': high,
+        'original_max_position_embeddings': round(old),
+    }
+
+
+def has_bias(k: Keys, *names: str) -> bool:
+    """Whether the first layer has a bias of one of these."""
+    return any(f'blk.0.{name}.bias' in k.tensors for name in names)
+
+
+def experts(k: Keys, field: str) -> dict[str, Any]:
+    """How many there are, by the name of config.json's `field`, and how many a token visits."""
+    return {field: k.count('expert_count'), 'num_experts_per_tok': k.count('expert_used_count')}
+
+
 def llama(k: Keys) -> dict[str, Any]:
     """Llama, and Mistral without its window; with experts Mixtral."""
-    fields = common_fields(k)
-    fields |= head_fields(k, fields)
+    fields = decoder_fields(k, 'LlamaForCausalLM', 'llama')
     fields |= scaling_fields(k, fields, k.count('rope.dimension_count', fields['head_dim']))
     if not k.whole('expert_count', 0):
         k('expert_used_count', 0)
-        biases = {'attention_bias': has_bias(k, 'attn_q'), 'mlp_bias': has_bias(k, 'ffn_gate')}
-        return of_class('LlamaForCausalLM', 'llama') | fields | biases
+        return fields | {'attention_bias': has_bias(k, 'attn_q'), 'mlp_bias': has_bias(k, 'ffn_gate')}
     if k('expert_weights_norm', True) is not True:
-        raise UserError(f'{k.path}: key {k.architecture}.expert_weights_norm is false, which Mixtral does not have')
-    of_experts = {'num_local_experts': k.count('expert_count'), 'num_experts_per_tok': k.count('expert_used_count')}
-    return of_class('MixtralForCausalLM', 'mixtral') | fields | of_experts
+        raise k.error(f'key {k.architecture}.expert_weights_norm is false, which Mixtral does not have')
+    return fields | of_class('MixtralForCausalLM', 'mixtral') | experts(k, 'num_local_experts')
 
 
 def qwen2(k: Keys) -> dict[str, Any]:
-    fields = common_fields(k)
-    fields |= head_fields(k, fields)
-    return of_class('Qwen2ForCausalLM', 'qwen2') | fields | scaling_fields(k, fields, fields['head_dim'])
+    fields = decoder_fields(k, 'Qwen2ForCausalLM', 'qwen2')
+    return fields | scaling_fields(k, fields)
 
 
 def qwen3(k: Keys) -> dict[str, Any]:
-    fields = common_fields(k)
-    fields |= head_fields(k, fields) | {'attention_bias': has_bias(k, 'attn_q')}
-    return of_class('Qwen3ForCausalLM', 'qwen3') | fields | scaling_fields(k, fields, fields['head_dim'])
+    fields = decoder_fields(k, 'Qwen3ForCausalLM', 'qwen3')
+    return fields | {'attention_bias': has_bias(k, 'attn_q')} | scaling_fields(k, fields)
 
 
 def qwen3moe(k: Keys) -> dict[str, Any]:
     """Weights of the chosen experts add up to 1 where a file says nothing, as in llama.cpp and all published models."""
-    fields = qwen3(k)
-    return fields | {
+    return {
+        **qwen3(k),
         **of_class('Qwen3MoeForCausalLM', 'qwen3_moe'),
-        'num_experts': k.count('expert_count'),
-        'num_experts_per_tok': k.count('expert_used_count'),
+        **experts(k, 'num_experts'),
         'moe_intermediate_size': k.count('expert_feed_forward_length'),
         'norm_topk_prob': k('expert_weights_norm', True),
     }
 
 
-def gemma(k: Keys, deepest: int) -> dict[str, Any]:
+def gemma(k: Keys, name: str, kind: str, deepest: int) -> dict[str, Any]:
     """The fields that Gemma 2 and 3 share. Of the largest model alone, which has `deepest` layers, queries are scaled by the
     width over heads, as llama.cpp knows by that; a file only says it in attention.scale, if at all.
     """
-    fields = common_fields(k)
-    fields |= head_fields(k, fields)
-    plain = (
-        fields['head_dim']
-        if fields['num_hidden_layers'] != deepest
-        else fields['hidden_size'] // fields['num_attention_heads']
-    )
-    scale = k('attention.scale', None)
-    return fields | {
-        'query_pre_attn_scalar': plain if scale is None else round(max(k.positive('attention.scale'), 1e-4) ** -2),
+    fields = decoder_fields(k, name, kind)
+    largest = fields['num_hidden_layers'] == deepest
+    scalar = fields['hidden_size'] // fields['num_attention_heads'] if largest else fields['head_dim']
+    if k('attention.scale', None) is not None:
+        scalar = round(max(k.positive('attention.scale'), 1e-4) ** -2)
+    fields |= {
+        'query_pre_attn_scalar': scalar,
         'attention_bias': has_bias(k, 'attn_q'),
         'hidden_activation': 'gelu_pytorch_tanh',
         'hidden_act': 'gelu_pytorch_tanh',
     }
+    return fields | scaling_fields(k, fields)
 
 
 def cap(k: Keys, name: str, default: float = 0.0) -> float | None:
@@ -101,7 +200,7 @@ def windows(k: Keys, layers: int, every: int, default: int = 0) -> dict[str, Any
         every = k.count('attention.sliding_window_pattern', every)
         flags = [(i + 1) % every != 0 for i in range(layers)]
     if len(flags) != layers:
-        raise UserError(f'{k.path}: key {key} has {len(flags)} values and the model {layers} layers')
+        raise k.error(f'key {key} has {len(flags)} values and the model {layers} layers')
     if not window:
         flags = [False] * layers
     kinds = ['sliding_attention' if flag else 'full_attention' for flag in flags]
@@ -110,86 +209,57 @@ def windows(k: Keys, layers: int, every: int, default: int = 0) -> dict[str, Any
 
 def gemma2(k: Keys) -> dict[str, Any]:
     """Files that were written early say nothing of caps and window: they are those of all published sizes."""
-    fields = gemma(k, deepest=46)
-    return (
-        of_class('Gemma2ForCausalLM', 'gemma2')
-        | fields
-        | scaling_fields(k, fields, fields['head_dim'])
-        | {
-            'attn_logit_softcapping': cap(k, 'attn_logit_softcapping', 50.0),
-            'final_logit_softcapping': cap(k, 'final_logit_softcapping', 30.0),
-            **windows(k, fields['num_hidden_layers'], 2, 4096),
-        }
-    )
+    fields = gemma(k, 'Gemma2ForCausalLM', 'gemma2', deepest=46)
+    return fields | {
+        'attn_logit_softcapping': cap(k, 'attn_logit_softcapping', 50.0),
+        'final_logit_softcapping': cap(k, 'final_logit_softcapping', 30.0),
+        **windows(k, fields['num_hidden_layers'], 2, 4096),
+    }
 
 
 def gemma3(k: Keys) -> dict[str, Any]:
-    fields = gemma(k, deepest=62)
-    return (
-        of_class('Gemma3ForCausalLM', 'gemma3_text')
-        | fields
-        | scaling_fields(k, fields, fields['head_dim'])
-        | {
-            'final_logit_softcapping': cap(k, 'final_logit_softcapping'),
-            'rope_local_base_freq': float(k.number('rope.freq_base_swa', 10_000.0)),
-            **windows(k, fields['num_hidden_layers'], 6),
-        }
-    )
+    fields = gemma(k, 'Gemma3ForCausalLM', 'gemma3_text', deepest=62)
+    return fields | {
+        'final_logit_softcapping': cap(k, 'final_logit_softcapping'),
+        'rope_local_base_freq': float(k.number('rope.freq_base_swa', 10_000.0)),
+        **windows(k, fields['num_hidden_layers'], 6),
+    }
 
 
 def gpt_oss(k: Keys) -> dict[str, Any]:
     """YaRN’s bounds are not rounded and units end at 7, as published; no file says either."""
-    fields = common_fields(k)
-    fields |= head_fields(k, fields)
-    scaled = scaling_fields(k, fields, fields['head_dim']).get('rope_scaling', {'rope_type': 'default'})
+    fields = decoder_fields(k, 'GptOssForCausalLM', 'gpt_oss')
+    scaled = scaling_fields(k, fields).get('rope_scaling', {'rope_type': 'default'})
     if scaled['rope_type'] == 'yarn':
         scaled['truncate'] = False
-    return (
-        of_class('GptOssForCausalLM', 'gpt_oss')
-        | fields
-        | {
-            'rope_scaling': scaled,
-            'intermediate_size': k.count('expert_feed_forward_length', k('feed_forward_length', None)),
-            'attention_bias': has_bias(k, 'attn_q'),
-            'num_local_experts': k.count('expert_count'),
-            'num_experts_per_tok': k.count('expert_used_count'),
-            **windows(k, fields['num_hidden_layers'], 2),
-        }
-    )
+    return fields | {
+        'rope_scaling': scaled,
+        'intermediate_size': k.count('expert_feed_forward_length', k('feed_forward_length', None)),
+        'attention_bias': has_bias(k, 'attn_q'),
+        **experts(k, 'num_local_experts'),
+        **windows(k, fields['num_hidden_layers'], 2),
+    }
 
 
 def phi3(k: Keys) -> dict[str, Any]:
-    fields = common_fields(k)
-    plain = fields['hidden_size'] // fields['num_attention_heads']
-    turning = k.count('rope.dimension_count', plain)
-    fields |= head_fields(k, fields)
+    fields = decoder_fields(k, 'Phi3ForCausalLM', 'phi3')
+    turning = k.count('rope.dimension_count', fields['hidden_size'] // fields['num_attention_heads'])
     window = k.whole('attention.sliding_window', 0)
     long, short = (k.vector(f'rope_factors_{name}.weight', turning // 2) for name in ('long', 'short'))
     if (long is None) != (short is None):
-        raise UserError(
-            f'{k.path}: has one of rope_factors_long.weight and rope_factors_short.weight: both or none work'
-        )
+        raise k.error('has one of rope_factors_long.weight and rope_factors_short.weight: both or none work')
     kind = k('rope.scaling.type', 'none')
     if kind not in ('none', 'longrope') or (kind == 'longrope' and long is None):
-        raise UserError(
-            f'{k.path}: key {k.architecture}.rope.scaling.type is {shown_value(kind)}: supported: none, and longrope '
-            'with its two tensors of factors'
+        raise k.error(
+            f'key {k.architecture}.rope.scaling.type is {shown_value(kind)}: supported: none, and longrope with its two '
+            'tensors of factors'
         )
     k('rope.scaling.attn_factor', None)  # follows from the two contexts
-    original = k.count('rope.scaling.original_context_length', fields['max_position_embeddings'])
-    scaled: dict[str, Any] = {}
+    original = original_context(k, fields)
     if long is not None and short is not None:
         factors = {'short_factor': decimals(short), 'long_factor': decimals(long)}
-        scaled['rope_scaling'] = {'type': 'longrope'} | factors
-    return (
-        of_class('Phi3ForCausalLM', 'phi3')
-        | fields
-        | scaled
-        | {
-            'original_max_position_embeddings': original,
-            'sliding_window': window or None,
-        }
-    )
+        fields['rope_scaling'] = {'type': 'longrope'} | factors
+    return fields | {'original_max_position_embeddings': original, 'sliding_window': window or None}
 
 
 def decimals(numbers: np.ndarray) -> list[float]:
@@ -200,11 +270,8 @@ def decimals(numbers: np.ndarray) -> list[float]:
 def gpt2(k: Keys) -> dict[str, Any]:
     k('attention.head_count_kv', None)
     k('rope.dimension_count', None)
-    embedding = k.tensors.get('token_embd.weight')
-    if embedding is None:
-        raise UserError(f'{k.path}: tensor token_embd.weight is missing, which every model has')
     return of_class('GPT2LMHeadModel', 'gpt2') | {
-        'vocab_size': embedding.shape[0],
+        'vocab_size': k.vocabulary(),
         'n_layer': k.layers(),
         'n_embd': k.count('embedding_length'),
         'n_head': k.count('attention.head_count'),
@@ -212,15 +279,14 @@ def gpt2(k: Keys) -> dict[str, Any]:
         'n_positions': k.count('context_length'),
         'layer_norm_epsilon': k.positive('attention.layer_norm_epsilon'),
         'activation_function': 'gelu_new',
-        'tie_word_embeddings': not k.has('output.weight'),
+        'tie_word_embeddings': 'output.weight' not in k.tensors,
     }
 
 
 def routing(k: Keys) -> dict[str, Any]:
     """The experts of DeepSeek's models and of GLM-4.5."""
     return {
-        'n_routed_experts': k.count('expert_count'),
-        'num_experts_per_tok': k.count('expert_used_count'),
+        **experts(k, 'n_routed_experts'),
         'moe_intermediate_size': k.count('expert_feed_forward_length'),
         'n_shared_experts': k.whole('expert_shared_count', 0),
         'first_k_dense_replace': k.whole('leading_dense_block_count', 0),
@@ -234,7 +300,7 @@ def gate(k: Keys, default: int) -> str:
     found = k.whole('expert_gating_func', 0) or default  # older files do not say it
     if found not in GATES:
         known = ', '.join(f'{number} ({name})' for number, name in GATES.items())
-        raise UserError(f'{k.path}: key {k.architecture}.expert_gating_func is {found}; supported: {known}')
+        raise k.error(f'key {k.architecture}.expert_gating_func is {found}; supported: {known}')
     return GATES[found]
 
 
@@ -246,13 +312,13 @@ def deepseek2(k: Keys) -> dict[str, Any]:
     """
     fields = common_fields(k)
     turning, rank = k.count('rope.dimension_count'), k.count('attention.kv_lora_rank')
-    joint = k.has('blk.0.attn_k_b.weight')
+    joint = 'blk.0.attn_k_b.weight' in k.tensors
     width = k.count('attention.key_length_mla' if joint else 'attention.key_length')
     values = k.count('attention.value_length_mla' if joint else 'attention.value_length')
     for name in ('attention.key_length', 'attention.key_length_mla', 'attention.value_length_mla'):
         k(name, None)
     if width <= turning:
-        raise UserError(f'{k.path}: keys of {width} dims are not wider than the {turning} of them that turn')
+        raise k.error(f'keys of {width} dims are not wider than the {turning} of them that turn')
     sigmoid = gate(k, default=1) == 'sigmoid'
     # Files of V3 from before llama.cpp chose experts by groups do not say the groups, which that model has.
     published = sigmoid and k.count('expert_count') == 256
@@ -263,22 +329,21 @@ def deepseek2(k: Keys) -> dict[str, Any]:
     if 'rope_scaling' in scaled and log:
         both = float(f'{log / 0.1:.6g}')  # a converter writes a tenth of it
         scaled['rope_scaling'] |= {'mscale': both, 'mscale_all_dim': both}
-    how = {
+    version = 3 if sigmoid else 2
+    fields |= of_class(f'DeepseekV{version}ForCausalLM', f'deepseek_v{version}') | scaled | routing(k)
+    fields |= {
         'scoring_func': 'sigmoid' if sigmoid else 'softmax',
         'topk_method': 'noaux_tc' if sigmoid else 'greedy' if groups == 1 else 'group_limited_greedy',
         'n_group': groups,
         'topk_group': top,
     }
-    both_classes = {True: ('DeepseekV3ForCausalLM', 'deepseek_v3'), False: ('DeepseekV2ForCausalLM', 'deepseek_v2')}
-    fields |= of_class(*both_classes[sigmoid]) | scaled | routing(k) | how
     if not sigmoid:
         fields['mlp_bias'] = has_bias(k, 'ffn_gate', 'ffn_gate_shexp')
     k('nextn_predict_layers', 0)  # converters leave these layers out
+    name = 'attention.q_lora_rank'
     return fields | {
         'num_key_value_heads': fields['num_attention_heads'],
-        'q_lora_rank': k.count('attention.q_lora_rank')
-        if k.has('blk.0.attn_q_a.weight')
-        else k('attention.q_lora_rank', None),
+        'q_lora_rank': k.count(name) if 'blk.0.attn_q_a.weight' in k.tensors else k(name, None),
         'kv_lora_rank': rank,
         'qk_nope_head_dim': width - turning,
         'qk_rope_head_dim': turning,
@@ -289,30 +354,21 @@ def deepseek2(k: Keys) -> dict[str, Any]:
 
 def glm4moe(k: Keys) -> dict[str, Any]:
     """GLM-4.5; layers that predict further ahead count among the blocks."""
-    fields = common_fields(k)
-    fields |= head_fields(k, fields)
-    ahead = k.whole('nextn_predict_layers', 0)
-    layers = fields['num_hidden_layers'] - ahead
-    if not 0 <= ahead < fields['num_hidden_layers']:
-        raise UserError(
-            f'{k.path}: key {k.architecture}.nextn_predict_layers is {ahead} of '
-            f'{fields["num_hidden_layers"]} blocks: it must be less'
-        )
+    fields = decoder_fields(k, 'Glm4MoeForCausalLM', 'glm4_moe')
+    ahead, blocks = k.whole('nextn_predict_layers', 0), fields['num_hidden_layers']
+    if not 0 <= ahead < blocks:
+        raise k.error(f'key {k.architecture}.nextn_predict_layers is {ahead} of {blocks} blocks: it must be less')
     if gate(k, default=2) != 'sigmoid':
-        raise UserError(f'{k.path}: key {k.architecture}.expert_gating_func is 1 (softmax); supported: 2 (sigmoid)')
+        raise k.error(f'key {k.architecture}.expert_gating_func is 1 (softmax); supported: 2 (sigmoid)')
     fraction = fields.pop('partial_rotary_factor', 1.0)
-    return (
-        of_class('Glm4MoeForCausalLM', 'glm4_moe')
-        | fields
-        | scaling_fields(k, fields, round(fraction * fields['head_dim']))
-        | {
-            **routing(k),
-            'num_hidden_layers': layers,
-            'num_nextn_predict_layers': ahead,
-            'partial_rotary_factor': fraction,
-            'n_group': k.whole('expert_group_count', 1) or 1,
-            'topk_group': k.whole('expert_group_used_count', 1) or 1,
-            'attention_bias': has_bias(k, 'attn_q'),
-            'use_qk_norm': k.has('blk.0.attn_q_norm.weight'),
-        }
-    )
+    return fields | {
+        **scaling_fields(k, fields, round(fraction * fields['head_dim'])),
+        **routing(k),
+        'num_hidden_layers': blocks - ahead,
+        'num_nextn_predict_layers': ahead,
+        'partial_rotary_factor': fraction,
+        'n_group': k.whole('expert_group_count', 1) or 1,
+        'topk_group': k.whole('expert_group_used_count', 1) or 1,
+        'attention_bias': has_bias(k, 'attn_q'),
+        'use_qk_norm': 'blk.0.attn_q_norm.weight' in k.tensors,
+    }

@@ -32,6 +32,9 @@ class Keys:
         self.path, self.architecture, self.values, self.tensors = path, architecture, values, tensors
         self.seen = {f'{architecture}.{name}' for name in IDLE}
 
+    def error(self, said: str) -> UserError:
+        return UserError(f'{self.path}: {said}')
+
     def __call__(self, name: str, default: Any = ...) -> Any:
         """A key's value. Of a value for each layer, the one that all of them have."""
         key = f'{self.architecture}.{name}'
@@ -39,13 +42,12 @@ class Keys:
         value = self.values.get(key)
         if value is None:
             if default is ...:
-                raise UserError(f'{self.path}: key {key} is missing, which a model of this architecture needs')
+                raise self.error(f'key {key} is missing, which a model of this architecture needs')
             return default
         if isinstance(value, np.ndarray):
             if value.size == 0 or not (value == value[0]).all():
-                raise UserError(
-                    f'{self.path}: key {key} has {len(value)} values, which differ from layer to layer: only one for all '
-                    'layers is supported'
+                raise self.error(
+                    f'key {key} has {len(value)} values, which differ from layer to layer: only one for all layers is supported'
                 )
             return value[0].item()
         return value
@@ -58,24 +60,22 @@ class Keys:
         """A key that holds a whole number from `least` on."""
         value = self(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
-            raise UserError(
-                f'{self.path}: key {self.architecture}.{name} is {shown_value(value)}: it must be a whole number from '
-                f'{least} to {LARGEST}'
-            )
+            rule = f'it must be a whole number from {least} to {LARGEST}'
+            raise self.error(f'key {self.architecture}.{name} is {shown_value(value)}: {rule}')
         return value
 
     def positive(self, name: str, default: Any = ...) -> float:
         """A key that holds a number above 0."""
         value = self.number(name, default)
         if not value > 0:
-            raise UserError(f'{self.path}: key {self.architecture}.{name} is {value}: it must be above 0')
+            raise self.error(f'key {self.architecture}.{name} is {value}: it must be above 0')
         return float(value)
 
     def number(self, name: str, default: Any = ...) -> float:
         """A key that holds a number."""
         value = self(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise UserError(f'{self.path}: key {self.architecture}.{name} is {shown_value(value)}: it must be a number')
+            raise self.error(f'key {self.architecture}.{name} is {shown_value(value)}: it must be a number')
         return value
 
     def layers(self) -> int:
@@ -83,14 +83,17 @@ class Keys:
         blocks = self.count('block_count')
         there = {name.split('.')[1] for name in self.tensors if name.startswith('blk.')}
         if blocks != len(there):
-            raise UserError(
-                f'{self.path}: key {self.architecture}.block_count is {blocks}, and the file has tensors of {len(there)} blocks'
+            raise self.error(
+                f'key {self.architecture}.block_count is {blocks}, and the file has tensors of {len(there)} blocks'
             )
         return blocks
 
-    def has(self, name: str) -> bool:
-        """Whether the file has a tensor."""
-        return name in self.tensors
+    def vocabulary(self) -> int:
+        """Tokens that the embedding has rows of."""
+        embedding = self.tensors.get('token_embd.weight')
+        if embedding is None:
+            raise self.error('tensor token_embd.weight is missing, which every model has')
+        return embedding.shape[0]
 
     def vector(self, name: str, length: int) -> np.ndarray | None:
         """The numbers of a short tensor, which say something of the model; None where there is none."""
@@ -98,7 +101,7 @@ class Keys:
         if found is None:
             return None
         if found.shape != (length,):
-            raise UserError(f'{self.path}: tensor {name} is {list(found.shape)} and by the keys must be {[length]}')
+            raise self.error(f'tensor {name} is {list(found.shape)} and by the keys must be {[length]}')
         return np.array(found.read(), np.float32)
 
     def unread(self) -> dict[str, Any]:
@@ -106,6 +109,3 @@ class Keys:
         mine = [key for key in self.values if key.startswith(f'{self.architecture}.') and key not in self.seen]
         short = lambda value: value if isinstance(value, int | float) else shown_value(value)
         return {key: short(self.values[key]) for key in mine}
-
-
-# What a table may say beside the name of a tensor in a published folder ------------------------------------------------
