@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from weft.hub.tensor_files import Stored
+from weft.hub.tensor_files import Stored, full_index
 from weft.runtime.errors import UserError, shown
 from weft.storage.foreign import shown_path, shown_value
 
@@ -49,7 +49,7 @@ class BlockScaled:
 
     def read(self, take: tuple[slice, ...] = ()) -> np.ndarray:
         """A part of what it stands for."""
-        spans = [range(size)[part] for size, part in zip(self.shape, _all(take, self.shape), strict=True)]
+        spans = [range(size)[part] for size, part in zip(self.shape, full_index(take, len(self.shape)), strict=True)]
         row, column = (np.array(span) // step for span, step in zip(spans, self.block, strict=True))
         factors = np.array(self.scale.read(), np.float32)[row[:, None], column[None]]
         return (self.weight.read(take).astype(np.float32) * factors).astype(BFLOAT16)
@@ -74,7 +74,7 @@ class Mxfp4:
 
     def read(self, take: tuple[slice, ...] = ()) -> np.ndarray:
         """A part of what it stands for."""
-        *first, columns, rows = _all(take, self.shape)
+        *first, columns, rows = full_index(take, len(self.shape))
         span = range(self.shape[-2])[columns]
         begin, end = span[0] // GROUP, span[-1] // GROUP + 1
         where = (*first, rows, slice(begin, end))
@@ -86,11 +86,6 @@ class Mxfp4:
         wide = numbers.astype(self.dtype).reshape(*packed.shape[:-2], -1)
         cut = slice(span[0] - begin * GROUP, span[-1] - begin * GROUP + 1, span.step)
         return wide[..., cut].swapaxes(-1, -2)
-
-
-def _all(take: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
-    """Slices of all dims."""
-    return (*take, *[slice(None)] * (len(shape) - len(take)))
 
 
 def unpacked(

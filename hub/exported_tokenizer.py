@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from weft.data.tokenizer import SPACE, Tokenizer
+from weft.hub.tokenizers.built import halves
 
 
 def exported_tokenizer(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
@@ -65,10 +66,5 @@ def exported_tokenizer(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
 
 def merges(learnt: dict[str, int]) -> list[list[str]]:
     """Which two pieces make which, the first ones first: sentencepiece joins whatever pair makes the piece learnt earliest."""
-    found = []
-    for name in sorted(learnt, key=learnt.__getitem__):
-        pairs = [(name[:at], name[at:]) for at in range(1, len(name))]
-        found += sorted(
-            ([a, b] for a, b in pairs if a in learnt and b in learnt), key=lambda pair: [learnt[half] for half in pair]
-        )
-    return found
+    found = sorted(halves(learnt), key=lambda pieces: [learnt[piece] for piece in pieces])
+    return [[left, right] for _, left, right in found]

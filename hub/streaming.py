@@ -19,6 +19,7 @@ from jax import lax
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from weft.hub.families import Tensor, TensorPart
+from weft.hub.tensor_files import full_index
 from weft.runtime.errors import UserError
 from weft.storage.array_slices import NO_MESH, Bounds, host_slice, is_host, slice_shape, split_bounds
 
@@ -84,7 +85,7 @@ def _block(bounds: Bounds, dtype: np.dtype, places: Places, read: Read) -> np.nd
     first = len(next(iter(places)))  # dims that say which layer, which expert
     for at in itertools.product(*(range(*span) for span in bounds[:first])):
         one, part = places[at]
-        cuts: list[Any] = [*part.take, *[slice(None)] * (len(one.shape) - len(part.take))]
+        cuts = full_index(part.take, len(one.shape))
         dims = [dim for dim, chosen in enumerate(cuts) if isinstance(chosen, slice)]
         dims = [dims[axis] for axis in part.axes or range(len(dims))]  # of the tensor, by ours
         spans = [range(one.shape[dim])[cuts[dim]] for dim in dims]

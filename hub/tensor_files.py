@@ -73,12 +73,17 @@ def read_part(
     file: SteadyFile, begin: int, shape: tuple[int, ...], dtype: np.dtype, take: tuple[Any, ...]
 ) -> np.ndarray:
     """A part of an array that stands in a file from `begin` on, as NumPy would take it."""
-    cuts = [*take, *[slice(None)] * (len(shape) - len(take))]
+    cuts = full_index(take, len(shape))
     spans = [_span(cut, size) for cut, size in zip(cuts, shape, strict=True)]
     out = np.empty([len(span) for span in spans], dtype)
     if out.size:
         _fill(out, file, begin, shape, spans)
     return out.reshape([len(span) for span, cut in zip(spans, cuts, strict=True) if not isinstance(cut, int)])
+
+
+def full_index(take: tuple[Any, ...], dims: int) -> tuple[Any, ...]:
+    """An index with a slice of all for each dim that it leaves out."""
+    return (*take, *[slice(None)] * (dims - len(take)))
 
 
 Span = range | np.ndarray  # which places along a dim

@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from weft.hub.tensor_files import Stored, read_part
+from weft.hub.tensor_files import Stored, full_index, read_part
 from weft.storage.foreign import SteadyFile
 
 
 class Layout(NamedTuple):
-    """A type of tensor: so many numbers in a block of so many bytes. No bytes: it is known, and not supported."""
+    """A type of tensor: so many numbers in a block of so many bytes."""
 
     name: str
-    numbers: int = 1
-    bytes: int = 0
+    numbers: int
+    bytes: int
 
 
 # By the number that stands for each in a file.
@@ -36,34 +36,15 @@ LAYOUTS = {
     14: Layout('Q6_K', 256, 210),
     30: Layout('BF16', 1, 2),
     39: Layout('MXFP4', 32, 17),
-} | {
-    i: Layout(name)
-    for i, name in {
-        9: 'Q8_1',
-        15: 'Q8_K',
-        16: 'IQ2_XXS',
-        17: 'IQ2_XS',
-        18: 'IQ3_XXS',
-        19: 'IQ1_S',
-        20: 'IQ4_NL',
-        21: 'IQ3_S',
-        22: 'IQ2_S',
-        23: 'IQ4_XS',
-        24: 'I8',
-        25: 'I16',
-        26: 'I32',
-        27: 'I64',
-        28: 'F64',
-        29: 'IQ1_M',
-        34: 'TQ1_0',
-        35: 'TQ2_0',
-        40: 'NVFP4',
-    }.items()
 }
-SUPPORTED = [layout.name for layout in LAYOUTS.values() if layout.bytes]
 PLAIN: dict[str, np.dtype] = {'F32': np.dtype(np.float32), 'F16': np.dtype(np.float16), 'BF16': np.dtype(jnp.bfloat16)}
-FLOAT = np.dtype(np.float32)
-BFLOAT16 = np.dtype(jnp.bfloat16)
+
+
+def type_name(kind: int) -> str:
+    """What ggml calls a type; its number where it knows none."""
+    from gguf import GGMLQuantizationType  # it brings much with it that most runs have no use for
+
+    return next((known.name for known in GGMLQuantizationType if known == kind), str(kind))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +62,7 @@ class Blocks:
 
     @property
     def dtype(self) -> np.dtype:
-        return BFLOAT16 if self.layout.name == 'MXFP4' else FLOAT
+        return np.dtype(jnp.bfloat16 if self.layout.name == 'MXFP4' else np.float32)
 
     @property
     def bytes(self) -> int:
@@ -89,8 +70,8 @@ class Blocks:
 
     def read(self, take: tuple[Any, ...] = ()) -> np.ndarray:
         """A part of it, by slices; the first may be an array of indices."""
-        cuts: list[Any] = [*take, *[slice(None)] * (len(self.shape) - len(take))]
-        first, span = cuts[:-1], range(self.shape[-1])[cuts[-1]]
+        *first, last = full_index(take, len(self.shape))
+        span = range(self.shape[-1])[last]
         row = self.shape[-1] // self.layout.numbers * self.layout.bytes
         ends = (min(span[0], span[-1]), max(span[0], span[-1]) + 1) if len(span) else (0, 0)
         begin, end = ends[0] // self.layout.numbers, -(-ends[1] // self.layout.numbers)
@@ -104,11 +85,11 @@ class Blocks:
 
 def _numbers(packed: np.ndarray, layout: Layout) -> np.ndarray:
     """float32 [..., numbers] of blocks, uint8 [..., bytes]."""
-    from gguf import GGMLQuantizationType  # it brings much with it that most runs have no use for
+    from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
     if not packed.size:
-        return np.zeros((*packed.shape[:-1], packed.shape[-1] // layout.bytes * layout.numbers), FLOAT)
+        return np.zeros((*packed.shape[:-1], packed.shape[-1] // layout.bytes * layout.numbers), np.float32)
     with np.errstate(over='ignore', invalid='ignore'):  # a block's scale may be infinite or not a number
         return dequantize(np.ascontiguousarray(packed), GGMLQuantizationType[layout.name])
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from weft.hub.gguf.blocks import LAYOUTS, PLAIN, SUPPORTED, Blocks, Numbers
+from weft.hub.gguf.blocks import LAYOUTS, PLAIN, Blocks, Numbers, type_name
 from weft.hub.gguf.header import Header
 from weft.hub.tensor_files import Stored
 from weft.runtime.errors import UserError, shown
@@ -35,10 +35,8 @@ class Contents:
     values: Mapping[str, Any]  # numbers, texts, NumPy arrays of numbers, lists of texts
     tensors: Mapping[str, Numbers]
 
-    @property
-    def where(self) -> str:
-        """The file, for messages."""
-        return shown_path(self.path)
+    def error(self, said: str) -> UserError:
+        return UserError(f'{shown_path(self.path)}: {said}')
 
 
 def read(path: Path) -> Contents:
@@ -55,23 +53,23 @@ def whole(contents: Contents, key: str, default: int) -> int:
     """A key that holds a whole number, from 0 on."""
     found = contents.values.get(key, default)
     if isinstance(found, bool) or not isinstance(found, int) or found < 0:
-        raise UserError(f'{contents.where}: key {key} is {shown_value(found)}: it must be a whole number from 0 on')
+        raise contents.error(f'key {key} is {shown_value(found)}: it must be a whole number from 0 on')
     return found
 
 
 def _parts(first: Contents, count: int) -> Contents:
-    path, where = first.path, first.where
+    path = first.path
     named = PART.fullmatch(path.name)
     if count > MOST_PARTS:
-        raise UserError(f'{where}: is one of {count} files: at most {MOST_PARTS} are read')
+        raise first.error(f'is one of {count} files: at most {MOST_PARTS} are read')
     if not named or int(named[3]) != count:
-        raise UserError(
-            f'{where}: is one of {count} files of a model, which are named NAME-00001-of-{count:05}.gguf and so on: give '
+        raise first.error(
+            f'is one of {count} files of a model, which are named NAME-00001-of-{count:05}.gguf and so on: give '
             'them these names again, and name the first'
         )
     names = [path.with_name(f'{named[1]}-{i + 1:05}-of-{count:05}.gguf') for i in range(count)]
     if whole(first, 'split.no', 0) != 0 or path != names[0]:
-        raise UserError(f'{where}: is not the first of the {count} files of a model: name {shown_path(names[0])}')
+        raise first.error(f'is not the first of the {count} files of a model: name {shown_path(names[0])}')
     tensors = dict(first.tensors)
     for i, name in enumerate(names[1:], 1):
         if not name.is_file():
@@ -80,19 +78,17 @@ def _parts(first: Contents, count: int) -> Contents:
             )
         part = _one(name)
         if (of := whole(part, 'split.count', 1)) != count or whole(part, 'split.no', 0) != i:
-            raise UserError(
-                f'{shown_path(name)}: says that it is file {whole(part, "split.no", 0)} of {of}, counted '
-                f'from 0, and by its name is {i} of {count}: it belongs to another model'
+            raise part.error(
+                f'says that it is file {whole(part, "split.no", 0)} of {of}, counted from 0, and by its name is {i} of '
+                f'{count}: it belongs to another model'
             )
         for tensor, numbers in part.tensors.items():
             if tensor in tensors:
-                raise UserError(f'{shown_path(name)}: tensor {tensor} is also in {shown(tensors[tensor].path.name)}')
+                raise part.error(f'tensor {tensor} is also in {shown(tensors[tensor].path.name)}')
             tensors[tensor] = numbers
     wanted = whole(first, 'split.tensors.count', len(tensors))
     if wanted != len(tensors):
-        raise UserError(
-            f'{where}: its {count} files have {len(tensors)} tensors and must have {wanted}: one was exchanged'
-        )
+        raise first.error(f'its {count} files have {len(tensors)} tensors and must have {wanted}: one was exchanged')
     return Contents(path, first.values, tensors)
 
 
@@ -108,35 +104,30 @@ def _one(path: Path) -> Contents:
 
 
 def _contents(header: Header) -> Contents:
-    path, where = header.path, header.where
     header.need(4, 'its first bytes')
     magic, version = header.raw[:4], header.number('I', 'its version')
     if magic != MAGIC:
-        raise UserError(f'{where}: begins with {magic!r} and not with {MAGIC!r}: not a GGUF file')
+        raise header.error(f'begins with {magic!r} and not with {MAGIC!r}: not a GGUF file')
     if int.from_bytes(version.to_bytes(4, 'little'), 'big') in (1, *VERSIONS):
-        raise UserError(f'{where}: is big-endian: take the little-endian file, or turn it with gguf_convert_endian.py')
+        raise header.error('is big-endian: take the little-endian file, or turn it with gguf_convert_endian.py')
     if version not in VERSIONS:
-        raise UserError(
-            f'{where}: is of GGUF version {version}; supported: {" and ".join(map(str, VERSIONS))}; convert the model again '
-            'with a newer converter'
-            if version < min(VERSIONS)
-            else f'{where}: is of GGUF version {version}; supported: {" and ".join(map(str, VERSIONS))}'
-        )
+        again = '; convert the model again with a newer converter' if version < min(VERSIONS) else ''
+        raise header.error(f'is of GGUF version {version}; supported: {" and ".join(map(str, VERSIONS))}{again}')
     tensors = header.count('the header', 'tensors', MOST_TENSORS, 24)
     keys = header.count('the header', 'keys', MOST_KEYS, 13)
     values: dict[str, Any] = {}
     for _ in range(keys):
         key = header.name('a key')
         if key in values:
-            raise UserError(f'{where}: key {key!r} is there twice')
+            raise header.error(f'key {key!r} is there twice')
         values[key] = header.value(key)
     entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
     for _ in range(tensors):
         name = header.name('a tensor')
         if name in entries:
-            raise UserError(f'{where}: tensor {name!r} is there twice')
+            raise header.error(f'tensor {name!r} is there twice')
         entries[name] = _entry(header, name)
-    return Contents(path, values, _placed(header, entries, _alignment(path, values)))
+    return Contents(header.path, values, _placed(header, entries, _alignment(header.path, values)))
 
 
 def _entry(header: Header, name: str) -> tuple[tuple[int, ...], int, int]:
@@ -144,18 +135,17 @@ def _entry(header: Header, name: str) -> tuple[tuple[int, ...], int, int]:
     what = f'tensor {name!r}'
     dims = header.number('I', what)
     if not 1 <= dims <= MOST_DIMS:
-        raise UserError(f'{header.where}: {what} has {dims} dims: from 1 to {MOST_DIMS} work')
+        raise header.error(f'{what} has {dims} dims: from 1 to {MOST_DIMS} work')
     shape = tuple(header.number('Q', what) for _ in range(dims))[::-1]  # a file has the innermost first
     return shape, header.number('I', what), header.number('Q', what)
 
 
 def _alignment(path: Path, values: Mapping[str, Any]) -> int:
     """What offsets are multiples of."""
-    found = whole(Contents(path, values, {}), 'general.alignment', 32)
+    contents = Contents(path, values, {})
+    found = whole(contents, 'general.alignment', 32)
     if not 1 <= found <= 2**16 or found & (found - 1):
-        raise UserError(
-            f'{shown_path(path)}: general.alignment is {found}: it must be a power of 2 up to {2**16}, such as 32'
-        )
+        raise contents.error(f'general.alignment is {found}: it must be a power of 2 up to {2**16}, such as 32')
     return found
 
 
@@ -163,27 +153,27 @@ def _placed(
     header: Header, entries: Mapping[str, tuple[tuple[int, ...], int, int]], alignment: int
 ) -> dict[str, Numbers]:
     """The tensors, each where its numbers are."""
-    where, start = header.where, -(-header.at // alignment) * alignment
+    start = -(-header.at // alignment) * alignment
     found: dict[str, Numbers] = {}
     for name, (shape, kind, offset) in entries.items():
         layout = LAYOUTS.get(kind)
-        if layout is None or not layout.bytes:
-            said = f'type {kind}' if layout is None else f'type {layout.name}'
-            raise UserError(
-                f'{where}: tensor {name!r} is of {said}, which is not supported; supported: {", ".join(SUPPORTED)}'
+        if layout is None:
+            known = ', '.join(one.name for one in LAYOUTS.values())
+            raise header.error(
+                f'tensor {name!r} is of type {type_name(kind)}, which is not supported; supported: {known}'
             )
         if not all(1 <= dim < 2**48 for dim in shape) or math.prod(shape) >= 2**48:
-            raise UserError(
-                f'{where}: tensor {name!r} has dims {list(shape)}: each must be at least 1, all below 2^48 numbers'
+            raise header.error(
+                f'tensor {name!r} has dims {list(shape)}: each must be at least 1, all below 2^48 numbers'
             )
         if shape[-1] % layout.numbers:
-            raise UserError(
-                f'{where}: tensor {name!r} has rows of {shape[-1]} numbers, and {layout.name} has them in blocks of '
+            raise header.error(
+                f'tensor {name!r} has rows of {shape[-1]} numbers, and {layout.name} has them in blocks of '
                 f'{layout.numbers}: the header is wrong'
             )
         if offset % alignment or offset >= 2**63:
-            raise UserError(
-                f'{where}: tensor {name!r} begins at {offset}, which is no multiple of {alignment}: the header is wrong'
+            raise header.error(
+                f'tensor {name!r} begins at {offset}, which is no multiple of {alignment}: the header is wrong'
             )
         begin = start + offset
         plain = PLAIN.get(layout.name)
@@ -193,14 +183,12 @@ def _placed(
     end = start
     for name, one in sorted(found.items(), key=lambda item: item[1].begin):
         if one.begin < end:
-            raise UserError(f'{where}: tensor {name!r} overlaps another: the header is wrong')
+            raise header.error(f'tensor {name!r} overlaps another: the header is wrong')
         if one.begin - end >= alignment:
-            raise UserError(
-                f'{where}: tensor {name!r} leaves {one.begin - end} bytes before it unused: the header is wrong'
-            )
+            raise header.error(f'tensor {name!r} leaves {one.begin - end} bytes before it unused: the header is wrong')
         end = one.begin + one.bytes
         if end > header.size:
-            raise UserError(
-                f'{where}: has {header.size} bytes and tensor {name!r} ends at {end}: it was cut off; fetch it again'
+            raise header.error(
+                f'has {header.size} bytes and tensor {name!r} ends at {end}: it was cut off; fetch it again'
             )
     return found

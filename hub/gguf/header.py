@@ -43,16 +43,19 @@ class Header:
         self.at = 0
         self.texts = 0  # in arrays, so far
 
+    def error(self, said: str) -> UserError:
+        return UserError(f'{self.where}: {said}')
+
     def need(self, count: int, what: str) -> int:
         """Where the next `count` bytes begin, having passed over them."""
         at = self.at
         if count > self.end - at:
             if self.end < self.size and count <= self.size - at:
-                raise UserError(
-                    f'{self.where}: its header has more than {LONGEST_HEADER} bytes, the most that is read of one, at {what}'
+                raise self.error(
+                    f'its header has more than {LONGEST_HEADER} bytes, the most that is read of one, at {what}'
                 )
-            raise UserError(
-                f'{self.where}: has {self.size} bytes and ends within its header, at {what}: it was cut off, or the header is '
+            raise self.error(
+                f'has {self.size} bytes and ends within its header, at {what}: it was cut off, or the header is '
                 'wrong; fetch it again'
             )
         self.at = at + count
@@ -74,12 +77,12 @@ class Header:
         """A count of what follows, each at least that many bytes."""
         count = self.number('Q', what)
         if count > most:
-            raise UserError(
-                f'{self.where}: {what} has {count} {of}: at most {most} are read; the header is wrong, or not of a model'
+            raise self.error(
+                f'{what} has {count} {of}: at most {most} are read; the header is wrong, or not of a model'
             )
         if count * least_bytes > self.size - self.at:
-            raise UserError(
-                f'{self.where}: {what} has {count} {of}, and only {self.size - self.at} bytes follow: the header is wrong, or '
+            raise self.error(
+                f'{what} has {count} {of}, and only {self.size - self.at} bytes follow: the header is wrong, or '
                 'the file was cut off'
             )
         return count
@@ -87,7 +90,7 @@ class Header:
     def text(self, what: str, most: int = LONGEST_TEXT) -> str:
         length = self.number('Q', what)
         if length > most:
-            raise UserError(f'{self.where}: {what} is a text of {length} bytes: at most {most} are read')
+            raise self.error(f'{what} is a text of {length} bytes: at most {most} are read')
         at = self.need(length, what)
         return self.decoded(self.raw[at : at + length], what)
 
@@ -95,18 +98,14 @@ class Header:
         """The name of a key or a tensor, which messages repeat."""
         found = self.text(f'the name of {of}', LONGEST_NAME)
         if not found.isprintable() or ' ' in found:
-            raise UserError(
-                f'{self.where}: the name of {of} is {shown_value(found)}: names have letters, digits and signs alone'
-            )
+            raise self.error(f'the name of {of} is {shown_value(found)}: names have letters, digits and signs alone')
         return found
 
     def decoded(self, raw: bytes, what: str) -> str:
         try:
             return raw.decode()
         except UnicodeDecodeError as error:
-            raise UserError(
-                f'{self.where}: {what} is not UTF-8 at its byte {error.start}: the header is wrong'
-            ) from None
+            raise self.error(f'{what} is not UTF-8 at its byte {error.start}: the header is wrong') from None
 
     def value(self, key: str) -> Any:
         what = f'key {key!r}'
@@ -116,9 +115,7 @@ class Header:
         if kind == ARRAY:
             return self.array(what)
         if kind not in NUMBERS:
-            raise UserError(
-                f'{self.where}: {what} has a value of type {kind}: types go from 0 to 12; the header is wrong'
-            )
+            raise self.error(f'{what} has a value of type {kind}: types go from 0 to 12; the header is wrong')
         number = self.number(NUMBERS[kind][0], what)
         if kind == FLOAT32:
             return shortest(number)
@@ -126,21 +123,19 @@ class Header:
 
     def flag(self, number: int, what: str) -> bool:
         if number > 1:
-            raise UserError(f'{self.where}: {what} is true or false, and has the byte {number}: it must be 0 or 1')
+            raise self.error(f'{what} is true or false, and has the byte {number}: it must be 0 or 1')
         return bool(number)
 
     def array(self, what: str) -> Any:
         kind = self.number('I', what)
         if kind == ARRAY:
-            raise UserError(f'{self.where}: {what} is an array of arrays, which is not read; no model has one')
+            raise self.error(f'{what} is an array of arrays, which is not read; no model has one')
         if kind == TEXT:
             count = self.count(what, 'texts', min(MOST_VALUES, MOST_TEXTS - self.texts), 8)
             self.texts += count
             return self.array_of_texts(what, count)
         if kind not in NUMBERS:
-            raise UserError(
-                f'{self.where}: {what} is an array of type {kind}: types go from 0 to 12; the header is wrong'
-            )
+            raise self.error(f'{what} is an array of type {kind}: types go from 0 to 12; the header is wrong')
         dtype = np.dtype(NUMBERS[kind][1])
         count = self.count(what, 'values', MOST_VALUES, dtype.itemsize)
         at = self.need(count * dtype.itemsize, what)

@@ -12,13 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from weft.hub.gguf.blocks import Numbers
+from weft.hub.tensor_files import full_index
 
 Take = tuple[Any, ...]  # slices, and in Regrouped arrays of indices
-
-
-def whole(take: Take, dims: int) -> Take:
-    """Slices of all dims."""
-    return (*take, *[slice(None)] * (dims - len(take)))
 
 
 class Undone(abc.ABC):
@@ -59,7 +55,7 @@ class Regrouped(Undone):
         rows = self.shape[0]
         half = rows // self.heads // 2
         order = np.arange(rows).reshape(self.heads, half, 2).swapaxes(1, 2).reshape(rows)
-        first, *others = whole(take, len(self.shape))
+        first, *others = full_index(take, len(self.shape))
         if len(self.shape) == 1:  # a bias, which has no blocks
             return self.of.read()[order[first]]
         return self.of.read((order[first], *others))
@@ -120,7 +116,7 @@ class Turned(Undone):
         return (*self.of.shape[:-2], self.of.shape[-1], self.of.shape[-2])
 
     def read(self, take: Take = ()) -> np.ndarray:
-        *first, row, column = whole(take, len(self.shape))
+        *first, row, column = full_index(take, len(self.shape))
         return self.of.read((*first, column, row)).swapaxes(-1, -2)
 
 
@@ -152,7 +148,7 @@ class Woven(OfTwo):
         return (*shape[:-1], 2 * shape[-1])
 
     def read(self, take: Take = ()) -> np.ndarray:
-        *first, last = whole(take, len(self.shape))
+        *first, last = full_index(take, len(self.shape))
         span = np.arange(self.shape[-1])[last]
         parts = []
         for number, numbers in enumerate(self.held):
@@ -181,7 +177,7 @@ class Unsplit(OfTwo):
         return (self.of.shape[0] * (self.of.shape[2] + self.second.shape[1]), self.of.shape[1])
 
     def read(self, take: Take = ()) -> np.ndarray:
-        row, column = whole(take, 2)
+        row, column = full_index(take, 2)
         rows = np.arange(self.shape[0])[row]
         of_head = self.of.shape[2] + self.second.shape[1]
         out = np.empty((len(rows), len(np.arange(self.shape[1])[column])), self.dtype)

@@ -7,6 +7,7 @@ generation_config.json with what ends an answer. How text is cut before BPE a he
 import itertools
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 
 from weft.data.tokenizer import SPACE
 from weft.hub.gguf.cuts import CUTS, Cut
+from weft.hub.tokenizers.built import halves, template
 from weft.hub.tokenizers.side_files import LONGEST_PIECE, MOST_CHARACTERS
 from weft.runtime.errors import UserError, nearest
 from weft.storage.foreign import shown_value
@@ -22,6 +24,8 @@ from weft.storage.foreign import shown_value
 KEY = 'tokenizer.ggml.'
 MODELS = ('gpt2', 'llama')  # byte-level BPE, sentencepiece's
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # a token's type
+NAMED = {'bos': 'bos_token', 'eos': 'eos_token', 'unknown': 'unk_token', 'padding': 'pad_token'}
+BYTE_NAME = re.compile('<0x[0-9A-F]{2}>')
 MOST_MERGES = 2**21  # of pieces by sentencepiece; a vocabulary of 262,144 has about half as many
 # Tokens that end a turn, which count where the chat template speaks of them.
 TURN_ENDS = ('<|eot_id|>', '<|im_end|>', '<end_of_turn>', '<|end|>', '<|eom_id|>', '<|return|>', '<|call|>', '<|user|>')
@@ -51,21 +55,13 @@ def tokenizer_files(values: Mapping[str, Any], path: Path) -> dict[str, bytes]:
     cut = header.cut() if model == 'gpt2' else Cut(bos=True)
     written = header.byte_level(cut) if model == 'gpt2' else header.sentencepiece()
     written = {'version': '1.0', 'truncation': None, 'padding': None} | written
-    special = {f'{name}_token': header.token(name) for name in ('bos', 'eos', 'unknown', 'padding')}
-    special = {
-        {'unknown_token': 'unk_token', 'padding_token': 'pad_token'}.get(name, name): token
-        for name, token in special.items()
-        if token is not None
-    }
-    config: dict[str, Any] = {
-        'tokenizer_class': 'PreTrainedTokenizerFast',
-        'clean_up_tokenization_spaces': False,
-    } | special
+    config: dict[str, Any] = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
+    config |= {field: token for name, field in NAMED.items() if (token := header.token(name)) is not None}
     written['added_tokens'] = header.added()
-    written['post_processor'] = header.template(cut)
-    if (template := header.chat_template()) is not None:
-        config['chat_template'] = template
-    generation = header.generation(template or '')
+    written['post_processor'] = header.post_processor(cut)
+    if (chat := header.chat_template()) is not None:
+        config['chat_template'] = chat
+    generation = header.generation(chat or '')
     return {
         'tokenizer.json': json.dumps(written, ensure_ascii=False).encode(),
         'tokenizer_config.json': _json(config),
@@ -86,23 +82,24 @@ class _Header:
         kinds = self.numbers('token_type', 'iu')
         self.kinds: list[int] = [NORMAL] * len(self.tokens) if kinds is None else kinds.tolist()
         if wrong := [kind for kind in self.kinds if not NORMAL <= kind <= BYTE]:
-            raise UserError(f'{path}: {KEY}token_type has a {wrong[0]}: types go from {NORMAL} to {BYTE}')
+            raise self.error(f'{KEY}token_type has a {wrong[0]}: types go from {NORMAL} to {BYTE}')
         # Ids that no text has are left out.
         self.ids = {token: i for i, token in enumerate(self.tokens) if self.kinds[i] != UNUSED}
         if len(self.ids) != len(self.tokens) - self.kinds.count(UNUSED):
             seen: set[str] = set()
             for i, token in enumerate(self.tokens):
                 if self.kinds[i] != UNUSED and token in seen:
-                    raise UserError(
-                        f'{path}: {KEY}tokens has {shown_value(token)} twice: each token must be another text'
-                    )
+                    raise self.error(f'{KEY}tokens has {shown_value(token)} twice: each token must be another text')
                 seen.add(token)
+
+    def error(self, said: str) -> UserError:
+        return UserError(f'{self.path}: {said}')
 
     def texts(self, name: str) -> list[str]:
         found = self.values.get(f'{KEY}{name}')
         if not isinstance(found, list) or not found:
             what = 'is missing' if found is None else 'must be an array of texts'
-            raise UserError(f'{self.path}: {KEY}{name} {what}: a tokenizer of {self.values[f"{KEY}model"]!r} has it')
+            raise self.error(f'{KEY}{name} {what}: a tokenizer of {self.values[f"{KEY}model"]!r} has it')
         return found
 
     def numbers(self, name: str, kinds: str) -> np.ndarray | None:
@@ -111,9 +108,7 @@ class _Header:
         if found is None:
             return None
         if not isinstance(found, np.ndarray) or found.dtype.kind not in kinds or len(found) != len(self.tokens):
-            raise UserError(
-                f'{self.path}: {KEY}{name} must be an array of a number for each of {len(self.tokens)} tokens'
-            )
+            raise self.error(f'{KEY}{name} must be an array of a number for each of {len(self.tokens)} tokens')
         return found
 
     def id_of(self, name: str) -> int | None:
@@ -122,9 +117,7 @@ class _Header:
         if found is None:
             return None
         if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < len(self.tokens):
-            raise UserError(
-                f'{self.path}: {KEY}{name}_token_id is {shown_value(found)}: at most {len(self.tokens) - 1} works'
-            )
+            raise self.error(f'{KEY}{name}_token_id is {shown_value(found)}: at most {len(self.tokens) - 1} works')
         return found
 
     def token(self, name: str) -> str | None:
@@ -134,7 +127,7 @@ class _Header:
     def flag(self, name: str, default: bool) -> bool:
         found = self.values.get(f'{KEY}{name}', default)
         if not isinstance(found, bool):
-            raise UserError(f'{self.path}: {KEY}{name} is {shown_value(found)}: it must be true or false')
+            raise self.error(f'{KEY}{name} is {shown_value(found)}: it must be true or false')
         return found
 
     def cut(self) -> Cut:
@@ -143,13 +136,13 @@ class _Header:
         if name is None and self.values.get('general.architecture') == 'gpt2':
             return CUTS['gpt-2']
         if name is None:
-            raise UserError(
-                f'{self.path}: {KEY}pre is missing, which says how text is cut: the file was made before converters wrote it; '
+            raise self.error(
+                f'{KEY}pre is missing, which says how text is cut: the file was made before converters wrote it; '
                 'convert the model again'
             )
         if not isinstance(name, str) or name not in CUTS:
             near = nearest(name[:64], CUTS) if isinstance(name, str) else ''
-            raise UserError(f'{self.path}: {KEY}pre is {shown_value(name)}, which is not supported{near}')
+            raise self.error(f'{KEY}pre is {shown_value(name)}, which is not supported{near}')
         return CUTS[name]
 
     def byte_level(self, cut: Cut) -> dict[str, Any]:
@@ -158,9 +151,7 @@ class _Header:
         for text in self.texts('merges'):
             left, _, right = text.partition(' ')
             if left not in self.ids or right not in self.ids or left + right not in self.ids:
-                raise UserError(
-                    f'{self.path}: {KEY}merges has {shown_value(text)}: two tokens that together are one must be there'
-                )
+                raise self.error(f'{KEY}merges has {shown_value(text)}: two tokens that together are one must be there')
             merges.append([left, right])
         steps: list[dict[str, Any]] = [{'type': 'Digits', 'individual_digits': True}] if cut.digits else []
         steps += [
@@ -194,18 +185,10 @@ class _Header:
         """Of tokenizer.json: sentencepiece's BPE, whose merges follow from its pieces and their scores."""
         scores = self.numbers('scores', 'f')
         if scores is None:
-            raise UserError(f'{self.path}: {KEY}scores is missing: a tokenizer of {"llama"!r} has it')
+            raise self.error(f"{KEY}scores is missing: a tokenizer of 'llama' has it")
         for i, token in enumerate(self.tokens):
-            byte = (
-                len(token) == 6
-                and token[:3] == '<0x'
-                and token[5] == '>'
-                and all(c in '0123456789ABCDEF' for c in token[3:5])
-            )
-            if self.kinds[i] == BYTE and not byte:
-                raise UserError(
-                    f'{self.path}: {KEY}tokens has {shown_value(token)} as a byte: bytes are <0x00> to <0xFF>'
-                )
+            if self.kinds[i] == BYTE and not BYTE_NAME.fullmatch(token):
+                raise self.error(f'{KEY}tokens has {shown_value(token)} as a byte: bytes are <0x00> to <0xFF>')
         ids = {self.spelt(token): i for token, i in self.ids.items()}
         prefix = self.flag('add_space_prefix', True)
         replace = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': SPACE}
@@ -238,29 +221,26 @@ class _Header:
         pieces = {piece: i for piece, i in ids.items() if kinds[i] in (NORMAL, USER_DEFINED)}
         longest = max(pieces, key=len, default='')
         if len(longest) > LONGEST_PIECE or sum(map(len, pieces)) > MOST_CHARACTERS:
-            raise UserError(
-                f'{self.path}: {KEY}tokens has pieces of up to {len(longest)} characters, {sum(map(len, pieces))} together: at '
+            raise self.error(
+                f'{KEY}tokens has pieces of up to {len(longest)} characters, {sum(map(len, pieces))} together: at '
                 f'most {LONGEST_PIECE} and {MOST_CHARACTERS} work'
             )
         rank = np.array(scores, np.float64)
         if not np.isfinite(rank).all():
-            raise UserError(f'{self.path}: {KEY}scores has one that is not a number')
+            raise self.error(f'{KEY}scores has one that is not a number')
         for i in pieces.values():
             if kinds[i] == USER_DEFINED:
                 rank[i] = math.inf
-        splits = (
-            (-rank[i], i if kinds[i] == USER_DEFINED else 0, -cut, cut - len(piece), piece[:cut], piece[cut:])
-            for piece, i in pieces.items()
-            for cut in range(len(piece) - 1, 0, -1)
-            if piece[:cut] in pieces and piece[cut:] in pieces
-        )
-        found = list(itertools.islice(splits, MOST_MERGES + 1))
+        found = list(itertools.islice(halves(pieces), MOST_MERGES + 1))
         if len(found) > MOST_MERGES:
-            raise UserError(
-                f'{self.path}: {KEY}tokens has more than {MOST_MERGES} pairs of pieces that together are a piece'
-            )
-        found.sort(key=lambda merge: merge[:4])
-        return [[left, right] for *_, left, right in found]
+            raise self.error(f'{KEY}tokens has more than {MOST_MERGES} pairs of pieces that together are a piece')
+
+        def order(merge: tuple[str, str, str]) -> tuple[float, int, int, int]:
+            piece, left, right = merge
+            i = pieces[piece]
+            return -rank[i], i if kinds[i] == USER_DEFINED else 0, -len(left), -len(right)
+
+        return [[left, right] for _, left, right in sorted(found, key=order)]
 
     def added(self) -> list[dict[str, Any]]:
         """Of tokenizer.json: tokens that are found as a whole in a text, before BPE."""
@@ -280,33 +260,21 @@ class _Header:
             if self.kinds[i] in kinds and token and not (sentencepiece and self.spelt(token) != token)
         ]
 
-    def template(self, cut: Cut) -> dict[str, Any] | None:
+    def post_processor(self, cut: Cut) -> dict[str, Any] | None:
         """Of tokenizer.json: what stands before and after a text."""
-        before = ['bos'] if self.flag('add_bos_token', cut.bos) else []
-        after = ['eos'] if self.flag('add_eos_token', False) else []
-        tokens = {name: self.token(name) for name in (*before, *after)}
-        for name, token in tokens.items():
-            if token is None:
-                raise UserError(f'{self.path}: {KEY}add_{name}_token is true and {KEY}{name}_token_id is missing')
-        if not tokens:
-            return None
-        special = lambda name: {'SpecialToken': {'id': tokens[name], 'type_id': 0}}
-        text = lambda part: {'Sequence': {'id': part, 'type_id': 0}}
-        around = lambda *parts: [*map(special, before), *map(text, parts), *map(special, after)]
-        return {
-            'type': 'TemplateProcessing',
-            'single': around('A'),
-            'pair': [*around('A'), *around('B')],
-            'special_tokens': {
-                token: {'id': token, 'ids': [self.id_of(name)], 'tokens': [token]} for name, token in tokens.items()
-            },
-        }
+        sides: list[dict[str, Any]] = []
+        for name, default in (('bos', cut.bos), ('eos', False)):
+            adds, token = self.flag(f'add_{name}_token', default), self.token(name)
+            if adds and token is None:
+                raise self.error(f'{KEY}add_{name}_token is true and {KEY}{name}_token_id is missing')
+            sides.append({token: self.id_of(name)} if adds and token is not None else {})
+        return template(*sides)
 
     def chat_template(self) -> str | list[dict[str, str]] | None:
         """The chat template; where there are several, each with its name."""
         found = self.values.get('tokenizer.chat_template')
         if found is not None and not isinstance(found, str):
-            raise UserError(f'{self.path}: tokenizer.chat_template is {shown_value(found)}: it must be a text')
+            raise self.error(f'tokenizer.chat_template is {shown_value(found)}: it must be a text')
         named = {
             key.removeprefix('tokenizer.chat_template.'): text
             for key, text in self.values.items()
@@ -326,15 +294,16 @@ class _Header:
             if token in said
             and token in self.ids
             and self.kinds[self.ids[token]] in (CONTROL, USER_DEFINED)
-            and not (token == '<|end|>' and '<|return|>' in self.ids)  # gpt-oss ends a message so, and goes on
-            and not (
-                token == '<|user|>' and '[gMASK]' not in self.ids
-            )  # GLM ends a turn with the next one's first token
+            # gpt-oss ends a message with <|end|>, and goes on; GLM ends a turn with the next one's first token.
+            and not (token == '<|end|>' and '<|return|>' in self.ids)
+            and not (token == '<|user|>' and '[gMASK]' not in self.ids)
         ]
         found = list(dict.fromkeys(i for i in ends if i is not None))
-        fields: dict[str, Any] = {f'{name}_token_id': self.id_of(name) for name in ('bos',)}
-        fields['eos_token_id'] = found[0] if len(found) == 1 else found or None
-        fields['pad_token_id'] = self.id_of('padding')
+        fields: dict[str, Any] = {
+            'bos_token_id': self.id_of('bos'),
+            'eos_token_id': found[0] if len(found) == 1 else found or None,
+            'pad_token_id': self.id_of('padding'),
+        }
         for key, field in SAMPLING.items():
             value = self.values.get(f'general.sampling.{key}')
             if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):

@@ -1,12 +1,20 @@
 """A tokenizer.json for folders that have none: what those of all kinds have in common."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from weft.hub.tokenizers.json_tokenizer import JsonTokenizer
 from weft.hub.tokenizers.side_files import AddedToken, Said
 from weft.hub.tokenizers.special_tokens import missing, special_ids
+
+
+def halves(pieces: Collection[str]) -> Iterator[tuple[str, str, str]]:
+    """Every piece that is two other pieces one after another, with these two."""
+    for piece in pieces:
+        for at in range(1, len(piece)):
+            if piece[:at] in pieces and piece[at:] in pieces:
+                yield piece, piece[:at], piece[at:]
 
 
 def placed(vocab: Mapping[str, int], added: Iterable[AddedToken], beyond: bool = True) -> dict[str, int]:
@@ -53,7 +61,7 @@ def finished(
     sides = [names.get(field) if add else None for field, add in zip(('bos_token', 'eos_token'), adds, strict=True)]
     whole = {
         'version': '1.0', 'truncation': None, 'padding': None, **fields, 'added_tokens': tokens,
-        'post_processor': _template(*({name: find(name)} if name and find(name) is not None else {} for name in sides)),
+        'post_processor': template(*({name: find(name)} if name and find(name) is not None else {} for name in sides)),
         'model': fields['model'] | {'vocab': vocab},
     }  # fmt: skip
     found = JsonTokenizer(json.dumps(whole, ensure_ascii=False).encode(), where=said.where)
@@ -61,7 +69,7 @@ def finished(
     return found
 
 
-def _template(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any] | None:
+def template(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any] | None:
     """The post-processor that writes these tokens before and after a text."""
     if not before and not after:
         return None

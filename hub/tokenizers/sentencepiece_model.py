@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from weft.data.tokenizer import SPACE
-from weft.hub.tokenizers.built import finished, placed
+from weft.hub.tokenizers.built import finished, halves, placed
 from weft.hub.tokenizers.json_tokenizer import JsonTokenizer
 from weft.hub.tokenizers.side_files import LARGEST_VOCABULARY, LONGEST_PIECE, MOST_CHARACTERS, Said
 from weft.runtime.errors import UserError
@@ -278,13 +278,8 @@ def _added(model: Model, said: Said) -> list[dict[str, Any]]:
 
 def _merges(rank_of: Mapping[str, Any], key: Any) -> list[list[str]]:
     """Which two tokens make which, the first ones first: `key` ranks a token with its left half."""
-    found = []
-    for token in rank_of:
-        for at in range(1, len(token)):
-            left, right = token[:at], token[at:]
-            if left in rank_of and right in rank_of:
-                found.append((key(token, left), left, right))
-    return [[left, right] for _, left, right in sorted(found)]
+    found = sorted((key(token, left), left, right) for token, left, right in halves(rank_of))
+    return [[left, right] for _, left, right in found]
 
 
 def _bpe(vocab: Mapping[str, int], merges: list[list[str]], unk: str | None, falls_back: bool) -> dict[str, Any]:
