@@ -20,16 +20,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from weft.hub import chat_template
-from weft.hub.tokenizers.side_files import MOST_SAID
+from weft.hub.tokenizers.side_files import CONFIG, MAP, MOST_SAID, text_of
 from weft.runtime.errors import UserError, nearest, shown
 from weft.storage.foreign import read_object
 
-CONFIG, SPECIAL, SINGLE, OLD = (
-    'tokenizer_config.json',
-    'special_tokens_map.json',
-    'chat_template.jinja',
-    'chat_template.json',
-)
+SINGLE, OLD = 'chat_template.jinja', 'chat_template.json'
 MORE, ENDING = 'additional_chat_templates/', '.jinja'
 FIELDS = ('messages', 'tools', 'documents', 'chat_template_kwargs')  # of a conversation in a file
 GIVEN = ('messages', 'tools', 'documents', 'add_generation_prompt')  # what templates read that we give them
@@ -175,12 +170,12 @@ def chat_templates(files: Mapping[str, bytes], where: str) -> ChatTemplates | No
     """
     config = _object(files, CONFIG, where)
     named = {
-        path.removeprefix(MORE).removesuffix(ENDING): _text(content, f'{where}/{path}')
+        path.removeprefix(MORE).removesuffix(ENDING): text_of(content, f'{where}/{path}')
         for path, content in files.items()
         if path.startswith(MORE) and path.endswith(ENDING)
     }
     if SINGLE in files:
-        named['default'] = _text(files[SINGLE], f'{where}/{SINGLE}')
+        named['default'] = text_of(files[SINGLE], f'{where}/{SINGLE}')
     if not named:
         for name, said in ((CONFIG, config), (OLD, _object(files, OLD, where))):
             if said.get('chat_template') is not None:
@@ -190,7 +185,7 @@ def chat_templates(files: Mapping[str, bytes], where: str) -> ChatTemplates | No
         return None
     special = {**config}
     if 'added_tokens_decoder' not in config:  # older folders keep them in a file of their own
-        special |= _object(files, SPECIAL, where)
+        special |= _object(files, MAP, where)
     more = special.get('extra_special_tokens')
     special |= more if isinstance(more, dict) else {}
     tokens = {name: _token(value) for name, value in special.items() if name.endswith('_token')}
@@ -264,13 +259,6 @@ def _object(files: Mapping[str, bytes], name: str, where: str) -> dict[str, Any]
     if name not in files:
         return {}
     return read_object(files[name], f'{where}/{name}', MOST_SAID)
-
-
-def _text(content: bytes, where: str) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f'{where}: not UTF-8 at byte {error.start}') from None
 
 
 def _named(said: Any, where: str) -> dict[str, str]:

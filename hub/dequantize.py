@@ -141,9 +141,8 @@ def _fp8(found: dict[str, Any], said: Mapping[str, Any], source: Path) -> None:
         wanted = tuple(-(-size // step) for size, step in zip(weight.shape, block, strict=True))
         if scale.shape != wanted:
             raise UserError(
-                f'{shown_path(scale.path)}: tensor {name}_scale_inv is {list(scale.shape)} and must be {list(wanted)}: '
-                'one factor for each '
-                f'block of {block} of {name} {list(weight.shape)}'
+                f'{shown_path(scale.path)}: tensor {name}_scale_inv is {list(scale.shape)} and must be {list(wanted)}: one '
+                f'factor for each block of {block} of {name} {list(weight.shape)}'
             )
         found[name] = BlockScaled(weight, scale, (block[0], block[1]))
 

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from weft.data.tokenizer import SPACE, Tokenizer
-from weft.hub.tokenizers.built import halves
+from weft.hub.tokenizers.built import added_token, halves, template
 
 
 def exported_tokenizer(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
@@ -17,31 +17,14 @@ def exported_tokenizer(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
     special = [i for i in range(tokenizer.vocabulary) if processor.is_control(i) or processor.is_unknown(i)]
     fallback = [i for i in range(tokenizer.vocabulary) if processor.is_byte(i)]
     learnt = {name: i for i, name in enumerate(names) if i not in {*special, *fallback}}
-    token = lambda i: {
-        'id': i, 'content': names[i], 'special': True,
-        'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False,
-    }  # fmt: skip
+    pair = [{'Sequence': {'id': 'A', 'type_id': 0}}, {'Sequence': {'id': 'B', 'type_id': 1}}]
     space = {'type': 'Replace', 'pattern': {'String': SPACE}, 'content': ' '}
     description = {
         'version': '1.0',
-        'added_tokens': [token(i) for i in special],
+        'added_tokens': [added_token(i, names[i], special=True) for i in special],
         'normalizer': {'type': 'Replace', 'pattern': {'String': ' '}, 'content': SPACE},
         'pre_tokenizer': None,
-        'post_processor': {
-            'type': 'TemplateProcessing',
-            'single': [
-                {'SpecialToken': {'id': names[tokenizer.bos], 'type_id': 0}},
-                {'Sequence': {'id': 'A', 'type_id': 0}},
-            ],
-            'pair': [{'Sequence': {'id': 'A', 'type_id': 0}}, {'Sequence': {'id': 'B', 'type_id': 1}}],
-            'special_tokens': {
-                names[tokenizer.bos]: {
-                    'id': names[tokenizer.bos],
-                    'ids': [tokenizer.bos],
-                    'tokens': [names[tokenizer.bos]],
-                }
-            },
-        },
+        'post_processor': template({names[tokenizer.bos]: tokenizer.bos}, {}) | {'pair': pair},
         'decoder': {'type': 'Sequence', 'decoders': [space, {'type': 'ByteFallback'}, {'type': 'Fuse'}]},
         'model': {
             'type': 'BPE',

@@ -193,9 +193,8 @@ def side_files(folder: Path, left_out: list[str] | None = None) -> dict[str, byt
         size += len(content)
         if size > LARGEST_SIDES or len(found) > MOST_SIDES:
             raise UserError(
-                f'{shown_path(folder)}: has more than {LARGEST_SIDES} bytes, or {MOST_SIDES} files, beside the weights, '
-                'the most '
-                f'that is read, at {shown(below, 100)}; move what the model does not need out of the folder'
+                f'{shown_path(folder)}: has more than {LARGEST_SIDES} bytes, or {MOST_SIDES} files, beside the weights, the '
+                f'most that is read, at {shown(below, 100)}; move what the model does not need out of the folder'
             )
     return found
 

@@ -113,8 +113,8 @@ def read(
     fields = Fields(config, shown_path(where))
     names = fields('architectures', None) or ['?']
     if 'auto_map' in config and not without_remote_code:
-        raise UserError(
-            f'{fields.source}: auto_map names code that comes with the model, which is never run; where Weft’s own code for '
+        raise fields.error(
+            f'auto_map names code that comes with the model, which is never run; where Weft’s own code for '
             f'{shown(names[0], 60)} is what you want, say --without-remote-code'
         )
     family = family_of(fields)
@@ -249,8 +249,7 @@ def _match(
         name, extra = next(iter(left.items()))
         raise UserError(
             f'{shown_path(extra.path)}: tensor {name} {list(extra.shape)}{tail(left)} is none that a '
-            f'{family.architectures[0]} of this '
-            f'{CONFIG} has; its numbers would be lost'
+            f'{family.architectures[0]} of this {CONFIG} has; its numbers would be lost'
         )
     return sources, copies, fixed
 
@@ -271,9 +270,8 @@ def _check_fixed(one: TensorSource, name: str, c: ModelConfig, make: Callable[[M
         one.read().astype(np.float32), make(c), rtol=0, atol=4 * float(jnp.finfo(one.dtype).eps)
     ):
         raise UserError(
-            f'{shown_path(one.path)}: tensor {name} {list(one.shape)} has not the numbers that follow from {CONFIG}: a '
-            'model with '
-            'others is not supported'
+            f'{shown_path(one.path)}: tensor {name} {list(one.shape)} has not the numbers that follow from {CONFIG}: a model '
+            'with others is not supported'
         )
 
 
@@ -287,8 +285,7 @@ def _check_copy(one: TensorSource, name: str, source: TensorSource, of: str) -> 
     if not same:
         raise UserError(
             f'{shown_path(one.path)}: tensor {name} differs from {of}, of which it must be a copy by {CONFIG} '
-            '(tie_word_embeddings for an '
-            'lm_head); where they are two, say so there'
+            '(tie_word_embeddings for an lm_head); where they are two, say so there'
         )
 
 
@@ -301,9 +298,8 @@ def _dtypes(
         source = sources[one.name]
         if not jnp.issubdtype(source.dtype, np.floating) or source.dtype.itemsize < 2:
             raise UserError(
-                f'{shown_path(folder)}: tensor {one.name} has dtype {source.dtype}, which needs a quantization_config '
-                'that says what its '
-                'numbers stand for; supported: DeepSeek’s block-scaled FP8, MXFP4'
+                f'{shown_path(folder)}: tensor {one.name} has dtype {source.dtype}, which needs a quantization_config that '
+                'says what its numbers stand for; supported: DeepSeek’s block-scaled FP8, MXFP4'
             )
         # The bias of a router's choices is kept in at least float32 anyhow, without widening all others.
         if not is_correction(one, c) or source.dtype.itemsize > 4:

@@ -239,11 +239,11 @@ def family_of(fields: Fields) -> Family:
         said = (
             shown(json.dumps(fields.values.get('architectures')), 60) if 'architectures' in fields.values else 'missing'
         )
-        raise UserError(
-            f'{fields.source}: architectures is {said}: it must name the class of the model, such as ["LlamaForCausalLM"]'
+        raise fields.error(
+            f'architectures is {said}: it must name the class of the model, such as ["LlamaForCausalLM"]'
         )
     if names[0] not in known:
-        raise UserError(f'{fields.source}: architectures is {shown_value(names)}: not supported{near(names[0], known)}')
+        raise fields.error(f'architectures is {shown_value(names)}: not supported{near(names[0], known)}')
     return known[names[0]]
 
 

@@ -198,19 +198,19 @@ class Fields:
     """The fields of a config.json; each is read by name, and one that nothing has read is an error, not ignored."""
 
     def __init__(self, values: Mapping[str, Any], source: str = 'config.json', path: str = ''):
-        self.values, self.source, self.path = (
-            dict(values),
-            source,
-            path,
-        )  # path: of a part, dotted, with a dot at its end
+        self.values, self.source = dict(values), source
+        self.path = path  # of a part, dotted, with a dot at its end
         self.seen: set[str] = set()
+
+    def error(self, said: str) -> UserError:
+        return UserError(f'{self.source}: {said}')
 
     def __call__(self, name: str, default: Any = ...) -> Any:
         """A field's value; where there is none, or it is null, the default."""
         value = self.value(name)
         if value is None:
             if default is ...:
-                raise UserError(f'{self.source}: {name} is missing: this family has no default for it')
+                raise self.error(f'{name} is missing: this family has no default for it')
             return default
         return value
 
@@ -224,7 +224,7 @@ class Fields:
         self.seen.add(name)
         value, kind = self.values.get(name), KIND_OF.get(name)
         if value is not None and kind is not None and not kind.fits(value):
-            raise UserError(f'{self.source}: {name} is {shown_value(value)}: it must be {kind.told}')
+            raise self.error(f'{name} is {shown_value(value)}: it must be {kind.told}')
         return value
 
     def either(self, names: tuple[str, ...], default: Any = ...) -> Any:
@@ -233,8 +233,8 @@ class Fields:
         for name, value in found.items():
             if value != next(iter(found.values())):
                 first = next(iter(found))
-                raise UserError(
-                    f'{self.source}: {first} is {shown_value(found[first])} and {name} {shown_value(value)}: they mean '
+                raise self.error(
+                    f'{first} is {shown_value(found[first])} and {name} {shown_value(value)}: they mean '
                     'the same, and must agree'
                 )
         return next(iter(found.values())) if found else self(names[0], default)
@@ -243,9 +243,8 @@ class Fields:
         """A field of which only some values are supported; absent means the first of them, or `default`."""
         value = self(name, works[0] if default is ... else default)
         if value not in works:
-            raise UserError(
-                f'{self.source}: {name} is {shown_value(value)}, which is not supported; supported: '
-                f'{", ".join(map(repr, works))}'
+            raise self.error(
+                f'{name} is {shown_value(value)}, which is not supported; supported: {", ".join(map(repr, works))}'
             )
         return value
 
@@ -280,10 +279,9 @@ class Fields:
             idle = any(type(value) is type(one) and value == one for one in IDLE.get(name, ()))
             known = name in self.seen or name in HARMLESS or name.startswith(HARMLESS_BEGIN)
             if not (known or idle or value is None):
-                raise UserError(
-                    f'{self.source}: {shown(name, 60)} is {shown_value(value)}: this family does not know the field, and '
-                    'it may change '
-                    f'the result; --ignore {shown(self.path + name, 60)} passes it over{nearest(name, self.seen)}'
+                raise self.error(
+                    f'{shown(name, 60)} is {shown_value(value)}: this family does not know the field, and it '
+                    f'may change the result; --ignore {shown(self.path + name, 60)} passes it over{nearest(name, self.seen)}'
                 )
 
 

@@ -7,7 +7,6 @@ from weft.hub.families.llama import ATTENTION, MLP, OUTER, attention_biases, cau
 from weft.hub.families.qwen2 import layer_types, read_types, window_fields
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
-from weft.runtime.errors import UserError
 
 ACTIVATIONS: dict[str, Any] = {'gelu_pytorch_tanh': 'geglu', 'silu': 'swiglu'}
 WINDOW = 4096  # where a config leaves it out
@@ -52,8 +51,8 @@ def read_windows(f: Fields, every: int, default: int) -> dict[str, Any]:
     types, window = f('layer_types', None), f.given('sliding_window', default)
     windowed = [(i + 1) % every != 0 for i in range(f('num_hidden_layers'))] if types is None else read_types(f, types)
     if any(windowed) and window is None:
-        raise UserError(
-            f'{f.source}: sliding_window is null: {sum(windowed)} layers have it, and need a number of tokens; layer_types '
+        raise f.error(
+            f'sliding_window is null: {sum(windowed)} layers have it, and need a number of tokens; layer_types '
             'of full_attention alone has none'
         )
     return window_fields(window, windowed)

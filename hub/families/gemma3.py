@@ -11,15 +11,14 @@ from weft.hub.families.llama import ATTENTION, MLP, OUTER
 from weft.hub.families.qwen3 import QK_NORMS
 from weft.hub.families.rope import read_scaling, write_rope
 from weft.model.config import ModelConfig, model_of
-from weft.runtime.errors import UserError
 
 SCALINGS = ('linear', 'yarn', 'llama3')
 
 
 def read(f: Fields) -> ModelConfig:
     if f('vision_config', None) or f('text_config', None):
-        raise UserError(
-            f'{f.source}: vision_config: this model reads images, which is not supported; its language model alone is, '
+        raise f.error(
+            'vision_config: this model reads images, which is not supported; its language model alone is, '
             'saved with transformers: m = Gemma3ForConditionalGeneration.from_pretrained(OLD); '
             't = Gemma3ForCausalLM(m.config.text_config); t.model, t.lm_head = m.model.language_model, m.lm_head; '
             't.save_pretrained(NEW)'
@@ -27,9 +26,7 @@ def read(f: Fields) -> ModelConfig:
     f.only('attn_logit_softcapping', None)  # transformers takes the field, and does nothing with it
     every = f.either(('sliding_window_pattern', '_sliding_window_pattern'), 6)
     if every < 1:
-        raise UserError(
-            f'{f.source}: sliding_window_pattern is {every}: it must be at least 1, which gives no layer the window'
-        )
+        raise f.error(f'sliding_window_pattern is {every}: it must be at least 1, which gives no layer the window')
     windows = read_windows(f, every, default=WINDOW)
     rope = read_two_ropes(f)
     if not windows:
@@ -63,8 +60,8 @@ def read_two_ropes(f: Fields) -> dict[str, Any]:
             local.finish()
     scaling = None if scaled is None else read_scaling(f, scaled)
     if scaling and scaling.kind not in SCALINGS:
-        raise UserError(
-            f'{f.source}: the rotary scaling is of type {scaling.kind}, which this family does not have; '
+        raise f.error(
+            f'the rotary scaling is of type {scaling.kind}, which this family does not have; '
             f'supported: default, {", ".join(SCALINGS)}'
         )
     return {name: float(theta) for name, theta in thetas.items()} | {'positions.scaling': scaling}

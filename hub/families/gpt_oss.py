@@ -12,7 +12,6 @@ from weft.hub.families.gemma2 import read_windows, write_windows
 from weft.hub.families.llama import ATTENTION, NORMS, OUTER, attention_biases, causal_family, sizes, write_common
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, RopeScaling, model_of
-from weft.runtime.errors import UserError
 
 YARN = RopeScaling(kind='yarn', factor=32.0, original_positions=4096, truncate=False)  # where a config says nothing
 EXPERTS: dict[str, Entry] = {
@@ -58,8 +57,8 @@ def read_positions(f: Fields) -> dict[str, Any]:
         rope['positions.scaling'] = YARN
     said, scaling = f('initial_context_length', None), rope['positions.scaling']
     if said is not None and scaling and said != scaling.original_positions:
-        raise UserError(
-            f'{f.source}: initial_context_length is {said} and original_max_position_embeddings '
+        raise f.error(
+            f'initial_context_length is {said} and original_max_position_embeddings '
             f'{scaling.original_positions}: they mean the same, and must agree'
         )
     return rope

@@ -11,7 +11,6 @@ from weft.hub.families import Entry, Family, Fields
 from weft.hub.families.fields import Table, read_fields, write_fields
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
-from weft.runtime.errors import UserError
 from weft.storage.foreign import shown_value
 
 ATTENTION = {
@@ -93,9 +92,7 @@ def no_windows(f: Fields) -> None:
     """That layer_types, which configs of models without windows may have too, tells of none."""
     types = f('layer_types', ['full_attention'])
     if set(types) != {'full_attention'}:
-        raise UserError(
-            f'{f.source}: layer_types is {shown_value(types)}: this family has full_attention in all layers'
-        )
+        raise f.error(f'layer_types is {shown_value(types)}: this family has full_attention in all layers')
 
 
 def attention_biases(f: Fields, default: bool = False) -> dict[str, Any]:

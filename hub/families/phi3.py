@@ -6,7 +6,6 @@ from weft.hub.families import Entry, Fields, Joined
 from weft.hub.families.llama import NORMS, OUTER, causal_family, common, write_common
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
-from weft.runtime.errors import UserError
 
 FUSED: dict[str, Entry] = {
     'model.layers.{i}.self_attn.qkv_proj.weight': Joined(('attention.q.w_IO', 'attention.k.w_IO', 'attention.v.w_IO')),
@@ -24,8 +23,8 @@ def read(f: Fields) -> ModelConfig:
     f.skip('original_max_position_embeddings')
     rope = read_rope(f, fraction=1.0, original=4096)
     if rope['positions.scaling'] and rope['positions.scaling'].kind != 'longrope':
-        raise UserError(
-            f'{f.source}: rope_scaling is of type {rope["positions.scaling"].kind}, which this family does not have; '
+        raise f.error(
+            f'rope_scaling is of type {rope["positions.scaling"].kind}, which this family does not have; '
             'supported: default, longrope'
         )
     return model_of(common(f, rms_norm_eps=1e-5) | rope | {'attention.window': f('sliding_window', None)})

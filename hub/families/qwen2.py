@@ -6,7 +6,6 @@ from weft.hub.families import Fields, pattern
 from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, causal_family, common, write_common
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
-from weft.runtime.errors import UserError
 from weft.storage.foreign import shown_value
 
 
@@ -27,8 +26,8 @@ def read_windows(f: Fields, layers: list[bool], default: int | None = 4096) -> d
     window = window if on else None
     windowed = [window is not None and one for one in layers] if types is None else read_types(f, types)
     if any(windowed) and window is None:
-        raise UserError(
-            f'{f.source}: layer_types has sliding_attention and use_sliding_window is {on}, sliding_window '
+        raise f.error(
+            f'layer_types has sliding_attention and use_sliding_window is {on}, sliding_window '
             f'{f("sliding_window", None)}: such layers need true and a number of tokens'
         )
     return window_fields(window, windowed)
@@ -44,9 +43,7 @@ def read_types(f: Fields, types: list[str]) -> list[bool]:
     known = ('full_attention', 'sliding_attention')
     wrong = [name for name in types if name not in known]
     if wrong or len(types) != f('num_hidden_layers'):
-        raise UserError(
-            f'{f.source}: layer_types is {shown_value(types)}: one of {" and ".join(known)} is needed for each layer'
-        )
+        raise f.error(f'layer_types is {shown_value(types)}: one of {" and ".join(known)} is needed for each layer')
     return [name == 'sliding_attention' for name in types]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from weft.hub.families import Fields, rotary_of
 from weft.model.config import ModelConfig, RopeScaling
 from weft.model.layers.rope import yarn_gain
-from weft.runtime.errors import UserError, shown
+from weft.runtime.errors import shown
 from weft.storage.foreign import shown_value
 
 
@@ -38,10 +38,9 @@ def rope_part(f: Fields) -> Fields | None:
         beside = {'rope_theta', 'partial_rotary_factor'}  # which stood beside rope_scaling
         for name in sorted((one.keys() | other.keys()) - (beside - other.keys())):
             if one.get(name) != other.get(name):
-                raise UserError(
-                    f'{f.source}: rope_parameters has {shown(name, 60)} {shown_value(one.get(name))} and rope_scaling '
-                    f'{shown_value(other.get(name))}: they mean '
-                    'the same, and must agree'
+                raise f.error(
+                    f'rope_parameters has {shown(name, 60)} {shown_value(one.get(name))} and rope_scaling '
+                    f'{shown_value(other.get(name))}: they mean the same, and must agree'
                 )
     return new or old
 
@@ -61,7 +60,7 @@ def read_scaling(f: Fields, p: Fields, original: int | None = None, scores: bool
     name = 'original_max_position_embeddings'
     outer, old = f(name, original), p(name, f(name, original))
     if outer not in (None, old):
-        raise UserError(f'{f.source}: {name} is {outer} and in {p.source} {old}: they mean the same, and must agree')
+        raise f.error(f'{name} is {outer} and in {p.source} {old}: they mean the same, and must agree')
     scaling: dict[str, Any] = {'original_positions': old}
     if kind == 'default':
         p.finish()
@@ -91,7 +90,7 @@ def read_scaling(f: Fields, p: Fields, original: int | None = None, scores: bool
         scaling['attention_factor'] = p('attention_factor', None)
     else:
         known = 'default, linear, dynamic, yarn, llama3, longrope'
-        raise UserError(f'{p.source}: rope_type is {shown_value(kind)}, which is not supported; supported: {known}')
+        raise p.error(f'rope_type is {shown_value(kind)}, which is not supported; supported: {known}')
     factor = p('factor', None) if kind in ('yarn', 'longrope') else p('factor')
     if factor is None:
         factor = f('max_position_embeddings') / scaling['original_positions']

@@ -7,7 +7,6 @@ from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, biases, causal
 from weft.hub.families.qwen2 import layer_types, read_windows
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
-from weft.runtime.errors import UserError
 from weft.storage.foreign import shown_value
 
 
@@ -27,8 +26,8 @@ def read_turned(f: Fields) -> list[bool]:
     if said is None:
         return [(i + 1) % every != 0 for i in range(layers)]
     if len(said) < layers or not set(said) <= {0, 1}:
-        raise UserError(
-            f'{f.source}: no_rope_layers is {shown_value(said)}: a 1 is needed for each of the {layers} layers with rotary '
+        raise f.error(
+            f'no_rope_layers is {shown_value(said)}: a 1 is needed for each of the {layers} layers with rotary '
             'positions, a 0 for each without'
         )
     return [bool(one) for one in said[:layers]]

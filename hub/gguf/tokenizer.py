@@ -268,7 +268,7 @@ class _Header:
             if adds and token is None:
                 raise self.error(f'{KEY}add_{name}_token is true and {KEY}{name}_token_id is missing')
             sides.append({token: self.id_of(name)} if adds and token is not None else {})
-        return template(*sides)
+        return template(*sides) or None
 
     def chat_template(self) -> str | list[dict[str, str]] | None:
         """The chat template; where there are several, each with its name."""

@@ -17,6 +17,12 @@ def halves(pieces: Collection[str]) -> Iterator[tuple[str, str, str]]:
                 yield piece, piece[:at], piece[at:]
 
 
+def added_token(i: int, content: str, special: bool) -> AddedToken:
+    """A token that is found as it is written, anywhere in a text."""
+    flags = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
+    return {'id': i, 'content': content, 'special': special} | flags
+
+
 def placed(vocab: Mapping[str, int], added: Iterable[AddedToken], beyond: bool = True) -> dict[str, int]:
     """A vocabulary in which each added token has its id, whatever stood there; those after its end only if `beyond`."""
     found = dict(vocab)
@@ -61,7 +67,7 @@ def finished(
     sides = [names.get(field) if add else None for field, add in zip(('bos_token', 'eos_token'), adds, strict=True)]
     whole = {
         'version': '1.0', 'truncation': None, 'padding': None, **fields, 'added_tokens': tokens,
-        'post_processor': template(*({name: find(name)} if name and find(name) is not None else {} for name in sides)),
+        'post_processor': template(*({name: find(name)} if name and find(name) is not None else {} for name in sides)) or None,
         'model': fields['model'] | {'vocab': vocab},
     }  # fmt: skip
     found = JsonTokenizer(json.dumps(whole, ensure_ascii=False).encode(), where=said.where)
@@ -69,10 +75,10 @@ def finished(
     return found
 
 
-def template(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The post-processor that writes these tokens before and after a text."""
+def template(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """The post-processor that writes these tokens, whose ids stand beside them, before and after a text; {} for none."""
     if not before and not after:
-        return None
+        return {}
     special = lambda names: [{'SpecialToken': {'id': name, 'type_id': 0}} for name in names]
     text = lambda name: {'Sequence': {'id': name, 'type_id': 0}}
     return {

@@ -4,9 +4,9 @@ from typing import Any
 
 from weft.hub.tokenizers.built import finished, placed
 from weft.hub.tokenizers.json_tokenizer import JsonTokenizer
-from weft.hub.tokenizers.side_files import LARGEST_VOCABULARY, Said
+from weft.hub.tokenizers.side_files import Said, read_vocabulary, text_of
 from weft.runtime.errors import UserError, shown
-from weft.storage.foreign import read_object, shown_value
+from weft.storage.foreign import shown_value
 
 VOCAB, MERGES = 'vocab.json', 'merges.txt'
 END = '<|endoftext|>'
@@ -27,16 +27,11 @@ def byte_pair_tokenizer(vocab: bytes, merges: bytes, said: Said) -> JsonTokenize
     kind = said.kind if said.kind in DEFAULTS else CLASSES.get(said.model or '')
     if kind is None:
         what = said.kind or said.model or 'no class that a file names'
-        raise UserError(
-            f'{said.where}: {VOCAB} and {MERGES} are of {shown(what, 60)}: supported are {" and ".join(DEFAULTS)}; others '
-            'need a '
-            'tokenizer.json, as transformers’ AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes'
+        raise said.error(
+            f'{VOCAB} and {MERGES} are of {shown(what, 60)}: supported are {" and ".join(DEFAULTS)}; others '
+            'need a tokenizer.json, as transformers’ AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes'
         )
-    ids = read_object(vocab, f'{said.where}/{VOCAB}')
-    for token, i in ids.items():
-        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < LARGEST_VOCABULARY:
-            rule = f'it must be a whole number from 0 to {LARGEST_VOCABULARY - 1}'
-            raise UserError(f'{said.where}/{VOCAB}: token {shown_value(token)} has id {shown_value(i)}: {rule}')
+    ids = read_vocabulary(vocab, f'{said.where}/{VOCAB}')
     spaced = said.tokenizer.get('add_prefix_space') is True
     byte_level = {'type': 'ByteLevel', 'add_prefix_space': spaced, 'trim_offsets': True, 'use_regex': True}
     fields: dict[str, Any] = {
@@ -58,12 +53,8 @@ def byte_pair_tokenizer(vocab: bytes, merges: bytes, said: Said) -> JsonTokenize
 
 def read_merges(content: bytes, where: str) -> list[list[str]]:
     """The pairs of a merges.txt, one a line, after a line `#version`. Raises UserError for a line that is no pair."""
-    try:
-        lines = content.decode().split('\n')
-    except UnicodeDecodeError as error:
-        raise UserError(f'{where}: not UTF-8 at byte {error.start}') from None
     found = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text_of(content, where).split('\n'), start=1):
         pair = line.removesuffix('\r').split(' ')
         if line.startswith('#version') or pair == ['']:
             continue

@@ -1,7 +1,7 @@
 """What a tokenizer.json's decoder makes of tokens: their bytes, and what falls off where a text begins."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from weft.data.tokenizer import SPACE
@@ -20,7 +20,7 @@ class Decoder(NamedTuple):
 
 def decoder_of(said: Any, name: str) -> Decoder:
     """What the field `decoder` of the tokenizer.json `name` says. Raises UserError for kinds that are not supported."""
-    decoders = list(_flat(said))
+    decoders = [one for one in steps_of(said, 'decoders') if isinstance(one.get('type'), str)]
     kinds = [decoder['type'] for decoder in decoders]
     of = lambda kind: decoders[kinds.index(kind)]
     if 'ByteLevel' in kinds:
@@ -58,16 +58,16 @@ def decoder_of(said: Any, name: str) -> Decoder:
     return Decoder(spaced, spaces=start if isinstance(start, int) else 0)
 
 
-def _flat(decoder: Any) -> Iterable[Mapping[str, Any]]:
-    """The decoders that a decoder is made of, one after another."""
-    if not isinstance(decoder, dict):
+def steps_of(said: Any, *fields: str) -> Iterator[Mapping[str, Any]]:
+    """The parts that one is made of, one after another, where it is a sequence of them in the first of `fields` that it has."""
+    if not isinstance(said, dict):
         return
-    inner = decoder.get('decoders')
-    if decoder.get('type') == 'Sequence' and isinstance(inner, list):
+    inner = next((said[field] for field in fields if said.get(field)), None)
+    if said.get('type') == 'Sequence' and isinstance(inner, list):
         for one in inner:
-            yield from _flat(one)
-    elif isinstance(decoder.get('type'), str):
-        yield decoder
+            yield from steps_of(one, *fields)
+    else:
+        yield said
 
 
 def _space(decoders: Iterable[Mapping[str, Any]]) -> str | None:

@@ -4,13 +4,14 @@ import base64
 import binascii
 import contextlib
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from weft.data.tokenizer import StreamDecoder, check_unicode
-from weft.hub.tokenizers.decoders import decoder_of
+from weft.hub.tokenizers.decoders import decoder_of, steps_of
 from weft.hub.tokenizers.hidden_names import without_names
 from weft.hub.tokenizers.side_files import LARGEST_VOCABULARY, AddedToken, Said, one_line
 from weft.hub.tokenizers.special_tokens import PublishedTokenizer, missing, special_ids
@@ -19,6 +20,7 @@ from weft.storage.foreign import read_object, shown_value
 
 JSON = 'tokenizer.json'
 MOST_GROWTH = 64  # how many times as long as a text its normalizers and pre-tokenizers may make it
+LIBRARY_ERRORS = ('PanicException', 'UnicodeDecodeError', 'TypeError')  # beside plain Exceptions
 UNICODE = 18  # characters that Unicode's own normalization makes of one, which counts for none
 
 
@@ -53,9 +55,8 @@ class JsonTokenizer(PublishedTokenizer):
             # The library gives an added token that stands in its vocabulary the id that it has there.
             if self.ids.get(name) != i:
                 raise UserError(
-                    f'{where}: added token {shown_value(name)} has id {i} and is read as {self.ids.get(name)}: ids of '
-                    'added tokens go on '
-                    'from the vocabulary, without a gap'
+                    f'{where}: added token {shown_value(name)} has id {i} and is read as {self.ids.get(name)}: ids of added '
+                    'tokens go on from the vocabulary, without a gap'
                 )
             self.added[i] = name.encode()
             self.pieces[i] = b'' if added['special'] else self.added[i]
@@ -191,11 +192,7 @@ def told_by_library(what: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if type(error) is not Exception and type(error).__name__ not in (
-            'PanicException',
-            'UnicodeDecodeError',
-            'TypeError',
-        ):
+        if type(error) is not Exception and type(error).__name__ not in LIBRARY_ERRORS:
             raise
         raise UserError(f'{what}: {one_line(str(error))}') from None
 
@@ -203,7 +200,8 @@ def told_by_library(what: str) -> Iterator[None]:
 def _check_growth(fields: Mapping[str, Any], where: str) -> None:
     """Raises UserError where normalizers would make a text MOST_GROWTH times as long: few of them would fill any memory."""
     growth = 1.0
-    for step in [*_steps(fields.get('normalizer')), *_steps(fields.get('pre_tokenizer'))]:
+    steps = (steps_of(fields.get(kind), 'normalizers', 'pretokenizers') for kind in ('normalizer', 'pre_tokenizer'))
+    for step in itertools.chain.from_iterable(steps):
         kind, pattern = step.get('type'), step.get('pattern')
         if kind == 'Replace' and isinstance(pattern, dict):
             new, old = len(str(step.get('content', ''))), len(str(pattern.get('String', '')))
@@ -227,24 +225,11 @@ def _check_halves(model: Any, where: str) -> None:
     if not isinstance(prefix, str) or not prefix:
         return
     for merge in model.get('merges') or ():
-        half = (
-            merge.split(' ')[-1] if isinstance(merge, str) else merge[-1] if isinstance(merge, list) and merge else ''
-        )
-        if not str(half).startswith(prefix):
+        halves = merge.split(' ') if isinstance(merge, str) else merge if isinstance(merge, list) and merge else ['']
+        if not str(halves[-1]).startswith(prefix):
             raise UserError(
                 f'{where}: merge {shown_value(merge)} does not go on with continuing_subword_prefix {shown_value(prefix)}'
             )
-
-
-def _steps(said: Any) -> Iterator[Mapping[str, Any]]:
-    """The normalizers or pre-tokenizers that one is made of, one after another."""
-    if isinstance(said, dict):
-        inner = said.get('normalizers') or said.get('pretokenizers')
-        if said.get('type') == 'Sequence' and isinstance(inner, list):
-            for one in inner:
-                yield from _steps(one)
-        else:
-            yield said
 
 
 def _longest(charsmap: Any, where: str) -> int:

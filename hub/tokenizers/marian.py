@@ -9,10 +9,10 @@ from typing import Any
 import sentencepiece
 
 from weft.data.tokenizer import SPACE, StreamDecoder, check_unicode
-from weft.hub.tokenizers.side_files import LARGEST_VOCABULARY, Said, one_line
+from weft.hub.tokenizers.side_files import LARGEST_VOCABULARY, Said, one_line, read_vocabulary
 from weft.hub.tokenizers.special_tokens import SPECIAL, PublishedTokenizer, missing, special_ids
 from weft.runtime.errors import UserError
-from weft.storage.foreign import read_object, shown_value
+from weft.storage.foreign import shown_value
 
 SOURCE, TARGET, VOCAB = 'source.spm', 'target.spm', 'vocab.json'
 DEFAULTS = {'unk_token': '<unk>', 'eos_token': '</s>', 'pad_token': '<pad>'}
@@ -25,7 +25,7 @@ class MarianTokenizer(PublishedTokenizer):
     def __init__(self, files: Mapping[str, bytes], special: Mapping[str, Any], where: str) -> None:
         self._own = {name: files[name] for name in (SOURCE, TARGET, VOCAB)}
         self.model = files[VOCAB]
-        self._ids = read_vocabulary(files[VOCAB], f'{where}/{VOCAB}')
+        self._ids = _ids(files[VOCAB], f'{where}/{VOCAB}')
         added: Any = special.get('added')
         unk: Any = special.get('unk')
         silent: Any = special.get('silent')
@@ -125,12 +125,10 @@ def marian_tokenizer(files: Mapping[str, bytes], said: Said) -> MarianTokenizer:
     """The tokenizer of a published folder. Raises UserError where a part of it is missing or cannot be used."""
     for name in (SOURCE, TARGET, VOCAB):
         if name not in files:
-            raise UserError(
-                f'{said.where}: has {SOURCE if SOURCE in files else TARGET} and lacks {name}, its other part'
-            )
+            raise said.error(f'has {SOURCE if SOURCE in files else TARGET} and lacks {name}, its other part')
     if said.tokenizer.get('separate_vocabs'):
-        raise UserError(f'{said.where}: separate_vocabs is true: only one vocabulary for both languages is supported')
-    ids = read_vocabulary(files[VOCAB], f'{said.where}/{VOCAB}')
+        raise said.error('separate_vocabs is true: only one vocabulary for both languages is supported')
+    ids = _ids(files[VOCAB], f'{said.where}/{VOCAB}')
     new = missing(said, (), ids.get, ids.values(), DEFAULTS)
     added = {token['content']: token['id'] for token in new}
     find = {**ids, **added}.get
@@ -147,13 +145,8 @@ def marian_tokenizer(files: Mapping[str, bytes], said: Said) -> MarianTokenizer:
     return MarianTokenizer(files, special, said.where)
 
 
-def read_vocabulary(content: bytes, where: str) -> dict[str, int]:
-    """Ids by token. Raises UserError for a file that holds something else."""
-    ids = read_object(content, where)
-    for token, i in ids.items():
-        if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < LARGEST_VOCABULARY:
-            rule = f'it must be a whole number from 0 to {LARGEST_VOCABULARY - 1}'
-            raise UserError(f'{where}: token {shown_value(token)} has id {shown_value(i)}: {rule}')
+def _ids(content: bytes, where: str) -> dict[str, int]:
+    ids = read_vocabulary(content, where)
     if not ids:
         raise UserError(f'{where}: has no tokens')
     return ids

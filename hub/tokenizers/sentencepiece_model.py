@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from weft.data.tokenizer import SPACE
-from weft.hub.tokenizers.built import finished, halves, placed
+from weft.hub.tokenizers.built import added_token, finished, halves, placed
 from weft.hub.tokenizers.json_tokenizer import JsonTokenizer
 from weft.hub.tokenizers.side_files import LARGEST_VOCABULARY, LONGEST_PIECE, MOST_CHARACTERS, Said
 from weft.runtime.errors import UserError
@@ -207,7 +207,7 @@ def _t5(model: Model, said: Said) -> JsonTokenizer:
     """As T5Tokenizer reads it: words, however they are spaced, and sentinels `<extra_id_99>` … `<extra_id_0>` at the end."""
     extra = said.tokenizer.get('extra_ids', 100)
     if isinstance(extra, bool) or not isinstance(extra, int) or not 0 <= extra <= 10_000:
-        raise UserError(f'{said.where}: extra_ids is {shown_value(extra)}: it must be a whole number from 0 to 10000')
+        raise said.error(f'extra_ids is {shown_value(extra)}: it must be a whole number from 0 to 10000')
     have = {piece.text for piece in model.pieces}
     sentinels = [name for i in reversed(range(extra)) if (name := f'<extra_id_{i}>') not in have]
     pieces = [*model.pieces, *(Piece(name, 0.0, Kind.CONTROL) for name in sentinels)]
@@ -268,9 +268,8 @@ def _text(model: Model, i: int) -> str | None:
 def _added(model: Model, said: Said) -> list[dict[str, Any]]:
     """The pieces that are whole in any text, control pieces and the user's own, but for those that another file describes."""
     told = {token['content'] for token in said.added} | {token['id'] for token in said.added}
-    flags = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
     return [
-        {'id': i, 'content': piece.text, 'special': piece.kind == Kind.CONTROL} | flags
+        added_token(i, piece.text, piece.kind == Kind.CONTROL)
         for i, piece in enumerate(model.pieces)
         if piece.kind in (Kind.CONTROL, Kind.USER_DEFINED) and piece.text not in told and i not in told
     ]

@@ -33,6 +33,9 @@ class Said:
     kind: str | None  # the tokenizer's class, without 'Fast'
     model: str | None  # model_type of config.json
 
+    def error(self, message: str) -> UserError:
+        return UserError(f'{self.where}: {message}')
+
     def names(self, defaults: Mapping[str, str]) -> Iterator[tuple[str, AddedToken]]:
         """The fields that name a special token, and the token: those of NAMED in their order, then whatever others there are.
 
@@ -46,7 +49,7 @@ class Said:
                 yield field, token
             elif value is not None and field in ('bos_token', 'eos_token'):
                 rule = 'it must be the name of a token, such as "</s>"'
-                raise UserError(f'{self.where}: {field} is {shown_value(value)}: {rule}')
+                raise self.error(f'{field} is {shown_value(value)}: {rule}')
         for field in MORE:
             for token in all_named(fields.get(field)):
                 yield field, token
@@ -113,7 +116,9 @@ def _added(
                     f'{place}: {shown(key, 60)} is {shown_value(value)}: it must be an object with "content", the token’s text'
                 )
             i = int(key) if key.isascii() and key.isdecimal() and len(key) < 10 else key
-            found[_id(i, value['content'], place)] = _token(value['content'], value, value.get('special') is True)
+            content = value['content']
+            check_id(i, f'{place}: token {shown_value(content)} has id')
+            found[i] = _token(content, value, value.get('special') is True)
     elif decoder is not None:
         raise UserError(
             f'{where}/{CONFIG}: added_tokens_decoder is {shown_value(decoder)}: it must be an object of tokens by id'
@@ -121,7 +126,8 @@ def _added(
     elif old:
         special = {token['content'] for field in (*NAMED, *MORE) for token in all_named(tokenizer.get(field))}
         for content, i in old.items():
-            found[_id(i, content, f'{where}/{ADDED}')] = _token(content, {}, content in special)
+            check_id(i, f'{where}/{ADDED}: token {shown_value(content)} has id')
+            found[i] = _token(content, {}, content in special)
     return [{'id': i} | found[i] for i in sorted(found)]
 
 
@@ -132,13 +138,27 @@ def all_named(value: Any) -> list[AddedToken]:
     return [token for one in values if (token := named(one))]
 
 
-def _id(i: Any, content: str, place: str) -> int:
+def check_id(i: Any, what: str) -> int:
+    """An id of a token. Raises UserError, which begins with `what`, for anything else."""
     if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < LARGEST_VOCABULARY:
-        raise UserError(
-            f'{place}: token {shown_value(content)} has id {shown_value(i)}: it must be a whole number from 0 to '
-            f'{LARGEST_VOCABULARY - 1}'
-        )
+        raise UserError(f'{what} {shown_value(i)}: it must be a whole number from 0 to {LARGEST_VOCABULARY - 1}')
     return i
+
+
+def read_vocabulary(content: bytes, where: str) -> dict[str, int]:
+    """Ids by token, of a vocab.json. Raises UserError for a file that holds something else."""
+    ids = read_object(content, where)
+    for token, i in ids.items():
+        check_id(i, f'{where}: token {shown_value(token)} has id')
+    return ids
+
+
+def text_of(content: bytes, where: str) -> str:
+    """A file's text. Raises UserError for what is not UTF-8."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f'{where}: not UTF-8 at byte {error.start}') from None
 
 
 def one_line(text: str) -> str:

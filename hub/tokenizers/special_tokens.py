@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from weft.data.tokenizer import Tokenizer, is_unicode
-from weft.hub.tokenizers.side_files import LARGEST_VOCABULARY, AddedToken, Said
+from weft.hub.tokenizers.side_files import LARGEST_VOCABULARY, AddedToken, Said, check_id
 from weft.runtime.errors import UserError, nearest
 from weft.storage.foreign import read_object, shown_value
 
@@ -70,18 +70,14 @@ def missing(
         if name in known:
             continue
         if not is_unicode(name):
-            raise UserError(
-                f'{said.where}: token {shown_value(name)}: a lone surrogate is not Unicode text; leave it out'
-            )
+            raise said.error(f'token {shown_value(name)}: a lone surrogate is not Unicode text; leave it out')
         here = find(name)
         if here is None and field in ('bos_token', 'eos_token'):
             continue
         i = following if here is None else here
         if token.get('id', i) != i:
             rule = 'ids of added tokens go on from the vocabulary, without a gap'
-            raise UserError(
-                f'{said.where}: added token {shown_value(name)} has id {token["id"]} and would get {i}: {rule}'
-            )
+            raise said.error(f'added token {shown_value(name)} has id {token["id"]} and would get {i}: {rule}')
         known.add(name)
         found.append(token | {'id': i})
         following = max(following, i + 1)
@@ -119,8 +115,8 @@ def special_ids(
         eos = _first(said.ids.get('eos_token_id'), named('sep_token'), *suffix[:1])
         if eos is None:
             name = token_of['eos_token']['content']
-            raise UserError(
-                f'{said.where}: eos_token is {shown_value(name)}, which is no token of its tokenizer, and no file has an '
+            raise said.error(
+                f'eos_token is {shown_value(name)}, which is no token of its tokenizer, and no file has an '
                 f'eos_token_id{near(name, names)}'
             )
     elif eos is None:
@@ -129,17 +125,14 @@ def special_ids(
         eos = _first(*map(find, ENDS))
     if eos is None:
         what = 'opens or ends' if bos is None else 'ends'
-        raise UserError(
-            f'{said.where}: its tokenizer has no token that {what} a text: tokenizer_config.json must name a bos_token or an '
+        raise said.error(
+            f'its tokenizer has no token that {what} a text: tokenizer_config.json must name a bos_token or an '
             'eos_token; or import it without its tokenizer'
         )
     bos = eos if bos is None else bos
     ends = [eos, *said.ends]
-    for field, ids in (('bos_token_id', [bos]), ('eos_token_id', ends)):
-        for i in ids:
-            if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < LARGEST_VOCABULARY:
-                rule = f'it must be a whole number from 0 to {LARGEST_VOCABULARY - 1}'
-                raise UserError(f'{said.where}: {field} is {shown_value(i)}: {rule}')
+    for field, i in [('bos_token_id', bos), *(('eos_token_id', end) for end in ends)]:
+        check_id(i, f'{said.where}: {field} is')
     found = {'bos': bos, 'eos': eos, 'prefix': [*prefix], 'ends': sorted(set(ends))}
     return found | ({'suffix': [*suffix]} if suffix else {})
 
