@@ -22,12 +22,8 @@ DTYPE_FP8 = np.dtype(jnp.float8_e4m3fn)
 BFLOAT16 = np.dtype(jnp.bfloat16)
 FLOAT4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)  # by their 4 bits
 GROUP = 32  # numbers that share an exponent
-IRRELEVANT = (
-    'quant_method',
-    'modules_to_not_convert',
-    'scale_fmt',
-    'dequantize',
-)  # which tensors are packed, their names say
+# Fields of a quantization_config that are not looked at: which tensors are packed, their names say.
+IRRELEVANT = ('quant_method', 'modules_to_not_convert', 'scale_fmt', 'dequantize')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,16 +108,20 @@ def unpacked(
     return found
 
 
+def _check_config(said: Mapping[str, Any], source: Path, works: Mapping[str, Any]) -> None:
+    """Raises UserError for a field of a quantization_config that says anything but what `works`."""
+    for field, value in said.items():
+        if field not in IRRELEVANT and works.get(field, ...) != value:
+            raise UserError(
+                f'{shown_path(source)}: quantization_config.{shown(field, 60)} is {shown_value(value)}, which is not supported'
+                + (f'; supported: {works[field]!r}' if field in works else '')
+            )
+
+
 def _fp8(found: dict[str, Any], said: Mapping[str, Any], source: Path) -> None:
     block: Any = said.get('weight_block_size')
     whole = isinstance(block, list) and len(block) == 2 and all(type(n) is int and 0 < n < 2**31 for n in block)
-    rules = {'activation_scheme': 'dynamic', 'fmt': 'e4m3'}
-    for field, value in said.items():
-        if field not in (*IRRELEVANT, 'weight_block_size') and rules.get(field, ...) != value:
-            raise UserError(
-                f'{shown_path(source)}: quantization_config.{shown(field, 60)} is {shown_value(value)}, which is not supported'
-                + (f'; supported: {rules[field]!r}' if field in rules else '')
-            )
+    _check_config(said, source, {'activation_scheme': 'dynamic', 'fmt': 'e4m3', 'weight_block_size': block})
     if not whole:
         raise UserError(
             f'{shown_path(source)}: quantization_config.weight_block_size is {shown_value(block)}: FP8 is supported in '
@@ -148,11 +148,7 @@ def _fp8(found: dict[str, Any], said: Mapping[str, Any], source: Path) -> None:
 
 
 def _mxfp4(found: dict[str, Any], said: Mapping[str, Any], source: Path) -> None:
-    for field, value in said.items():
-        if field not in IRRELEVANT:
-            raise UserError(
-                f'{shown_path(source)}: quantization_config.{shown(field, 60)} is {shown_value(value)}, which is not supported'
-            )
+    _check_config(said, source, {})
     for packed in [name for name, one in found.items() if name.endswith('_blocks') and one.dtype == np.uint8]:
         name = packed.removesuffix('_blocks')
         blocks, scales = found.pop(packed), found.pop(f'{name}_scales', None)

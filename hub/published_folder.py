@@ -18,9 +18,8 @@ from weft.storage.foreign import read_file, read_object, shown_path
 CONFIG, SINGLE, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
 PICKLED = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 FOREIGN = ('.msgpack', '.h5', '.onnx', '.npz')
-SIDE = re.compile(
-    r'[\w.-]+\.(json|jinja|txt|model|spm|tiktoken)|LICENSE[\w.-]*|NOTICE[\w.-]*'
-)  # files that are kept beside the weights
+# Files that are kept beside the weights.
+SIDE = re.compile(r'[\w.-]+\.(json|jinja|txt|model|spm|tiktoken)|LICENSE[\w.-]*|NOTICE[\w.-]*')
 POOLING = re.compile(r'\d_.*', re.DOTALL)  # folders of sentence-transformers with a config.json each
 TEMPLATES = 'additional_chat_templates'  # the folder of those beside the first one
 ON_HUB = re.compile(r'[\w-][\w.-]*/[\w-][\w.-]*')  # as models are called there: Qwen/Qwen3-8B
@@ -31,9 +30,7 @@ NEEDED = re.compile(
     re.DOTALL,
 )
 TOKENIZER = 'tokenizer.json'
-TOKENIZERS = re.compile(
-    r'vocab\.json|merges\.txt|tekken\.json|.+\.(model|spm|tiktoken)'
-)  # needed where that is not there
+TOKENIZERS = re.compile(r'vocab\.json|merges\.txt|tekken\.json|.+\.(model|spm|tiktoken)')  # needed without TOKENIZER
 LARGEST_CONFIG = 2**23  # bytes, of which known ones have some thousands
 MOST_CONFIG_VALUES = 2**19
 LARGEST_INDEX = 2**26  # bytes; of 90,000 tensors one has 9 million

@@ -83,9 +83,8 @@ class Published:
     def arrays(self, mesh: jax.sharding.Mesh) -> Iterator[tuple[str, jax.Array]]:
         """Our arrays by name, one after another, in their layout on the mesh."""
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            shapes = array_shapes(
-                self.model, self.compute
-            )  # whose layouts name the axes that this mesh splits something along
+            # Their layouts name the axes that this mesh splits something along.
+            shapes = array_shapes(self.model, self.compute)
         return arrays(self.table, shapes, lambda name, take: self.sources[name].read(take), mesh)
 
 

@@ -48,9 +48,8 @@ def arrays(
 
 def array(kind: jax.ShapeDtypeStruct, places: Places, read: Read) -> jax.Array:
     """One of our arrays; copies of a shard are copied from device to device."""
-    jax.device_put(
-        np.int8(0)
-    )  # JAX lets go of host memory at its next call: of the last array's before this one is made
+    # JAX lets go of host memory at its next call: of the last array's before this one is made.
+    jax.device_put(np.int8(0))
     shards: dict[Bounds, jax.Array] = {}
     copies = []
     for device, index in kind.sharding.addressable_devices_indices_map(kind.shape).items():
@@ -97,8 +96,7 @@ def _block(bounds: Bounds, dtype: np.dtype, places: Places, read: Read) -> np.nd
                 mine = span[begin:end]
                 take[dim] = slice(mine.start, mine.stop, mine.step)
                 inside.append(slice(begin - start, begin - start + len(mine)))
-            found = read(one.name, tuple(take))
-            found = narrowed(found, dtype, one.name)
+            found = narrowed(read(one.name, tuple(take)), dtype, one.name)
             _copy(out[(*inside, ...)], found if part.axes is None else found.transpose(part.axes))
     return out
 

@@ -98,9 +98,8 @@ def _span(cut: Any, size: int) -> Span:
 def _fill(out: np.ndarray, file: SteadyFile, begin: int, shape: tuple[int, ...], spans: list[Span]) -> None:
     """Reads what stands together into its place, and what is in small pieces with what is between them."""
     last = max((dim for dim, span in enumerate(spans) if not (_together(span) and len(span) == shape[dim])), default=-1)
-    steps = [
-        math.prod(shape[dim + 1 :]) * out.dtype.itemsize for dim in range(len(shape))
-    ]  # bytes from one to the next
+    # Bytes from one to the next.
+    steps = [math.prod(shape[dim + 1 :]) * out.dtype.itemsize for dim in range(len(shape))]
     if last < 0 or (_together(spans[last]) and (last == 0 or steps[last - 1] >= NEAR)):
         begins = [begin]
         for dim, span in enumerate(spans[: last + 1]):

@@ -21,12 +21,10 @@ from weft.storage.staged import staged
 
 FILE_BYTES = 5 * 10**9  # of tensors in one file that is written
 NOT_EXPORTED = ('quantization_config', 'auto_map', 'transformers_version')
-OF_KINDS = (
-    'model.moe.first_dense_layers',
-    'model.moe.pattern',
-    'model.attention.window_pattern',
-    'model.positions.pattern',
-)  # what `ModelConfig.layer_specs` says
+OF_LAYERS = tuple(  # what `ModelConfig.layer_specs` says
+    f'model.{field}'
+    for field in ('moe.first_dense_layers', 'moe.pattern', 'attention.window_pattern', 'positions.pattern')
+)
 FAR, MOST_TOLD = 1000, 8  # fields: of a family that does not read at all; of one that are told
 
 
@@ -53,10 +51,8 @@ def write(
         room -= size
     names = [f'model-{i + 1:05}-of-{len(parts):05}.safetensors' for i in range(len(parts))]
     with staged(folder) as place:
-        for name, contents in {
-            **files,
-            CONFIG: json.dumps(config, indent=2, ensure_ascii=False).encode() + b'\n',
-        }.items():
+        said = json.dumps(config, indent=2, ensure_ascii=False).encode() + b'\n'
+        for name, contents in {**files, CONFIG: said}.items():
             disk.make_folder((place / name).parent)
             disk.put(place / name, contents)
         if len(parts) == 1:
@@ -159,7 +155,8 @@ def _differing(found: ModelConfig, c: ModelConfig) -> list[Difference]:
         elif a != b:
             differing.append(Difference(f'model.{name}', b, max(len(x) if isinstance(x, dict) else 1 for x in (a, b))))
     # Which layers are mixtures and which have the window can be said in several ways.
-    return differing if c.layer_specs != found.layer_specs else [one for one in differing if one.field not in OF_KINDS]
+    same = c.layer_specs == found.layer_specs
+    return [one for one in differing if not (same and one.field in OF_LAYERS)]
 
 
 def _said(c: ModelConfig) -> dict[str, Any]:

@@ -140,22 +140,13 @@ KIND_OF: dict[str, Kind] = {  # of fields by name, which mean the same in every 
 # fmt: on
 
 
-# Our fields by the names that they have in config.json; of several, the one that the family reads is told.
+# Our fields that stand in no family's table by their names in config.json; of several, the one that the family reads is told.
 # fmt: off
 PUBLISHED: dict[str, tuple[str, ...]] = {
-    'model.vocabulary': ('vocab_size',),
-    'model.layers': ('num_hidden_layers', 'n_layer', 'num_decoder_layers', 'num_layers', 'decoder_layers'),
-    'model.model_dim': ('hidden_size', 'n_embd', 'd_model'),
-    'model.attention.heads': ('num_attention_heads', 'n_head', 'num_heads', 'decoder_attention_heads'),
     'model.attention.kv_heads': (
         'num_key_value_heads', 'num_attention_heads', 'n_head', 'num_heads', 'decoder_attention_heads',
     ),
     'model.attention.head_dim': ('head_dim', 'd_kv'),
-    'model.mlp.dim': ('intermediate_size', 'n_inner', 'd_ff', 'decoder_ffn_dim'),
-    'model.norm.epsilon': ('rms_norm_eps', 'layer_norm_epsilon', 'layer_norm_eps'),
-    'model.positions.max': ('max_position_embeddings', 'n_positions', 'n_ctx'),
-    'model.positions.buckets': ('relative_attention_num_buckets',),
-    'model.positions.max_distance': ('relative_attention_max_distance',),
     'model.positions.fraction': ('partial_rotary_factor',),
     'model.attention.window': ('sliding_window', 'sliding_window_size'),
     'model.positions.pattern': ('no_rope_layers', 'no_rope_layer_interval'),
@@ -167,20 +158,8 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
     'model.embedding.tied': ('tie_word_embeddings',),
     'model.mtp.layers': ('num_nextn_predict_layers', 'num_mtp_layers'),
     'model.attention.q_lora_rank': ('q_lora_rank',),
-    'model.attention.kv_lora_rank': ('kv_lora_rank',),
-    'model.attention.qk_nope_head_dim': ('qk_nope_head_dim',),
-    'model.attention.qk_rope_head_dim': ('qk_rope_head_dim',),
-    'model.attention.v_head_dim': ('v_head_dim',),
-    'model.moe.experts': ('num_experts', 'num_local_experts', 'n_routed_experts'),
-    'model.moe.top_k': ('num_experts_per_tok', 'experts_per_token'),
-    'model.moe.mlp_dim': ('moe_intermediate_size', 'intermediate_size'),
-    'model.moe.shared_experts': ('n_shared_experts',),
     'model.moe.shared_mlp_dim': ('shared_expert_intermediate_size',),
-    'model.moe.first_dense_layers': ('first_k_dense_replace',),
     'model.moe.pattern': ('mlp_only_layers',),
-    'model.moe.groups': ('n_group',),
-    'model.moe.top_groups': ('topk_group',),
-    'model.encoder.layers': ('num_layers', 'encoder_layers'),
     'model.encoder.heads': ('encoder_attention_heads', 'num_heads'),
     'model.encoder.mlp_dim': ('encoder_ffn_dim', 'd_ff'),
     'model.encoder.head_dim': ('d_kv',),
@@ -201,6 +180,7 @@ class Fields:
         self.values, self.source = dict(values), source
         self.path = path  # of a part, dotted, with a dot at its end
         self.seen: set[str] = set()
+        self.names: dict[str, str] = {}  # of our fields that a `Table` has
 
     def error(self, said: str) -> UserError:
         return UserError(f'{self.source}: {said}')
@@ -270,7 +250,7 @@ class Fields:
 
     def _published(self, ours: re.Match[str]) -> str:
         # The scaling's fields are read through `part`, of which this does not know.
-        names = PUBLISHED.get(ours[0], ())
+        names = (self.names[ours[0]],) if ours[0] in self.names else PUBLISHED.get(ours[0], ())
         return next((name for name in names if name in self.seen), names[0] if names else ours[0])
 
     def finish(self) -> None:
@@ -295,6 +275,7 @@ def read_fields(f: Fields, table: Table, **defaults: Any) -> dict[str, Any]:
     """Our fields, dotted, of those in a table; `defaults` count before the table's."""
     found = {}
     for name, (ours, default, *others) in table.items():
+        f.names[f'model.{ours}'] = name
         if isinstance(default, Mapping):
             found[ours] = default[f.only(name, *default, default=defaults.get(name, ...))]
         else:
