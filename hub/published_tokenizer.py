@@ -6,7 +6,7 @@ has its own. hub/tokenizers/ has a file for each. A run keeps the tokenizer.json
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,28 +97,25 @@ def published_tokenizer(files: Mapping[str, bytes], where: str, embedded: int | 
     `embedded` is the number of ids that the model knows, where these may be fewer than the tokenizer's. Raises UserError for a
     tokenizer that cannot be read, and for formats that are not.
     """
-    make = _maker(files, where)
-    if make is None:
-        return None
-    found = make()
-    if embedded is not None and embedded < found.vocabulary:
+    found = _published(files, where)
+    if found is not None and embedded is not None and embedded < found.vocabulary:
         found.settle({**found.special, 'embedded': embedded})
     return found
 
 
-def _maker(files: Mapping[str, bytes], where: str) -> Callable[[], PublishedTokenizer] | None:
-    """What reads the kind of tokenizer that there is."""
+def _published(files: Mapping[str, bytes], where: str) -> PublishedTokenizer | None:
+    """The tokenizer, of whichever kind there is."""
     if JSON in files:
-        return lambda: published_json(files[JSON], said_of(files, where))
+        return published_json(files[JSON], said_of(files, where))
     if marian.SOURCE in files or marian.TARGET in files:
-        return lambda: marian.marian_tokenizer(files, said_of(files, where))
+        return marian.marian_tokenizer(files, said_of(files, where))
     for name in MODELS:
         if name in files:
             if TIKTOKEN.match(files[name]):
                 raise UserError(f'{where}/{name}: is in tiktoken’s format, which is not read: {WRITE_JSON}')
-            return lambda: sentencepiece_tokenizer(files[name], said_of(files, where), name)
+            return sentencepiece_tokenizer(files[name], said_of(files, where), name)
     if VOCAB in files and MERGES in files:
-        return lambda: byte_pair_tokenizer(files[VOCAB], files[MERGES], said_of(files, where))
+        return byte_pair_tokenizer(files[VOCAB], files[MERGES], said_of(files, where))
     for name in files:
         if name == TEKKEN or name.endswith('.tiktoken') or name == 'tiktoken.model':
             kind = 'Mistral’s own' if name == TEKKEN else 'tiktoken’s'

@@ -101,47 +101,49 @@ class Where:
     has: bool
 
 
+def linear(published: str, ours: str, weight: str = 'w_IO') -> dict[str, str]:
+    """The names of a layer's weight and bias."""
+    return {f'{published}.weight': f'{ours}.{weight}', f'{published}.bias': f'{ours}.b_O'}
+
+
+def layer_norm(published: str, ours: str) -> dict[str, str]:
+    """The names of a LayerNorm's scale and bias."""
+    return {f'{published}.weight': f'{ours}.scale_D', f'{published}.bias': f'{ours}.bias_D'}
+
+
 Entry = str | Joined | Woven | Flipped | AsRow | Where
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How a family is read and written.
+    """How a family is read and written."""
 
-    Attributes:
-        name: of its file.
-        architectures: as in config.json; the first is the one that is written, unless `write` gives another.
-        read: the model of a config.json's fields; raises UserError for what it cannot represent.
-        write: the fields of config.json for a model; what `read` gives of them is that model, or it is not of this family.
-        names: published tensor names to ours. {i} stands for the layer, {e} for the expert; a layer's arrays are named
-            without their group (attention.q.w_IO), those of an encoder's layers encoder.layers.attention.q.w_IO. Entries whose
-            arrays the model does not have are left out.
-        buffers: patterns of published tensors that hold no parameters.
-        copies: tensors of the layers of `mtp` that repeat another, by name.
-        prefix: of the published names, where a publisher's files may leave it out; part of `names`.
-        old_names: patterns of names in older files, and what stands for each match in `names`.
-        fixed: published tables of positions, [max_positions, model_dim], that follow from the model: files need not have them,
-            but if so with these numbers.
-        tied: published names that files may hold beside those in `names`: equal copies of the tensor named.
-        told: what a file's having a tensor makes of the model, where config.json does not say so; by the tensor's name.
-        headless: the architecture without an LM head, whose files begin no name with `prefix`; None: there is none.
-        tied_unless_stored: a head that files do not hold is the embedding, whatever config.json says.
-    """
-
-    name: str
-    architectures: tuple[str, ...]
+    name: str  # of its file
+    architectures: tuple[
+        str, ...
+    ]  # as in config.json; the first is the one that is written, unless `write` gives another
+    # The model of a config.json's fields; raises UserError for what it cannot represent.
     read: Callable[[Fields], ModelConfig]
+    # The fields of config.json for a model; what `read` gives of them is that model, or it is not of this family.
     write: Callable[[ModelConfig], dict[str, Any]]
+    # Published tensor names to ours. {i} stands for the layer, {e} for the expert; a layer's arrays are named without their
+    # group (attention.q.w_IO), those of an encoder's layers encoder.layers.attention.q.w_IO. Entries whose arrays the model
+    # does not have are left out.
     names: Mapping[str, Entry]
-    buffers: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()  # patterns of published tensors that hold no parameters
+    # Tensors of the layers of `mtp` that repeat another, by name.
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    prefix: str = ''
-    old_names: tuple[tuple[str, str], ...] = ()
+    prefix: str = ''  # of the published names, where a publisher's files may leave it out; part of `names`
+    old_names: tuple[tuple[str, str], ...] = ()  # patterns of names in older files, and what stands for each in `names`
+    # Published tables of positions, [max_positions, model_dim], that follow from the model: files need not have them, but if so
+    # with these numbers.
     fixed: Mapping[str, Callable[[ModelConfig], np.ndarray]] = dataclasses.field(default_factory=dict)
+    # Published names that files may hold beside those in `names`: equal copies of the tensor named.
     tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # What a file's having a tensor makes of the model, where config.json does not say so; by the tensor's name.
     told: Mapping[str, Callable[[ModelConfig], ModelConfig]] = dataclasses.field(default_factory=dict)
-    headless: str | None = None
-    tied_unless_stored: bool = False
+    headless: str | None = None  # the architecture without an LM head, whose files begin no name with `prefix`
+    tied_unless_stored: bool = False  # a head that files do not hold is the embedding, whatever config.json says
 
     def model(self, fields: Fields) -> ModelConfig:
         """The model of a config.json, without an LM head where its architecture has none."""
@@ -236,9 +238,8 @@ def family_of(fields: Fields) -> Family:
     known = {name: family for family in families() for name in (*family.architectures, family.headless) if name}
     names = fields('architectures', None)
     if not names:
-        said = (
-            shown(json.dumps(fields.values.get('architectures')), 60) if 'architectures' in fields.values else 'missing'
-        )
+        there = 'architectures' in fields.values
+        said = shown(json.dumps(fields.values['architectures']), 60) if there else 'missing'
         raise fields.error(
             f'architectures is {said}: it must name the class of the model, such as ["LlamaForCausalLM"]'
         )

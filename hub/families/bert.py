@@ -6,7 +6,7 @@ the first may have too: no logit of a token depends on them. BertModel is it wit
 
 from typing import Any
 
-from weft.hub.families import Family, Fields
+from weft.hub.families import Family, Fields, layer_norm, linear
 from weft.hub.families.fields import Table, read_fields, write_fields
 from weft.model.config import ModelConfig, PoolerConfig, changed, model_of
 
@@ -17,40 +17,24 @@ EMBEDDING = {
     'bert.embeddings.word_embeddings.weight': 'embed_VD',
     'bert.embeddings.position_embeddings.weight': 'position_PD',
     'bert.embeddings.token_type_embeddings.weight': 'token_type_YD',
-    'bert.embeddings.LayerNorm.weight': 'embedding_norm.scale_D',
-    'bert.embeddings.LayerNorm.bias': 'embedding_norm.bias_D',
+    **layer_norm('bert.embeddings.LayerNorm', 'embedding_norm'),
 }
 LAYER = {
-    'bert.encoder.layer.{i}.attention.self.query.weight': 'attention.q.w_IO',
-    'bert.encoder.layer.{i}.attention.self.query.bias': 'attention.q.b_O',
-    'bert.encoder.layer.{i}.attention.self.key.weight': 'attention.k.w_IO',
-    'bert.encoder.layer.{i}.attention.self.key.bias': 'attention.k.b_O',
-    'bert.encoder.layer.{i}.attention.self.value.weight': 'attention.v.w_IO',
-    'bert.encoder.layer.{i}.attention.self.value.bias': 'attention.v.b_O',
-    'bert.encoder.layer.{i}.attention.output.dense.weight': 'attention.o.w_OI',
-    'bert.encoder.layer.{i}.attention.output.dense.bias': 'attention.o.b_O',
-    'bert.encoder.layer.{i}.attention.output.LayerNorm.weight': 'attention_norm.scale_D',
-    'bert.encoder.layer.{i}.attention.output.LayerNorm.bias': 'attention_norm.bias_D',
-    'bert.encoder.layer.{i}.intermediate.dense.weight': 'mlp.up.w_IO',
-    'bert.encoder.layer.{i}.intermediate.dense.bias': 'mlp.up.b_O',
-    'bert.encoder.layer.{i}.output.dense.weight': 'mlp.down.w_OI',
-    'bert.encoder.layer.{i}.output.dense.bias': 'mlp.down.b_O',
-    'bert.encoder.layer.{i}.output.LayerNorm.weight': 'mlp_norm.scale_D',
-    'bert.encoder.layer.{i}.output.LayerNorm.bias': 'mlp_norm.bias_D',
+    **linear('bert.encoder.layer.{i}.attention.self.query', 'attention.q'),
+    **linear('bert.encoder.layer.{i}.attention.self.key', 'attention.k'),
+    **linear('bert.encoder.layer.{i}.attention.self.value', 'attention.v'),
+    **linear('bert.encoder.layer.{i}.attention.output.dense', 'attention.o', 'w_OI'),
+    **layer_norm('bert.encoder.layer.{i}.attention.output.LayerNorm', 'attention_norm'),
+    **linear('bert.encoder.layer.{i}.intermediate.dense', 'mlp.up'),
+    **linear('bert.encoder.layer.{i}.output.dense', 'mlp.down', 'w_OI'),
+    **layer_norm('bert.encoder.layer.{i}.output.LayerNorm', 'mlp_norm'),
 }
 HEAD = {
-    'cls.predictions.transform.dense.weight': 'head_mlp.dense.w_IO',
-    'cls.predictions.transform.dense.bias': 'head_mlp.dense.b_O',
-    'cls.predictions.transform.LayerNorm.weight': 'head_mlp.norm.scale_D',
-    'cls.predictions.transform.LayerNorm.bias': 'head_mlp.norm.bias_D',
+    **linear('cls.predictions.transform.dense', 'head_mlp.dense'),
+    **layer_norm('cls.predictions.transform.LayerNorm', 'head_mlp.norm'),
     'cls.predictions.bias': 'head_bias_V',
 }
-POOLER = {
-    'bert.pooler.dense.weight': 'pooler.dense.w_IO',
-    'bert.pooler.dense.bias': 'pooler.dense.b_O',
-    'cls.seq_relationship.weight': 'pooler.next.w_OI',
-    'cls.seq_relationship.bias': 'pooler.next.b_O',
-}
+POOLER = linear('bert.pooler.dense', 'pooler.dense') | linear('cls.seq_relationship', 'pooler.next', 'w_OI')
 FIELDS: Table = {
     'vocab_size': ('vocabulary', 30522),
     'num_hidden_layers': ('layers', 12),

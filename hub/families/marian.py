@@ -8,42 +8,32 @@ from typing import Any
 
 import numpy as np
 
-from weft.hub.families import AsRow, Family, Fields
+from weft.hub.families import AsRow, Family, Fields, layer_norm, linear
 from weft.hub.families.fields import Table, read_fields, write_fields
 from weft.model.config import ModelConfig, model_of
 from weft.model.layers.positions import sinusoids
 from weft.runtime.errors import UserError
 
 # By published name; the first of two is the one that is written.
-ACTIVATIONS: dict[str, Any] = {
-    'gelu': 'gelu_exact',
-    'swish': 'silu',
-    'silu': 'silu',
-    'relu': 'relu',
-    'gelu_new': 'gelu',
-}
-
-
-def pair(published: str, ours: str, bias: str) -> dict[str, str]:
-    return {f'{published}.weight': ours, f'{published}.bias': bias}
+ACTIVATIONS = {'gelu': 'gelu_exact', 'swish': 'silu', 'silu': 'silu', 'relu': 'relu', 'gelu_new': 'gelu'}
 
 
 def attention(published: str, stack: str, part: str) -> dict[str, str]:
     ours = stack + part
     return {
-        **pair(f'{published}.q_proj', f'{ours}.q.w_IO', f'{ours}.q.b_O'),
-        **pair(f'{published}.k_proj', f'{ours}.k.w_IO', f'{ours}.k.b_O'),
-        **pair(f'{published}.v_proj', f'{ours}.v.w_IO', f'{ours}.v.b_O'),
-        **pair(f'{published}.out_proj', f'{ours}.o.w_OI', f'{ours}.o.b_O'),
-        **pair(f'{published}_layer_norm', f'{ours}_norm.scale_D', f'{ours}_norm.bias_D'),
+        **linear(f'{published}.q_proj', f'{ours}.q'),
+        **linear(f'{published}.k_proj', f'{ours}.k'),
+        **linear(f'{published}.v_proj', f'{ours}.v'),
+        **linear(f'{published}.out_proj', f'{ours}.o', 'w_OI'),
+        **layer_norm(f'{published}_layer_norm', f'{ours}_norm'),
     }
 
 
 def mlp(published: str, stack: str) -> dict[str, str]:
     return {
-        **pair(f'{published}.fc1', f'{stack}mlp.up.w_IO', f'{stack}mlp.up.b_O'),
-        **pair(f'{published}.fc2', f'{stack}mlp.down.w_OI', f'{stack}mlp.down.b_O'),
-        **pair(f'{published}.final_layer_norm', f'{stack}mlp_norm.scale_D', f'{stack}mlp_norm.bias_D'),
+        **linear(f'{published}.fc1', f'{stack}mlp.up'),
+        **linear(f'{published}.fc2', f'{stack}mlp.down', 'w_OI'),
+        **layer_norm(f'{published}.final_layer_norm', f'{stack}mlp_norm'),
     }
 
 

@@ -52,21 +52,14 @@ Entry = str | Changed | Experts | Pair | Second
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """How files of an architecture are read.
+    """How files of an architecture are read."""
 
-    Attributes:
-        name: in general.architecture.
-        config: the fields of config.json by the keys.
-        names: names in a file, mostly without `.weight` and `.bias`, to those in a published folder; {i} is the layer, {e} the
-            expert.
-        consumed: patterns of tensors that `config` has read, or that follow from it.
-        copies: patterns of tensors that repeat another; where a file has blocks of few bits, the two may differ by rounding.
-    """
-
-    name: str
-    config: Callable[[Keys], dict[str, Any]]
+    name: str  # in general.architecture
+    config: Callable[[Keys], dict[str, Any]]  # the fields of config.json by the keys
+    # Names in a file, mostly without `.weight` and `.bias`, to those in a published folder; {i} is the layer, {e} the expert.
     names: Mapping[str, Entry]
-    consumed: tuple[str, ...] = ()
+    consumed: tuple[str, ...] = ()  # patterns of tensors that `config` has read, or that follow from it
+    # Patterns of tensors that repeat another; where a file has blocks of few bits, the two may differ by rounding.
     copies: tuple[str, ...] = ()
 
     def experts(self, config: Config) -> int:
