@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from weft.hub.tensor_files import Stored, full_index
+from weft.hub.tensor_files import Derived, Stored, full_index
 from weft.runtime.errors import UserError, shown
 from weft.storage.foreign import shown_path, shown_value
 
@@ -27,54 +27,40 @@ IRRELEVANT = ('quant_method', 'modules_to_not_convert', 'scale_fmt', 'dequantize
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockScaled:
+class BlockScaled(Derived):
     """A matrix in FP8 with a factor for each block."""
 
-    weight: Stored
+    of: Stored
     scale: Stored
     block: tuple[int, int]
-    dtype = BFLOAT16
-
-    @property
-    def path(self) -> Path:
-        return self.weight.path
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape
+    dtype = BFLOAT16  # type: ignore[assignment]
 
     def read(self, take: tuple[slice, ...] = ()) -> np.ndarray:
-        """A part of what it stands for."""
         spans = [range(size)[part] for size, part in zip(self.shape, full_index(take, len(self.shape)), strict=True)]
         row, column = (np.array(span) // step for span, step in zip(spans, self.block, strict=True))
         factors = np.array(self.scale.read(), np.float32)[row[:, None], column[None]]
-        return (self.weight.read(take).astype(np.float32) * factors).astype(BFLOAT16)
+        return (self.of.read(take).astype(np.float32) * factors).astype(BFLOAT16)
 
 
 @dataclasses.dataclass(frozen=True)
-class Mxfp4:
+class Mxfp4(Derived):
     """Matrices of 4-bit floats in groups with an exponent."""
 
-    blocks: Stored
+    of: Stored
     scales: Stored
-    dtype = BFLOAT16
-
-    @property
-    def path(self) -> Path:
-        return self.blocks.path
+    dtype = BFLOAT16  # type: ignore[assignment]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        *first, rows, groups, _ = self.blocks.shape
+        *first, rows, groups, _ = self.of.shape
         return (*first, groups * GROUP, rows)
 
     def read(self, take: tuple[slice, ...] = ()) -> np.ndarray:
-        """A part of what it stands for."""
         *first, columns, rows = full_index(take, len(self.shape))
         span = range(self.shape[-2])[columns]
         begin, end = span[0] // GROUP, span[-1] // GROUP + 1
         where = (*first, rows, slice(begin, end))
-        packed = self.blocks.read(where)
+        packed = self.of.read(where)
         numbers = np.empty((*packed.shape[:-1], GROUP), np.float32)
         numbers[..., 0::2], numbers[..., 1::2] = FLOAT4[packed & 15], FLOAT4[packed >> 4]
         with np.errstate(over='ignore', invalid='ignore'):  # the largest exponent says that the group is not a number

@@ -4,6 +4,7 @@ Files come from strangers, so a header is checked before anything in it is belie
 Numbers are read by slices, and written one tensor after another.
 """
 
+import abc
 import dataclasses
 import json
 import math
@@ -67,6 +68,28 @@ class Stored:
         Raises UserError where the file has changed since its header was read.
         """
         return read_part(self.file, self.begin, self.shape, self.dtype, take)
+
+
+class Derived(abc.ABC):
+    """A tensor whose numbers `of` holds in another form."""
+
+    of: Any
+
+    @abc.abstractmethod
+    def read(self, take: tuple[Any, ...] = ()) -> np.ndarray:
+        """A part of it, by slices."""
+
+    @property
+    def path(self) -> Path:
+        return self.of.path
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.of.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.of.shape
 
 
 def read_part(

@@ -105,7 +105,7 @@ def _one(path: Path) -> Contents:
 
 def _contents(header: Header) -> Contents:
     header.need(4, 'its first bytes')
-    magic, version = header.raw[:4], header.number('I', 'its version')
+    magic, version = header.raw[:4], header.number('<u4', 'its version')
     if magic != MAGIC:
         raise header.error(f'begins with {magic!r} and not with {MAGIC!r}: not a GGUF file')
     if int.from_bytes(version.to_bytes(4, 'little'), 'big') in (1, *VERSIONS):
@@ -133,11 +133,11 @@ def _contents(header: Header) -> Contents:
 def _entry(header: Header, name: str) -> tuple[tuple[int, ...], int, int]:
     """A tensor's shape, its type's number and its offset."""
     what = f'tensor {name!r}'
-    dims = header.number('I', what)
+    dims = header.number('<u4', what)
     if not 1 <= dims <= MOST_DIMS:
         raise header.error(f'{what} has {dims} dims: from 1 to {MOST_DIMS} work')
-    shape = tuple(header.number('Q', what) for _ in range(dims))[::-1]  # a file has the innermost first
-    return shape, header.number('I', what), header.number('Q', what)
+    shape = tuple(header.number('<u8', what) for _ in range(dims))[::-1]  # a file has the innermost first
+    return shape, header.number('<u4', what), header.number('<u8', what)
 
 
 def _alignment(path: Path, values: Mapping[str, Any]) -> int:

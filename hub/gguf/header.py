@@ -15,20 +15,8 @@ LONGEST_TEXT = 2**24  # bytes of one text, such as a chat template
 LONGEST_NAME = 256  # bytes of a key or of a tensor's name, of which ggml allows 63
 MOST_VALUES = 2**22  # of an array: tokens, merges
 MOST_TEXTS = 2**23  # in all arrays together
-# Values' types by the number that stands for each: struct's letter, NumPy's name. 8 is a text, 9 an array.
-NUMBERS = {
-    0: ('B', '<u1'),
-    1: ('b', '<i1'),
-    2: ('H', '<u2'),
-    3: ('h', '<i2'),
-    4: ('I', '<u4'),
-    5: ('i', '<i4'),
-    6: ('f', '<f4'),
-    7: ('B', '<u1'),  # true or false
-    10: ('Q', '<u8'),
-    11: ('q', '<i8'),
-    12: ('d', '<f8'),
-}
+# NumPy's names of values' types by the number that stands for each; 7 is true or false. 8 is a text, 9 an array.
+NUMBERS = dict(enumerate(('<u1', '<i1', '<u2', '<i2', '<u4', '<i4', '<f4', '<u1'))) | {10: '<u8', 11: '<i8', 12: '<f8'}
 FLOAT32, BOOL, TEXT, ARRAY = 6, 7, 8, 9
 
 
@@ -68,14 +56,13 @@ class Header:
             more = min(max(end, 2 * len(self.raw), FIRST), self.end) - len(self.raw)
             self.raw += self.file.read(len(self.raw), more)
 
-    def number(self, letter: str, what: str) -> Any:
-        form = f'<{letter}'
-        at = self.need(struct.calcsize(form), what)
-        return struct.unpack_from(form, self.raw, at)[0]
+    def number(self, dtype: str, what: str) -> Any:
+        at = self.need(np.dtype(dtype).itemsize, what)
+        return np.frombuffer(self.raw, dtype, 1, at).item()
 
     def count(self, what: str, of: str, most: int, least_bytes: int) -> int:
         """A count of what follows, each at least that many bytes."""
-        count = self.number('Q', what)
+        count = self.number('<u8', what)
         if count > most:
             raise self.error(
                 f'{what} has {count} {of}: at most {most} are read; the header is wrong, or not of a model'
@@ -88,7 +75,7 @@ class Header:
         return count
 
     def text(self, what: str, most: int = LONGEST_TEXT) -> str:
-        length = self.number('Q', what)
+        length = self.number('<u8', what)
         if length > most:
             raise self.error(f'{what} is a text of {length} bytes: at most {most} are read')
         at = self.need(length, what)
@@ -109,14 +96,14 @@ class Header:
 
     def value(self, key: str) -> Any:
         what = f'key {key!r}'
-        kind = self.number('I', what)
+        kind = self.number('<u4', what)
         if kind == TEXT:
             return self.text(what)
         if kind == ARRAY:
             return self.array(what)
         if kind not in NUMBERS:
             raise self.error(f'{what} has a value of type {kind}: types go from 0 to 12; the header is wrong')
-        number = self.number(NUMBERS[kind][0], what)
+        number = self.number(NUMBERS[kind], what)
         if kind == FLOAT32:
             return shortest(number)
         return self.flag(number, what) if kind == BOOL else number
@@ -127,7 +114,7 @@ class Header:
         return bool(number)
 
     def array(self, what: str) -> Any:
-        kind = self.number('I', what)
+        kind = self.number('<u4', what)
         if kind == ARRAY:
             raise self.error(f'{what} is an array of arrays, which is not read; no model has one')
         if kind == TEXT:
@@ -136,7 +123,7 @@ class Header:
             return self.array_of_texts(what, count)
         if kind not in NUMBERS:
             raise self.error(f'{what} is an array of type {kind}: types go from 0 to 12; the header is wrong')
-        dtype = np.dtype(NUMBERS[kind][1])
+        dtype = np.dtype(NUMBERS[kind])
         count = self.count(what, 'values', MOST_VALUES, dtype.itemsize)
         at = self.need(count * dtype.itemsize, what)
         found = np.frombuffer(self.raw[at : at + count * dtype.itemsize], dtype)

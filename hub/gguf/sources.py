@@ -3,40 +3,22 @@
 A converter reorders, turns, stacks, splits and shifts some of a model's tensors; each class here undoes one such change.
 """
 
-import abc
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from weft.hub.gguf.blocks import Numbers
-from weft.hub.tensor_files import full_index
+from weft.hub.tensor_files import Derived, full_index
 
 Take = tuple[Any, ...]  # slices, and in Regrouped arrays of indices
 
 
-class Undone(abc.ABC):
+class Undone(Derived):
     """A tensor of which `of` holds the numbers in another order or form."""
 
     of: Numbers
-
-    @abc.abstractmethod
-    def read(self, take: Take = ()) -> np.ndarray:
-        """A part of it, by slices."""
-
-    @property
-    def path(self) -> Path:
-        return self.of.path
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.of.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.of.shape
 
     @property
     def held(self) -> tuple[Numbers, ...]:
@@ -72,22 +54,18 @@ class Shifted(Undone):
 
 
 @dataclasses.dataclass(frozen=True)
-class Narrowed:
+class Narrowed(Derived):
     """A tensor in a narrower dtype that holds all of its numbers exactly."""
 
     of: Numbers | Undone
-    dtype: np.dtype
+    narrow: np.dtype
 
     @property
-    def path(self) -> Path:
-        return self.of.path
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.of.shape
+    def dtype(self) -> np.dtype:
+        return self.narrow
 
     def read(self, take: Take = ()) -> np.ndarray:
-        return self.of.read(take).astype(self.dtype)
+        return self.of.read(take).astype(self.narrow)
 
 
 @dataclasses.dataclass(frozen=True)
