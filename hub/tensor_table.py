@@ -27,7 +27,6 @@ def tensors(family: Family, c: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeS
     """
     found: list[Tensor] = []
     places = {'': list(layer_prefixes(c)), ENCODER: list(layer_prefixes(c.of_encoder, 'encoder.')) if c.encoder else []}
-    used: set[str] = set()
 
     def fits(entry: Entry, prefix: str) -> bool:
         if isinstance(entry, Where) and (array_name(prefix, entry.beside) in shapes) != entry.has:
@@ -37,7 +36,7 @@ def tensors(family: Family, c: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeS
     for name, entry in family.names.items():
         if '{i}' not in name:
             if fits(entry, ''):
-                found.append(entry_tensor(name, entry, '', (), c, shapes))
+                found.append(entry_tensor(name, entry, '', (), c))
             continue
         stack = ENCODER if named_by(entry)[0].startswith(ENCODER) else ''
         for i, (prefix, repeat) in enumerate(places[stack]):
@@ -45,28 +44,24 @@ def tensors(family: Family, c: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeS
                 continue
             of_layer = name.replace('{i}', str(i))
             if '{e}' not in name:
-                found.append(entry_tensor(of_layer, entry, prefix, (repeat,), c, shapes))
+                found.append(entry_tensor(of_layer, entry, prefix, (repeat,), c))
                 continue
             assert c.moe is not None, 'experts fit'
             for e in range(c.moe.experts):
-                found.append(entry_tensor(of_layer.replace('{e}', str(e)), entry, prefix, (repeat, e), c, shapes))
+                found.append(entry_tensor(of_layer.replace('{e}', str(e)), entry, prefix, (repeat, e), c))
     used = {part.leaf for one in found for part in one.parts}
     for leaf in shapes:
         if leaf not in used:
             raise UserError(f'family {family.name} has no tensor for {leaf}: this model is not one of its own')
     check_filled(found, c, shapes)
     by_name = {one.name: one for one in found}
-    return [*found, *repeated_tensors(family, c, by_name)]
-
-
-def repeated_tensors(family: Family, c: ModelConfig, by_name: Mapping[str, Tensor]) -> list[Tensor]:
-    """The published tensors that repeat one of `by_name`."""
-    return [
+    found += [
         dataclasses.replace(by_name[source], name=name.replace('{i}', str(c.layers + k)), copy_of=source)
         for k in range(c.mtp.layers)
         for name, source in family.copies.items()
         if source in by_name
     ]
+    return found
 
 
 def layer_prefixes(c: ModelConfig, stack: str = '') -> Iterator[tuple[str, int]]:
@@ -95,7 +90,7 @@ def named_by(entry: Entry) -> tuple[str, ...]:
     return (entry.leaf,) if isinstance(entry, Flipped | AsRow | Where) else entry.leaves
 
 
-def entry_tensor(name: str, entry: Entry, prefix: str, at: tuple[int, ...], c: ModelConfig, shapes: Mapping) -> Tensor:
+def entry_tensor(name: str, entry: Entry, prefix: str, at: tuple[int, ...], c: ModelConfig) -> Tensor:
     """One published tensor of an entry of a table."""
     flip = isinstance(entry, Flipped) or (isinstance(entry, Joined | Woven) and entry.flip)
     parts, published = [], []
@@ -113,15 +108,13 @@ def entry_tensor(name: str, entry: Entry, prefix: str, at: tuple[int, ...], c: M
         return Tensor(name, published[0], tuple(parts))
     assert isinstance(entry, Joined | Woven)
     dim = entry.dim if isinstance(entry, Joined) else len(published[0]) - 1
-    total = sum(shape[dim] for shape in published)
     begin, placed = 0, []
     for number, (part, shape) in enumerate(zip(parts, published, strict=True)):
-        side_by_side = isinstance(entry, Joined)
-        cut = slice(begin, begin + shape[dim]) if side_by_side else slice(number, None, len(parts))
+        end = begin + shape[dim]
+        cut = slice(begin, end) if isinstance(entry, Joined) else slice(number, None, len(parts))
         placed.append(dataclasses.replace(part, take=(*[slice(None)] * dim, cut)))
-        begin += shape[dim]
-    whole = (*published[0][:dim], total, *published[0][dim + 1 :])
-    return Tensor(name, whole, tuple(placed))
+        begin = end
+    return Tensor(name, (*published[0][:dim], begin, *published[0][dim + 1 :]), tuple(placed))
 
 
 def unpadded(weight: Parameter, c: ModelConfig) -> tuple[int, ...]:
