@@ -33,7 +33,7 @@ class BlockScaled(Derived):
     of: Stored
     scale: Stored
     block: tuple[int, int]
-    dtype = BFLOAT16  # type: ignore[assignment]
+    dtype = BFLOAT16
 
     def read(self, take: tuple[slice, ...] = ()) -> np.ndarray:
         spans = [range(size)[part] for size, part in zip(self.shape, full_index(take, len(self.shape)), strict=True)]
@@ -48,7 +48,7 @@ class Mxfp4(Derived):
 
     of: Stored
     scales: Stored
-    dtype = BFLOAT16  # type: ignore[assignment]
+    dtype = BFLOAT16
 
     @property
     def shape(self) -> tuple[int, ...]:

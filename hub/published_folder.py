@@ -175,7 +175,9 @@ def side_files(folder: Path, left_out: list[str] | None = None) -> dict[str, byt
     found: dict[str, bytes] = {}
     size = 0
     for path in sorted(paths):
-        if not SIDE.fullmatch(path.name) or path.name.endswith('.index.json') or _licences(path):
+        if not SIDE.fullmatch(path.name) or path.name.endswith('.index.json'):
+            continue
+        if path.name.startswith(('LICENSE', 'NOTICE')) and os.path.isdir(path):  # a folder of licences
             continue
         below = path.relative_to(folder)
         try:
@@ -194,8 +196,3 @@ def side_files(folder: Path, left_out: list[str] | None = None) -> dict[str, byt
                 f'most that is read, at {shown(below, 100)}; move what the model does not need out of the folder'
             )
     return found
-
-
-def _licences(path: Path) -> bool:
-    """Whether it is a folder of licences, which is left out without a word."""
-    return path.name.startswith(('LICENSE', 'NOTICE')) and os.path.isdir(path)

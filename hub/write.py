@@ -98,7 +98,9 @@ def published_config(
             if not (differing := _says(family, fields, c)):
                 tensors(family, c, shapes_of(c))
                 return family, fields
-            reasons.append((sum(one.size for one in differing), f'{family.name}, which would need {_told(differing)}'))
+            told = ', '.join(map(str, differing[:MOST_TOLD]))
+            told += f' and {len(differing) - MOST_TOLD} more' if len(differing) > MOST_TOLD else ''
+            reasons.append((sum(one.size for one in differing), f'{family.name}, which would need {told}'))
         except UserError as error:
             reasons.append((FAR, f'{family.name}: {error}'))
     if name:
@@ -120,11 +122,6 @@ class Difference:
         if isinstance(self.wanted, dict):
             return self.field
         return f'{self.field}={self.wanted if isinstance(self.wanted, str) else json.dumps(self.wanted)}'
-
-
-def _told(differing: list[Difference]) -> str:
-    more = f' and {len(differing) - MOST_TOLD} more' if len(differing) > MOST_TOLD else ''
-    return ', '.join(map(str, differing[:MOST_TOLD])) + more
 
 
 def _says(family: Family, fields: Mapping[str, Any], c: ModelConfig, absent: Sequence[str] = ()) -> list[Difference]:

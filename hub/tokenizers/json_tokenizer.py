@@ -125,15 +125,11 @@ def published_json(content: bytes, said: Said) -> JsonTokenizer:
     found = JsonTokenizer(content, where=where)
     names = [name.decode() for name in found.added.values()]
     if new := missing(said, names, found.ids.get, found.ids.values(), {}):
-        found = JsonTokenizer(with_tokens(read_object(content, where), new), where=where)
+        fields = read_object(content, where)
+        added = sorted([*(fields.get('added_tokens') or ()), *new], key=lambda token: token['id'])
+        found = JsonTokenizer(json.dumps(fields | {'added_tokens': added}, ensure_ascii=False).encode(), where=where)
     found.settle(special_ids(said, found.ids.get, found.ids, {}, found.around))
     return found
-
-
-def with_tokens(fields: Mapping[str, Any], new: Sequence[AddedToken]) -> bytes:
-    """A tokenizer.json with more added tokens."""
-    added = sorted([*(fields.get('added_tokens') or ()), *new], key=lambda token: token['id'])
-    return json.dumps({**fields, 'added_tokens': added}, ensure_ascii=False).encode()
 
 
 def around(processor: Any, where: str) -> tuple[list[int], list[int]]:

@@ -55,6 +55,10 @@ class Model:
     removes_spaces: bool  # around a text, and all but one within
     escapes_spaces: bool  # as U+2581
 
+    @property
+    def ids(self) -> dict[str, int]:
+        return {piece.text: i for i, piece in enumerate(self.pieces)}
+
 
 def read_model(content: bytes, where: str) -> Model:
     """Reads a model. Raises UserError for a file that is none."""
@@ -153,11 +157,7 @@ def sentencepiece_tokenizer(content: bytes, said: Said, name: str) -> JsonTokeni
         return finished(_gemma(model, said), said, defaults)
     if kind == 'LlamaTokenizer' and model.model_type == BPE:
         return finished(_llama(model, said), said, _names(unk='<unk>', bos='<s>', eos='</s>'))
-    told = {
-        name: model.pieces[i].text
-        for name in ('unk', 'bos', 'eos')
-        if 0 <= (i := getattr(model, name)) < len(model.pieces)
-    }
+    told = {name: text for name in ('unk', 'bos', 'eos') if (text := _text(model, getattr(model, name))) is not None}
     return finished(_as_the_model_says(model, said), said, _names(**told), opens=said.kind is said.model is None)
 
 
@@ -179,7 +179,7 @@ def _names(**names: str) -> dict[str, str]:
 
 def _llama(model: Model, said: Said) -> dict[str, Any]:
     """As LlamaTokenizer reads it: text is not normalised, and spaces are kept."""
-    vocab = placed({piece.text: i for i, piece in enumerate(model.pieces)}, said.added)
+    vocab = placed(model.ids, said.added)
     spaced = said.tokenizer.get('add_prefix_space') is not False
     scheme = ('always' if said.tokenizer.get('legacy') else 'first') if spaced else 'never'
     return {
@@ -193,7 +193,7 @@ def _llama(model: Model, said: Said) -> dict[str, Any]:
 
 def _gemma(model: Model, said: Said) -> dict[str, Any]:
     """As GemmaTokenizer reads it: nothing is put before a text."""
-    vocab = placed({piece.text: i for i, piece in enumerate(model.pieces)}, said.added)
+    vocab = placed(model.ids, said.added)
     return {
         'added_tokens': _added(model, said),
         'normalizer': _replace({'String': ' '}, SPACE),
@@ -212,7 +212,7 @@ def _t5(model: Model, said: Said) -> JsonTokenizer:
     sentinels = [name for i in reversed(range(extra)) if (name := f'<extra_id_{i}>') not in have]
     pieces = [*model.pieces, *(Piece(name, 0.0, Kind.CONTROL) for name in sentinels)]
     model = dataclasses.replace(model, pieces=pieces, byte_fallback=False)
-    names = placed({piece.text: i for i, piece in enumerate(pieces)}, said.added, beyond=False)
+    names = placed(model.ids, said.added, beyond=False)
     eos = {**_names(unk='<unk>', eos='</s>'), 'pad_token': '<pad>'}
     fields = {
         'added_tokens': _added(model, said),
@@ -227,7 +227,7 @@ def _t5(model: Model, said: Said) -> JsonTokenizer:
 def _as_the_model_says(model: Model, said: Said) -> dict[str, Any]:
     """As sentencepiece itself reads it."""
     bpe = model.model_type == BPE
-    vocab = placed({piece.text: i for i, piece in enumerate(model.pieces)}, said.added, beyond=bpe)
+    vocab = placed(model.ids, said.added, beyond=bpe)
     legacy = said.tokenizer.get('legacy', True) is not False
     normalizers = _precompiled(model)
     if model.removes_spaces:
