@@ -12,7 +12,7 @@ import pytest
 from tests.families import cases, folders
 from tests.gguf import written
 from weft.hub import read as hub
-from weft.hub.gguf.fields import llama3_scaling
+from weft.hub.gguf.rope_scaling import llama3_scaling
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.exporting import export_run
 from weft.training.importing import import_run
