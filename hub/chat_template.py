@@ -88,11 +88,7 @@ def environment(now: datetime.datetime | None = None) -> jinja2.Environment:
         raise jinja2.exceptions.TemplateError(message)
 
     def tojson(
-        x: Any,
-        ensure_ascii: bool = False,
-        indent: Any = None,
-        separators: Any = None,
-        sort_keys: bool = False,
+        x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
     ) -> str:
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -123,16 +119,10 @@ def render(
     variables: Mapping[str, Any],
     now: str | None = None,
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, and [begin, end) of each `generation` block in it.
+    """The text of a conversation, and [begin, end) of each `generation` block in it: see `ChatTemplates.render` (hub/chat.py).
 
-    Args:
-        messages: plain JSON objects; a field that is null counts as left out.
-        add_generation_prompt: the text ends where the assistant's next message begins.
-        continue_final_message: the text ends inside the last message, after its content or after the field of this name.
-        variables: more that the template may read, special tokens among them.
-        now: ISO time of `strftime_now`; the machine's own otherwise.
-
-    Raises whatever the template does, ValueError for a message that cannot be continued, TooLong.
+    A message's field that is null counts as left out; special tokens are among the `variables`. Raises whatever the template
+    does, ValueError for a message that cannot be continued, TooLong.
     """
     env = environment(None if now is None else datetime.datetime.fromisoformat(now))
     compiled = env.from_string(template)
@@ -140,12 +130,7 @@ def render(
     ending = _mark(chat, continue_final_message, template) if continue_final_message else None
     blocks: Any = env.extensions[Generation.identifier]
     parts = []
-    given = {
-        'messages': chat,
-        'tools': tools,
-        'documents': documents,
-        'add_generation_prompt': add_generation_prompt,
-    }
+    given = {'messages': chat, 'tools': tools, 'documents': documents, 'add_generation_prompt': add_generation_prompt}
     for part in compiled.generate(**{**variables, **given}):
         parts.append(part)
         blocks.written += len(part)

@@ -35,10 +35,7 @@ def read(f: Fields) -> ModelConfig:
         common(f)
         | windows
         | rope
-        | {
-            'attention.qk_norm': True,
-            'head.softcap': f.given('final_logit_softcapping', None),
-        }
+        | {'attention.qk_norm': True, 'head.softcap': f.given('final_logit_softcapping', None)}
     )
 
 
