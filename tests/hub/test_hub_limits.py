@@ -331,7 +331,7 @@ def test_what_a_model_does_not_need_and_cannot_be_read_is_left_out_and_said(tmp_
 def test_what_is_read_of_a_published_model_is_needed_of_its_folder():
     names = {
         *(side_files.CONFIG, side_files.MAP, side_files.ADDED, side_files.GENERATION, side_files.MODEL, JSON),
-        *(chat.CONFIG, chat.SPECIAL, chat.SINGLE, chat.OLD, f'{chat.MORE}x{chat.ENDING}', embed.MODULES, embed.POOLING),
+        *(chat.SINGLE, chat.OLD, f'{chat.MORE}x{chat.ENDING}', embed.MODULES, embed.POOLING),
     }
     assert [name for name in names if not published_folder.NEEDED.fullmatch(name)] == []
     others = {*published_tokenizer.MODELS, marian.SOURCE, marian.TARGET, marian.VOCAB, VOCAB, MERGES, 'x.tiktoken'}
