@@ -18,11 +18,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from weft.runtime.errors import UserError
 from weft.scripts.entry import as_json, run
 from weft.scripts.options import Parser, whole
 
-LEAST = {'profile': 0, 'turns': 1, 'steps': 1, 'rows': 1, 'prompt': 1, 'new': 8, 'experts': 1, 'dim': 1, 'hidden': 1}
+# Of each benchmark the options that are counts, with their defaults.
+COUNTS = {
+    'train': {'steps': 20},
+    'decode': {'rows': 1, 'prompt': 128, 'new': 64},
+    'start': {'turns': 3},
+    'experts': {'rows': 8192, 'experts': 8, 'dim': 256, 'hidden': 512},
+    'transformers': {'rows': 1, 'prompt': 64, 'new': 33, 'turns': 7},
+}
+HELP = {'rows': 'worked on together', 'prompt': 'tokens of each prompt', 'new': 'tokens decoded after it'}
+HELP |= dict.fromkeys(('steps', 'turns'), 'whose median is reported')
 CPU = (
     ('train', 'configs/demo.yaml', '--steps', '10'),
     ('train', 'configs/demo.yaml', 'mesh.expert=1', 'mesh.tensor=1', '--steps', '10'),
@@ -50,52 +58,33 @@ ACCELERATOR = (  # one device with 80 GB or more
 def main() -> None:
     parser = Parser(description=__doc__)
     what = parser.add_subparsers(dest='what', required=True)
-    kinds = ('train', 'decode', 'start', 'experts', 'nanogpt', 'transformers', 'standard')
-    options = {name: what.add_parser(name) for name in kinds}
+    options = {name: what.add_parser(name) for name in (*COUNTS, 'nanogpt', 'standard')}
     for name in ('train', 'decode', 'nanogpt'):
         options[name].add_argument('config')
         options[name].add_argument('overrides', nargs='*', metavar='key=value')
-    options['train'].add_argument('--steps', type=whole(0), default=20, help='whose median is reported')
-    options['decode'].add_argument('--rows', type=whole(0), default=1, help='sequences decoded together')
-    options['decode'].add_argument('--prompt', type=whole(0), default=128, help='tokens of each prompt')
-    options['decode'].add_argument('--new', type=whole(0), default=64, help='tokens decoded after it')
+    for name, counts in COUNTS.items():
+        for flag, default in counts.items():
+            least = 8 if flag == 'new' else 1
+            options[name].add_argument(f'--{flag}', type=whole(least), default=default, help=HELP.get(flag))
     for name in ('train', 'decode'):
-        options[name].add_argument(
-            '--profile', type=whole(0), default=0, metavar='N', help='list the N longest kernels too'
-        )
-    options['start'].add_argument('run', metavar='RUN', help='a folder such as runs/demo')
+        options[name].add_argument('--profile', type=whole(0), default=0, metavar='N', help='lists the longest kernels')
+    for name in ('start', 'transformers'):
+        options[name].add_argument('run', metavar='RUN', help='a folder such as runs/demo')
     options['start'].add_argument('--prompt', default='The capital of France is', metavar='TEXT')
-    options['start'].add_argument('--turns', type=whole(0), default=3, help='whose median is reported')
-    for name, default in (('rows', 8192), ('experts', 8), ('dim', 256), ('hidden', 512)):
-        options['experts'].add_argument(f'--{name}', type=whole(0), default=default)
     options['experts'].add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
-    options['experts'].add_argument(
-        '--backend', default='auto', help='of the grouped matmul, as compute.grouped_matmul'
-    )
+    options['experts'].add_argument('--backend', default='auto', help='of the grouped matmul: compute.grouped_matmul')
     options['nanogpt'].add_argument('--repository', type=Path, required=True, help='a checkout of nanoGPT')
-    options['nanogpt'].add_argument('--python', default=sys.executable, help='an interpreter that has torch')
-    options['transformers'].add_argument('run', metavar='RUN', help='a folder such as runs/smollm2')
-    options['transformers'].add_argument('--python', default=sys.executable, help='one that has torch and transformers')
-    options['transformers'].add_argument('--rows', type=whole(0), default=1, help='sequences decoded together')
-    options['transformers'].add_argument('--prompt', type=whole(0), default=64, help='tokens of each prompt')
-    options['transformers'].add_argument('--new', type=whole(0), default=33, help='tokens decoded after it')
-    options['transformers'].add_argument('--turns', type=whole(0), default=7, help='whose median is reported')
+    for name in ('nanogpt', 'transformers'):
+        options[name].add_argument('--python', default=sys.executable, help='with torch; of transformers, with it too')
     options['transformers'].add_argument('--mesh', metavar='AXES', help='such as tensor=2; the run’s own otherwise')
     for option in options.values():
         option.add_argument('--json', action='store_true', help='one JSON object')
     given = _parse(parser)
-    for name, least in LEAST.items():
-        value = getattr(given, name, least)
-        if isinstance(value, int) and value < least:
-            raise UserError(f'--{name} is {getattr(given, name)}: it must be at least {least}')
     others = {'standard': standard, 'experts': experts, 'start': start, 'transformers': transformers}
     figures = others.get(given.what, configured)(given)
     if figures is not None:
-        print(
-            as_json(figures)
-            if given.json
-            else '\n'.join(f'{name:>20}  {_show(name, value)}' for name, value in figures.items())
-        )
+        lines = (f'{name:>20}  {_show(name, value)}' for name, value in figures.items())
+        print(as_json(figures) if given.json else '\n'.join(lines))
 
 
 def configured(given: argparse.Namespace) -> dict[str, Any]:
@@ -136,18 +125,14 @@ def transformers(given: argparse.Namespace) -> dict[str, Any]:
     """Decoding a run beside transformers."""
     from weft.proof.peers import beside_transformers
 
-    return beside_transformers(
-        given.run, given.python, given.rows, given.prompt, given.new, rounds=given.turns, mesh=given.mesh
-    )
+    sizes = given.rows, given.prompt, given.new
+    return beside_transformers(given.run, given.python, *sizes, rounds=given.turns, mesh=given.mesh)
 
 
 def standard(given: argparse.Namespace) -> None:
     """Runs the platform's standard set, each in a process of its own, and prints one Markdown table for each kind."""
-    asking = [
-        sys.executable,
-        '-c',
-        'import jax; print(jax.default_backend())',
-    ]  # this process must leave the device alone
+    # This process must leave the device alone.
+    asking = [sys.executable, '-c', 'import jax; print(jax.default_backend())']
     platform = subprocess.run(asking, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
     rows: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for arguments in CPU if platform == 'cpu' else ACCELERATOR:
@@ -156,13 +141,11 @@ def standard(given: argparse.Namespace) -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows.setdefault(arguments[0], []).append((' '.join(arguments), json.loads(done.stdout.splitlines()[-1])))
     for kind, found in rows.items():
-        names = [
-            name for name, value in found[0][1].items() if not isinstance(value, dict) and not name.endswith('basis')
-        ]
         print(f'\n| {kind} | ' + ' | '.join(arguments for arguments, _ in found) + ' |')
         print('|---|' + '---:|' * len(found))
-        for name in names:
-            print(f'| {name} | ' + ' | '.join(_show(name, figures[name]) for _, figures in found) + ' |')
+        for name, value in found[0][1].items():
+            if not isinstance(value, dict) and not name.endswith('basis'):
+                print(f'| {name} | ' + ' | '.join(_show(name, figures[name]) for _, figures in found) + ' |')
 
 
 def _parse(parser: Parser) -> argparse.Namespace:

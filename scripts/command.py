@@ -22,14 +22,9 @@ def main() -> None:
     if name not in known:
         from weft.runtime.errors import nearest, shown
 
-        sys.exit(
-            _refused(f'error: weft {shown(name, 60)}: no such command{nearest(name, known)}; weft --help lists them')
-        )
+        hint = nearest(name, known)
+        print(f'error: weft {shown(name, 60)}: no such command{hint}; weft --help lists them', file=sys.stderr)
+        sys.exit(2)
     options.prog = f'weft {name}'
     sys.argv = [sys.argv[0], *sys.argv[2:]]
     runpy.run_module(f'weft.scripts.{name}', run_name='__main__', alter_sys=True)
-
-
-def _refused(line: str) -> int:
-    print(line, file=sys.stderr)
-    return 2

@@ -25,19 +25,10 @@ def main() -> None:
     into.add_argument(
         '--dtype', choices=dtypes, help='of the weights; the source’s own otherwise, of blocks of few bits float32'
     )
-    into.add_argument(
-        '--without-remote-code',
-        action='store_true',
-        help='take a model that names code of its own, and do without that code',
-    )
-
-    into.add_argument(
-        '--ignore',
-        action='append',
-        default=[],
-        metavar='FIELD',
-        help='of config.json, to pass over, such as rope_scaling.alpha; may be given several times',
-    )
+    without = 'take a model that names code of its own, and do without that code'
+    into.add_argument('--without-remote-code', action='store_true', help=without)
+    ignored = 'of config.json, to pass over, such as rope_scaling.alpha; may be given several times'
+    into.add_argument('--ignore', action='append', default=[], metavar='FIELD', help=ignored)
 
     out = ways.add_parser('export', help='a run to a published folder')
     out.add_argument('run', metavar='RUN', help='a folder such as runs/llama')

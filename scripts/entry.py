@@ -3,6 +3,7 @@
 import functools
 import gc
 import json
+import math
 import os
 import re
 import sys
@@ -41,23 +42,21 @@ def run(main: Callable[[], int | None], lasting: bool = False) -> None:
     gc.set_threshold(100_000, 20, 20)
     own = main.__module__ == '__main__'  # a script that another program has imported changes nothing of that one
     if own:
-        sys.unraisablehook = functools.partial(_aside, sys.unraisablehook)
+        sys.unraisablehook = functools.partial(_report, sys.unraisablehook)
         streams.set_up_streams(lasting)
         signals.enter(saves=lasting)
-    code, line, failed = 0, '', True
     try:
         try:
             code = main() or 0
             peers.leave()
             sys.stdout.flush()
-            failed = False
         finally:
             if own:
                 signals.leave()
     except BaseException as error:
         code, line = exit_code_and_line(error)
-    if failed and peers.several():
-        peers.fail(code, line)
+        if peers.several():
+            peers.fail(code, line)
     if own:
         if lost := streams.finish():
             code = GONE if isinstance(lost, BrokenPipeError) else code or 1
@@ -101,10 +100,8 @@ def exit_code_and_line(error: BaseException) -> tuple[int, str]:
     return code, f'{type(error).__name__}: {shown(error)}'
 
 
-def _aside(otherwise: Callable[[Any], object], about: Any) -> None:
-    """What a library's own thread reports. Of a save that failed, tensorstore has parts that end after it, and find nobody
-    waiting: the failure is told by who asked for the save.
-    """
+def _report(otherwise: Callable[[Any], object], about: Any) -> None:
+    """What a library's own thread reports, but for parts of a failed save that end after it in tensorstore."""
     if not (about.exc_type is RuntimeError and str(about.exc_value) == 'Event loop is closed'):
         otherwise(about)
 
@@ -130,7 +127,7 @@ def as_json(figures: Any) -> str:
 def _not_finite(value: Any, path: str) -> str:
     """Where the first number stands that is not finite; '' where there is none."""
     if isinstance(value, float):
-        return '' if value - value == 0 else f'{path or "a figure"}, {value},'
+        return '' if math.isfinite(value) else f'{path or "a figure"}, {value},'
     named = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     found = (_not_finite(part, f'{path}.{name}' if path else str(name)) for name, part in named)
     return next(filter(None, found), '')

@@ -4,8 +4,10 @@ python scripts/evaluate.py runs/demo --data notes.md src/ 'more/*.jsonl'
 """
 
 import argparse
+import contextlib
 import sys
 
+from weft.runtime.errors import UserError
 from weft.scripts.entry import as_json, run
 from weft.scripts.options import Parser
 
@@ -27,21 +29,18 @@ def main() -> None:
     # A wrong path is told before a model is read.
     found = read_data(options, folder) if options.data else None
 
-    from contextlib import closing
-
     from weft.data.prepare import load
     from weft.hub.published_tokenizer import load_tokenizer
-    from weft.runtime.errors import UserError
     from weft.storage.local_copy import LocalCopy
     from weft.training.config import RECORD
 
-    dataset = None
-    if found is None and (folder / RECORD).is_file() and not (folder / 'data').exists():
+    dataset, has_data = None, (folder / 'data').exists()
+    if found is None and (folder / RECORD).is_file() and not has_data:
         raise UserError(
             f'{folder} is an imported model, which no validation split comes with: give text to predict with --data PATH'
         )
-    if (folder / 'data').exists() or found is None:
-        with closing(LocalCopy(folder)) as local_copy:
+    if has_data or found is None:
+        with contextlib.closing(LocalCopy(folder)) as local_copy:
             local_copy.fetch()
             # What it says is none of the results; of a bucket's, mapped files stay readable without a name.
             dataset = load(local_copy.local, lambda line: print(line, file=sys.stderr), load_tokenizer)
@@ -58,10 +57,7 @@ def main() -> None:
     from weft.training.evaluation import evaluate
 
     t = opened.config.training
-    if found is None:
-        rows, content = dataset.validation, dataset.validation_bytes()
-    else:
-        rows, content = packed(opened, found)
+    rows, content = (dataset.validation, dataset.validation_bytes()) if found is None else packed(opened, found)
     tell = f'out of memory on a device: activations of {t.batch} rows of {t.sequence_length} tokens; split them with --mesh'
     with jax.set_mesh(opened.mesh), explain_oom(lambda: tell):
         read = evaluate(opened.model, opened.tokenizer, rows, np.arange(len(rows)), t.batch)
@@ -107,16 +103,14 @@ def packed(opened, found: list):
     """The rows and the bytes that the model is to predict of other files than the run's own."""
     from weft.data.packing import pack_documents
     from weft.data.pairs import pack_pairs
-    from weft.runtime.errors import UserError
 
     length, names = opened.config.training.sequence_length, opened.config.data.special_tokens
     if opened.config.model.encoder is None:
         return pack_documents(opened.tokenizer, found, length, names), ''.join(found).encode()
     rows, too_long = pack_pairs(opened.tokenizer, found, length, opened.config.model.encoder.start_token, names)
     if too_long:
-        raise UserError(
-            f'--data: {too_long} of {len(found)} pairs have more than {length} tokens on a side; leave them out'
-        )
+        share = f'{too_long} of {len(found)} pairs'
+        raise UserError(f'--data: {share} have more than {length} tokens on a side; leave them out')
     return rows, ''.join(pair.target for pair in found).encode()
 
 

@@ -1,6 +1,8 @@
 """The command line of every script: mistakes in one line with the flag that may have been meant, defaults, --version."""
 
 import argparse
+import contextlib
+import math
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -17,13 +19,11 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of a script's own text, and says each option's default."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = action.help or ''
-        plain = (
-            action.default is None or action.default is argparse.SUPPRESS or isinstance(action.default, (bool, list))
-        )
-        if plain or '(default' in told or '%(default)' in told:
+        text, default = action.help or '', action.default
+        none = default is None or default is argparse.SUPPRESS or isinstance(default, bool | list)
+        if none or '(default' in text or '%(default)' in text:
             return action.help
-        return f'{told} (default: %(default)s)'.lstrip()
+        return f'{text} (default: %(default)s)'.lstrip()
 
 
 class Version(argparse.Action):
@@ -42,13 +42,13 @@ def version() -> str:
     import importlib.metadata
     import platform
 
-    def of(name: str) -> str:
+    found = []
+    for name in ('weft', 'jax', 'jaxlib'):
         try:
-            return f'{name} {importlib.metadata.version(name)}'
+            found.append(f'{name} {importlib.metadata.version(name)}')
         except importlib.metadata.PackageNotFoundError:
-            return f'{name} not installed'
-
-    return ', '.join([*map(of, ('weft', 'jax', 'jaxlib')), f'Python {platform.python_version()}', platform.platform()])
+            found.append(f'{name} not installed')
+    return ', '.join([*found, f'Python {platform.python_version()}', platform.platform()])
 
 
 prog: str | None = None  # what a script is called by, where that is not its file
@@ -84,9 +84,9 @@ class Parser(argparse.ArgumentParser):
             return
         flag, flags = rest[0].partition('=')[0], self.flags()
         if not flag.startswith('-'):
-            if '--prompt' in flags:
-                raise UserError(f'{shown(rest[0], quoted=True)}: a text to go on with is given as --prompt TEXT')
-            raise UserError(f'{shown(rest[0], quoted=True)}: one argument too many; --help says what there is')
+            text = 'a text to go on with is given as --prompt TEXT'
+            rule = text if '--prompt' in flags else 'one argument too many; --help says what there is'
+            raise UserError(f'{shown(rest[0], quoted=True)}: {rule}')
         by_name = {one.lstrip('-'): one for one in flags}
         name = flag.lstrip('-')
         begun = [one for one in by_name if name and one.startswith(name)]
@@ -130,10 +130,7 @@ def whole(least: int, most: int = MOST) -> Callable[[str], int]:
 
 def finite(text: str) -> float:
     """The type of an option: a finite number."""
-    try:
-        found = float(text) if text.isascii() else float('nan')
-    except ValueError:
-        found = float('nan')
-    if found - found != 0:
-        raise argparse.ArgumentTypeError(f'{shown(text, 40, quoted=True)} is no finite number')
-    return found
+    with contextlib.suppress(ValueError):
+        if text.isascii() and math.isfinite(found := float(text)):
+            return found
+    raise argparse.ArgumentTypeError(f'{shown(text, 40, quoted=True)} is no finite number')

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from weft.runtime.errors import LONGEST, shown
+from weft.runtime.errors import LONGEST, UserError, shown
 from weft.scripts.entry import as_json
 from weft.scripts.entry import run as run_script
 from weft.scripts.options import Parser
@@ -63,11 +63,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('overrides', nargs='*', metavar='key=value', help='such as training.batch=512')
     parser.add_argument('--chip', required=True, help='h100, h200, b200, gb200, a100, mi300x, v4, v5e, v5p, v6e, v7x …')
     parser.add_argument('--chips', type=int, required=True, help='how many (of v7x: devices, two a chip)')
-    parser.add_argument(
-        '--mesh',
-        help="such as data=8,tensor=4; auto searches; left out: to train the config's where it has as many devices and fits, "
-        'else auto',
-    )
+    mesh = "such as data=8,tensor=4; auto searches; left out: to train the config's if it fits these devices, else auto"
+    parser.add_argument('--mesh', help=mesh)
     parser.add_argument('--tokens', type=float, help="to train on (default: the config's steps)")
     parser.add_argument('--price', type=float, help='of a chip for an hour')
     parser.add_argument('--currency', default='USD', metavar='NAME', help='of --price; %(default)s')
@@ -84,9 +81,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     compiling.add_argument(
         '--compile', action='store_true', help='compiles the real step for these chips, and compares'
     )
-    compiling.add_argument(
-        '--timeout', type=float, default=1800, metavar='SECONDS', help='of the compiler (default: 1800)'
-    )
+    compiling.add_argument('--timeout', type=float, default=1800, metavar='SECONDS', help='of the compiler')
     parser.add_argument('--json', action='store_true', help='all figures as JSON')
     parser.add_argument('--html', type=Path, metavar='FILE', help='a page with pictures')
     return parser.parse_intermixed_args(arguments)
@@ -95,14 +90,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def make(options: argparse.Namespace) -> dict[str, Any]:
     """The plan that the options ask for."""
     from weft.planner.chips import named
-    from weft.runtime.errors import UserError
 
     chip = named(options.chip)
     for name, most in MOST.items():
         value = getattr(options, name)
         if value is not None and not 0 < value <= most:
-            least_or_most = 'above 0' if not value > 0 else f'at most {told(most)}'
-            raise UserError(f'--{name} is {shown(told(value), 40)}: it must be {least_or_most}')
+            bound = f'at most {as_written(most)}' if value > 0 else 'above 0'
+            raise UserError(f'--{name} is {shown(as_written(value), 40)}: it must be {bound}')
 
     from weft.planner import plan
     from weft.training.config import load_config
@@ -127,12 +121,11 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
     more = {'compiled': compiling(options, config, chosen)} if options.compile else {}
     if not chosen['fits']:
         chosen = plan.without_speed(chosen)
-    fits_from = None if fits_from is None else fits_from._asdict()
     search = {'search': plan.search_part(found) if found else None}
-    return bill | search | chosen | {'mesh_is': mesh, 'fits_from': fits_from} | more
+    return bill | search | chosen | {'mesh_is': mesh, 'fits_from': fits_from and fits_from._asdict()} | more
 
 
-def told(value: float) -> str:
+def as_written(value: float) -> str:
     """An option's number as a user writes it."""
     return str(value) if isinstance(value, int) else f'{value:g}'
 
@@ -172,7 +165,6 @@ def serve(options, config, chip, length: int, terms, mesh: str):
     from weft.planner.fewest import fewest_to_serve
     from weft.planner.plan import serving_part
     from weft.planner.serving import Serving, Target, check_serves, search_serving
-    from weft.runtime.errors import UserError
 
     most = config.model.max_positions
     if most is not None and length > most:
@@ -196,7 +188,6 @@ def serve(options, config, chip, length: int, terms, mesh: str):
 
 def settle_mesh(options: argparse.Namespace, config):
     """The config with its mesh, and which that is. Raises UserError for one of another size."""
-    from weft.runtime.errors import UserError
     from weft.sharding.mesh import parse_mesh
 
     if options.mesh == 'auto':

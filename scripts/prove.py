@@ -10,8 +10,10 @@ import fnmatch
 import sys
 from pathlib import Path
 
+from weft.runtime.errors import LONGEST, UserError, nearest, shown
 from weft.scripts.entry import run
 from weft.scripts.options import Parser
+from weft.storage.files import Output, check_output
 
 RESULTS = Path('.cache/proof.jsonl')
 
@@ -23,8 +25,6 @@ def main() -> int:
     parser.add_argument('--page', type=Path, default=Path('benchmarks/sharding.md'), help='where the page goes')
     parser.add_argument('--results', type=Path, default=RESULTS, help='where figures are kept')
     options = parser.parse_args()
-
-    from weft.storage.files import Output, check_output
 
     if not options.list:
         if options.results != RESULTS or RESULTS.parent.exists():  # else it is made
@@ -42,7 +42,6 @@ def main() -> int:
 
     from weft.proof import cases as proof_cases
     from weft.proof import page as proof_page
-    from weft.runtime.errors import LONGEST, UserError, nearest, shown
 
     cases = proof_cases.cases()
     chosen = fnmatch.filter(cases, options.only)
@@ -58,11 +57,8 @@ def main() -> int:
         right = proof_cases.holds(case, found)
         if not right:
             failed.append(case)
-        verdict = 'as it must be' if right else 'FAILED'
-        print(
-            f'{number}/{len(chosen)}  {case}  {proof_cases.figures_line(found)}  {verdict}{"  (kept)" if known else ""}',
-            flush=True,
-        )
+        verdict = ('as it must be' if right else 'FAILED') + ('  (kept)' if known else '')
+        print(f'{number}/{len(chosen)}  {case}  {proof_cases.figures_line(found)}  {verdict}', flush=True)
     with Output('--page', options.page) as file:
         file.write(proof_page.proof_page(results, cases).encode())
     print(f'{shown(options.page, LONGEST)}: {sum(case in results.found for case in cases)} of {len(cases)} cases')

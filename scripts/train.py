@@ -7,6 +7,7 @@ Several processes train one run, each on its own devices: scripts/launch/ has re
 
 from pathlib import Path
 
+from weft.runtime.errors import UserError
 from weft.scripts.entry import run
 from weft.scripts.options import Parser
 
@@ -18,10 +19,7 @@ def main() -> int:
     parser.add_argument('--fresh', action='store_true', help='move a run of that name aside and begin anew')
     parser.add_argument('--force', action='store_true', help='go on though the plan says that a step does not fit')
     parser.add_argument(
-        '--runs',
-        metavar='PATH',
-        default='runs',
-        help='the folder of all runs, gs://BUCKET/… and s3://BUCKET/… too',
+        '--runs', metavar='PATH', default='runs', help='the folder of all runs, gs://BUCKET/… and s3://BUCKET/… too'
     )
     from weft.runtime.processes import add_options
 
@@ -67,7 +65,6 @@ def main() -> int:
 
 def check_imported(folder, runs, name: str, fresh: bool) -> None:
     """Raises UserError where the config is that of an imported model, and the run would not begin from its weights."""
-    from weft.runtime.errors import UserError
     from weft.training.config import RECORD
 
     if not (folder / RECORD).is_file():

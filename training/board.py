@@ -19,10 +19,7 @@ from weft.training.patient import Patient
 
 
 class Board:
-    """A new events file in `folder`. Steps after `step`, which a restored checkpoint does not know, TensorBoard forgets.
-
-    `say` is told where the disk refuses what is written.
-    """
+    """A new events file in `folder`, where steps after `step` are forgotten; `say` is told where the disk refuses."""
 
     def __init__(self, folder: Path, step: int, say: Callable[[str], None]):
         disk.make_folder(folder)

@@ -4,10 +4,11 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pydantic
 
 from weft.data.config import DataConfig
@@ -15,24 +16,19 @@ from weft.data.reading import decoded, opened
 from weft.model.compute import ComputeConfig
 from weft.model.config import OF_TRAINING, ModelConfig, needs_head
 from weft.model.parts.numbers import nearest_divisor
+from weft.model.parts.registry import check_at_least
 from weft.model.sizes import batch_sizes, sizes
 from weft.runtime.errors import UserError, nearest, nearest_path, shown
 from weft.runtime.registry import import_extensions
 from weft.sharding.mesh import BATCH, MeshConfig, check_divides
 from weft.training import yaml_text
 from weft.training.optimizers import OPTIMIZERS, AdamW, OptimizerConfig
-from weft.training.overrides import apply, unknown, without_kinds
+from weft.training.overrides import apply, resolve, unknown
 from weft.training.renamed import renamed
 
 LARGEST_NUMBER = 1 << 48  # no size is larger, and all arithmetic with one stays exact
-FLOAT32 = 3.4028234663852886e38  # its largest number
+FLOAT32 = float(np.finfo(np.float32).max)
 LONGEST_NAME = 100  # characters of a run's name: the names of its files are longer
-
-
-def _at_least(section: str, config: Any, field: str, least: float) -> None:
-    value = getattr(config, field)
-    if not value >= least:
-        raise UserError(f'{section}.{field} is {value}: it must be at least {least}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,18 +38,11 @@ class TrainingConfig:
     steps: int
     batch: int  # sequences a step, all devices together
     sequence_length: int  # tokens
-    accumulation: int = (
-        1  # parts of a batch that are worked on one after another; the result is that of the whole batch
-    )
-    microbatches: int | None = (
-        None  # parts that go through a pipeline (mesh.stage) after one another; None: 4 a stage, or fewer
-    )
+    accumulation: int = 1  # parts of a batch worked on one after another; the result is that of the whole batch
+    microbatches: int | None = None  # parts that go through a pipeline (mesh.stage) in turn; None: 4 a stage, or fewer
 
-    def __post_init__(self):
-        for field in ('steps', 'batch', 'sequence_length', 'accumulation'):
-            _at_least('training', self, field, 1)
-        if self.microbatches is not None:
-            _at_least('training', self, 'microbatches', 1)
+    def __post_init__(self) -> None:
+        check_at_least('training', self, 1, *vars(self))
         if self.batch % self.accumulation:
             works = nearest_divisor(self.batch, self.accumulation)
             raise UserError(
@@ -69,9 +58,8 @@ class CheckpointConfig:
     every: int = 1000  # steps
     keep: int = 2  # the newest ones
 
-    def __post_init__(self):
-        _at_least('checkpoint', self, 'every', 1)
-        _at_least('checkpoint', self, 'keep', 1)
+    def __post_init__(self) -> None:
+        check_at_least('checkpoint', self, 1, *vars(self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,13 +68,10 @@ class MetricsConfig:
 
     every: int = 10  # steps between rows of metrics.jsonl
     validate_every: int = 500  # steps between validations, beside the one at the end
-    validation_rows: int = (
-        256  # rows of the validation split read each time, rounded up to whole batches; the end reads all
-    )
+    validation_rows: int = 256  # of the validation split each time, rounded up to whole batches; the end reads all
 
-    def __post_init__(self):
-        for field in ('every', 'validate_every', 'validation_rows'):
-            _at_least('metrics', self, field, 1)
+    def __post_init__(self) -> None:
+        check_at_least('metrics', self, 1, *vars(self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +89,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not re.fullmatch(r'[A-Za-z0-9][A-Za-z0-9._-]*', self.name) or len(self.name) > LONGEST_NAME:
             clean = re.sub(r'[^A-Za-z0-9._-]+', '-', self.name).strip('.-')[:LONGEST_NAME] or 'run'
             raise UserError(
@@ -130,7 +115,7 @@ class RunConfig:
             )
         microbatches = t.microbatches if self.mesh.stage > 1 else None
         batch = batch_sizes(t.batch, t.sequence_length, t.accumulation, microbatches)
-        check_divides(self.mesh, [*sizes(self.model), *batch])
+        check_divides(self.mesh, [*sizes(c), *batch])
 
     @property
     def microbatches(self) -> int:
@@ -143,50 +128,30 @@ class RunConfig:
 
     def with_vocabulary(self, tokens: int) -> 'RunConfig':
         """This config with the tokenizer's vocabulary, where the config leaves it open."""
-        have = self.model.vocabulary
-        if have is not None and have < tokens:
+        have = self.model.vocabulary or tokens
+        if have < tokens:
             raise UserError(
                 f'model.vocabulary is {have} and the tokenizer has {tokens} pieces: at least {tokens} are needed'
             )
-        return dataclasses.replace(self, model=dataclasses.replace(self.model, vocabulary=have or tokens))
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, vocabulary=have))
 
 
 RECORD = 'source.json'  # in the folder of a run that was imported: see training/importing.py
-MAY_CHANGE = (
-    'mesh',
-    'checkpoint',
-    'metrics',
-    'training.steps',
-    'training.accumulation',
-    'training.microbatches',
-)  # between a run and its continuation; a folder may be renamed too
-MAY_BEGIN_WITH = (
-    'seed',
-    'data',
-    'training',
-    'optimizer',
-    'compute',
-    *(f'model.{field}' for field in OF_TRAINING),
-)  # too, where the run is an imported model that has not been trained on
+# Between a run and its continuation, beside the name of its folder.
+MAY_CHANGE = ('mesh', 'checkpoint', 'metrics', 'training.steps', 'training.accumulation', 'training.microbatches')
+# Besides, where the run is an imported model that has not been trained on.
+MAY_BEGIN_WITH = ('seed', 'data', 'training', 'optimizer', 'compute', *(f'model.{field}' for field in OF_TRAINING))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The config of a YAML file with dotted overrides such as `training.steps=100`.
-
-    Raises UserError naming the file, the key, and what is wrong with it.
-    """
+    """The config of a YAML file with overrides such as `training.steps=100`. Raises UserError naming the file and the key."""
     path = Path(path)
     if not os.path.lexists(path):
-        raise UserError(f'{shown(path)}: no such config{_near_config(path)}')
+        near = [str(file) for file in (*path.parent.glob('*.yaml'), *Path('configs').glob('**/*.yaml'))]
+        raise UserError(f'{shown(path)}: no such config{nearest_path(str(path), near) if near else ""}')
     with opened(path, shown(path)) as file:
         content = file.read(yaml_text.LARGEST * 4 + 1)
     return parse(content, str(path), overrides)
-
-
-def _near_config(path: Path) -> str:
-    """A config of that name, or one like it, beside it or in configs/."""
-    known = [str(file) for file in (*path.parent.glob('*.yaml'), *Path('configs').glob('**/*.yaml'))]
-    return nearest_path(str(path), known) if known else ''
 
 
 def parse(content: str | bytes, path: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -208,13 +173,12 @@ def validate(tree: dict, source: str) -> RunConfig:
             raise UserError(f'{source}: {now}')
         key = shown(key, 80)
         if isinstance(value, float) and not abs(value) <= FLOAT32:
-            raise UserError(
-                f'{source}: {key} is {value}: it must be a finite number, also in float32: at most {FLOAT32:.6g}'
-            )
+            rule = f'it must be a finite number, also in float32: at most {FLOAT32:.6g}'
+            raise UserError(f'{source}: {key} is {value}: {rule}')
         if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
             raise UserError(f'{source}: {key} is {value}: whole numbers are at most 2^48')
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and not text.isascii() and not _is_unicode(text):
+            if isinstance(text, str) and any('\ud800' <= letter <= '\udfff' for letter in text):
                 raise UserError(
                     f'{source}: {key} is {shown(text, 60, quoted=True)}, which is not UTF-8: rename the file, or name it by a '
                     'glob with a star for such a letter'
@@ -225,21 +189,14 @@ def validate(tree: dict, source: str) -> RunConfig:
         raise UserError(f'{source}: {_explain(error.errors()[0])}') from None
 
 
-def _is_unicode(text: str) -> bool:
-    return not any('\ud800' <= letter <= '\udfff' for letter in text)
-
-
 def dump(config: RunConfig) -> str:
     """The complete config as YAML; `load_config` gives it back."""
     return yaml_text.dump(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def check_continues(saved: RunConfig, wanted: RunConfig, begun: bool = True) -> None:
-    """Raises UserError naming the first key that differs between a run and its continuation and may not.
-
-    `begun`: the run has taken steps; else it holds imported weights.
-    """
-    may_change = MAY_CHANGE if begun else (*MAY_CHANGE, *MAY_BEGIN_WITH)
+    """Raises UserError naming the first key that a continuation may not change; `begun`: the run has taken steps."""
+    may_change = MAY_CHANGE + (() if begun else MAY_BEGIN_WITH)
     if wanted.model.vocabulary is None and saved.model.vocabulary is not None:
         wanted = wanted.with_vocabulary(saved.model.vocabulary)
     old, new = (dict(_leaves(dataclasses.asdict(config))) for config in (saved, wanted))
@@ -253,8 +210,8 @@ def check_continues(saved: RunConfig, wanted: RunConfig, begun: bool = True) -> 
 
 
 def _explain(error: Any) -> str:
-    path = without_kinds(RunConfig, error['loc'])
-    key = '.'.join(shown(part, 60) for part in path)
+    """The line of a UserError about what pydantic found wrong."""
+    key = '.'.join(shown(part, 60) for part in resolve(RunConfig, error['loc'])[0])
     if error['type'] == 'unexpected_keyword_argument':
         return f'no key {key!r}{unknown(RunConfig, error["loc"])}'
     if error['type'] == 'union_tag_invalid':
@@ -272,7 +229,7 @@ def _explain(error: Any) -> str:
     return f'{key} is {shown(json.dumps(given), 80)}: {rule}'
 
 
-def _leaves(tree: Any, prefix: str = ''):
+def _leaves(tree: Any, prefix: str = '') -> Iterator[tuple[str, Any]]:
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from _leaves(value, f'{prefix}.{key}' if prefix else key)

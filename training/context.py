@@ -37,25 +37,19 @@ def object_of(path: Path | Bucket) -> dict[str, Any]:
     """The JSON object of a file that an import wrote. Raises UserError where it is missing or damaged."""
     mend = 'restore it from a copy, or import the model again'
     try:
-        content = content_of(path)
+        return read_object(content_of(path), shown(path))
     except FileNotFoundError:
         raise UserError(f'{shown(path)}: is missing; {mend}') from None
-    try:
-        return read_object(content, shown(path))
     except UserError as error:
         raise UserError(f'{error}; {mend}') from None
 
 
 def content_of(path: Path | Bucket) -> bytes:
-    """What a file or an object holds."""
     return path.read_bytes() if isinstance(path, Bucket) else disk.read(path, MOST)
 
 
 def published_files(run: Path | Bucket, wanted: Callable[[str], object] = bool) -> dict[str, bytes]:
-    """The published files beside the weights, as an imported run keeps them, by their paths in the folder; none of another.
-
-    `wanted` says of such a path whether it is.
-    """
+    """An imported run's published files beside the weights, by path, that are `wanted`; none of another run."""
     if not (run / RECORD).is_file():
         return {}
     source = run / SOURCE

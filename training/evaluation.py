@@ -41,10 +41,7 @@ class Evaluation(NamedTuple):
 def evaluate(
     model: Decoder, tokenizer: Tokenizer, rows: Samples, numbers: Sequence[int] | np.ndarray, batch: int
 ) -> Evaluation:
-    """Reads the rows of those numbers, about `batch` at a time, without dropout. Use it under `jax.set_mesh`.
-
-    Raises Diverged where the loss is no finite number.
-    """
+    """Reads rows, about `batch` at a time, without dropout, under `jax.set_mesh`. Raises Diverged if the loss is not finite."""
     needs_causal(model, 'evaluating')
     bytes_V = np.array([len(piece) for piece in tokenizer.pieces], np.int32)
     stages = jax.sharding.get_mesh().shape['stage']  # a pipeline takes as many microbatches at least
@@ -55,13 +52,10 @@ def evaluate(
         taken = np.asarray(numbers[start : start + batch])
         block, bytes_B = place_rows(batch, functools.partial(_padded, rows, taken, bytes_V))
         found = jax.device_get({**_sums(model, block, microbatches=stages), 'bytes': _total(bytes_B)})
-        if not math.isfinite(found['loss_sum']):
-            first, last = taken[0], taken[-1]
-            raise Diverged(
-                f'the loss of rows {first} to {last} is {float(found["loss_sum"])}: the model gives no finite number'
-            )
-        nats, tokens = nats + float(found['loss_sum']), tokens + int(found['tokens'])
-        bytes_ += int(found['bytes'])
+        loss = float(found['loss_sum'])
+        if not math.isfinite(loss):
+            raise Diverged(f'the loss of rows {taken[0]} to {taken[-1]} is {loss}: the model gives no finite number')
+        nats, tokens, bytes_ = nats + loss, tokens + int(found['tokens']), bytes_ + int(found['bytes'])
     if not tokenizer.lossless and len(numbers) == len(rows):
         bytes_ = rows.bytes  # what an imported tokenizer decodes may be longer or shorter than the text
     return Evaluation(nats, tokens, bytes_)

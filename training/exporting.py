@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -15,25 +15,23 @@ from weft.data.pairs import first_token
 from weft.hub import read as hub
 from weft.hub import write as publish
 from weft.hub.exported_tokenizer import exported_tokenizer
-from weft.hub.families import Family, Tensor, families
+from weft.hub.families import Tensor, families
 from weft.hub.published_tokenizer import run_tokenizer
 from weft.hub.streaming import narrowed, published
 from weft.hub.tensor_table import is_correction, tensors
-from weft.model.config import ModelConfig
 from weft.model.sizes import sizes
 from weft.runtime.device_memory import human_bytes
 from weft.runtime.errors import UserError, shown
 from weft.sharding.mesh import MeshConfig, check_divides, configure_jax, make_mesh
 from weft.storage.bucket_checkpoint import checkpoints_of
 from weft.storage.buckets import Bucket
-from weft.storage.newest import read_newest
 from weft.storage.staged import refuse_existing
 from weft.training.config import RECORD
 from weft.training.context import object_of, published_config, published_files
 from weft.training.finite import check_saved
 from weft.training.importing import check_local
 from weft.training.run_folder import run_folder
-from weft.training.state import abstract_model, restore_newest, saved_config
+from weft.training.state import abstract_model, newest_saved, restore_newest
 
 
 def export_run(
@@ -52,17 +50,15 @@ def export_run(
     refuse_existing(target)
     run = run_folder(run)
     checkpoints = checkpoints_of(run)
-    first, config, files = read_newest(
-        checkpoints, lambda newest: (newest, saved_config(checkpoints, newest), checkpoints.files(newest))
-    )
+    first, config, files = newest_saved(checkpoints)
     c, stored = config.model, config.compute.parameter_dtype
     known = read_import(run)
     if known and family not in (None, known.family):
         raise UserError(f'--family {family}: {run} was imported as {known.family}, and is exported as that')
     context = config.training.sequence_length
-    tokenizer = None
     if known:
         chosen, fields = publish.published_config(c, context, known.family, known.config, known.absent, known.ignored)
+        beside = known.beside
     else:
         tokenizer = run_tokenizer(files, str(run))
         if tokenizer is None:
@@ -73,9 +69,6 @@ def export_run(
             start_token = first_token(tokenizer, c.encoder.start_token)
             c = dataclasses.replace(c, encoder=dataclasses.replace(c.encoder, start_token=start_token))
         chosen, fields = publish.published_config(c, context, family)
-    if tokenizer is None:
-        beside = known.beside
-    else:
         fields |= {'bos_token_id': tokenizer.bos, 'eos_token_id': tokenizer.eos}
         beside = exported_tokenizer(tokenizer, fields.get('max_position_embeddings', context))
     kept = dtype or (known.dtype if known else stored.name)
@@ -89,11 +82,29 @@ def export_run(
         check_saved(checkpoints, step, {'model': model}, 'which are not to be published')
     arrays = dict(zip(shapes, jax.tree.leaves(model), strict=True))
     table = {one.name: one for one in tensors(chosen, c, shapes)}
+    if known and (odd := {*known.copies.values()} - {*table} or {*known.fixed} - {*chosen.fixed}):
+        raise UserError(
+            f'{run / RECORD}: is damaged ({shown(min(odd))} is no tensor of {chosen.name}); import the model again'
+        )
+
+    def of_table(one: Tensor) -> ExportedTensor:
+        if known and not dtype:
+            own = known.dtypes.get(one.name, known.dtype)
+        elif is_correction(one, c):
+            own = shapes[one.parts[0].leaf].dtype.name
+        else:
+            own = dtype or stored.name
+        return ExportedTensor(np.dtype(own), one.shape, functools.partial(published, one, arrays))
+
+    exports = {name: of_table(one) for name, one in table.items() if not (known and one.copy_of)}
     if known:
-        check_record(run, known, chosen, table)
-    exports = {}
-    for name, one in exported_tensors(chosen, c, stored, shapes, table, known, dtype, arrays):
-        exports[known.files.get(name, name) if known else name] = one
+        exports |= {name: of_table(table[source]) for name, source in known.copies.items()}
+        for name, own in known.fixed.items():
+            numbers = chosen.fixed[name](c)
+            exports[name] = ExportedTensor(
+                np.dtype(dtype or own), numbers.shape, functools.partial(np.asarray, numbers)
+            )
+        exports = {known.files.get(name, name): one for name, one in exports.items()}
 
     def content(name: str) -> np.ndarray:
         one = exports[name]
@@ -115,60 +126,6 @@ class ExportedTensor(NamedTuple):
     make: Callable[[], np.ndarray]  # its numbers, in any dtype
 
 
-def exported_tensors(
-    family: Family,
-    c: ModelConfig,
-    stored: jnp.dtype,
-    shapes: Mapping[str, jax.ShapeDtypeStruct],
-    table: Mapping[str, Tensor],
-    known: 'Imported | None',
-    dtype: str | None,
-    arrays: Mapping[str, jax.Array],
-) -> Iterator[tuple[str, ExportedTensor]]:
-    """Every tensor of the published model by the name that the family's table has for it.
-
-    Of an imported run they are those that there were, copies and tensors that follow from the model among them.
-    """
-
-    def of_table(one: Tensor) -> ExportedTensor:
-        kept = np.dtype(dtype_of(one, c, stored, shapes, known, dtype))
-        return ExportedTensor(kept, one.shape, functools.partial(published, one, arrays))
-
-    for one in table.values():
-        if not (known and one.copy_of):
-            yield one.name, of_table(one)
-    if known:
-        for name, source in known.copies.items():
-            yield name, of_table(table[source])
-        for name, own in known.fixed.items():
-            numbers = family.fixed[name](c)
-            yield name, ExportedTensor(np.dtype(dtype or own), numbers.shape, functools.partial(np.asarray, numbers))
-
-
-def check_record(run: Path | Bucket, known: 'Imported', family: Family, table: Mapping[str, Tensor]) -> None:
-    """Raises UserError where the record of an import names a tensor that the family's table has not."""
-    if odd := {*known.copies.values()} - {*table} or {*known.fixed} - {*family.fixed}:
-        raise UserError(
-            f'{run / RECORD}: is damaged ({shown(min(odd))} is no tensor of {family.name}); import the model again'
-        )
-
-
-def dtype_of(
-    one: Tensor,
-    c: ModelConfig,
-    stored: jnp.dtype,
-    shapes: Mapping[str, jax.ShapeDtypeStruct],
-    known: 'Imported | None',
-    dtype: str | None,
-) -> str:
-    """What a tensor is exported in: as it was imported; or `dtype`, and a bias of a router's choices in at least float32."""
-    if known and not dtype:
-        return known.dtypes.get(one.name, known.dtype)
-    if is_correction(one, c):
-        return shapes[one.parts[0].leaf].dtype.name
-    return dtype or stored.name
-
-
 @dataclasses.dataclass(frozen=True)
 class Imported:
     """What a run keeps of the folder that it was imported from."""
@@ -181,20 +138,15 @@ class Imported:
     fixed: dict[str, str]  # tensors that follow from the model, and their dtypes
     config: dict[str, Any]
     beside: dict[str, bytes]  # files beside config.json and the weights, by their paths
-    absent: Sequence[str] = ()  # parts that config.json has and the files had not
-    ignored: Sequence[str] = ()  # fields of config.json that were passed over
+    absent: list[str]  # parts that config.json has and the files had not
+    ignored: list[str]  # fields of config.json that were passed over
 
 
-# What `training.importing.import_record` writes, each text or texts.
-RECORDED: dict[str, type] = {
-    'family': str,
-    'files': dict,
-    'dtype': str,
-    'dtypes': dict,
-    'copies': dict,
-    'fixed': dict,
-    'absent': list,
-    'ignored': list,
+# What `training.importing.import_record` writes: a text, texts by names, or a list of texts.
+RECORDED = {
+    field.name: get_origin(field.type) or field.type
+    for field in dataclasses.fields(Imported)
+    if field.name not in ('config', 'beside')
 }
 
 
@@ -213,12 +165,10 @@ def read_import(run: Path | Bucket) -> Imported | None:
                 f'{run / RECORD}: is damaged ({damaged}); restore it from a copy, or import the model again'
             )
     if record['family'] not in (family.name for family in families()):
-        raise UserError(
-            f'{run / RECORD}: is damaged (family is {shown(record["family"], 60, quoted=True)}, which is none)'
-        )
-    files = published_files(run, lambda path: path != hub.CONFIG)
-    config = published_config(run)
-    return Imported(config=config, beside=files, **{field: record[field] for field in RECORDED})
+        family = shown(record['family'], 60, quoted=True)
+        raise UserError(f'{run / RECORD}: is damaged (family is {family}, which is none)')
+    beside = published_files(run, lambda path: path != hub.CONFIG)
+    return Imported(config=published_config(run), beside=beside, **{field: record[field] for field in RECORDED})
 
 
 def _is_dtype(name: str) -> bool:

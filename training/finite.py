@@ -18,8 +18,8 @@ from weft.storage.checkpoint import Checkpoints
 from weft.storage.manifest import leaves_by_path
 from weft.training.config import RECORD, RunConfig
 
-AT_ONCE = 1 << 18  # numbers that a thread looks at and that stay in its cache
 PART = 1 << 24  # numbers that a thread takes
+AT_ONCE = 1 << 18  # of them, that it looks at together: they stay in its cache
 # The bits of infinity, of dtypes that NumPy itself asks three times slower: those of a NaN, as a whole number, are more.
 INFINITY = {'bfloat16': 0x7F80, 'float16': 0x7C00}
 SIGN = 0x8000

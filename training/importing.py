@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from weft.data.config import DataConfig
 from weft.data.tokenizer import Tokenizer
 from weft.hub import read as hub
-from weft.hub.families import OPTIONAL, Tensor
+from weft.hub.families import OPTIONAL
 from weft.hub.gguf.tokenizer import tokenizer_files
 from weft.hub.published_tokenizer import published_tokenizer
 from weft.model.sizes import sizes
@@ -58,48 +57,28 @@ def import_run(
     ignore: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> None:
-    """Makes the run of a published folder or GGUF file. Raises UserError, before anything is written, if it cannot be one.
-
-    The arguments are those of `hub.read`.
-    """
+    """Makes the run of a published folder or GGUF file; arguments as of `hub.read`. Raises UserError before it writes."""
     check_local(run)
     with Lock(run):
         refuse_existing(run)
-        make_run(source, run, mesh, dtype, without_remote_code, ignore, say)
-
-
-def make_run(
-    source: Path,
-    run: Path,
-    mesh: MeshConfig,
-    dtype: str | None,
-    without_remote_code: bool,
-    ignore: Sequence[str],
-    say: Callable[[str], None],
-) -> None:
-    """Makes the run of a published folder or GGUF file, for a caller who has the run's lock and knows that its name is free.
-
-    Raises UserError, before anything is written, if it cannot be one. The arguments are those of `hub.read`.
-    """
-    found, files, config, tokenizer, unread = examine(source, run.name, mesh, dtype, without_remote_code, ignore)
-    configure_jax(mesh.size, config.compute.dtype)
-    devices = make_mesh(mesh)
-    kept = {'config.yaml': configs.dump(config).encode()} | (tokenizer.files() if tokenizer else {})
-    beside = kept | {'config.yaml': configs.dump(trained_on(config)).encode()}
-    with staged(run) as place:
-        with jax.set_mesh(devices):
-            names = dict(zip(found.shapes, leaves_by_path(abstract_state(config).model), strict=True))
-        arrays = with_progress(finite_arrays(found.arrays(devices), names, str(source)), names, found.bytes, say)
-        facts = {'step': 0, 'tokens': 0, 'corpus': None, 'seed': config.seed, 'next_sample': 0}
-        Checkpoints(place).save_weights(0, 'model', arrays, facts, kept)
-        for name, content in beside.items():
-            disk.put(place / name, content)
-        disk.make_folder(place / SOURCE)
-        for name, content in files.items():
-            disk.make_folder((place / SOURCE / name).parent)
-            disk.put(place / SOURCE / name, content)
-        disk.put(place / RECORD, (json.dumps(import_record(found, dtype), indent=1) + '\n').encode())
-    say(f'{run}: {found.family.name}, {parameters(found):,} parameters, weights in {found.compute.weight_dtype}')
+        found, files, config, tokenizer, unread = examine(source, run.name, mesh, dtype, without_remote_code, ignore)
+        configure_jax(mesh.size, config.compute.dtype)
+        devices = make_mesh(mesh)
+        kept = {'config.yaml': configs.dump(config).encode()} | (tokenizer.files() if tokenizer else {})
+        with staged(run) as place:
+            with jax.set_mesh(devices):
+                names = dict(zip(found.shapes, leaves_by_path(abstract_state(config).model), strict=True))
+            arrays = finite_arrays(found.arrays(devices), names, str(source), found.bytes, say)
+            facts = {'step': 0, 'tokens': 0, 'corpus': None, 'seed': config.seed, 'next_sample': 0}
+            Checkpoints(place).save_weights(0, 'model', arrays, facts, kept)
+            written = kept | {'config.yaml': configs.dump(trained_on(config)).encode()}
+            written |= {f'{SOURCE}/{name}': content for name, content in files.items()}
+            written[RECORD] = (json.dumps(import_record(found, dtype), indent=1) + '\n').encode()
+            for name, content in written.items():
+                disk.make_folder((place / name).parent)
+                disk.put(place / name, content)
+    count = sum(math.prod(one.shape) for one in found.table)
+    say(f'{run}: {found.family.name}, {count:,} parameters, weights in {found.compute.weight_dtype}')
     for line in (*left_out_lines(found), *unread):
         say(line)
     if found.of_gguf and (packed := found.of_gguf.packed):
@@ -158,53 +137,35 @@ def left_out_lines(found: hub.Published) -> Iterator[str]:
     for field in found.ignored:
         yield f'{found.fields.source}: {shown(field, 100)} is passed over, as asked'
     for part in found.absent:
-        tied = part == 'head' and found.model.head
-        yield f'{shown_path(found.folder)}: has no {OPTIONAL[part]}: ' + (
-            'the embedding is it' if tied else 'imported without'
-        )
+        instead = 'the embedding is it' if part == 'head' and found.model.head else 'imported without'
+        yield f'{shown_path(found.folder)}: has no {OPTIONAL[part]}: {instead}'
     if not found.model.head:
         yield 'without an LM head it can be scored and embeds texts (scripts/score.py), but can neither decode nor be trained'
 
 
 def files_beside(source: Path, found: hub.Published, unread: list[str]) -> dict[str, bytes]:
-    """The files beside the weights of a published folder; of a GGUF file those that say the same as its header.
-
-    `unread` gets a line for each that is not kept because it cannot be read.
-    """
+    """The files beside the weights, of GGUF what its header says; `unread` gets a line for each that cannot be read."""
     if found.of_gguf is None:
         return hub.side_files(source, unread)
     files = tokenizer_files(found.of_gguf.contents.values, found.of_gguf.path)
     return {hub.CONFIG: found.of_gguf.config_json()} | files
 
 
-def parameters(found: hub.Published) -> int:
-    """Numbers in all tensors."""
-    return sum(math.prod(one.shape) for one in found.table)
-
-
 def finite_arrays(
-    arrays: Iterable[tuple[str, jax.Array]], names: Mapping[str, str], source: str
+    arrays: Iterable[tuple[str, jax.Array]],
+    names: Mapping[str, str],
+    source: str,
+    total: int,
+    say: Callable[[str], None],
 ) -> Iterator[tuple[str, jax.Array]]:
-    """Hands on arrays by their leaves. Raises UserError for one that is not finite: nothing could be computed with it.
+    """Hands on arrays by their `names` in a checkpoint, and says every few seconds how many of `total` bytes are done.
 
-    `names`: by leaf, what the model calls the array; `source`: what it comes from, for the message.
-    """
-    for leaf, x in arrays:
-        if not_finite({names[leaf]: x}):
-            raise UserError(f'{shown(source)}: what becomes {names[leaf]} holds {RULE}: such a model computes nothing')
-        yield leaf, x
-        del x  # before the next is made
-
-
-def with_progress(
-    arrays: Iterable[tuple[str, jax.Array]], names: Mapping[str, str], total: int, say: Callable[[str], None]
-) -> Iterator[tuple[str, jax.Array]]:
-    """Hands on arrays by the names of a checkpoint (`names` has them by leaf), and says every few seconds how far they are.
-
-    `total`: bytes of all.
+    Raises UserError, naming `source`, for one that is not finite: nothing could be computed with it.
     """
     done, last = 0, time.monotonic()
     for leaf, x in arrays:
+        if not_finite({names[leaf]: x}):
+            raise UserError(f'{shown(source)}: what becomes {names[leaf]} holds {RULE}: such a model computes nothing')
         done += x.nbytes
         yield names[leaf], x
         del x  # before the next is made
@@ -217,20 +178,15 @@ def run_config(name: str, found: hub.Published, mesh: MeshConfig) -> RunConfig:
     """The config of an imported run: the context that was published, and gentle values for training on."""
     positions = min(context_of(found.fields.values) or CONTEXT, MOST_TO_TRAIN)
     ways = mesh.span(SEQUENCE) * (2 if mesh.context > 1 else 1)
-    training = TrainingConfig(
-        steps=1000,
-        batch=mesh.span((*BATCH, 'stage')),
-        sequence_length=max(positions // ways, 1) * ways,
-    )
-    optimizer = AdamW(learning_rate=1e-5)
+    length = max(positions // ways, 1) * ways
     return RunConfig(
         name=name,
         mesh=mesh,
         model=found.model,
         compute=found.compute,
         data=NO_DATA,
-        training=training,
-        optimizer=optimizer,
+        training=TrainingConfig(steps=1000, batch=mesh.span((*BATCH, 'stage')), sequence_length=length),
+        optimizer=AdamW(learning_rate=1e-5),
     )
 
 
@@ -244,18 +200,16 @@ def trained_on(config: RunConfig) -> RunConfig:
 
 def import_record(found: hub.Published, dtype: str | None) -> dict[str, Any]:
     """What an export needs beside the weights: the family, and what each tensor was, whatever it becomes here."""
-    kept = found.compute.weight_dtype
-    shapes = found.shapes
-
+    kept, shapes = found.compute.weight_dtype, found.shapes
     # Those of a source that is imported in another dtype become what our arrays are.
-    def own(one: Tensor) -> np.dtype:
-        return shapes[one.parts[0].leaf].dtype if dtype else found.sources[one.name].dtype
-
+    dtypes = {
+        one.name: shapes[one.parts[0].leaf].dtype if dtype else found.sources[one.name].dtype for one in found.table
+    }
     return {
         'family': found.family.name,
         'files': found.files,
         'dtype': kept,
-        'dtypes': {one.name: own(one).name for one in found.table if own(one).name != kept},
+        'dtypes': {name: own.name for name, own in dtypes.items() if own.name != kept},
         'copies': found.copies,
         'fixed': {name: dtype or own for name, own in found.fixed.items()},
         'absent': list(found.absent),

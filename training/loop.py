@@ -31,7 +31,7 @@ from weft.training import config as configs
 from weft.training.config import RunConfig
 from weft.training.evaluation import evaluate, spread
 from weft.training.finite import RULE, check_saved, diverged, listed, not_finite
-from weft.training.metrics import Metrics, NullMetrics
+from weft.training.metrics import Metrics
 from weft.training.prepare_run import open_prepared, prepare_run
 from weft.training.progress import metrics_line, progress_bar
 from weft.training.report import layout, memory_line, rate_line
@@ -48,8 +48,7 @@ def train(config: RunConfig, runs: Path | Bucket, fresh: bool = False, console: 
     Raises UserError, before anything is touched, where the config cannot run here or does not continue what is there;
     Diverged where its numbers are not finite any more, MachineError where the last save failed.
     """
-    width = None if sys.stdout.isatty() else 120
-    console = console or Console(soft_wrap=True, width=width, quiet=not peers.first())
+    console = console or Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120, quiet=not peers.first())
     config.check_sizes()
     mesh = make_mesh(config.mesh)
     folder = runs / config.name
@@ -78,7 +77,7 @@ class Run:
         self.unsaved: str | None = None  # why the last save failed, if it did
         self.unsent: str | None = None  # why the last upload of what stands beside the checkpoints failed, if it did
         self.asked = 0  # the signal that stops it
-        self.step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
+        self.train_step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
 
     def go(self) -> int:
         """Restores or begins, trains, validates, saves. Returns the exit code."""
@@ -102,9 +101,9 @@ class Run:
             self.state = jax.jit(functools.partial(init, config))()
         if peers.first():
             disk.make_folder(self.local_copy.local)
-            write_config(config, self.local_copy.local)
+            disk.write(self.local_copy.local / 'config.yaml', configs.dump(config).encode())
         console.print(layout(config, self.state.model))
-        self.metrics = Metrics(self.local_copy.local, first, console.print) if peers.first() else NullMetrics()
+        self.metrics = Metrics(self.local_copy.local, first, console.print) if peers.first() else None
         self.agree = Agreement(late=0 if platform() == 'cpu' else MAX_IN_FLIGHT)
         try:
             with signals.noted(self.heard) as self.noted, contextlib.ExitStack() as last:
@@ -137,15 +136,10 @@ class Run:
         self.console.print(f'{signal.Signals(number).name}: saving after this step; {at_once} to stop at once')
 
     def settle(self, wait: bool = False) -> None:
-        """Looks whether the save under way has failed, and says so: the run goes on, and tries again at the next one.
-
-        Of several processes one that cannot save ends all: the others cannot know of it.
-        """
+        """Says if the save under way has failed: a run of one process goes on, and tries again at the next."""
         try:
-            if wait:
-                self.checkpoints.wait()
-            else:
-                self.checkpoints.check()
+            look = self.checkpoints.wait if wait else self.checkpoints.check
+            look()
         except Exception as error:
             self.failed(error)
 
@@ -170,7 +164,7 @@ class Run:
         """Steps `first` + 1 to the last."""
         config, t = self.config, self.config.training
         self.last = first
-        waiting: collections.deque[tuple[int, dict]] = collections.deque()
+        waiting: collections.deque[tuple[int, dict[str, Any]]] = collections.deque()
         if first == t.steps:
             self.console.print(f'{self.folder} has taken all of its {t.steps} steps already')
             return
@@ -180,28 +174,27 @@ class Run:
             self.clock, self.clock_tokens = self.begun = time.perf_counter(), self.tokens
             for step in range(first + 1, t.steps + 1):
                 take = functools.partial(self.dataset.train.batch, config.seed, step - 1, t.batch)
-                self.state, figures = self.step(self.state, place_rows(t.batch, take))
+                self.state, metrics = self.train_step(self.state, place_rows(t.batch, take))
                 self.last = step
-                waiting.append((step, figures))
-                told = self.agree(self.noted.take())  # once a step: a signal that comes later ends the next one
-                stop, asked = told not in (0, signal.SIGUSR1), told == signal.SIGUSR1
+                waiting.append((step, metrics))
+                number = self.agree(self.noted.take())  # once a step: a signal that comes later ends the next one
+                stop, asked = number not in (0, signal.SIGUSR1), number == signal.SIGUSR1
                 due = step == t.steps or stop
                 validate = step % config.metrics.validate_every == 0 or step == t.steps
                 save = step % config.checkpoint.every == 0 or due or asked
                 self.settle()
-                # A CPU that simulates devices aborts when many steps wait for each other; a checkpoint wants all figures in.
-                ahead = 0 if platform() == 'cpu' or validate or save else MAX_IN_FLIGHT
-                while len(waiting) > ahead:
-                    row = self.figures(*waiting.popleft())
+                # A CPU that simulates devices aborts when many steps wait for each other; a checkpoint wants all rows written.
+                in_flight = 0 if platform() == 'cpu' or validate or save else MAX_IN_FLIGHT
+                while len(waiting) > in_flight:
+                    row = self.row(*waiting.popleft())
                     if row['step'] == first + 1:  # it compiled, which is no part of the speed
                         self.clock, self.clock_tokens = time.perf_counter(), self.tokens
-                    log = row['step'] % config.metrics.every == 0 or (row['step'] == step and (validate or due))
-                    if row['step'] == step and validate:
+                    newest = row['step'] == step
+                    if newest and validate:
                         row |= self.validate(everything=step == t.steps)
-                    if log:
+                    if row['step'] % config.metrics.every == 0 or (newest and (validate or due)):
                         self.log(row)
-                    speed = row.get('tokens_per_second')
-                    if speed:
+                    if speed := row.get('tokens_per_second'):
                         bar.update(task, speed=f'{speed:,.0f} tokens/s')
                     bar.update(task, completed=row['step'], description='training', loss=f'loss {row["loss"]:.4f}')
                 if asked:
@@ -211,15 +204,15 @@ class Run:
                 if stop:
                     break
 
-    def figures(self, step: int, figures: dict) -> dict[str, Any]:
-        """The row of a step, once the device has it."""
-        figures = jax.device_get(figures)
-        self.tokens += int(figures['tokens'])
-        row = {name: float(figures[name]) for name in ('loss', 'grad_norm', 'learning_rate')}
+    def row(self, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        """The row of a step, once the device has it. Raises Diverged where a number of it is not finite."""
+        metrics = jax.device_get(metrics)
+        self.tokens += int(metrics['tokens'])
+        row = {name: float(metrics[name]) for name in ('loss', 'grad_norm', 'learning_rate')}
         row = {'step': step, **row, 'tokens': self.tokens}
         if not math.isfinite(row['loss']) or not math.isfinite(row['grad_norm']):
             raise self.diverged(f'step {step} has loss {row["loss"]} and gradient norm {row["grad_norm"]}')
-        return row | {name: value.tolist() for name, value in figures.items() if name not in row}
+        return row | {name: value.tolist() for name, value in metrics.items() if name not in row}
 
     def log(self, row: dict[str, Any]) -> None:
         """Writes a row, with the speed since the last one; time spent validating and saving is not counted."""
@@ -227,7 +220,8 @@ class Run:
         steady = self.tokens > self.clock_tokens
         clock, tokens = (self.clock, self.clock_tokens) if steady else self.begun
         row['tokens_per_second'] = (self.tokens - tokens) / (time.perf_counter() - clock - row.pop('seconds', 0))
-        self.metrics.log(row)
+        if self.metrics:
+            self.metrics.log(row)
         if 'validation_loss' in row:
             self.push()
         if not self.console.is_terminal or 'validation_loss' in row:
@@ -250,11 +244,8 @@ class Run:
         }
 
     def push(self) -> None:
-        """Uploads what a run in a bucket shows beside its checkpoints. Where that fails, it says so, and the next time does it.
-
-        Raises MachineError, before anything is written, where another process has taken the run over.
-        """
-        if not peers.first():
+        """Uploads what a bucket has beside its checkpoints, or says why not. Raises MachineError if the run was taken over."""
+        if self.metrics is None:
             return
         self.checkpoints.check_lock()
         self.metrics.flush()
@@ -268,10 +259,10 @@ class Run:
 
     def end(self) -> None:
         """Writes what the metrics still hold, unless the run is another process' now."""
-        if self.checkpoints.is_ours():
+        if self.metrics and self.checkpoints.is_ours():
             self.metrics.close()
             self.push()
-        else:
+        elif self.metrics:
             self.metrics.abandon()
 
     def diverged(self, what: str) -> Diverged:
@@ -287,13 +278,11 @@ class Run:
         self.push()  # a run that goes on from this checkpoint has the rows up to it
         facts = {'step': step, 'tokens': self.tokens, 'corpus': self.dataset.facts['sha256'], 'seed': self.config.seed}
         # Step N's rows follow from (seed, N): the next sample is the data's whole position.
-        facts |= {'next_sample': step * self.config.training.batch}
+        facts['next_sample'] = step * self.config.training.batch
         files = {}
         if peers.first():
-            files = {
-                'config.yaml': (self.local_copy.local / 'config.yaml').read_bytes(),
-                **self.dataset.tokenizer.files(),
-            }
+            content = (self.local_copy.local / 'config.yaml').read_bytes()
+            files = {'config.yaml': content, **self.dataset.tokenizer.files()}
         self.settle(wait=True)
         try:
             self.checkpoints.save(step, items(self.state), facts, files)
@@ -317,8 +306,3 @@ def widened(checkpoints: Checkpoints, config: RunConfig) -> str:
     if stored == kept:
         return ''
     return f', in {kept}: small steps would be lost in {stored} (compute.weight_dtype={stored} keeps that)'
-
-
-def write_config(config: RunConfig, folder: Path) -> None:
-    """folder/config.yaml, whole or not at all."""
-    disk.write(folder / 'config.yaml', configs.dump(config).encode())

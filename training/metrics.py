@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,20 +22,16 @@ DRAWN = ('step', 'loss', 'router.max_share', 'validation_loss', 'validation_bits
 class Metrics:
     """Appends rows to folder/metrics.jsonl and folder/tensorboard, and draws folder/loss.png.
 
-    Rows after `step` belong to steps that a restored checkpoint does not know: they are cut, so that no step stands
-    there twice. Damaged rows are left out, and `say` is told how many. On a full disk rows wait in memory, which is said on
-    stderr, until there is room. Raises UserError where something else than a file or a folder has one of the names.
+    Rows after `step`, which a restored checkpoint does not know, are cut; damaged ones are left out, and `say` is told how
+    many. On a full disk rows wait in memory, and stderr says so. Raises UserError where something else has one of the names.
     """
 
     def __init__(self, folder: Path, step: int, say: Callable[[str], None] = print):
         self.folder = folder
         self.path = folder / 'metrics.jsonl'
-        for path, is_right, kind in (
-            (folder / 'loss.png', Path.is_file, 'file'),
-            (folder / 'tensorboard', Path.is_dir, 'folder'),
-        ):
-            if (path.exists() or path.is_symlink()) and not is_right(path):
-                raise UserError(f'{shown(path)}: is no {kind}; move away what stands there')
+        for name, kind, is_right in (('loss.png', 'file', Path.is_file), ('tensorboard', 'folder', Path.is_dir)):
+            if os.path.lexists(folder / name) and not is_right(folder / name):
+                raise UserError(f'{shown(folder / name)}: is no {kind}; move away what stands there')
         rows, damaged = read(self.path)
         if damaged:
             say(f'{self.path}: {damaged} damaged row{"s" * (damaged > 1)} left out')
@@ -48,24 +45,21 @@ class Metrics:
         """One row; all of its numbers go to TensorBoard too."""
         self.rows.append(brief(row))
         self.file.write((json.dumps(row) + '\n').encode())
-        self.board.add(row['step'], dict(_figures(row)))
+        numbers = {name: value for name, value in row.items() if name != 'step'}
+        self.board.add(row['step'], dict(_numbers(numbers)))
 
     def flush(self) -> None:
         """Returns when all rows are on the disk that it takes."""
-        for file in (self.file, self.board.file):
-            if not file.closed:
-                file.sync()
+        self.file.sync()
+        self.board.file.sync()
 
     def close(self) -> None:
         """Writes what is pending, and the picture. Raises MachineError where the disk does not take it."""
         with contextlib.ExitStack() as last:
-            last.callback(self._draw)
+            if self.rows:
+                last.callback(draw, self.rows, self.folder / 'loss.png', self.folder.name)
             last.callback(self.board.file.close)
             last.callback(self.file.close)
-
-    def _draw(self) -> None:
-        if self.rows:
-            draw(self.rows, self.folder / 'loss.png', self.folder.name)
 
     def abandon(self) -> None:
         """Writes nothing more: the folder is another process' now."""
@@ -73,36 +67,13 @@ class Metrics:
         self.board.file.abandon()
 
 
-def _figures(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """What TensorBoard shows of a row: each number by its name."""
-    for name, value in row.items():
-        if name != 'step':
-            yield from _numbers(name, value)
-
-
-def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """A number by its name; of a list each of its own: what layers log by layer has the layers first."""
-    if isinstance(value, list):
-        for place, part in enumerate(value):
-            yield from _numbers(f'{name}/{place}', part)
-    else:
+def _numbers(value: Any, name: str = '') -> Iterator[tuple[str, float]]:
+    """The numbers of a row by name; of a list each of its own: what layers log by layer has the layers first."""
+    if not isinstance(value, dict | list):
         yield name, value
-
-
-class NullMetrics:
-    """The metrics of a process that does not write them: process 0 does."""
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Nothing."""
-
-    def flush(self) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-    def abandon(self) -> None:
-        """Nothing."""
+        return
+    for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _numbers(part, f'{name}/{key}' if name else str(key))
 
 
 def brief(row: dict[str, Any]) -> dict[str, Any]:
@@ -112,10 +83,7 @@ def brief(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The whole rows of a metrics.jsonl, and how many are damaged; a last line that a kill cut short is none of either.
-
-    Raises UserError where what has the name is no file.
-    """
+    """The whole rows of a metrics.jsonl, and how many are damaged; a last line that a kill cut short is neither."""
     try:
         lines = disk.read(path, MOST).split(b'\n')[:-1]
     except FileNotFoundError:
@@ -130,23 +98,19 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if (
-        not isinstance(row, dict)
-        or type(row.get('step')) is not int
-        or not 0 < row['step'] < 2**63
-        or 'loss' not in row
-    ):
+    if not isinstance(row, dict) or type(step := row.get('step')) is not int or 'loss' not in row:
         return None
     drawn = [row.get(name, 0) for name in DRAWN[1:]]
     if 'validation_loss' in row:
         drawn.append(row.get('validation_bits_per_byte'))
     if 'router.max_share' in row or 'router.load' in row:
         load = row.get('router.load')
-        drawn.append(row.get('router.max_share'))
-        drawn.append(len(load[0]) if isinstance(load, list) and load and isinstance(load[0], list) else None)
-    right = all((type(value) in (int, float) and abs(value) < 2**63) or _is_nan(value) for value in drawn)
-    return row if right else None
+        experts = len(load[0]) if isinstance(load, list) and load and isinstance(load[0], list) else None
+        drawn += [row.get('router.max_share'), experts]
+    return row if 0 < step < 2**63 and all(map(_is_drawable, drawn)) else None
 
 
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+def _is_drawable(value: Any) -> bool:
+    if type(value) is float and not math.isfinite(value):
+        return True
+    return type(value) in (int, float) and abs(value) < 2**63

@@ -16,10 +16,16 @@ import optax
 
 from weft.model.decoder import Decoder, weights_of
 from weft.model.parameters import Role, name_of
+from weft.model.parts.registry import check_above_zero
 from weft.runtime.errors import UserError
 from weft.runtime.registry import Registry
 
 MATRICES = (Role.MATRIX, Role.EXPERT, Role.ROUTER)  # what Muon makes orthogonal: neither embedding nor head
+
+# Fields of any kind, by what they must be.
+NOT_NEGATIVE = {'learning_rate', 'warmup_steps', 'final_learning_rate_ratio', 'weight_decay'}
+NOT_NEGATIVE |= {'epsilon', 'decay_exponent', 'least_scale'}
+DECAY_RATES = {'momentum', 'beta1', 'beta2'}
 
 
 class Shard(NamedTuple):
@@ -50,20 +56,14 @@ class OptimizerConfig:
     weight_decay: float = 0.1  # of matrices and tables; scales and biases have none
     grad_clip: float | None = 1.0  # global norm above which a gradient is scaled down to it; null: never
 
-    def __post_init__(self):
-        self._at_least(0, 'learning_rate', 'warmup_steps', 'final_learning_rate_ratio', 'weight_decay')
+    def __post_init__(self) -> None:
+        for field, value in vars(self).items():
+            if field in NOT_NEGATIVE and not value >= 0:
+                raise UserError(f'optimizer.{field} is {value}: it must be at least 0')
+            if field in DECAY_RATES and not 0 <= value < 1:
+                raise UserError(f'optimizer.{field} is {value}: it must be at least 0 and less than 1')
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise UserError(f'optimizer.grad_clip is {self.grad_clip}: it must be above 0; null turns clipping off')
-
-    def _at_least(self, least: float, *fields: str) -> None:
-        for field in fields:
-            if not getattr(self, field) >= least:
-                raise UserError(f'optimizer.{field} is {getattr(self, field)}: it must be at least {least}')
-
-    def _decay_rates(self, *fields: str) -> None:
-        for field in fields:
-            if not 0 <= getattr(self, field) < 1:
-                raise UserError(f'optimizer.{field} is {getattr(self, field)}: it must be at least 0 and less than 1')
 
     def schedule(self, steps: int) -> optax.Schedule:
         """Learning rate of a step of a run of `steps`: linear from 0 over `warmup_steps`, then a cosine to the last step."""
@@ -74,10 +74,7 @@ class OptimizerConfig:
         return optax.join_schedules([lambda step: self.learning_rate * (step + 1) / warmup, cosine], [warmup])
 
     def build(self, steps: int, roles: Any) -> optax.GradientTransformation:
-        """The whole transformation of gradients to updates, for a run of `steps`: clipping by the global norm, then `rule`.
-
-        `roles` is a tree like the weights (see the function of that name). State and updates keep the layouts of the weights.
-        """
+        """Gradients to updates in a run of `steps`: clipping by global norm, then `rule`; `roles`: a tree like the weights."""
         rule = self.rule(self.schedule(steps), roles)
         return optax.chain(optax.clip_by_global_norm(self.grad_clip), rule) if self.grad_clip else rule
 
@@ -86,10 +83,7 @@ class OptimizerConfig:
         raise NotImplementedError(f'optimizer.kind {self.kind} has no rule')
 
     def state_bytes(self, shard: Shard) -> int:
-        """Bytes that a device keeps for its part of a weight, here counted by tracing `build`.
-
-        A kind may say them by arithmetic, which a search over meshes asks for thousands of times.
-        """
+        """Bytes that a device keeps for its part of a weight, by tracing `build`; a kind may say them by arithmetic, sooner."""
         return _traced_bytes(self, (shard,)) - self.fixed_bytes
 
     @functools.cached_property
@@ -116,8 +110,7 @@ def decays(roles: Any) -> Any:
     return jax.tree.map(lambda role: role.decays, roles)
 
 
-def _numbers(shard: Shard) -> int:
-    """Bytes of a device's part of a weight."""
+def _bytes(shard: Shard) -> int:
     return math.prod(shard.shape) * jnp.dtype(shard.dtype).itemsize
 
 
@@ -142,18 +135,13 @@ class AdamW(OptimizerConfig):
     beta2: float = 0.95
     epsilon: float = 1e-8
 
-    def __post_init__(self):
-        super().__post_init__()
-        self._at_least(0, 'epsilon')
-        self._decay_rates('beta1', 'beta2')
-
     def rule(self, rate: optax.Schedule, roles: Any) -> optax.GradientTransformation:
         return optax.adamw(
             rate, self.beta1, self.beta2, self.epsilon, weight_decay=self.weight_decay, mask=decays(roles)
         )
 
     def state_bytes(self, shard: Shard) -> int:
-        return 2 * _numbers(shard)
+        return 2 * _bytes(shard)
 
 
 @register
@@ -168,15 +156,11 @@ class Lion(OptimizerConfig):
     beta1: float = 0.9
     beta2: float = 0.99
 
-    def __post_init__(self):
-        super().__post_init__()
-        self._decay_rates('beta1', 'beta2')
-
     def rule(self, rate: optax.Schedule, roles: Any) -> optax.GradientTransformation:
         return optax.lion(rate, self.beta1, self.beta2, weight_decay=self.weight_decay, mask=decays(roles))
 
     def state_bytes(self, shard: Shard) -> int:
-        return _numbers(shard)
+        return _bytes(shard)
 
 
 @register
@@ -196,11 +180,9 @@ class Adafactor(OptimizerConfig):
     epsilon: float = 1e-30  # added to squared gradients
     least_scale: float = 1e-3  # of a weight's root mean square, where it is smaller
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
-        self._at_least(0, 'decay_exponent', 'epsilon', 'least_scale')
-        if not self.update_clip > 0:
-            raise UserError(f'optimizer.update_clip is {self.update_clip}: it must be above 0')
+        check_above_zero('optimizer', self, 'update_clip')
 
     def rule(self, rate: optax.Schedule, roles: Any) -> optax.GradientTransformation:
         return optax.chain(
@@ -212,21 +194,24 @@ class Adafactor(OptimizerConfig):
     def scale_by_factored_moments(self, roles: Any) -> optax.GradientTransformation:
         """Gradients to updates of a size relative to their weights."""
 
-        def init(weights):
-            zeros = lambda weight, role: jax.tree.map(jnp.zeros_like, _moments(weight, role))
-            return FactoredState(jnp.int32(0), jax.tree.map(zeros, weights, roles))
+        def init(weights: Any) -> FactoredState:
+            moments = jax.tree.map(_moments, weights, roles)
+            return FactoredState(jnp.int32(0), jax.tree.map(jnp.zeros_like, moments))
 
-        def update(gradients, state, weights):
+        def update(gradients: Any, state: FactoredState, weights: Any) -> tuple[Any, FactoredState]:
             decay = 1 - (state.taken + 1.0) ** -self.decay_exponent
-            mix = lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype)
 
-            def new_moments(gradient, role, moments):
-                return jax.tree.map(mix, moments, _moments(jnp.square(gradient) + self.epsilon, role))
+            def mean(old: jax.Array, new: jax.Array) -> jax.Array:
+                return (decay * old + (1 - decay) * new).astype(old.dtype)
 
-            def step(gradient, role, moments, weight):
-                dims = (-2, -1) if role.decays else (-1,)
+            def new_moments(gradient: jax.Array, role: Role, moments: Any) -> Any:
+                return jax.tree.map(mean, moments, _moments(jnp.square(gradient) + self.epsilon, role))
+
+            def step(gradient: jax.Array, role: Role, moments: Any, weight: jax.Array) -> jax.Array:
+                def size(x: jax.Array) -> jax.Array:
+                    return jnp.sqrt(jnp.square(x).mean((-2, -1) if role.decays else -1, keepdims=True))
+
                 scaled = gradient * moments.inverse_root()
-                size = lambda x: jnp.sqrt(jnp.square(x).mean(dims, keepdims=True))
                 scaled = scaled / jnp.maximum(1, size(scaled) / self.update_clip)
                 return (scaled * jnp.maximum(size(weight), self.least_scale)).astype(gradient.dtype)
 
@@ -237,9 +222,9 @@ class Adafactor(OptimizerConfig):
 
     def state_bytes(self, shard: Shard) -> int:
         if not shard.role.decays:
-            return _numbers(shard)
+            return _bytes(shard)
         row, column = shard.shape[:-1], (*shard.shape[:-2], shard.shape[-1])
-        return sum(_numbers(shard._replace(shape=shape)) for shape in (row, column))
+        return sum(_bytes(shard._replace(shape=shape)) for shape in (row, column))
 
 
 class FactoredState(NamedTuple):
@@ -291,18 +276,12 @@ class Muon(OptimizerConfig):
     beta2: float = 0.95  # of AdamW
     epsilon: float = 1e-8
 
-    def __post_init__(self):
-        super().__post_init__()
-        self._at_least(0, 'epsilon')
-        self._decay_rates('momentum', 'beta1', 'beta2')
-
     def rule(self, rate: optax.Schedule, roles: Any) -> optax.GradientTransformation:
+        muon = optax.contrib.scale_by_muon(
+            beta=self.momentum, eps=self.epsilon, weight_dimension_numbers=_last_two_dims
+        )
         matrices = optax.chain(
-            _in_auto_axes(
-                optax.contrib.scale_by_muon(
-                    beta=self.momentum, eps=self.epsilon, weight_dimension_numbers=_last_two_dims
-                )
-            ),
+            _in_auto_axes(muon),
             optax.stateless(_as_large_as_adamw),
             optax.add_decayed_weights(self.weight_decay),
             optax.scale_by_learning_rate(rate),
@@ -314,7 +293,7 @@ class Muon(OptimizerConfig):
         return optax.partition({'matrix': matrices, 'other': others}, kinds)
 
     def state_bytes(self, shard: Shard) -> int:
-        return _numbers(shard) * (1 if shard.role in MATRICES else 2)
+        return _bytes(shard) * (1 if shard.role in MATRICES else 2)
 
 
 def _last_two_dims(weights: Any) -> Any:
@@ -327,12 +306,9 @@ def _as_large_as_adamw(updates: Any, weights: Any = None) -> Any:
 
 
 def _in_auto_axes(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The transformation, with the layouts within its update left to the compiler; state and updates keep theirs.
+    """The transformation, with layouts within its update left to the compiler: Muon multiplies a matrix by itself."""
 
-    Muon multiplies a matrix by itself: explicit axes would have each product say its layout.
-    """
-
-    def update(gradients, state, weights=None):
+    def update(gradients: Any, state: Any, weights: Any = None) -> Any:
         layouts = jax.tree.map(lambda x: jax.typeof(x).sharding, (gradients, state))
         return jax.sharding.auto_axes(transformation.update, out_sharding=layouts)(gradients, state, weights)
 

@@ -1,6 +1,7 @@
 """Dotted overrides of a config, each read as its field's type; and what a key that does not exist may have been meant to be."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from types import UnionType
@@ -29,12 +30,11 @@ def apply(tree: dict[str, Any], overrides: Sequence[str], root: type) -> None:
             raise UserError(f'{shown(override)}: has no value; null is for none')
         node = tree
         *parents, last = key.split('.')
-        for depth, parent in enumerate(parents):
-            kind = kind_of(root, parents[: depth + 1])
+        for depth, parent in enumerate(parents, 1):
+            kind = kind_of(root, parents[:depth])
             if kind is not None and not sections_of(kind):
-                raise UserError(
-                    f'{shown(override)}: {shown(".".join(parents[: depth + 1]))} is a value and has no keys of its own'
-                )
+                section = shown('.'.join(parents[:depth]))
+                raise UserError(f'{shown(override)}: {section} is a value and has no keys of its own')
             if not isinstance(node.get(parent), dict):
                 node[parent] = {}
             node = node[parent]
@@ -43,11 +43,13 @@ def apply(tree: dict[str, Any], overrides: Sequence[str], root: type) -> None:
 
 def _read(value: str, kind: Any, source: str) -> Any:
     """The value of an override as its field has it; None: no such field, which is told later."""
+    if kind is None:
+        return value
     options = get_args(kind) or (kind,)
-    texts = str in options or all(_is_text(option) for option in _inner(options))
-    if kind is None or (value == 'null' and type(None) in options):
-        return None if kind is not None else value
-    if texts:
+    if value == 'null' and type(None) in options:
+        return None
+    inner = [one for option in options for one in (get_args(option) if get_origin(option) is Literal else [option])]
+    if str in options or all(isinstance(one, str) for one in inner if one is not type(None)):
         several = any(get_origin(option) is tuple for option in options)
         listed = several and value.startswith('[') and value.endswith(']')
         return yaml_text.read(value, source, resolve=str) if listed else value
@@ -59,88 +61,63 @@ def _read(value: str, kind: Any, source: str) -> Any:
         raise UserError(f'{source}: {error}') from None
 
 
-def _inner(options: Sequence[Any]) -> Iterator[Any]:
-    """Of a union the kinds in it but None, with those of a Literal one by one."""
-    for option in options:
-        if get_origin(option) is Literal:
-            yield from get_args(option)
-        elif option is not type(None):
-            yield option
-
-
-def _is_text(option: Any) -> bool:
-    return isinstance(option, str) or option is str
-
-
 def options_of(kind: Any) -> Iterator[Any]:
-    """The types that a field may have, those of an annotation's registry (`runtime.registry`) among them."""
+    """The types that a field may have, and the registries (`runtime.registry`) of kinds of sections that it may be."""
     if get_origin(kind) in (Union, UnionType, Annotated):
         for option in get_args(kind):
             yield from options_of(option)
-    elif isinstance(kind, Registry):
-        yield from kind.configs.values()
     else:
         yield kind
 
 
 def sections_of(kind: Any) -> list[Any]:
     """The dataclasses that a field that is a section may have, of several kinds; empty for a value."""
-    return list(dict.fromkeys(option for option in options_of(kind) if dataclasses.is_dataclass(option)))
+    kinds = [option.configs.values() if isinstance(option, Registry) else [option] for option in options_of(kind)]
+    return list(dict.fromkeys(filter(dataclasses.is_dataclass, itertools.chain(*kinds))))
+
+
+def fields_of(kind: Any) -> dict[str, dataclasses.Field[Any]]:
+    """The fields of a section by name; of several kinds that have one, the first kind's."""
+    found: dict[str, dataclasses.Field[Any]] = {}
+    for section in sections_of(kind):
+        for field in dataclasses.fields(section):
+            found.setdefault(field.name, field)
+    return found
 
 
 def kind_of(root: Any, path: Sequence[str]) -> Any:
     """The type of the field at `path`, of the first kind that has it where a section has several; None: no such field."""
     kind = root
     for name in path:
-        found = [
-            field.type for section in sections_of(kind) for field in dataclasses.fields(section) if field.name == name
-        ]
-        if not found:
-            return None
-        kind = found[0]
+        field = fields_of(kind).get(name)
+        kind = field and field.type
     return kind
 
 
 def keys(kind: Any, prefix: str = '') -> Iterator[str]:
     """All dotted keys of a section, whatever kinds of it have them."""
-    told = set[str]()
-    for section in sections_of(kind):
-        for field in dataclasses.fields(section):
-            if field.name not in told:
-                told.add(field.name)
-                yield prefix + field.name
-                yield from keys(field.type, f'{prefix}{field.name}.')
+    for name, field in fields_of(kind).items():
+        yield prefix + name
+        yield from keys(field.type, f'{prefix}{name}.')
 
 
-def without_kinds(root: Any, path: Sequence[Any]) -> tuple[Any, ...]:
-    """A path into a config without the names of kinds that pydantic has after sections that may be of several."""
-    return _walk(root, path)[0]
-
-
-def _walk(root: Any, path: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
-    """The keys of a path that may name the kinds of sections, and the type of what it leads to."""
+def resolve(root: Any, path: Sequence[Any]) -> tuple[tuple[Any, ...], Any]:
+    """The keys of a pydantic path, which names the kind after a section that may be of several, and the type it leads to."""
     kind, found, left = root, list[Any](), list(path)
     while left:
         found.append(left.pop(0))
         kind = kind_of(kind, found[-1:])
-        of_name = {name: config for registry in _registries(kind) for name, config in registry.configs.items()}
+        registries = [option for option in options_of(kind) if isinstance(option, Registry)]
+        of_name = {name: config for registry in registries for name, config in registry.configs.items()}
         if left and left[0] in of_name:
             kind = of_name[left.pop(0)]
     return tuple(found), kind
 
 
-def _registries(kind: Any) -> list[Registry]:
-    """Those with which a field is annotated."""
-    if get_origin(kind) in (Union, UnionType, Annotated):
-        return [one for option in get_args(kind) for one in _registries(option)]
-    return [kind] if isinstance(kind, Registry) else []
-
-
 def unknown(root: Any, path: Sequence[str]) -> str:
     """What a key may have been meant to be: one of its section that is alike, else of any; else what the section has."""
-    parents, section = _walk(root, path[:-1])
-    fields = dict.fromkeys(field.name for one in sections_of(section) for field in dataclasses.fields(one))
-    own = ['.'.join((*parents, field)) for field in fields]
+    parents, section = resolve(root, path[:-1])
+    own = ['.'.join((*parents, name)) for name in fields_of(section)]
     for known in own, list(keys(root)):
         by_leaf = {one.rpartition('.')[2]: one for one in reversed(known) if one != '.'.join((*parents, path[-1]))}
         if (leaf := closest(path[-1], by_leaf)) is not None:

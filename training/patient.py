@@ -16,19 +16,15 @@ class Patient:
         self.refused = False
         self._file = disk.Appended(path)
 
-    @property
-    def closed(self) -> bool:
-        """Whether nothing more can be written."""
-        return self._file.closed
-
     def write(self, content: bytes) -> None:
         """Appends, now or when there is room."""
         self.waiting += content
         self._try(lambda: None)
 
     def sync(self) -> None:
-        """Returns when all is on the disk that it takes."""
-        self._try(self._file.sync)
+        """Returns when all is on the disk that it takes; at once if it is closed."""
+        if not self._file.closed:
+            self._try(self._file.sync)
 
     def close(self) -> None:
         """Writes what waits, for the last time. Raises MachineError where the disk still refuses it."""

@@ -26,27 +26,18 @@ MOST_POINTS = 4000  # of a curve, that a label looks out for
 def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     """Training and validation loss by step, and with experts the largest share of each step below."""
     routed = [row for row in rows if 'router.max_share' in row]
+    ratios, height = ([3, 1], 6.5) if routed else ([1], 4.5)
     figure, axes = plt.subplots(
-        2 if routed else 1,
-        1,
-        figsize=(8, 6.5 if routed else 4.5),
-        dpi=120,
-        sharex=True,
-        squeeze=False,
-        height_ratios=[3, 1][: 2 if routed else 1],
+        len(ratios), 1, figsize=(8, height), dpi=120, sharex=True, squeeze=False, height_ratios=ratios
     )
     loss = axes[0, 0]
-    loss.plot(
-        [row['step'] for row in rows], [row['loss'] for row in rows], color='#4477aa', linewidth=1, label='training'
-    )
-    checked = [row for row in rows if 'validation_loss' in row]
-    if checked:
-        steps, values = [row['step'] for row in checked], [row['validation_loss'] for row in checked]
+    loss.plot(*curve(rows, 'loss'), color='#4477aa', linewidth=1, label='training')
+    steps, values = curve(rows, 'validation_loss')
+    if steps:
         loss.plot(steps, values, 'o-', color='#ee6677', markersize=4, label='validation')
     loss.set(title=title, ylabel='loss, nats a token')
     if routed:
-        steps = [row['step'] for row in routed]
-        axes[1, 0].plot(steps, [row['router.max_share'] for row in routed], color='#228833', linewidth=1)
+        axes[1, 0].plot(*curve(rows, 'router.max_share'), color='#228833', linewidth=1)
         axes[1, 0].axhline(1 / routed[-1]['experts'], color='gray', linestyle=':', linewidth=1)
         axes[1, 0].set(ylabel='largest share\nof an expert', ylim=(0, None))
     axes[-1, 0].set_xlabel('step')
@@ -55,8 +46,8 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         axis.spines[['top', 'right']].set_visible(False)
     figure.tight_layout()
     legend = loss.legend(frameon=False, loc='upper right' if len(rows) > MOST_POINTS else 'best')
-    if checked and math.isfinite(values[-1]):
-        note = f'{values[-1]:.3f} nats = {checked[-1]["validation_bits_per_byte"]:.3f} bits/byte'
+    if steps and math.isfinite(values[-1]):
+        note = f'{values[-1]:.3f} nats = {curve(rows, "validation_bits_per_byte")[1][-1]:.3f} bits/byte'
         label(loss, note, (steps[-1], values[-1]), legend)
     picture = io.BytesIO()
     figure.savefig(picture, format='png')
@@ -64,11 +55,14 @@ def draw(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     disk.write(path, picture.getvalue())
 
 
-def label(axes: Axes, text: str, point: tuple[float, float], legend: Artist) -> None:
-    """Writes a text within the axes where it covers neither curves nor the legend, as near to a point as can be.
+def curve(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """The steps of the rows that have a figure of this name, and the figures."""
+    having = [row for row in rows if name in row]
+    return [row['step'] for row in having], [row[name] for row in having]
 
-    Where no place is free, the axes get more room at the top. A line leads to the point where the text is not beside it.
-    """
+
+def label(axes: Axes, text: str, point: tuple[float, float], legend: Artist) -> None:
+    """Writes a text near a point, clear of curves and legend: the axes grow where there is no room, a line shows the point."""
     unit = axes.figure.dpi / 72  # pixels of a point
     note = axes.annotate(text, point, xytext=(0, 0), textcoords='offset points')
     for _ in range(2):
@@ -88,10 +82,7 @@ def label(axes: Axes, text: str, point: tuple[float, float], legend: Artist) -> 
 def freest(
     axes: Axes, size: BboxBase, point: tuple[float, float], taken: BboxBase, margin: float
 ) -> tuple[float, float, Bbox]:
-    """Of places for a text of this size the one that covers the least, and of those the nearest to a point, in pixels.
-
-    How many points of the curves it covers, how far from the point it is, and where.
-    """
+    """The place of a text that covers the least, then the nearest to a point: points covered, distance, and the box."""
     x, y = axes.transData.transform(point)
     room = axes.bbox.padded(-margin)
     path = np.concatenate([dense(axes.transData.transform(np.asarray(line.get_xydata()))) for line in axes.lines])

@@ -76,14 +76,15 @@ def prepare_data(config: RunConfig, local_copy: LocalCopy, console: Console) -> 
         whole.check_sizes()
         return whole
 
+    encoder = config.model.encoder
     dataset = prepare(
         config.data,
         local_copy.local,
         config.training.sequence_length,
         say=console.print,
         check=complete,
-        pairs=config.model.encoder is not None,
-        start=config.model.encoder.start_token if config.model.encoder else None,
+        pairs=encoder is not None,
+        start=encoder.start_token if encoder else None,
         tokenizer=tokenizer,
         read_tokenizer=load_tokenizer,
     )

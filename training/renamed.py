@@ -5,73 +5,40 @@ from typing import Any
 
 from weft.model.parts.positions import RopeScaling
 
-# Keys of earlier configs -> what they are called now.
-RENAMED: dict[str, str] = {
-    'model.dtype': 'compute.dtype',
-    'model.weight_dtype': 'compute.weight_dtype',
-    'model.remat': 'compute.remat',
-    'model.experts': 'compute.grouped_matmul',
-    'model.moe.dispatch': 'compute.dispatch',
-    'model.moe.capacity_factor': 'compute.capacity_factor',
-    'model.heads': 'model.attention.heads',
-    'model.kv_heads': 'model.attention.kv_heads',
-    'model.head_dim': 'model.attention.head_dim',
-    'model.qk_norm': 'model.attention.qk_norm',
-    'model.qkv_bias': 'model.attention.qkv_bias',
-    'model.o_bias': 'model.attention.o_bias',
-    'model.window': 'model.attention.window',
-    'model.window_pattern': 'model.attention.window_pattern',
-    'model.query_scale': 'model.attention.scale',
-    'model.query_scale_by_layer': 'model.attention.scale_by_layer',
-    'model.attention_softcap': 'model.attention.softcap',
-    'model.attention_sinks': 'model.attention.sinks',
-    'model.mlp_dim': 'model.mlp.dim',
-    'model.activation': 'model.mlp.activation',
-    'model.activation_limit': 'model.mlp.limit',
-    'model.mlp_bias': 'model.mlp.bias',
-    'model.norm_epsilon': 'model.norm.epsilon',
-    'model.norm_order': 'model.norm.order',
-    'model.norm_offset': 'model.norm.offset',
-    'model.max_positions': 'model.positions.max',
-    'model.relative_buckets': 'model.positions.buckets',
-    'model.relative_most': 'model.positions.max_distance',
-    'model.rope_theta': 'model.positions.theta',
-    'model.rope_scaling': 'model.positions.scaling',
-    'model.rotary_fraction': 'model.positions.fraction',
-    'model.rotary_pairs': 'model.positions.layout',
-    'model.rotary_pattern': 'model.positions.pattern',
-    'model.local_rope_theta': 'model.positions.local_theta',
-    'model.tied_embedding': 'model.embedding.tied',
-    'model.embedding_scale': 'model.embedding.scale',
-    'model.segment_kinds': 'model.embedding.token_types',
-    'model.embedding_norm': 'model.embedding.norm',
-    'model.logit_scale': 'model.head.scale',
-    'model.logit_softcap': 'model.head.softcap',
-    'model.head_mlp': 'model.head.mlp',
-    'model.head_bias': 'model.head.bias',
-    'model.next_sentence': 'model.pooler.next_sentence',
-    'model.mtp_layers': 'model.mtp.layers',
-    'model.mtp_loss': 'model.mtp.loss',
-    'model.latent.q_rank': 'model.attention.q_lora_rank',
-    'model.latent.kv_rank': 'model.attention.kv_lora_rank',
-    'model.latent.plain_dim': 'model.attention.qk_nope_head_dim',
-    'model.latent.rotary_dim': 'model.attention.qk_rope_head_dim',
-    'model.latent.value_dim': 'model.attention.v_head_dim',
-    'model.latent': 'model.attention.kind',
-    **{
-        f'model.rope_scaling.{field.name}': f'model.positions.scaling.{field.name}'
-        for field in dataclasses.fields(RopeScaling)
-    },
-    'model.bias': 'model.attention.o_bias, model.mlp.bias and model.norm.bias',
-    'training.learning_rate': 'optimizer.learning_rate',
-    'training.warmup_steps': 'optimizer.warmup_steps',
-    'training.final_learning_rate': 'optimizer.final_learning_rate_ratio',
-    'training.weight_decay': 'optimizer.weight_decay',
-    'training.beta1': 'optimizer.beta1',
-    'training.beta2': 'optimizer.beta2',
-    'training.epsilon': 'optimizer.epsilon',
-    'training.clip': 'optimizer.grad_clip',
+# By section: its keys, as `new=old` where the key in the section `model` of earlier configs had another name; the optimizer's
+# were in `training`.
+SECTIONS = {
+    'compute': 'dtype weight_dtype remat grouped_matmul=experts dispatch=moe.dispatch capacity_factor=moe.capacity_factor',
+    'model.attention': (
+        'heads kv_heads head_dim qk_norm qkv_bias o_bias window window_pattern scale=query_scale '
+        'scale_by_layer=query_scale_by_layer softcap=attention_softcap sinks=attention_sinks kind=latent '
+        'q_lora_rank=latent.q_rank kv_lora_rank=latent.kv_rank qk_nope_head_dim=latent.plain_dim '
+        'qk_rope_head_dim=latent.rotary_dim v_head_dim=latent.value_dim'
+    ),
+    'model.mlp': 'dim=mlp_dim activation limit=activation_limit bias=mlp_bias',
+    'model.norm': 'epsilon=norm_epsilon order=norm_order offset=norm_offset',
+    'model.positions': (
+        'max=max_positions buckets=relative_buckets max_distance=relative_most theta=rope_theta scaling=rope_scaling '
+        'fraction=rotary_fraction layout=rotary_pairs pattern=rotary_pattern local_theta=local_rope_theta'
+    ),
+    'model.embedding': 'tied=tied_embedding scale=embedding_scale token_types=segment_kinds norm=embedding_norm',
+    'model.head': 'scale=logit_scale softcap=logit_softcap mlp=head_mlp bias=head_bias',
+    'model.pooler': 'next_sentence',
+    'model.mtp': 'layers=mtp_layers loss=mtp_loss',
+    'optimizer': (
+        'learning_rate warmup_steps final_learning_rate_ratio=final_learning_rate weight_decay beta1 beta2 epsilon '
+        'grad_clip=clip'
+    ),
 }
+RENAMED: dict[str, str] = {}
+for section, keys in SECTIONS.items():
+    for key in keys.split():
+        new, _, old = key.partition('=')
+        RENAMED[f'{"training" if section == "optimizer" else "model"}.{old or new}'] = f'{section}.{new}'
+RENAMED['model.bias'] = 'model.attention.o_bias, model.mlp.bias and model.norm.bias'
+for field in dataclasses.fields(RopeScaling):
+    RENAMED[f'model.rope_scaling.{field.name}'] = f'model.positions.scaling.{field.name}'
+
 # Keys that hold a value in earlier configs, and are sections now -> where the value stands.
 RENAMED_VALUES = {
     'model.attention': 'compute.attention',

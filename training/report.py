@@ -1,7 +1,6 @@
 """What a run tells its user about memory: the layout of every weight, and what filled a device that ran out."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from weft.hub.tensor_table import unpadded
 from weft.model.decoder import weights_of
+from weft.model.parameters import name_of
 from weft.runtime.device_memory import gib, shard_bytes
 from weft.sharding.mesh import AXES, BATCH, SEQUENCE
 from weft.sharding.pipeline import bubble, ticks
@@ -29,13 +29,6 @@ def rate_line(before: RunConfig, now: RunConfig, step: int) -> str | None:
         f'training.steps was {was} and is {will}: the schedule is of all steps, and the learning rate goes from {rate:.3g} at '
         f'step {step} to {next_rate:.3g} at step {step + 1}'
     )
-
-
-def named(tree: Any) -> Iterator[tuple[str, Any]]:
-    """The leaves of a module or an optimizer state with readable names, such as groups.0.attention.q.w_IO."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator='.')
-        yield name.removesuffix('.value'), leaf
 
 
 SPLITS = {
@@ -69,9 +62,10 @@ def mesh_table(config: RunConfig) -> Table:
 
 def pipeline_line(config: RunConfig) -> str:
     """The pipeline's schedule: its microbatches and its bubble, and the layers' inputs that it keeps for the backward pass."""
-    stages, M = config.mesh.stage, config.microbatches
-    kept = gib(kept_inputs(config))
-    return f'{M} microbatches, a bubble of {bubble(M, stages):.1%} of the work; its layers’ inputs take {kept}'
+    M, kept = config.microbatches, gib(kept_inputs(config))
+    return (
+        f'{M} microbatches, a bubble of {bubble(M, config.mesh.stage):.1%} of the work; its layers’ inputs take {kept}'
+    )
 
 
 def kept_inputs(config: RunConfig) -> int:
@@ -99,7 +93,8 @@ def weights_table(model: Any) -> Table:
     table.add_column('bytes/device', justify='right', no_wrap=True)
     count = bytes_ = padding = 0
     known = weights_of(model.config)
-    for name, leaf in named(model):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        name = name_of(path)
         layout = ', '.join('·'.join(axes if isinstance(axes, tuple) else [axes or '–']) for axes in leaf.sharding.spec)
         table.add_row(name, ' × '.join(map(str, leaf.shape)), layout, f'{shard_bytes(leaf):,}')
         count, bytes_ = count + leaf.size, bytes_ + shard_bytes(leaf)
@@ -114,10 +109,9 @@ def weights_table(model: Any) -> Table:
 def memory_line(config: RunConfig, state: Any) -> str:
     """What a training step keeps on each device, and what to change. `state` may be abstract (shapes with shardings)."""
     t, how, mesh = config.training, config.compute, config.mesh
-    inputs = kept_inputs(config)
-    weights, moments = shard_bytes(state.model), shard_bytes(state.optimizer)
+    weights, moments, inputs = shard_bytes(state.model), shard_bytes(state.optimizer), kept_inputs(config)
     remat = (
-        '' if how.remat == 'block' else f'set compute.remat=block (now {how.remat}) to keep only the layers’ inputs, '
+        f'set compute.remat=block (now {how.remat}) to keep only the layers’ inputs, ' if how.remat != 'block' else ''
     )
     return (
         f'out of memory on a device: weights {gib(weights)}, gradients {gib(weights)}, optimizer state {gib(moments)}, '

@@ -20,10 +20,8 @@ def run_folder(given: str | Path | Bucket) -> Path | Bucket:
         if folder.exists() and not folder.is_dir():
             raise UserError(f'{name}: is a file; a run is a folder such as runs/demo')
     if not (folder / 'config.yaml').is_file():
-        runs = _runs(folder.parent)
-        raise UserError(
-            f'{name}: not a run, for it has no config.yaml{nearest_path(str(folder), runs) if runs else ""}'
-        )
+        near = nearest_path(str(folder), runs) if (runs := _runs(folder.parent)) else ''
+        raise UserError(f'{name}: not a run, for it has no config.yaml{near}')
     return folder
 
 

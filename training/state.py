@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import P
 from jax.sharding import NamedSharding
 
-from weft.model.decoder import declared_decoder
+from weft.model.decoder import Decoder, declared_decoder
 from weft.model.parameters import abstract as abstract_module
 from weft.runtime.errors import UserError
 from weft.storage.checkpoint import Checkpoints
@@ -26,7 +26,7 @@ def abstract_state(config: RunConfig) -> State:
     return abstract(functools.partial(init, config))
 
 
-def abstract_model(config: RunConfig) -> Any:
+def abstract_model(config: RunConfig) -> Decoder:
     """Of the weights alone; as `abstract_state`."""
     return abstract_module(declared_decoder(config.model, config.compute), config.compute.parameter_dtype)
 
@@ -35,7 +35,7 @@ def abstract(make: Callable[..., Any], *arguments: Any) -> Any:
     """Shapes, dtypes and layouts of what `make` gives, nothing of it made. Use it under `jax.set_mesh`."""
     mesh = jax.sharding.get_mesh()
 
-    def place(x):
+    def place(x: Any) -> jax.ShapeDtypeStruct:
         spec = x.sharding.spec if x.sharding else P()  # eval_shape says nothing of scalars
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
@@ -49,6 +49,13 @@ def saved_config(checkpoints: Checkpoints, step: int) -> RunConfig:
     return configs.parse(checkpoints.file(step, 'config.yaml'), str(source))
 
 
+def newest_saved(checkpoints: Checkpoints, step: int | None = None) -> tuple[int, RunConfig, Mapping[str, bytes]]:
+    """The newest checkpoint, or that of `step`: its step, config and files."""
+    return read_newest(
+        checkpoints, lambda found: (found, saved_config(checkpoints, found), checkpoints.files(found)), step
+    )
+
+
 def items(state: State) -> dict[str, Any]:
     """The parts of a checkpoint."""
     return {'model': state.model, 'optimizer': state.optimizer, 'random': {'step': state.step, 'key': state.key}}
@@ -60,7 +67,7 @@ def restore(checkpoints: Checkpoints, step: int, config: RunConfig) -> State:
     return State(found['model'], found['optimizer'], **found['random'])
 
 
-def restore_model(checkpoints: Checkpoints, step: int, config: RunConfig) -> Any:
+def restore_model(checkpoints: Checkpoints, step: int, config: RunConfig) -> Decoder:
     """Only the weights."""
     return checkpoints.restore(step, {'model': abstract_model(config)})['model']
 
@@ -70,39 +77,32 @@ def restore_newest(
     first: int,
     config: RunConfig,
     files: Mapping[str, bytes],
-    abstract: Any,
+    wanted: Decoder,
     step: int | None = None,
-) -> tuple[Any, int]:
-    """The weights of checkpoint `first`, whose config and files are known, or of a newer one if that is deleted meanwhile.
+) -> tuple[Decoder, int]:
+    """The weights of checkpoint `first`, or of a newer one if that is deleted meanwhile and no `step` asked for; their step.
 
-    And the step that they are of. `abstract` is `abstract_model`; with `step` no other is taken. Raises UserError where the
-    newer checkpoint is of another model.
+    `wanted` is `abstract_model`. Raises UserError where the newer checkpoint is of another model.
     """
 
-    def read(found: int) -> tuple[Any, int]:
+    def read(found: int) -> tuple[Decoder, int]:
         if found != first:
             saved = saved_config(checkpoints, found)
             same = (saved.model, saved.compute) == (config.model, config.compute)
             if not same or fixed(checkpoints.files(found)) != fixed(files):
                 raise UserError(f'{checkpoints.run} became another model while it was read: begin again')
-        return checkpoints.restore(found, {'model': abstract})['model'], found
+        return checkpoints.restore(found, {'model': wanted})['model'], found
 
     def fixed(files: Mapping[str, bytes]) -> dict[str, bytes]:
         """What is the same at each step: neither what is said of one, nor Orbax' own, which has times."""
-        return {
-            name: content
-            for name, content in files.items()
-            if name not in (META, 'config.yaml', 'commit_success.txt') and not name.startswith('_')
-        }
+        of_step = {META, 'config.yaml', 'commit_success.txt'}
+        return {name: files[name] for name in files if name not in of_step and not name.startswith('_')}
 
     return read_newest(checkpoints, read, step, first)
 
 
-def restore_imported(checkpoints: Checkpoints, config: RunConfig) -> Any:
-    """The weights of an imported model, one after another made as wide as `config` keeps them: the same numbers.
-
-    Raises UserError where they would have to be rounded.
-    """
+def restore_imported(checkpoints: Checkpoints, config: RunConfig) -> Decoder:
+    """An imported model's weights, made as wide as `config` keeps them. Raises UserError where that would round them."""
     saved = saved_config(checkpoints, 0)
     stored, kept = saved.compute.parameter_dtype, config.compute.parameter_dtype
     if jnp.promote_types(stored, kept) != kept:

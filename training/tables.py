@@ -1,5 +1,6 @@
 """Tables for a terminal of any width: words are folded, numbers stand whole, rows become lines where columns have no room."""
 
+import dataclasses
 import re
 import textwrap
 from collections.abc import Iterator
@@ -14,11 +15,11 @@ GAP = 2  # cells between columns
 INDENT = 2  # cells before what belongs to a row that became lines
 
 
+@dataclasses.dataclass
 class Fitted:
     """A table of plain text as wide as there is room. Columns that are not `no_wrap` are words, which may be folded."""
 
-    def __init__(self, table: Table):
-        self.table = table
+    table: Table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         t = self.table
@@ -58,24 +59,19 @@ def fitting(table: Table, room: int) -> list[int] | None:
 
 def as_lines(table: Table, room: int) -> Iterator[Text]:
     """Each row's first cell, and below it a line for each other cell that is not empty, with its column's name."""
-    heads, *_ = rows = [*zip(*cells_of(table), strict=True)]
-    title = str(table.title or '')
-    if title:
-        yield Text(title, style='table.title')
-    for row in rows[1:]:
+    if table.title:
+        yield Text(str(table.title), style='table.title')
+    heads, *rows = zip(*cells_of(table), strict=True)
+    for row in rows:
         for line in wrapped(row[0], room):
             yield Text(line)
         for head, cell in zip(heads[1:], row[1:], strict=True):
-            if cell:
-                for line in wrapped(f'{head}: {cell}' if head else cell, room - INDENT):
-                    yield Text(' ' * INDENT + line)
+            for line in wrapped(f'{head}: {cell}' if head else cell, room - INDENT) if cell else ():
+                yield Text(' ' * INDENT + line)
 
 
 def wrapped(text: str, room: int) -> list[str]:
-    """Text in lines of at most so many cells, broken between words where one is not longer than a line.
-
-    A number keeps its unit. The space between them is a plain one again at last: what a terminal shows can be searched.
-    """
+    """Text in lines of at most so many cells, broken between words that fit; a number keeps its unit."""
     lines = textwrap.wrap(bound(text), max(1, room), break_on_hyphens=False)
     return [line.replace(TIE, ' ') for line in lines] or ['']
 

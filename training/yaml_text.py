@@ -5,6 +5,7 @@ Numbers are decimal, with `_` between digits where one likes (`1_000_000`); `tru
 what is read is never larger than the text.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,18 +38,18 @@ def scalar(text: str) -> Any:
 
 
 def read(text: str, source: str, resolve: Callable[[str], Any] = scalar) -> Any:
-    """The value of a YAML text. Raises UserError of one line that begins with `source` and has the line of the text.
-
-    `resolve` says what a plain scalar stands for.
-    """
+    """The value of a YAML text, plain scalars by `resolve`. Raises UserError of one line: `source`, and the text's line."""
     if len(text) > LARGEST:
         raise UserError(f'{source}: {len(text):,} characters; a config has at most {LARGEST:,}')
     try:
         return _value(yaml.parse(text, yaml.SafeLoader), source, resolve)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
+        place = f'{source}: line {mark.line + 1}' if mark else source
         what = ', '.join(filter(None, (error.context, error.problem)))
-        raise UserError(f'{_place(source, mark)}: not valid YAML: {shown(what)}{_quote(what)}') from None
+        sign = any(word in what for word in ('token', 'alias', 'anchor'))
+        hint = '; text with such a sign stands in quotes' if sign else ''
+        raise UserError(f'{place}: not valid YAML: {shown(what)}{hint}') from None
     except yaml.YAMLError as error:  # a character that no YAML has
         what = f'character {getattr(error, "position", 0)} is {getattr(error, "character", 0):#04x}, which no text has'
         raise UserError(f'{source}: not valid YAML: {what}') from None
@@ -76,35 +77,27 @@ def _represent(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 _Dumper.add_representer(str, _represent)
 
 
-def _place(source: str, mark: Any) -> str:
-    return f'{source}: line {mark.line + 1}' if mark else source
-
-
-def _quote(what: str) -> str:
-    return '; text with such a sign stands in quotes' if 'token' in what or 'alias' in what or 'anchor' in what else ''
-
-
+@dataclasses.dataclass
 class _Open:
     """A mapping or list that is not complete."""
 
-    def __init__(self, value: Any):
-        self.value = value
-        self.key: str | None = None
-        self.lines: dict[str, int] = {}  # where each key stands
+    value: Any
+    key: str | None = None
+    lines: dict[str, int] = dataclasses.field(default_factory=dict)  # where each key stands
 
     def add(self, value: Any, line: int, source: str) -> None:
         if isinstance(self.value, list):
             self.value.append(value)
         elif self.key is not None:
             self.value[self.key], self.key = value, None
+        elif not isinstance(value, str):
+            raise UserError(f'{source}: line {line}: key {shown(repr(value), 60)} is no text')
+        elif value in self.lines:
+            raise UserError(
+                f'{source}: key {shown(value, 60, quoted=True)} stands on line {self.lines[value]} and on line {line}: '
+                'leave one of them out'
+            )
         else:
-            if not isinstance(value, str):
-                raise UserError(f'{source}: line {line}: key {shown(repr(value), 60)} is no text')
-            if value in self.lines:
-                raise UserError(
-                    f'{source}: key {shown(value, 60, quoted=True)} stands on line {self.lines[value]} and on line {line}: '
-                    'leave one of them out'
-                )
             self.key, self.lines[value] = value, line
 
 
@@ -112,35 +105,32 @@ def _value(events: Iterator[yaml.Event], source: str, resolve: Callable[[str], A
     whole = _Open([])
     stack = [whole]
     for event in events:
-        mark = event.start_mark
-        line = mark.line + 1 if mark else 0
-        anchor, tag = getattr(event, 'anchor', None), getattr(event, 'tag', None)
-        if anchor is not None:
+        line = event.start_mark.line + 1 if event.start_mark else 0
+        place = f'{source}: line {line}'
+        if (anchor := getattr(event, 'anchor', None)) is not None:
             sign = '*' if isinstance(event, yaml.AliasEvent) else '&'
             raise UserError(
-                f'{source}: line {line}: {sign}{shown(anchor, 60)} would be YAML’s way to repeat a value, which is not '
-                'read; text that begins with such a sign stands in quotes'
+                f'{place}: {sign}{shown(anchor, 60)} would be YAML’s way to repeat a value, which is not read; text that '
+                'begins with such a sign stands in quotes'
             )
-        if tag is not None:
-            raise UserError(
-                f'{source}: line {line}: tag {shown(tag, 60)} is not read; text that begins with ! stands in quotes'
-            )
+        if (tag := getattr(event, 'tag', None)) is not None:
+            raise UserError(f'{place}: tag {shown(tag, 60)} is not read; text that begins with ! stands in quotes')
         if isinstance(event, yaml.DocumentStartEvent) and whole.value:
-            raise UserError(f'{source}: line {line}: a second document begins; a config is one')
+            raise UserError(f'{place}: a second document begins; a config is one')
         if isinstance(event, yaml.ScalarEvent):
             try:
                 found = resolve(event.value) if event.implicit[0] else event.value
             except ValueError as error:
-                raise UserError(f'{source}: line {line}: {error}') from None
+                raise UserError(f'{place}: {error}') from None
             stack[-1].add(found, line, source)
         elif isinstance(event, yaml.CollectionStartEvent):
             made = _Open({} if isinstance(event, yaml.MappingStartEvent) else [])
             if stack[-1].key is None and isinstance(stack[-1].value, dict):
-                raise UserError(f'{source}: line {line}: a key must be text')
+                raise UserError(f'{place}: a key must be text')
             stack[-1].add(made.value, line, source)
             stack.append(made)
             if len(stack) > DEEPEST:
-                raise UserError(f'{source}: line {line}: nested more than {DEEPEST} deep')
+                raise UserError(f'{place}: nested more than {DEEPEST} deep')
         elif isinstance(event, yaml.CollectionEndEvent):
             stack.pop()
     return whole.value[0] if whole.value else None

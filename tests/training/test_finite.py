@@ -66,15 +66,15 @@ def poisoned(tree, value: float = math.nan):
 
 def diverges(monkeypatch, config: RunConfig, runs: Path, at: int, part: str, value: float = math.nan) -> str:
     """What a run says whose state is no number after step `at`."""
-    figures = loop.Run.figures
+    row_of = loop.Run.row
 
     def poisoning(run, step, found):
         if step == at:
             run.state = run.state._replace(**{part: poisoned(getattr(run.state, part), value)})
-        return figures(run, step, found)
+        return row_of(run, step, found)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Run, 'figures', poisoning)
+        patch.setattr(loop.Run, 'row', poisoning)
         with pytest.raises(Diverged) as raised:
             train(config, runs)
     return str(raised.value)
