@@ -9,43 +9,40 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from weft.inference.run import NO_PIPELINE
 from weft.model.sizes import sizes
-from weft.planner import topology
 from weft.planner.chips import CHIPS
-from weft.planner.traffic import Traffic, difference, rows_of, table
+from weft.planner.topology import compile_target
+from weft.planner.traffic.tables import Traffic, difference
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import BATCH, Divides, check_divides
 from weft.training import config as configs
 from weft.training.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
-WHAT = ('train', 'decode', 'prefill')
 PLUGINS = {'tpu': 'libtpu', 'cuda': 'jax_cuda13_plugin'}  # packages that hold a compiler
-NOTHING = rows_of(Traffic())
-STATUSES = ('compiled', 'does not fit', 'not finished', 'failed')
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     """What a compiler made of a step, or why it made nothing."""
 
-    status: str  # one of STATUSES; a program may be compiled and yet not fit: see `fits`
+    # What is compiled may yet not fit: see `fits`.
+    status: Literal['compiled', 'does not fit', 'not finished', 'failed']
     seconds: dict[str, float]  # trace, lower, compile
-    memory: dict[
-        str, int
-    ]  # bytes on one device: arguments, outputs, aliased, temporaries, code, total; empty if there are none
+    # Bytes on one device: arguments, outputs, aliased, temporaries, code, total; empty if there are none.
+    memory: dict[str, int]
     available: int  # bytes of a device
     sent: Traffic  # by the compiled program, on each device, by kind and mesh axes
     asked: Traffic  # by the program that was compiled, in the same words
     message: str = ''  # where it is not compiled: the compiler's own, or what ended it
-    versions: dict[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # of jax and of the package that holds the compiler
+    # Of jax and of the package that holds the compiler.
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def fits(self) -> bool | None:
@@ -83,12 +80,13 @@ def compile_step(
     Raises UserError where no compiler for the chip is installed, no machine has so many of it, or the mesh does not divide the
     model or the batch.
     """
-    assert what in WHAT, what
-    target = topology.target(chip, config.mesh.size)
+    assert what in ('train', 'decode', 'prefill'), what
+    target = compile_target(chip, config.mesh.size)
     t = config.training
     rows, length = t.batch if rows is None else rows, t.sequence_length if length is None else length
-    parts = t.accumulation if what == 'train' else 1
-    t = dataclasses.replace(t, batch=rows, sequence_length=length, accumulation=parts)
+    t = dataclasses.replace(
+        t, batch=rows, sequence_length=length, accumulation=t.accumulation if what == 'train' else 1
+    )
     config = dataclasses.replace(config, training=t)
     if what == 'train':
         config.check_sizes()
@@ -97,7 +95,7 @@ def compile_step(
         check_divides(config.mesh, [*sizes(config.model), NO_PIPELINE, split])
     request = {'config': configs.dump(config), 'what': what, 'rows': rows, 'length': length, 'hlo': hlo and str(hlo)}
     request |= {'platform': target.platform, 'topology': target.name, 'description': target.description}
-    return _read(_run(target.platform, request, timeout), int(CHIPS[chip].memory_bytes))
+    return read_compiled(_run(target.platform, request, timeout), int(CHIPS[chip].memory_bytes))
 
 
 def interpreter(platform: str) -> str:
@@ -111,7 +109,7 @@ def interpreter(platform: str) -> str:
 
 
 def _run(platform: str, request: dict[str, Any], timeout: float) -> dict[str, Any]:
-    env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+    env = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
     # No metadata server is asked, and more than one process may hold libtpu, for nothing runs.
     env |= {'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
     command = [interpreter(platform), '-m', 'weft.planner.aot_worker']
@@ -129,15 +127,16 @@ def _run(platform: str, request: dict[str, Any], timeout: float) -> dict[str, An
     return {'status': 'failed', 'message': ended.stderr[-4000:]}
 
 
-def _read(answer: dict[str, Any], available: int) -> Compiled:
-    memory = answer.get('memory', {'total': answer['needed']} if 'needed' in answer else {})
+def read_compiled(answer: Mapping[str, Any], available: int = 0) -> Compiled:
+    """What a worker answered, or a record keeps; `available` where it does not say so."""
+    sent, asked = (Traffic.from_json(answer[name]) if name in answer else Traffic() for name in ('sent', 'asked'))
     return Compiled(
         status=answer['status'],
         seconds=answer.get('seconds', {}),
-        memory=memory,
+        memory=answer.get('memory', {'total': answer['needed']} if 'needed' in answer else {}),
         available=answer.get('available', available),
-        sent=table(answer.get('sent', NOTHING)),
-        asked=table(answer.get('asked', NOTHING)),
+        sent=sent,
+        asked=asked,
         message=answer.get('message', ''),
         versions=answer.get('versions', {}),
     )

@@ -28,8 +28,9 @@ from weft.inference.sampling import RowSampling
 from weft.inference.step import OPTIONS as DECODING
 from weft.inference.unstacked import is_written_out, kinds, unstacked
 from weft.model.batch import Batch, Source
-from weft.planner import traffic
 from weft.planner.aot import PLUGINS
+from weft.planner.traffic.hlo import compiled_traffic
+from weft.planner.traffic.traced import jaxpr_traffic
 from weft.sharding.mesh import BATCH, make_mesh
 from weft.sharding.mesh import platform as device_kind
 from weft.training import config as configs
@@ -45,7 +46,7 @@ def rows(*shape: int, dtype: Any = jnp.int32) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(jax.sharding.get_mesh(), P(BATCH)))
 
 
-def training(config: RunConfig, batch: int, length: int):
+def training_step(config: RunConfig, batch: int, length: int):
     """The step of training, which keeps its state's memory, and its arguments."""
     row_BT = rows(batch, length)
     source = Source(row_BT, row_BT, row_BT) if config.model.encoder else None
@@ -53,7 +54,7 @@ def training(config: RunConfig, batch: int, length: int):
     return step, (abstract_state(config), Batch(row_BT, row_BT, row_BT, row_BT, source))
 
 
-def serving(config: RunConfig, what: str, batch: int, length: int):
+def serving_step(config: RunConfig, what: str, batch: int, length: int):
     """The step that reads prompts of `length` tokens, or that decodes one more token with a cache of as many slots."""
     model = abstract(lambda: in_compute_dtype(init(config).model))
     model = unstacked(model, kinds) if is_written_out(model) else model
@@ -78,16 +79,15 @@ def memory(compiled: Any, platform: str) -> dict[str, int]:
     compiles one whose arguments and temporaries are a quarter more than a chip has (benchmarks/plan.md names it).
     """
     m = compiled.memory_analysis()
-    found = {
+    total = m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    return {
         'arguments': m.argument_size_in_bytes,
         'outputs': m.output_size_in_bytes,
         'aliased': m.alias_size_in_bytes,  # results that take an argument's place
         'temporaries': m.temp_size_in_bytes,
         'code': m.generated_code_size_in_bytes,
+        'total': m.peak_memory_in_bytes if platform == 'tpu' else total,
     }
-    if platform == 'tpu':
-        return found | {'total': m.peak_memory_in_bytes}
-    return found | {'total': found['arguments'] + found['temporaries'] + found['outputs'] - found['aliased']}
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
@@ -111,9 +111,11 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     with jax.set_mesh(make_mesh(config.mesh, topology.devices)):
         mesh = dict(jax.sharding.get_mesh().shape)
         what = request['what']
-        step, arguments = training(config, batch, length) if what == 'train' else serving(config, what, batch, length)
+        step, arguments = (
+            training_step(config, batch, length) if what == 'train' else serving_step(config, what, batch, length)
+        )
         traced = step.trace(*arguments)
-        asked = traffic.asked(traced.jaxpr, mesh)
+        asked = jaxpr_traffic(traced.jaxpr, mesh)
         lap('trace')
         lowered = traced.lower()
         lap('lower')
@@ -133,8 +135,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
             'status': 'compiled',
             'seconds': seconds,
             'memory': memory(compiled, platform),
-            'sent': traffic.rows_of(traffic.compiled(text, mesh)),
-            'asked': traffic.rows_of(asked.lowered()),
+            'sent': compiled_traffic(text, mesh).to_json(),
+            'asked': asked.lowered().to_json(),
         }
 
 
@@ -147,11 +149,7 @@ def needed(message: str) -> dict[str, Any]:
     return {'needed': size(said[1], said[2]), 'available': size(said[3], said[4])}
 
 
-def versions(platform: str) -> dict[str, str]:
-    """Of jax and of the package that holds the compiler."""
-    return {name: metadata.version(name) for name in ('jax', PLUGINS[platform])}
-
-
 if __name__ == '__main__':
     wanted = json.load(sys.stdin)
-    print('\n' + json.dumps(answer(wanted) | {'versions': versions(wanted['platform'])}))
+    versions = {name: metadata.version(name) for name in ('jax', PLUGINS[wanted['platform']])}
+    print('\n' + json.dumps(answer(wanted) | {'versions': versions}))

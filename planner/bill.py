@@ -15,16 +15,11 @@ from weft.model import cost
 from weft.model.config import LayerSpec, ModelConfig
 from weft.model.parts.attention import SoftmaxConfig
 
-BYTES = {
-    'float32': 4.0,
-    'bfloat16': 2.0,
-    'int8': 1.0,
-    '4-bit': 0.5,
-}  # of a number; scales of quantised ones not counted
+BYTES = {'float32': 4.0, 'bfloat16': 2.0, 'int8': 1.0, '4-bit': 0.5}  # of a number; without scales of quantised ones
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class BillRow:
     """One line of the bill."""
 
     part: str
@@ -47,7 +42,7 @@ class Row:
 class Bill:
     """What a model is made of."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[BillRow, ...]
 
     @property
     def total(self) -> int:
@@ -60,15 +55,14 @@ class Bill:
         return sum(row.active for row in self.rows)
 
     @property
-    def layers(self) -> tuple[Row, ...]:
+    def layers(self) -> tuple[BillRow, ...]:
         """Each kind of layer, its parts together."""
-        kinds = dict.fromkeys(row.layer for row in self.rows if row.layer)
-        return tuple(self._together(kind) for kind in kinds)
-
-    def _together(self, kind: str) -> Row:
-        mine = [row for row in self.rows if row.layer == kind]
-        each, active = (sum(getattr(row, field) for row in mine) for field in ('each', 'each_active'))
-        return Row(kind, ' + '.join(row.part for row in mine), each, mine[0].times, active, kind)
+        found = []
+        for kind in dict.fromkeys(row.layer for row in self.rows if row.layer):
+            mine = [row for row in self.rows if row.layer == kind]
+            each, active = (sum(getattr(row, field) for row in mine) for field in ('each', 'each_active'))
+            found.append(BillRow(kind, ' + '.join(row.part for row in mine), each, mine[0].times, active, kind))
+        return tuple(found)
 
     @property
     def bytes(self) -> dict[str, float]:
@@ -82,10 +76,11 @@ class Bill:
             found[row.part] += row.total
         return dict(found)
 
-    def share(self, *parts: str) -> float:
-        """What some parts have of the parameters of all layers."""
-        inside = [row for row in self.rows if row.layer]
-        return sum(row.total for row in inside if row.part in parts) / sum(row.total for row in inside)
+    @property
+    def ffn_share(self) -> float:
+        """What MLPs and experts have of the parameters of all layers."""
+        ffn = sum(row.total for row in self.rows if row.layer and row.part in ('mlp', 'experts', 'shared_experts'))
+        return ffn / sum(row.total for row in self.rows if row.layer)
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain numbers and text."""
@@ -129,23 +124,21 @@ def _layers(c: ModelConfig, name: str):
             if not (each := parts.get(part, 0)):
                 continue
             active = each * c.moe.top_k // c.moe.experts if part == 'experts' else each
-            yield Row(part, _shapes(c, part, each), each, times, active, label)
+            yield BillRow(part, _shapes(c, part, each), each, times, active, label)
 
 
 def _after(c: ModelConfig):
     D, V = c.model_dim, c.vocabulary
     yield from _relative(c)
     yield _once('norms', (c.norm.order != 'post') * cost.norm_parameters(c), 'after the layers')
-    head_mlp = c.head_mlp * (D * D + D + cost.norm_parameters(c))
     head = V * D if c.head and not c.embedding.tied else 0
-    what = 'the embedding' if c.embedding.tied else _by(V, D)
-    more = head_mlp + V * c.head_bias
-    yield _once('head', head + more, _with_vectors(what, more))
+    more = c.head_mlp * (D * D + D + cost.norm_parameters(c)) + V * c.head_bias
+    yield _once('head', head + more, _with_vectors('the embedding' if c.embedding.tied else _by(V, D), more))
     if c.pooler:
         yield _once('pooler', D * D + D + c.next_sentence * (2 * D + 2), _with_vectors(_by(D, D), 1))
     if c.mtp.layers:
         each = cost.mtp_layer_parameters(c)
-        yield Row('mtp', f'a layer + {_by(D, 2 * D)} + norms', each, c.mtp.layers, 0)
+        yield BillRow('mtp', f'a layer + {_by(D, 2 * D)} + norms', each, c.mtp.layers, 0)
 
 
 def _relative(c: ModelConfig):
@@ -153,8 +146,8 @@ def _relative(c: ModelConfig):
         yield _once('positions', c.positions.buckets * c.attention.heads, _by(c.positions.buckets, c.attention.heads))
 
 
-def _once(part: str, count: int, shapes: str) -> Row:
-    return Row(part, shapes, int(count), 1, int(count))
+def _once(part: str, count: int, shapes: str) -> BillRow:
+    return BillRow(part, shapes, int(count), 1, int(count))
 
 
 def _shapes(c: ModelConfig, part: str, count: int) -> str:
@@ -162,20 +155,19 @@ def _shapes(c: ModelConfig, part: str, count: int) -> str:
     D, m, matrices = c.model_dim, c.moe, 3 if c.mlp.gated else 2
     if part == 'norms':
         return _by(count // D, D)
-    found: list[tuple[tuple[int, ...], int]]
+    found: dict[tuple[int, ...], int]  # how many of each shape
     if part in ('attention', 'cross_attention'):
-        matrices_of = sorted(cost.layer_matrices(c, LayerSpec(), part), key=math.prod, reverse=True)
-        found = list(collections.Counter(matrices_of).items())
+        found = collections.Counter(sorted(cost.layer_matrices(c, LayerSpec(), part), key=math.prod, reverse=True))
     elif part == 'mlp':
-        found = [((matrices, D, c.mlp.dim), 1)]
+        found = {(matrices, D, c.mlp.dim): 1}
     elif part == 'router':
-        found = [((D, m.experts), 1)]
+        found = {(D, m.experts): 1}
+    elif part == 'experts':
+        found = {(matrices, D, m.mlp_dim): m.experts}
     else:
-        routed = part == 'experts'
-        units = m.mlp_dim if routed else m.shared_dim // m.shared_experts
-        found = [((matrices, D, units), m.experts if routed else m.shared_experts)]
-    text = ' + '.join(_by(*([n] if n > 1 else []), *shape) for shape, n in found)
-    return _with_vectors(text, count - sum(n * math.prod(shape) for shape, n in found))
+        found = {(matrices, D, m.shared_dim // m.shared_experts): m.shared_experts}
+    text = ' + '.join(_by(*([n] if n > 1 else []), *shape) for shape, n in found.items())
+    return _with_vectors(text, count - sum(n * math.prod(shape) for shape, n in found.items()))
 
 
 def _by(*sizes: int) -> str:
@@ -209,39 +201,46 @@ class CacheBill:
     window: int | None
     state: int = 0
 
-    def bytes_per_token(self, number_bytes: float = 2) -> float:
-        """Of one more token while no window is full; without what TPUs fill up."""
-        return self.numbers * number_bytes
+    @property
+    def bytes_per_token(self) -> int:
+        """Of one more token in bfloat16, while no window is full; without what TPUs fill up."""
+        return 2 * self.numbers
 
-    def full_bytes(self, context: int, number_bytes: float = 2) -> float:
+    def full_bytes(self, context: int) -> int:
         """Of a row of `context` tokens, if layers with a window kept all of them too."""
-        return context * self.bytes_per_token(number_bytes) + self.state * number_bytes
+        return context * self.bytes_per_token + 2 * self.state
 
-    def bytes(self, context: int, number_bytes: float = 2) -> float:
+    def bytes(self, context: int) -> float:
         """Of a row of `context` tokens, as decoding keeps it: layers with a window keep no more tokens than they see."""
         seen = min(context, self.window) if self.window else context
         tokens = (self.layers - self.windowed) * context + self.windowed * seen
-        return tokens * self.bytes_per_token(number_bytes) / self.layers + self.state * number_bytes
+        return tokens * self.bytes_per_token / self.layers + 2 * self.state
 
 
 def cache_bill(c: ModelConfig) -> CacheBill:
     """What decoding keeps of a decoder's tokens; of an encoder's output it keeps as much, which is not counted here."""
     a, numbers = c.attention, cost.cache_numbers_per_token(c)
-    state, alone = cost.cache_numbers(c, 1) - numbers, numbers
-    kind: str = a.kind
+    kind, alone = str(a.kind), numbers
     if isinstance(a, SoftmaxConfig):
         shared = 'MHA' if a.kv_heads == a.heads else 'MQA' if a.kv_heads == 1 else 'GQA'
         kind = 'MLA' if a.kind == 'mla' else shared
         alone = c.layers * a.heads * (a.query_dim + a.value_dim)
-    windowed = sum(spec.windowed for spec in c.layer_specs)
-    return CacheBill(kind, numbers, alone, c.layers, windowed, getattr(a, 'window', None), state)
+    return CacheBill(
+        kind=kind,
+        numbers=numbers,
+        without_sharing=alone,
+        layers=c.layers,
+        windowed=sum(spec.windowed for spec in c.layer_specs),
+        window=getattr(a, 'window', None),
+        state=cost.cache_numbers(c, 1) - numbers,
+    )
 
 
 # Rules of thumb -------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class RuleOfThumb:
     """A rule of thumb for FLOPs beside the exact count of the same thing.
 
     Attributes:
@@ -266,7 +265,7 @@ class Rule:
         return dataclasses.asdict(self) | {'times': self.times}
 
 
-def rules_of_thumb(c: ModelConfig, context: int) -> tuple[Rule, ...]:
+def rules_of_thumb(c: ModelConfig, context: int) -> tuple[RuleOfThumb, ...]:
     """2N, 6N, 2N·S and E·V + L(8E²S + 4EHS + HS²), each beside the exact FLOPs of what it is said to count.
 
     N is what a token meets (`Bill.active`), S = `context`, E the model's width, V the vocabulary, L layers, H heads. The last
@@ -284,13 +283,14 @@ def rules_of_thumb(c: ModelConfig, context: int) -> tuple[Rule, ...]:
         why += f'; N is what a token meets: all parameters would be {bill(c).total / N:.1f} times as many'
     ahead = '; the layers that predict further ahead are left out too' if c.mtp.layers else ''
     rules = (
-        Rule('2N', 'a token forward', 2.0 * N, sum(forward.values()), why),
-        Rule('6N', 'a token in training', 6.0 * N, sum(train.values()), f'2N thrice, so it {why}{ahead}'),
+        RuleOfThumb('2N', 'a token forward', 2.0 * N, sum(forward.values()), why),
+        RuleOfThumb('6N', 'a token in training', 6.0 * N, sum(train.values()), f'2N thrice, so it {why}{ahead}'),
     )
     if not c.causal or c.encoder or not isinstance(c.attention, SoftmaxConfig):
         return rules
     H, decode = c.attention.heads, cost.flops_per_token(c, 'decode', S)
-    one, scores = sum(decode.values()), decode.get('attention', 0.0)
+    one = sum(decode.values())
+    share = f'attention is {decode.get("attention", 0.0) / one:.1%}'
     prompt = f'it is a whole prompt of {S:,} tokens, where with a cache a new token meets each weight once'
     formula = E * c.vocabulary + L * (8.0 * E**2 * S + 4.0 * E * H * S + H * S**2)
     hidden = f'{3 if c.mlp.gated else 2} of {_by(E, c.moe.mlp_dim if c.moe else c.mlp.dim)}'
@@ -300,8 +300,6 @@ def rules_of_thumb(c: ModelConfig, context: int) -> tuple[Rule, ...]:
     )
     return (
         *rules,
-        Rule(
-            '2N·S', 'a token while decoding', 2.0 * N * S, one, f'{prompt}; attention is {scores / one:.1%} of its work'
-        ),
-        Rule('E·V + L(8E²S + 4EHS + HS²)', 'a token while decoding', formula, one, short),
+        RuleOfThumb('2N·S', 'a token while decoding', 2.0 * N * S, one, f'{prompt}; {share} of its work'),
+        RuleOfThumb('E·V + L(8E²S + 4EHS + HS²)', 'a token while decoding', formula, one, short),
     )

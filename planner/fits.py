@@ -1,24 +1,24 @@
 """The plan before a run: whether its step fits into the memory of this machine's devices, and the nearest that does."""
 
-import dataclasses
+import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from weft.model.sizes import batch_sizes, sizes
-from weft.planner import chips
+from weft.planner.chips import chip_of_device
 from weft.planner.layouts import divisors
 from weft.planner.memory import training_memory
 from weft.planner.roofline import train_time
+from weft.planner.search import with_settings
 from weft.runtime.device_memory import gib
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import AXES, Divides, MeshConfig, nearest_meshes
 from weft.training.config import RunConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class Room:
+class DeviceMemory(NamedTuple):
     """What one device of this machine can hold."""
 
     bytes: float
@@ -32,63 +32,55 @@ def plan_first(run: RunConfig, device: Any, processes: int = 1, force: bool = Fa
     process; the vocabulary of a run whose tokenizer is still to be made is what data.vocabulary asks for.
     """
     run = run if run.model.vocabulary else run.with_vocabulary(run.data.vocabulary)
-    room = room_of(device, run.mesh, processes)
+    available = memory_of(device, run.mesh, processes)
     platform = 'gpu' if device.platform in ('gpu', 'cuda', 'rocm') else device.platform
     memory = training_memory(run, platform)
-    chip = chips.find(device.device_kind)
-    line = f'plan: {gib(memory.total)} a device'
-    if room:
-        line += f' of {gib(room.bytes)}'
-    fits = room is None or memory.total <= room.bytes
-    if not fits:
-        line += ': does not fit, and is tried as --force says'
-    elif chip:
-        time = train_time(run, chip)
-        line += f', {time.bound:.3g} s a step at least, {time.predicted:.3g} s predicted'
-    if room and not fits and not force:
-        name, size = max(memory.parts().items(), key=lambda part: part[1])
-        works = nearest_that_fits(run, platform, room)
-        raise UserError(
-            f'a step of this run needs {gib(memory.total)} on each device, {gib(size)} of it {name}, and there are '
-            f'{gib(room.bytes)} ({room.of}); {works}; --force tries it nevertheless'
-        )
-    return line
+    line = f'plan: {gib(memory.total)} a device' + (f' of {gib(available.bytes)}' if available else '')
+    if available is None or memory.total <= available.bytes:
+        if chip := chip_of_device(device.device_kind):
+            time = train_time(run, chip)
+            line += f', {time.bound:.3g} s a step at least, {time.predicted:.3g} s predicted'
+        return line
+    if force:
+        return f'{line}: does not fit, and is tried as --force says'
+    name, size = max(memory.parts().items(), key=lambda part: part[1])
+    raise UserError(
+        f'a step of this run needs {gib(memory.total)} on each device, {gib(size)} of it {name}, and there are '
+        f'{gib(available.bytes)} ({available.of}); {nearest_that_fits(run, platform, available.bytes)}; --force tries it '
+        'nevertheless'
+    )
 
 
-def room_of(device: Any, mesh: MeshConfig, processes: int) -> Room | None:
+def memory_of(device: Any, mesh: MeshConfig, processes: int) -> DeviceMemory | None:
     """Of one device; None where nobody says. Devices that a CPU simulates share what this machine has left."""
     if device.platform == 'cpu':
         left, here = available_memory(), max(1, mesh.size // processes)
         shared = f', shared by {here} simulated devices' if here > 1 else ''
-        return None if left is None else Room(left / here, f'what this machine has left{shared}')
+        return None if left is None else DeviceMemory(left / here, f'what this machine has left{shared}')
     stats = device.memory_stats() or {}
     if 'bytes_limit' in stats:
-        return Room(stats['bytes_limit'], f'what JAX has of a {device.device_kind}')
-    chip = chips.find(device.device_kind)
-    return None if chip is None else Room(chip.memory_bytes, f'a {device.device_kind}')
+        return DeviceMemory(stats['bytes_limit'], f'what JAX has of a {device.device_kind}')
+    chip = chip_of_device(device.device_kind)
+    return DeviceMemory(chip.memory_bytes, f'a {device.device_kind}') if chip else None
 
 
 def available_memory(proc: Path = Path('/proc/meminfo'), group: Path = Path('/sys/fs/cgroup')) -> float | None:
     """Bytes that this machine, or the group of processes that this one is in, has left; None where nobody says."""
     found = []
-    try:
+    with contextlib.suppress(OSError, KeyError, ValueError):
         lines = dict(line.split(':', 1) for line in proc.read_text(encoding='ascii').splitlines())
         found.append(int(lines['MemAvailable'].split()[0]) * 1024)
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
+    with contextlib.suppress(OSError, ValueError):  # no such group, or one without a limit
         most, used = (int((group / f'memory.{name}').read_text(encoding='ascii')) for name in ('max', 'current'))
         found.append(most - used)
-    except (OSError, ValueError):  # no such group, or one without a limit
-        pass
     return min(found, default=None)
 
 
-def nearest_that_fits(run: RunConfig, platform: str, room: Room) -> str:
-    """The smallest change of a run that fits, in words."""
+def nearest_that_fits(run: RunConfig, platform: str, available: float) -> str:
+    """The smallest change of a run with which a device needs no more than `available` bytes, in words."""
     for changes in changes_of(run):
         tried = changed(run, changes)
-        if tried and training_memory(tried, platform).total <= room.bytes:
+        if tried and training_memory(tried, platform).total <= available:
             return 'nearest that fits: ' + ' '.join(f'{key}={value}' for key, value in changes.items())
     return 'no other mesh, smaller batch or shorter rows fit: a smaller model or more devices are needed'
 
@@ -121,16 +113,10 @@ def rules_of(run: RunConfig) -> list[Divides]:
     return [*sizes(run.model), *batch_sizes(t.batch, t.sequence_length, t.accumulation, microbatches)]
 
 
-def changed(run: RunConfig, changes: dict[str, Any]) -> RunConfig | None:
+def changed(run: RunConfig, changes: Mapping[str, Any]) -> RunConfig | None:
     """A run with some of its keys changed; None where it does not work."""
-    part = lambda name: {key.removeprefix(name): value for key, value in changes.items() if key.startswith(name)}
     try:
-        tried = dataclasses.replace(
-            run,
-            mesh=dataclasses.replace(run.mesh, **part('mesh.')),
-            compute=dataclasses.replace(run.compute, **part('compute.')),
-            training=dataclasses.replace(run.training, **part('training.')),
-        )
+        tried = with_settings(run, changes)
     except UserError:
         return None
     return tried if all(rule.holds(tried.mesh) for rule in rules_of(tried)) else None

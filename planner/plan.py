@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from weft.model import cost
 from weft.model.config import ModelConfig
 from weft.planner.bill import bill, cache_bill, rules_of_thumb
-from weft.planner.chips import Chip, shape
-from weft.planner.memory import Memory
-from weft.planner.roofline import Time, mfu
-from weft.planner.search import Choice, Found, why
-from weft.planner.serving import Serving
-from weft.planner.traffic import Traffic
-from weft.sharding.mesh import AXES, BATCH, MeshConfig
+from weft.planner.chips import Chip, torus_shape
+from weft.planner.roofline import StepTime, mfu
+from weft.planner.search import SearchResult, TrainingCandidate, why, with_settings
+from weft.planner.serving import ServingCandidate
+from weft.planner.traffic.tables import Traffic
+from weft.sharding.mesh import BATCH
 from weft.training.config import RunConfig
 
 if TYPE_CHECKING:  # the compilers' side imports much that a plan does not need
@@ -49,36 +48,36 @@ def model_part(c: ModelConfig, length: int) -> dict[str, Any]:
         'context': length,
         'flops_per_token': {what: sum(parts.values()) for what, parts in flops.items()} | {'by_part': flops},
         'rules_of_thumb': [rule.to_json() for rule in rules_of_thumb(c, length)],
-        'cache_bytes_per_token': cache.bytes_per_token(),
+        'cache_bytes_per_token': cache.bytes_per_token,
         'cache': dataclasses.asdict(cache) | {'bytes': cache.bytes(length), 'full_bytes': cache.full_bytes(length)},
     }
 
 
-def training_part(choice: Choice, chip: Chip, terms: Terms) -> dict[str, Any]:
-    """Memory, time and money of training as a choice has it."""
-    run, seconds = choice.run, choice.seconds
+def training_part(candidate: TrainingCandidate, chip: Chip, terms: Terms) -> dict[str, Any]:
+    """Memory, time and money of training as a candidate has it."""
+    run, seconds = candidate.run, candidate.seconds
     t, chips = run.training, run.mesh.size
     step_tokens = t.batch * t.sequence_length
     tokens = terms.tokens or t.steps * step_tokens
     days = tokens / step_tokens * seconds / SECONDS_A_DAY
     watts = terms.watts or chip.watts
-    executed = sum(part.flops for part in choice.time.parts) * chips / step_tokens
+    executed = sum(part.flops for part in candidate.time.parts) * chips / step_tokens
     return {
         'what': 'train',
-        'settings': choice.knobs,
-        'mesh': mesh_part(run.mesh),
+        'settings': candidate.settings,
+        'mesh': dataclasses.asdict(run.mesh),
         'remat': run.compute.remat,
         'accumulation': t.accumulation,
         'microbatches': run.microbatches,
         'tokens_per_step': step_tokens,
         'executed_flops_per_token': executed,
-        'memory_per_chip_bytes': memory_part(choice.memory),
-        'memory_available_bytes': choice.room,
-        'fits': choice.fits,
-        'time': time_part(choice.time),
+        'memory_per_chip_bytes': candidate.memory.parts() | {'total': candidate.total},
+        'memory_available_bytes': candidate.available,
+        'fits': candidate.fits,
+        'time': time_part(candidate.time),
         'step_seconds': seconds,
         'mfu': mfu(run, chip, seconds),
-        'mfu_at_most': mfu(run, chip, choice.time.bound),
+        'mfu_at_most': mfu(run, chip, candidate.time.bound),
         'tokens_per_second': step_tokens / seconds,
         'tokens_per_day': step_tokens / seconds * SECONDS_A_DAY,
         'training': {
@@ -94,32 +93,32 @@ def training_part(choice: Choice, chip: Chip, terms: Terms) -> dict[str, Any]:
     }
 
 
-def serving_part(serving: Serving, chip: Chip, terms: Terms) -> dict[str, Any]:
-    """Memory, time and money of serving as a choice has it."""
-    seconds, chips = serving.seconds, serving.mesh.size
+def serving_part(candidate: ServingCandidate, chip: Chip, terms: Terms) -> dict[str, Any]:
+    """Memory, time and money of serving as a candidate has it."""
+    seconds, chips = candidate.seconds, candidate.mesh.size
     watts = terms.watts or chip.watts
-    per_second = serving.tokens_per_second
-    flops = sum(cost.flops_per_token(serving.model, 'decode', serving.length).values())
+    per_second = candidate.tokens_per_second
+    flops = sum(cost.flops_per_token(candidate.model, 'decode', candidate.length).values())
     return {
         'what': 'serve',
-        'settings': serving.knobs,
-        'mesh': mesh_part(serving.mesh),
-        'memory_per_chip_bytes': memory_part(serving.memory),
-        'memory_available_bytes': serving.room,
-        'fits': serving.fits,
-        'time': time_part(serving.time),
+        'settings': candidate.settings,
+        'mesh': dataclasses.asdict(candidate.mesh),
+        'memory_per_chip_bytes': candidate.memory.parts() | {'total': candidate.total},
+        'memory_available_bytes': candidate.available,
+        'fits': candidate.fits,
+        'time': time_part(candidate.time),
         'step_seconds': seconds,
-        'mfu': flops * per_second / (chip.flops(serving.compute.dtype) * chips),
+        'mfu': flops * per_second / (chip.flops(candidate.compute.dtype) * chips),
         'tokens_per_second': per_second,
         'tokens_per_day': per_second * SECONDS_A_DAY,
         'serving': {
-            'rows': serving.rows,
-            'length': serving.length,
-            'prompt': serving.prompt,
+            'rows': candidate.rows,
+            'length': candidate.length,
+            'prompt': candidate.prompt,
             'tokens_per_second_per_row': 1 / seconds,
-            'prefill_rows': serving.mesh.span(BATCH),
-            'prefill_seconds': serving.prefill.predicted,
-            'prefill_bound_seconds': serving.prefill.bound,
+            'prefill_rows': candidate.mesh.span(BATCH),
+            'prefill_seconds': candidate.prefill.predicted,
+            'prefill_bound_seconds': candidate.prefill.bound,
             'cost_per_million_tokens': None if terms.price is None else terms.price * chips / 3600 / per_second * 1e6,
             'currency': terms.currency,
             'joules_per_token': None if watts is None else watts * chips / per_second,
@@ -127,74 +126,47 @@ def serving_part(serving: Serving, chip: Chip, terms: Terms) -> dict[str, Any]:
     }
 
 
-SPEED = ('time', 'step_seconds', 'mfu', 'mfu_at_most', 'tokens_per_second', 'tokens_per_day')
-OF_TRAINING = ('days', 'chip_hours', 'cost', 'energy_kwh')
-OF_SERVING = (
+# What the plan of what does not fit leaves out: no chip runs it, so it has no speed and costs nothing.
+SPEED = {
+    'time',
+    'step_seconds',
+    'mfu',
+    'mfu_at_most',
+    'tokens_per_second',
+    'tokens_per_day',
+    'days',
+    'chip_hours',
+    'cost',
+    'energy_kwh',
     'tokens_per_second_per_row',
     'prefill_seconds',
     'prefill_bound_seconds',
     'cost_per_million_tokens',
     'joules_per_token',
-)
+}
 
 
 def without_speed(part: Mapping[str, Any]) -> dict[str, Any]:
-    """The part on training or serving of what does not fit: no chip runs it, so it has no speed and costs nothing."""
+    """The part on training or serving, with None in place of what is in SPEED."""
     left = {name: None if name in SPEED else value for name, value in part.items()}
-    for name, fields in (('training', OF_TRAINING), ('serving', OF_SERVING)):
-        if name in left:
-            left[name] = {field: None if field in fields else value for field, value in left[name].items()}
-    return left
+    return left | {name: without_speed(left[name]) for name in ('training', 'serving') if name in left}
 
 
-def mesh_part(mesh: MeshConfig) -> dict[str, int]:
-    """Devices along each axis."""
-    return {axis: getattr(mesh, axis) for axis in AXES}
-
-
-def memory_part(memory: Memory) -> dict[str, float]:
-    """Bytes by part, and their sum."""
-    return {**memory.parts(), 'total': memory.total}
-
-
-def time_part(time: Time) -> dict[str, Any]:
+def time_part(time: StepTime) -> dict[str, Any]:
     """A roofline with what it is made of."""
+    figures = ('compute', 'memory', 'links', 'waits', 'bound', 'apart', 'predicted')
     return {
-        'parts': [
-            {
-                'name': part.name,
-                'flops': part.flops,
-                'bytes': part.bytes,
-                'compute_seconds': part.compute,
-                'memory_seconds': part.memory,
-            }
-            for part in time.parts
-        ],
-        'collectives': [dataclasses.asdict(send) for send in time.sends],
-        'compute_seconds': time.compute,
-        'memory_seconds': time.memory,
-        'links_seconds': time.links,
-        'waits_seconds': time.waits,
-        'bound_seconds': time.bound,
-        'apart_seconds': time.apart,
-        'predicted_seconds': time.predicted,
+        'parts': [dataclasses.asdict(part) for part in time.parts],
+        'collectives': [dataclasses.asdict(one) for one in time.collectives],
+        **{f'{name}_seconds': getattr(time, name) for name in figures},
         'limit': time.limit,
         'efficiency': time.efficiency,
     }
 
 
-def settled(run: RunConfig, chosen: Mapping[str, Any]) -> RunConfig:
+def as_planned(run: RunConfig, chosen: Mapping[str, Any]) -> RunConfig:
     """A run laid out as a plan chose."""
-    mesh = MeshConfig(**chosen['mesh'])
-    if chosen['what'] != 'train':
-        return dataclasses.replace(run, mesh=mesh)
-    training = dataclasses.replace(
-        run.training,
-        accumulation=chosen['accumulation'],
-        microbatches=chosen['microbatches'] if mesh.stage > 1 else None,
-    )
-    compute = dataclasses.replace(run.compute, remat=chosen['remat'])
-    return dataclasses.replace(run, mesh=mesh, compute=compute, training=training)
+    return with_settings(run, {key: value for key, value in chosen['settings'].items() if key != 'rows'})
 
 
 def compiled_part(compiled: 'Compiled', chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,29 +192,28 @@ def compiled_part(compiled: 'Compiled', chosen: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def search_part(found: Found) -> dict[str, Any]:
+def search_part(found: SearchResult) -> dict[str, Any]:
     """What a search looked at, and why its first choice is that."""
     return {
         'meshes': found.meshes,
         'ranked': [
             {
-                'settings': choice.knobs,
-                'mesh': str(choice.mesh),
-                'fits': choice.fits,
-                'step_seconds': choice.seconds if choice.fits else None,
-                'memory_bytes': choice.total,
-                'why': why(choice, found.best),
+                'settings': candidate.settings,
+                'mesh': str(candidate.mesh),
+                'fits': candidate.fits,
+                'step_seconds': candidate.seconds if candidate.fits else None,
+                'memory_bytes': candidate.total,
+                'why': why(candidate, found.best),
             }
-            for choice in found.ranked
+            for candidate in found.ranked
         ],
     }
 
 
 def chip_part(name: str, chip: Chip, chips: int) -> dict[str, Any]:
     """The chip as it is described."""
-    figures = dataclasses.asdict(chip)
-    figures.pop('kinds')
-    return {'name': name, 'count': chips, 'torus_shape': list(shape(chip, chips)), **figures}
+    figures = {field: value for field, value in dataclasses.asdict(chip).items() if field != 'kinds'}
+    return {'name': name, 'count': chips, 'torus_shape': list(torus_shape(chip, chips)), **figures}
 
 
 def run_part(run: RunConfig) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A plan as one HTML page: its figures, and pictures of memory, time and roofline as SVG. Nothing is loaded from elsewhere."""
 
+import collections
 import html
 import math
 import re
@@ -8,8 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from weft.planner.plan_text import flops_line, peak, tables, verdict
-from weft.planner.text_format import amount, count, in_gib, mesh_text
+from weft.planner.plan_text import amount, count, flops_line, in_gib, peak, tables, verdict
+from weft.sharding.mesh import MeshConfig
 from weft.training.tables import bound
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; grey and a light blue beside it.
@@ -17,7 +18,7 @@ COLOURS = ('#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9', '#d55e00', '#8
 WIDTH = 860  # of a picture, in its own units
 LEFT = 150  # of them for names
 LONG = 60  # characters of a cell that is broken into lines
-INK, QUIET, GRID, ALARM = 'var(--ink)', 'var(--quiet)', 'var(--grid)', 'var(--alarm)'
+INK, GRID, ALARM = 'var(--ink)', 'var(--grid)', 'var(--alarm)'
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --quiet: #666; --grid: #ddd; --alarm: #b3261e; }
 @media (prefers-color-scheme: dark) {
@@ -39,7 +40,7 @@ p.alarm { border: 1px solid; padding: .5rem .8rem; font-weight: 600; }
 """
 
 
-def page(plan: dict[str, Any]) -> str:
+def plan_page(plan: dict[str, Any]) -> str:
     """The page; whatever a config says is escaped."""
     run, chip = plan['run'], plan['chip']
     title = f'{run["name"]} on {chip["count"]} {chip["name"]}'
@@ -55,13 +56,13 @@ def page(plan: dict[str, Any]) -> str:
 def pictures(plan: dict[str, Any]) -> list[str]:
     """What a step needs, drawn; of one that does not fit its memory alone."""
     lines = ''.join(f'<p>{_prose(line)}</p>' for line in verdict(plan))
-    mesh = f'{plan["what"]}, mesh {mesh_text(plan["mesh"])} ({plan["mesh_is"]}), {plan["run"]["dtype"]}'
-    drawn = [f'<p class="quiet">{_prose(mesh)}</p>']
-    drawn += [] if plan['fits'] else [lines.replace('<p>', '<p class="alarm">')]
-    drawn += [headline(plan), '<h2>Memory of a chip</h2>', memory_picture(plan)]
+    mesh = f'{plan["what"]}, mesh {MeshConfig(**plan["mesh"])} ({plan["mesh_is"]}), {plan["run"]["dtype"]}'
+    about = f'<p class="quiet">{_prose(mesh)}</p>'
+    memory = [headline(plan), '<h2>Memory of a chip</h2>', memory_picture(plan)]
     if not plan['fits']:
-        return drawn
-    return [*drawn, '<h2>Time of a step</h2>', time_picture(plan), lines, '<h2>Roofline</h2>', roofline_picture(plan)]
+        return [about, lines.replace('<p>', '<p class="alarm">'), *memory]
+    time = ['<h2>Time of a step</h2>', time_picture(plan), lines]
+    return [about, *memory, *time, '<h2>Roofline</h2>', roofline_picture(plan)]
 
 
 def headline(plan: dict[str, Any]) -> str:
@@ -96,36 +97,32 @@ def memory_picture(plan: dict[str, Any]) -> str:
     edge = 10 + room * scale
     shapes.append(_line(edge, 12, edge, 76, INK))
     if x > edge:
-        shapes.append(
-            f'<rect x="{edge:.1f}" y="18" width="{x - edge:.1f}" height="52" fill="none" stroke="{ALARM}" stroke-width="3"/>'
-        )
+        over = f'<rect x="{edge:.1f}" y="18" width="{x - edge:.1f}" height="52" fill="none"'
+        shapes.append(f'{over} stroke="{ALARM}" stroke-width="3"/>')
     shapes.append(_label(edge - 6, 12, f'the chip has {room / 2**30:.1f} GiB', 'end'))
-    names = [f'{name} {in_gib(size)} GiB' for name, size in parts]
-    legend, height = _legend(names, 98)
+    legend, height = _legend([f'{name} {in_gib(size)} GiB' for name, size in parts], 98)
     return _svg(height, [*shapes, legend])
 
 
 def time_picture(plan: dict[str, Any]) -> str:
     """Bars for each part's multiplying and moving, for what is sent over each set of axes, and for the whole step."""
     t = plan['time']
-    sent: dict[str, float] = {}
+    sent = collections.defaultdict[str, float](float)
     for send in t['collectives']:
-        sent[send['axes']] = sent.get(send['axes'], 0.0) + send['seconds']
-    rows: list[tuple[str, tuple[tuple[float, int], ...]]] = [
-        (part['name'].replace('_', ' '), ((part['compute_seconds'], 0), (part['memory_seconds'], 1)))
+        sent[send['axes']] += send['seconds']
+    # Of each row the bars: seconds, and the place of their colour.
+    rows: list[tuple[str, list[tuple[float, int]]]] = [
+        (part['name'].replace('_', ' '), [(part['compute_seconds'], 0), (part['memory_seconds'], 1)])
         for part in t['parts']
     ]
     rows += [
-        (f'links: {axes}', ((seconds, 2),)) for axes, seconds in sent.items() if seconds > 1e-3 * t['bound_seconds']
+        (f'links: {axes}', [(seconds, 2)]) for axes, seconds in sent.items() if seconds > 1e-3 * t['bound_seconds']
     ]
-    whole = [
-        ('bound', t['bound_seconds']),
-        ('nothing overlaps', t['apart_seconds']),
-        ('predicted', t['predicted_seconds']),
-    ]
-    scale = (WIDTH - LEFT - 90) / max(seconds for _, seconds in whole)
+    whole = {'bound': 'bound_seconds', 'nothing overlaps': 'apart_seconds', 'predicted': 'predicted_seconds'}
+    rows += [(name, [(t[figure], 6)]) for name, figure in whole.items()]
+    scale = (WIDTH - LEFT - 90) / max(t[figure] for figure in whole.values())
     shapes, y = [], 6.0
-    for name, bars in [*rows, *((name, ((seconds, 6),)) for name, seconds in whole)]:
+    for name, bars in rows:
         shapes.append(_label(LEFT - 8, y + 7 * len(bars) + 3, name, 'end'))
         for seconds, colour in bars:
             shapes.append(_rect(LEFT, y, max(seconds * scale, 0.5), 12, COLOURS[colour]))
@@ -141,13 +138,9 @@ def roofline_picture(plan: dict[str, Any]) -> str:
     chip = plan['chip']
     top_speed = peak(plan)
     ridge = top_speed / chip['bandwidth']
-    points = [
-        (part['name'].replace('_', ' '), part['flops'] / part['bytes'])
-        for part in plan['time']['parts']
-        if part['flops'] and part['bytes']
-    ]
-    low = min([ridge / 20, *(x for _, x in points)]) / 2
-    high = max([ridge * 20, *(x for _, x in points)]) * 2
+    parts = [part for part in plan['time']['parts'] if part['flops'] and part['bytes']]
+    points = {part['name'].replace('_', ' '): part['flops'] / part['bytes'] for part in parts}
+    low, high = min(ridge / 20, *points.values()) / 2, max(ridge * 20, *points.values()) * 2
     bottom, top, height = low * chip['bandwidth'], top_speed * 3, 340
     across = lambda x: LEFT + (WIDTH - LEFT - 30) * math.log(x / low) / math.log(high / low)
     up = lambda y: 20 + (height - 60) * (1 - math.log(y / bottom) / math.log(top / bottom))
@@ -160,11 +153,11 @@ def roofline_picture(plan: dict[str, Any]) -> str:
         shapes += [_label(LEFT - 8, up(10**power) + 4, f'{amount(10.0**power)}FLOP/s', 'end')]
     roof = f'{across(low):.1f},{up(bottom):.1f} {across(ridge):.1f},{up(top_speed):.1f} {across(high):.1f},{up(top_speed):.1f}'
     shapes.append(f'<polyline points="{roof}" fill="none" stroke="{INK}" stroke-width="2"/>')
-    for (_, x), colour in zip(points, COLOURS, strict=False):
+    for x, colour in zip(points.values(), COLOURS, strict=False):
         y = up(min(top_speed, x * chip['bandwidth']))
         shapes.append(f'<circle cx="{across(x):.1f}" cy="{y:.1f}" r="7" fill="{colour}" stroke="var(--paper)"/>')
     shapes.append(_label((LEFT + WIDTH) / 2, height - 6, 'FLOPs a byte moved', 'middle'))
-    legend, end = _legend([f'{name}, {x:,.0f} FLOPs a byte' for name, x in points], height + 16, LEFT)
+    legend, end = _legend([f'{name}, {x:,.0f} FLOPs a byte' for name, x in points.items()], height + 16, LEFT)
     return _svg(end, [*shapes, legend])
 
 
@@ -211,15 +204,15 @@ def _prose(text: str) -> str:
 
 def _table(table: Table) -> str:
     """One of the terminal's tables."""
-    cells = [[bound(str(cell)) for cell in column.cells] for column in table.columns]
-    long = [max((len(cell) for cell in column), default=0) > LONG for column in cells]
-    kinds = [
-        ' class="long"' if more else ' class="words"' if column.justify == 'left' else ''
-        for column, more in zip(table.columns, long, strict=True)
-    ]
-    heads = ''.join(f'<th{kind}>{_text(column.header)}</th>' for column, kind in zip(table.columns, kinds, strict=True))
-    rows = ''.join(
-        '<tr>' + ''.join(f'<td{kind}>{_text(cell)}</td>' for cell, kind in zip(row, kinds, strict=True)) + '</tr>'
-        for row in zip(*cells, strict=True)
-    )
-    return f'<div class="wide"><table><tr>{heads}</tr>{rows}</table></div>'
+    kinds = []
+    for column in table.columns:
+        long = any(len(bound(str(cell))) > LONG for cell in column.cells)
+        kinds.append(' class="long"' if long else ' class="words"' if column.justify == 'left' else '')
+
+    def row(tag: str, cells: Iterable[object]) -> str:
+        shown = (f'<{tag}{kind}>{_text(cell)}</{tag}>' for cell, kind in zip(cells, kinds, strict=True))
+        return f'<tr>{"".join(shown)}</tr>'
+
+    rows = zip(*([bound(str(cell)) for cell in column.cells] for column in table.columns), strict=True)
+    heads = row('th', (column.header for column in table.columns))
+    return f'<div class="wide"><table>{heads}{"".join(row("td", cells) for cells in rows)}</table></div>'

@@ -9,22 +9,22 @@ from rich.text import Text
 
 from weft.planner.bill import BYTES
 from weft.planner.chips import CHIPS
-from weft.planner.text_format import amount, count, figure, gb, in_gib, mesh_text
 from weft.runtime.device_memory import gib
 from weft.runtime.errors import shown
+from weft.sharding.mesh import MeshConfig
 from weft.training.tables import Fitted, wrapped
 
 STRATEGIES = 12  # that are told
 
 
-def show(plan: dict[str, Any], console: Console) -> None:
+def print_plan(plan: dict[str, Any], console: Console) -> None:
     """Prints all of a plan."""
     run, chip = plan['run'], plan['chip']
     torus = ' × '.join(map(str, chip['torus_shape']))
     say(
         console,
         f'{shown(run["name"])} on {chip["count"]} {chip["name"]}{f" ({torus} torus)" if torus else ""}, {run["dtype"]}: '
-        f'{flops(peak(plan))}FLOP/s, {gib(chip["memory_bytes"])} at {amount(chip["bandwidth"])}B/s, links '
+        f'{amount(peak(plan))}FLOP/s, {gib(chip["memory_bytes"])} at {amount(chip["bandwidth"])}B/s, links '
         f'{amount(chip["links"])}B/s, beyond {chip["domain"]:,} chips {amount(chip["network"])}B/s a chip ({chip["source"]})',
     )
     console.print()
@@ -71,8 +71,9 @@ def bill_table(plan: dict[str, Any]) -> Table:
     sizes = lambda count: [gb(count * size) for size in BYTES.values()]
 
     def row(name: str, line: dict[str, Any]) -> None:
-        shares = (f'{line["total"] / p["total"]:.1%}', *sizes(line['total']))
-        table.add_row(name, line['shapes'], f'{line["each"]:,}', f'{line["times"]:,}', f'{line["total"]:,}', *shares)
+        numbers = (f'{line[field]:,}' for field in ('each', 'times', 'total'))
+        share = f'{line["total"] / p["total"]:.1%}'
+        table.add_row(name, line['shapes'], *numbers, share, *sizes(line['total']))
 
     layers = {line['layer']: line for line in p['bill']['layers']}
     last = ''
@@ -84,9 +85,8 @@ def bill_table(plan: dict[str, Any]) -> Table:
             row(f'{"  " if last else ""}{line["part"].replace("_", " ")}', line)
     table.add_section()
     table.add_row('total', '', '', '', f'{p["total"]:,}', '', *sizes(p['total']))
-    table.add_row(
-        'active for a token', '', '', '', f'{p["active"]:,}', f'{p["active"] / p["total"]:.1%}', *sizes(p['active'])
-    )
+    share = f'{p["active"] / p["total"]:.1%}'
+    table.add_row('active for a token', '', '', '', f'{p["active"]:,}', share, *sizes(p['active']))
     return table
 
 
@@ -96,28 +96,26 @@ def flops_table(plan: dict[str, Any]) -> Table:
     kinds = ('train', 'prefill', 'decode')
     table = _table(f'FLOPs a token, {c:,} tokens of context: what the model needs, matmuls, causal', 'part', *kinds)
     for part in f['by_part']['train'] | f['by_part']['decode']:
-        table.add_row(
-            part.replace('_', ' '),
-            *(flops(f['by_part'][what][part]) if part in f['by_part'][what] else '' for what in kinds),
-        )
+        figures = (f['by_part'][what].get(part) for what in kinds)
+        table.add_row(part.replace('_', ' '), *('' if figure is None else amount(figure) for figure in figures))
     table.add_section()
-    table.add_row('all', *(flops(f[what]) for what in kinds))
+    table.add_row('all', *(amount(f[what]) for what in kinds))
     return table
 
 
 def flops_line(plan: dict[str, Any]) -> str:
     """What training executes, and what the cache keeps."""
     c = plan['cache']
-    lines = [f'{c["kind"]} cache: {plan["cache_bytes_per_token"]:,.0f} bytes a token in bfloat16']
-    if c['numbers'] != c['without_sharing']:
-        lines[0] += f' (a key and a value for each query head would be {2 * c["without_sharing"]:,})'
+    shared = c['numbers'] != c['without_sharing']
+    alone = f' (a key and a value for each query head would be {2 * c["without_sharing"]:,})' if shared else ''
+    lines = [f'{c["kind"]} cache: {plan["cache_bytes_per_token"]:,.0f} bytes a token in bfloat16{alone}']
     if c['windowed']:
         lines.append(
             f'{gb(c["bytes"])} for {plan["context"]:,}, of which layers with a window keep {c["window"]:,} each: '
             f'all in every layer would be {gb(c["full_bytes"])}'
         )
     if 'executed_flops_per_token' in plan:
-        executed = flops(plan['executed_flops_per_token'])
+        executed = amount(plan['executed_flops_per_token'])
         lines.append(f'training executes {executed}, with what remat={plan["remat"]} computes again')
     return '; '.join(lines)
 
@@ -126,7 +124,7 @@ def rules_table(plan: dict[str, Any]) -> Table:
     """What rules of thumb say, and why it differs."""
     table = _table('Rules of thumb', 'rule', 'is said to be', 'FLOPs', 'exact', 'times', 'why it differs')
     for rule in plan['rules_of_thumb']:
-        figures = (flops(rule['rule']), flops(rule['exact']), f'{rule["times"]:.3g}')
+        figures = (amount(rule['rule']), amount(rule['exact']), f'{rule["times"]:.3g}')
         table.add_row(rule['name'], rule['about'], *figures, rule['why'])
     return table
 
@@ -138,17 +136,15 @@ def search_table(search: dict[str, Any]) -> Table:
     which = 'of each set of axes' if every <= STRATEGIES else f'{STRATEGIES} of {every} sets of axes'
     table = _table(
         f'Search: {search["meshes"]:,} meshes divide model and {"rows" if serving else "batch"}; the best {which}',
-        *('mesh', *(('rows',) if serving else ('remat', 'parts')), 's/step', 'GiB', 'why'),
+        *('mesh', *(['rows'] if serving else ['remat', 'parts']), 's/step', 'GiB', 'why'),
     )
     for choice in best:
         settings = choice['settings']
         if serving:
             how = [f'{settings["rows"]:,}']
         else:
-            parts = f'{settings["training.accumulation"]:,}'
-            if 'training.microbatches' in settings:
-                parts += f' × {settings["training.microbatches"]}'
-            how = [settings['compute.remat'], parts]
+            cut = f' × {settings["training.microbatches"]}' if 'training.microbatches' in settings else ''
+            how = [settings['compute.remat'], f'{settings["training.accumulation"]:,}{cut}']
         seconds = f'{choice["step_seconds"]:.3g}' if choice['fits'] else '–'
         table.add_row(choice['mesh'], *how, seconds, in_gib(choice['memory_bytes']), choice['why'])
     return table
@@ -158,7 +154,7 @@ def memory_table(plan: dict[str, Any]) -> Table:
     """Bytes of one chip."""
     m, room = plan['memory_per_chip_bytes'], plan['memory_available_bytes']
     table = _table(
-        f'Memory of a chip, mesh {mesh_text(plan["mesh"])} ({plan["mesh_is"]})', 'part', 'GiB', 'share of the chip'
+        f'Memory of a chip, mesh {MeshConfig(**plan["mesh"])} ({plan["mesh_is"]})', 'part', 'GiB', 'share of the chip'
     )
     for part, size in m.items():
         if part == 'total':
@@ -176,15 +172,10 @@ def time_table(plan: dict[str, Any]) -> Table:
         'Time of a step on a chip, at its peaks', 'part', 'FLOPs', 's multiplying', 'bytes', 's moving', 'FLOPs a byte'
     )
     for part in t['parts']:
+        computing = (amount(part['flops']), f'{part["compute_seconds"]:.4g}')
+        moving = (amount(part['bytes']) + 'B', f'{part["memory_seconds"]:.4g}')
         intensity = part['flops'] / part['bytes'] if part['bytes'] else 0
-        table.add_row(
-            part['name'].replace('_', ' '),
-            flops(part['flops']),
-            f'{part["compute_seconds"]:.4g}',
-            amount(part['bytes']) + 'B',
-            f'{part["memory_seconds"]:.4g}',
-            f'{intensity:,.0f}',
-        )
+        table.add_row(part['name'].replace('_', ' '), *computing, *moving, f'{intensity:,.0f}')
     table.add_section()
     table.add_row('all', '', f'{t["compute_seconds"]:.4g}', '', f'{t["memory_seconds"]:.4g}', '')
     return table
@@ -192,18 +183,17 @@ def time_table(plan: dict[str, Any]) -> Table:
 
 def links_table(plan: dict[str, Any]) -> Table:
     """What a chip sends in a step."""
-    rows = [send for send in plan['time']['collectives'] if send['seconds'] > 1e-3 * plan['time']['predicted_seconds']]
     table = _table('Sent by a chip in a step', 'over', 'kind', 'calls', 'bytes', 'bytes/s', 'seconds', 'hides behind')
-    for send in rows:
-        table.add_row(
-            send['axes'],
-            send['kind'],
-            f'{send["calls"]:,.0f}',
-            amount(send['bytes']) + 'B',
-            amount(send['rate']),
-            f'{send["seconds"]:.4g}',
-            {'nowhere': 'nothing: waits', 'anywhere': 'all work', 'attention': 'attention'}[send['hides']],
-        )
+    behind = {'nowhere': 'nothing: waits', 'anywhere': 'all work', 'attention': 'attention'}
+    for send in plan['time']['collectives']:
+        if send['seconds'] > 1e-3 * plan['time']['predicted_seconds']:
+            figures = (
+                f'{send["calls"]:,.0f}',
+                amount(send['bytes']) + 'B',
+                amount(send['rate']),
+                f'{send["seconds"]:.4g}',
+            )
+            table.add_row(send['axes'], send['kind'], *figures, behind[send['hides']])
     return table
 
 
@@ -211,11 +201,8 @@ def compiled_table(plan: dict[str, Any]) -> Table:
     """What a compiler made of the step, beside the plan."""
     c = plan['compiled']
     took = sum(c['seconds'].values())
-    title = (
-        f'Compiled: {c["status"]}'
-        + (f' in {took:.0f} s' if took else '')
-        + (f': {_gist(c["message"])}' if c['message'] else '')
-    )
+    said = f': {_gist(c["message"])}' if c['message'] else ''
+    title = f'Compiled: {c["status"]}{f" in {took:.0f} s" if took else ""}{said}'
     table = _table(title, 'what', 'planned', 'compiled', 'ratio')
     compare = lambda name, planned, found: table.add_row(
         name, amount(planned) + 'B', amount(found) + 'B', f'{found / planned:.3f}' if planned else 'not planned'
@@ -243,7 +230,7 @@ def _gist(message: str) -> str:
 def verdict(plan: dict[str, Any]) -> list[str]:
     """The figures that one came for, a line each; of what does not fit, what would."""
     if not plan['fits']:
-        return [misfit(plan)]
+        return [does_not_fit(plan)]
     t = plan['time']
     lines = [
         f'Step: at least {t["bound_seconds"]:.4g} s (limit: {t["limit"]}), {t["apart_seconds"]:.4g} s if nothing overlaps; '
@@ -255,12 +242,12 @@ def verdict(plan: dict[str, Any]) -> list[str]:
             f'{plan["tokens_per_second"]:,.0f} tokens/s on all chips, {count(plan["tokens_per_day"])} tokens a day, MFU '
             f'{plan["mfu"]:.1%} (at most {plan["mfu_at_most"]:.1%}).'
         )
-        money = [f'{count(r["tokens"])} tokens take {r["days"]:.3g} days, {figure(r["chip_hours"])} chip-hours']
-        money += [] if r['cost'] is None else [f'cost {shown(r["currency"], 20)} {figure(r["cost"])}']
-        money += (
-            [] if r['energy_kwh'] is None else [f'{figure(r["energy_kwh"])} kWh at {r["watts_per_chip"]:.0f} W a chip']
-        )
-        lines.append(', '.join(money) + f'. Chinchilla: {count(r["chinchilla_tokens"])} tokens.')
+        costs = [f'{count(r["tokens"])} tokens take {r["days"]:.3g} days, {figure(r["chip_hours"])} chip-hours']
+        if r['cost'] is not None:
+            costs.append(f'cost {shown(r["currency"], 20)} {figure(r["cost"])}')
+        if r['energy_kwh'] is not None:
+            costs.append(f'{figure(r["energy_kwh"])} kWh at {r["watts_per_chip"]:.0f} W a chip')
+        lines.append(f'{", ".join(costs)}. Chinchilla: {count(r["chinchilla_tokens"])} tokens.')
     else:
         s = plan['serving']
         many, length = s['prefill_rows'], f'{s["prompt"]:,}'
@@ -276,35 +263,31 @@ def verdict(plan: dict[str, Any]) -> list[str]:
     return lines
 
 
-def misfit(plan: dict[str, Any]) -> str:
+def does_not_fit(plan: dict[str, Any]) -> str:
     """That a plan does not fit, why, and how many chips would do."""
     memory, room, chips = plan['memory_per_chip_bytes'], plan['memory_available_bytes'], plan['chip']['count']
     name, size = max(((part, size) for part, size in memory.items() if part != 'total'), key=lambda one: one[1])
-    says = f'DOES NOT FIT: a chip needs {gib(memory["total"])}, {gib(size)} of it {name}, and has {gib(room)}. '
     found = plan['fits_from']
     if found is None:
-        return (
-            says + 'No number of chips that divides it was found to hold it: it needs a smaller model, batch or length.'
-        )
-    if found['chips'] == chips:
+        works = 'No number of chips that divides it was found to hold it: it needs a smaller model, batch or length.'
+    elif found['chips'] == chips:
         how = ', '.join(f'{key}={value}' for key, value in found['settings'].items() if value != 1)
-        return says + f'On as many chips this fits: {how}; --mesh auto finds the fastest that does.'
-    where = 'from' if found['chips'] > chips else 'on'
-    if without := found['without']:
-        return says + (
-            f'It fits {where} {found["chips"]:,} chips, but no number of them that was tried reaches --{without}: '
-            f'--chips {found["chips"]} --rows {found["settings"]["rows"]} --mesh auto without it plans that.'
-        )
-    return says + f'It fits {where} {found["chips"]:,} chips: --chips {found["chips"]} --mesh auto plans that.'
+        works = f'On as many chips this fits: {how}; --mesh auto finds the fastest that does.'
+    else:
+        works = f'It fits {"from" if found["chips"] > chips else "on"} {found["chips"]:,} chips'
+        if without := found['without']:
+            works += (
+                f', but no number of them that was tried reaches --{without}: --chips {found["chips"]} '
+                f'--rows {found["settings"]["rows"]} --mesh auto without it plans that.'
+            )
+        else:
+            works += f': --chips {found["chips"]} --mesh auto plans that.'
+    return f'DOES NOT FIT: a chip needs {gib(memory["total"])}, {gib(size)} of it {name}, and has {gib(room)}. {works}'
 
 
 def peak(plan: dict[str, Any]) -> float:
     """FLOP/s of a chip in the run's dtype."""
-    chip = plan['chip']
-    return chip['float32_flops'] if plan['run']['dtype'] == 'float32' else chip['bfloat16_flops']
-
-
-flops = amount
+    return plan['chip']['float32_flops' if plan['run']['dtype'] == 'float32' else 'bfloat16_flops']
 
 
 WORDS = ('part', 'rule', 'mesh', 'over', 'what', 'why', 'why it differs', 'of what', 'is said to be', 'hides behind')
@@ -317,3 +300,34 @@ def _table(title: str, *columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify='left' if column in LEFT else 'right', no_wrap=column not in WORDS)
     return table
+
+
+def amount(x: float) -> str:
+    """A number with its prefix, as in `4.2 T`."""
+    for unit, size in (('P', 1e15), ('T', 1e12), ('G', 1e9), ('M', 1e6), ('k', 1e3)):
+        if abs(x) >= size:
+            return f'{x / size:.3g} {unit}'
+    return f'{x:.3g} '
+
+
+def count(x: float) -> str:
+    """A number of parameters or tokens as people tell it, as in `405.9 B`."""
+    for unit, size in (('T', 1e12), ('B', 1e9), ('M', 1e6), ('k', 1e3)):
+        if x >= size:
+            return f'{x / size:.4g} {unit}'
+    return f'{x:.0f}'
+
+
+def figure(x: float) -> str:
+    """A number of hours or of money: whole where it is large, with three digits where it is small."""
+    return f'{x:,.0f}' if x >= 100 else f'{x:.3g}'
+
+
+def gb(x: float) -> str:
+    """Bytes as decimal gigabytes, as model sizes are told; what is small in a smaller unit, with three digits."""
+    return f'{x / 1e9:,.2f} GB' if x >= 1e9 else f'{amount(x)}B'
+
+
+def in_gib(x: float) -> str:
+    """Bytes in GiB without the unit, three digits of what is small."""
+    return f'{x / 2**30:.2f}' if x >= 2**30 else f'{x / 2**30:.3g}'

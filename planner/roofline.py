@@ -14,23 +14,25 @@ What moves is counted as if each matmul read its two sides and wrote its result 
 were fused into them: less than a program moves, so that the bound stays one.
 """
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.cost import training_flops
+from weft.model.costs import What
 from weft.model.parts.attention import SoftmaxConfig
 from weft.planner import communication
 from weft.planner.chips import Chip, group_rate
 from weft.planner.flops import executed
-from weft.planner.memory import optimizer_bytes
-from weft.planner.traffic import Traffic
-from weft.planner.weights import Group, Weight, inventory
+from weft.planner.memory import cache_bytes, optimizer_bytes
+from weft.planner.traffic.tables import Traffic
+from weft.planner.weights import Group, inventory
 from weft.sharding.mesh import AXES, BATCH, MeshConfig
 from weft.training.config import RunConfig
 
@@ -39,23 +41,23 @@ Hides = Literal['nowhere', 'attention', 'anywhere']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
+class PartTime:
     """One part of a step on one device: all layers' together."""
 
     name: str
     flops: float
     bytes: float  # to and from memory
-    compute: float  # seconds at the chip's peak
-    memory: float  # seconds at its bandwidth
+    compute_seconds: float  # at the chip's peak
+    memory_seconds: float  # at its bandwidth
 
     @property
     def seconds(self) -> float:
         """The longer of the two, which overlap within a part."""
-        return max(self.compute, self.memory)
+        return max(self.compute_seconds, self.memory_seconds)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Send:
+class CollectiveTime:
     """What one device sends over one set of axes by one kind of collective in a step."""
 
     axes: str
@@ -69,34 +71,34 @@ class Send:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Time:
+class StepTime:
     """A step's seconds on one device."""
 
-    parts: tuple[Part, ...]
-    sends: tuple[Send, ...]
+    parts: tuple[PartTime, ...]
+    collectives: tuple[CollectiveTime, ...]
     efficiency: float
 
     @property
     def compute(self) -> float:
         """Seconds of multiplying."""
-        return sum(part.compute for part in self.parts)
+        return sum(part.compute_seconds for part in self.parts)
 
     @property
     def memory(self) -> float:
         """Seconds of moving."""
-        return sum(part.memory for part in self.parts)
+        return sum(part.memory_seconds for part in self.parts)
 
     @property
     def links(self) -> float:
         """Seconds of sending, one collective after another."""
-        return sum(send.seconds for send in self.sends)
+        return sum(send.seconds for send in self.collectives)
 
     @property
     def limits(self) -> dict[str, float]:
         """Seconds that each of what can limit a step takes alone."""
-        found = {'compute': self.compute, 'memory': self.memory}
-        for send in self.sends:
-            found[f'links over {send.axes}'] = found.get(f'links over {send.axes}', 0.0) + send.seconds
+        found = collections.defaultdict[str, float](float, compute=self.compute, memory=self.memory)
+        for send in self.collectives:
+            found[f'links over {send.axes}'] += send.seconds
         return found
 
     @property
@@ -132,7 +134,7 @@ class Time:
 
     def sending(self, hides: Hides) -> float:
         """Seconds of the sends that hide so, one after another; with what each takes at least, where a device waits."""
-        found = [send for send in self.sends if send.hides == hides]
+        found = [send for send in self.collectives if send.hides == hides]
         return sum(send.seconds + (send.latency if hides != 'anywhere' else 0.0) for send in found)
 
     @property
@@ -141,82 +143,95 @@ class Time:
         return self.ideal / self.efficiency
 
 
-def train_time(run: RunConfig, chip: Chip) -> Time:
+def train_time(run: RunConfig, chip: Chip) -> StepTime:
     """Of one step of a run, its batch whole, on as many chips as its mesh has devices."""
-    return step_time(run.compute, run.mesh, chip, _flops_of(run), train_bytes(run), run_traffic(run))
+    return step_time(run.compute, run.mesh, chip, _train_flops(run), train_bytes(run), run_traffic(run))
+
+
+def decode_time(
+    c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, chip: Chip, rows: int, length: int
+) -> StepTime:
+    """Of one more token in each of `rows` sequences (all devices together), whose cache is for `length` tokens."""
+    device_rows = rows / mesh.span(BATCH)
+    moved = collections.defaultdict[str, float](float)
+    for group in inventory(c).groups:
+        if group.where not in ('ahead', 'encoder'):
+            _add(moved, layer_bytes(group, compute, mesh, device_rows, 1, 1, rows), group.layers)
+    moved['attention'] = cache_bytes(c, compute, mesh, rows, length, chip.platform)
+    number = jnp.dtype(compute.dtype).itemsize
+    moved['head'] = (c.model_dim + device_rows) * c.padded_vocabulary / mesh.tensor * number
+    flops = step_flops(c, compute, 'decode', mesh, rows, length)
+    return step_time(compute, mesh, chip, flops, moved, communication.decoding(c, compute, mesh, rows))
+
+
+def prefill_time(
+    c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, chip: Chip, rows: int, length: int
+) -> StepTime:
+    """Of reading a prompt of `length` tokens in each of `rows` sequences, all devices together."""
+    tokens = rows / mesh.span(BATCH) * length / mesh.context
+    moved = collections.defaultdict[str, float](float)
+    for group in inventory(c).groups:
+        if group.where != 'ahead':
+            _add(moved, layer_bytes(group, compute, mesh, tokens, 1, 1), group.layers)
+    flops = step_flops(c, compute, 'prefill', mesh, rows, length)
+    return step_time(compute, mesh, chip, flops, moved, communication.prefill(c, compute, mesh, rows, length))
 
 
 def least_time(run: RunConfig, chip: Chip) -> float:
     """Seconds that `train_time` predicts at least, found much sooner: of the multiplying alone."""
-    return sum(_flops_of(run).values()) / run.mesh.size / chip.flops(run.compute.dtype) / chip.efficiency
+    return sum(_train_flops(run).values()) / run.mesh.size / chip.flops(run.compute.dtype) / chip.efficiency
 
 
-def _flops_of(run: RunConfig) -> dict[str, float]:
+def _train_flops(run: RunConfig) -> dict[str, float]:
     t = run.training
-    mesh = rows_as_data(run.mesh)
-    return train_flops(run.model, run.compute, mesh, t.batch, t.sequence_length, t.accumulation, run.microbatches)
+    parts = {'accumulation': t.accumulation, 'microbatches': run.microbatches}
+    return step_flops(run.model, run.compute, 'train', run.mesh, t.batch, t.sequence_length, **parts)
 
 
-def rows_as_data(mesh: MeshConfig) -> MeshConfig:
-    """A mesh on which all axes that split rows are `data`: devices multiply as much on it."""
-    return MeshConfig(stage=mesh.stage, data=mesh.span(BATCH), context=mesh.context, tensor=mesh.tensor)
-
-
-@functools.lru_cache(maxsize=2**12)
-def train_flops(
-    c: ModelConfig,
-    compute: ComputeConfig,
-    mesh: MeshConfig,
-    batch: int,
-    length: int,
-    accumulation: int,
-    microbatches: int,
+def step_flops(
+    c: ModelConfig, compute: ComputeConfig, what: What, mesh: MeshConfig, rows: int, length: int, **parts: int
 ) -> dict[str, float]:
-    """By part of one step, all devices together."""
-    return executed(
-        c,
-        compute,
-        'train',
-        rows=batch,
-        length=length,
-        source=length if c.encoder else 0,
-        mesh=mesh,
-        accumulation=accumulation,
-        microbatches=microbatches,
-        attention='flash',
-    )
+    """By part of one step, all devices together; `parts` are `accumulation` and `microbatches`."""
+    # Devices multiply as much on a mesh on which all axes that split rows are `data`.
+    mesh = MeshConfig(stage=mesh.stage, data=mesh.span(BATCH), context=mesh.context, tensor=mesh.tensor)
+    source = length if c.encoder else 0
+    how: dict[str, Any] = {'mesh': mesh, 'attention': 'flash', **parts}
+    return _executed(c, compute, what, rows=rows, length=length, source=source, **how)
+
+
+_executed = functools.lru_cache(maxsize=2**12)(executed)
 
 
 def step_time(
     compute: ComputeConfig,
     mesh: MeshConfig,
     chip: Chip,
-    flops: dict[str, float],
-    moved: dict[str, float],
+    flops: Mapping[str, float],
+    moved: Mapping[str, float],
     sent: Traffic,
-) -> Time:
+) -> StepTime:
     """FLOPs of all devices together, bytes of one."""
-    peak = chip.flops(compute.dtype)
     parts = []
-    for name in [*flops, *(name for name in moved if name not in flops)]:
-        mine, bytes_ = flops.get(name, 0.0) / mesh.size, moved.get(name, 0.0)
-        parts.append(Part(name=name, flops=mine, bytes=bytes_, compute=mine / peak, memory=bytes_ / chip.bandwidth))
-    return Time(parts=tuple(parts), sends=tuple(sends_of(sent, mesh, chip)), efficiency=chip.efficiency)
+    for name in dict.fromkeys((*flops, *moved)):
+        mine, size = flops.get(name, 0.0) / mesh.size, moved.get(name, 0.0)
+        seconds = {'compute_seconds': mine / chip.flops(compute.dtype), 'memory_seconds': size / chip.bandwidth}
+        parts.append(PartTime(name=name, flops=mine, bytes=size, **seconds))
+    return StepTime(parts=tuple(parts), collectives=collective_times(sent, mesh, chip), efficiency=chip.efficiency)
 
 
-def sends_of(sent: Traffic, mesh: MeshConfig, chip: Chip) -> Iterable[Send]:
+def collective_times(sent: Traffic, mesh: MeshConfig, chip: Chip) -> tuple[CollectiveTime, ...]:
     """Each row of a table with its seconds, the longest first."""
-    rows = []
+    times = []
     for (kind, axes), (calls, size) in sent.sent.items():
         label, _, groups = axes.partition(' (groups of ')
         names = label.split('+')
         joined = int(groups[:-1]) if groups else mesh.span(names)
-        rate = group_rate(chip, mesh.size, joined, stride(mesh, names), kind)
+        # Neighbours of a group stand as far apart among the mesh's devices as the axes after its last one are long.
+        stride = mesh.span(AXES[max(AXES.index(axis) for axis in names) + 1 :])
+        rate = group_rate(chip, mesh.size, joined, stride, kind)
         hides: Hides = 'nowhere' if set(names) <= WAITS or 'replica' in names else 'anywhere'
-        if (kind, axes) == ('ppermute', 'context'):
-            hides = 'attention'
-        rows.append(
-            Send(
+        times.append(
+            CollectiveTime(
                 axes=axes,
                 kind=kind,
                 calls=calls,
@@ -224,16 +239,10 @@ def sends_of(sent: Traffic, mesh: MeshConfig, chip: Chip) -> Iterable[Send]:
                 seconds=size / rate,
                 rate=rate,
                 latency=calls * chip.latency,
-                hides=hides,
+                hides='attention' if (kind, axes) == ('ppermute', 'context') else hides,
             )
         )
-    return sorted(rows, key=lambda send: -send.seconds)
-
-
-def stride(mesh: MeshConfig, axes: Iterable[str]) -> int:
-    """How far apart neighbours of a group stand among the mesh's devices: by the last of its axes."""
-    last = max(AXES.index(axis) for axis in axes)
-    return mesh.span(AXES[last + 1 :])
+    return tuple(sorted(times, key=lambda one: -one.seconds))
 
 
 def run_traffic(run: RunConfig) -> Traffic:
@@ -246,31 +255,30 @@ def run_traffic(run: RunConfig) -> Traffic:
 def train_bytes(run: RunConfig) -> dict[str, float]:
     """Bytes that one device moves in a step, by part."""
     c, compute, mesh, t = run.model, run.compute, run.mesh, run.training
-    held, wide = inventory(c), compute.parameter_dtype.itemsize
-    rows = t.batch / mesh.span(BATCH)
-    tokens = rows * t.sequence_length / mesh.context
-    moved: dict[str, float] = {}
+    held = inventory(c)
+    tokens = t.batch / mesh.span(BATCH) * t.sequence_length / mesh.context
+    passes = (2 if compute.remat == 'block' else 1) + 2  # forward, again, and both gradients
+    moved = collections.defaultdict[str, float](float)
     for group in held.groups:
         # A pipeline's bubble is worked on like the rest; what no stage owns is shared out by rows.
-        layers = group.held(mesh)
-        busy = tokens * (ticks_share(run) if group.where == 'pipeline' else 1 / mesh.stage)
-        passes = (2 if compute.remat == 'block' else 1) + 2  # forward, again, and both gradients
-        times = t.accumulation * (run.microbatches if group.where == 'pipeline' else 1)
-        for name, size in layer_bytes(group, compute, mesh, busy, passes, times).items():
-            moved[name] = moved.get(name, 0.0) + layers * size
-    b = jnp.dtype(compute.dtype).itemsize
+        microbatches, share = 1, 1 / mesh.stage
+        if group.where == 'pipeline':
+            microbatches, share = run.microbatches, (run.microbatches + mesh.stage - 1) / run.microbatches
+        size = layer_bytes(group, compute, mesh, tokens * share, passes, t.accumulation * microbatches)
+        _add(moved, size, group.held(mesh))
+    number = jnp.dtype(compute.dtype).itemsize
     width = c.padded_vocabulary / mesh.tensor
-    logits = 3 * (c.model_dim + width) * tokens / mesh.stage * b  # forward, and both gradients
-    moved['head'] = moved.get('head', 0.0) + logits + 3 * c.model_dim * width * b
+    logits = 3 * (c.model_dim + width) * tokens / mesh.stage * number  # forward, and both gradients
+    moved['head'] += logits + 3 * c.model_dim * width * number
     numbers = sum(count for _, count in held.held(mesh))
     # Weight, state and gradient are read, all but the last written.
-    moved['optimizer'] = 3 * numbers * wide + 2 * optimizer_bytes(run)
+    moved['optimizer'] = 3 * numbers * compute.parameter_dtype.itemsize + 2 * optimizer_bytes(run)
     return moved
 
 
-def ticks_share(run: RunConfig) -> float:
-    """How many times its own microbatches a stage works on, its bubble's counted."""
-    return (run.microbatches + run.mesh.stage - 1) / run.microbatches
+def _add(total: dict[str, float], part: Mapping[str, float], times: float) -> None:
+    for name, size in part.items():
+        total[name] += times * size
 
 
 def layer_bytes(
@@ -286,30 +294,26 @@ def layer_bytes(
 
     With `rows`, tokens of all devices together, only the experts that one of them is expected to visit if choices are even.
     """
-    c, n = group.config, mesh.tensor
-    b = jnp.dtype(compute.dtype).itemsize
-    found: dict[str, float] = {}
+    c, number = group.config, jnp.dtype(compute.dtype).itemsize
+    whole = {'encoder': 'encoder', 'ahead': 'mtp'}.get(group.where)  # told as one part
+    found = collections.defaultdict[str, float](float)
     for weight in group.weights:
         if len(weight.declared.shape) < 2 or ('tensor' not in weight.split and not weight.gathered):
             continue
-        name = {'attention': 'projections', 'shared_experts': 'experts'}.get(weight.part, weight.part)
-        name = name if group.where in ('pipeline', 'stack') else {'encoder': 'encoder', 'ahead': 'mtp'}[group.where]
+        routed = weight.part == 'experts'
         read = float(weight.used(mesh))
-        if rows is not None and weight.part == 'experts':
+        if rows is not None and routed:
             read *= 1 - (1 - c.moe.top_k / c.moe.experts) ** rows
-        size = _matmul_bytes(c, weight, mesh, tokens) * passes + times * passes * read
-        found[name] = found.get(name, 0.0) + size * b
-    if group.where in ('pipeline', 'stack') and isinstance(a := c.attention, SoftmaxConfig):
-        found['attention'] = tokens * (a.heads + a.kv_heads) * (a.query_dim + a.value_dim) / n * passes * b
+        height, width = weight.declared.shape[-2:]
+        sides = height + (width / mesh.tensor if 'tensor' in weight.split else width)
+        visits = tokens * (c.moe.top_k if c.moe and routed else 1)
+        name = {'attention': 'projections', 'shared_experts': 'experts'}.get(weight.part, weight.part)
+        found[whole or name] += (visits * sides * passes + times * passes * read) * number
+    if not whole and isinstance(a := c.attention, SoftmaxConfig):
+        found['attention'] = (
+            tokens * (a.heads + a.kv_heads) * (a.query_dim + a.value_dim) / mesh.tensor * passes * number
+        )
     return found
-
-
-def _matmul_bytes(c: ModelConfig, weight: Weight, mesh: MeshConfig, tokens: float) -> float:
-    """Numbers that one matmul of a weight reads and writes beside it, for a device's tokens."""
-    rows, columns = weight.declared.shape[-2:]
-    mine = columns / mesh.tensor if 'tensor' in weight.split else columns
-    visits = c.moe.top_k if c.moe and weight.part == 'experts' else 1
-    return tokens * visits * (rows + mine)
 
 
 def mfu(run: RunConfig, chip: Chip, seconds: float) -> float:

@@ -9,16 +9,17 @@ import bisect
 import dataclasses
 import functools
 import heapq
+import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from weft.model.compute import ComputeConfig, Remat
+from weft.model.compute import Remat
 from weft.model.sizes import batch_sizes, sizes
 from weft.planner.chips import Chip
 from weft.planner.layouts import divisors, meshes, nearest_count
 from weft.planner.memory import Memory, optimizer_bytes, stored, training_memory
-from weft.planner.roofline import Time, least_time, train_time
+from weft.planner.roofline import StepTime, least_time, train_time
 from weft.runtime.device_memory import gib
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import AXES, BATCH, MeshConfig
@@ -30,12 +31,13 @@ REMAT: tuple[Remat, ...] = ('none', 'dots', 'block')
 MOST_MICROBATCHES = 16  # a stage: the bubble is below a seventeenth of the work by then
 
 
-class Planned:
-    """What a way to use a chip costs, by what it needs there: `chip`, `memory` and `time` of a step."""
+class Candidate:
+    """A way to use chips, by what each needs: `memory`, and the `time` of a step."""
 
+    mesh: MeshConfig
     chip: Chip
     memory: Memory
-    time: Time
+    time: StepTime
 
     @functools.cached_property
     def total(self) -> float:
@@ -43,24 +45,34 @@ class Planned:
         return self.memory.total
 
     @property
-    def room(self) -> float:
+    def available(self) -> float:
         """Bytes of a chip."""
         return self.chip.memory_bytes
 
     @property
     def fits(self) -> bool:
         """Whether a chip holds it."""
-        return self.total <= self.room
+        return self.total <= self.available
 
     @property
     def seconds(self) -> float:
         """Of a step."""
         return self.time.predicted
 
+    @property
+    def cost(self) -> float:
+        """What a search makes small."""
+        return self.seconds
+
+    @property
+    def settings(self) -> dict[str, str | int]:
+        """What a search chooses, as config keys."""
+        return {f'mesh.{axis}': size for axis, size in dataclasses.asdict(self.mesh).items()}
+
 
 @dataclasses.dataclass(frozen=True)
-class Choice(Planned):
-    """One way to lay a run out, and what it costs."""
+class TrainingCandidate(Candidate):
+    """One way to train."""
 
     run: RunConfig
     chip: Chip
@@ -71,27 +83,21 @@ class Choice(Planned):
         return training_memory(self.run, self.chip.platform)
 
     @functools.cached_property
-    def time(self) -> Time:  # type: ignore[override]
+    def time(self) -> StepTime:  # type: ignore[override]
         """Of a step."""
         return train_time(self.run, self.chip)
 
     @property
-    def knobs(self) -> dict[str, str | int]:
-        """What the search chose, as config keys."""
-        r = self.run
-        found: dict[str, str | int] = {f'mesh.{axis}': getattr(r.mesh, axis) for axis in AXES}
-        found |= {'compute.remat': r.compute.remat, 'training.accumulation': r.training.accumulation}
-        return found | ({'training.microbatches': r.microbatches} if r.mesh.stage > 1 else {})
-
-    @property
-    def mesh(self) -> MeshConfig:
+    def mesh(self) -> MeshConfig:  # type: ignore[override]
         """Of the run."""
         return self.run.mesh
 
     @property
-    def cost(self) -> float:
-        """What is to be small."""
-        return self.seconds
+    def settings(self) -> dict[str, str | int]:
+        """The mesh, what is computed again, and the parts of a step."""
+        r = self.run
+        found = super().settings | {'compute.remat': r.compute.remat, 'training.accumulation': r.training.accumulation}
+        return found | ({'training.microbatches': r.microbatches} if r.mesh.stage > 1 else {})
 
 
 def complexity(mesh: MeshConfig) -> float:
@@ -105,20 +111,20 @@ def strategy(mesh: MeshConfig) -> tuple[str, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search found."""
 
-    # `Choice` or `planner.serving.Serving`; of each set of axes the best: what fits, the fastest first, then the smallest
+    # Candidates of one kind, of each set of axes the best: what fits, the fastest first, then the smallest.
     ranked: tuple[Any, ...]
     meshes: int  # that divide the model and the batch
 
     @property
     def best(self) -> Any:
-        """The first choice, where anything fits."""
+        """The first candidate, where it fits."""
         return self.ranked[0] if self.ranked[0].fits else None
 
 
-def search(run: RunConfig, chip: Chip, chips: int) -> Found:
+def search_training(run: RunConfig, chip: Chip, chips: int) -> SearchResult:
     """The ways to train on so many chips, the best first, one for each set of mesh axes.
 
     The batch, the sequence and the model stay as `run` has them. Raises UserError where no mesh divides them.
@@ -129,13 +135,16 @@ def search(run: RunConfig, chip: Chip, chips: int) -> Found:
             f'--chips {chips}: no mesh of {chips} devices divides this model and a batch of {run.training.batch} rows of '
             f'{run.training.sequence_length} tokens; nearest that works: {nearest_count(run, chips)}'
         )
-    tried: dict[tuple[str, ...], list[Choice]] = {strategy(mesh): [] for mesh in options}
-    fastest: dict[tuple[str, ...], float] = dict.fromkeys(tried, math.inf)  # of what fits
+    tried: dict[tuple[str, ...], list[TrainingCandidate]] = {strategy(mesh): [] for mesh in options}
+    fastest = dict.fromkeys(tried, math.inf)  # of what fits
     floor = [least_memory(run, mesh) for mesh in options]
     # The shortest time first. It is worked out where the bound that is found sooner does not settle that a mesh is too slow.
-    least: dict[int, Choice | None] = {}
-    queue = [(_lowest(run, mesh, chip), False, n) for n, mesh in enumerate(options) if floor[n] <= chip.memory_bytes]
-    heapq.heapify(queue)
+    least: dict[int, TrainingCandidate | None] = {}
+    queue: list[tuple[float, bool, int]] = []
+    for n, mesh in enumerate(options):
+        if floor[n] <= chip.memory_bytes:
+            bounds = (least_time(way, chip) for way in _in_one_part(run, mesh))  # each at most the time of `_fastest`
+            heapq.heappush(queue, (min(bounds, default=0.0), False, n))
     while queue:
         bound, exact, n = heapq.heappop(queue)
         key = strategy(options[n])
@@ -144,7 +153,7 @@ def search(run: RunConfig, chip: Chip, chips: int) -> Found:
             continue
         if not exact:
             least[n] = _fastest(run, options[n], chip)
-            heapq.heappush(queue, (choice.seconds if (choice := least[n]) else 0.0, True, n))
+            heapq.heappush(queue, (least[n].seconds if least[n] else 0.0, True, n))
             continue
         found = (least[n] if far else None) or best_of_mesh(run, options[n], chip)
         tried[key].append(found)
@@ -162,71 +171,67 @@ def least_memory(run: RunConfig, mesh: MeshConfig) -> float:
     return 2 * stored(run.model, run.compute, mesh) + optimizer_bytes(dataclasses.replace(run, mesh=mesh))
 
 
-def _lowest(run: RunConfig, mesh: MeshConfig, chip: Chip) -> float:
-    """At most the time of `_fastest`."""
-    return min((least_time(run, chip) for run in _in_one_part(run, mesh)), default=0.0)
-
-
-def rank(tried: Iterable[list[Any]], count: int) -> Found:
+def rank(tried: Iterable[Sequence[Candidate]], count: int) -> SearchResult:
     """The best of each list, the best of all first."""
-    ranked = sorted((_first(choices) for choices in tried), key=_key)
+    ranked = sorted((_first(candidates) for candidates in tried), key=_key)
     if ranked[0].fits:
         first = _first(ranked)
-        ranked = [first, *(choice for choice in ranked if choice is not first)]
-    return Found(tuple(ranked), count)
+        ranked = [first, *(candidate for candidate in ranked if candidate is not first)]
+    return SearchResult(tuple(ranked), count)
 
 
-def _key(choice: Any) -> tuple[bool, float]:
+def _key(candidate: Candidate) -> tuple[bool, float]:
     """What fits before what does not; the cheapest of the first, the smallest of the second."""
-    return not choice.fits, choice.cost if choice.fits else choice.total
+    return not candidate.fits, candidate.cost if candidate.fits else candidate.total
 
 
-def _first(choices: list[Any]) -> Any:
+def _first(candidates: Sequence[Candidate]) -> Candidate:
     """The best; of what fits and costs as much within ALIKE, the simplest."""
-    best = min(choices, key=_key)
-    alike = [c for c in choices if c.fits == best.fits and (not c.fits or c.cost <= ALIKE * best.cost)]
-    return min(alike, key=lambda choice: (complexity(choice.mesh) if best.fits else 0, *_key(choice)))
+    best = min(candidates, key=_key)
+    alike = [c for c in candidates if c.fits == best.fits and (not c.fits or c.cost <= ALIKE * best.cost)]
+    return min(alike, key=lambda candidate: (complexity(candidate.mesh) if best.fits else 0, *_key(candidate)))
 
 
-def why(choice: Any, best: Any) -> str:
-    """Why a choice is not the best, in a few words."""
-    if not choice.fits:
-        name, size = max(choice.memory.parts().items(), key=lambda part: part[1])
-        return f'does not fit: {gib(choice.total)} of {gib(choice.room)}, {gib(size)} of it {name}'
-    if best is None or choice is best:
+def why(candidate: Candidate, best: Candidate | None) -> str:
+    """Why a candidate is not the best, in a few words."""
+    if not candidate.fits:
+        name, size = max(candidate.memory.parts().items(), key=lambda part: part[1])
+        return f'does not fit: {gib(candidate.total)} of {gib(candidate.available)}, {gib(size)} of it {name}'
+    if best is None or candidate is best:
         return 'the best that fits'
-    theirs, mine = best.time, choice.time
+    theirs, mine = best.time, candidate.time
     more = {f'works {mine.work:.3g} s instead of {theirs.work:.3g} s': mine.work - theirs.work}
     unhidden = lambda time: max(0.0, time.sending('anywhere') - time.work)
     more[f'its weights take {mine.sending("anywhere"):.3g} s to send'] = unhidden(mine) - unhidden(theirs)
     axes = '+'.join(
-        dict.fromkeys(send.axes for send in mine.sends if send.hides != 'anywhere' and send.seconds > 0.1 * mine.waits)
+        dict.fromkeys(
+            send.axes for send in mine.collectives if send.hides != 'anywhere' and send.seconds > 0.1 * mine.waits
+        )
     )
     more[f'waits {mine.waits:.3g} s for {axes} instead of {theirs.waits:.3g} s'] = mine.waits - theirs.waits
     text, most = max(more.items(), key=lambda one: one[1])
-    ratio = choice.cost / best.cost
+    ratio = candidate.cost / best.cost
     if ratio <= ALIKE:
         return 'as fast, with more axes' if most < 0.1 * theirs.ideal else f'as fast; {text}'
     return f'{ratio:.2f} times as long: {text}'
 
 
-def _fastest(run: RunConfig, mesh: MeshConfig, chip: Chip) -> Choice | None:
+def _fastest(run: RunConfig, mesh: MeshConfig, chip: Chip) -> TrainingCandidate | None:
     """The fastest way on one mesh, whether it fits or not: without remat, in one part."""
-    best: Choice | None = None
+    best: TrainingCandidate | None = None
     for way in sorted(_in_one_part(run, mesh), key=lambda way: least_time(way, chip)):
         if best is None or least_time(way, chip) < best.seconds:
-            choice = Choice(way, chip)
-            best = choice if best is None or choice.seconds < best.seconds else best
+            candidate = TrainingCandidate(way, chip)
+            best = candidate if best is None or candidate.seconds < best.seconds else best
     return best
 
 
 def _in_one_part(run: RunConfig, mesh: MeshConfig) -> list[RunConfig]:
     """A step on one mesh without remat, not cut but into microbatches."""
-    counts = [count for count in _microbatches(run, mesh) if _works(run, mesh, 1, count)]
-    return [_with(run, mesh, REMAT[0], 1, count) for count in counts]
+    return [_with(run, mesh, REMAT[0], 1, count) for count, parts in _cuts(run, mesh) if 1 in parts]
 
 
-def best_of_mesh(run: RunConfig, mesh: MeshConfig, chip: Chip) -> Choice:
+def best_of_mesh(run: RunConfig, mesh: MeshConfig, chip: Chip) -> TrainingCandidate:
     """The fastest way on one mesh that fits; where none does, the one that needs least memory."""
     found = []
     all_ways = (ways(run, mesh, chip, remat) for remat in REMAT)
@@ -234,62 +239,60 @@ def best_of_mesh(run: RunConfig, mesh: MeshConfig, chip: Chip) -> Choice:
         smallest = _fewest_parts(frugal)
         found.append(smallest)
         if smallest.fits:
-            found += [choice for choice in map(_fewest_parts, kept) if choice.fits]
+            found += [candidate for candidate in map(_fewest_parts, kept) if candidate.fits]
     best = found[0]
-    for choice in sorted(found, key=lambda choice: least_time(choice.run, chip)):
-        if not (best.fits and least_time(choice.run, chip) >= best.seconds):
-            best = min(best, choice, key=_key)
+    for candidate in sorted(found, key=lambda candidate: least_time(candidate.run, chip)):
+        if not (best.fits and least_time(candidate.run, chip) >= best.seconds):
+            best = min(best, candidate, key=_key)
     return best
 
 
-def ways(run: RunConfig, mesh: MeshConfig, chip: Chip, remat: Remat) -> Iterator[list[Choice]]:
+def ways(run: RunConfig, mesh: MeshConfig, chip: Chip, remat: Remat) -> Iterator[list[TrainingCandidate]]:
     """Ways to train on one mesh: for each number of microbatches the parts that a step may have, the fewest first."""
-    for microbatches in _microbatches(run, mesh):
-        parts = [n for n in divisors(run.training.batch) if _works(run, mesh, n, microbatches)]
-        yield [Choice(_with(run, mesh, remat, n, microbatches), chip) for n in parts]
+    for microbatches, parts in _cuts(run, mesh):
+        yield [TrainingCandidate(_with(run, mesh, remat, n, microbatches), chip) for n in parts]
 
 
-def _fewest_parts(options: list[Choice]) -> Choice:
+def _fewest_parts(options: list[TrainingCandidate]) -> TrainingCandidate:
     """The first that fits, or the smallest. From the second on each is smaller than the one before; the first keeps no sums."""
     if options[0].fits:
         return options[0]
     if not options[-1].fits:
-        return min(options[0], options[-1], key=lambda choice: choice.total)
-    return options[bisect.bisect_left(options, True, lo=1, key=lambda choice: choice.fits)]
+        return min(options[0], options[-1], key=lambda candidate: candidate.total)
+    return options[bisect.bisect_left(options, True, lo=1, key=lambda candidate: candidate.fits)]
 
 
-def everything(run: RunConfig, chip: Chip, among: Iterable[MeshConfig]) -> Iterator[Choice]:
+def everything(run: RunConfig, chip: Chip, among: Iterable[MeshConfig]) -> Iterator[TrainingCandidate]:
     """Every way to train on any of the meshes that works: the search without its shortcuts."""
-    t = run.training
-    rules = [*sizes(run.model), *batch_sizes(t.batch, t.sequence_length)]
+    rules = [*sizes(run.model), *batch_sizes(run.training.batch, run.training.sequence_length)]
     for mesh in among:
-        for microbatches in _microbatches(run, mesh) if all(rule.holds(mesh) for rule in rules) else []:
-            for accumulation in divisors(t.batch):
-                if _works(run, mesh, accumulation, microbatches):
-                    for remat in REMAT:
-                        yield Choice(_with(run, mesh, remat, accumulation, microbatches), chip)
+        if all(rule.holds(mesh) for rule in rules):
+            for remat in REMAT:
+                yield from itertools.chain.from_iterable(ways(run, mesh, chip, remat))
 
 
-def _microbatches(run: RunConfig, mesh: MeshConfig) -> Iterable[int | None]:
-    """How many parts the pipeline may cut a device's rows into."""
-    if mesh.stage == 1:
-        return [None]
-    rows = run.training.batch // mesh.span(BATCH)
-    return [n for n in range(mesh.stage, MOST_MICROBATCHES * mesh.stage + 1, mesh.stage) if rows % n == 0]
-
-
-def _works(run: RunConfig, mesh: MeshConfig, accumulation: int, microbatches: int | None) -> bool:
-    t = run.training
-    rules = batch_sizes(t.batch, t.sequence_length, accumulation, microbatches)
-    return t.batch % accumulation == 0 and all(rule.holds(mesh) for rule in rules)
+def _cuts(run: RunConfig, mesh: MeshConfig) -> Iterator[tuple[int | None, list[int]]]:
+    """How many microbatches the pipeline may cut a device's rows into, and the parts that a step may then have."""
+    t, rows = run.training, run.training.batch // mesh.span(BATCH)
+    counts: Iterable[int | None] = [None]
+    if mesh.stage > 1:
+        counts = (n for n in range(mesh.stage, MOST_MICROBATCHES * mesh.stage + 1, mesh.stage) if rows % n == 0)
+    for count in counts:
+        rules = lambda parts, count=count: batch_sizes(t.batch, t.sequence_length, parts, count)
+        yield count, [parts for parts in divisors(t.batch) if all(rule.holds(mesh) for rule in rules(parts))]
 
 
 def _with(run: RunConfig, mesh: MeshConfig, remat: Remat, accumulation: int, microbatches: int | None) -> RunConfig:
-    compute = _rematerialized(run.compute, remat)
+    compute = dataclasses.replace(run.compute, remat=remat)
     training = dataclasses.replace(run.training, accumulation=accumulation, microbatches=microbatches)
     return dataclasses.replace(run, mesh=mesh, compute=compute, training=training)
 
 
-@functools.lru_cache(maxsize=64)
-def _rematerialized(compute: ComputeConfig, remat: Remat) -> ComputeConfig:
-    return dataclasses.replace(compute, remat=remat)
+def with_settings(run: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
+    """A run with other values of keys of its `mesh`, `compute` and `training`, as a candidate's `settings` names them."""
+    parts: dict[str, dict[str, Any]] = {'mesh': {}, 'compute': {}, 'training': {}}
+    for key, value in settings.items():
+        part, _, field = key.partition('.')
+        parts[part][field] = value
+    changes = {part: dataclasses.replace(getattr(run, part), **fields) for part, fields in parts.items()}
+    return dataclasses.replace(run, **changes)

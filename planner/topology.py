@@ -5,16 +5,15 @@ and a description of one of them.
 """
 
 import dataclasses
-import itertools
-import math
 
+from weft.planner.chips import CHIPS, boxes
 from weft.runtime.errors import UserError, nearest
 
 HOST = 8  # GPUs
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class CompileTarget:
     """What `jax.experimental.topologies.get_topology_desc` is given."""
 
     platform: str  # 'tpu' or 'cuda'
@@ -61,11 +60,10 @@ GPUS = {
     'b200': Gpu('NVIDIA B200', (10, 0), 148, 233472, 232448, 132644864, 1.965, 7672320000000, 191498092544),
 }
 TPUS = {'v4': 'v4', 'v5p': 'v5p', 'v7x': 'tpu7x', 'v5e': 'v5e', 'v6e': 'v6e'}  # the compiler's names
-FLAT = {'v5e': 256, 'v6e': 256}  # kinds whose slices have two dims, and the chips of the largest
 DEVICES = {'v7x': 2}  # JAX devices a chip, where they are not 1
 
 
-def target(chip: str, count: int) -> Target:
+def compile_target(chip: str, count: int) -> CompileTarget:
     """The machine of `count` JAX devices of a kind. Raises UserError where the compilers know none."""
     if chip in GPUS:
         hosts, rest = divmod(count, HOST)
@@ -73,32 +71,29 @@ def target(chip: str, count: int) -> Target:
             raise UserError(
                 f'--chips is {count}: GPUs come {HOST} a host; nearest that works: {HOST * max(1, round(count / HOST))}'
             )
-        return Target('cuda', f'1x{hosts or 1}x{rest or HOST}', GPUS[chip].description())
+        return CompileTarget('cuda', f'1x{hosts or 1}x{rest or HOST}', GPUS[chip].description())
     if chip not in TPUS:
-        known = [*TPUS, *GPUS]
-        raise UserError(f'--compile: there is no compiler here for chip {chip!r}{nearest(chip, known)}')
+        raise UserError(f'--compile: there is no compiler here for chip {chip!r}{nearest(chip, [*TPUS, *GPUS])}')
     each = DEVICES.get(chip, 1)
-    shape = slice_shape(count // each, 2 if chip in FLAT else 3, FLAT.get(chip)) if count % each == 0 else None
+    shape = slice_shape(chip, count // each) if count % each == 0 else None
     if shape is None:
-        works = [n for n in range(1, 2 * count) if slice_shape(n, 2 if chip in FLAT else 3, FLAT.get(chip))]
+        works = [n for n in range(1, 2 * count) if slice_shape(chip, n)]
         best = min(works, key=lambda n: abs(n * each - count)) * each
         raise UserError(f'--chips is {count}: no slice of {chip} has so many; nearest that works: {best}')
-    return Target('tpu', f'{TPUS[chip]}:{"x".join(map(str, shape))}')
+    return CompileTarget('tpu', f'{TPUS[chip]}:{"x".join(map(str, shape))}')
 
 
-def slice_shape(chips: int, dims: int, most: int | None = None) -> tuple[int, ...] | None:
+def slice_shape(chip: str, chips: int) -> tuple[int, ...] | None:
     """The most compact slice: of two dims 2^n wide and at most twice as long; of three whole cubes of 4x4x4, or part of one.
 
     None where there is none.
     """
-    if most and chips > most:
-        return None
-    sides = [n for n in range(1, chips + 1) if chips % n == 0]
-    found = [shape for shape in itertools.combinations_with_replacement(sides, dims) if math.prod(shape) == chips]
+    dims, most = CHIPS[chip].torus, CHIPS[chip].domain
+    found = boxes(chips, dims)
     if dims == 2:
-        found = [shape for shape in found if shape[0].bit_count() == 1 and shape[1] <= 2 * shape[0]]
+        found = [box for box in found if box[0].bit_count() == 1 and box[1] <= 2 * box[0] and chips <= most]
     else:
-        found = [shape for shape in found if all(n % 4 == 0 for n in shape) or set(shape) <= {1, 2, 4}]
+        found = [box for box in found if all(n % 4 == 0 for n in box) or set(box) <= {1, 2, 4}]
     if not found:
         return None
     shape = min(found, key=sum)

@@ -24,7 +24,8 @@ from weft.model.decoder import Decoder, declared_decoder
 from weft.model.dots import dots
 from weft.model.forward import logits
 from weft.model.parameters import abstract as abstract_module
-from weft.planner.traffic import Traffic, asked
+from weft.planner.traffic.tables import Traffic
+from weft.planner.traffic.traced import jaxpr_traffic
 from weft.sharding.mesh import AXES, BATCH, MeshConfig, abstract_mesh
 from weft.training.loss import loss_and_gradient, loss_fn
 
@@ -61,7 +62,9 @@ def traced_traffic(
     microbatches: int = 1,
 ) -> Traffic:
     """What one device sends in a call of a program; of a training step without the norm of the gradient."""
-    return asked(traced(c, compute, mesh, what, rows, length, source, accumulation, microbatches), _devices(mesh))
+    return jaxpr_traffic(
+        traced(c, compute, mesh, what, rows, length, source, accumulation, microbatches), _devices(mesh)
+    )
 
 
 @functools.lru_cache(maxsize=256)

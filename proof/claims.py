@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from weft.planner.bill import Bill, bill
+from weft.planner.bill import bill
 from weft.training.config import load_config
 
 CONFIGS = Path(__file__).parents[1] / 'configs/models'
@@ -11,7 +11,7 @@ CLOSE = 0.01  # apart, by the exact figure: a claim is rounded
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
+class ClaimedFigure:
     """A line of a table of parameters, as claimed and as it is."""
 
     part: str
@@ -40,7 +40,7 @@ LLAMA_3_405B = {
 }
 
 
-def llama_405b() -> tuple[Line, ...]:
+def llama_405b() -> tuple[ClaimedFigure, ...]:
     """The table of Llama 3 405B line by line, in parameters."""
     found = bill(load_config(CONFIGS / 'llama-3.1-405b.yaml').model)
     row = {one.part: one for one in found.rows}
@@ -54,21 +54,18 @@ def llama_405b() -> tuple[Line, ...]:
         'head': (row['head'].shapes, row['head'].total),
         'total': ('with the last norm', found.total),
     }
-    return tuple(Line(part, exact[part][0], claimed * 1e9, exact[part][1]) for part, claimed in LLAMA_3_405B.items())
+    return tuple(
+        ClaimedFigure(part, exact[part][0], claimed * 1e9, exact[part][1]) for part, claimed in LLAMA_3_405B.items()
+    )
 
 
-def markdown(lines: tuple[Line, ...]) -> str:
+def markdown(lines: tuple[ClaimedFigure, ...]) -> str:
     """The lines as a table, in billions."""
     rows = ['| part | of | says | is | parameters | |', '|---|---|---:|---:|---:|---|']
     for one in lines:
         says, is_ = f'{one.claimed / 1e9:,.2f} B', f'{one.exact / 1e9:,.2f} B'
         rows.append(f'| {one.part} | {one.shapes} | {says} | {is_} | {one.exact:,} | {one.verdict} |')
     return '\n'.join(rows)
-
-
-def share_of_ffn(found: Bill) -> float:
-    """Of the layers' parameters those of MLPs and experts."""
-    return found.share('mlp', 'experts', 'shared_experts')
 
 
 if __name__ == '__main__':

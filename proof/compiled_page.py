@@ -14,12 +14,12 @@ from weft.planner import communication
 from weft.planner.aot import ROOT, Compiled
 from weft.planner.chips import CHIPS
 from weft.planner.memory import Memory, serving_memory, training_memory
-from weft.planner.roofline import Time, mfu, run_traffic, train_time
-from weft.planner.serving_time import decode_time, prefill_time
-from weft.planner.traffic import Traffic
-from weft.proof.compiled_pairs import PAIRS, ProgramPair, known, read
+from weft.planner.roofline import StepTime, decode_time, mfu, prefill_time, run_traffic, train_time
+from weft.planner.traffic.tables import Traffic
+from weft.proof.compiled_pairs import PAIRS, ProgramPair, compiled_before
 from weft.proof.compiled_searched import Searched, searched
 from weft.storage.files import write
+from weft.training.config import TrainingConfig
 
 PAGE = ROOT / 'benchmarks' / 'plan.md'
 
@@ -39,39 +39,40 @@ step, all kinds and axes together, loops multiplied out. Nothing is fitted.
 """
 
 
-class Planned(NamedTuple):
+class PairPlan(NamedTuple):
     """What a plan says of a pair."""
 
     memory: Memory
     sent: Traffic
-    time: Time
+    time: StepTime
 
 
-def plan(pair: ProgramPair) -> Planned:
+def plan_pair(pair: ProgramPair) -> PairPlan:
     """By shapes alone."""
     run, chip = pair.config, CHIPS[pair.chip]
     c, compute, mesh = run.model, run.compute, run.mesh
     rows, length = run.training.batch, run.training.sequence_length
     if pair.what == 'train':
-        return Planned(training_memory(run, chip.platform), run_traffic(run), train_time(run, chip))
+        return PairPlan(training_memory(run, chip.platform), run_traffic(run), train_time(run, chip))
     if pair.what == 'decode':
         memory = serving_memory(c, compute, mesh, rows, length, platform=chip.platform)
-        time = decode_time(c, compute, mesh, chip, rows, length)
-        return Planned(memory, communication.decoding(c, compute, mesh, rows), time)
+        sent = communication.decoding(c, compute, mesh, rows)
+        return PairPlan(memory, sent, decode_time(c, compute, mesh, chip, rows, length))
     memory = serving_memory(c, compute, mesh, rows, length, length, chip.platform)
-    time = prefill_time(c, compute, mesh, chip, rows, length)
-    return Planned(memory, communication.prefill(c, compute, mesh, rows, length), time)
+    sent = communication.prefill(c, compute, mesh, rows, length)
+    return PairPlan(memory, sent, prefill_time(c, compute, mesh, chip, rows, length))
 
 
-def by_axes(sent: Traffic) -> dict[str, float]:
-    """Bytes over each set of axes, whatever groups an axis is cut into."""
-    found = collections.Counter[str]()
-    for axes, size in sent.bytes_by_axes().items():
-        found[re.sub(r' \(groups of \d+\)', '', axes)] += size  # type: ignore[assignment]
-    return dict(found)
+def by_axes(sent: Traffic) -> dict[str, dict[str, float]]:
+    """Bytes over each set of axes, whatever groups an axis is cut into, by kind, the most first."""
+    found: dict[str, collections.Counter[str]] = {}
+    for (kind, axes), (_, size) in sent.sent.items():
+        whole = re.sub(r' \(groups of \d+\)', '', axes)
+        found.setdefault(whole, collections.Counter())[kind] += size  # type: ignore[assignment]  # takes any number
+    return {axes: dict(kinds.most_common()) for axes, kinds in found.items()}
 
 
-def total(sent: Traffic) -> float:
+def total_bytes(sent: Traffic) -> float:
     """All bytes."""
     return sum(sent.bytes_by_axes().values())
 
@@ -80,7 +81,7 @@ class CompiledRow(NamedTuple):
     """A pair with its plan and its record."""
 
     pair: ProgramPair
-    planned: Planned
+    planned: PairPlan
     compiled: Compiled
 
     @property
@@ -89,43 +90,48 @@ class CompiledRow(NamedTuple):
         return {
             'arguments': self.planned.memory.arguments / self.compiled.memory['arguments'],
             'memory': self.planned.memory.total / self.compiled.memory['total'],
-            'sent': total(self.planned.sent) / total(self.compiled.sent),
+            'sent': total_bytes(self.planned.sent) / total_bytes(self.compiled.sent),
         }
 
 
-def rows() -> list[CompiledRow]:
+def compiled_rows() -> list[CompiledRow]:
     """Of all pairs with a record of a program."""
-    found = []
-    for pair in PAIRS:
-        path = known(pair)
-        if path:
-            compiled = read(path)[1]
-            if compiled.status == 'compiled':
-                found.append(CompiledRow(pair, plan(pair), compiled))
-    return found
+    found = ((pair, compiled_before(pair)) for pair in PAIRS)
+    return [
+        CompiledRow(pair, plan_pair(pair), compiled)
+        for pair, compiled in found
+        if compiled and compiled.status == 'compiled'
+    ]
 
 
-def table(found: list[CompiledRow]) -> Iterator[str]:
+def in_parts(t: TrainingConfig) -> str:
+    """A step's parts, where it has more than one."""
+    return f' in {t.accumulation} parts' if t.accumulation > 1 else ''
+
+
+def beside(plan: float, compiled: float) -> str:
+    """A cell of GB: the plan's, and the compiled program's."""
+    return f'{plan / 1e9:.4g} / {compiled / 1e9:.4g}'
+
+
+def pairs_table(found: list[CompiledRow]) -> Iterator[str]:
     """One line a pair."""
     names = 'model, step, chips, mesh, rows × tokens, arguments GB, memory GB, ratio, sent GB, ratio, fits, compiled in'
     yield f'| {" | ".join(names.split(", "))} |'
     yield f'|{"---|" * 4}{"---:|" * 6}---|---:|'
     for row in found:
-        run, made, told = row.pair.config, row.compiled, row.planned
-        t, ratios = run.training, row.ratios
-        parts = f' in {t.accumulation} parts' if row.pair.what == 'train' and t.accumulation > 1 else ''
-        both = lambda plan, compiled: f'{plan / 1e9:.4g} / {compiled / 1e9:.4g}'
+        run, made, told, t = row.pair.config, row.compiled, row.planned, row.pair.config.training
         cells = [
             row.pair.model,
             row.pair.what,
             f'{run.mesh.size:,} {row.pair.chip}',
             str(run.mesh),
-            f'{t.batch:,} × {t.sequence_length:,}{parts}',
-            both(told.memory.arguments, made.memory['arguments']),
-            both(told.memory.total, made.memory['total']),
-            f'{ratios["memory"]:.3f}',
-            both(total(told.sent), total(made.sent)),
-            f'{ratios["sent"]:.3f}',
+            f'{t.batch:,} × {t.sequence_length:,}{in_parts(t) if row.pair.what == "train" else ""}',
+            beside(told.memory.arguments, made.memory['arguments']),
+            beside(told.memory.total, made.memory['total']),
+            f'{row.ratios["memory"]:.3f}',
+            beside(total_bytes(told.sent), total_bytes(made.sent)),
+            f'{row.ratios["sent"]:.3f}',
             'yes' if made.fits else '**no**',
             f'{sum(made.seconds.values()):.0f} s',
         ]
@@ -135,14 +141,13 @@ def table(found: list[CompiledRow]) -> Iterator[str]:
 def summary(found: list[CompiledRow]) -> Iterator[str]:
     """How far plans and programs are apart."""
     for platform, name in (('tpu', 'TPU'), ('gpu', 'NVIDIA')):
-        mine = [row for row in found if CHIPS[row.pair.chip].platform == platform]
-        if not mine:
-            continue
-        parts = []
-        for what in ('arguments', 'memory', 'sent'):
-            off = [abs(row.ratios[what] - 1) for row in mine]
-            parts.append(f'{what} {statistics.median(off):.1%} (at most {max(off):.1%})')
-        yield f'{name}, {len(mine)} pairs, apart in the median by: {", ".join(parts)}.'
+        mine = [row.ratios for row in found if CHIPS[row.pair.chip].platform == platform]
+        off = {what: [abs(ratios[what] - 1) for ratios in mine] for what in ('arguments', 'memory', 'sent')}
+        parts = [
+            f'{what} {statistics.median(each):.1%} (at most {max(each):.1%})' for what, each in off.items() if each
+        ]
+        if parts:
+            yield f'{name}, {len(mine)} pairs, apart in the median by: {", ".join(parts)}.'
     for row in found:
         made = row.compiled
         together = made.memory['arguments'] + made.memory['temporaries']
@@ -153,38 +158,29 @@ def summary(found: list[CompiledRow]) -> Iterator[str]:
             )
 
 
-def case(row: CompiledRow) -> Iterator[str]:
+def pair_section(row: CompiledRow) -> Iterator[str]:
     """A page of one pair: memory, collectives, roofline."""
-    run, made, told = row.pair.config, row.compiled, row.planned
-    yield f'### {row.pair.model}, {row.pair.what}, {run.mesh.size:,} {row.pair.chip}: {run.mesh}'
-    yield ''
-    t = run.training
-    yield f'`{row.pair.overrides}`'
-    yield ''
+    run, made, told, t = row.pair.config, row.compiled, row.planned, row.pair.config.training
     gb = lambda size: f'{size / 1e9:.3g} GB'
     parts = ', '.join(f'{part} {gb(size)}' for part, size in told.memory.parts().items() if size)
-    yield f'- Planned: {gb(told.memory.total)} of {gb(made.available)}: {parts}.'
-    yield f'- Compiled: {gb(made.memory["total"])}, of which arguments {gb(made.memory["arguments"])}.'
     time = told.time
-    line = f'- Roofline: at least {time.bound:.3g} s ({time.limit}), predicted {time.predicted:.3g} s'
+    speed = f'{t.batch / time.predicted:,.0f} tokens/s'
     if row.pair.what == 'train':
         tokens = t.batch * t.sequence_length / time.predicted
-        yield f'{line}: {tokens:,.0f} tokens/s, MFU {mfu(run, CHIPS[row.pair.chip], time.predicted):.1%}.'
-    else:
-        yield f'{line}: {t.batch / time.predicted:,.0f} tokens/s.'
-    for text in made.unplanned():
-        yield f'- Not asked for: {text}.'
-    yield ''
-    yield '| axes | planned GB | compiled GB | of which |'
+        speed = f'{tokens:,.0f} tokens/s, MFU {mfu(run, CHIPS[row.pair.chip], time.predicted):.1%}'
+    yield f'### {row.pair.model}, {row.pair.what}, {run.mesh.size:,} {row.pair.chip}: {run.mesh}'
+    yield f'\n`{row.pair.overrides}`\n'
+    yield f'- Planned: {gb(told.memory.total)} of {gb(made.available)}: {parts}.'
+    yield f'- Compiled: {gb(made.memory["total"])}, of which arguments {gb(made.memory["arguments"])}.'
+    yield f'- Roofline: at least {time.bound:.3g} s ({time.limit}), predicted {time.predicted:.3g} s: {speed}.'
+    yield from (f'- Not asked for: {text}.' for text in made.unplanned())
+    yield '\n| axes | planned GB | compiled GB | of which |'
     yield '|---|---:|---:|---|'
     planned, compiled = by_axes(told.sent), by_axes(made.sent)
-    for axes in sorted(planned.keys() | compiled.keys(), key=lambda axes: -compiled.get(axes, 0)):
-        kinds_of = collections.Counter[str]()
-        for (kind, where), (_, size) in made.sent.sent.items():
-            if re.sub(r' \(groups of \d+\)', '', where) == axes:
-                kinds_of[kind] += size  # type: ignore[assignment]
-        of = ', '.join(f'{kind} {size / 1e9:.4g}' for kind, size in kinds_of.most_common() if size > 1e6)
-        yield f'| {axes} | {planned.get(axes, 0) / 1e9:.4g} | {compiled.get(axes, 0) / 1e9:.4g} | {of} |'
+    size = lambda table, axes: sum(table.get(axes, {}).values())
+    for axes in sorted(planned.keys() | compiled.keys(), key=lambda axes: -size(compiled, axes)):
+        of = ', '.join(f'{kind} {part / 1e9:.4g}' for kind, part in compiled.get(axes, {}).items() if part > 1e6)
+        yield f'| {axes} | {size(planned, axes) / 1e9:.4g} | {size(compiled, axes) / 1e9:.4g} | {of} |'
     yield ''
 
 
@@ -197,35 +193,37 @@ The first choices of `plan.py` without a mesh for the cases of proof/search_case
 |---|---|---:|---|---:|---:|---:|---:|---|"""
 
 
-def chosen(found: list[Searched]) -> Iterator[str]:
+def search_section(found: list[Searched]) -> Iterator[str]:
     """What the search chose beside what the compilers made of it."""
     yield SEARCHED
     for one in found:
         made, choice, t = one.compiled, one.choice, one.choice.run.training
         if not made:
             continue
-        parts = f' in {t.accumulation} parts' if t.accumulation > 1 else ''
         about = f'{one.name} | {one.case.chips} {one.case.chip} | {t.batch} × {t.sequence_length:,}'
-        what = f'{choice.mesh}, {choice.run.compute.remat}{parts}'
+        what = f'{choice.mesh}, {choice.run.compute.remat}{in_parts(t)}'
         if made.status != 'compiled':
             yield f'| {about} | {what} | {choice.total / 1e9:.4g} / – | | | | **{made.status}** |'
             continue
-        memory, sent = (choice.total, made.memory['total']), (total(run_traffic(choice.run)), total(made.sent))
-        cells = [f'{a / 1e9:.4g} / {b / 1e9:.4g} | {a / b:.3f}' for a, b in (memory, sent)]
+        memory, sent = (
+            (choice.total, made.memory['total']),
+            (total_bytes(run_traffic(choice.run)), total_bytes(made.sent)),
+        )
+        cells = [f'{beside(a, b)} | {a / b:.3f}' for a, b in (memory, sent)]
         yield f'| {about} | {what} | {" | ".join(cells)} | {"yes" if made.fits else "**no**"} |'
     yield ''
 
 
 def compiled_page(found: list[CompiledRow], of_search: list[Searched]) -> str:
     """All of it as Markdown."""
-    lines = [HEAD, *summary(found), '', *table(found), '', *chosen(of_search)]
+    lines = [HEAD, *summary(found), '', *pairs_table(found), '', *search_section(of_search)]
     lines += ['## Memory, collectives and roofline of the largest', '']
     for row in found:
         if row.pair.shown:
-            lines += case(row)
+            lines += pair_section(row)
     return '\n'.join(lines).rstrip() + '\n'
 
 
 if __name__ == '__main__':
-    write(PAGE, compiled_page(rows(), searched()).encode())
-    print('\n'.join(summary(rows())))
+    write(PAGE, compiled_page(compiled_rows(), searched()).encode())
+    print('\n'.join(summary(compiled_rows())))

@@ -10,17 +10,15 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from weft.planner.aot import ROOT, Compiled, compile_step
-from weft.planner.traffic import rows_of, table
+from weft.planner.aot import ROOT, Compiled, compile_step, read_compiled
 from weft.sharding.mesh import AXES
 from weft.storage import files
 from weft.training import config as configs
 from weft.training.config import RunConfig
 
 RECORDS = ROOT / 'benchmarks' / 'compiled'
-PLAIN = ('status', 'seconds', 'memory', 'available', 'message', 'versions')  # fields that a record has as they are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +27,9 @@ class ProgramPair:
 
     model: str  # of configs/models
     chip: str
-    what: str  # 'train', 'decode' or 'prefill'
+    what: Literal['train', 'decode', 'prefill']
     overrides: str  # of the config: its mesh, its batch (rows) and its sequence length (slots of a cache)
-    note: str = ''  # tells apart pairs that are alike but for the overrides
     shown: bool = False  # with a page of its own in benchmarks/plan.md
-    timeout: float = 3600  # seconds
 
     @property
     def config(self) -> RunConfig:
@@ -43,8 +39,7 @@ class ProgramPair:
     @property
     def name(self) -> str:
         """Of its record."""
-        parts = (self.model, self.what, self.config.mesh.size, self.chip, self.note)
-        return '-'.join(str(part) for part in parts if part)
+        return f'{self.model}-{self.what}-{self.config.mesh.size}-{self.chip}'
 
     def request(self) -> dict[str, Any]:
         """What is asked, which a record keeps: another request is compiled anew."""
@@ -98,29 +93,28 @@ PAIRS = (
 )
 
 
-def read(path: Path) -> tuple[dict[str, Any], Compiled]:
+def read_record(path: Path) -> tuple[dict[str, Any], Compiled]:
     """A record: what was asked, and what came of it."""
     record = json.loads(path.read_text(encoding='utf-8'))
-    plain = {name: record[name] for name in PLAIN}
-    return record['request'], Compiled(**plain, sent=table(record['sent']), asked=table(record['asked']))
+    return record['request'], read_compiled(record)
 
 
-def write(path: Path, request: dict[str, Any], found: Compiled) -> None:
+def write_record(path: Path, request: dict[str, Any], found: Compiled) -> None:
     """A record."""
-    plain = {name: getattr(found, name) for name in PLAIN}
+    plain = {name: getattr(found, name) for name in ('status', 'seconds', 'memory', 'available', 'message', 'versions')}
     record = {'request': request, **plain, 'fits': found.fits, 'unplanned': found.unplanned()}
-    record |= {'sent': rows_of(found.sent), 'asked': rows_of(found.asked)}
+    record |= {'sent': found.sent.to_json(), 'asked': found.asked.to_json()}
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write(path, (json.dumps(record, indent=1) + '\n').encode())
 
 
-def known(pair: ProgramPair) -> Path | None:
-    """The record of exactly this pair, if there is one that came to an end."""
+def compiled_before(pair: ProgramPair) -> Compiled | None:
+    """What came of exactly this pair, if it has a record of a compiler that came to an end."""
     path = RECORDS / f'{pair.name}.json'
     if not path.exists():
         return None
-    request, found = read(path)
-    return path if request == pair.request() and found.status in ('compiled', 'does not fit') else None
+    request, found = read_record(path)
+    return found if request == pair.request() and found.status in ('compiled', 'does not fit') else None
 
 
 def main() -> None:
@@ -129,11 +123,11 @@ def main() -> None:
     parser.add_argument('--only', default='*', metavar='PATTERN', help='of names, as in mixtral-*-h100*')
     wanted = parser.parse_args().only
     for pair in PAIRS:
-        if not fnmatch.fnmatch(pair.name, wanted) or known(pair):
+        if not fnmatch.fnmatch(pair.name, wanted) or compiled_before(pair):
             continue
         began = time.perf_counter()
-        found = compile_step(pair.config, pair.chip, pair.what, timeout=pair.timeout)
-        write(RECORDS / f'{pair.name}.json', pair.request(), found)
+        found = compile_step(pair.config, pair.chip, pair.what, timeout=3600)
+        write_record(RECORDS / f'{pair.name}.json', pair.request(), found)
         total = found.memory.get('total', 0) / 1e9
         print(f'{pair.name}: {found.status}, {total:.2f} GB, {time.perf_counter() - began:.0f} s', flush=True)
         if found.message:

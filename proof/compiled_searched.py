@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 from weft.planner.aot import Compiled, compile_step
 from weft.planner.chips import CHIPS
-from weft.planner.search import Choice, search
-from weft.proof.compiled_pairs import RECORDS, read, write
-from weft.proof.search_cases import CASES, Case
+from weft.planner.search import TrainingCandidate, search_training
+from weft.proof.compiled_pairs import RECORDS, read_record, write_record
+from weft.proof.search_cases import CASES, SearchCase
 from weft.runtime.errors import UserError
 
 
-def record(name: str) -> Path:
+def record_of(name: str) -> Path:
     """Where the record of a case is, or would be."""
     return RECORDS / 'searched' / f'{name.replace(" ", "-")}.json'
 
@@ -26,19 +26,14 @@ class Searched(NamedTuple):
     """A case, what the search chose, and what a compiler made of that; None: it has no record."""
 
     name: str
-    case: Case
-    choice: Choice
+    case: SearchCase
+    choice: TrainingCandidate
     compiled: Compiled | None
-
-    @property
-    def path(self) -> Path:
-        """Of its record."""
-        return record(self.name)
 
     @property
     def request(self) -> dict[str, object]:
         """What a record is of: another choice is compiled anew."""
-        return {'case': self.name, 'chip': self.case.chip, 'choice': self.choice.knobs}
+        return {'case': self.name, 'chip': self.case.chip, 'choice': self.choice.settings}
 
 
 @functools.cache
@@ -46,11 +41,11 @@ def searched() -> list[Searched]:
     """All cases."""
     found = []
     for name, case in CASES.items():
-        choice = search(case.run, CHIPS[case.chip], case.chips).best
+        choice = search_training(case.run, CHIPS[case.chip], case.chips).best
         assert choice is not None, f'nothing fits: {name}'
         one = Searched(name, case, choice, None)
-        if one.path.exists():
-            request, compiled = read(one.path)
+        if record_of(name).exists():
+            request, compiled = read_record(record_of(name))
             if request == one.request:
                 one = one._replace(compiled=compiled)
         found.append(one)
@@ -68,7 +63,7 @@ def main() -> None:
         except UserError as error:
             print(f'{one.name}: {error}')
             continue
-        write(one.path, one.request, compiled)
+        write_record(record_of(one.name), one.request, compiled)
         total, planned = compiled.memory.get('total', 0) / 1e9, one.choice.total / 1e9
         print(
             f'{one.name}: {one.choice.mesh}, {compiled.status}, {planned:.2f} GB planned, {total:.2f} GB, '

@@ -45,7 +45,7 @@ def check_profiled() -> None:
         raise UserError('--profile: a CPU has no kernels to list; use an accelerator, or py-spy and perf')
 
 
-def table(found: list[Kernel], step_seconds: float, rows: int) -> str:
+def kernel_table(found: list[Kernel], step_seconds: float, rows: int) -> str:
     """The first `rows` of them as text, with what all of them take of a step."""
     lines = [f'{"ms a step":>10} {"calls":>7}  kernel']
     lines += [f'{kernel.seconds * 1e3:10.3f} {kernel.calls:7.0f}  {kernel.name[:100]}' for kernel in found[:rows]]

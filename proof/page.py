@@ -1,7 +1,6 @@
 """The page of `scripts/prove.py`: tables that a reader can check."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Collection
 
 import jax
 
@@ -11,7 +10,7 @@ from weft.proof.faults import caught
 from weft.sharding.mesh import AXES
 
 
-def proof_page(results: Results, cases: dict[str, Callable[[], dict[str, Any]]]) -> str:
+def proof_page(results: Results, cases: Collection[str]) -> str:
     """Markdown: what was compared, on which meshes, how far apart it was, and which planted faults were caught."""
     missing = [case for case in cases if case not in results.found]
     lines = [
@@ -23,37 +22,34 @@ def proof_page(results: Results, cases: dict[str, Callable[[], dict[str, Any]]])
     ]
     if missing:
         lines += [f'**Not run yet: {len(missing)} of {len(cases)} cases**, such as `{missing[0]}`.', '']
-    lines += summary(results, cases)
-    lines += gradients(results)
-    lines += initials(results)
-    lines += long_runs(results)
-    lines += faults(results, cases)
-    return '\n'.join(lines)
+    lines += [*summary(results, cases), *gradients(results), *initials(results), *long_runs(results)]
+    return '\n'.join([*lines, *faults(results, cases)])
 
 
-def summary(results: Results, cases: dict[str, Any]) -> list[str]:
+def summary(results: Results, cases: Collection[str]) -> list[str]:
     """The worst of each claim."""
 
     def worst(prefix: str, field: str = 'error') -> str:
         values = [found[field] for case, found in results.found.items() if case.startswith(prefix) and field in found]
         return f'{max(values):.1e}' if values else '–'
 
-    whole_runs = []
-    for kind in RUNS:
-        dtype = losses_dtype(kind)
-        for field, steps, tolerance in zip(('error', 'error of 50'), (20, 50), LOSSES_TOLERANCE[dtype], strict=True):
-            whole_runs.append(
-                f'| {steps} losses, {kind}, {dtype}, {len(LONG)} meshes | {tolerance:.0e} | '
-                f'{worst(f"losses/{kind}/", field)} |'
-            )
+    whole_runs = [
+        f'| {steps} losses, {kind}, {losses_dtype(kind)}, {len(LONG)} meshes | {tolerance:.0e} | '
+        f'{worst(f"losses/{kind}/", field)} |'
+        for kind in RUNS
+        for field, steps, tolerance in zip(
+            ('error', 'error of 50'), (20, 50), LOSSES_TOLERANCE[losses_dtype(kind)], strict=True
+        )
+    ]
     planted = [case for case in cases if case.startswith('fault/')]
     found = sum(caught(results.found[case]) for case in planted if case in results.found)
+    tolerance = f'{TOLERANCE["gradient"]:.0e}'
     return [
         '| claim | tolerance | worst found |',
         '|---|---:|---:|',
-        f'| loss of a step equals one device’s, float64, {len(MESHES)} meshes × {len(MODELS)} models | '
-        f'{TOLERANCE["gradient"]:.0e} | {worst("gradient/", "loss")} |',
-        f'| every leaf of its gradient (max \\|Δ\\| over max \\|g\\|) | {TOLERANCE["gradient"]:.0e} | {worst("gradient/")} |',
+        f'| loss of a step equals one device’s, float64, {len(MESHES)} meshes × {len(MODELS)} models | {tolerance} | '
+        f'{worst("gradient/", "loss")} |',
+        f'| every leaf of its gradient (max \\|Δ\\| over max \\|g\\|) | {tolerance} | {worst("gradient/")} |',
         f'| initial parameters that differ in any bit, float32, {len(MESHES)} meshes | 0 | {worst("initial/")} |',
         *whole_runs,
         f'| planted faults that are caught | {len(planted)} | {found} |',
@@ -83,16 +79,15 @@ def gradients(results: Results) -> list[str]:
 
 def initials(results: Results) -> list[str]:
     """How many meshes begin with the same bits."""
-    found = [results.found.get(f'initial/all_gather/{mesh}') for mesh in MESHES]
-    done = [one for one in found if one]
+    cases = (f'initial/all_gather/{mesh}' for mesh in MESHES)
+    done = [results.found[case] for case in cases if case in results.found]
     if not done:
         return []
-    same = sum(one['error'] == 0 for one in done)
     return [
         '## Initial parameters, float32',
         '',
         f'The {done[0]["parameters"]:,} parameters of the model with experts, which has every kind of weight, are bit for bit '
-        f'one device’s on {same} of {len(done)} meshes.',
+        f'one device’s on {sum(one["error"] == 0 for one in done)} of {len(done)} meshes.',
         '',
     ]
 
@@ -117,7 +112,7 @@ def long_runs(results: Results) -> list[str]:
     return [*lines, '']
 
 
-def faults(results: Results, cases: dict[str, Any]) -> list[str]:
+def faults(results: Results, cases: Collection[str]) -> list[str]:
     """What happens to the same comparison when the code is wrong."""
     lines = [
         '## Planted faults',
@@ -130,11 +125,8 @@ def faults(results: Results, cases: dict[str, Any]) -> list[str]:
     ]
     for case in cases:
         if case.startswith('fault/'):
-            _, what, kind, mesh = case.split('/')
-            found = results.found.get(case)
-            by = (
-                '' if not found else 'types' if 'refused' in found else 'numbers' if caught(found) else '**not caught**'
-            )
-            error = f'{found["error"]:.1e}' if found and 'error' in found else ''
-            lines.append(f'| {what} | {kind} | {mesh} | {by} | {error} |')
+            found = results.found.get(case, {})
+            by = 'types' if 'refused' in found else 'numbers' if found and caught(found) else '**not caught**'
+            error = f'{found["error"]:.1e}' if 'error' in found else ''
+            lines.append(f'| {" | ".join(case.split("/")[1:])} | {by if found else ""} | {error} |')
     return [*lines, '']

@@ -1,11 +1,13 @@
 """Other projects side by side with this one, in one run: blocks of steps in turns, so that both meet the same machine."""
 
+import contextlib
 import json
 import operator
 import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,58 +40,50 @@ def recipe(config: RunConfig) -> dict[str, Any]:
     for field, value in fixed.items():
         if (found := operator.attrgetter(field)(m)) != value:
             raise UserError(f'model.{field} is {found}: nanoGPT has {value} alone; choose another config')
-    biased = {'attention.qkv_bias', 'attention.o_bias', 'mlp.bias', 'norm.bias'}
-    given = {field for field in biased if operator.attrgetter(field)(m)}
-    if given and given != biased:
-        field = min(biased - given)
+    biased = ('attention.o_bias', 'attention.qkv_bias', 'mlp.bias', 'norm.bias')
+    without = [field for field in biased if not operator.attrgetter(field)(m)]
+    if 0 < len(without) < len(biased):
         raise UserError(
-            f'model.{field} is false: nanoGPT has all biases or none; set it to true, or leave out all others'
+            f'model.{without[0]} is false: nanoGPT has all biases or none; set it to true, or leave out all others'
         )
     if t.accumulation > 1:
         raise UserError(f'training.accumulation is {t.accumulation}: beside nanoGPT it must be 1')
     return {
         **{field: getattr(m, field) for field in ('layers', 'model_dim', 'vocabulary')},
         'heads': m.attention.heads,
-        'bias': bool(given),
+        'bias': not without,
         'dtype': config.compute.dtype,
         'sequence_length': t.sequence_length,
         'batch': t.batch,
     }
 
 
-class Peer:
-    """Another project's worker: a process that says `ready`, and then answers each line with one of JSON."""
+@contextlib.contextmanager
+def running_peer(
+    python: str, worker: Path, *arguments: str, first: str = ''
+) -> Iterator[tuple[str, Callable[[str], Any]]]:
+    """Another project's worker, a process that is sent `first`: what it says of itself when it is ready, and its answers.
 
-    def __init__(self, python: str, worker: Path, *arguments: str, first: str = ''):
-        # Isolated: the folder of the worker has modules by names that a peer may look for.
-        command = [python, '-I', str(worker), *arguments]
-        self.python, self.worker = python, worker.stem
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self.process.stdin
-        assert self.process.stdout
-        self.send, self.answers = self.process.stdin, self.process.stdout
-        self.send.write(first)
-        self.send.flush()
-        about = next((line for line in self.answers if line.startswith('ready')), '')  # it may say a few things first
+    It answers each line with one of JSON.
+    """
+    # Isolated: the folder of the worker has modules by names that a peer may look for.
+    command = [python, '-I', str(worker), *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def ask(line: str) -> Any:
+            process.stdin.write(f'{line}\n')
+            process.stdin.flush()
+            answer = process.stdout.readline()
+            if not answer:
+                raise UserError(f'--python {python}: {worker.stem} ended; its message stands above')
+            return json.loads(answer)
+
+        process.stdin.write(first)
+        process.stdin.flush()
+        about = next((line for line in process.stdout if line.startswith('ready')), '')  # it may say a few things first
         if not about:
             raise UserError(f'--python {python}: {worker.stem} did not start; its message stands above')
-        self.about = about.removeprefix('ready').strip()
-
-    def ask(self, line: str) -> Any:
-        """Its answer."""
-        self.send.write(f'{line}\n')
-        self.send.flush()
-        answer = self.answers.readline()
-        if not answer:
-            raise UserError(f'--python {self.python}: {self.worker} ended; its message stands above')
-        return json.loads(answer)
-
-    def __enter__(self) -> 'Peer':
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.send.close()
-        self.process.wait()
+        yield about.removeprefix('ready').strip(), ask
 
 
 def compared(ours: list[float], theirs: list[float], peer: str) -> dict[str, Any]:
@@ -118,12 +112,13 @@ def beside_nanogpt(
     with jax.set_mesh(make_mesh(config.mesh)):
         trainer = Trainer(config)
         seconds_each(trainer.step, 3)
-        with Peer(python, NANOGPT, str(repository.absolute()), json.dumps(recipe(config))) as peer:
+        arguments = (str(repository.absolute()), json.dumps(recipe(config)))
+        with running_peer(python, NANOGPT, *arguments) as (about, ask):
             ours, theirs = [], []
             for _ in range(rounds):
                 ours.append(statistics.median(seconds_each(trainer.step, steps, warm=1)))
-                theirs.append(statistics.median(peer.ask(str(steps))))
-            return {**compared(ours, theirs, 'nanogpt'), 'mesh': str(config.mesh), 'nanogpt': peer.about}
+                theirs.append(statistics.median(ask(str(steps))))
+            return {**compared(ours, theirs, 'nanogpt'), 'mesh': str(config.mesh), 'nanogpt': about}
 
 
 def beside_transformers(
@@ -158,14 +153,14 @@ def beside_transformers(
 
         decode()  # compiles
         sizes = map(str, (rows, prompt, new))
-        with Peer(python, TRANSFORMERS, f'{place}/exported', *sizes, first=json.dumps(ids.tolist()) + '\n') as peer:
+        first = json.dumps(ids.tolist()) + '\n'
+        with running_peer(python, TRANSFORMERS, f'{place}/exported', *sizes, first=first) as (about, ask):
             ours, theirs = [], []
             for _ in range(rounds):
                 seconds, tokens = decode()
-                answer = peer.ask('go')
+                answer = ask('go')
                 ours.append(statistics.median(seconds[1:]))
                 theirs.append(statistics.median(answer['seconds'][1:]))
-            about = peer.about
     same = next((i for i, (a, b) in enumerate(zip(tokens, answer['tokens'], strict=True)) if a != b), new)
     return {
         **compared(ours, theirs, 'transformers'),

@@ -18,7 +18,7 @@ import yaml
 
 from weft.model.cost import forward_flops
 from weft.planner.chips import CHIPS, Chip
-from weft.planner.roofline import Time, mfu, train_time
+from weft.planner.roofline import StepTime, mfu, train_time
 from weft.sharding.mesh import parse_mesh
 from weft.storage.files import write
 from weft.training.config import RunConfig, load_config
@@ -29,7 +29,7 @@ WITHIN = 1.5  # times that a prediction may be off
 
 
 @dataclasses.dataclass(frozen=True)
-class Published:
+class PublishedRun:
     """One run: what was published, and the same run as a config of ours."""
 
     row: Mapping[str, Any]
@@ -46,6 +46,11 @@ class Published:
         """Of the model."""
         return self.row['model']
 
+    @property
+    def machine(self) -> str:
+        """The model and what it ran on."""
+        return f'{self.name} on {self.row["chips"]:,} {self.row["chip"]}'
+
     @functools.cached_property
     def measured(self) -> float:
         """Seconds a step."""
@@ -58,16 +63,16 @@ class Published:
         keys = {'square': t.sequence_length, 'causal': (t.sequence_length + 1) / 2}[row['counted']]
         return 3 * sum(forward_flops(self.run.model, keys).values()) * tokens / (row['tflops'] * 1e12 * row['chips'])
 
-    def time(self, run: RunConfig) -> Time:
+    def time(self, run: RunConfig) -> StepTime:
         """Of a step. An interleaved pipeline, which ours is not, has the bubble of as many microbatches as parts pass."""
         time, parts = train_time(run, self.chip), self.row.get('interleaved', 1)
         if parts == 1:
             return time
         training = dataclasses.replace(run.training, microbatches=run.microbatches * parts)
         cut = train_time(dataclasses.replace(run, training=training), self.chip)
-        least = {(send.axes, send.kind): send for send in cut.sends}
-        sends = (min(send, least[send.axes, send.kind], key=lambda send: send.seconds) for send in time.sends)
-        return dataclasses.replace(cut, sends=tuple(sends))
+        least = {(send.axes, send.kind): send for send in cut.collectives}
+        sends = (min(send, least[send.axes, send.kind], key=lambda send: send.seconds) for send in time.collectives)
+        return dataclasses.replace(cut, collectives=tuple(sends))
 
     @functools.cached_property
     def ideal(self) -> float:
@@ -91,48 +96,43 @@ class Published:
         return self.predicted / self.measured
 
 
-def read(path: Path = RUNS) -> list[Published]:
+def read_published_runs() -> list[PublishedRun]:
     """All runs of the data file."""
-    data = yaml.safe_load(path.read_text(encoding='utf-8'))
+    data = yaml.safe_load(RUNS.read_text(encoding='utf-8'))
     seen = collections.Counter[str]()
     runs = []
     for row in data['runs']:
         seen[row['chip']] += 1
-        runs.append(_published(row, data['models'], fit=seen[row['chip']] % 2 == 1))
+        name, changes = row['model'], dict(row.get('set', {}))
+        while name in data['models']:
+            changes = {key: value for key, value in data['models'][name].items() if key != 'of'} | changes
+            name = data['models'][name]['of']
+        changes |= {
+            'compute.dtype': 'bfloat16',
+            'compute.remat': row['remat'],
+            'training.batch': row['batch'],
+            'training.sequence_length': row['length'],
+            'training.accumulation': row.get('accumulation', 1),
+            'training.microbatches': row.get('microbatches', 'null'),
+        }
+        overrides = [f'{key}={value}' for key, value in changes.items()]
+        run = load_config(FOLDER / 'configs' / 'models' / f'{name}.yaml', overrides)
+        mesh = parse_mesh(row['mesh'])
+        assert mesh.size == row['chips'], f'{row}: its mesh has {mesh.size} devices'
+        runs.append(PublishedRun(row, dataclasses.replace(run, mesh=mesh), fit=seen[row['chip']] % 2 == 1))
     return runs
 
 
-def _published(row: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]], fit: bool) -> Published:
-    name, changes = row['model'], dict(row.get('set', {}))
-    while name in models:
-        changes = {key: value for key, value in models[name].items() if key != 'of'} | changes
-        name = models[name]['of']
-    changes |= {
-        'compute.dtype': 'bfloat16',
-        'compute.remat': row['remat'],
-        'training.batch': row['batch'],
-        'training.sequence_length': row['length'],
-        'training.accumulation': row.get('accumulation', 1),
-        'training.microbatches': row.get('microbatches', 'null'),
-    }
-    run = load_config(
-        FOLDER / 'configs' / 'models' / f'{name}.yaml', [f'{key}={value}' for key, value in changes.items()]
-    )
-    mesh = parse_mesh(row['mesh'])
-    assert mesh.size == row['chips'], f'{row}: its mesh has {mesh.size} devices'
-    return Published(row, dataclasses.replace(run, mesh=mesh), fit)
-
-
-def fitted(runs: list[Published]) -> dict[str, float]:
+def fitted(runs: list[PublishedRun]) -> dict[str, float]:
     """The efficiency of each chip that a run to fit on tells of."""
-    ratios: dict[str, list[float]] = {}
+    ratios = collections.defaultdict[str, list[float]](list)
     for one in runs:
         if one.fit:
-            ratios.setdefault(one.row['chip'], []).append(one.ideal / one.measured)
+            ratios[one.row['chip']].append(one.ideal / one.measured)
     return {chip: statistics.geometric_mean(values) for chip, values in ratios.items()}
 
 
-def published_runs_page(runs: list[Published]) -> str:
+def published_runs_page(runs: list[PublishedRun]) -> str:
     """Markdown: every run, measured, bounded and predicted."""
     sources = yaml.safe_load(RUNS.read_text(encoding='utf-8'))['sources']
     held = [one for one in runs if not one.fit]
@@ -160,23 +160,14 @@ def published_runs_page(runs: list[Published]) -> str:
             f'{mfu(one.run, one.chip, one.measured):.1%} | {said} | {"yes" if one.fit else ""} | {row["source"]} |'
         )
     lines += ['', 'Efficiencies: ' + ', '.join(f'{chip} {value:.2f}' for chip, value in fitted(runs).items()) + '.', '']
-    lines += [
-        f'Miss: {one.name} on {one.row["chips"]:,} {one.row["chip"]}: {one.row["miss"]}.'
-        for one in held
-        if 'miss' in one.row
-    ]
-    lines.append('')
-    notes = [
-        f'- {one.name} on {one.row["chips"]:,} {one.row["chip"]}: {one.row["note"]}.'
-        for one in runs
-        if 'note' in one.row
-    ]
-    return '\n'.join([*lines, *notes, '', *(f'- {name}: {where}' for name, where in sources.items()), ''])
+    lines += [f'Miss: {one.machine}: {one.row["miss"]}.' for one in held if 'miss' in one.row]
+    notes = [f'- {one.machine}: {one.row["note"]}.' for one in runs if 'note' in one.row]
+    return '\n'.join([*lines, '', *notes, '', *(f'- {name}: {where}' for name, where in sources.items()), ''])
 
 
 def main() -> None:
     """Writes the page."""
-    runs = read()
+    runs = read_published_runs()
     for chip, value in fitted(runs).items():
         print(f'{chip}: {value:.3f} (planner/chips.py: {CHIPS[chip].efficiency})')
     write(PAGE, published_runs_page(runs).encode())

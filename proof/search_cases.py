@@ -40,7 +40,7 @@ def run_of(model: ModelConfig, batch: int, length: int) -> RunConfig:
     return RunConfig(name='x', model=model, compute=NARROW, training=training)
 
 
-class Case(NamedTuple):
+class SearchCase(NamedTuple):
     """A model to be trained on so many chips."""
 
     model: ModelConfig
@@ -56,16 +56,16 @@ class Case(NamedTuple):
 
 
 CASES = {
-    'one host of GPUs': Case(SMALL, 'h100', 8, 32, 4096),
-    'a host of smaller ones': Case(DEEP, 'a100-40gb', 8, 32, 2048),
-    'a large model on two hosts': Case(LARGE, 'h200', 16, 32, 2048),
-    'a large model on eight hosts': Case(LARGE, 'h100', 64, 64, 1024),
-    'fewer rows than chips': Case(SMALL, 'h100', 16, 4, 16384),
-    'long rows': Case(LARGE, 'b200', 32, 4, 32768),
-    'a mixture on one host': Case(MIXTURE, 'h100', 8, 32, 4096),
-    'a large mixture': Case(WIDE, 'h200', 32, 32, 2048),
-    'a mixture on a torus': Case(MIXTURE, 'v5e', 16, 32, 2048),
-    'a small torus': Case(SMALL, 'v6e', 8, 32, 4096),
-    'half a cube': Case(LARGE, 'v5p', 32, 32, 2048),
-    'chips that are not a power of two': Case(SMALL, 'h100', 24, 48, 2048),
+    'one host of GPUs': SearchCase(SMALL, 'h100', 8, 32, 4096),
+    'a host of smaller ones': SearchCase(DEEP, 'a100-40gb', 8, 32, 2048),
+    'a large model on two hosts': SearchCase(LARGE, 'h200', 16, 32, 2048),
+    'a large model on eight hosts': SearchCase(LARGE, 'h100', 64, 64, 1024),
+    'fewer rows than chips': SearchCase(SMALL, 'h100', 16, 4, 16384),
+    'long rows': SearchCase(LARGE, 'b200', 32, 4, 32768),
+    'a mixture on one host': SearchCase(MIXTURE, 'h100', 8, 32, 4096),
+    'a large mixture': SearchCase(WIDE, 'h200', 32, 32, 2048),
+    'a mixture on a torus': SearchCase(MIXTURE, 'v5e', 16, 32, 2048),
+    'a small torus': SearchCase(SMALL, 'v6e', 8, 32, 4096),
+    'half a cube': SearchCase(LARGE, 'v5p', 32, 32, 2048),
+    'chips that are not a power of two': SearchCase(SMALL, 'h100', 24, 48, 2048),
 }

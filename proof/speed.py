@@ -21,13 +21,11 @@ from weft.model.batch import Batch
 from weft.model.forward import logits, place
 from weft.model.ops.grouped_matmul import default_backend, expert_mlp
 from weft.model.sizes import sizes
-from weft.planner import chips
-from weft.proof.kernels import check_profiled, kernels, table
+from weft.planner.chips import Chip, chip_of_device
+from weft.proof.kernels import check_profiled, kernel_table, kernels
 from weft.sharding.mesh import BATCH, SEQUENCE, Divides, check_divides, make_mesh, platform
 from weft.training.config import RunConfig
 from weft.training.step import init, train_step
-
-UNKNOWN = 'not described in planner/chips.py'
 
 
 def seconds_each(step: Callable[[], Any], count: int, warm: int = 2) -> list[float]:
@@ -45,12 +43,10 @@ class Trainer:
 
     def __init__(self, config: RunConfig):
         t = config.training
-        ids = np.random.default_rng(0).integers(
-            0, config.model.vocabulary, (t.batch, t.sequence_length + 1), dtype=np.int32
-        )
+        shape = (t.batch, t.sequence_length + 1)
+        ids = np.random.default_rng(0).integers(0, config.model.vocabulary, shape, dtype=np.int32)
         places = np.broadcast_to(np.arange(t.sequence_length, dtype=np.int32), (t.batch, t.sequence_length))
-        batch = Batch(ids[:, :-1], ids[:, 1:], places, np.ones_like(places))
-        self.batch = place(batch)
+        self.batch = place(Batch(ids[:, :-1], ids[:, 1:], places, np.ones_like(places)))
         self.state = jax.jit(functools.partial(init, config))()
         self.run = jax.jit(functools.partial(train_step, config), donate_argnums=0)
 
@@ -74,7 +70,7 @@ def measure_training(config: RunConfig, steps: int, profile: int = 0) -> dict[st
         step = Trainer(config).step
         seconds = statistics.median(seconds_each(step, steps))
         if profile:
-            print(table(kernels(step), seconds, profile), file=sys.stderr)
+            print(kernel_table(kernels(step), seconds, profile), file=sys.stderr)
     tokens = t.batch * t.sequence_length / seconds
     flops = cost.training_flops(config.model, t.sequence_length)
     peak, basis = peak_flops(config)
@@ -107,9 +103,7 @@ def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int, profil
         model = jax.jit(lambda: in_compute_dtype(init(config).model))()
         model = unstacked(model, divided) if is_written_out(model) else model
         ids = np.random.default_rng(0).integers(0, c.vocabulary, (rows, prompt + new), dtype=np.int32)
-        read = jax.jit(
-            lambda model, tokens, length: prefill(model, empty_cache(model, rows, prompt + new), tokens, length)
-        )
+        read = jax.jit(lambda model, *at: prefill(model, empty_cache(model, rows, prompt + new), *at))
         tokens_BT, length_B = place(ids[:, :prompt]), place(np.full(rows, prompt, np.int32))
         prefill_seconds = statistics.median(seconds_each(lambda: read(model, tokens_BT, length_B), 3))
         state = [place(ids[:, prompt]), length_B, read(model, tokens_BT, length_B)[1]]
@@ -121,7 +115,7 @@ def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int, profil
 
         seconds = statistics.median(seconds_each(step, new - 2))
         if profile:
-            print(table(kernels(step), seconds, profile), file=sys.stderr)
+            print(kernel_table(kernels(step), seconds, profile), file=sys.stderr)
         everything = jax.jit(lambda model, *at: jnp.argmax(logits(model, *at)[:, -1], -1))
         seen = -(-(prompt + new // 2) // config.mesh.span(SEQUENCE)) * config.mesh.span(SEQUENCE)
         places = np.broadcast_to(np.arange(seen, dtype=np.int32), (rows, seen))
@@ -180,14 +174,9 @@ def measure_experts(
             took = seconds_each(run, 1, warm=0)
             times[name] += took if turn >= 2 else []
     seconds = {name: statistics.median(values) for name, values in times.items()}
-    one = 2.0 * rows * dim * hidden  # FLOPs of the plain matmul
     # vjp of the plain matmul needs no forward pass, that of the MLP does.
-    rate = {
-        'mlp': 3 * one / seconds['mlp'],
-        'plain': one / seconds['plain'],
-        'mlp_gradient': 9 * one / seconds['mlp_gradient'],
-        'plain_gradient': 2 * one / seconds['plain_gradient'],
-    }
+    products = {'mlp': 3, 'plain': 1, 'mlp_gradient': 9, 'plain_gradient': 2}
+    rate = {name: count * 2.0 * rows * dim * hidden / seconds[name] for name, count in products.items()}
     return {
         'rows': rows,
         'experts': experts,
@@ -195,10 +184,7 @@ def measure_experts(
         'hidden': hidden,
         'dtype': dtype,
         'backend': backend,
-        'mlp_seconds': seconds['mlp'],
-        'plain_seconds': seconds['plain'],
-        'mlp_gradient_seconds': seconds['mlp_gradient'],
-        'plain_gradient_seconds': seconds['plain_gradient'],
+        **{f'{name}_seconds': seconds[name] for name in ('mlp', 'plain', 'mlp_gradient')},
         'plain_flops': rate['plain'],
         'forward_share': rate['mlp'] / rate['plain'],
         'gradient_share': rate['mlp_gradient'] / rate['plain'],
@@ -209,34 +195,27 @@ def measure_experts(
 
 def peak_flops(config: RunConfig) -> tuple[float | None, str]:
     """FLOP/s that the mesh's devices (a CPU: this machine) can reach at most in the config's dtype, and how that is known."""
-    chip = chips.find(jax.devices()[0].device_kind)
-    if chip:
-        one = chip.bfloat16_flops if config.compute.dtype == 'bfloat16' else chip.float32_flops
-        return one * config.mesh.size, chip.source
-    if not _is_cpu():
-        return None, UNKNOWN
     n = 2048
-    a = jnp.ones((n, n), 'float32')
     multiply = jax.jit(lambda a: a @ a)
-    return 2 * n**3 / min(
-        seconds_each(lambda: multiply(a), 8)
-    ), f'best of 8 float32 matmuls of {n} × {n} in this process'
+    measure = lambda a: 2 * n**3 / min(seconds_each(lambda: multiply(a), 8))
+    about = f'best of 8 float32 matmuls of {n} × {n} in this process'
+    described = lambda chip: chip.flops(config.compute.dtype) * config.mesh.size
+    return _peak(described, lambda: measure(jnp.ones((n, n), 'float32')), about)
 
 
 def peak_bandwidth(config: RunConfig) -> tuple[float | None, str]:
     """Bytes/s that the mesh's devices (a CPU: this machine) can read at most, and how that is known."""
-    chip = chips.find(jax.devices()[0].device_kind)
-    if chip:
-        return chip.bandwidth * config.mesh.size, chip.source
-    if not _is_cpu():
-        return None, UNKNOWN
-    a = np.ones(2**27, np.uint8)
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        a.copy()
-        times.append(time.perf_counter() - began)
-    return 2 * a.nbytes / min(times), 'best of 5 copies of 128 MiB on one core in this process, reading and writing'
+    size = 2**27
+    measure = lambda: 2 * size / min(seconds_each(np.ones(size, np.uint8).copy, 5, warm=0))
+    about = 'best of 5 copies of 128 MiB on one core in this process, reading and writing'
+    return _peak(lambda chip: chip.bandwidth * config.mesh.size, measure, about)
+
+
+def _peak(described: Callable[[Chip], float], measure: Callable[[], float], about: str) -> tuple[float | None, str]:
+    """By the data sheet of this machine's chip; of a CPU as measured, which is `about` something; else nobody knows."""
+    if chip := chip_of_device(jax.devices()[0].device_kind):
+        return described(chip), chip.source
+    return (measure(), about) if _is_cpu() else (None, 'not described in planner/chips.py')
 
 
 def peak_memory() -> int:
@@ -257,8 +236,8 @@ def _is_cpu() -> bool:
 
 
 def _where(config: RunConfig) -> dict[str, Any]:
-    devices = f'{config.mesh.size} × {jax.devices()[0].device_kind}'
+    simulated = ' (simulated)' if _is_cpu() and config.mesh.size > 1 else ''
     return {
         'mesh': str(config.mesh),
-        'device': devices + (' (simulated)' if _is_cpu() and config.mesh.size > 1 else ''),
+        'device': f'{config.mesh.size} × {jax.devices()[0].device_kind}{simulated}',
     }

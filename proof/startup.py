@@ -37,18 +37,15 @@ def first_token(run: str, prompt: str, cache: str) -> tuple[float, float]:
     environment = {name: value for name, value in os.environ.items() if name != 'JAX_COMPILATION_CACHE_DIR'}
     command = [sys.executable, str(DECODE), run, '--prompt', prompt, '--max-new-tokens', '8']
     began = time.perf_counter()
+    environment['XDG_CACHE_HOME'] = cache
     with (
         tempfile.TemporaryFile() as told,
-        subprocess.Popen(
-            command, env=environment | {'XDG_CACHE_HOME': cache}, stdout=subprocess.PIPE, stderr=told
-        ) as process,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=told) as process,
     ):
-        assert process.stdout is not None
         process.stdout.read(len(prompt.encode()) + 1)
         first = time.perf_counter() - began
         process.stdout.read()
-        code = process.wait()
-        if code:
+        if code := process.wait():
             told.seek(0)
             raise UserError(f'decode.py {run} ended with {code}: {told.read().decode(errors="replace").strip()}')
     return first, time.perf_counter() - began

@@ -40,18 +40,18 @@ def main() -> None:
         check_output('--html', options.html, [options.config])
     plan = make(options)
     if options.html is not None:
-        from weft.planner.plan_page import page
+        from weft.planner.plan_page import plan_page
 
         with Output('--html', options.html) as file:
-            file.write(page(plan).encode())
+            file.write(plan_page(plan).encode())
     if options.json:
         print(as_json(plan))
         return
     from rich.console import Console
 
-    from weft.planner.plan_text import show
+    from weft.planner.plan_text import print_plan
 
-    show(plan, Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160))
+    print_plan(plan, Console(soft_wrap=False, width=None if sys.stdout.isatty() else 160))
     if options.html is not None:
         print(shown(options.html, LONGEST))
 
@@ -89,9 +89,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def make(options: argparse.Namespace) -> dict[str, Any]:
     """The plan that the options ask for."""
-    from weft.planner.chips import named
+    from weft.planner.chips import chip_named
 
-    chip = named(options.chip)
+    chip = chip_named(options.chip)
     for name, most in MOST.items():
         value = getattr(options, name)
         if value is not None and not 0 < value <= most:
@@ -133,11 +133,11 @@ def as_written(value: float) -> str:
 def compiling(options, config, chosen: dict[str, Any]) -> dict[str, Any]:
     """What the compiler makes of the step that was planned."""
     from weft.planner.aot import compile_step
-    from weft.planner.plan import compiled_part, settled
+    from weft.planner.plan import as_planned, compiled_part
 
     what = {'train': 'train', 'serve': 'decode'}[chosen['what']]
     sizes = {'rows': chosen['serving']['rows'], 'length': chosen['serving']['length']} if what == 'decode' else {}
-    run = settled(config, chosen)
+    run = as_planned(config, chosen)
     return compiled_part(compile_step(run, options.chip.lower(), what, timeout=options.timeout, **sizes), chosen)
 
 
@@ -145,16 +145,16 @@ def train(options, config, chip, terms, mesh: str):
     """Which mesh it is, what a search found, the plan's part on training, and how many chips hold it where these do not."""
     from weft.planner.fewest import fewest_to_train
     from weft.planner.plan import training_part
-    from weft.planner.search import Choice, search
+    from weft.planner.search import TrainingCandidate, search_training
 
     if mesh != SEARCHED:
         config.check_sizes()
-        chosen, found = Choice(config, chip), None
+        chosen, found = TrainingCandidate(config, chip), None
         if mesh == OWN and not chosen.fits:
             mesh = SEARCHED
     if mesh == SEARCHED:
         dataclasses.replace(config, mesh=MeshConfig()).check_sizes()
-        found = search(config, chip, options.chips)
+        found = search_training(config, chip, options.chips)
         chosen = found.ranked[0]
     fits_from = None if chosen.fits else fewest_to_train(config, chip)
     return mesh, found, training_part(chosen, chip, terms), fits_from
@@ -164,7 +164,7 @@ def serve(options, config, chip, length: int, terms, mesh: str):
     """Which mesh serves it, what a search found, the plan's part on serving, and how many chips hold it where these do not."""
     from weft.planner.fewest import fewest_to_serve
     from weft.planner.plan import serving_part
-    from weft.planner.serving import Serving, Target, check_serves, search_serving
+    from weft.planner.serving import ServingCandidate, ServingTarget, check_serves, search_serving
 
     most = config.model.max_positions
     if most is not None and length > most:
@@ -172,15 +172,16 @@ def serve(options, config, chip, length: int, terms, mesh: str):
     prompt = options.prompt or max(1, length // 2)
     if prompt > length:
         raise UserError(f'--prompt is {prompt}: it must be at most --length, which is {length}')
-    target = Target(latency=None if options.latency is None else options.latency / 1e3, throughput=options.throughput)
+    latency = None if options.latency is None else options.latency / 1e3
+    target = ServingTarget(latency=latency, throughput=options.throughput)
     rows = options.rows or (None if options.latency or options.throughput else 64)
+    held = rows or config.mesh.span(BATCH)
+    chosen = ServingCandidate(config.model, config.compute, config.mesh, chip, held, length, prompt, target)
     if mesh == SEARCHED:
-        found = search_serving(config.model, config.compute, chip, options.chips, rows, length, prompt, target)
+        found = search_serving(chosen, options.chips, rows)
         chosen = found.ranked[0]
     else:
         found = None
-        held = rows or config.mesh.span(BATCH)
-        chosen = Serving(config.model, config.compute, config.mesh, chip, held, length, prompt, target)
         check_serves(chosen)
     fits_from = None if chosen.fits else fewest_to_serve(chosen, rows)
     return mesh, found, serving_part(chosen, chip, terms), fits_from

@@ -19,7 +19,7 @@ from weft.planner.communication import ends
 from weft.planner.communication.counter import TrafficCounter
 from weft.planner.communication.layers import copies, layers
 from weft.planner.tracing import traced_traffic
-from weft.planner.traffic import Traffic
+from weft.planner.traffic.tables import Traffic
 from weft.planner.weights import inventory
 from weft.sharding.mesh import BATCH, MeshConfig
 from weft.sharding.pipeline import ticks

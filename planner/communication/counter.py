@@ -4,7 +4,7 @@ import dataclasses
 import functools
 
 from weft.model.costs import CostCounter
-from weft.planner.traffic import Traffic, cost, label, span
+from weft.planner.traffic.tables import Traffic, cost, label, span
 from weft.sharding.mesh import AXES, MeshConfig
 
 

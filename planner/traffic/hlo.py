@@ -1,8 +1,9 @@
 """What a compiled program sends, read off its text."""
 
+import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from weft.planner.traffic.groups import axes_of, replica_groups, source_target_pairs
@@ -43,7 +44,7 @@ class Computation(NamedTuple):
     root: str
 
 
-def compiled(text: str, mesh: Mesh) -> Traffic:
+def compiled_traffic(text: str, mesh: Mesh) -> Traffic:
     """What a compiled module sends: `jax.stages.Compiled.as_text()` for CPU, TPU or GPU, loops multiplied out.
 
     `mesh` names the axes and their sizes in the order of the mesh whose devices the module was compiled for: a device in
@@ -104,9 +105,10 @@ def shape_bytes(shape: str) -> float:
     return total
 
 
+@dataclasses.dataclass
 class _Module:
-    def __init__(self, computations: dict[str, Computation], mesh: Mesh):
-        self.computations, self.mesh = computations, mesh
+    computations: dict[str, Computation]
+    mesh: Mesh
 
     def visit(self, called: str, known: Mapping[int, int]) -> Traffic:
         """What a computation sends; `known` are the elements of its parameter that are the same whole number in each call."""
@@ -133,56 +135,21 @@ class _Module:
         condition, body = (
             self.computations[re.search(rf'{part}=%?([\w.\-]+)', loop.attributes)[1]] for part in ('condition', 'body')
         )
-        start = self._elements(outer, loop.operands[0])
-        unchanged = {}
-        if start and body.root:
-            ends = self._elements(body, body.root)
-            for i, (first, last) in enumerate(zip(start, ends or (), strict=False)):
-                value = _integer(outer, first, known)
-                if value is not None and _element_of_parameter(body, last) == i:
-                    unchanged[i] = value
+        ends = _elements(body, body.root)
+        first = [_integer(outer, element, known) for element in _elements(outer, loop.operands[0])]
+        unchanged = {
+            i: value
+            for i, (value, last) in enumerate(zip(first, ends, strict=False))
+            if value is not None and _element_of_parameter(body, last) == i
+        }
         inside = self.visit(body.name, unchanged)
         if not inside.sent:
             return
-        trips = self._trips(outer, loop, condition, body, known, unchanged)
+        said = re.search(r'known_trip_count[^\d}]*(\d+)', loop.attributes)
+        trips = int(said[1]) if said else _trips(condition, body, first, ends, unchanged)
         if trips is None:
             found.unknown.append(f'trips of %{loop.name}, whose condition is %{condition.name}')
         found.include(inside, 1 if trips is None else trips)
-
-    def _trips(
-        self,
-        outer: Computation,
-        loop: Instruction,
-        condition: Computation,
-        body: Computation,
-        known: Mapping[int, int],
-        unchanged: Mapping[int, int],
-    ) -> int | None:
-        """As the compiler says on the loop; else from its counter's start, step and limit, if all three are constants."""
-        said = re.search(r'known_trip_count[^\d}]*(\d+)', loop.attributes)
-        if said:
-            return int(said[1])
-        root = condition.instructions[condition.root]
-        direction = re.search(r'direction=(LT|LE)', root.attributes)
-        if root.opcode != 'compare' or not direction:
-            return None
-        counter = _element_of_parameter(condition, root.operands[0])
-        limit = _integer(condition, root.operands[1], unchanged)
-        start, ends = self._elements(outer, loop.operands[0]), self._elements(body, body.root)
-        if counter is None or limit is None or not start or not ends:
-            return None
-        first = _integer(outer, start[counter], known)
-        added = body.instructions[_source(body, ends[counter])]
-        if first is None or added.opcode != 'add' or _element_of_parameter(body, added.operands[0]) != counter:
-            return None
-        step = _integer(body, added.operands[1], unchanged)
-        if not step or step < 0:
-            return None
-        return max(0, -(-(limit + (direction[1] == 'LE') - first) // step))
-
-    def _elements(self, computation: Computation, tuple_name: str) -> tuple[str, ...] | None:
-        found = computation.instructions[tuple_name]
-        return found.operands if found.opcode == 'tuple' else None
 
     def _collective(self, computation: Computation, instruction: Instruction, found: Traffic) -> None:
         kind = COLLECTIVES[instruction.opcode.removesuffix('-start')]
@@ -204,8 +171,44 @@ class _Module:
             size = [min(size[:2])]  # operand and result; the rest says how much goes where
         elif kind == 'all_gather':
             size = [p * part for part in size]
-        calls = 1 if kind == 'ragged_all_to_all' else len(size)
-        found.add(kind, axes_of(ids, self.mesh), cost(kind, sum(size), p) if kind != 'broadcast' else sum(size), calls)
+        found.add(kind, axes_of(ids, self.mesh), cost(kind, sum(size), p), len(size))
+
+
+def _trips(
+    condition: Computation,
+    body: Computation,
+    first: Sequence[int | None],
+    ends: Sequence[str],
+    unchanged: Mapping[int, int],
+) -> int | None:
+    """Of a loop by its counter's start, step and limit, if all three are constants.
+
+    Args:
+        first: the whole numbers among the elements that the loop begins with.
+        ends: the values of the body that become the elements of the next trip.
+        unchanged: elements that are the same whole number in each trip.
+    """
+    root = condition.instructions[condition.root]
+    direction = re.search(r'direction=(LT|LE)', root.attributes)
+    if root.opcode != 'compare' or not direction:
+        return None
+    counter = _element_of_parameter(condition, root.operands[0])
+    limit = _integer(condition, root.operands[1], unchanged)
+    if counter is None or limit is None or not ends or not first or first[counter] is None:
+        return None
+    added = body.instructions[_source(body, ends[counter])]
+    if added.opcode != 'add' or _element_of_parameter(body, added.operands[0]) != counter:
+        return None
+    step = _integer(body, added.operands[1], unchanged)
+    if not step or step < 0:
+        return None
+    return max(0, -(-(limit + (direction[1] == 'LE') - first[counter]) // step))
+
+
+def _elements(computation: Computation, tuple_name: str) -> tuple[str, ...]:
+    """The values that a tuple is made of; () where it is made elsewhere."""
+    found = computation.instructions.get(tuple_name)
+    return found.operands if found and found.opcode == 'tuple' else ()
 
 
 def _repeats(instruction: Instruction, callee: str) -> bool:

@@ -39,18 +39,38 @@ class Traffic:
 
     def bytes_by_axes(self) -> dict[str, float]:
         """Bytes over each set of axes, of all kinds together."""
-        total = collections.Counter[str]()
+        total = collections.defaultdict[str, float](float)
         for (_, axes), sent in self.sent.items():
-            total[axes] += sent.bytes  # type: ignore[assignment]  # Counter takes any number
+            total[axes] += sent.bytes
         return dict(total)
 
     def lowered(self) -> 'Traffic':
         """A table of what a program asks for, in the words of a compiled one: every sum and maximum is an all_reduce."""
-        words = dict.fromkeys(('psum', 'pmax', 'pmin', 'reduce'), 'all_reduce') | {'reshard': 'all_gather'}
+        words = {**dict.fromkeys(('psum', 'pmax', 'pmin', 'reduce'), 'all_reduce'), 'reshard': 'all_gather'}
         found = Traffic(unknown=list(self.unknown))
         for (kind, axes), sent in self.sent.items():
             found.add(words.get(kind, kind), axes, sent.bytes, sent.calls)
         return found
+
+    def budget(self) -> dict[str, list[float]]:
+        """{'all_gather over data+expert': [calls, bytes]}, sorted."""
+        assert not self.unknown, f'a table with unknown trip counts is no budget: {self.unknown}'
+        return {name(key): [_whole(x) for x in self.sent[key]] for key in sorted(self.sent)}
+
+    @classmethod
+    def of_budget(cls, rows: Mapping[str, list[float]]) -> 'Traffic':
+        """The table of a `budget`."""
+        key = lambda text: tuple(text.split(' over ', 1))
+        return cls({key(text): Sent(*amounts) for text, amounts in rows.items()})
+
+    def to_json(self) -> dict[str, Any]:
+        """A budget with what could not be counted: {'bytes': `budget`'s, 'unknown': lines}."""
+        return {'bytes': dataclasses.replace(self, unknown=[]).budget(), 'unknown': self.unknown}
+
+    @classmethod
+    def from_json(cls, table: Mapping[str, Any]) -> 'Traffic':
+        """The table that `to_json` wrote."""
+        return dataclasses.replace(cls.of_budget(table['bytes']), unknown=table['unknown'])
 
     def __str__(self) -> str:
         rows = sorted(self.sent.items(), key=lambda row: -row[1].bytes)
@@ -76,12 +96,10 @@ def name(key: Key) -> str:
 
 def cost(kind: str, size: float, p: int) -> float:
     """Bytes that one of p devices sends, where `size` is the S of the module's table."""
-    if kind == 'ppermute':
+    if kind in ('ppermute', 'broadcast'):
         return size
-    share = size * (p - 1) / p
-    return (
-        share if kind in ('all_gather', 'reduce_scatter', 'all_to_all', 'ragged_all_to_all', 'reshard') else 2 * share
-    )
+    once = ('all_gather', 'reduce_scatter', 'all_to_all', 'ragged_all_to_all', 'reshard')
+    return size * (p - 1) / p * (1 if kind in once else 2)
 
 
 def label(axes: Iterable[str], mesh: Mesh) -> str:
@@ -96,28 +114,6 @@ def span(axes: Iterable[str], mesh: Mesh) -> int:
 
 
 # Budgets --------------------------------------------------------------------------------------------------------------
-
-
-def to_json(table: Traffic) -> dict[str, list[float]]:
-    """{'all_gather over data+expert': [calls, bytes]}, sorted."""
-    assert not table.unknown, f'a table with unknown trip counts is no budget: {table.unknown}'
-    return {name(key): [_whole(x) for x in table.sent[key]] for key in sorted(table.sent)}
-
-
-def from_json(rows: Mapping[str, list[float]]) -> Traffic:
-    """The table that `to_json` wrote."""
-    split = lambda text: tuple(text.split(' over ', 1))
-    return Traffic({split(text): Sent(*amounts) for text, amounts in rows.items()})
-
-
-def rows_of(table: Traffic) -> dict[str, Any]:
-    """The table as JSON with what could not be counted, unlike a budget: {'bytes': `to_json`'s, 'unknown': lines}."""
-    return {'bytes': to_json(dataclasses.replace(table, unknown=[])), 'unknown': table.unknown}
-
-
-def table(rows: Mapping[str, Any]) -> Traffic:
-    """The table that `rows_of` wrote."""
-    return dataclasses.replace(from_json(rows['bytes']), unknown=rows['unknown'])
 
 
 def dumps(budgets: Mapping[str, Mapping[str, list[float]]]) -> str:

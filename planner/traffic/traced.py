@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,36 +11,21 @@ from weft.model.dots import bodies
 from weft.planner.traffic.tables import Mesh, Traffic, cost, label, largest, name, span
 
 # JAX's primitives, with the variants that say what varies (check_vma) beside the plain ones.
-ASKED = {
-    'all_gather': 'all_gather',
+KINDS = ('all_gather', 'reduce_scatter', 'psum', 'pmax', 'pmin', 'ppermute', 'all_to_all', 'ragged_all_to_all')
+ASKED = dict(zip(KINDS, KINDS, strict=True)) | {
     'all_gather_invariant': 'all_gather',
     'all_gather_reduced': 'all_gather',
-    'reduce_scatter': 'reduce_scatter',
     'unreduced_reduce_scatter': 'reduce_scatter',
-    'psum': 'psum',
     'psum_invariant': 'psum',
     'unreduced_psum': 'psum',
-    'pmax': 'pmax',
-    'pmin': 'pmin',
-    'ppermute': 'ppermute',
-    'all_to_all': 'all_to_all',
-    'ragged_all_to_all': 'ragged_all_to_all',
 }
 # They name mesh axes and send nothing.
-SILENT = {
-    'axis_index',
-    'pvary',
-    'pcast',
-    'core_pvary',
-    'preduced',
-    'reduced_vary_cast',
-    'vary_unreduced_cast',
-    'mesh_cast',
-}
+SILENT = {'axis_index', 'pvary', 'pcast', 'core_pvary', 'preduced', 'mesh_cast'}
+SILENT |= {'reduced_vary_cast', 'vary_unreduced_cast'}
 REDUCTIONS = {'reduce_sum', 'reduce_max', 'reduce_min', 'reduce_prod', 'reduce_and', 'reduce_or', 'argmax', 'argmin'}
 
 
-def asked(jaxpr: Any, mesh: Mesh) -> Traffic:
+def jaxpr_traffic(jaxpr: Any, mesh: Mesh) -> Traffic:
     """What a traced program asks for, loops multiplied out, exactly as it is written: what nobody uses counts too.
 
     Args:
@@ -49,7 +34,7 @@ def asked(jaxpr: Any, mesh: Mesh) -> Traffic:
 
     Inside shard_map every collective is seen. Outside, where arrays are global and their types say how they are split,
     these are: `reshard` and every other change of a layout that is written down (kind `reshard`), sums and the like over
-    a split dim, and matmuls contracted over one (kind `reduce`). What else a compiler adds only `compiled` sees.
+    a split dim, and matmuls contracted over one (kind `reduce`). What else a compiler adds only `compiled_traffic` sees.
     """
     return _walk(getattr(jaxpr, 'jaxpr', jaxpr), mesh, manual=False)
 
@@ -102,26 +87,23 @@ def _explicit(equation: Any, mesh: Mesh, found: Traffic) -> None:
     """Adds what an equation on global arrays asks for: its types say how they are split."""
     primitive, params = equation.primitive.name, equation.params
     if primitive in ('reshard', 'sharding_constraint'):
-        target = params.get('dst_sharding', params.get('sharding'))
-        _reshard(equation.invars[0].aval, target, mesh, found)
+        _reshard(equation.invars[0].aval, params.get('dst_sharding', params.get('sharding')), mesh, found)
     elif primitive in ('jit', 'pjit'):
         for variable, target in zip(params['jaxpr'].jaxpr.outvars, params['out_shardings'], strict=True):
             _reshard(variable.aval, target, mesh, found)
     elif primitive in REDUCTIONS:
         split = _split(equation.invars[0].aval)
-        _reduce((axis for dim in params['axes'] for axis in split[dim]), equation.outvars[0].aval, mesh, found)
+        _reduce([axis for dim in params['axes'] for axis in split[dim]], equation.outvars[0].aval, mesh, found)
     elif primitive == 'dot_general':
         (left_dims, right_dims), _ = params['dimension_numbers']
-        left, right = (_split(v.aval) for v in equation.invars)
+        left, right = (v.aval for v in equation.invars)
         over = set[str]()
         for i, j in zip(left_dims, right_dims, strict=True):
-            over |= set(left[i]) & set(right[j])
+            left_axes, right_axes = set(_split(left)[i]), set(_split(right)[j])
+            over |= left_axes & right_axes
             # Split on one side only: that side is gathered.
-            for variable, mine, other in (
-                (equation.invars[0], left[i], right[j]),
-                (equation.invars[1], right[j], left[i]),
-            ):
-                _gather(variable.aval, set(mine) - set(other), mesh, found)
+            _gather(left, left_axes - right_axes, mesh, found)
+            _gather(right, right_axes - left_axes, mesh, found)
         _reduce(over, equation.outvars[0].aval, mesh, found)
 
 
@@ -140,25 +122,20 @@ def _reshard(aval: Any, target: Any, mesh: Mesh, found: Traffic) -> None:
     found.add('reshard', label(moved, mesh), cost('reshard', _shard(aval, mesh), span(moved, mesh)))
 
 
-def _gather(aval: Any, axes: Iterable[str], mesh: Mesh, found: Traffic) -> None:
-    axes = list(axes)
+def _gather(aval: Any, axes: Collection[str], mesh: Mesh, found: Traffic) -> None:
     p = span(axes, mesh)
     found.add('reshard', label(axes, mesh), cost('reshard', _shard(aval, mesh) * p, p))
 
 
-def _reduce(axes: Iterable[str], out: Any, mesh: Mesh, found: Traffic) -> None:
-    axes = list(axes)
+def _reduce(axes: Collection[str], out: Any, mesh: Mesh, found: Traffic) -> None:
     found.add('reduce', label(axes, mesh), cost('reduce', _shard(out, mesh), span(axes, mesh)))
 
 
 def _dims(spec: Any, rank: int) -> list[tuple[str, ...]]:
     """The mesh axes that split each dim."""
-    entries = [*spec, *(None,) * (rank - len(spec))]
-    dims = []
-    for entry in entries:
-        names = entry if isinstance(entry, tuple) else (entry,)
-        dims.append(tuple(axis for axis in names if isinstance(axis, str)))
-    return dims
+    entries = (entry if isinstance(entry, tuple) else (entry,) for entry in spec)
+    dims = [tuple(axis for axis in entry if isinstance(axis, str)) for entry in entries]
+    return dims + [()] * (rank - len(dims))
 
 
 def _split(aval: Any) -> list[tuple[str, ...]]:

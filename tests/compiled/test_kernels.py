@@ -7,7 +7,7 @@ import os
 import subprocess
 
 from weft.planner.aot import ROOT, interpreter
-from weft.planner.topology import target
+from weft.planner.topology import compile_target
 
 BEGIN = """
 import sys
@@ -77,7 +77,7 @@ print('compiled', len(CASES))
 
 def compile_in_a_process(chip: str, program: str, marker: str, cases: str) -> str:
     """What the program prints. Asserts that it ends well."""
-    machine = target(chip, 8)
+    machine = compile_target(chip, 8)
     program = BEGIN + program.replace('MARKER', repr(marker)).replace('CASES', cases)
     env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT), 'TPU_WORKER_HOSTNAMES': 'localhost'}
     env |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}

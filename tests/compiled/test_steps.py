@@ -12,7 +12,7 @@ from weft.model.compute import ComputeConfig
 from weft.model.config import AttentionConfig, EmbeddingConfig, MLPConfig, ModelConfig, MoEConfig, changed
 from weft.planner import communication
 from weft.planner.aot import compile_step
-from weft.planner.traffic import difference
+from weft.planner.traffic.tables import difference
 from weft.sharding.mesh import MeshConfig
 from weft.training.config import RunConfig, TrainingConfig
 

@@ -26,7 +26,7 @@ from weft.model.forward import place
 from weft.planner import communication, traffic
 from weft.planner.flops import executed
 from weft.planner.memory import optimizer_bytes, stored
-from weft.planner.traffic import difference
+from weft.planner.traffic.tables import difference
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.storage.checkpoint import Checkpoints
 from weft.training.config import RunConfig, TrainingConfig, dump

@@ -12,8 +12,8 @@ from weft.model.config import AttentionConfig, MLPConfig, ModelConfig
 from weft.planner import aot
 from weft.planner.aot import Compiled, compile_step
 from weft.planner.aot_worker import needed
-from weft.planner.topology import GPUS, target
-from weft.planner.traffic import Sent, Traffic
+from weft.planner.topology import GPUS, compile_target
+from weft.planner.traffic.tables import Sent, Traffic
 from weft.proof import compiled_pairs as aot_pairs
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig
@@ -51,7 +51,7 @@ RUN = RunConfig(
     ],
 )
 def test_a_machine_of_a_chip_and_a_count(chip, count, name):
-    assert target(chip, count).name == name
+    assert compile_target(chip, count).name == name
 
 
 @pytest.mark.parametrize(
@@ -66,12 +66,12 @@ def test_a_machine_of_a_chip_and_a_count(chip, count, name):
 )
 def test_a_machine_that_does_not_exist_is_refused_with_the_nearest(chip, count, words):
     with pytest.raises(UserError, match=words):
-        target(chip, count)
+        compile_target(chip, count)
 
 
 def test_each_gpu_is_told_to_the_compiler_with_its_own_memory():
     for chip, gpu in GPUS.items():
-        assert f'device_memory_size: {gpu.memory}' in target(chip, 8).description
+        assert f'device_memory_size: {gpu.memory}' in compile_target(chip, 8).description
 
 
 # Ways to end ----------------------------------------------------------------------------------------------------------
@@ -174,8 +174,8 @@ def test_a_record_gives_back_what_was_written(tmp_path):
     pair = aot_pairs.PAIRS[0]
     table = Traffic({('all_gather', 'data'): Sent(2, 100)}, ['trips of %while'])
     found = Compiled('compiled', {'compile': 1.5}, MEMORY, 10, table, Traffic())
-    aot_pairs.write(tmp_path / 'x.json', pair.request(), found)
-    request, again = aot_pairs.read(tmp_path / 'x.json')
+    aot_pairs.write_record(tmp_path / 'x.json', pair.request(), found)
+    request, again = aot_pairs.read_record(tmp_path / 'x.json')
     assert again == found
     assert request == pair.request()
 
@@ -183,22 +183,22 @@ def test_a_record_gives_back_what_was_written(tmp_path):
 def test_a_pair_is_compiled_once_and_anew_when_it_changes(monkeypatch, tmp_path):
     monkeypatch.setattr(aot_pairs, 'RECORDS', tmp_path)
     pair = aot_pairs.PAIRS[0]
-    assert not aot_pairs.known(pair)
+    assert not aot_pairs.compiled_before(pair)
     for status, known in (('not finished', False), ('compiled', True)):
-        aot_pairs.write(
+        aot_pairs.write_record(
             tmp_path / f'{pair.name}.json', pair.request(), Compiled(status, {}, {'total': 1}, 1, Traffic(), Traffic())
         )
-        assert bool(aot_pairs.known(pair)) == known
+        assert bool(aot_pairs.compiled_before(pair)) == known
     changed = dataclasses.replace(pair, overrides=pair.overrides.replace('batch=8', 'batch=16'))
     assert changed.name == pair.name
-    assert not aot_pairs.known(changed)
+    assert not aot_pairs.compiled_before(changed)
 
 
 def test_pairs_have_names_of_their_own_and_meshes_that_divide_their_models():
     names = [pair.name for pair in aot_pairs.PAIRS]
     assert len(set(names)) == len(names)
     for pair in aot_pairs.PAIRS:
-        target(pair.chip, pair.config.mesh.size)
+        compile_target(pair.chip, pair.config.mesh.size)
         if pair.what == 'train':
             pair.config.check_sizes()
 

@@ -11,7 +11,7 @@ from tests.hub.test_published import PUBLISHED, copied
 from weft.model import cost
 from weft.model.config import ModelConfig
 from weft.planner.bill import BYTES, bill, cache_bill, rules_of_thumb
-from weft.proof.claims import CONFIGS, llama_405b, markdown, share_of_ffn
+from weft.proof.claims import CONFIGS, llama_405b, markdown
 from weft.training.config import load_config
 
 NAMES = sorted(path.stem for path in CONFIGS.glob('*.yaml'))
@@ -65,7 +65,7 @@ def test_the_table_of_llama_405b_with_its_errors_marked():
         '| FFN, a layer | 3 × 16,384 × 53,248 | 26.17 B | 2.62 B | 2,617,245,696 | 10.0 times too large |'
         in markdown(tuple(lines.values()))
     )
-    assert round(share_of_ffn(bill(model('llama-3.1-405b'))), 3) == 0.821
+    assert round(bill(model('llama-3.1-405b')).ffn_share, 3) == 0.821
 
 
 def test_rules_of_thumb_beside_the_exact_count():
@@ -96,7 +96,7 @@ def test_caches_of_each_kind():
         'deepseek-v3': ('MLA', 512 + 64),
         'gpt-oss-120b': ('GQA', 2 * 8 * 64),
     }
-    assert numbers['llama-3.1-405b'].bytes_per_token(2) == 516_096
+    assert numbers['llama-3.1-405b'].bytes_per_token == 516_096
     assert numbers['llama-3.1-405b'].without_sharing == 16 * numbers['llama-3.1-405b'].numbers
     local = numbers['gpt-oss-120b']
     assert (local.layers, local.windowed, local.window) == (36, 18, 128)

@@ -18,7 +18,9 @@ from tests.planner.steps import decode_step, mesh_shape, run_config, training_st
 from weft.model import context, linear
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig, changed
-from weft.planner import traffic
+from weft.planner.traffic.hlo import compiled_traffic
+from weft.planner.traffic.tables import Traffic, difference, dumps
+from weft.planner.traffic.traced import jaxpr_traffic
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.config import RunConfig
 
@@ -88,40 +90,40 @@ CASES = {
 SLACK = 0.02
 
 
-def asked(name: str) -> dict[str, traffic.Traffic]:
+def asked(name: str) -> dict[str, Traffic]:
     """What the steps of a case ask for."""
     config = CASES[name].config()
     with jax.set_mesh(make_mesh(config.mesh)):
         steps = {'training': training_step(config)}
         if config.mesh.stage == 1:
             steps['decoding'] = decode_step(config)
-        return {part: traffic.asked(jax.make_jaxpr(step)(*args), mesh_shape()) for part, (step, args) in steps.items()}
+        return {part: jaxpr_traffic(jax.make_jaxpr(step)(*args), mesh_shape()) for part, (step, args) in steps.items()}
 
 
-def compiled(name: str) -> traffic.Traffic:
+def compiled(name: str) -> Traffic:
     """What a case's step of training sends as it was compiled for CPUs."""
     config = CASES[name].config()
     with jax.set_mesh(make_mesh(config.mesh)):
         step, args = training_step(config)
-        return traffic.compiled(jax.jit(step, donate_argnums=0).lower(*args).compile().as_text(), mesh_shape())
+        return compiled_traffic(jax.jit(step, donate_argnums=0).lower(*args).compile().as_text(), mesh_shape())
 
 
-def budget(name: str, found: dict[str, traffic.Traffic]) -> dict[str, traffic.Traffic]:
+def budget(name: str, found: dict[str, Traffic]) -> dict[str, Traffic]:
     """The case's budgets; with REGOLD what was found becomes them."""
     file = BUDGETS / f'{name}.json'
     saved = json.loads(file.read_text()) if file.exists() else {}
     if os.environ.get('REGOLD'):
-        saved |= {part: traffic.to_json(table) for part, table in found.items()}
+        saved |= {part: table.budget() for part, table in found.items()}
         file.parent.mkdir(exist_ok=True)
-        file.write_text(traffic.dumps(dict(sorted(saved.items()))))
-    return {part: traffic.from_json(saved.get(part, {})) for part in found}
+        file.write_text(dumps(dict(sorted(saved.items()))))
+    return {part: Traffic.of_budget(saved.get(part, {})) for part in found}
 
 
 @pytest.mark.parametrize('name', CASES)
 def test_steps_ask_for_what_is_budgeted(name):
     found = asked(name)
     for part, golden in budget(name, found).items():
-        assert not (lines := traffic.difference(golden, found[part], exact=True)), '\n'.join([part, *lines])
+        assert not (lines := difference(golden, found[part], exact=True)), '\n'.join([part, *lines])
 
 
 @pytest.mark.usefixtures('optimized')
@@ -129,7 +131,7 @@ def test_steps_ask_for_what_is_budgeted(name):
 def test_compiled_training_stays_within_its_budget(name):
     found = {'compiled for CPUs': compiled(name)}
     for part, golden in budget(name, found).items():
-        assert not (lines := traffic.difference(golden, found[part], slack=SLACK)), '\n'.join([part, *lines])
+        assert not (lines := difference(golden, found[part], slack=SLACK)), '\n'.join([part, *lines])
 
 
 def test_every_budget_has_a_case():
@@ -184,4 +186,4 @@ def test_a_sum_in_place_of_a_scatter_is_told(monkeypatch):
 def told(name: str) -> list[str]:
     found = asked(name)['training']
     golden = json.loads((BUDGETS / f'{name}.json').read_text())['training']
-    return traffic.difference(traffic.from_json(golden), found, exact=True)
+    return difference(Traffic.of_budget(golden), found, exact=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from weft.planner.chips import CHIPS, find, group_rate, named, shape
+from weft.planner.chips import CHIPS, chip_named, chip_of_device, group_rate, torus_shape
 from weft.runtime.errors import UserError
 
 WANTED = ('h100', 'h200', 'b200', 'gb200', 'a100', 'mi300x', 'v4', 'v5e', 'v5p', 'v6e', 'v7x')
@@ -10,8 +10,8 @@ WANTED = ('h100', 'h200', 'b200', 'gb200', 'a100', 'mi300x', 'v4', 'v5e', 'v5p',
 
 @pytest.mark.parametrize('name', WANTED)
 def test_each_chip_is_described_whole(name):
-    chip = named(name.upper())
-    assert find(chip.kinds[-1]) is chip
+    chip = chip_named(name.upper())
+    assert chip_of_device(chip.kinds[-1]) is chip
     assert chip.float32_flops <= chip.bfloat16_flops <= chip.float8_flops
     assert chip.network < chip.links < chip.bandwidth < chip.bfloat16_flops
     assert 0 < chip.efficiency < 1
@@ -20,15 +20,15 @@ def test_each_chip_is_described_whole(name):
 
 def test_an_unknown_chip_is_answered_with_the_nearest():
     with pytest.raises(UserError, match=r"--chip 'h10': no such chip; did you mean 'h100'"):
-        named('h10')
+        chip_named('h10')
 
 
 def test_tori_are_as_even_as_can_be():
-    assert shape(CHIPS['v5p'], 1024) == (8, 8, 16)
-    assert shape(CHIPS['v5p'], 64) == (4, 4, 4)
-    assert shape(CHIPS['v6e'], 256) == (16, 16)
-    assert shape(CHIPS['v6e'], 512) == (16, 16)  # two slices
-    assert shape(CHIPS['h100'], 64) == ()
+    assert torus_shape(CHIPS['v5p'], 1024) == (8, 8, 16)
+    assert torus_shape(CHIPS['v5p'], 64) == (4, 4, 4)
+    assert torus_shape(CHIPS['v6e'], 256) == (16, 16)
+    assert torus_shape(CHIPS['v6e'], 512) == (16, 16)  # two slices
+    assert torus_shape(CHIPS['h100'], 64) == ()
 
 
 def test_a_host_of_gpus_is_one_switch_and_beyond_it_each_has_its_port():

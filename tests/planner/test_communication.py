@@ -15,7 +15,9 @@ from weft.model.batch import Source
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import AttentionConfig, EncoderConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig, changed
 from weft.model.ops import expert_dispatch as dispatch
-from weft.planner import communication, traffic
+from weft.planner import communication
+from weft.planner.traffic.tables import Sent, Traffic
+from weft.planner.traffic.traced import jaxpr_traffic
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.config import load_config
 
@@ -177,12 +179,12 @@ def test_steps_ask_for_what_their_shapes_say(name, monkeypatch):
             same(traced, communication.prefill(c, compute, mesh, BATCH, tokens))
 
 
-def same(traced, counted: traffic.Traffic) -> None:
+def same(traced, counted: Traffic) -> None:
     """Every row is exact; those of sums, but for scalars, which are not counted."""
-    found = traffic.asked(traced, mesh_shape())
+    found = jaxpr_traffic(traced, mesh_shape())
     assert not found.unknown
     for key in found.sent.keys() | counted.sent.keys():
-        asked, want = found.sent.get(key, traffic.Sent(0, 0)), counted.sent.get(key, traffic.Sent(0, 0))
+        asked, want = found.sent.get(key, Sent(0, 0)), counted.sent.get(key, Sent(0, 0))
         if key[0] in ('psum', 'reduce'):
             assert 0 <= asked.bytes - want.bytes < SCALARS, (key, asked, want)
         else:

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from weft.model.config import AttentionConfig, MLPConfig, ModelConfig
-from weft.planner.fits import Room, available_memory, changed, nearest_that_fits, plan_first, room_of
+from weft.planner.fits import available_memory, changed, memory_of, nearest_that_fits, plan_first
 from weft.planner.memory import training_memory
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig
@@ -54,16 +54,14 @@ def test_a_run_that_does_not_is_refused_with_what_fits(share):
 
 def test_the_least_change_comes_first():
     needed = training_memory(RUN, 'gpu').total
-    assert nearest_that_fits(RUN, 'gpu', Room(needed * 0.95, '')).startswith(
-        'nearest that fits: training.accumulation=2'
-    )
-    assert nearest_that_fits(RUN, 'gpu', Room(needed * 0.12, '')).startswith('nearest that fits: mesh.')
-    assert nearest_that_fits(RUN, 'gpu', Room(1.0, '')).startswith('no other mesh')
+    assert nearest_that_fits(RUN, 'gpu', needed * 0.95).startswith('nearest that fits: training.accumulation=2')
+    assert nearest_that_fits(RUN, 'gpu', needed * 0.12).startswith('nearest that fits: mesh.')
+    assert nearest_that_fits(RUN, 'gpu', 1.0).startswith('no other mesh')
 
 
 def test_simulated_devices_share_what_the_machine_has_left():
     (cpu,) = jax.devices()[:1]
-    one, eight = (room_of(cpu, MeshConfig(data=n), 1) for n in (1, 8))
+    one, eight = (memory_of(cpu, MeshConfig(data=n), 1) for n in (1, 8))
     assert one.bytes / 8 == pytest.approx(eight.bytes, rel=0.2)
     assert one.bytes > 2**28
 

@@ -6,8 +6,8 @@ import pytest
 
 from weft.planner.chips import CHIPS
 from weft.planner.layouts import divisors, meshes
-from weft.planner.search import ALIKE, everything, search, why
-from weft.planner.serving import Serving, Target, search_serving, serving_meshes
+from weft.planner.search import ALIKE, everything, search_training, why
+from weft.planner.serving import ServingCandidate, ServingTarget, search_serving, serving_meshes
 from weft.proof.search_cases import CASES, LARGE, MIXTURE, NARROW, SMALL, WIDE, run_of
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import AXES, MeshConfig, factorizations
@@ -16,7 +16,7 @@ from weft.sharding.mesh import AXES, MeshConfig, factorizations
 @pytest.mark.parametrize('case', CASES)
 def test_first_choice_is_the_best_of_everything(case):
     run, chip, chips = CASES[case].run, CASES[case].chip, CASES[case].chips
-    found = search(run, CHIPS[chip], chips)
+    found = search_training(run, CHIPS[chip], chips)
     every_mesh = [MeshConfig(**dict(zip(AXES, shape, strict=True))) for shape in factorizations(chips, len(AXES))]
     ways = everything(run, CHIPS[chip], every_mesh)
     best = min((choice.seconds for choice in ways if choice.fits), default=None)
@@ -28,7 +28,7 @@ def test_first_choice_is_the_best_of_everything(case):
 
 
 def test_where_nothing_fits_the_smallest_comes_first_and_says_so():
-    found = search(run_of(LARGE, 8, 4096), CHIPS['v5e'], 8)
+    found = search_training(run_of(LARGE, 8, 4096), CHIPS['v5e'], 8)
     assert found.best is None
     run = run_of(LARGE, 8, 4096)
     assert found.ranked[0].total == min(choice.total for choice in everything(run, CHIPS['v5e'], meshes(run, 8)))
@@ -37,7 +37,7 @@ def test_where_nothing_fits_the_smallest_comes_first_and_says_so():
 
 def test_a_number_of_chips_that_divides_nothing_is_answered_with_the_nearest():
     with pytest.raises(UserError, match=r'--chips 7: no mesh of 7 devices .* nearest that works: 8'):
-        search(run_of(SMALL, 32, 4096), CHIPS['h100'], 7)
+        search_training(run_of(SMALL, 32, 4096), CHIPS['h100'], 7)
 
 
 def test_meshes_are_all_that_the_rules_allow():
@@ -62,21 +62,26 @@ def test_meshes_are_all_that_the_rules_allow():
 
 
 @pytest.mark.parametrize(('model', 'chip', 'chips'), [(SMALL, 'h100', 8), (WIDE, 'h200', 8), (MIXTURE, 'v6e', 16)])
-@pytest.mark.parametrize('target', [Target(), Target(latency=0.03), Target(throughput=3000.0)], ids=str)
+@pytest.mark.parametrize(
+    'target', [ServingTarget(), ServingTarget(latency=0.03), ServingTarget(throughput=3000.0)], ids=str
+)
 def test_serving_finds_the_best_for_its_target(model, chip, chips, target):
-    found = search_serving(model, NARROW, CHIPS[chip], chips, None if target != Target() else 64, 4096, 1024, target)
+    asked = ServingCandidate(model, NARROW, MeshConfig(), CHIPS[chip], 1, 4096, 1024, target)
+    found = search_serving(asked, chips, None if target != ServingTarget() else 64)
     assert found.best.fits
     assert found.best.reaches
-    rows = [64] if target == Target() else [2**power for power in range(15)]
+    rows = [64] if target == ServingTarget() else [2**power for power in range(15)]
     for mesh in serving_meshes(model, chips, None):
         for count in rows:
             if count % mesh.span(('replica', 'data', 'expert')) == 0:
-                other = Serving(model, NARROW, mesh, CHIPS[chip], count, 4096, 1024, target)
+                other = dataclasses.replace(asked, mesh=mesh, rows=count)
                 assert not (other.fits and other.reaches and other.cost < found.best.cost / ALIKE**2)
 
 
 def test_serving_that_cannot_be_fast_enough_is_answered_with_the_nearest():
+    target = ServingTarget(latency=1e-6)
+    asked = ServingCandidate(SMALL, NARROW, MeshConfig(), CHIPS['h100'], 1, 4096, 1024, target)
     with pytest.raises(
         UserError, match=r'--latency 0\.001: no mesh of 8 chips reaches it; nearest: .* ms between tokens'
     ):
-        search_serving(SMALL, NARROW, CHIPS['h100'], 8, None, 4096, 1024, Target(latency=1e-6))
+        search_serving(asked, 8, None)

@@ -13,10 +13,9 @@ from weft.planner import chips, communication
 from weft.planner.activations import ActivationCounter, kept_by
 from weft.planner.flops import executed
 from weft.planner.memory import serving_memory, training_memory
-from weft.planner.roofline import train_time
-from weft.planner.serving_time import decode_time, prefill_time
+from weft.planner.roofline import decode_time, prefill_time, train_time
 from weft.planner.tracing import traced_activations, traced_flops, traced_traffic
-from weft.planner.traffic import difference
+from weft.planner.traffic.tables import difference
 from weft.planner.weights import inventory
 from weft.sharding.mesh import BATCH, MeshConfig
 
@@ -29,7 +28,7 @@ LATENT = MLAConfig(heads=8, q_lora_rank=96, kv_lora_rank=64, qk_nope_head_dim=32
 MODELS = {'dense': DENSE, 'experts': EXPERTS, 'latent': dataclasses.replace(EXPERTS, attention=LATENT)}
 # More chips than any machine that runs the tests has.
 MESHES = MeshConfig(replica=2, data=4, context=4, tensor=4), MeshConfig(data=2, expert=8, tensor=2)
-CHIP = chips.named('v5e')
+CHIP = chips.chip_named('v5e')
 
 
 @pytest.mark.parametrize('mesh', MESHES, ids=str)

@@ -10,8 +10,10 @@ from jax import P, lax
 from jax.sharding import NamedSharding
 
 from tests.planner.steps import mesh_shape
-from weft.planner import traffic
-from weft.planner.traffic import Sent, Traffic
+from weft.planner.traffic.groups import replica_groups
+from weft.planner.traffic.hlo import compiled_traffic
+from weft.planner.traffic.tables import Sent, Traffic, difference
+from weft.planner.traffic.traced import jaxpr_traffic
 from weft.sharding.mesh import MeshConfig, make_mesh
 
 N = 1024  # numbers of float32 on one device: 4,096 bytes
@@ -29,7 +31,7 @@ def program(body):
 def asked(body) -> Traffic:
     with jax.set_mesh(make_mesh(MESH)):
         run, x = program(body)
-        return traffic.asked(jax.make_jaxpr(run)(x), mesh_shape())
+        return jaxpr_traffic(jax.make_jaxpr(run)(x), mesh_shape())
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def test_a_loop_whose_trips_nobody_knows_is_told():
     found = asked(body)
     assert found.sent == {('psum', 'tensor'): Sent(1, S)}
     assert found.unknown == ['trips of a while loop that holds psum over tensor']
-    assert traffic.difference(found, found) == ['not counted: trips of a while loop that holds psum over tensor']
+    assert difference(found, found) == ['not counted: trips of a while loop that holds psum over tensor']
     quiet = asked(lambda x: lax.while_loop(lambda x: x.sum() < 9, lambda x: x + 1, x))
     assert not quiet.unknown, 'it sends nothing, however often'
 
@@ -129,7 +131,7 @@ def test_outside_of_shard_map_types_tell_what_is_sent():
         at = lambda *spec: NamedSharding(jax.sharding.get_mesh(), P(*spec))
         x = jax.ShapeDtypeStruct((N, 8), jnp.float32, sharding=at('data', 'tensor'))
         w = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=at('tensor', None))
-        found = traffic.asked(jax.make_jaxpr(jax.jit(step))(x, w), mesh_shape())
+        found = jaxpr_traffic(jax.make_jaxpr(jax.jit(step))(x, w), mesh_shape())
     part = N // 4 * 16 * 4  # bytes of y on one device
     assert found.sent == {
         ('reduce', 'tensor'): Sent(1, part),
@@ -147,8 +149,8 @@ def test_a_compiled_program_sends_what_it_was_asked():
 
     with jax.set_mesh(make_mesh(MESH)):
         run, x = program(body)
-        want = traffic.asked(jax.make_jaxpr(run)(x), mesh_shape()).lowered()
-        found = traffic.compiled(jax.jit(run).lower(x).compile().as_text(), mesh_shape())
+        want = jaxpr_traffic(jax.make_jaxpr(run)(x), mesh_shape()).lowered()
+        found = compiled_traffic(jax.jit(run).lower(x).compile().as_text(), mesh_shape())
     assert found.sent == want.sent
     assert len(found.sent) == 4
 
@@ -206,7 +208,7 @@ ENTRY %main (x: bf16[64,16]) -> bf16[64,16] {
 def test_a_tpu_loop_has_the_trips_of_its_counter():
     """From 0 in steps of 2 below 9: 5 times. The step comes in with the loop's state; the scatter is a fusion."""
     size = 64 * 16 * 2
-    found = traffic.compiled(TPU, SHAPE)
+    found = compiled_traffic(TPU, SHAPE)
     assert not found.unknown
     assert found.sent == {
         ('reduce_scatter', 'data'): Sent(5, 5 * size * 3 / 4),
@@ -227,7 +229,7 @@ def test_a_loop_that_cannot_be_counted_is_told_and_not_guessed(old, new):
     text = TPU.replace(old, new).replace(
         '%two = s32[] constant(2)', '%two = s32[] constant(2)\n  %n = s32[] parameter(1)'
     )
-    found = traffic.compiled(text, SHAPE)
+    found = compiled_traffic(text, SHAPE)
     assert found.unknown == ['trips of %while, whose condition is %condition']
     assert found.sent['all_gather', 'data'].calls == 1
 
@@ -252,7 +254,7 @@ ENTRY %main (x: f32[256]) -> f32[256] {
   ROOT %w = f32[256]{0} while(%x), condition=%never, body=%region, backend_config={"known_trip_count":{"n":"6"}}
 }
 """
-    found = traffic.compiled(text, SHAPE)
+    found = compiled_traffic(text, SHAPE)
     assert found.sent == {('reduce_scatter', 'tensor'): Sent(6, 6 * 512), ('all_gather', 'tensor'): Sent(6, 6 * 512)}
 
 
@@ -276,7 +278,7 @@ ENTRY %main (i: s32[], x: f32[64]) -> f32[64] {
   ROOT %d = f32[64]{0} conditional(%i, %c, %c), true_computation=%one, false_computation=%one
 }
 """
-    assert traffic.compiled(text, SHAPE).sent == {('all_reduce', 'data+tensor'): Sent(3, 3 * 2 * 256 * 7 / 8)}
+    assert compiled_traffic(text, SHAPE).sent == {('all_reduce', 'data+tensor'): Sent(3, 3 * 2 * 256 * 7 / 8)}
 
 
 @pytest.mark.parametrize(
@@ -293,10 +295,10 @@ ENTRY %main (i: s32[], x: f32[64]) -> f32[64] {
 )
 def test_groups_of_devices(text, rows, axes):
     attributes = f', channel_id=1, replica_groups={text}, use_global_device_ids=true'
-    np.testing.assert_array_equal(traffic.replica_groups(attributes, 8), rows)
+    np.testing.assert_array_equal(replica_groups(attributes, 8), rows)
     lines = ['ENTRY %main (x: u8[16]) -> u8[16] {', '  %x = u8[16]{0} parameter(0)']
     module = '\n'.join([*lines, f'  ROOT %r = u8[16]{{0}} all-reduce(%x){attributes}', '}'])
-    assert list(traffic.compiled(module, SHAPE).sent) == [('all_reduce', axes)]
+    assert list(compiled_traffic(module, SHAPE).sent) == [('all_reduce', axes)]
 
 
 # Budgets --------------------------------------------------------------------------------------------------------------
@@ -306,15 +308,15 @@ BUDGET = Traffic({('all_gather', 'data+expert'): Sent(12, 1.05e6), ('psum', 'ten
 
 def test_a_difference_says_what_is_new_gone_or_larger():
     found = Traffic({('all_gather', 'data+expert'): Sent(14, 1.31e6), ('ppermute', 'context'): Sent(1, 8)})
-    assert traffic.difference(BUDGET, found) == [
+    assert difference(BUDGET, found) == [
         'all_gather over data+expert: 14 calls, 1.31 MB (budget 12 calls, 1.05 MB): unplanned gather?',
         'ppermute over context: 1 call, 8 B (not in the budget)',
     ]
-    assert 'psum over tensor: gone (budget 3 calls, 600 B)' in traffic.difference(BUDGET, found, exact=True)
+    assert 'psum over tensor: gone (budget 3 calls, 600 B)' in difference(BUDGET, found, exact=True)
 
 
 def test_what_is_within_the_budget_is_not_told():
-    differ = functools.partial(traffic.difference, BUDGET)
+    differ = functools.partial(difference, BUDGET)
     more = Traffic({('all_gather', 'data+expert'): Sent(99, 1.06e6)})
     assert differ(BUDGET, exact=True) == []
     assert differ(more, slack=0.02) == differ(more, ignore=0.02) == []
@@ -327,6 +329,6 @@ def test_what_is_within_the_budget_is_not_told():
 
 
 def test_budgets_survive_their_file():
-    assert traffic.from_json(traffic.to_json(BUDGET)).sent == BUDGET.sent
+    assert Traffic.of_budget(BUDGET.budget()).sent == BUDGET.sent
     with pytest.raises(AssertionError, match='unknown trip counts'):
-        traffic.to_json(Traffic(unknown=['trips']))
+        Traffic(unknown=['trips']).budget()

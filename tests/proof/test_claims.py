@@ -30,7 +30,7 @@ from weft.model.layers.rope import rope
 from weft.planner.bill import bill, cache_bill, rules_of_thumb
 from weft.planner.chips import CHIPS
 from weft.planner.flops import executed
-from weft.proof.claims import CONFIGS, llama_405b, markdown, share_of_ffn
+from weft.proof.claims import CONFIGS, llama_405b, markdown
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.config import load_config
 
@@ -98,10 +98,8 @@ def test_layers_times_a_layer(says):
 
 def test_share_of_the_ffn(says):
     whole = bill(LARGE)
-    says(
-        f'{share_of_ffn(whole):.1%}'.replace('%', ' %'), f'{whole.parts()["mlp"] / whole.total:.1%}'.replace('%', ' %')
-    )
-    says(f'{share_of_ffn(bill(MIXTURE)):.1%}'.replace('%', ' %'))
+    says(f'{whole.ffn_share:.1%}'.replace('%', ' %'), f'{whole.parts()["mlp"] / whole.total:.1%}'.replace('%', ' %'))
+    says(f'{bill(MIXTURE).ffn_share:.1%}'.replace('%', ' %'))
 
 
 def test_bytes_of_the_weights(says):
@@ -115,7 +113,7 @@ def test_square_keys_and_values(says):
     kept = cache_bill(LARGE)
     assert kept.without_sharing == 16 * kept.numbers
     says('16,384 × 1,024', f'{square / 1e9:.2f} B', f'{(square - mine) * 126 / 1e9:.1f} B')
-    says(f'{kept.bytes_per_token():,.0f}', f'{kept.without_sharing * 2:,}')
+    says(f'{kept.bytes_per_token:,.0f}', f'{kept.without_sharing * 2:,}')
 
 
 def test_tied_heads(says):

@@ -5,9 +5,9 @@ import pytest
 from weft.model.cost import forward_flops
 from weft.planner.chips import CHIPS
 from weft.planner.roofline import mfu
-from weft.proof.published_runs import PAGE, WITHIN, fitted, published_runs_page, read
+from weft.proof.published_runs import PAGE, WITHIN, fitted, published_runs_page, read_published_runs
 
-RUNS = read()
+RUNS = read_published_runs()
 
 
 def test_no_run_is_faster_than_its_bound():

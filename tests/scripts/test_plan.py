@@ -14,9 +14,9 @@ from tests.scripts.runs import ROOT, run
 from weft.model import cost
 from weft.planner.aot import Compiled
 from weft.planner.plan import compiled_part
-from weft.planner.plan_page import memory_picture, page
-from weft.planner.plan_text import flops_line, show, tables, verdict
-from weft.planner.traffic import Traffic
+from weft.planner.plan_page import memory_picture, plan_page
+from weft.planner.plan_text import flops_line, print_plan, tables, verdict
+from weft.planner.traffic.tables import Traffic
 from weft.runtime.errors import UserError
 from weft.scripts.plan import make, parse
 from weft.training.config import load_config
@@ -86,7 +86,7 @@ def test_an_encoder_alone_has_a_bill_and_no_step():
     found = plan('configs/models/bert-base.yaml', '--chip', 'h100', '--chips', '8')
     assert found['what'] == 'bill'
     assert found['parameters']['total'] == 110_106_428
-    assert page(found).count('<table') == 3
+    assert plan_page(found).count('<table') == 3
 
 
 def test_serving_searches_where_no_mesh_is_given():
@@ -113,7 +113,7 @@ def test_what_does_not_fit_has_no_speed_and_no_price():
         None
     }
     for one, chips in ((found, 8), (served, 1)):
-        text, shown = page(one), terminal(one, 120)
+        text, shown = plan_page(one), terminal(one, 120)
         for said in (text, shown):
             assert 'DOES NOT FIT' in said
             assert f'--chips {one["fits_from"]["chips"]}' in re.sub(
@@ -205,7 +205,7 @@ def test_costs_have_a_currency():
 def terminal(plan: dict, width: int) -> str:
     """What a terminal of so many columns shows."""
     console = Console(file=io.StringIO(), width=width)
-    show(plan, console)
+    print_plan(plan, console)
     return console.file.getvalue()
 
 
@@ -282,7 +282,7 @@ class Checker(HTMLParser):
 
 def test_page_is_whole_and_loads_nothing():
     found = plan('configs/demo.yaml', '--chip', 'v6e', '--chips', '4')
-    text = page(found)
+    text = plan_page(found)
     checker = Checker()
     checker.feed(text)
     assert checker.open == []
