@@ -11,11 +11,11 @@ import pytest
 from jax import P
 
 from tests.extending import harness
+from tests.models import filled
 from weft.model.capture import capture
-from weft.model.compute import ComputeConfig, Dtype
+from weft.model.compute import ComputeConfig
 from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
 from weft.model.context import ForwardContext
-from weft.model.decoder import Decoder, init_decoder
 from weft.model.forward import hidden_states, logits, place
 from weft.model.layers.mlp import Mlp
 from weft.model.records import Metric, Records, Tap, join
@@ -38,10 +38,6 @@ MIXED = dataclasses.replace(
 )
 
 
-def built(c: ModelConfig, dtype: Dtype = 'float32') -> Decoder:
-    return jax.jit(lambda: init_decoder(c, ComputeConfig(dtype=dtype), jax.random.key(0)))()
-
-
 def rows():
     batch = place(harness.batch_of(0))
     return batch.tokens_BT, batch.position_BT, batch.segment_BT
@@ -49,15 +45,15 @@ def rows():
 
 @functools.cache
 def captured(mesh: MeshConfig) -> dict[str, np.ndarray]:
-    with jax.set_mesh(make_mesh(mesh)):
-        found = jax.jit(functools.partial(capture, names=('attention', 'mlp', 'block')))
-        arrays = found(built(MODEL), tokens_BT=rows()[0], position_BT=rows()[1], segment_BT=rows()[2])
+    with harness.on(mesh):
+        model, found = filled(MODEL), jax.jit(functools.partial(capture, names=('attention', 'mlp', 'block')))
+        arrays = found(model, tokens_BT=rows()[0], position_BT=rows()[1], segment_BT=rows()[2])
         layouts = {name: x.sharding.spec for name, x in arrays.items()}
         split = {axis for axis in ('data', 'expert', 'context', 'tensor') if getattr(mesh, axis) > 1}
         for spec in layouts.values():
             named = {axis for axes in spec if axes for axis in ((axes,) if isinstance(axes, str) else axes)}
             assert split <= named, f'{spec} on {mesh}: each device has its own part'
-        final = np.asarray(jax.jit(hidden_states)(built(MODEL), *rows()))
+        final = np.asarray(jax.jit(hidden_states)(model, *rows()))
     return {name: np.asarray(x) for name, x in arrays.items()} | {'final': final}
 
 
@@ -79,9 +75,9 @@ def test_a_name_that_no_layer_offers_is_refused():
         with pytest.raises(
             UserError, match=r"'atention': no layer offers such an activation; did you mean 'attention'\?"
         ):
-            capture(built(MODEL), ['atention'], *rows())
+            capture(filled(MODEL), ['atention'], *rows())
         with pytest.raises(UserError, match='known: attention, block, mlp'):
-            capture(built(MODEL), ['scores'], *rows())
+            capture(filled(MODEL), ['scores'], *rows())
     with jax.set_mesh(make_mesh(MeshConfig(stage=2))), pytest.raises(UserError, match=r'mesh\.stage is 2: capturing'):
         capture(None, ['block'], *rows())
 
@@ -103,8 +99,8 @@ QUIET = Mlp.__call__
 
 def programs(c: ModelConfig) -> dict[str, str]:
     """Compiled programs of a scoring pass and of a gradient, without what says where in the source they are from."""
-    with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2))):
-        model, batch = built(c), place(harness.batch_of(0))
+    with harness.on(MeshConfig(data=2, tensor=2)):
+        model, batch = filled(c), place(harness.batch_of(0))
         lowered = {
             'logits': jax.jit(lambda *args: logits(*args)).lower(model, *rows()),
             'gradient': jax.jit(lambda *args: loss_and_gradient(*args)).lower(model, batch),
@@ -124,21 +120,22 @@ def test_unasked_they_leave_the_compiled_program_as_it_is(c, monkeypatch):
     quiet = programs(c)
     monkeypatch.setattr(ForwardContext, 'metric', lambda *args, **kwargs: None)
     monkeypatch.setattr(ForwardContext, 'tap', lambda *args, **kwargs: None)
-    assert programs(c)['logits'] == quiet['logits']
+    without = programs(c)
+    assert without['logits'] == quiet['logits']
     if c is MODEL:
-        assert programs(c)['gradient'] == quiet['gradient']
+        assert without['gradient'] == quiet['gradient']
     else:
-        assert programs(c)['gradient'] != quiet['gradient'], 'the balance loss is a metric'
+        assert without['gradient'] != quiet['gradient'], 'the balance loss is a metric'
 
 
 def test_a_new_metric_is_summed_and_logged_on_every_mesh(monkeypatch, float64):
     monkeypatch.setattr(Mlp, '__call__', say)
     found = {}
     for mesh in (MeshConfig(), harness.MESHES[1], MeshConfig(stage=2, tensor=2)):
-        with jax.set_mesh(make_mesh(mesh)):
+        with harness.on(mesh):
             microbatches = 2 if mesh.stage > 1 else 1
             (_, metrics), _ = jax.jit(functools.partial(loss_and_gradient, microbatches=microbatches))(
-                built(MIXED, 'float64'), place(harness.batch_of(0))
+                filled(MIXED, ComputeConfig(dtype='float64')), place(harness.batch_of(0))
             )
             found[mesh] = jax.device_get(metrics)
     wanted = found[MeshConfig()]
