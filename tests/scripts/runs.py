@@ -1,13 +1,21 @@
 """Starting the scripts as a user does, in a folder of the test's own."""
 
+import contextlib
+import functools
+import importlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from unittest import mock
 
 import jaxlib
+import pytest
+
+from weft.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 # Compiling takes most of the time of the tests, and the CPU's newer way to make fused loops two thirds of that. jaxlib 0.12
@@ -47,13 +55,22 @@ class Started(subprocess.Popen):
         super().__exit__(kind, error, trace)
 
 
+@functools.cache
+def compiled() -> tempfile.TemporaryDirectory:
+    """Programs that the scripts compiled, for all tests of this process: most of them train one model on one mesh.
+
+    Another worker has another folder: an entry that is half written when another process reads it is told on stderr.
+    """
+    return tempfile.TemporaryDirectory(prefix='weft-compiled-', ignore_cleanup_errors=True)
+
+
 def start(folder: Path, script: str, *arguments: str, **variables: str) -> Started:
     """A script under way in `folder`, with more environment variables."""
     environment = {name: value for name, value in os.environ.items() if name not in ('XLA_FLAGS', 'JAX_PLATFORMS')}
     environment |= {
         'JAX_PLATFORMS': 'cpu',
         'PYTHONPATH': str(ROOT),
-        'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
+        'JAX_COMPILATION_CACHE_DIR': compiled().name,
     }
     # Two of three seconds would go into optimising programs this small.
     environment |= {'JAX_DISABLE_MOST_OPTIMIZATIONS': '1', 'XLA_FLAGS': QUICK, **variables}
@@ -67,6 +84,19 @@ def run(folder: Path, script: str, *arguments: str, code: int = 0, **variables: 
         out, err = process.communicate(timeout=300)
     assert process.returncode == code, f'{script} {arguments}: exit {process.returncode}, not {code}\n{out}\n{err}'
     return subprocess.CompletedProcess(arguments, code, out, err)
+
+
+def refused(folder: Path, script: str, *arguments: str) -> str:
+    """What a script raises as a user's mistake, run in this process: scripts/entry.py would print it after `error: `."""
+    with (
+        contextlib.chdir(folder),
+        mock.patch.object(sys, 'argv', [f'{script}.py', *arguments]),
+        pytest.raises(UserError) as caught,
+    ):
+        importlib.import_module(f'scripts.{script}').main()
+    line = str(caught.value)
+    assert '\n' not in line
+    return line
 
 
 def start_together(folder: Path, processes: int, *arguments: str, **variables: str) -> list[subprocess.Popen]:

@@ -1,18 +1,15 @@
 """A user's mistake: one clear line, exit code 2, and nothing touched."""
 
 import contextlib
-import importlib
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.scripts.runs import everything, run, workplace
-from weft.runtime.errors import UserError
+from tests.scripts.runs import everything, refused, run, workplace
 
 
 @pytest.fixture(scope='module')
@@ -41,29 +38,20 @@ def mistake(place: Path, script: str, *arguments: str) -> str:
 
 @contextlib.contextmanager
 def untouched(place: Path) -> Iterator[None]:
-    """Nothing in the folder changes meanwhile, but for compiled programs; a lock beside a run may have come and gone."""
-    facts = lambda: {
-        path: None if path == 'runs' else found
-        for path, found in everything(place).items()
-        if not path.startswith('compiled')
-    }
+    """Nothing in the folder changes meanwhile; a lock beside a run may have come and gone."""
+    facts = lambda: {path: None if path == 'runs' else found for path, found in everything(place).items()}
     before = facts()
     yield
     assert facts() == before, 'nothing was touched'
 
 
 @pytest.fixture
-def here(place, monkeypatch) -> Callable[..., str]:
-    """As `mistake`, in this process: what scripts/entry.py would print after `error: `."""
+def here(place) -> Callable[..., str]:
+    """As `mistake`, in this process."""
 
     def mistake_here(script: str, *arguments: str) -> str:
-        monkeypatch.chdir(place)
-        monkeypatch.setattr(sys, 'argv', [f'{script}.py', *arguments])
-        with untouched(place), pytest.raises(UserError) as caught:
-            importlib.import_module(f'scripts.{script}').main()
-        line = str(caught.value)
-        assert '\n' not in line
-        return line
+        with untouched(place):
+            return refused(place, script, *arguments)
 
     return mistake_here
 
