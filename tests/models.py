@@ -1,15 +1,24 @@
 """Models for tests that ask nothing of how weights are born: making those takes longer to compile than most tests."""
 
+import contextlib
 import zlib
 
+import jax
 import numpy as np
 
+from tests.extending import harness
 from tests.families.loading import from_leaves
 from weft.hub.tensor_table import array_shapes
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.decoder import Decoder, weights_of
 from weft.model.parameters import Role
+from weft.sharding.mesh import MeshConfig, make_mesh
+
+
+def on(mesh: MeshConfig) -> contextlib.AbstractContextManager[object]:
+    """On a mesh: one device has its layers written out one by one, several have loops, which compile in half the time."""
+    return jax.set_mesh(make_mesh(mesh)) if mesh.size == 1 else harness.on(mesh)
 
 
 def filled(c: ModelConfig, compute: ComputeConfig = DEFAULT, seed: int = 0, gain: float = 1.0) -> Decoder:

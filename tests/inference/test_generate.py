@@ -16,6 +16,7 @@ from weft.inference.run import own_mesh
 from weft.inference.sampling import RowSampling, Sampling, choose, describe
 from weft.inference.score import score
 from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
+from weft.model.decoder import Decoder
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import BATCH, MeshConfig, make_mesh
 from weft.training.config import RunConfig, TrainingConfig
@@ -130,11 +131,13 @@ def test_a_prompt_with_two_starts_is_told_once(capfd):
     assert capfd.readouterr().err == f'{TWICE}\n'
 
 
-def generated(mesh: MeshConfig, tokenizer, prompts, **options):
+@functools.cache
+def born(mesh: MeshConfig, vocabulary: int) -> Decoder:
+    """A model on a mesh, the current one."""
     config = RunConfig(
         name='generated',
         model=ModelConfig(
-            vocabulary=tokenizer.vocabulary,
+            vocabulary=vocabulary,
             layers=2,
             model_dim=32,
             attention=AttentionConfig(heads=4, kv_heads=2),
@@ -143,8 +146,12 @@ def generated(mesh: MeshConfig, tokenizer, prompts, **options):
         ),
         training=TrainingConfig(steps=1, batch=4, sequence_length=64),
     )
+    return jax.jit(functools.partial(init, config))().model
+
+
+def generated(mesh: MeshConfig, tokenizer, prompts, **options):
     with jax.set_mesh(make_mesh(mesh)):
-        model = jax.jit(functools.partial(init, config))().model
+        model = born(mesh, tokenizer.vocabulary)
         return generate(model, tokenizer, prompts, options.pop('sampling', Sampling()), 12, context=64, **options)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests import reference
-from tests.models import filled
+from tests.models import filled, on
 from weft.model.batch import Batch
 from weft.model.compute import ComputeConfig
 from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig, MTPConfig
@@ -53,7 +53,7 @@ def test_tokens_that_are_given_and_asked_for():
 def step_on(mesh: MeshConfig):
     microbatches = 2 * mesh.stage if mesh.stage > 1 else 1
     run = functools.partial(loss_and_gradient, microbatches=microbatches)
-    with jax.set_mesh(make_mesh(mesh)):
+    with on(mesh):
         model = filled(MODEL, DOUBLE)
         return jax.tree.map(np.asarray, jax.jit(run)(model, place(batch())))
 
@@ -100,7 +100,7 @@ def test_a_step_moves_them_and_their_routers_biases():
         training=TrainingConfig(steps=10, batch=8, sequence_length=32),
         optimizer=AdamW(learning_rate=1e-2),
     )
-    with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2))):
+    with on(MeshConfig(data=2, tensor=2)):
         state = jax.jit(functools.partial(init, config))()
         step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
         losses = []
