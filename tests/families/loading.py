@@ -1,5 +1,6 @@
 """A case as our model: its config read by its family, its weights generated and put where the family's table says."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -71,11 +72,14 @@ def generated(name: str, family: Family, c: ModelConfig, seed: int) -> Decoder:
 
 def from_leaves(c: ModelConfig, filled: dict[str, np.ndarray], compute: ComputeConfig = DEFAULT) -> Decoder:
     """The model of host arrays by name, in its layout on the current mesh."""
+    layouts, structure = _structure(c, compute, jax.sharding.get_mesh())
+    return jax.tree.unflatten(structure, [jax.device_put(filled[name], layout) for name, layout in layouts.items()])
+
+
+@functools.cache  # tracing takes a tenth of a second
+def _structure(c: ModelConfig, compute: ComputeConfig, mesh: jax.sharding.Mesh) -> tuple[dict[str, NamedSharding], Any]:
+    """A model's arrays on a mesh: by name their layouts, and the tree that they are the leaves of."""
     model = jax.eval_shape(lambda key: init_decoder(c, compute, key), jax.random.key(0))
     paths, structure = jax.tree_util.tree_flatten_with_path(model)
-    mesh = jax.sharding.get_mesh()
-    put = []
-    for path, leaf in paths:
-        name = jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value')
-        put.append(jax.device_put(filled[name], NamedSharding(mesh, leaf.sharding.spec)))
-    return jax.tree.unflatten(structure, put)
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator='.').removesuffix('.value')
+    return {name(path): NamedSharding(mesh, leaf.sharding.spec) for path, leaf in paths}, structure

@@ -12,6 +12,7 @@ from jax import P
 from tests import reference
 from tests.families.cases import CASES
 from tests.families.loading import read
+from tests.models import on
 from weft.inference.step import decode, empty_cache, prefill
 from weft.model.batch import Batch
 from weft.model.compute import DEFAULT, ComputeConfig
@@ -75,7 +76,7 @@ def run_on(shape: tuple[int, ...], dtype: str) -> dict:
     """Initial weights, losses of 20 steps, and then greedy text: its tokens and how far apart the two best logits were."""
     config = dataclasses.replace(RUN, mesh=MeshConfig(**dict(zip(AXES, shape, strict=True))))
     config = dataclasses.replace(config, compute=ComputeConfig(dtype=dtype))
-    with jax.set_mesh(make_mesh(config.mesh)):
+    with on(config.mesh):
         state = jax.jit(functools.partial(init, config))()
         born = jax.tree.map(np.asarray, state.model)
         for leaf in jax.tree.leaves(state.model):
