@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, cast, get_args
+from typing import Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +24,14 @@ from weft.hub import gguf
 from weft.hub.dequantize import unpacked
 from weft.hub.families import OPTIONAL, Family, Fields, Tensor, family_of
 from weft.hub.families.fields import passed_over
+from weft.hub.gguf.blocks import Blocks
 from weft.hub.published_folder import CONFIG, all_stored, config_of
 from weft.hub.published_folder import INDEX as INDEX  # as parts of this face for what reads and writes folders
 from weft.hub.published_folder import SINGLE as SINGLE
 from weft.hub.published_folder import TEMPLATES as TEMPLATES
 from weft.hub.published_folder import side_files as side_files
 from weft.hub.streaming import arrays
+from weft.hub.tensor_files import Derived, Stored
 from weft.hub.tensor_table import array_shapes, is_correction, tensors
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import ModelConfig
@@ -38,19 +40,8 @@ from weft.sharding.mesh import AXES
 from weft.storage.foreign import shown_path
 
 BUFFERS = (r'.*rotary_emb\.inv_freq',)  # of every family in old files: they follow from the config
+TensorSource = Stored | Blocks | Derived  # where a published tensor's numbers are
 Kept = Literal['float32', 'bfloat16', 'float16']  # what weights can be kept in
-
-
-class TensorSource(Protocol):
-    """Where a published tensor's numbers are: a file, or a file of others that stand for them."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def dtype(self) -> np.dtype: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    def read(self, take: tuple[slice, ...] = ()) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from weft.hub.families import Family, Fields, layer_norm, linear
 from weft.hub.families.fields import Table, read_fields, write_fields
+from weft.hub.families.gpt2 import BIASES
 from weft.model.config import ModelConfig, PoolerConfig, changed, model_of
 
 HEADLESS = 'BertModel'  # as models that embed texts come
@@ -58,13 +59,9 @@ def read(f: Fields) -> ModelConfig:
     pretraining = architecture == 'BertForPreTraining'
     tied = True if architecture == HEADLESS else f.only('tie_word_embeddings', True)
     f.skip('tie_word_embeddings')
-    fields = read_fields(f, FIELDS) | {
-        'attention.qkv_bias': True,
-        'attention.o_bias': True,
-        'mlp.bias': True,
-        'norm.kind': 'layernorm',
+    fields = read_fields(f, FIELDS) | BIASES
+    fields |= {
         'norm.order': 'post',
-        'norm.bias': True,
         'positions.kind': 'learned',
         'causal': False,
         'embedding.norm': True,

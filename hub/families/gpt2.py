@@ -18,6 +18,13 @@ ACTIVATIONS: dict[str, Any] = {  # transformers' names, of which three are one f
     'silu': 'silu',
     'swish': 'silu',
 }
+BIASES = {  # everywhere
+    'attention.qkv_bias': True,
+    'attention.o_bias': True,
+    'mlp.bias': True,
+    'norm.kind': 'layernorm',
+    'norm.bias': True,
+}
 QKV = ('attention.q.w_IO', 'attention.k.w_IO', 'attention.v.w_IO')
 LAYER: dict[str, Entry] = {
     'ln_1.weight': 'attention_norm.scale_D',
@@ -65,13 +72,9 @@ def read(f: Fields) -> ModelConfig:
     fields = read_fields(f, FIELDS)
     return model_of(
         fields
+        | BIASES
         | {
-            'attention.qkv_bias': True,
-            'attention.o_bias': True,
             'mlp.dim': fields['mlp.dim'] or 4 * fields['model_dim'],
-            'mlp.bias': True,
-            'norm.kind': 'layernorm',
-            'norm.bias': True,
             'positions.kind': 'learned',
         }
     )

@@ -10,6 +10,7 @@ import numpy as np
 
 from weft.hub.families import AsRow, Family, Fields, layer_norm, linear
 from weft.hub.families.fields import Table, read_fields, write_fields
+from weft.hub.families.gpt2 import BIASES
 from weft.model.config import ModelConfig, model_of
 from weft.model.layers.positions import sinusoids
 from weft.runtime.errors import UserError
@@ -74,13 +75,9 @@ def read(f: Fields) -> ModelConfig:
     width = fields['model_dim']
     return model_of(
         fields
+        | BIASES
         | {
-            'attention.qkv_bias': True,
-            'attention.o_bias': True,
-            'mlp.bias': True,
-            'norm.kind': 'layernorm',
             'norm.order': 'post',
-            'norm.bias': True,
             'positions.kind': 'sinusoidal',
             'encoder.start_token': f('decoder_start_token_id', 58100),
             'encoder.kv_heads': fields['encoder.heads'],

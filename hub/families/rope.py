@@ -8,6 +8,8 @@ from weft.model.layers.rope import yarn_gain
 from weft.runtime.errors import shown
 from weft.storage.foreign import shown_value
 
+KINDS = ('linear', 'dynamic', 'yarn', 'llama3', 'longrope')
+
 
 def read_rope(
     f: Fields,
@@ -65,15 +67,18 @@ def read_scaling(f: Fields, p: Fields, original: int | None = None, scores: bool
     if kind == 'default':
         p.finish()
         return None
-    if kind == 'linear':
-        pass
-    elif kind == 'dynamic':
+    if kind == 'su':
+        kind = 'longrope'
+    if kind not in KINDS:
+        raise p.error(
+            f'rope_type is {shown_value(kind)}, which is not supported; supported: default, {", ".join(KINDS)}'
+        )
+    if kind == 'dynamic' or (kind in ('yarn', 'longrope') and not old):
         scaling['original_positions'] = f('max_position_embeddings')
-    elif kind == 'llama3':
+    if kind == 'llama3':
         scaling['low_frequency_factor'] = float(p('low_freq_factor'))
         scaling['high_frequency_factor'] = float(p('high_freq_factor'))
     elif kind == 'yarn':
-        scaling['original_positions'] = old or f('max_position_embeddings')
         scaling['beta_fast'], scaling['beta_slow'] = float(p('beta_fast', 32.0)), float(p('beta_slow', 1.0))
         scaling['truncate'] = p('truncate', True)
         p.skip('finetuned')  # what was trained, which the numbers have
@@ -82,15 +87,10 @@ def read_scaling(f: Fields, p: Fields, original: int | None = None, scores: bool
         scaling['attention_factor'] = _yarn_gain(p)
         if scores:
             scaling['mscale_all_dim'] = float(p('mscale_all_dim', 0.0))
-    elif kind in ('longrope', 'su'):
-        kind = 'longrope'
-        scaling['original_positions'] = old or f('max_position_embeddings')
+    elif kind == 'longrope':
         scaling['short_factors'] = tuple(map(float, p('short_factor')))
         scaling['long_factors'] = tuple(map(float, p('long_factor')))
         scaling['attention_factor'] = p('attention_factor', None)
-    else:
-        known = 'default, linear, dynamic, yarn, llama3, longrope'
-        raise p.error(f'rope_type is {shown_value(kind)}, which is not supported; supported: {known}')
     factor = p('factor', None) if kind in ('yarn', 'longrope') else p('factor')
     if factor is None:
         factor = f('max_position_embeddings') / scaling['original_positions']

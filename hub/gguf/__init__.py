@@ -18,7 +18,7 @@ import numpy as np
 
 from weft.hub.families import Tensor
 from weft.hub.gguf import file as gguf_file
-from weft.hub.gguf.architectures import ARCHITECTURES, Architecture, Changed, Entry, Experts, Pair, Second
+from weft.hub.gguf.architectures import ARCHITECTURES, Architecture, Changed, Entry, Experts, Pair
 from weft.hub.gguf.blocks import Blocks, Numbers
 from weft.hub.gguf.file import Contents
 from weft.hub.gguf.keys import Keys
@@ -89,7 +89,7 @@ class Model:
         where = parsed(published)
         base, _, suffix = where.pattern.rpartition('.')
         for name, entry in self.architecture.names.items():
-            theirs = entry if isinstance(entry, str) else '' if isinstance(entry, Second) else entry.name
+            theirs = entry if isinstance(entry, str) else entry.name
             if theirs in (base, where.pattern):
                 return where.filled(name if theirs == where.pattern else f'{name}.{suffix}')
         return published
@@ -188,7 +188,7 @@ class _Published:
         self.contents, self.architecture, self.config = contents, architecture, config
         self.found: dict[str, Numbers | Undone] = {}
         self.called: dict[str, str] = {}
-        self.experts = architecture.experts(config)
+        self.experts, self.seconds = architecture.experts(config), architecture.seconds
         self.experts_there: set[str] = set()
 
     def all(self) -> tuple[dict[str, Numbers | Undone], dict[str, str]]:
@@ -215,6 +215,10 @@ class _Published:
     def place(self, name: str, numbers: Numbers) -> None:
         """A tensor of the file as what it is in a published folder."""
         where = parsed(name)
+        if first := self.seconds.get(where.pattern):
+            self.count(name, where, numbers)
+            self.beside(where.filled(first), name, numbers)
+            return
         entry, tail = self.entry(where)
         if entry is None:
             raise UserError(
@@ -222,9 +226,7 @@ class _Published:
                 f'{self.architecture.name} is known to have; its numbers would be lost'
             )
         self.count(name, where, numbers)
-        if isinstance(entry, Second):
-            self.beside(where.filled(entry.first), name, numbers)
-        elif isinstance(entry, Pair):
+        if isinstance(entry, Pair):
             second = where.filled(entry.second)
             other = self.beside(second, name, numbers)
             entry.check(numbers, other, name, second)

@@ -40,14 +40,7 @@ class Pair:
     check: Callable[[Numbers, Numbers, str, str], None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Second:
-    """The second of a `Pair`, of which this is the first."""
-
-    first: str
-
-
-Entry = str | Changed | Experts | Pair | Second
+Entry = str | Changed | Experts | Pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +54,11 @@ class Architecture:
     consumed: tuple[str, ...] = ()  # patterns of tensors that `config` has read, or that follow from it
     # Patterns of tensors that repeat another; where a file has blocks of few bits, the two may differ by rounding.
     copies: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> dict[str, str]:
+        """The second tensors of pairs, and the first ones."""
+        return {entry.second: first for first, entry in self.names.items() if isinstance(entry, Pair)}
 
     def experts(self, config: Config) -> int:
         """Experts of a layer, as config.json says it; 0 if none."""
@@ -185,14 +183,12 @@ GPT_OSS: dict[str, Entry] = {
         lambda gate, up: Woven(gate, up, turned=True),
         same_shape,
     ),
-    'blk.{i}.ffn_up_exps.weight': Second('blk.{i}.ffn_gate_exps.weight'),
     'blk.{i}.ffn_gate_exps.bias': Pair(
         f'{LAYER}.mlp.experts.gate_up_proj_bias',
         'blk.{i}.ffn_up_exps.bias',
         lambda gate, up: Woven(gate, up, turned=False),
         same_shape,
     ),
-    'blk.{i}.ffn_up_exps.bias': Second('blk.{i}.ffn_gate_exps.bias'),
     'blk.{i}.ffn_down_exps.weight': Changed(f'{LAYER}.mlp.experts.down_proj', turned),
     'blk.{i}.ffn_down_exps.bias': f'{LAYER}.mlp.experts.down_proj_bias',
 }
@@ -230,7 +226,6 @@ LATENT: dict[str, Entry] = {
     'blk.{i}.attn_k_b.weight': Pair(
         f'{LAYER}.self_attn.kv_b_proj.weight', 'blk.{i}.attn_v_b.weight', Unsplit, same_latent
     ),
-    'blk.{i}.attn_v_b.weight': Second('blk.{i}.attn_k_b.weight'),
     'blk.{i}.attn_output': f'{LAYER}.self_attn.o_proj',
 }
 AHEAD: dict[str, Entry] = {

@@ -17,7 +17,7 @@ import numpy as np
 from weft.data.tokenizer import SPACE
 from weft.hub.gguf.cuts import CUTS, Cut
 from weft.hub.tokenizers.built import halves, template
-from weft.hub.tokenizers.side_files import LONGEST_PIECE, MOST_CHARACTERS
+from weft.hub.tokenizers.side_files import FLAGS, LONGEST_PIECE, MOST_CHARACTERS
 from weft.runtime.errors import UserError, nearest
 from weft.storage.foreign import shown_value
 
@@ -247,15 +247,7 @@ class _Header:
         sentencepiece = self.values[f'{KEY}model'] == 'llama'
         kinds = (CONTROL, USER_DEFINED, UNKNOWN)
         return [
-            {
-                'id': i,
-                'content': token,
-                'single_word': False,
-                'lstrip': False,
-                'rstrip': False,
-                'normalized': False,
-                'special': self.kinds[i] != USER_DEFINED,
-            }
+            {'id': i, 'content': token} | dict.fromkeys(FLAGS, False) | {'special': self.kinds[i] != USER_DEFINED}
             for i, token in enumerate(self.tokens)
             if self.kinds[i] in kinds and token and not (sentencepiece and self.spelt(token) != token)
         ]
