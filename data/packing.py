@@ -6,7 +6,6 @@ Legend: N rows of a batch, T inputs of a row, S tokens of a split's documents on
 
 import abc
 import contextlib
-import functools
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -46,6 +45,12 @@ class Samples(abc.ABC):
     def take(self, indices: Iterable[int]) -> Batch:
         """The rows `indices`, int32 [N, T] each."""
 
+    def checked(self, indices: Iterable[int]) -> np.ndarray:
+        """Numbers of rows, int64 [N]."""
+        row_N = np.fromiter(indices, np.int64)
+        assert ((row_N >= 0) & (row_N < len(self))).all(), f'rows {row_N} of {len(self)}'
+        return row_N
+
     def row_ids(self, seed: int, step: int, batch: int) -> np.ndarray:
         """The rows of global batch `step`, int64 [batch]: a function of these numbers alone, in O(1) of `step`."""
         return row_ids(len(self), seed, step, batch)
@@ -81,12 +86,8 @@ class Rows(Samples):
 
     def take(self, indices: Iterable[int]) -> Batch:
         """The rows `indices`, int32 [N, T] each."""
-        row_N = np.fromiter(indices, np.int64)
-        assert ((row_N >= 0) & (row_N < len(self))).all(), f'rows {row_N} of {len(self)}'
-        shape = len(row_N), self.sequence_length
-        zeros = functools.partial(np.zeros, shape, np.int32)
-        rows = Batch(zeros(), zeros(), zeros(), zeros())
-        stream_S = self.stream_S
+        row_N = self.checked(indices)
+        rows = Batch(*np.zeros((4, len(row_N), self.sequence_length), np.int32))
         count_T = np.arange(self.sequence_length, dtype=np.int32)
         for n, row in enumerate(row_N.tolist()):
             begin = 0
@@ -94,7 +95,7 @@ class Rows(Samples):
             pieces = zip(self.start_P[first:last].tolist(), self.length_P[first:last].tolist(), strict=True)
             for segment, (start, length) in enumerate(pieces, start=1):
                 place = n, slice(begin, begin + length)
-                piece = stream_S[start : start + length + 1]
+                piece = self.stream_S[start : start + length + 1]
                 rows.tokens_BT[place] = piece[:-1]
                 rows.target_BT[place] = piece[1:]
                 rows.position_BT[place] = count_T[:length]
@@ -132,6 +133,13 @@ def best_fit(length_P: np.ndarray, capacity: int) -> np.ndarray:
     return row_P
 
 
+def fill_rows(length_P: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces as `best_fit` has them, row by row: their order [P], and the first of each row [R + 1] in it."""
+    row_P = best_fit(length_P, capacity)
+    order_P = np.argsort(row_P, kind='stable')
+    return order_P, np.searchsorted(row_P[order_P], np.arange(row_P.max(initial=-1) + 2))
+
+
 def pack(stream_S: np.ndarray, length_D: np.ndarray, sequence_length: int, bytes: int) -> Rows:
     """Rows of documents of `length_D` tokens (bos and eos included) that lie one after another in the stream.
 
@@ -145,9 +153,7 @@ def pack(stream_S: np.ndarray, length_D: np.ndarray, sequence_length: int, bytes
     part_P = np.arange(pieces_D.sum()) - np.repeat(np.cumsum(pieces_D) - pieces_D, pieces_D)
     start_P = np.repeat(np.cumsum(length_D, dtype=np.int64) - length_D, pieces_D) + part_P * sequence_length
     length_P = np.minimum(np.repeat(inputs_D, pieces_D) - part_P * sequence_length, sequence_length).astype(np.int32)
-    row_P = best_fit(length_P, sequence_length)
-    order_P = np.argsort(row_P, kind='stable')
-    first_R = np.searchsorted(row_P[order_P], np.arange(row_P.max(initial=-1) + 2))
+    order_P, first_R = fill_rows(length_P, sequence_length)
     return Rows(stream_S, start_P[order_P], length_P[order_P], first_R, sequence_length, bytes)
 
 

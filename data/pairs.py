@@ -4,7 +4,6 @@ Legend: N rows of a batch, T tokens of a row, on each side; S tokens of all pair
 """
 
 import contextlib
-import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -13,7 +12,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from weft.data.packing import Samples, best_fit
+from weft.data.packing import Samples, fill_rows
 from weft.data.reading import lines_of, plain_name
 from weft.data.sources import kind_of_text, objects, text_in
 from weft.data.tokenizer import Tokenizer
@@ -50,17 +49,14 @@ def _pairs_of(path: Path, named: bool) -> Iterator[Pair]:
     elif suffix in ('.tsv', ''):
         file = shown(path)
         for number, line in lines_of(text, file):
-            yield pair(line, f'{file}:{number}')
+            sides = line.split('\t')
+            if len(sides) != 2:
+                raise UserError(
+                    f'{file}:{number}: {len(sides) - 1} tabs; a line must be a source, one tab, and a target'
+                )
+            yield Pair(*sides)
     else:
         raise UserError(f'{shown(path)}: an encoder–decoder learns from pairs, in .tsv or .jsonl files')
-
-
-def pair(line: str, name: str) -> Pair:
-    """The pair of a line of .tsv."""
-    sides = line.split('\t')
-    if len(sides) != 2:
-        raise UserError(f'{name}: {len(sides) - 1} tabs; a line must be a source, one tab, and a target')
-    return Pair(*sides)
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,18 +91,16 @@ class PairRows(Samples):
 
     def take(self, indices: Iterable[int]) -> Batch:
         """The rows `indices`, int32 [N, T] each, with their sources; a target attends to the source of its own segment."""
-        row_N = np.fromiter(indices, np.int64)
-        assert ((row_N >= 0) & (row_N < len(self))).all(), f'rows {row_N} of {len(self)}'
-        shape = len(row_N), self.sequence_length
-        zeros = functools.partial(np.zeros, shape, np.int32)
-        source = Source(zeros(), zeros(), zeros())
-        rows = Batch(zeros(), zeros(), zeros(), zeros(), source)
+        row_N = self.checked(indices)
+        arrays = np.zeros((7, len(row_N), self.sequence_length), np.int32)
+        source = Source(*arrays[:3])
+        rows = Batch(*arrays[3:])._replace(source=source)
         count_T = np.arange(self.sequence_length, dtype=np.int32)
         for n, row in enumerate(row_N.tolist()):
             begins = [0, 0]
             first, last = self.first_R[row : row + 2].tolist()
-            arrays = (array[first:last].tolist() for array in (self.start_P, self.source_P, self.target_P))
-            for segment, (start, *lengths) in enumerate(zip(*arrays, strict=True), start=1):
+            pieces = (array[first:last].tolist() for array in (self.start_P, self.source_P, self.target_P))
+            for segment, (start, *lengths) in enumerate(zip(*pieces, strict=True), start=1):
                 pair = self.stream_S[start : start + sum(lengths) + 1]
                 from_, to = ((n, slice(a, a + length)) for a, length in zip(begins, lengths, strict=True))
                 source.tokens_BS[from_] = pair[: lengths[0]]
@@ -151,9 +145,7 @@ def pack_pairs(
     length_P2 = np.array(lengths, np.int32).reshape(-1, 2)
     whole_P = length_P2.sum(1, dtype=np.int64) + 1
     start_P = np.cumsum(whole_P) - whole_P
-    row_P = best_fit(length_P2.max(1, initial=0), sequence_length)  # the longer side, so that both fit
-    order_P = np.argsort(row_P, kind='stable')
-    first_R = np.searchsorted(row_P[order_P], np.arange(row_P.max(initial=-1) + 2))
+    order_P, first_R = fill_rows(length_P2.max(1, initial=0), sequence_length)  # the longer side, so that both fit
     source_P, target_P = length_P2[order_P].T
     rows = PairRows(np.concatenate(parts), start_P[order_P], source_P, target_P, first_R, sequence_length, size)
     return rows, left_out

@@ -8,7 +8,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ import sentencepiece
 
 from weft.data import prepared
 from weft.data.config import DataConfig
-from weft.data.packing import Samples, encode_documents, pack
+from weft.data.packing import encode_documents, pack
 from weft.data.pairs import Pair, pack_pairs, read_pairs
-from weft.data.prepared import SPLITS
+from weft.data.prepared import SPLITS, Dataset
 from weft.data.sources import documents
 from weft.data.split import TELL, bytes_after, checked, cut, held_out, split_of
 from weft.data.tokenizer import Tokenizer, own_tokenizer
@@ -30,22 +30,6 @@ FORMAT = 1
 TOKENIZER_CHARACTERS = 32_000_000
 # Names of special tokens are looked for in the first so many characters: for a thousand names it takes as long as tokenizing.
 SEARCHED = 8_000_000
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    tokenizer: Tokenizer
-    train: Samples
-    validation: Samples
-    facts: dict[str, Any]  # what was read, left out, split and packed: plain values that JSON holds
-
-    def train_bytes(self) -> bytes:
-        """The UTF-8 text that training predicts, document after document."""
-        return self.tokenizer.decode_bytes(self.train.predicted())
-
-    def validation_bytes(self) -> bytes:
-        """The UTF-8 text that is held out."""
-        return self.tokenizer.decode_bytes(self.validation.predicted())
 
 
 def prepare(
@@ -77,19 +61,14 @@ def prepare(
     if not config.special_tokens:  # runs that were prepared before there was a choice
         del key['special_tokens']
     key |= {'pairs': True, 'start': start} if pairs else {}
-    folder = Path(folder)
     prepared.clear(folder)
-    if (saved := prepared.load(folder, say, read_tokenizer)) and saved[0] == key:
-        return _dataset(saved)
+    if (saved := prepared.load(folder, say, read_tokenizer)) and saved.key == key:
+        return saved
     begin = time.perf_counter()
-    if pairs:
-        dataset = _build_pairs(config, sequence_length, say, tokenizer, start)
-    else:
-        dataset = _build(config, sequence_length, say, tokenizer)
+    dataset = (_build_pairs if pairs else _build)(config, key, say, tokenizer)
     if check:
         check(dataset)  # raises while nothing is written
-    rows = {'train': dataset.train, 'validation': dataset.validation}
-    prepared.save(folder, key, dataset.facts, dataset.tokenizer, rows)
+    prepared.save(folder, dataset)
     say(f'data: prepared in {time.perf_counter() - begin:.1f} s')
     return dataset
 
@@ -100,20 +79,14 @@ def load(
     read_tokenizer: Callable[[Path], Tokenizer | None] = own_tokenizer,
 ) -> Dataset:
     """The data of a run as it was prepared; nothing is written. UserError where there is none or it is damaged."""
-    saved = prepared.load(Path(folder), say, read_tokenizer)
+    saved = prepared.load(folder, say, read_tokenizer)
     if saved is None:
-        raise UserError(f'{Path(folder) / "data"}: not there; a run that scripts/train.py made holds its data')
-    return _dataset(saved)
+        raise UserError(f'{folder / "data"}: not there; a run that scripts/train.py made holds its data')
+    return saved
 
 
-def _dataset(saved: tuple[dict[str, Any], dict[str, Any], Tokenizer, dict[str, Samples]]) -> Dataset:
-    _, facts, tokenizer, rows = saved
-    return Dataset(tokenizer, rows['train'], rows['validation'], facts)
-
-
-def _build(
-    config: DataConfig, sequence_length: int, say: Callable[[str], None], tokenizer: Tokenizer | None = None
-) -> Dataset:
+def _build(config: DataConfig, key: dict[str, Any], say: Callable[[str], None], tokenizer: Tokenizer | None) -> Dataset:
+    """Rows of documents, with a tokenizer learnt from the training split if none is given."""
     skipped: list[LeftOut] = []
     sha256 = hashlib.sha256()
     group_of: dict[bytes, str] = {}  # by the text's hash, so that copies of a text fall on the same side
@@ -162,10 +135,11 @@ def _build(
         tokenizer = Tokenizer.train(_sample(texts('train'), every), config.vocabulary)
     else:
         learnt = 'elsewhere: it was imported'
-    streams = {part: encode_documents(tokenizer, texts(part), config.special_tokens) for part in SPLITS}
-    rows = {
-        part: pack(stream_S, length_D, sequence_length, size) for part, (stream_S, length_D, size) in streams.items()
-    }
+    rows, documents_of = {}, {}
+    for part in SPLITS:
+        stream_S, length_D, bytes_ = encode_documents(tokenizer, texts(part), config.special_tokens)
+        documents_of[part] = len(length_D)
+        rows[part] = pack(stream_S, length_D, key['sequence_length'], bytes_)
     for part in SPLITS:
         if len(rows[part]) == 0:
             raise UserError(f'data.source={config.source!r}: {size} bytes leave no text for {part}; give more text')
@@ -192,25 +166,20 @@ def _build(
     }
     for part in SPLITS:
         facts[part] = {
-            'documents': len(streams[part][1]),
+            'documents': documents_of[part],
             'bytes': rows[part].bytes,
             'tokens': rows[part].tokens,
             'rows': len(rows[part]),
-            'padding_share': 1 - rows[part].tokens / (len(rows[part]) * sequence_length),
+            'padding_share': 1 - rows[part].tokens / (len(rows[part]) * key['sequence_length']),
         }
-        say(f'data: {part}: {len(streams[part][1])} documents, {rows[part].tokens} tokens in {len(rows[part])} rows')
-    return Dataset(tokenizer, rows['train'], rows['validation'], facts)
+        say(f'data: {part}: {documents_of[part]} documents, {rows[part].tokens} tokens in {len(rows[part])} rows')
+    return Dataset(tokenizer, facts=facts, key=key, **rows)
 
 
 def _build_pairs(
-    config: DataConfig,
-    sequence_length: int,
-    say: Callable[[str], None],
-    tokenizer: Tokenizer | None = None,
-    start: int | None = None,
-    read_tokenizer: Callable[[Path], Tokenizer | None] = own_tokenizer,
+    config: DataConfig, key: dict[str, Any], say: Callable[[str], None], tokenizer: Tokenizer | None
 ) -> Dataset:
-    """Tokens in rows, with a tokenizer learnt from the training split if none is given, of pairs of a source and a target.
+    """Rows of pairs of a source and a target, with a tokenizer learnt from the training split if none is given.
 
     Pairs of one source stay on one side of the split. Raises UserError where the sources hold none, or too few.
     """
@@ -225,9 +194,10 @@ def _build_pairs(
         count += 1
     if not count:
         raise UserError(f'data.source={config.source!r}: holds no pairs; a line must be a source, a tab, and a target')
+    size = size_of_source.total()
     held_by = lambda share: sum(size_of_source[source] for source in held_out(size_of_source, share))
     held = held_out(size_of_source, config.validation_share)
-    share = checked(held_by(config.validation_share), size_of_source.total(), config, held_by)
+    share = checked(held_by(config.validation_share), size, config, held_by)
     say(
         f'data: {count} pairs, {share:.1%} of their bytes held out ({config.validation_share:.1%} asked for)'
         f'{left_out_text(skipped)}'
@@ -239,14 +209,14 @@ def _build_pairs(
             if (digest(pair.source) in held) == (part == 'validation'):
                 yield pair
 
-    size = size_of_source.total()
     every = 1 + size // TOKENIZER_CHARACTERS
     if tokenizer is None:
         assert config.vocabulary is not None, 'checked by `prepare`'
         tokenizer = Tokenizer.train(_sample((side for pair in of('train') for side in pair), every), config.vocabulary)
+    sequence_length = key['sequence_length']
     rows, facts = {}, {'source': list(config.paths), 'sha256': sha256.hexdigest(), 'pairs': count, 'bytes': size}
     for part in SPLITS:
-        rows[part], left_out = pack_pairs(tokenizer, of(part), sequence_length, start, config.special_tokens)
+        rows[part], left_out = pack_pairs(tokenizer, of(part), sequence_length, key['start'], config.special_tokens)
         if len(rows[part]) == 0:
             raise UserError(
                 f'data.source={config.source!r}: {count} pairs leave none for {part}, {left_out} of them for having more than '
@@ -263,7 +233,7 @@ def _build_pairs(
         long = f'; {left_out} left out, of more than {sequence_length} tokens on a side' if left_out else ''
         say(f'data: {part}: {pairs} pairs, {rows[part].tokens} target tokens in {len(rows[part])} rows{long}')
     facts['tokenizer'] = {'vocabulary': tokenizer.vocabulary}
-    return Dataset(tokenizer, rows['train'], rows['validation'], facts)
+    return Dataset(tokenizer, facts=facts, key=key, **rows)
 
 
 class _Names:

@@ -13,7 +13,8 @@ import hashlib
 import os
 import re
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,25 +38,43 @@ HEADER = re.compile(  # of an array of one dimension, as np.save writes it
 MEND = 'restore the run folder from a copy, or start over with --fresh'
 
 
-def save(
-    folder: Path, key: Mapping[str, Any], facts: Mapping[str, Any], tokenizer: Tokenizer, rows: Mapping[str, Samples]
-) -> None:
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A run's data: its rows stay on the disk where they are many."""
+
+    tokenizer: Tokenizer
+    train: Samples
+    validation: Samples
+    facts: dict[str, Any]  # what was read, left out, split and packed: plain values that JSON holds
+    key: dict[str, Any]  # the config that it was made from
+
+    def train_bytes(self) -> bytes:
+        """The UTF-8 text that training predicts, document after document."""
+        return self.tokenizer.decode_bytes(self.train.predicted())
+
+    def validation_bytes(self) -> bytes:
+        """The UTF-8 text that is held out."""
+        return self.tokenizer.decode_bytes(self.validation.predicted())
+
+
+def save(folder: Path, dataset: Dataset) -> None:
     """Writes `folder`/data and the tokenizer beside it. A kill, or a power cut, at any moment leaves a whole or nothing."""
     new, old, data = folder / 'data.partial', folder / 'data.old', folder / 'data'
     disk.make_folder(new)
     sizes, blocks = {}, {}
-    for part, samples in rows.items():
+    for part in SPLITS:
+        samples = getattr(dataset, part)
         for name in samples.ARRAYS:
             path = new / f'{part}.{name}.npy'
             with disk.new(path) as file:
                 np.save(file, np.asarray(getattr(samples, name)), allow_pickle=False)
             sizes[path.name], blocks[path.name] = path.stat().st_size, hashes(path)
-    description = {'key': key, 'facts': facts, 'sizes': sizes, 'blocks': blocks, 'tokenizer_sha256': tokenizer.sha256}
-    disk.put(new / DESCRIPTION, sealed(description))
+    description = {'key': dataset.key, 'facts': dataset.facts, 'sizes': sizes, 'blocks': blocks}
+    disk.put(new / DESCRIPTION, sealed({**description, 'tokenizer_sha256': dataset.tokenizer.sha256}))
     disk.sync_tree(new)
     if os.path.lexists(data):  # of another config; out of the way first, because its tokenizer is about to go
         disk.rename(data, old)
-    tokenizer.save(folder)
+    dataset.tokenizer.save(folder)
     disk.rename(new, data)
     disk.remove(old)
 
@@ -68,12 +87,10 @@ def clear(folder: Path) -> None:
 
 def load(
     folder: Path, say: Callable[[str], None], read_tokenizer: Callable[[Path], Tokenizer | None] = own_tokenizer
-) -> tuple[dict[str, Any], dict[str, Any], Tokenizer, dict[str, Samples]] | None:
-    """Of saved data the config that it was made from, its facts, the tokenizer, and the rows by split, whose tokens stay there.
+) -> Dataset | None:
+    """The data in a run's folder, whose tokenizer `read_tokenizer` gives; None if there is none.
 
-    `read_tokenizer` gives the tokenizer in a run's folder.
-
-    None if there is none. Raises UserError where anything is not as it was written.
+    Raises UserError where anything is not as it was written.
     """
     data = folder / 'data'
     if not data.exists():
@@ -84,7 +101,13 @@ def load(
     if blocks is None:
         say(f'{data}: prepared before files were hashed: their sizes are checked, and not what they hold')
     for name in names:
-        _check_size(data / name, sizes.get(name))
+        try:
+            with disk.reading(data / name) as descriptor:
+                found: Any = os.fstat(descriptor).st_size
+        except FileNotFoundError:
+            found = 'no'
+        if found != sizes.get(name):
+            raise UserError(f'{data / name}: {found} bytes where {sizes.get(name)} were written; {MEND}')
     tokenizer = read_tokenizer(folder)
     if tokenizer is None:
         raise UserError(f'{folder / Tokenizer.name}: missing beside {data}; {MEND}')
@@ -110,7 +133,7 @@ def load(
         arrays = {name: array(f'{part}.{name}') for name in kind.ARRAYS}
         return kind(sequence_length=key['sequence_length'], bytes=facts[part]['bytes'], **arrays)
 
-    return key, facts, tokenizer, {part: rows(part) for part in SPLITS}
+    return Dataset(tokenizer, facts=facts, key=key, **{part: rows(part) for part in SPLITS})
 
 
 def _description(path: Path) -> tuple[dict, dict, dict[str, int], dict[str, list[str]] | None, str]:
@@ -119,15 +142,12 @@ def _description(path: Path) -> tuple[dict, dict, dict[str, int], dict[str, list
         fields = unsealed(disk.read(path), needs_seal=False)
     except FileNotFoundError:
         raise UserError(f'{path}: missing; {MEND}') from None
+    except UserError:
+        raise
     except ValueError as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f'{path}: damaged ({shown(error)}); {MEND}') from None
-    key: Any = fields.get('key')
-    facts: Any = fields.get('facts')
-    sizes: Any = fields.get('sizes')
-    sha256: Any = fields.get('tokenizer_sha256')
-    right = (
+    key, facts, sizes, sha256 = (fields.get(name) for name in ('key', 'facts', 'sizes', 'tokenizer_sha256'))
+    if not (
         isinstance(key, dict)
         and type(key.get('sequence_length')) is int
         and key['sequence_length'] > 0
@@ -138,32 +158,15 @@ def _description(path: Path) -> tuple[dict, dict, dict[str, int], dict[str, list
         and all(type(size) is int for size in sizes.values())
         and isinstance(sha256, str)
         and isinstance(fields.get('blocks', {}), dict)
-    )
-    if not right:
+    ):
         raise UserError(f'{path}: damaged (it does not say what data/prepared.py writes); {MEND}')
     return key, facts, sizes, fields.get('blocks'), sha256
 
 
-def _check_size(path: Path, size: int | None) -> None:
-    """Raises UserError where a file has another size than was written, or is none."""
-    try:
-        with disk.reading(path) as descriptor:
-            found: Any = os.fstat(descriptor).st_size
-    except FileNotFoundError:
-        found = 'no'
-    if found != size:
-        raise UserError(f'{path}: {found} bytes where {size} were written; {MEND}')
-
-
 def hashes(path: Path) -> list[str]:
     """The SHA-256 of each block of a file."""
-    with disk.reading(path) as descriptor, os.fdopen(os.dup(descriptor), 'rb', buffering=0) as file:
-        found = []
-        while block := file.read(BLOCK):
-            while len(block) < BLOCK and (more := file.read(BLOCK - len(block))):  # a network's disk may give less
-                block += more
-            found.append(hashlib.sha256(block).hexdigest())
-        return found
+    with disk.reading(path) as descriptor, os.fdopen(os.dup(descriptor), 'rb') as file:
+        return [hashlib.sha256(block).hexdigest() for block in iter(lambda: file.read(BLOCK), b'')]
 
 
 def altered(path: Path, number: int) -> UserError:

@@ -8,6 +8,7 @@ import bz2
 import codecs
 import gzip
 import io
+import itertools
 import lzma
 import os
 import re
@@ -15,11 +16,12 @@ import stat
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import zstandard
 
 from weft.runtime.errors import UserError, shown
+from weft.storage.files import kind_of
 
 BLOCK = 1 << 20
 # A zstd block of 4 bytes stands for up to 128 KiB: what comes out of so many bytes at once fits any memory.
@@ -42,14 +44,17 @@ class Packing(NamedTuple):
     unpack: Callable[[IO[bytes]], Iterator[bytes]]
 
 
+def _blocks(file: Any) -> Iterator[bytes]:
+    with file:
+        yield from iter(lambda: file.read(BLOCK), b'')
+
+
 def _gunzip(file: IO[bytes]) -> Iterator[bytes]:
-    with gzip.GzipFile(fileobj=file) as whole:
-        yield from iter(lambda: whole.read(BLOCK), b'')
+    return _blocks(gzip.GzipFile(fileobj=file))
 
 
 def _bunzip(file: IO[bytes]) -> Iterator[bytes]:
-    with bz2.BZ2File(file) as whole:
-        yield from iter(lambda: whole.read(BLOCK), b'')
+    return _blocks(bz2.BZ2File(file))
 
 
 def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
@@ -121,6 +126,7 @@ NO_TEXT = (
     *((b'\x80' + bytes([i]), 'a pickle', 'it is never read, for it may run code; write JSON Lines') for i in range(2, 6)),
 )  # fmt: skip
 TAR = 257, b'ustar'
+HEAD = 512  # bytes that tell what a file is
 ENCODINGS = (
     (codecs.BOM_UTF32_LE, 'UTF-32'),
     (codecs.BOM_UTF32_BE, 'UTF-32'),
@@ -132,11 +138,8 @@ ENCODINGS = (
 def plain_name(path: Path) -> Path:
     """A file's name in lower case, without the endings that say how it is packed."""
     name = path.name.lower()
-    endings = tuple(suffix for packing in PACKINGS for suffix in packing.suffixes)
-    while name.endswith(endings):
-        stem = next(name.removesuffix(ending) for ending in endings if name.endswith(ending))
-        if not stem:
-            break
+    endings = [suffix for packing in PACKINGS for suffix in packing.suffixes]
+    while stem := next((name.removesuffix(ending) for ending in endings if name.endswith(ending)), ''):
         name = stem
     return Path(name)
 
@@ -161,25 +164,19 @@ def lines_of(pieces: Iterator[str], where: str) -> Iterator[tuple[int, str]]:
     A carriage return before one belongs to it. Raises UserError for a line of more than LINE characters.
     """
     number, held, length = 1, list[str](), 0
-    for piece in pieces:
-        first, *others = piece.split('\n')
-        held.append(first)
-        length += len(first)
-        for line in others:
-            _check_length(length, f'{where}:{number}')
-            whole = ''.join(held).removesuffix('\r')
-            if whole and not whole.isspace():
-                yield number, whole
-            number, held, length = number + 1, [line], len(line)
-        _check_length(length, f'{where}:{number}')
-    whole = ''.join(held).removesuffix('\r')
-    if whole and not whole.isspace():
-        yield number, whole
-
-
-def _check_length(length: int, name: str) -> None:
-    if length > LINE:
-        raise UserError(f'{name}: a line of more than {LINE:,} characters; at most so many are read: break it up')
+    for piece in itertools.chain(pieces, '\n'):
+        for at, part in enumerate(piece.split('\n')):
+            if at:  # what is held is a whole line
+                line = ''.join(held).removesuffix('\r')
+                if line and not line.isspace():
+                    yield number, line
+                number, held, length = number + 1, [], 0
+            held.append(part)
+            length += len(part)
+            if length > LINE:
+                raise UserError(
+                    f'{where}:{number}: a line of more than {LINE:,} characters; at most so many are read: break it up'
+                )
 
 
 def pieces(path: Path, told: str = '', streams: bool = False) -> Iterator[str]:
@@ -214,17 +211,14 @@ def _decoded(
         raise UserError(f'{name}: byte {at} is 0x{error.object[error.start]:02x}, {error.reason}; {rule}') from None
 
 
-def _with_head(blocks: Iterator[bytes], least: int = 512) -> Iterator[bytes]:
-    """The same bytes; the first block has at least so many of them, if there are."""
+def _with_head(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes; the first block has enough of them to tell what they are, if there are so many."""
     head = b''
-    for block in blocks:
+    while len(head) < HEAD and (block := next(blocks, None)) is not None:
         head += block
-        if len(head) >= least:
-            yield head
-            yield from blocks
-            return
     if head:
         yield head
+    yield from blocks
 
 
 def _check_text(head: bytes, name: str, path: Path, others: str) -> None:
@@ -237,12 +231,17 @@ def _check_text(head: bytes, name: str, path: Path, others: str) -> None:
     for packing in PACKINGS:
         if packing.begins.match(head):
             raise UserError(f'{name}: is packed twice, by {packing.name} within; unpack it once')
-    encoding = next((encoding for mark, encoding in ENCODINGS if head.startswith(mark)), None)
+    encoding = _marked(head)
     if encoding is None and len(head) >= 8 and not any(head[1:64:2]) and all(head[0:64:2]):
         encoding = 'UTF-16LE'
     if encoding is not None:
         convert = f'iconv -f {encoding} -t utf-8 {shown(path.name)} > converted.txt'
         raise UserError(f'{name}: is {encoding} text, and UTF-8 is read; {convert}')
+
+
+def _marked(content: bytes) -> str | None:
+    """The encoding that a byte order mark says."""
+    return next((encoding for mark, encoding in ENCODINGS if content.startswith(mark)), None)
 
 
 def _is_text(head: bytes) -> bool:
@@ -261,49 +260,47 @@ def _unpacked(path: Path, name: str, streams: bool) -> Iterator[bytes]:
         try:
             head = file.peek(16)[:16]
         except OSError as error:
-            raise UserError(
-                f'{name}: cannot be read ({error.strerror}); make it readable or name other paths'
-            ) from None
+            raise _unreadable(error, name) from None
         packing = next((one for one in PACKINGS if one.begins.match(head)), None)
-        if packing is None and (claimed := _claimed(path)) and head:
-            raise UserError(f'{name}: not a whole {claimed} file; it is not packed at all; take {claimed} off its name')
-        blocks = iter(lambda: file.read(BLOCK), b'') if packing is None else packing.unpack(file)
-        while True:
-            try:
-                block = next(blocks, None)
-            except BROKEN as error:
-                raise UserError(_broken(error, packing, name)) from None
-            if block is None:
-                return
-            size += len(block)
-            if packing and size > max(UNPACKED, MOST_TIMES * os.fstat(file.fileno()).st_size):
-                raise UserError(
-                    f'{name}: unpacks to more than {MOST_TIMES} times its size, as no text does; if it is meant, '
-                    'unpack it first'
-                )
-            yield block
+        if packing is None and head and any(path.suffix.lower() in one.suffixes for one in PACKINGS):
+            raise UserError(
+                f'{name}: not a whole {path.suffix} file; it is not packed at all; take {path.suffix} off its name'
+            )
+        blocks = _blocks(file) if packing is None else packing.unpack(file)
+        try:
+            for block in blocks:
+                size += len(block)
+                if packing and size > max(UNPACKED, MOST_TIMES * os.fstat(file.fileno()).st_size):
+                    raise UserError(
+                        f'{name}: unpacks to more than {MOST_TIMES} times its size, as no text does; if it is meant, '
+                        'unpack it first'
+                    )
+                yield block
+        except UserError:
+            raise
+        except BROKEN as error:
+            raise _broken(error, packing, name) from None
 
 
-def _claimed(path: Path) -> str:
-    """The ending of a name that says how a file is packed."""
-    suffix = path.suffix.lower()
-    return path.suffix if any(suffix in packing.suffixes for packing in PACKINGS) else ''
+def _unreadable(error: Exception, name: str) -> UserError:
+    why = getattr(error, 'strerror', None) or error
+    return UserError(f'{name}: cannot be read ({why}); make it readable or name other paths')
 
 
-def _broken(error: Exception, packing: Packing | None, name: str) -> str:
+def _broken(error: Exception, packing: Packing | None, name: str) -> UserError:
     if packing is None or (isinstance(error, OSError) and error.errno is not None):
-        return f'{name}: cannot be read ({getattr(error, "strerror", None) or error}); make it readable or name other paths'
+        return _unreadable(error, name)
     if 'too much memory' in str(error) or 'emory usage limit' in str(error):
-        return (
+        return UserError(
             f'{name}: was packed by {packing.name} with a window of more than {WINDOW >> 20} MiB; pack it again with a '
             'smaller one (zstd without --long or --ultra), or unpack it first'
         )
-    return f'{name}: not a whole {packing.name} file ({shown(error)}); make it again from the original'
+    return UserError(f'{name}: not a whole {packing.name} file ({shown(error)}); make it again from the original')
 
 
 def decoded(content: bytes, name: str) -> str:
     """UTF-8 as text, without a byte order mark. Raises UserError for anything else."""
-    if encoding := next((encoding for mark, encoding in ENCODINGS if content.startswith(mark)), None):
+    if encoding := _marked(content):
         raise UserError(f'{name}: is {encoding} text, and UTF-8 is read; convert it (iconv -f {encoding} -t utf-8)')
     try:
         return content.decode('utf-8-sig')
@@ -323,7 +320,7 @@ def opened(path: Path, name: str, streams: bool = False) -> io.BufferedReader:
         # Opening a pipe that nobody writes to would wait for ever.
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if streams else os.O_NONBLOCK))
     except OSError as error:
-        raise UserError(f'{name}: cannot be read ({error.strerror}); make it readable or name other paths') from None
+        raise _unreadable(error, name) from None
     except ValueError as error:  # a NUL in the name
         raise UserError(f'{name}: cannot be read ({error})') from None
     kind = os.fstat(file).st_mode
@@ -331,12 +328,3 @@ def opened(path: Path, name: str, streams: bool = False) -> io.BufferedReader:
         os.close(file)
         raise UserError(f'{name}: is {kind_of(kind)}; it must be a regular file')
     return os.fdopen(file, 'rb')
-
-
-def kind_of(mode: int) -> str:
-    """What something in a folder is, in words."""
-    kinds = {
-        stat.S_IFIFO: 'a pipe', stat.S_IFSOCK: 'a socket', stat.S_IFCHR: 'a device', stat.S_IFBLK: 'a device',
-        stat.S_IFDIR: 'a folder', stat.S_IFLNK: 'a link', stat.S_IFREG: 'a file',
-    }  # fmt: skip
-    return kinds.get(stat.S_IFMT(mode), 'no file')

@@ -17,7 +17,7 @@ from weft.data.config import DataConfig
 from weft.data.reading import lines_of, pieces, plain_name
 from weft.data.walk import LeftOut, files_of, is_named, walk
 from weft.runtime.errors import UserError, nearest, shown
-from weft.storage.foreign import unique
+from weft.storage.foreign import lone_surrogate, unique
 
 # Not the standard library's own: what was installed beside it. Not like the rest: tests, with their tables of cases.
 LEFT_OUT = frozenset({'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', '__pycache__'})
@@ -126,35 +126,52 @@ def kind_of_text(
         return 'lines', text
     if suffix not in ('.json', ''):
         return 'text', text
-    begin = _Beginning(text)
-    at = begin.letter(0)
+    begin = _Held(text)
+    at = begin.after_spaces(0)
     kind: Kind = 'text'
     if begin.held.startswith('{', at) and _are_lines(begin, at, fields, named, bool(suffix)):
         kind = 'lines'
-    if begin.held.startswith('[', at) and suffix and _is_array(begin, begin.letter(at + 1), fields, named):
+    if begin.held.startswith('[', at) and suffix and _is_array(begin, begin.after_spaces(at + 1), fields, named):
         kind = 'array'
     return kind, itertools.chain([begin.held], text)
 
 
-class _Beginning:
-    """A text as far as it was read: a block at first, and as much again each time."""
+class _Held:
+    """A text as far as it was read, from a place on: a block at first, and as much again each time."""
 
     def __init__(self, text: Iterator[str]) -> None:
-        self.text, self.held = text, _more('', text)
+        self.text, self.held, self.at = text, '', 0
+        self.more()
 
-    def grow(self) -> bool:
-        """Reads more. False if there is none, or more is held than a value of JSON may have."""
-        before = len(self.held)
-        if before <= reading.LINE:
-            self.held = _more(self.held, self.text)
+    def more(self) -> bool:
+        """Reads more, and lets go of what is before `at`. False if there is no more."""
+        parts, before = [self.held[self.at :]], len(self.held) - self.at
+        wanted = max(reading.BLOCK, before)
+        while wanted > 0 and (piece := next(self.text, None)) is not None:
+            parts.append(piece)
+            wanted -= len(piece)
+        self.held, self.at = ''.join(parts), 0
         return len(self.held) > before
 
-    def letter(self, at: int) -> int:
+    def grow(self) -> bool:
+        """As `more`. False, too, if more is held than a value of JSON may have."""
+        return len(self.held) <= reading.LINE and self.more()
+
+    def after_spaces(self, at: int) -> int:
         """The place of the next character, from one on, that is no space; the end where there is none in what is held."""
         return SPACES.match(self.held, at).end()  # type: ignore[union-attr]
 
+    def letter(self) -> str:
+        """The next character that is no space, which `at` is moved to; '' where there is none."""
+        while True:
+            self.at = self.after_spaces(self.at)
+            if self.at < len(self.held):
+                return self.held[self.at]
+            if not self.more():
+                return ''
 
-def _are_lines(begin: _Beginning, at: int, fields: Sequence[str], named: bool, json_named: bool) -> bool:
+
+def _are_lines(begin: _Held, at: int, fields: Sequence[str], named: bool, json_named: bool) -> bool:
     """Whether a text whose first object begins at a place has a document a line."""
     while (end := begin.held.find('\n', at)) < 0 and begin.grow():
         pass
@@ -163,15 +180,16 @@ def _are_lines(begin: _Beginning, at: int, fields: Sequence[str], named: bool, j
         value = parsed(begin.held[at:end])
     except (ValueError, RecursionError):
         return False
-    if begin.letter(end) == len(begin.held):
+    if begin.after_spaces(end) == len(begin.held):
         begin.grow()
-    alone, several = begin.letter(end) == len(begin.held), begin.held.startswith('{', begin.letter(end))
+    after = begin.after_spaces(end)
+    alone, several = after == len(begin.held), begin.held.startswith('{', after)
     if any(field in value for field in fields):
         return named or json_named or alone or several
     return named and json_named and several
 
 
-def _is_array(begin: _Beginning, at: int, fields: Sequence[str], named: bool) -> bool:
+def _is_array(begin: _Held, at: int, fields: Sequence[str], named: bool) -> bool:
     """Whether an array whose first element begins at a place is one of documents."""
     if named or not begin.held.startswith('{', at):
         return begin.held.startswith('{', at)
@@ -181,15 +199,6 @@ def _is_array(begin: _Beginning, at: int, fields: Sequence[str], named: bool) ->
         except (ValueError, RecursionError):
             if not begin.grow():  # damaged: whoever reads it as an array says where
                 return any(json.dumps(field) in begin.held for field in fields)
-
-
-def _more(held: str, text: Iterator[str]) -> str:
-    """A text's beginning as far as it was read and as much again, at least a block, or all of it."""
-    parts, wanted = [held], max(reading.BLOCK, len(held))
-    while wanted > 0 and (piece := next(text, None)) is not None:
-        parts.append(piece)
-        wanted -= len(piece)
-    return ''.join(parts)
 
 
 def objects(
@@ -231,56 +240,36 @@ def _at_once(line: str) -> Any:
 def _elements(path: Path, text: Iterator[str], rule: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of an array, which is held a piece at a time."""
     rule = f'the file must be an array, and every element {rule}'
-    file, held, at, number = shown(path), '', 0, 0
-    expected = '['
-
-    def more() -> bool:
-        nonlocal held, at
-        before = len(held) - at
-        held, at = _more(held[at:], text), 0  # twice as much each time, so that an element is not tried too often
-        return len(held) > before
-
-    def next_letter() -> str:
-        nonlocal at
-        while True:
-            spaces = SPACES.match(held, at)
-            assert spaces is not None, 'none are a match too'
-            at = spaces.end()
-            if at < len(held):
-                return held[at]
-            if not more():
-                return ''
-
+    file, part, number, expected = shown(path), _Held(text), 0, '['
     while True:
         name = f'{file}[{number}]'
-        letter = next_letter()
+        letter = part.letter()
         if letter == ']' and (expected == ',' or number == 0):
-            at += 1
-            if next_letter():
+            part.at += 1
+            if part.letter():
                 raise UserError(f'{file}: not JSON (more follows after its array); {rule}')
             return
         if letter != expected:
             what = f'{expected} expected, {letter!r} found' if letter else 'it ends before its array does'
             raise UserError(f'{name}: not JSON ({what}); {rule}')
-        at += 1
-        if expected == '[' and next_letter() == ']':
+        part.at += 1
+        if part.letter() == ']' and expected == '[':
             continue
-        next_letter()
         while True:
             try:
-                value, end = DECODER.raw_decode(held, at)
+                value, end = DECODER.raw_decode(part.held, part.at)
                 break
             except (ValueError, RecursionError) as error:
-                if len(held) - at > reading.LINE:
+                if len(part.held) - part.at > reading.LINE:
                     raise UserError(
                         f'{name}: not JSON, or a value of more than {reading.LINE:,} characters ({_why(error)}); {rule}'
                     ) from None
-                if not more():
+                if not part.more():  # twice as much each time, so that an element is not tried too often
                     raise UserError(f'{name}: not JSON ({_why(error)}); {rule}') from None
         if not isinstance(value, dict):
             raise UserError(f'{name}: JSON, but no object; {rule}')
         yield name, value
-        at, number, expected = end, number + 1, ','
+        part.at, number, expected = end, number + 1, ','
 
 
 def _why(error: Exception) -> str:
@@ -307,10 +296,6 @@ def text_in(value: dict[str, Any], field: str, name: str, asked: str) -> str:
     text = value[field]
     if not isinstance(text, str):
         raise UserError(f'{name}: field {field!r} is {shown(repr(text)[:200], 40)}; it must be text')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f'{name}: field {field!r} has half of a surrogate pair at character {error.start}; leave it out'
-        ) from None
+    if (at := lone_surrogate(text)) is not None:
+        raise UserError(f'{name}: field {field!r} has half of a surrogate pair at character {at}; leave it out')
     return text

@@ -60,10 +60,7 @@ def split_of(
                 return Split(by, share, names), held
         return None
 
-    def held_by(share: float) -> int:
-        found = of_whole(share)
-        return found[1] if found else ends_of(share)
-
+    held_by = lambda share: found[1] if (found := of_whole(share)) else ends_of(share)
     share = config.validation_share
     if found := of_whole(share):
         return found[0], found[1] / whole
@@ -96,7 +93,7 @@ def cut(text: str, share: float) -> int:
     if fits(line := text.rfind('\n', 0, place) + 1 or place):
         return line
     if not text.isascii():  # characters have different lengths: the share is one of bytes
-        place = _place(text, share, whole)
+        place = len(text.encode()[: int(whole * (1 - share))].decode(errors='ignore'))
     for end in '\n', ' ':
         for at in text.rfind(end, 0, place) + 1, text.find(end, place) + 1:
             if at and fits(at):
@@ -110,11 +107,6 @@ def bytes_after(text: str, at: int) -> int:
     return len(text[at:].encode())
 
 
-def _place(text: str, share: float, whole: int) -> int:
-    """The character at which the share of bytes begins."""
-    return len(text.encode()[: int(whole * (1 - share))].decode(errors='ignore'))
-
-
 def checked(held: int, whole: int, config: DataConfig, held_by: Callable[[float], int]) -> float:
     """The share that came out, where `held_by` another share so many bytes would be held out.
 
@@ -122,7 +114,8 @@ def checked(held: int, whole: int, config: DataConfig, held_by: Callable[[float]
     """
     share, found = config.validation_share, held / whole
     if not near(held, share, whole):
-        other = _rounded_up(found)
+        digits = 1 - math.floor(math.log10(found)) if found else 0
+        other = math.ceil(round(found * 10**digits, 6)) / 10**digits  # with two digits
         works = 0 < other <= 0.5 and near(held_by(other), other, whole)
         raise UserError(
             f'data.source={shown(", ".join(config.paths))}: {held:,} of {whole:,} bytes can be held out where '
@@ -135,9 +128,3 @@ def checked(held: int, whole: int, config: DataConfig, held_by: Callable[[float]
 def near(held: int, share: float, whole: int) -> bool:
     """Whether so many bytes are about the share of the whole."""
     return LEAST * share <= held / whole <= MOST * share
-
-
-def _rounded_up(share: float) -> float:
-    """With two digits."""
-    digits = 1 - math.floor(math.log10(share)) if share else 0
-    return math.ceil(round(share * 10**digits, 6)) / 10**digits

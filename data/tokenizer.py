@@ -22,6 +22,7 @@ import sentencepiece
 from weft.runtime import rendezvous as peers
 from weft.runtime.errors import UserError, shown
 from weft.storage import files as disk
+from weft.storage.foreign import lone_surrogate
 
 SPACE = '\u2581'
 PART = 65536  # characters: a longer text is cut where no piece can span the cut, for sentencepiece holds many bytes for each
@@ -285,23 +286,11 @@ class Tokenizer:
         return cls(model.getvalue())
 
 
-def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can write it, which it cannot half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def check_unicode(texts: Iterable[str]) -> None:
     """Raises UserError for half of a surrogate pair, which UTF-8 cannot write."""
     for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            rule = 'a lone surrogate is not Unicode text; leave it out'
-            raise UserError(f'text: character {error.start} is {text[error.start]!r}: {rule}') from None
+        if (at := lone_surrogate(text)) is not None:
+            raise UserError(f'text: character {at} is {text[at]!r}: a lone surrogate is not Unicode text; leave it out')
 
 
 def _frequent(count_of: Counter[str], most: int) -> str:

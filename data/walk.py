@@ -13,8 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from weft.data.reading import kind_of
 from weft.runtime.errors import UserError, nearest_path, shown
+from weft.storage.files import kind_of
 
 MOST_FILES = 2_000_000  # of a folder or glob: a list of them is held
 COMPILED = frozenset({'__pycache__'})

@@ -5,7 +5,6 @@ Bounds are the begin and end of a part along each dim of one of our arrays.
 
 import functools
 import itertools
-import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +20,17 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from weft.hub.families import Tensor, TensorPart
 from weft.hub.tensor_files import full_index
 from weft.runtime.errors import UserError
-from weft.storage.array_slices import NO_MESH, Bounds, host_slice, is_host, slice_shape, split_bounds
+from weft.storage.array_slices import (
+    NO_MESH,
+    Bounds,
+    aligned_zeros,
+    bounds_of,
+    host_slice,
+    is_host,
+    overlap,
+    slice_shape,
+    split_bounds,
+)
 
 BLOCK = 2**26  # bytes that a host holds of an array at a time
 TILE = 256  # rows and columns
@@ -53,7 +62,7 @@ def array(kind: jax.ShapeDtypeStruct, places: Places, read: Read) -> jax.Array:
     shards: dict[Bounds, jax.Array] = {}
     copies = []
     for device, index in kind.sharding.addressable_devices_indices_map(kind.shape).items():
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, kind.shape, strict=True))
+        bounds = bounds_of(index, kind.shape)
         if bounds not in shards:
             shards[bounds] = _shard(bounds, np.dtype(kind.dtype), places, read, device)
         copies.append(jax.device_put(shards[bounds], device))
@@ -80,7 +89,7 @@ def _put(shard: jax.Array, block: jax.Array, begin: jax.Array) -> jax.Array:
 
 def _block(bounds: Bounds, dtype: np.dtype, places: Places, read: Read) -> np.ndarray:
     """A part of an array on the host."""
-    out = _zeros(slice_shape(bounds), dtype)
+    out = aligned_zeros(slice_shape(bounds), dtype)
     first = len(next(iter(places)))  # dims that say which layer, which expert
     for at in itertools.product(*(range(*span) for span in bounds[:first])):
         one, part = places[at]
@@ -115,14 +124,6 @@ def narrowed(x: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return narrow
 
 
-def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Zeros where a CPU device can use them as they are: it wants them to begin at a multiple of 64."""
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.zeros(size + 64, np.uint8)
-    begin = -raw.ctypes.data % 64
-    return raw[begin : begin + size].view(dtype).reshape(shape)
-
-
 def _copy(out: np.ndarray, source: np.ndarray) -> None:
     """out[...] = source, on all cores, and a matrix that is transposed in tiles that fit a cache."""
     if out.nbytes < 2**20 or out.ndim < 2:
@@ -153,9 +154,8 @@ def published(one: Tensor, found: Mapping[str, jax.Array]) -> np.ndarray:
         mine = mine if part.axes is None else mine.transpose(part.axes)
         whole = [(i, i + 1) for i in part.at] + [(0, size) for size in mine.shape]
         for shard in x.addressable_shards:
-            bounds = tuple(span.indices(size)[:2] for span, size in zip(shard.index, x.shape, strict=True))
-            both = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(bounds, whole, strict=True))
-            if shard.replica_id == 0 and all(begin < end for begin, end in both):
+            bounds = bounds_of(shard.index, x.shape)
+            if shard.replica_id == 0 and (both := overlap(bounds, whole)) is not None:
                 numbers = host_slice(shard.data, bounds, both)
                 mine[tuple(slice(*span) for span in both[first:])] = numbers.reshape(numbers.shape[first:])
                 filled += numbers.size

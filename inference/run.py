@@ -25,7 +25,7 @@ from weft.sharding.mesh import Divides, MeshConfig, check_divides, configure_jax
 from weft.storage.bucket_checkpoint import checkpoints_of
 from weft.storage.buckets import Bucket
 from weft.storage.checkpoint import Checkpoints
-from weft.storage.newest import read_newest
+from weft.storage.checkpoint_reader import read_newest
 from weft.training.config import RunConfig
 from weft.training.context import context, published_files
 from weft.training.finite import check_saved

@@ -71,17 +71,14 @@ def detect_launch(told: Mapping[str, str | None], environment: Mapping[str, str]
     Raises UserError where what was told is incomplete or makes no sense.
     """
     environment = os.environ if environment is None else environment
-    values = {key: told.get(key) or environment.get(variable) for key, (_, variable) in TOLD.items()}
-    if not any(values.values()):
+    said, names = dict[str, str](), dict[str, str]()
+    for key, (option, variable) in TOLD.items():
+        if value := told.get(key) or environment.get(variable):
+            said[key], names[key] = value, option if told.get(key) else variable
+    if not said:
         return _detect(environment)
-    names = {
-        key: option if told.get(key) or not environment.get(variable) else variable
-        for key, (option, variable) in TOLD.items()
-    }
-    said = {key: value for key, value in values.items() if value}
-    missing = [f'{TOLD[key][0]} (or {TOLD[key][1]})' for key in values if key not in said]
-    if missing:
-        given = ', '.join(names[key] for key in said)
+    if missing := [f'{option} (or {variable})' for key, (option, variable) in TOLD.items() if key not in said]:
+        given = ', '.join(names.values())
         raise UserError(f'{given} without {", ".join(missing)}: a process among several must be told all three')
     place = re.fullmatch(r'(\[[0-9a-fA-F:.]+\]|[^\s:]+):([0-9]{1,5})', said['coordinator'])
     if not place or not 0 < int(place[2]) < 1 << 16:
@@ -109,9 +106,10 @@ def _number(name: str, text: str, least: int) -> int:
 def check_devices(devices: int, processes: int, mesh: object) -> None:
     """Raises UserError where a mesh's devices cannot be shared out evenly."""
     if devices % processes:
+        below, above = devices // processes * processes, -(-devices // processes) * processes
         raise UserError(
             f'mesh ({mesh}) asks for {devices} devices and there are {processes} processes: each must have as many '
-            f'devices as the others; nearest that work: {_nearest(devices, processes)} devices'
+            f'devices as the others; nearest that work: {f"{below} or " if below else ""}{above} devices'
         )
 
 
@@ -241,8 +239,7 @@ def _detect(environment: Mapping[str, str]) -> Launch | None:
     if hosts is None and 'TPU_SKIP_MDS_QUERY' not in environment:
         hosts = _metadata('worker-network-endpoints')
     slices = _number('MEGASCALE_NUM_SLICES', environment.get('MEGASCALE_NUM_SLICES') or '1', 0)
-    several = ',' in (hosts or '') or slices > 1
-    return Launch() if several else None
+    return Launch() if ',' in (hosts or '') or slices > 1 else None
 
 
 @functools.cache
@@ -258,8 +255,3 @@ def _metadata(key: str) -> str | None:
     with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
         return answer.read().decode()
     return None
-
-
-def _nearest(devices: int, processes: int) -> str:
-    below, above = devices // processes * processes, -(-devices // processes) * processes
-    return ' or '.join(str(n) for n in (below, above) if n)

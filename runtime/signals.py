@@ -14,6 +14,7 @@ In another program's process, as a notebook's, signals are that program's: `note
 
 import _thread
 import contextlib
+import dataclasses
 import functools
 import os
 import select
@@ -47,14 +48,14 @@ class Stopped(BaseException):
         self.number = number
 
 
+@dataclasses.dataclass
 class Noted:
     """What signals have asked of a training."""
 
-    def __init__(self, saves: bool, say: Callable[[int], None]) -> None:
-        self.stop = 0  # the number of the first signal that asks it to end
-        self.saves = saves  # it is to be saved
-        self.say = say
-        self.saying: threading.Thread | None = None
+    saves: bool  # it is to be saved
+    say: Callable[[int], None]
+    stop: int = 0  # the number of the first signal that asks it to end
+    saying: threading.Thread | None = None
 
     def hear(self, number: int) -> None:
         """Says that a signal has come, in a thread that nobody needs: the main thread may hold what it is said with."""

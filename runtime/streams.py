@@ -90,9 +90,14 @@ def set_up_streams(lasting: bool) -> None:
 
 def occupy() -> None:
     """Has the null device take each descriptor that was closed from the start: before anything else here opens one."""
-    for number, closed in enumerate(_absent()):
-        if closed:
-            _occupy(number)
+    for number in (number for number, closed in enumerate(_absent()) if closed):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
 
 
 def _absent() -> list[bool]:
@@ -116,26 +121,30 @@ def opened(output: Output, like: IO[str] | None) -> IO[str]:
 
 def moved(stream: IO[str], descriptor: int) -> IO[str]:
     """A text stream to a descriptor that does what another stream does: its encoding, its buffers, whether it lasts."""
+    output = _output_of(stream)
+    return opened(Output(descriptor, OUTPUT, output is not None and output.lasting), stream)
+
+
+def _output_of(stream: IO[str]) -> Output | None:
     raw = getattr(getattr(stream, 'buffer', None), 'raw', None)
-    return opened(Output(descriptor, OUTPUT, isinstance(raw, Output) and raw.lasting), stream)
+    return raw if isinstance(raw, Output) else None
 
 
 def finish() -> OSError | None:
     """Writes what is pending. Returns why standard output has lost something, if it has."""
     for stream in (sys.stdout, sys.stderr):
-        raw = getattr(getattr(stream, 'buffer', None), 'raw', None)
         try:
             stream.flush()
         except OSError as error:
-            if not isinstance(raw, Output):
+            if _output_of(stream) is None:
                 return error
     return lost()
 
 
 def lost() -> OSError | None:
     """Why standard output has lost something that counts, if it has: whoever wrote it may have taken no notice."""
-    raw = getattr(getattr(sys.stdout, 'buffer', None), 'raw', None)
-    return raw.failed if isinstance(raw, Output) and not raw.lasting else None
+    output = _output_of(sys.stdout)
+    return output.failed if output is not None and not output.lasting else None
 
 
 def say(text: str) -> None:
@@ -155,14 +164,3 @@ def _put(descriptor: int, text: bytes) -> None:
     ready.register(descriptor, select.POLLOUT)
     while text and ready.poll(MOMENT):
         text = text[os.write(descriptor, text[:AT_ONCE]) :]
-
-
-def _occupy(number: int) -> None:
-    """Has the null device take a descriptor that is free."""
-    try:
-        os.fstat(number)
-    except OSError:
-        null = os.open(os.devnull, os.O_RDWR)
-        if null != number:
-            os.dup2(null, number)
-            os.close(null)

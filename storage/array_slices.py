@@ -10,7 +10,28 @@ from jax import lax
 from jax.sharding import Mesh
 
 Bounds = tuple[tuple[int, int], ...]
+ALIGNED = 64  # bytes: XLA for CPUs takes an array that begins at a multiple of it as it is, and copies any other
 NO_MESH = Mesh(np.empty((), object), ())  # for work on one device, whatever mesh the caller is under
+
+
+def bounds_of(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Bounds:
+    """The bounds of a device's part of an array, from its slices."""
+    assert index is not None, 'every device here has a part'
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def overlap(a: Sequence[tuple[int, int]], b: Sequence[tuple[int, int]]) -> Bounds | None:
+    """What two parts have in common; None where that is nothing."""
+    both = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
+    return both if all(begin < end for begin, end in both) else None
+
+
+def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros in memory that a CPU device can use as it is."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + ALIGNED, np.uint8)
+    begin = -memory.ctypes.data % ALIGNED
+    return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
 def host_slice(shard: jax.Array, bounds: Bounds, part: Bounds) -> np.ndarray:

@@ -86,30 +86,25 @@ class BucketCheckpoints(Checkpoints):
 
     def _publish_shards(self, step: int, arrays: dict, mine: dict[str, bytes], files: Mapping[str, bytes]) -> None:
         """Writes this process' shards, and process 0 the rest when all have. Runs in a thread of its own."""
+        path = self.folder / str(step)
         with self._told(step):
-            self._write(step, arrays, mine, files)
+            digests = write_all(path, mine)
+            if not peers.first():
+                (path / 'digests' / f'{jax.process_index()}.json').write_bytes(json.dumps(digests).encode())
+            peers.meet('saved')
+            if peers.first():
+                others = [f'digests/{process}.json' for process in range(1, jax.process_count())]
+                for other in others:
+                    digests |= json.loads((path / other).read_bytes())
+                path.delete(others)
+                digests |= write_all(path, files)
+                manifest = {'format': SHARDS, 'arrays': arrays, 'files': dict(sorted(digests.items()))}
+                (path / MANIFEST).write_bytes(sealed(manifest))
+                self._delete_old(step)
+            peers.meet('published')
 
     def _clear(self) -> None:
         """The next save does it: a bucket that fails now is not asked for more."""
-
-    def _write(self, step: int, arrays: dict, mine: dict[str, bytes], files: Mapping[str, bytes]) -> None:
-        path = self.folder / str(step)
-        digests = {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in mine.items()}
-        at_once(lambda name: (path / name).write_bytes(mine[name]), mine)
-        if not peers.first():
-            (path / 'digests' / f'{jax.process_index()}.json').write_bytes(json.dumps(digests).encode())
-        peers.meet('saved')
-        if peers.first():
-            others = [f'digests/{process}.json' for process in range(1, jax.process_count())]
-            for other in others:
-                digests |= json.loads((path / other).read_bytes())
-            path.delete(others)
-            at_once(lambda name: (path / name).write_bytes(files[name]), files)
-            digests |= {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in files.items()}
-            manifest = {'format': SHARDS, 'arrays': arrays, 'files': dict(sorted(digests.items()))}
-            (path / MANIFEST).write_bytes(sealed(manifest))
-            self._delete_old(step)
-        peers.meet('published')
 
     def _folders(self) -> list[int]:
         """The steps of which there is anything, ascending."""
@@ -143,3 +138,9 @@ class BucketCheckpoints(Checkpoints):
             skipped = set(manifest['arrays']) - wanted
             source.download(Path(folder), [name for name in source.files() if name.split('/')[0] not in skipped])
             yield Path(folder)
+
+
+def write_all(path: Bucket, files: Mapping[str, bytes]) -> dict[str, list]:
+    """Writes objects below `path`; size in bytes and SHA-256 of each."""
+    at_once(lambda name: (path / name).write_bytes(files[name]), files)
+    return {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in files.items()}

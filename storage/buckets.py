@@ -50,14 +50,13 @@ def at(path: 'str | Path | Bucket') -> 'Path | Bucket':
 
 @functools.cache
 def _store(protocol: str) -> Any:
-    extra = EXTRAS[protocol]
     try:
         import fsspec
 
         # Others write too: a listing is never kept.
         return fsspec.filesystem(protocol, use_listings_cache=False)
     except ImportError:
-        raise UserError(f"{protocol}:// needs one more package: pip install -e '.[{extra}]'") from None
+        raise UserError(f"{protocol}:// needs one more package: pip install -e '.[{EXTRAS[protocol]}]'") from None
 
 
 @contextlib.contextmanager
@@ -77,16 +76,11 @@ def _reaching(url: 'Bucket') -> Iterator[None]:
     except Exception as error:
         kind = type(error).__name__
         line = f'{url}: {shown(" ".join(str(error).split()) or kind, 400)} ({kind})'
-        if _is_the_users(error):
+        # A client was refused, or has nothing to say who asks: each says it by kinds, codes and words of its own.
+        refused = getattr(error, 'code', None) in REFUSED or str(error).startswith('Forbidden')  # as gcsfs has it
+        if isinstance(error, PermissionError) or OF_THE_USER.search(kind) or refused:
             raise UserError(f'{line}; is the bucket right, are there credentials, and may they do this?') from None
         raise MachineError(f'{line}; is the store there, and the network to it?') from None
-
-
-def _is_the_users(error: Exception) -> bool:
-    """Whether a client was refused, or has nothing to say who asks. Each says it by kinds, codes and words of its own."""
-    named = OF_THE_USER.search(type(error).__name__) is not None
-    refused = getattr(error, 'code', None) in REFUSED or str(error).startswith('Forbidden')  # as gcsfs has it
-    return isinstance(error, PermissionError) or named or refused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,13 +124,11 @@ class Bucket:
 
     def names(self) -> list[str]:
         """What a listing shows directly below, sorted."""
-        with _reaching(self):
-            try:
+        try:
+            with _reaching(self):
                 found = self.store.ls(self.key, detail=False)
-            except FileNotFoundError as error:
-                if 'bucket does not exist' in str(error):
-                    raise
-                return []
+        except FileNotFoundError:
+            return []
         # Clients write a prefix with or without a slash at its end, and some list an object as its own content.
         names = {path.rstrip('/').rpartition('/')[2] for path in found if path.strip('/') != self.key}
         return sorted(names)

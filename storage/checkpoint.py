@@ -186,12 +186,8 @@ class Checkpoints(Reader):
         path, target = self._saving / str(step), self.folder / str(step)
         for name, content in files.items():
             disk.put(path / name, content)
-        manifest: dict[str, Any] = {
-            'arrays': arrays,
-            'files': {name: fingerprint(path / name) for name in files_below(path)},
-        }
-        manifest |= {'format': format} if format else {}
-        disk.put(path / MANIFEST, sealed(manifest))
+        manifest = {'arrays': arrays, 'files': {name: fingerprint(path / name) for name in files_below(path)}}
+        disk.put(path / MANIFEST, sealed(manifest | ({'format': format} if format else {})))
         # The rename may reach the disk before what it names, unless all of that is there already.
         disk.sync_tree(path)
         self.check_lock()  # now: what is before it may take minutes

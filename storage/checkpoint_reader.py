@@ -7,11 +7,12 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -37,7 +38,10 @@ from weft.storage.manifest import (
 from weft.storage.sealed import unsealed
 
 CHUNK = 2**20  # bytes that are read and hashed at once
+ALTERED = 'was altered: its SHA-256 is not the one in the manifest'
+AGAIN = 100  # checkpoints that a reader tries one after another, each deleted while it was read
 BETWEEN = 0.1  # seconds in which one that is replaced may not be there
+T = TypeVar('T')
 
 
 class Gone(UserError):
@@ -193,16 +197,8 @@ class Reader:
             if manifest and manifest.get('format') != SHARDS and not peers.several():
                 names = [name for name in files_below(path) if name.split('/')[0] not in skipped]
                 with contextlib.suppress(OSError):  # no room for them: what goes meanwhile is told then
-                    folder = self._links(stack, path, names) if len(names) <= open_files() else None
+                    folder = _links(stack, path, names) if len(names) <= open_files() else None
             yield folder or path
-
-    def _links(self, stack: contextlib.ExitStack, path: Path, names: Iterable[str]) -> Path:
-        """A folder of links to a checkpoint's files, which are open until the stack ends."""
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='weft-')))
-        for name in names:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).symlink_to(stack.enter_context(pinned(path / name)))
-        return folder
 
     def _read_shards(self, step: int, manifest: dict, wanted: dict[str, dict[str, Any]]) -> Mapping[str, Any]:
         """Arrays by item and name; each shard is hashed as it is read."""
@@ -213,16 +209,16 @@ class Reader:
         def read(path: str, into: memoryview) -> None:
             size, sha256 = manifest['files'][path]
             if size != len(into) or self._read(step, path, into) != sha256:
-                raise self._altered(step, path)
+                raise self._damaged(step, path, ALTERED)
 
         leaves = {f'{item}/{name}': x for item, arrays in wanted.items() for name, x in arrays.items()}
 
         def gather(name: str) -> Any:
             try:
                 return shards.gather(name, leaves[name], paths.get(name, ()), read)
+            except UserError:
+                raise
             except ValueError as error:
-                if isinstance(error, UserError):
-                    raise
                 raise self._damaged(step, MANIFEST, f'was altered ({shown(error)})') from None
 
         parts = at_once(gather, leaves, self.readers)
@@ -232,18 +228,15 @@ class Reader:
     def _manifest(self, step: int) -> dict:
         """The manifest of a published step. Raises Gone where there is none, UserError where it is not as it was written."""
         if step not in self.steps():
-            published = ', '.join(map(str, self.steps()))
-            raise Gone(
-                f'{self.run} has no checkpoint of step {step}; '
-                + (f'it has {published}' if published else 'it has none at all')
-            )
+            published = ', '.join(map(str, self.steps())) or 'none at all'
+            raise Gone(f'{self.run} has no checkpoint of step {step}; it has {published}')
         try:
             manifest = unsealed(self._content(step, MANIFEST))
         except FileNotFoundError:
             raise self._damaged(step, MANIFEST, 'is missing') from None
+        except UserError:  # it could not be read at all
+            raise
         except ValueError as error:
-            if isinstance(error, UserError):  # it could not be read at all
-                raise
             raise self._damaged(step, MANIFEST, f'was altered or truncated ({shown(error)})') from None
         if not is_manifest(manifest):
             raise self._damaged(step, MANIFEST, 'was altered: it lists no arrays and files as a checkpoint has them')
@@ -265,37 +258,26 @@ class Reader:
                 raise self._damaged(step, name, 'is no regular file')
             if found < size:
                 raise self._damaged(step, name, f'was truncated: it has {found} bytes of {size}')
-            if found > size or self._digest(path, name, manifest) not in (sha256, None):
-                raise self._altered(step, name)
+            # A shard is hashed when it is read, and need not come from the disk twice.
+            shard = manifest.get('format') == SHARDS and name.split('/')[0] in manifest['arrays']
+            if found > size or not (shard or self._hashed(path / name) == sha256):
+                raise self._damaged(step, name, ALTERED)
 
     def _sizes(self, path: Any) -> dict[str, int | None]:
         """Every file of a checkpoint, and its size in bytes; None for a link that leads nowhere, a FIFO and the like."""
         return {name: size_of(path / name) for name in files_below(path)}
 
-    def _digest(self, path: Any, name: str, manifest: dict) -> str | None:
-        """A file's SHA-256; None for a shard: it is hashed when it is read, and need not come from the disk twice."""
-        shard = manifest.get('format') == SHARDS and name.split('/')[0] in manifest['arrays']
-        return None if shard else self._hashed(path / name)
-
     def _hashed(self, path: Any) -> str:
-        """A file's SHA-256."""
         return fingerprint(path)[1]
 
     def _read(self, step: int, name: str, into: memoryview) -> str:
         """A file's first bytes, as many as there is room for, and the SHA-256 of what is there then."""
         digest = hashlib.sha256()
-        with disk.reading(self.folder / str(step) / name) as descriptor:
+        with disk.reading(self.folder / str(step) / name) as descriptor, open(descriptor, 'rb', closefd=False) as file:
             for begin in range(0, len(into), CHUNK):
                 chunk = into[begin : begin + CHUNK]  # hashed while the processor's cache still has it
-                filled = 0
-                # A network's disk may give less.
-                while filled < len(chunk) and (count := os.readv(descriptor, [chunk[filled:]])):
-                    filled += count
-                digest.update(chunk[:filled])
+                digest.update(chunk[: file.readinto(chunk)])
         return digest.hexdigest()
-
-    def _altered(self, step: int, name: str) -> UserError:
-        return self._damaged(step, name, 'was altered: its SHA-256 is not the one in the manifest')
 
     def _damaged(self, step: int, name: str, what: str) -> UserError:
         others = [other for other in self.steps() if other != step]
@@ -322,3 +304,38 @@ class Reader:
             layout = wanted[name].sharding
             assert isinstance(layout, jax.sharding.Sharding), f'{name} has no layout'
             assert not isinstance(getattr(layout, 'mesh', None), jax.sharding.AbstractMesh), f'{name} is on no devices'
+
+
+def _links(stack: contextlib.ExitStack, path: Path, names: Iterable[str]) -> Path:
+    """A folder of links to a checkpoint's files, which are open until the stack ends."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='weft-')))
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(stack.enter_context(pinned(path / name)))
+    return folder
+
+
+def read_newest(checkpoints: Reader, read: Callable[[int], T], step: int | None = None, first: int | None = None) -> T:
+    """What `read` gives of the newest checkpoint, and of the next where that is deleted meanwhile.
+
+    Args:
+        step: the one to read instead, and no other.
+        first: the one to read unless it is deleted.
+
+    Raises UserError where there is none, or the one that was asked for goes away.
+    """
+    if step is not None:
+        try:
+            return read(step)
+        except Gone as gone:
+            raise UserError(f'--step {step}: {gone}') from None
+    for _ in range(AGAIN):
+        try:
+            return read(checkpoints.newest() if first is None else first)
+        except Gone as gone:
+            first = None
+            print(f'{gone}: reading the newest', file=sys.stderr, flush=True)
+    raise UserError(
+        f'{checkpoints.run}: {AGAIN} checkpoints in a row were deleted while they were read: train with a larger '
+        'checkpoint.keep or checkpoint.every, so that one lasts as long as it takes to read it'
+    )

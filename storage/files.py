@@ -202,6 +202,11 @@ def partial(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL)
 
 
+def kind_of(mode: int) -> str:
+    """What something that is no regular file is, in words."""
+    return KINDS.get(stat.S_IFMT(mode), 'no file')
+
+
 class NotRegular(Exception):
     """What is no regular file; its text says what it is, as in `a folder`."""
 
@@ -220,7 +225,7 @@ def open_regular(path: Path) -> int:
 
 def _check_regular(found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
-        raise NotRegular(KINDS.get(stat.S_IFMT(found.st_mode), 'no file'))
+        raise NotRegular(kind_of(found.st_mode))
 
 
 @contextlib.contextmanager
@@ -231,24 +236,18 @@ def reading(path: Path) -> Iterator[int]:
     """
     try:
         descriptor = open_regular(path)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
     except FileNotFoundError:
         raise
     except NotRegular:
         raise UserError(f'{shown(path)}: is no regular file; move away what stands there') from None
     except OSError as error:
-        raise _unreadable(path, error) from error
-    try:
-        yield descriptor
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    finally:
-        os.close(descriptor)
-
-
-def _unreadable(path: Path, error: OSError) -> MachineError | UserError:
-    if error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
-        return UserError(f'{shown(path)}: {error.strerror}')
-    return fault(path, error)
+        if error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):
+            raise UserError(f'{shown(path)}: {error.strerror}') from error
+        raise fault(path, error) from error
 
 
 def read(path: Path, most: int = 2**26) -> bytes:

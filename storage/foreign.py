@@ -5,7 +5,6 @@ A file is refused in one line that names it, the value and the limit, before mem
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
 import re
@@ -72,14 +71,12 @@ def read_file(path: Path, most: int) -> bytes:
 
 def _read_into(path: Path, descriptor: int, begin: int, out: memoryview) -> int:
     """Fills `out` with the bytes from `begin` on; how many there were."""
-    done, file = 0, io.FileIO(descriptor, closefd=False)
     try:
-        file.seek(begin)
-        while done < len(out) and (count := file.readinto(out[done:])):
-            done += count
+        with open(descriptor, 'rb', closefd=False) as file:
+            file.seek(begin)
+            return file.readinto(out)
     except OSError as error:
         raise UserError(f'{shown_path(path)}: cannot be read: {error.strerror}') from None
-    return done
 
 
 def changed(path: Path) -> UserError:
@@ -230,18 +227,25 @@ def _check_depth(found: Any) -> None:
     raise _too_deep()
 
 
+def lone_surrogate(text: str) -> int | None:
+    """Where the first half of a surrogate pair stands, which UTF-8 cannot write; None where there is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
 def _check_halves(found: Any, where: str) -> None:
     """Raises UserError for a text with half of a surrogate pair."""
     left = [found]
     while left:
         one = left.pop()
         if isinstance(one, str):
-            try:
-                one.encode()
-            except UnicodeEncodeError:
+            if lone_surrogate(one) is not None:
                 raise UserError(
                     f'{where}: has the text {shown(one, 60, quoted=True)}: a lone surrogate is not Unicode text; leave it out'
-                ) from None
+                )
         elif isinstance(one, dict):
             left += [*one.keys(), *one.values()]
         elif isinstance(one, list):

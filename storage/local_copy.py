@@ -40,12 +40,12 @@ class LocalCopy:
 
     def push(self) -> None:
         """Uploads what has changed here."""
-        if not isinstance(self.folder, Bucket):
-            return
         folder = self.folder
+        if not isinstance(folder, Bucket):
+            return
         files = [path.relative_to(self.local).as_posix() for path in self.local.rglob('*') if path.is_file()]
         stamps = {name: self._stamp(name) for name in files}
-        changed = [name for name in files if self._known.get(name) != stamps[name]]
+        changed = [name for name, stamp in stamps.items() if self._known.get(name) != stamp]
         if any(name.startswith('data/') for name in changed):
             folder.delete([LAST_WRITTEN])
         at_once(

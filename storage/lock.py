@@ -30,8 +30,7 @@ from typing import Any
 from weft.runtime import streams
 from weft.runtime.errors import MachineError, UserError, shown
 from weft.storage.buckets import Bucket
-from weft.storage.holder import Record, own_record
-from weft.storage.lock_file import LockFile, LockGone, LockObject, lock_places, read_record
+from weft.storage.lock_file import LockFile, LockGone, LockObject, Record, lock_places, own_record
 
 BEAT = 10.0  # seconds between two signs of life
 STALE = 45.0  # seconds without one after which a holder that this machine cannot see is gone
@@ -42,13 +41,6 @@ TRIES = 20  # times that a lock is asked for again because its file was removed 
 
 class Taken(UserError):
     """Another process writes the run."""
-
-
-class _Held(Exception):
-    """A lock has a holder, of whom this is known; `silent`: who gives no sign of life, and the file server keeps the lock."""
-
-    def __init__(self, record: Record, silent: bool = False):
-        self.record, self.silent = record, silent
 
 
 class Lock:
@@ -62,24 +54,16 @@ class Lock:
     def __enter__(self) -> 'Lock':
         place, other, self._made = lock_places(self.folder)
         self._record = own_record()
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._unmake)
             self._file = self._taken(place)
-        except BaseException as error:
-            self._unmake()
-            if isinstance(error, _Held):
-                raise self._refusal(error, place) from None
-            raise
-        self._ended = threading.Event()
-        self._beats = threading.Thread(target=self._beat, name='lock', daemon=True)
-        self._beats.start()
-        try:
+            self._ended = threading.Event()
+            self._beats = threading.Thread(target=self._beat, name='lock', daemon=True)
+            self._beats.start()
+            undo.push(self.__exit__)
             if other is not None:
                 self._look_at(other)
-        except BaseException as error:
-            self.__exit__(None, None, None)
-            if isinstance(error, _Held):
-                raise self._refusal(error, other.path if other else place) from None
-            raise
+            undo.pop_all()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
@@ -120,7 +104,9 @@ class Lock:
     def _taken(self, place: Path | Bucket) -> LockFile | LockObject:
         """The lock's file, once it is this process' own."""
         for _ in range(TRIES):
-            file: LockFile | LockObject = LockObject(place) if isinstance(place, Bucket) else LockFile(place)
+            file: LockFile | LockObject = (
+                LockObject(place) if isinstance(place, Bucket) else LockFile(place, place.parent)
+            )
             try:
                 file.open(self._record)
                 if file.blocked:
@@ -133,65 +119,62 @@ class Lock:
             except BaseException:
                 file.close()
                 raise
-        raise _Held(Record())  # made and removed all the time: others are starting
+        raise self._held_by(Record())  # made and removed all the time: others are starting
 
     def _wait_for(self, file: LockFile | LockObject) -> None:
-        """Waits for a kernel's lock whose holder's machine is gone. Raises _Held where that may live."""
-        until = time.monotonic() + 1
-        while not ((known := read_record(file)) and known.token) and time.monotonic() < until:
-            time.sleep(0.02)  # it is being written
-        if known is None:
-            raise LockGone
+        """Waits for a kernel's lock whose holder's machine is gone. Raises Taken where that may live."""
+        known = self._written(file, 1.0)
         if known.boot in ('', self._record.boot) or self._lives(file, known):
-            raise _Held(read_record(file) or known)
+            raise self._held_by(file.read() or known)
         self._say(
             f'{known} gives no sign of life, and the file server keeps its lock: asking again for up to {LEASE:.0f} s'
         )
         until = time.monotonic() + LEASE
         while not file.lock():
             if time.monotonic() >= until:
-                raise _Held(known, silent=True)
+                raise Taken(
+                    f'{self.folder} is locked by {known}, which gives no sign of life, and the file server keeps the lock of a '
+                    f'machine that is gone: remove {file.path} if that process has ended for certain, or bring its machine back'
+                )
             time.sleep(BEAT / 10)
-            if (now := read_record(file)) and now != known:
-                raise _Held(now)
+            if (now := file.read()) and now != known:
+                raise self._held_by(now)
 
     def _take_over(self, file: LockFile | LockObject) -> None:
-        """Takes what another process has left. Raises _Held where that lives."""
+        """Takes what another process has left. Raises Taken where that lives."""
         known = self._written(file)
         left = file.locked and known.boot in ('', self._record.boot)  # the kernel would not give a living holder's lock
         if not left and not known.is_dead and self._lives(file, known):
-            raise _Held(known)
-        file.write(self._record.written())
+            raise self._held_by(known)
+        file.write(self._record)
         if not file.locked:
             time.sleep(SETTLED)
-            found = read_record(file)
+            found = file.read()
             if found is None or found.token != self._record.token:
-                raise _Held(found or Record())
+                raise self._held_by(found or Record())
 
-    def _written(self, file: LockFile | LockObject) -> Record:
-        """What a lock's file says. One that says nothing may be new, of a machine whose writing is not seen here yet."""
-        known = read_record(file)
+    def _written(self, file: LockFile | LockObject, seconds: float | None = None) -> Record:
+        """What a lock's file says. One that says nothing may be new: of a machine whose writing is not seen here yet."""
+        known = file.read()
         if known is not None and not known.token:
-            until = time.monotonic() + min(SETTLED, SETTLED - file.silent())
+            until = time.monotonic() + (seconds or SETTLED - max(file.silent(), 0))
             while known is not None and not known.token and time.monotonic() < until:
                 time.sleep(BEAT / 100)
-                known = read_record(file)
+                known = file.read()
         if known is None:
             raise LockGone
         return known
 
     def _look_at(self, other: LockFile) -> None:
-        """Raises _Held where a process has the run's lock at its other place, which this one does not take."""
+        """Raises Taken where a process has the run's lock at its other place, which this one does not take."""
         with contextlib.suppress(LockGone):
-            known = read_record(other)
+            known = other.read()
             if known is None:
                 return
             taken = other.is_taken()
-            if taken:
-                raise _Held(known)
             left = known.boot in ('', self._record.boot) if taken is False else not known.token
-            if not left and not known.is_dead and self._lives(other, known):
-                raise _Held(known)
+            if taken or (not left and not known.is_dead and self._lives(other, known)):
+                raise self._held_by(known)
 
     def _lives(self, file: LockFile | LockObject, known: Record) -> bool:
         """Whether a holder that this machine cannot see gives a sign of life."""
@@ -202,7 +185,7 @@ class Lock:
         until = time.monotonic() + rest
         while time.monotonic() < until:
             time.sleep(BEAT / 10)
-            now = read_record(file)
+            now = file.read()
             if now is None:
                 raise LockGone
             if now != known:
@@ -220,19 +203,14 @@ class Lock:
                     self.lost = True
                     return
                 self._record = dataclasses.replace(self._record, beats=self._record.beats + 1)
-                self._file.write(self._record.written())
+                self._file.write(self._record)
 
     def _is_mine(self) -> bool:
-        self._found = found = read_record(self._file)
+        self._found = found = self._file.read()
         return found is not None and found.token == self._record.token
 
-    def _refusal(self, held: _Held, place: Path | Bucket) -> Taken:
-        if held.silent:
-            return Taken(
-                f'{self.folder} is locked by {held.record}, which gives no sign of life, and the file server keeps the lock of '
-                f'a machine that is gone: remove {place} if that process has ended for certain, or bring its machine back'
-            )
-        return Taken(f'{self.folder} is being written by {held.record}: wait until it ends, or stop it')
+    def _held_by(self, record: Record) -> Taken:
+        return Taken(f'{self.folder} is being written by {record}: wait until it ends, or stop it')
 
     def _unmake(self) -> None:
         """Takes the folders away that were made for the lock, if nothing else is in them."""

@@ -61,7 +61,7 @@ def size_of(path: Path) -> int | None:
     """Of a regular file, or of one that a link leads to."""
     try:
         found = path.stat()
-    except (FileNotFoundError, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         if isinstance(error, FileNotFoundError) and not path.is_symlink():
             raise  # it went meanwhile
         return None

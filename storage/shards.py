@@ -17,10 +17,9 @@ import numpy as np
 from jax import P
 from jax.sharding import NamedSharding, Sharding
 
-from weft.storage.array_slices import Bounds, host_slice, slice_shape, split_bounds
+from weft.storage.array_slices import Bounds, aligned_zeros, bounds_of, host_slice, overlap, slice_shape, split_bounds
 
 BLOCK = 2**26  # bytes of one object at most
-ALIGNED = 64  # bytes: XLA for CPUs takes an array that begins at a multiple of it as it is, and copies any other
 
 
 def written(name: str, x: jax.Array) -> Iterator[tuple[str, bytes]]:
@@ -28,10 +27,10 @@ def written(name: str, x: jax.Array) -> Iterator[tuple[str, bytes]]:
 
     A large shard is several objects, none above BLOCK bytes, and no more than one of them is on the host at a time.
     """
-    x = _raw(x)
+    x = jax.random.key_data(x) if _is_key(x) else x
     for shard in x.addressable_shards:
         if shard.replica_id == 0:  # of equal copies only one is written
-            bounds = _bounds(shard.index, x.shape)
+            bounds = bounds_of(shard.index, x.shape)
             for part in split_bounds(bounds, x.dtype.itemsize, BLOCK):
                 yield f'{name}/{_text(part)}.bin', host_slice(shard.data, bounds, part).tobytes()
 
@@ -44,14 +43,14 @@ def gather(
     `read(path, into)` fills memory of a shard's size with it. Raises ValueError where the paths do not make up the array.
     """
     shape, dtype, layout = _raw_kind(x)
-    regions = {_bounds(index, shape) for index in layout.addressable_devices_indices_map(shape).values()}
-    parts = {bounds: _aligned(slice_shape(bounds), dtype) for bounds in regions}
+    regions = {bounds_of(index, shape) for index in layout.addressable_devices_indices_map(shape).values()}
+    parts = {bounds: aligned_zeros(slice_shape(bounds), dtype) for bounds in regions}
     filled = dict.fromkeys(parts, 0)
     for path in paths:
         stored = _parse(path.removeprefix(f'{name}/').removesuffix('.bin'))
         if not all(0 <= begin < end <= size for (begin, end), size in zip(stored, shape, strict=True)):
             raise ValueError(f'{path} is no part of {list(shape)}')
-        shared = {bounds: both for bounds in parts if (both := _both(bounds, stored)) is not None}
+        shared = {bounds: both for bounds in parts if (both := overlap(bounds, stored)) is not None}
         if not shared:
             continue
         straight = _place_of(stored, parts, shared)
@@ -66,13 +65,6 @@ def gather(
     return parts
 
 
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Memory for an array, which then need not be copied onto a CPU device."""
-    memory = np.empty(math.prod(shape) * dtype.itemsize + ALIGNED, np.uint8)
-    begin = -memory.ctypes.data % ALIGNED
-    return memory[begin : begin + memory.nbytes - ALIGNED].view(dtype).reshape(shape)
-
-
 def _place_of(stored: Bounds, parts: dict[Bounds, np.ndarray], shared: dict[Bounds, Bounds]) -> np.ndarray | None:
     """Where a shard can be read to without a copy: where it belongs, if that is one place, whole and without gaps."""
     if list(shared.values()) != [stored]:
@@ -85,7 +77,7 @@ def _place_of(stored: Bounds, parts: dict[Bounds, np.ndarray], shared: dict[Boun
 def place(x: jax.ShapeDtypeStruct, parts: dict[Bounds, np.ndarray]) -> jax.Array:
     """The array whose parts `gather` found."""
     shape, _, layout = _raw_kind(x)
-    raw = jax.make_array_from_callback(shape, layout, lambda index: parts[_bounds(index, shape)])
+    raw = jax.make_array_from_callback(shape, layout, lambda index: parts[bounds_of(index, shape)])
     if not _is_key(x):
         return raw
     implementation: list[Any] = []
@@ -97,13 +89,8 @@ def _is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def _raw(x: jax.Array) -> jax.Array:
-    """A PRNG key as the numbers that it is made of; any other array as it is."""
-    return jax.random.key_data(x) if _is_key(x) else x
-
-
 def _raw_kind(x: jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], Any, Sharding]:
-    """Shape, dtype and layout of `_raw`."""
+    """Shape, dtype and layout of an array, or of the numbers that a PRNG key is made of."""
     if not _is_key(x):
         return x.shape, x.dtype, x.sharding
     raw = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype))
@@ -111,17 +98,6 @@ def _raw_kind(x: jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], Any, Sharding]:
     if isinstance(layout, NamedSharding):
         layout = NamedSharding(layout.mesh, P(*layout.spec))  # its last dim, a key's own numbers, stays whole
     return raw.shape, raw.dtype, layout
-
-
-def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Bounds:
-    assert index is not None, 'every device here has a part'
-    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-
-
-def _both(a: Bounds, b: Bounds) -> Bounds | None:
-    """Where two regions overlap."""
-    both = tuple((max(x[0], y[0]), min(x[1], y[1])) for x, y in zip(a, b, strict=True))
-    return both if all(begin < end for begin, end in both) else None
 
 
 def _within(inner: Bounds, outer: Bounds) -> tuple[slice, ...]:

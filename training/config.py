@@ -21,6 +21,7 @@ from weft.model.sizes import batch_sizes, sizes
 from weft.runtime.errors import UserError, nearest, nearest_path, shown
 from weft.runtime.registry import import_extensions
 from weft.sharding.mesh import BATCH, MeshConfig, check_divides
+from weft.storage.foreign import lone_surrogate
 from weft.training import yaml_text
 from weft.training.optimizers import OPTIMIZERS, AdamW, OptimizerConfig
 from weft.training.overrides import apply, resolve, unknown
@@ -178,7 +179,7 @@ def validate(tree: dict, source: str) -> RunConfig:
         if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
             raise UserError(f'{source}: {key} is {value}: whole numbers are at most 2^48')
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and any('\ud800' <= letter <= '\udfff' for letter in text):
+            if isinstance(text, str) and lone_surrogate(text) is not None:
                 raise UserError(
                     f'{source}: {key} is {shown(text, 60, quoted=True)}, which is not UTF-8: rename the file, or name it by a '
                     'glob with a star for such a letter'

@@ -46,7 +46,7 @@ def open_prepared(config: RunConfig, local_copy: LocalCopy, corpus: str) -> tupl
     folder = local_copy.folder
     local_copy.fetch()
     try:
-        dataset = load(local_copy.local, lambda line: None)  # process 0 has said it
+        dataset = load(local_copy.local, lambda line: None, load_tokenizer)  # process 0 has said it
     except UserError as error:
         raise UserError(f'{error}; the processes of a run need one run folder that all of them see') from None
     if dataset.facts['sha256'] != corpus:

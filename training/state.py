@@ -14,8 +14,8 @@ from weft.model.decoder import Decoder, declared_decoder
 from weft.model.parameters import abstract as abstract_module
 from weft.runtime.errors import UserError
 from weft.storage.checkpoint import Checkpoints
+from weft.storage.checkpoint_reader import read_newest
 from weft.storage.manifest import META
-from weft.storage.newest import read_newest
 from weft.training import config as configs
 from weft.training.config import RunConfig
 from weft.training.step import State, init

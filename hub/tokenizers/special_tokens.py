@@ -5,10 +5,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from weft.data.tokenizer import Tokenizer, is_unicode
+from weft.data.tokenizer import Tokenizer
 from weft.hub.tokenizers.side_files import LARGEST_VOCABULARY, AddedToken, Said, check_id
 from weft.runtime.errors import UserError, nearest
-from weft.storage.foreign import read_object, shown_value
+from weft.storage.foreign import lone_surrogate, read_object, shown_value
 
 SPECIAL = 'tokenizer.special.json'  # in a run, beside the tokenizer
 ENDS = ('</s>', '<|endoftext|>', '<eos>', '<|end_of_text|>')  # what an end is called where no file names one
@@ -69,7 +69,7 @@ def missing(
         name = token['content']
         if name in known:
             continue
-        if not is_unicode(name):
+        if lone_surrogate(name) is not None:
             raise said.error(f'token {shown_value(name)}: a lone surrogate is not Unicode text; leave it out')
         here = find(name)
         if here is None and field in ('bos_token', 'eos_token'):

@@ -26,9 +26,9 @@ from weft.inference.run import open_run
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.storage.checkpoint import Checkpoints
+from weft.storage.checkpoint_reader import read_newest
 from weft.storage.local_copy import LocalCopy
 from weft.storage.manifest import MANIFEST, META, fingerprint
-from weft.storage.newest import read_newest
 from weft.storage.sealed import sealed, unsealed
 from weft.training import config as configs
 from weft.training import state
@@ -208,7 +208,7 @@ def prepare(place: Path) -> None:
             weights.append(numbers(open_run(place / 'runs' / name, needs_text=False, stacked=True, step=step).model))
     found = prepared.load(place / 'runs' / 'trained', str)
     assert found is not None
-    rows = [part.take(range(len(part))) for part in found[3].values()]
+    rows = [part.take(range(len(part))) for part in (found.train, found.validation)]
     digest = hashlib.sha256(b''.join(x.tobytes() for part in rows for x in part[:4])).hexdigest()
     (place / 'known.json').write_text(json.dumps({'weights': weights, 'rows': digest}))
 

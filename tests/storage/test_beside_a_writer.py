@@ -14,12 +14,11 @@ import pytest
 from tests.storage.store import bucket
 from tests.storage.test_checkpoint import bits, restored_small, small
 from weft.runtime.errors import UserError
-from weft.storage import checkpoint_reader, newest
+from weft.storage import checkpoint_reader
 from weft.storage.bucket_checkpoint import checkpoints_of
 from weft.storage.checkpoint import Checkpoints
-from weft.storage.checkpoint_reader import Gone
+from weft.storage.checkpoint_reader import Gone, read_newest
 from weft.storage.lock import Lock
-from weft.storage.newest import read_newest
 
 
 @contextmanager
@@ -165,7 +164,7 @@ def test_a_step_that_is_asked_for_and_goes_is_one_line(tmp_path, monkeypatch):
         read_newest(checkpoints, read, 1)
     assert '\n' not in str(caught.value)
 
-    monkeypatch.setattr(newest, 'AGAIN', 3)
+    monkeypatch.setattr(checkpoint_reader, 'AGAIN', 3)
     with pytest.raises(UserError, match=r'3 checkpoints in a row were deleted .* larger checkpoint\.keep'):
         read_newest(checkpoints, lambda step: (_ for _ in ()).throw(Gone('gone')))
 

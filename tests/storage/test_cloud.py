@@ -18,8 +18,8 @@ from weft.runtime.errors import MachineError, UserError
 from weft.storage.bucket_checkpoint import checkpoints_of
 from weft.storage.buckets import Bucket, at, at_once
 from weft.storage.checkpoint import MANIFEST, Checkpoints, SaveFailed
-from weft.storage.holder import own_record
 from weft.storage.local_copy import LocalCopy
+from weft.storage.lock_file import own_record
 from weft.training import config as configs
 from weft.training.loop import Run, train
 

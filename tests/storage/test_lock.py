@@ -18,8 +18,8 @@ from tests.storage.test_checkpoint import small
 from weft.runtime.errors import MachineError, UserError
 from weft.storage import files, lock
 from weft.storage.checkpoint import Checkpoints
-from weft.storage.holder import Record, own_record
 from weft.storage.lock import Lock, Taken
+from weft.storage.lock_file import Record, own_record
 
 CHILD = """
 import sys

@@ -61,7 +61,7 @@ def test_a_power_cut_while_training_leaves_a_run_that_goes_on_or_begins_anew(cha
         lambda run: (found := whole_steps(run), [Checkpoints(run).meta(step)['corpus'] for step in found]),
         tmp_path / 'a',
     )
-    corpus_of = Looked(lambda run: (data := prepared.load(run, pytest.fail)) and data[1]['sha256'], tmp_path / 'b')
+    corpus_of = Looked(lambda run: (data := prepared.load(run, pytest.fail)) and data.facts['sha256'], tmp_path / 'b')
     rows_of = Looked(lambda run: metrics.read(run / 'metrics.jsonl'), tmp_path / 'c')
     config_of = Looked(lambda run: configs.load_config(run / 'config.yaml').name, tmp_path / 'd')
 
