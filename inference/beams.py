@@ -5,9 +5,10 @@ number of tokens (its end among them) to the power of the length penalty, and a 
 were it to end here, would not be among the finished ones. Letters: B prompts, N beams, C candidates, V vocabulary.
 """
 
+import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,14 +44,17 @@ class Candidates(NamedTuple):
     token_BC: Any
 
 
+@dataclasses.dataclass
 class RowSearch:
     """One prompt's beams and what has ended of them: plain numbers, on the host."""
 
-    def __init__(self, beams: int, ends: frozenset[int], most: int, penalty: float):
-        self.beams, self.ends, self.most, self.penalty = beams, ends, most, penalty
-        self.running: list[tuple[float, list[int]]] = [(0.0, [])]
-        self.finished: list[Hypothesis] = []
-        self.open = True
+    beams: int
+    ends: frozenset[int]
+    most: int  # tokens of a continuation
+    penalty: float
+    running: list[tuple[float, list[int]]] = dataclasses.field(default_factory=lambda: [(0.0, [])])
+    finished: list[Hypothesis] = dataclasses.field(default_factory=list)
+    open: bool = True
 
     def step(self, scores: Sequence[float], beams: Sequence[int], tokens: Sequence[int]) -> list[int]:
         """Goes on by one token, the candidates being the best ones, best first. Returns each new beam's old number."""
@@ -62,10 +66,9 @@ class RowSearch:
             so_far = [*self.running[beam][1], token]
             if token in self.ends or len(so_far) == self.most:
                 if rank < self.beams:  # those behind are there to go on with
-                    ended = token in self.ends
-                    self.finish(
-                        Hypothesis(score / len(so_far) ** self.penalty, so_far[:-1] if ended else so_far, ended)
-                    )
+                    ended, normalised = token in self.ends, score / len(so_far) ** self.penalty
+                    found = Hypothesis(normalised, so_far[:-1] if ended else so_far, ended)
+                    self.finished = sorted([*self.finished, found], key=lambda one: -one.score)[: self.beams]
             elif len(running) < self.beams:
                 running.append((score, so_far))
                 parents.append(beam)
@@ -76,13 +79,11 @@ class RowSearch:
         self.open = self.open and bool(running)
         return parents
 
-    def finish(self, found: Hypothesis) -> None:
-        """Keeps it if it is among the best."""
-        self.finished = sorted([*self.finished, found], key=lambda one: -one.score)[: self.beams]
-
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def first_candidates(model: Decoder, slots: int, beams: int, per_beam: int, prompts: Prompts):
+def first_candidates(
+    model: Decoder, slots: int, beams: int, per_beam: int, prompts: Prompts
+) -> tuple[Candidates, KVCache]:
     """Candidates after the prompts, and their cache with each row `beams` times."""
     logit_BV, cache = prefill_prompts(model, slots, prompts)
     found = candidates(logit_BV, jnp.zeros(logit_BV.shape[0], out_sharding=TOKENS), per_beam * beams, 1)
@@ -99,7 +100,7 @@ def next_candidates(
     token_R: jax.Array,
     score_R: jax.Array,
     position_R: jax.Array,
-):
+) -> tuple[Candidates, KVCache]:
     """Candidates after one more token in each of B × N rows, whose beams come from others of their prompt."""
 
     def chosen(a: jax.Array, axis: int, parent_R: jax.Array) -> jax.Array:
@@ -124,7 +125,7 @@ def candidates(logit_RV: jax.Array, score_R: jax.Array, count: int, beams: int) 
     return jax.shard_map(one_device, in_specs=P(TOKENS[0]), out_specs=P(TOKENS[0]))(logit_RV, score_R)
 
 
-def by_row(cache: KVCache, change, *rows):
+def by_row(cache: KVCache, change: Callable[..., jax.Array], *rows: jax.Array) -> KVCache:
     """A cache of other rows: `change(array, axis of its rows, *rows)` for each array, on each device by itself."""
     layout = specs(cache)
 
@@ -135,13 +136,7 @@ def by_row(cache: KVCache, change, *rows):
 
 
 def beam_search(
-    model: Decoder,
-    prompts: Prompts,
-    beams: int,
-    ends: frozenset[int],
-    most: Sequence[int],
-    penalty: float,
-    slots: int,
+    model: Decoder, prompts: Prompts, beams: int, ends: frozenset[int], most: Sequence[int], penalty: float, slots: int
 ) -> tuple[list[list[Hypothesis]], float]:
     """Each row's best whole continuations, best first; and the seconds of all steps but the first two, which compile.
 
@@ -178,10 +173,7 @@ class NextRows(NamedTuple):
 
 
 def advance(searches: Sequence[RowSearch], beams: int, found: Candidates) -> NextRows:
-    """Takes each open search a token further, and says what its beams are then.
-
-    Raises MachineError where a row's logits are not finite.
-    """
+    """Takes each open search a token further, and returns its beams. Raises MachineError where logits are not finite."""
     shape = len(searches), beams
     parent_BN, token_BN = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     total_BN = np.full(shape, -np.inf, np.float32)
@@ -206,17 +198,12 @@ def generate_by_beams(
     context: int,
     length_penalty: float = 1.0,
 ) -> list[Completion]:
-    """The likeliest continuation of each prompt, of `beams` that are followed; as `inference.generate.generate`.
-
-    Raises UserError as that does, and for less than one beam.
-    """
-    if max_new_tokens < 1:
-        raise UserError(f'max-new-tokens is {max_new_tokens}: it must be at least 1')
+    """The likeliest continuation of each prompt, of `beams` that are followed. Raises UserError as `generate` does."""
     if beams < 1:
         raise UserError(f'beams is {beams}: it must be at least 1; 1 is greedy')
     prompts = read_prompts(model.config, tokenizer, texts, context)
-    most_B = np.minimum(max_new_tokens, context - prompts.length_B)
     slots = prompts.slots(max_new_tokens, context)
+    most_B = np.minimum(max_new_tokens, context - prompts.length_B)
     found, seconds = beam_search(model, prompts, beams, tokenizer.ends, most_B.tolist(), length_penalty, slots)
     completions = []
     for text, (best, *_) in zip(texts, found, strict=False):

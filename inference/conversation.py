@@ -1,78 +1,63 @@
 """A conversation with a model: what was said, and which of it fits the context."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from weft.hub.chat import ChatTemplates, Rendered
+from weft.hub.chat import ChatTemplates
 from weft.inference.generate import seeded
 from weft.inference.sampling import Sampling
 from weft.inference.session import Session
 from weft.runtime.errors import UserError
 
 SHARE = 4  # a message leaves at least a quarter of the context to its answer
-KEPT = (
-    3 / 4
-)  # of the room, by messages, once the oldest must go: what is left is read anew, and not again with each message
+# Of the room, by messages, once the oldest must go: what is left is read anew, and not again with each message.
+KEPT = 3 / 4
 
 
+@dataclasses.dataclass
 class Conversation:
     """Messages of a user and a model in turns, with what a system says before them where it says something."""
 
-    def __init__(
-        self,
-        session: Session,
-        templates: ChatTemplates,
-        sampling: Sampling,
-        max_new_tokens: int,
-        stops: Sequence[str] = (),
-        system: str | None = None,
-    ) -> None:
-        self.session, self.templates, self.sampling = session, templates, sampling
-        self.max_new_tokens, self.stops, self.system = max_new_tokens, stops, system
-        self.turns: list[dict[str, str]] = []
-        self.answers = 0  # so far: each draws with a seed of its own
+    session: Session
+    templates: ChatTemplates
+    sampling: Sampling
+    max_new_tokens: int
+    stops: Sequence[str] = ()
+    system: str | None = None
+    turns: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    answers: int = 0  # so far: each draws with a seed of its own
 
     def reset(self) -> None:
         """Forgets what was said, but for the system's message."""
         self.turns = []
 
     def answer(
-        self,
-        message: str,
-        emit: Callable[[str], None] = lambda text: None,
-        stop: Callable[[], bool] = lambda: False,
+        self, message: str, emit: Callable[[str], None] = lambda text: None, stop: Callable[[], bool] = lambda: False
     ) -> list[str]:
-        """Answers the user's message: `emit` gets the text as it comes, until `stop`. What is to be told of it besides.
-
-        Raises UserError, and forgets the message, where it does not fit the context or the template refuses it.
-        """
+        """Answers a message: `emit` gets the text, until `stop`; returns notes. Raises UserError if it is refused."""
         turns = [*self.turns, {'role': 'user', 'content': message}]
-        told = []
+        notes = []
         ids, left_out = self.fit(turns)
         if left_out:
-            told.append(f'the oldest {left_out} messages are left out: the context holds {self.session.context} tokens')
+            notes.append(
+                f'the oldest {left_out} messages are left out: the context holds {self.session.context} tokens'
+            )
         completion = self.session.answer(
-            ids,
-            seeded(self.sampling, self.answers),
-            self.max_new_tokens,
-            self.stops,
-            emit=emit,
-            stop=stop,
+            ids, seeded(self.sampling, self.answers), self.max_new_tokens, self.stops, emit=emit, stop=stop
         )
         self.answers += 1
         if completion.finish_reason == 'stopped':
-            told.append('stopped')
+            notes.append('stopped')
         elif completion.finish_reason == 'length':
-            full = len(completion.tokens) < self.max_new_tokens
-            told.append(
-                f'the context of {self.session.context} tokens is full: the answer ends here'
-                if full
-                else f'--max-new-tokens {self.max_new_tokens}: the answer ends here'
-            )
+            limit = f'--max-new-tokens {self.max_new_tokens}'
+            if len(completion.tokens) < self.max_new_tokens:
+                limit = f'the context of {self.session.context} tokens is full'
+            notes.append(f'{limit}: the answer ends here')
         # Where nothing was said before it was stopped, the message is as if it had not been.
         if completion.text or completion.finish_reason != 'stopped':
             self.turns = [*turns[left_out:], {'role': 'assistant', 'content': completion.text}]
-        return told
+        return notes
 
     def fit(self, turns: Sequence[dict[str, Any]]) -> tuple[list[int], int]:
         """The tokens of a conversation that leaves room for an answer, and how many of its oldest messages it is without."""
@@ -90,5 +75,4 @@ class Conversation:
     def encode(self, turns: Sequence[dict[str, Any]]) -> list[int]:
         """The tokens of a conversation up to where the model's next message begins."""
         system = [] if self.system is None else [{'role': 'system', 'content': self.system}]
-        text: Rendered = self.templates.render([*system, *turns])
-        return self.session.tokenizer.encode(text) or [self.session.tokenizer.bos]
+        return self.session.tokenizer.encode(self.templates.render([*system, *turns])) or [self.session.tokenizer.bos]

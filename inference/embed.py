@@ -6,9 +6,9 @@ sentence-transformers has them; Qwen3's), but any model without an encoder has h
 Letters: B rows, T tokens of a row, D model, N texts.
 """
 
+import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,27 +16,21 @@ import numpy as np
 from jax import P
 
 from weft.data.tokenizer import Tokenizer
-from weft.inference.prompts import BUCKET
+from weft.inference.prompts import BUCKET, pad_rows
 from weft.inference.run import TrainedRun
+from weft.model.decoder import Decoder
 from weft.model.forward import hidden_states, place, row_ways
 from weft.runtime.errors import UserError, shown
 from weft.sharding.collectives import upcast
 from weft.sharding.mesh import BATCH, SEQUENCE
-from weft.storage.buckets import Bucket
 from weft.storage.foreign import read_json
-from weft.training.importing import SOURCE
+from weft.training.context import SOURCE
 
 Pooling = Literal['mean', 'cls', 'last']  # over a text's tokens; its first; its last
-ROWS = 16  # texts at once on each part of the rows
+TEXTS = 16  # texts at once on each part of the rows
 MODULES, POOLING = 'modules.json', '1_Pooling/config.json'  # of sentence-transformers
 MODE = 'pooling_mode_'  # how its fields for each begin
-MODES: dict[str, Pooling] = {  # what it calls them
-    'mean_tokens': 'mean',
-    'mean': 'mean',
-    'cls_token': 'cls',
-    'cls': 'cls',
-    'lasttoken': 'last',
-}
+MODES = ('mean', 'cls', 'mean_tokens', 'cls_token', 'lasttoken')  # what it calls them: each begins with ours
 
 
 def embed(run: TrainedRun, texts: Sequence[str], pooling: Pooling | None = None) -> np.ndarray:
@@ -51,23 +45,19 @@ def embed(run: TrainedRun, texts: Sequence[str], pooling: Pooling | None = None)
         raise UserError(f'--pooling {pooling}: no such pooling; there are {", ".join(get_args(Pooling))}')
     assert run.tokenizer is not None, 'open_run sees to it'
     rows = token_rows(run.tokenizer, texts)
-    for number, ids in enumerate(rows):
+    for number, ids in enumerate(rows, 1):
         if len(ids) > run.context:
-            raise UserError(
-                f'text {number + 1} has {len(ids)} tokens, those around it included, and the context is {run.context}: cut it'
-            )
+            tokens = f'{len(ids)} tokens, those around it included'
+            raise UserError(f'text {number} has {tokens}, and the context is {run.context}: cut it')
     step = jax.jit(pooled, static_argnums=4)
-    count = ROWS * row_ways()
-    ways = BUCKET * int(np.prod([jax.sharding.get_mesh().shape[axis] for axis in SEQUENCE]))
+    count = TEXTS * row_ways()
+    ways = BUCKET * math.prod(jax.sharding.get_mesh().shape[axis] for axis in SEQUENCE)
     found = np.zeros((len(rows), run.config.model.model_dim), np.float32)
     by_length = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     for begin in range(0, len(rows), count):
         numbers = by_length[begin : begin + count]
         longest = max(len(rows[number]) for number in numbers)
-        tokens_BT = np.zeros((count, -(-longest // ways) * ways), np.int32)
-        length_B = np.ones(count, np.int32)
-        for row, number in enumerate(numbers):
-            tokens_BT[row, : len(rows[number])], length_B[row] = rows[number], len(rows[number])
+        tokens_BT, length_B = pad_rows([rows[number] for number in numbers], count, -(-longest // ways) * ways)
         # A table of positions may have fewer rows than the padding, which nothing attends to.
         position_BT = np.minimum(np.arange(tokens_BT.shape[1], dtype=np.int32), run.context - 1)
         arrays = place((tokens_BT, np.broadcast_to(position_BT, tokens_BT.shape), length_B))
@@ -75,7 +65,9 @@ def embed(run: TrainedRun, texts: Sequence[str], pooling: Pooling | None = None)
     return found
 
 
-def pooled(model, tokens_BT, position_BT, length_B, pooling: Pooling):
+def pooled(
+    model: Decoder, tokens_BT: jax.Array, position_BT: jax.Array, length_B: jax.Array, pooling: Pooling
+) -> jax.Array:
     """Vectors of length 1 [B, D] in at least float32, of rows of which the first `length_B` tokens are a text."""
     live_BT = jnp.arange(tokens_BT.shape[1])[None] < length_B[:, None]
     x_BTD = hidden_states(model, tokens_BT, position_BT, live_BT.astype(jnp.int32))
@@ -95,34 +87,20 @@ def token_rows(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def published_pooling(run: TrainedRun) -> Pooling | None:
-    """What the folder that a run was imported from says of pooling; None where it says nothing.
-
-    Raises UserError where it says what there is not here: another pooling, or a layer after it.
-    """
+    """The pooling that an imported run's folder names, if it does. Raises UserError for what is not supported here."""
     source = run.folder / SOURCE
-    modules, pooling = _json(source / MODULES), _json(source / POOLING)
+    paths = [source / MODULES, source / POOLING]
+    modules, pooling = [read_json(path.read_bytes(), str(path)) if path.is_file() else None for path in paths]
     for one in modules if isinstance(modules, list) else []:
         kind = str(one.get('type') if isinstance(one, dict) else one).rpartition('.')[2]
         if kind not in ('Transformer', 'Pooling', 'Normalize'):
-            raise UserError(
-                f'{source / MODULES}: names {shown(kind, 60)}, which is not supported; --pooling mean, cls or last '
-                'embeds without it'
-            )
+            names = f'{source / MODULES}: names {shown(kind, 60)}'
+            raise UserError(f'{names}, which is not supported; --pooling mean, cls or last embeds without it')
     if not isinstance(pooling, dict):
         return None
     modes = [name.removeprefix(MODE) for name, on in pooling.items() if name.startswith(MODE) and on is True]
     modes += [str(pooling['pooling_mode'])] if 'pooling_mode' in pooling else []
     if len(modes) != 1 or modes[0] not in MODES:
-        raise UserError(
-            f'{source / POOLING}: {shown(" and ".join(modes) or "no pooling at all", 60)} is not supported; '
-            'say one with --pooling mean, '
-            'cls or last'
-        )
-    return MODES[modes[0]]
-
-
-def _json(path: Path | Bucket) -> Any:
-    """What a file holds; None where there is none."""
-    if not path.is_file():
-        return None
-    return read_json(path.read_bytes(), str(path))
+        what = shown(' and '.join(modes) or 'no pooling at all', 60)
+        raise UserError(f'{source / POOLING}: {what} is not supported; say one with --pooling mean, cls or last')
+    return next(name for name in get_args(Pooling) if modes[0].startswith(name))

@@ -13,10 +13,11 @@ import numpy as np
 from weft.data.tokenizer import Tokenizer
 from weft.hub.chat import Rendered
 from weft.inference.prompts import Prompts, read_prompts
-from weft.inference.sampling import Beside, Likely, RowSampling, Sampling, check_token, choose, describe
+from weft.inference.sampling import Beside, Likely, RowSampling, Sampling, check_token, describe
 from weft.inference.step import Program, decode, empty_cache, encode, jit_step, prefill
 from weft.model.decoder import Decoder
 from weft.model.forward import place
+from weft.model.kv_cache import KVCache
 from weft.runtime.errors import UserError
 
 
@@ -27,9 +28,7 @@ class Completion:
     prompt: str
     text: str = ''
     tokens: list[int] = dataclasses.field(default_factory=list)
-    finish_reason: str | None = (
-        None  # 'stop': an end token or a stop text; 'length': max_new_tokens or the context is used up
-    )
+    finish_reason: str | None = None  # 'stop': an end token or a stop text; 'length': no room is left
     seconds: float = 0.0  # from its second token to its last
     score: float | None = None  # of beam search: see inference/beams.py
     logprobs: list[dict[str, Any]] | None = None  # of each token, where it was asked for: see `token_logprobs`
@@ -46,10 +45,7 @@ class Completion:
 
 
 class TextStream:
-    """A completion's text as it becomes certain: whole characters, and nothing that may be the start of a stop text.
-
-    `whole`: it is a text of its own, as an encoder–decoder's answer, and does not go on its prompt.
-    """
+    """A completion's text as it becomes certain: no part of a character or stop text. `whole`: it continues no prompt."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], whole: bool = False):
         self.decoder, self.stops = tokenizer.stream(whole), [stop for stop in stops if stop]
@@ -101,74 +97,60 @@ def token_logprobs(tokenizer: Tokenizer, likely: Likely, row: int, token: int) -
     return one(token, likely.logprob_B[row]) | {'top': [one(i, logprob) for i, logprob in top]}
 
 
-@functools.partial(Program, static_argnums=1)
-def first_token(model: Decoder, slots: int, prompts: Prompts, choice: RowSampling | None):
-    """Each row's first new token, and the cache of its prompt."""
-    logit_BV, cache = prefill_prompts(model, slots, prompts)
-    return choose(logit_BV, prompts.length_B - 1, choice), cache
-
-
-def prefill_prompts(model: Decoder, slots: int, prompts: Prompts):
+def prefill_prompts(model: Decoder, slots: int, prompts: Prompts) -> tuple[jax.Array, KVCache]:
     """The logits [B, vocabulary] after each prompt, and the cache."""
     source = encode(model, *prompts.source) if prompts.source else None
     cache = empty_cache(model, prompts.tokens_BT.shape[0], slots, source)
     return prefill(model, cache, prompts.tokens_BT, prompts.length_B)
 
 
-@functools.partial(jit_step, donate_argnums=1)
-def next_token(model: Decoder, cache: Any, token_B: jax.Array, position_B: jax.Array, choice: RowSampling | None):
-    """Each row's next token, its position, and the cache with the given one."""
-    logit_BV, cache = decode(model, cache, token_B, position_B)
-    return choose(logit_BV, position_B, choice), position_B + 1, cache
-
-
 @functools.partial(Program, static_argnums=(1, 5))
-def first_described(model: Decoder, slots: int, prompts: Prompts, choice: RowSampling | None, seen_BV: Any, count: int):
-    """`first_token`, and what `describe` tells."""
+def first_token(
+    model: Decoder,
+    slots: int,
+    prompts: Prompts,
+    choice: RowSampling | None,
+    seen_BV: jax.Array | None = None,
+    count: int = 0,
+) -> tuple[jax.Array, KVCache, Beside]:
+    """Each row's first new token, the cache of its prompt, and what `describe` tells of the token."""
     logit_BV, cache = prefill_prompts(model, slots, prompts)
     token_B, beside = describe(logit_BV, prompts.length_B - 1, choice, seen_BV, count)
     return token_B, cache, beside
 
 
 @functools.partial(jit_step, static_argnums=6, donate_argnums=(1, 5))
-def next_described(
+def next_token(
     model: Decoder,
-    cache: Any,
+    cache: KVCache,
     token_B: jax.Array,
     position_B: jax.Array,
     choice: RowSampling | None,
-    seen_BV: Any,
-    count: int,
-):
-    """`next_token`, and what `describe` tells."""
+    seen_BV: jax.Array | None = None,
+    count: int = 0,
+) -> tuple[jax.Array, jax.Array, KVCache, Beside]:
+    """Each row's next token, its position, the cache with the given one, and what `describe` tells of the token."""
     logit_BV, cache = decode(model, cache, token_B, position_B)
     token_B, beside = describe(logit_BV, position_B, choice, seen_BV, count)
     return token_B, position_B + 1, cache, beside
 
 
 def choices(samplings: Sequence[Sampling], rows: int) -> RowSampling | None:
-    """How each of a batch's rows chooses, on the current mesh; None: the most likely token, all of them.
-
-    Rows that only fill up the batch are greedy.
-    """
+    """How each row chooses, on the current mesh; None: all greedily, as rows do that only fill up the batch."""
     filled = [*samplings, *[Sampling()] * (rows - len(samplings))]
 
     def every(name: str, dtype: Any) -> np.ndarray:
         return np.array([getattr(one, name) for one in filled], dtype)
 
-    temperature_B, penalty_B = every('temperature', np.float32), every('repetition_penalty', np.float32)
-    if not temperature_B.any() and (penalty_B == 1).all():
-        return None
-    return place(
-        RowSampling(
-            temperature_B,
-            every('top_k', np.int32),
-            every('top_p', np.float32),
-            every('min_p', np.float32),
-            every('seed', np.uint32),
-            penalty_B if (penalty_B != 1).any() else None,
-        )
+    choice = RowSampling(
+        every('temperature', np.float32),
+        every('top_k', np.int32),
+        every('top_p', np.float32),
+        every('min_p', np.float32),
+        every('seed', np.uint32),
+        every('repetition_penalty', np.float32) if any(one.repetition_penalty != 1 for one in samplings) else None,
     )
+    return None if choice.penalty_B is None and not choice.temperature_B.any() else place(choice)
 
 
 def seeded(sampling: Sampling, number: int) -> Sampling:
@@ -176,58 +158,37 @@ def seeded(sampling: Sampling, number: int) -> Sampling:
     return dataclasses.replace(sampling, seed=(sampling.seed + number) % 2**32)
 
 
-def compile_ahead(
-    kind: Decoder,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    sampling: Sampling,
-    max_new_tokens: int,
-    context: int,
-    logprobs: int = 0,
-    like: int = 0,
-) -> None:
-    """Begins to compile what `generate` runs first for such arguments, of a model whose weights are still being read.
-
-    `kind`: their shapes, dtypes and layouts. Raises UserError as `generate` does. The step is compiled when the first token is
-    there: sooner it would only be in that one's way.
-    """
-    batch = Batch(kind, tokenizer, prompts, sampling, max_new_tokens, context, logprobs, 0, like)
-    if batch.plain:
-        first_token.ahead(kind, batch.slots, batch.here, batch.choice)
-    else:
-        first_described.ahead(kind, batch.slots, batch.here, batch.choice, batch.seen_BV, logprobs)
-
-
-class Batch:
-    """Prompts as one batch on the current mesh, and what else its programs are called with."""
+class PromptBatch:
+    """Prompts as one batch on the current mesh, and what else its programs are called with; arguments as of `generate`."""
 
     def __init__(
         self,
         model: Decoder,
         tokenizer: Tokenizer,
-        prompts: Sequence[str],
+        texts: Sequence[str],
         sampling: Sampling,
         max_new_tokens: int,
         context: int,
         logprobs: int,
-        first: int,
-        like: int,
+        first: int = 0,
+        like: int = 0,
     ) -> None:
-        if max_new_tokens < 1:
-            raise UserError(f'max-new-tokens is {max_new_tokens}: it must be at least 1')
         vocabulary = model.config.vocabulary
+        assert vocabulary is not None, 'the tokenizer has decided'
         if not 0 <= logprobs <= vocabulary:
             raise UserError(f'logprobs is {logprobs}: it must be at least 0 and at most {vocabulary}, the vocabulary')
-        read = read_prompts(model.config, tokenizer, prompts, context, like)
-        samplings = [seeded(sampling, first + number) for number in range(len(prompts))]
+        read = read_prompts(model.config, tokenizer, texts, context, like)
+        samplings = [seeded(sampling, first + number) for number in range(len(texts))]
         self.choice = choices(samplings, len(read.length_B))
         penalised = self.choice is not None and self.choice.penalty_B is not None
-        self.seen_BV = place(seen_tokens(read, vocabulary)) if penalised else None
-        self.plain = not (logprobs or penalised)  # nothing is to be told of a token, or remembered
-        self.slots, self.here = read.slots(max_new_tokens, context, like), read.placed()
-        self.room = [
-            min(max_new_tokens, context - int(length)) for length in read.length_B[: len(prompts)]
-        ]  # tokens of each
+        self.seen_BV = place(read.seen(vocabulary)) if penalised else None
+        self.slots, self.prompts = read.slots(max_new_tokens, context, like), read.placed()
+        self.room = [min(max_new_tokens, context - int(length)) for length in read.length_B[: len(texts)]]  # of each
+        self.model, self.logprobs = model, logprobs
+
+    def compile_first(self) -> None:
+        """Begins to compile what `generate` runs first; the model may be what says its weights' shapes and layouts."""
+        first_token.ahead(self.model, self.slots, self.prompts, self.choice, self.seen_BV, self.logprobs)
 
 
 def generate(
@@ -256,44 +217,39 @@ def generate(
 
     Raises UserError for a prompt that leaves no room in the context, or is no source that fits it.
     """
-    batch = Batch(model, tokenizer, prompts, sampling, max_new_tokens, context, logprobs, first, like)
+    batch = PromptBatch(model, tokenizer, prompts, sampling, max_new_tokens, context, logprobs, first, like)
     completions = [Completion(prompt, logprobs=[] if logprobs else None) for prompt in prompts]
-    whole = [
-        model.config.encoder is not None or (isinstance(prompt, Rendered) and not prompt.goes_on) for prompt in prompts
+    writes = model.config.encoder is not None  # an answer, rather than going on with the prompt
+    streams = [
+        TextStream(tokenizer, stops, whole=writes or (isinstance(prompt, Rendered) and not prompt.goes_on))
+        for prompt in prompts
     ]
-    streams = [TextStream(tokenizer, stops, whole=alone) for alone in whole]
     began = 0.0
 
     def take(token_B: jax.Array, likely: Likely | None) -> bool:
         """Adds each row's next token and shows what is certain; whether any row goes on."""
-        known = None if likely is None else jax.tree.map(np.asarray, likely)
+        known = jax.tree.map(np.asarray, likely)
         for number, token in enumerate(np.asarray(token_B)[: len(prompts)].tolist()):
             completion = completions[number]
             if completion.finish_reason:
                 continue
             piece = follow(completion, streams[number], token, tokenizer.ends, batch.room[number])
             completion.seconds = time.perf_counter() - began if began else 0.0
-            if known and len(completion.tokens) > len(completion.logprobs):
+            if known and completion.logprobs is not None and len(completion.tokens) > len(completion.logprobs):
                 completion.logprobs.append(token_logprobs(tokenizer, known, number, token))
             if piece:
                 emit(number, piece)
         return any(completion.finish_reason is None for completion in completions)
 
-    def step(token_B: Any, position_B: Any, cache: Any, beside: Beside) -> tuple[Any, Any, Any, Beside]:
-        if batch.plain:
-            return *next_token(model, cache, token_B, position_B, batch.choice), beside
-        return next_described(model, cache, token_B, position_B, batch.choice, beside.seen_BV, logprobs)
+    def step(token_B: jax.Array, position_B: jax.Array, cache: KVCache, beside: Beside) -> Any:
+        return next_token(model, cache, token_B, position_B, batch.choice, beside.seen_BV, logprobs)
 
-    most, here, beside = max(batch.room), batch.here, Beside()
-    if batch.plain:
-        token_B, cache = first_token(model, batch.slots, here, batch.choice)
-    else:
-        token_B, cache, beside = first_described(model, batch.slots, here, batch.choice, batch.seen_BV, logprobs)
+    token_B, cache, beside = first_token(model, batch.slots, batch.prompts, batch.choice, batch.seen_BV, logprobs)
     if take(token_B, beside.likely):  # shown before the step, which may have to be compiled
-        token_B, position_B, cache, beside = step(token_B, here.length_B, cache, beside)
+        token_B, position_B, cache, beside = step(token_B, batch.prompts.length_B, cache, beside)
         jax.block_until_ready(token_B)
         began = time.perf_counter()
-        for count in range(2, most + 1):
+        for count in range(2, (most := max(batch.room)) + 1):
             # The next step is under way while the host reads this one's tokens.
             this_B, likely = token_B, beside.likely
             if count < most:
@@ -302,11 +258,3 @@ def generate(
                 break
     jax.block_until_ready(token_B)
     return completions
-
-
-def seen_tokens(prompts: Prompts, vocabulary: int) -> np.ndarray:
-    """bool [B, vocabulary]: which tokens each prompt has."""
-    seen_BV = np.zeros((len(prompts.length_B), vocabulary), bool)
-    for row, (ids, length) in enumerate(zip(prompts.tokens_BT, prompts.length_B, strict=True)):
-        seen_BV[row, ids[:length]] = True
-    return seen_BV

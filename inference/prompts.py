@@ -29,8 +29,17 @@ class Prompts(NamedTuple):
         """On the current mesh."""
         return place(self)
 
+    def seen(self, vocabulary: int) -> np.ndarray:
+        """bool [B, vocabulary]: which tokens each prompt has; of prompts on the host."""
+        seen_BV = np.zeros((len(self.length_B), vocabulary), bool)
+        for row, (ids, length) in enumerate(zip(self.tokens_BT, self.length_B, strict=True)):
+            seen_BV[row, ids[:length]] = True
+        return seen_BV
+
     def slots(self, new: int, context: int, like: int = 0) -> int:
         """Tokens of a cache for these prompts and up to `new` more each; `like`: see `read_prompts`."""
+        if new < 1:
+            raise UserError(f'max-new-tokens is {new}: it must be at least 1')
         longest = self.tokens_BT.shape[1] if like else int(self.length_B.max())
         return max(-(-min(context, longest + new) // BUCKET) * BUCKET, self.tokens_BT.shape[1])
 
@@ -45,11 +54,10 @@ def read_prompts(c: ModelConfig, tokenizer: Tokenizer, texts: Sequence[str], con
     Raises UserError for a prompt that leaves no room in the context, or does not fit it as a source.
     """
     if c.encoder is None:
-        rows = rows_of(tokenizer, texts)
-        return Prompts(*batch(rows, context - 1, context, like))
+        return Prompts(*batch_rows(rows_of(tokenizer, texts), context - 1, context, like))
     start = first_token(tokenizer, c.encoder.start_token)
-    source = batch(sources_of(tokenizer, texts), context, context, like)
-    return Prompts(*batch([[start]] * len(texts), context, context, like), source)
+    source = batch_rows(sources_of(tokenizer, texts), context, context, like)
+    return Prompts(*batch_rows([[start]] * len(texts), context, context, like), source)
 
 
 @functools.cache
@@ -67,11 +75,7 @@ def check_prompts(c: ModelConfig, tokenizer: Tokenizer, texts: Sequence[str], co
 
 
 def rows_of(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """The tokens of each prompt that is to be gone on with.
-
-    Nothing is put before a conversation that a template has rendered. Says once where a text begins with the start token that
-    is put before it too.
-    """
+    """The tokens of each prompt to go on with, after the start token unless a template has rendered it."""
     rendered = [isinstance(text, Rendered) for text in texts]
     if any(tokenizer.starts_twice(text) for text, alone in zip(texts, rendered, strict=True) if not alone):
         say_once(TWICE)
@@ -81,15 +85,19 @@ def rows_of(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     return rows
 
 
-def batch(rows: Sequence[Sequence[int]], most: int, context: int, like: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def batch_rows(rows: Sequence[Sequence[int]], most: int, context: int, like: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Rows of at most `most` tokens, padded to one length, and their lengths."""
     check_lengths(rows, most, context)
     count = -(-max(len(rows), like) // row_ways()) * row_ways()
     width = -(-max(map(len, rows)) // BUCKET) * BUCKET
     if like:
         width = BUCKET << (width // BUCKET - 1).bit_length()
-    tokens_BT = np.zeros((count, width), np.int32)
-    length_B = np.ones(count, np.int32)
+    return pad_rows(rows, count, width)
+
+
+def pad_rows(rows: Sequence[Sequence[int]], count: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [count, width] and [count]: the tokens of rows, and their lengths; rows that only fill up hold one token."""
+    tokens_BT, length_B = np.zeros((count, width), np.int32), np.ones(count, np.int32)
     for number, ids in enumerate(rows):
         tokens_BT[number, : len(ids)], length_B[number] = ids, len(ids)
     return tokens_BT, length_B
@@ -99,8 +107,6 @@ def check_lengths(rows: Sequence[Sequence[int]], most: int, context: int) -> Non
     """Raises UserError for a row of more than `most` tokens."""
     for number, ids in enumerate(rows):
         if len(ids) > most:
-            rule = f'at most {most} leave room for an answer' if most < context else f'at most {most} work'
-            raise UserError(
-                f'prompt {number + 1} has {len(ids)} tokens, its start or end token included, and the context is {context}: '
-                f'{rule}'
-            )
+            tokens = f'prompt {number + 1} has {len(ids)} tokens, its start or end token included'
+            rule = f'at most {most} ' + ('leave room for an answer' if most < context else 'work')
+            raise UserError(f'{tokens}, and the context is {context}: {rule}')

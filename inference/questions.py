@@ -30,7 +30,7 @@ def read_questions(
     """What the flags ask: texts, files of prompts, a user's messages and files of conversations."""
     questions = [Question('--prompt', text) for text in prompts]
     for path in files:
-        questions += read_prompts(path)
+        questions += read_prompts_file(path)
     for text in messages:
         questions.append(Question('--message', conversation={'messages': [{'role': 'user', 'content': text}]}))
     for path in chats:
@@ -41,11 +41,10 @@ def read_questions(
     return questions
 
 
-def read_prompts(path: str) -> list[Question]:
+def read_prompts_file(path: str) -> list[Question]:
     """The lines of a file, empty ones left out, or the objects in one of JSON. Only line feeds end a line, and \\r before them.
 
-    A prompt of several lines is one of JSON. Raises UserError for .json that holds neither: a conversation over several lines
-    is none of the prompts' lines, and an array of texts has no objects.
+    Raises UserError for .json that holds neither, such as a conversation over several lines, or an array of texts.
     """
     whole = joined(pieces(Path(path), '--prompts-file ', streams=True), f'--prompts-file {shown(path)}', LONGEST)
     kind, text = kind_of_text(Path(path), ('prompt', 'messages'), True, iter([whole]))
@@ -56,9 +55,8 @@ def read_prompts(path: str) -> list[Question]:
                 f'--prompts-file {shown(path)}: .json must hold {rule} a line, or an array of such; if it is one conversation, '
                 'give it as --chat; if its lines are prompts, call it .txt'
             )
-        lines = [(number, line.removesuffix('\r')) for number, line in enumerate(''.join(text).split('\n'), 1)]
-        file = shown(path)
-        return [Question(f'{file}:{number}', line) for number, line in lines if line]
+        lines = [line.removesuffix('\r') for line in ''.join(text).split('\n')]
+        return [Question(f'{shown(path)}:{number}', line) for number, line in enumerate(lines, 1) if line]
     return [_question(name, value, rule) for name, value in objects(Path(path), kind, text, rule, FIELDS)]
 
 

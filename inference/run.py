@@ -25,12 +25,11 @@ from weft.sharding.mesh import Divides, MeshConfig, check_divides, configure_jax
 from weft.storage.bucket_checkpoint import checkpoints_of
 from weft.storage.buckets import Bucket
 from weft.storage.checkpoint import Checkpoints
-from weft.storage.checkpoint_reader import read_newest
 from weft.training.config import RunConfig
 from weft.training.context import context, published_files
 from weft.training.finite import check_saved
 from weft.training.run_folder import run_folder
-from weft.training.state import abstract_model, restore_newest, saved_config
+from weft.training.state import abstract_model, newest_saved, restore_newest
 
 SAID = re.compile(
     r'(tokenizer_config|special_tokens_map|generation_config|chat_template)\.json|chat_template\.jinja'
@@ -40,10 +39,7 @@ SAID = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class TrainedRun:
-    """A run's config, tokenizer and weights. Use the model under `jax.set_mesh(run.mesh)`.
-
-    The weights are being read while other work is done; `kind` says at once what they will be.
-    """
+    """A run's config, tokenizer and weights, which are read meanwhile; use it under `jax.set_mesh(run.mesh)`."""
 
     folder: Path | Bucket
     config: RunConfig
@@ -74,25 +70,21 @@ def open_run(
     """The newest checkpoint of a run, or that of a step, on the mesh that trained it or on another (`'expert=2,tensor=2'`).
 
     Rows are split over replica, data and expert, caches over context and tensor too; each replica has all weights. There is no
-    pipeline: the stages of the run's own mesh become more of `data`, as far as that divides the model, and a mesh that is
-    asked for has none.
+    pipeline: stages of the run's own mesh become more of `data`, as far as that divides the model. A machine with only a CPU
+    simulates as many devices as the mesh has, unless JAX has started before. The run may be trained meanwhile.
 
-    An imported model may have no tokenizer: that is an error unless it `needs_text` no more than token ids.
+    Args:
+        needs_text: whether a run without a tokenizer, as an imported model may be, is an error.
+        stacked: one array for the like layers' weights, with which programs of a loop compile sooner; else, where decoding
+            keeps no loop over them, each layer is a module of its own in a list.
 
-    Like layers are stacked in one array for each weight, if that is asked for (programs of a loop compile sooner) or where
-    decoding keeps its loop over them; else each is a module of its own in a list.
-
-    A machine with only a CPU simulates as many devices as the mesh has, unless JAX has started before. The run may be
-    trained meanwhile.
     Raises UserError where the folder is not a run, has no whole checkpoint, or the mesh cannot hold the model; what is wrong
     with the weights comes with the first use of `model`.
     """
     folder = run_folder(folder)
     checkpoints = checkpoints_of(folder)
     check_step(checkpoints, step)
-    first, config, files = read_newest(
-        checkpoints, lambda newest: (newest, saved_config(checkpoints, newest), checkpoints.files(newest)), step
-    )
+    first, config, files = newest_saved(checkpoints, step)
     wanted = own_mesh(config) if mesh is None else parse_mesh(mesh)
     check_divides(wanted, [*sizes(config.model), NO_PIPELINE])
     configure_jax(wanted.size, config.compute.dtype)
@@ -120,18 +112,15 @@ def open_run(
     thread = ThreadPoolExecutor(1, 'weights')
     reading = background.submit(thread, read)
     thread.shutdown(wait=False)  # takes no more work, and ends when this is done
-    tokenizer = run_tokenizer(files, str(folder))
-    return TrainedRun(folder, config, devices, tokenizer, kind, reading, rows)
+    return TrainedRun(folder, config, devices, run_tokenizer(files, str(folder)), kind, reading, rows)
 
 
 def check_step(checkpoints: Checkpoints, step: int | None) -> None:
     """Raises UserError where a run has no checkpoint of a step that is asked for."""
     if step is None or step in (steps := checkpoints.steps() or [checkpoints.newest()]):
         return
-    near = min(steps, key=lambda there: (abs(there - step), there))
-    raise UserError(
-        f'--step {step}: {checkpoints.run} has no checkpoint of this step; the nearest that it has is {near}'
-    )
+    run, near = checkpoints.run, min(steps, key=lambda there: (abs(there - step), there))
+    raise UserError(f'--step {step}: {run} has no checkpoint of this step; the nearest that it has is {near}')
 
 
 def said_beside(folder: Path | Bucket) -> dict[str, bytes]:
@@ -155,10 +144,7 @@ def own_mesh(config: RunConfig) -> MeshConfig:
 
 
 def in_compute_dtype(model: Decoder) -> Decoder:
-    """Weights as the forward pass uses them, so that decoding reads no wider numbers; the same results, bit for bit.
-
-    Routers, norms and biases compute in at least float32 and stay as they are.
-    """
+    """Weights as the forward pass uses them, bit for bit; routers, norms and biases stay in at least float32."""
     return jax.tree.map(lambda w, dtype: w.astype(dtype), model, dtypes_in_use(model.config, model.compute))
 
 

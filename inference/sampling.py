@@ -24,29 +24,30 @@ class Sampling:
     top_p: float = 1.0  # the most likely that together reach this probability (Holtzman et al. 2020, arXiv:1904.09751)
     min_p: float = 0.0  # only those at least this share of the most likely one's probability (arXiv:2407.01082)
     repetition_penalty: float = (
-        1.0  # before all else: logits of tokens that were there are divided by it, negative ones multiplied
+        1.0  # before all else: divides logits of tokens that were there, multiplies negative ones
     )
     seed: int = 0
 
-    def __post_init__(self):
-        if not 0 <= self.temperature <= HOTTEST:
-            raise UserError(
-                f'temperature is {self.temperature}: it must be at least 0 and at most {HOTTEST:g}; 0 always takes the most '
-                'likely token'
-            )
-        if not 0 <= self.top_k < 2**31:
-            raise UserError(f'top-k is {self.top_k}: it must be at least 0 and less than 2^31; 0 keeps all tokens')
-        if not 0 < self.top_p <= 1:
-            raise UserError(f'top-p is {self.top_p}: it must be above 0 and at most 1; 1 keeps all tokens')
-        if not 0 <= self.min_p <= 1:
-            raise UserError(f'min-p is {self.min_p}: it must be between 0 and 1; 0 keeps all tokens')
-        if not 0 < self.repetition_penalty <= HOTTEST:
-            raise UserError(
-                f'repetition-penalty is {self.repetition_penalty}: it must be above 0 and at most {HOTTEST:g}; 1 leaves '
-                'all logits as they are'
-            )
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f'seed is {self.seed}: it must be at least 0 and less than 2^32')
+    def __post_init__(self) -> None:
+        t, penalty = self.temperature, self.repetition_penalty
+        for name, allowed, rule in (
+            (
+                'temperature',
+                0 <= t <= HOTTEST,
+                f'at least 0 and at most {HOTTEST:g}; 0 always takes the most likely token',
+            ),
+            ('top_k', 0 <= self.top_k < 2**31, 'at least 0 and less than 2^31; 0 keeps all tokens'),
+            ('top_p', 0 < self.top_p <= 1, 'above 0 and at most 1; 1 keeps all tokens'),
+            ('min_p', 0 <= self.min_p <= 1, 'between 0 and 1; 0 keeps all tokens'),
+            (
+                'repetition_penalty',
+                0 < penalty <= HOTTEST,
+                f'above 0 and at most {HOTTEST:g}; 1 leaves all logits as they are',
+            ),
+            ('seed', 0 <= self.seed < 2**32, 'at least 0 and less than 2^32'),
+        ):
+            if not allowed:
+                raise UserError(f'{name.replace("_", "-")} is {getattr(self, name)}: it must be {rule}')
 
 
 class RowSampling(NamedTuple):
@@ -56,9 +57,7 @@ class RowSampling(NamedTuple):
     top_k_B: jax.Array | np.ndarray
     top_p_B: jax.Array | np.ndarray
     min_p_B: jax.Array | np.ndarray
-    seed_B: (
-        jax.Array | np.ndarray
-    )  # uint32; rows with equal seed, position and logits choose alike, whatever else is in the batch
+    seed_B: jax.Array | np.ndarray  # uint32; rows with equal seed, position and logits choose alike
     penalty_B: jax.Array | np.ndarray | None = None  # None: 1 in every row
 
 
@@ -78,7 +77,7 @@ class Beside(NamedTuple):
 
 
 def describe(
-    logit_BV: jax.Array, position_B: jax.Array, choice: RowSampling, seen_BV: jax.Array | None, count: int
+    logit_BV: jax.Array, position_B: jax.Array, choice: RowSampling | None, seen_BV: jax.Array | None, count: int
 ) -> tuple[jax.Array, Beside]:
     """`choose` after the penalty on tokens that were there (Keskar et al. 2019, arXiv:1909.05858), and what to tell of it.
 
@@ -87,6 +86,8 @@ def describe(
     if seen_BV is None:
         token_B = choose(logit_BV, position_B, choice)
     else:
+        assert choice is not None
+        assert choice.penalty_B is not None
         penalty_B1 = choice.penalty_B[:, None]
         lower_BV = jnp.where(logit_BV > 0, logit_BV / penalty_B1, logit_BV * penalty_B1)
         token_B = choose(jnp.where(seen_BV, lower_BV, logit_BV), position_B, choice)
@@ -94,7 +95,7 @@ def describe(
     if not count:
         return token_B, Beside(seen_BV)
 
-    def tell(logit_BV: jax.Array, token_B: jax.Array):
+    def tell(logit_BV: jax.Array, token_B: jax.Array) -> Likely:
         all_BV = jax.nn.log_softmax(logit_BV)
         return Likely(jnp.take_along_axis(all_BV, token_B[:, None], 1)[:, 0], *jax.lax.top_k(all_BV, count))
 
@@ -105,9 +106,7 @@ def describe(
 def choose(logit_BV: jax.Array, position_B: jax.Array, choice: RowSampling | None) -> jax.Array:
     """The token that follows each row's position, int32 [B]. Rows are split over BATCH, V is whole; logits are float32.
 
-    `NO_TOKEN` where a row's largest logit is no finite number: such a model chooses nothing.
-
-    Without a choice the most likely one: the program of a draw takes as long to compile as a small model's step.
+    `NO_TOKEN` where a row's largest logit is not finite. Without a choice the most likely one: a draw takes long to compile.
     """
     if choice is None:
         return likeliest(logit_BV)
@@ -132,7 +131,7 @@ def one_device(logit_BV: jax.Array, position_B: jax.Array, choice: RowSampling) 
     """`choose` for the rows of one device."""
     greedy_B = likeliest(logit_BV)
 
-    def sampled():
+    def sampled() -> jax.Array:
         warm_B = jnp.where(choice.temperature_B > 0, choice.temperature_B, 1)
         order_BV = jnp.argsort(-logit_BV, axis=-1, stable=True)
         sorted_BV = jnp.take_along_axis(logit_BV, order_BV, axis=-1) / warm_B[:, None]
@@ -143,9 +142,8 @@ def one_device(logit_BV: jax.Array, position_B: jax.Array, choice: RowSampling) 
         keep_BV = (before_BV < choice.top_p_B[:, None]) & (chance_BV >= choice.min_p_B[:, None] * chance_BV[:, :1])
 
         def draw(seed: jax.Array | np.ndarray, position: jax.Array) -> jax.Array:
-            return jax.random.gumbel(
-                jax.random.fold_in(jax.random.key(seed), position), sorted_BV.shape[-1:], sorted_BV.dtype
-            )
+            key = jax.random.fold_in(jax.random.key(seed), position)
+            return jax.random.gumbel(key, sorted_BV.shape[-1:], sorted_BV.dtype)
 
         noise_BV = jax.vmap(draw)(choice.seed_B, position_B)
         best_B1 = jnp.argmax(jnp.where(keep_BV, sorted_BV + noise_BV, -jnp.inf), axis=-1)[:, None]

@@ -44,13 +44,10 @@ def score(
 
 
 def rows_at_once(c: ModelConfig, compute: ComputeConfig, rows: int, length: int) -> int:
-    """How many of its rows of so many tokens a device scores at once: in as few turns as its memory is for, all alike.
-
-    One alone where rows compete for room at experts (`dispatch: all_to_all`): its logits are then those of no other's company.
-    """
+    """Rows of so many tokens that a device scores at once: one alone where they compete (`dispatch: all_to_all`)."""
     if c.moe and compute.dispatch == 'all_to_all':
         return 1
-    width = c.vocabulary if c.head else c.model_dim
+    width = c.vocabulary if c.head and c.vocabulary else c.model_dim
     most = max(1, min(TOKENS.get(platform(), TOKENS_ELSEWHERE) // length, BYTES // (4 * length * width)))
     return -(-rows // -(-rows // most))
 

@@ -6,18 +6,18 @@ Letters: B rows (the first is the sequence, others only fill up the mesh), T tok
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 
 from weft.data.tokenizer import Tokenizer
-from weft.inference.generate import Completion, TextStream, choices, first_described, follow, next_described, next_token
+from weft.inference.generate import Completion, TextStream, choices, first_token, follow, next_token
 from weft.inference.prompts import BUCKET, Prompts
 from weft.inference.sampling import Beside, RowSampling, Sampling, describe
 from weft.inference.step import empty_cache, extend, grown, jit_step
 from weft.model.decoder import Decoder
 from weft.model.forward import place, row_ways
+from weft.model.kv_cache import KVCache
 
 CHUNKS = (256, BUCKET)  # tokens that are read at once: of each size a program is compiled
 MOST_SCORES = 2**22  # of a head, that exist at once: a long text is read in small chunks
@@ -25,48 +25,39 @@ SLOTS = 512  # of a new cache; it doubles when it is full
 BY_LENGTH = ('dynamic', 'longrope')  # kinds of rope that turn all of a row's tokens by its length
 
 
-@functools.partial(jit_step, static_argnums=7, donate_argnums=(1, 6))
+@functools.partial(jit_step, donate_argnums=(1, 6))
 def read_more(
     model: Decoder,
-    cache: Any,
-    tokens_BT: Any,
-    begin_B: Any,
-    length_B: Any,
+    cache: KVCache,
+    tokens_BT: jax.Array,
+    begin_B: jax.Array,
+    length_B: jax.Array,
     choice: RowSampling | None,
-    seen_BV: Any,
-    count: int,
-):
+    seen_BV: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, KVCache, Beside]:
     """Reads a chunk of text after what is in the cache: the token that follows, its position, the cache, and `describe`."""
     logit_BV, cache = extend(model, cache, tokens_BT, begin_B, length_B)
-    token_B, beside = describe(logit_BV, begin_B + length_B - 1, choice, seen_BV, count)
+    token_B, beside = describe(logit_BV, begin_B + length_B - 1, choice, seen_BV, 0)
     return token_B, begin_B + length_B, cache, beside
 
 
-@functools.partial(jit_step, static_argnums=1)
-def longer(cache: Any, length: int):
-    """The cache with room for longer rows."""
-    return grown(cache, length)
+longer = jit_step(grown, static_argnums=1)
 
 
 class Session:
-    """Answers to texts of which each mostly begins as the one before; use it under `jax.set_mesh`.
+    """Answers to texts of which each mostly begins as the one before, under `jax.set_mesh`; not for encoder–decoders.
 
-    Not for encoder–decoders. The cache has the fewest slots that hold the text, doubled from SLOTS on, so that few programs
-    are compiled.
+    The cache has the fewest slots that hold the text, doubled from SLOTS on, so that few programs are compiled.
     """
 
     def __init__(
-        self,
-        kind: Decoder,
-        tokenizer: Tokenizer,
-        context: int,
-        weights: Callable[[], Decoder] | None = None,
+        self, kind: Decoder, tokenizer: Tokenizer, context: int, weights: Callable[[], Decoder] | None = None
     ) -> None:
         """`kind` is the model; or where `weights` gives it, once it has been read, what says its shapes and layouts."""
         self.kind, self.tokenizer, self.context = kind, tokenizer, context
         self.weights = weights or (lambda: kind)
         self.rows = row_ways()
-        self.cache: Any = None
+        self.cache: KVCache | None = None
         self.slots = 0
         self.kept: list[int] = []  # the tokens that are in the cache
         self.written = 0  # positions of it that were written to, those of tokens that are kept no longer too
@@ -78,12 +69,19 @@ class Session:
         """Begins to compile what reads a first short text, while the weights are read and that text is written."""
         if not self.keeps:
             return
-        choice = choices([sampling], self.rows)
-        penalised = choice is not None and choice.penalty_B is not None
-        seen_BV = place(np.zeros((self.rows, self.kind.config.vocabulary), bool)) if penalised else None
-        self._room(1)
+        choice, seen_BV = self._choice(sampling, [])
         tokens_BT, begin_B = place((np.zeros((self.rows, CHUNKS[-1]), np.int32), np.zeros(self.rows, np.int32)))
-        read_more.ahead(self.kind, self.cache, tokens_BT, begin_B, begin_B, choice, seen_BV, 0)
+        read_more.ahead(self.kind, self._room(1), tokens_BT, begin_B, begin_B, choice, place(seen_BV))
+
+    def _choice(self, sampling: Sampling, ids: Sequence[int]) -> tuple[RowSampling | None, np.ndarray | None]:
+        """How the next token is chosen and, where a penalty asks for it, which tokens a text has: bool [B, V]."""
+        choice = choices([sampling], self.rows)
+        if choice is None or choice.penalty_B is None:
+            return choice, None
+        assert self.kind.config.vocabulary is not None, 'the tokenizer has decided'
+        seen_BV = np.zeros((self.rows, self.kind.config.vocabulary), bool)
+        seen_BV[0, list(ids)] = True
+        return choice, seen_BV
 
     def answer(
         self,
@@ -94,17 +92,9 @@ class Session:
         emit: Callable[[str], None] = lambda text: None,
         stop: Callable[[], bool] = lambda: False,
     ) -> Completion:
-        """What follows a text of these tokens, of which there are fewer than the context holds.
-
-        `emit` gets each new piece of it; once `stop` says so it ends there, with the reason 'stopped'.
-        """
+        """What follows a text shorter than the context: `emit` gets each piece, until `stop` (finish_reason 'stopped')."""
         assert 0 < len(ids) < self.context, 'the text leaves room for an answer'
-        choice = choices([sampling], self.rows)
-        penalised = choice is not None and choice.penalty_B is not None
-        seen_BV = None
-        if penalised:
-            seen_BV = np.zeros((self.rows, self.kind.config.vocabulary), bool)
-            seen_BV[0, list(ids)] = True
+        choice, seen_BV = self._choice(sampling, ids)
         token_B, position_B, beside = self._read(ids, choice, seen_BV)
         completion, stream = Completion(''), TextStream(self.tokenizer, stops, whole=True)
         room = min(max_new_tokens, self.context - len(ids))
@@ -120,35 +110,28 @@ class Session:
             if piece:
                 emit(piece)
             if not completion.finish_reason:
-                self._room(len(self.kept) + 1)
+                cache = self._room(len(self.kept) + 1)
                 self.kept.append(token)
                 self.written = max(self.written, len(self.kept))
-                if not penalised:
-                    token_B, position_B, self.cache = next_token(
-                        self.weights(), self.cache, token_B, position_B, choice
-                    )
-                else:
-                    token_B, position_B, self.cache, beside = next_described(
-                        self.weights(), self.cache, token_B, position_B, choice, beside.seen_BV, 0
-                    )
+                token_B, position_B, self.cache, beside = next_token(
+                    self.weights(), cache, token_B, position_B, choice, beside.seen_BV
+                )
         return completion
 
-    def _read(self, ids: Sequence[int], choice: RowSampling | None, seen_BV: Any) -> tuple[Any, Any, Beside]:
+    def _read(
+        self, ids: Sequence[int], choice: RowSampling | None, seen_BV: np.ndarray | None
+    ) -> tuple[jax.Array, jax.Array, Beside]:
         """Has the cache hold these tokens: the token that follows, its position, and `describe`'s."""
         if not self.keeps:
             return self._read_anew(ids, choice, seen_BV)
         # The last token is read again where all are known: its logits are not.
-        known = next((n for n, pair in enumerate(zip(self.kept, ids, strict=False)) if pair[0] != pair[1]), None)
-        known = min(len(self.kept), len(ids)) if known is None else known
-        known = min(known, len(ids) - 1)
-        if known and not self.cache.can_rewind(
-            self.written, known
-        ):  # a window's tokens before it are gone: all is read again
-            known = 0
+        differs = (n for n, (old, new) in enumerate(zip(self.kept, ids, strict=False)) if old != new)
+        known = min(next(differs, len(self.kept)), len(ids) - 1)
+        if not (known and self.cache and self.cache.can_rewind(self.written, known)):
+            known = 0  # a window's tokens before it are gone: all is read again
         self.kept, self.written = self.kept[:known], self.written if known else 0
-        self._room(len(ids))
-        found: tuple[Any, Any, Any] = (None, None, None)
-        while len(self.kept) < len(ids):
+        cache = self._room(len(ids))
+        while True:
             begin = len(self.kept)
             fitting = (size for size in CHUNKS if size <= len(ids) - begin and size * self.slots <= MOST_SCORES)
             size = next(fitting, CHUNKS[-1])
@@ -156,32 +139,35 @@ class Session:
             tokens_BT = np.zeros((self.rows, size), np.int32)
             tokens_BT[0, : len(chunk)] = chunk
             begin_B, length_B = np.full(self.rows, begin, np.int32), np.full(self.rows, len(chunk), np.int32)
-            token_B, position_B, self.cache, beside = read_more(
-                self.weights(), self.cache, *place((tokens_BT, begin_B, length_B)), choice, place(seen_BV), 0
+            token_B, position_B, cache, beside = read_more(
+                self.weights(), cache, *place((tokens_BT, begin_B, length_B)), choice, place(seen_BV)
             )
-            found, self.kept = (token_B, position_B, beside), [*self.kept, *chunk]
+            self.cache, self.kept = cache, [*self.kept, *chunk]
             self.written = max(self.written, len(self.kept))
-        return found
+            if len(self.kept) == len(ids):
+                return token_B, position_B, beside
 
-    def _read_anew(self, ids: Sequence[int], choice: RowSampling | None, seen_BV: Any) -> tuple[Any, Any, Beside]:
+    def _read_anew(
+        self, ids: Sequence[int], choice: RowSampling | None, seen_BV: np.ndarray | None
+    ) -> tuple[jax.Array, jax.Array, Beside]:
         """`_read` with a new cache."""
-        self.cache, self.slots, self.kept = None, max(SLOTS, _doubled(len(ids), SLOTS)), list(ids)
+        self.cache, self.slots, self.kept = None, _doubled(len(ids), SLOTS), list(ids)
         tokens_BT = np.zeros((self.rows, _doubled(len(ids), BUCKET)), np.int32)
         tokens_BT[0, : len(ids)] = ids
         prompts = Prompts(tokens_BT, np.full(self.rows, len(ids), np.int32)).placed()
-        token_B, self.cache, beside = first_described(self.weights(), self.slots, prompts, choice, place(seen_BV), 0)
+        token_B, self.cache, beside = first_token(self.weights(), self.slots, prompts, choice, place(seen_BV))
         return token_B, prompts.length_B, beside
 
-    def _room(self, tokens: int) -> None:
-        """Has the cache hold so many tokens at least."""
-        if tokens <= self.slots:
-            return
-        most = -(-self.context // BUCKET) * BUCKET
-        self.slots = max(min(_doubled(tokens, SLOTS), most), tokens)
-        if self.cache is None:
-            self.cache = jax.jit(lambda: empty_cache(self.kind, self.rows, self.slots, chunk=max(CHUNKS)))()
-        else:
-            self.cache = longer(self.cache, self.slots)
+    def _room(self, tokens: int) -> KVCache:
+        """The cache, which holds so many tokens at least from here on."""
+        if tokens > self.slots or self.cache is None:
+            most = -(-self.context // BUCKET) * BUCKET
+            self.slots = max(min(_doubled(tokens, SLOTS), most), tokens)
+            if self.cache is None:
+                self.cache = jax.jit(lambda: empty_cache(self.kind, self.rows, self.slots, chunk=max(CHUNKS)))()
+            else:
+                self.cache = longer(self.cache, self.slots)
+        return self.cache
 
 
 def _doubled(tokens: int, least: int) -> int:

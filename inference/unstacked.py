@@ -20,10 +20,7 @@ def is_written_out(model: Decoder) -> bool:
 
 
 def unstacked(model: Decoder, divide: Callable[[Any], list[Any]]) -> Decoder:
-    """The model with each group of stacked layers as a list of layers, which the decoder takes in the place of a stack.
-
-    `divide` makes of each stacked weight [L, …] its L parts: `divided` of arrays, `kinds` of what says their shapes.
-    """
+    """The model with stacked layers as lists: `divide` (`divided`, or `kinds` of shapes) makes L parts of a weight [L, …]."""
     model = jax.tree.map(lambda w: w, model)  # the modules anew, with the same arrays
     for number, group in enumerate(model.groups):
         leaves, structure = jax.tree.flatten(group)

@@ -143,10 +143,10 @@ def beside_transformers(
         prompts = Prompts(ids, np.full(rows, prompt, np.int32)).placed()
 
         def decode() -> tuple[list[float], list[int]]:
-            token_B, cache = first_token(run.model, slots, prompts, None)
+            token_B, cache, _ = first_token(run.model, slots, prompts, None)
             position_B, found, times = prompts.length_B, [np.asarray(token_B)[0]], [time.perf_counter()]
             for _ in range(new - 1):
-                token_B, position_B, cache = next_token(run.model, cache, token_B, position_B, None)
+                token_B, position_B, cache, _ = next_token(run.model, cache, token_B, position_B, None)
                 found.append(np.asarray(token_B)[0])
                 times.append(time.perf_counter())
             return np.diff(times).tolist(), [int(token) for token in found]

@@ -110,7 +110,7 @@ def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int, profil
 
         def step() -> Any:
             token_B, position_B, cache = state
-            state[:] = next_token(model, cache, token_B, position_B, None)
+            *state[:], _ = next_token(model, cache, token_B, position_B, None)
             return state[0]
 
         seconds = statistics.median(seconds_each(step, new - 2))

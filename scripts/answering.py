@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from weft.runtime.errors import UserError
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 GENERATION = 'generation_config.json'
 NEUTRAL = {'temperature': 0.0, 'top_k': 0, 'top_p': 1.0, 'min_p': 0.0, 'repetition_penalty': 1.0}
-DRAWN = ('top_k', 'top_p', 'min_p')  # what a file says of these counts where tokens are drawn
 # Terminals obey these; line ends and tabs are text.
 CONTROL = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]')
 
@@ -22,7 +21,10 @@ CONTROL = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]')
 def add_sampling(parser: argparse.ArgumentParser, seeds: str) -> None:
     """The flags that say how tokens are chosen; `seeds`: the help of --seed."""
     of_run = f'an imported run’s {GENERATION} says the default, otherwise'
-    add = lambda flag, kind, letter, text: parser.add_argument(flag, type=kind, metavar=letter, help=text)
+
+    def add(flag: str, kind: Callable[[str], float], letter: str, text: str) -> None:
+        parser.add_argument(flag, type=kind, metavar=letter, help=text)
+
     add('--temperature', finite, 'T', f'0 takes the most likely token; {of_run} it is 0')
     add('--top-k', whole(0), 'K', f'only the K most likely; 0: all; {of_run} 0')
     add('--top-p', finite, 'P', f'only the most likely that together reach P; {of_run} 1')
@@ -55,9 +57,8 @@ def defaults(files: Mapping[str, bytes], where: str) -> dict[str, Any]:
     said = read_object(files.get(GENERATION, b'{}'), f'{where}/source/{GENERATION}')
     drawn = said.get('do_sample') is True
     found = {'temperature': 1.0} if drawn else {}
-    for name in ('temperature', *DRAWN, 'repetition_penalty'):
-        value = said.get(name)
-        if value is None or not (drawn or name == 'repetition_penalty'):
+    for name in NEUTRAL if drawn else ('repetition_penalty',):
+        if (value := said.get(name)) is None:
             continue
         whole = name == 'top_k'
         if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
@@ -70,16 +71,11 @@ def defaults(files: Mapping[str, bytes], where: str) -> dict[str, Any]:
     return found
 
 
-class Written:
-    """Model text on its way to stdout: to a terminal its control characters are shown, not obeyed, unless `raw`."""
-
-    def __init__(self, raw: bool) -> None:
-        self.shows = sys.stdout.isatty() and not raw
-        if hasattr(sys.stdout, 'reconfigure'):
-            sys.stdout.reconfigure(errors='backslashreplace')  # a terminal that has not all characters
-
-    def __call__(self, text: str) -> str:
-        return visible(text) if self.shows else text
+def for_stdout(raw: bool) -> Callable[[str], str]:
+    """What stdout is given for model text: to a terminal its control characters are shown, not obeyed, unless `raw`."""
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')  # a terminal that has not all characters
+    return visible if sys.stdout.isatty() and not raw else str
 
 
 def visible(text: str) -> str:

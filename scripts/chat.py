@@ -7,11 +7,11 @@ echo 'What is the capital of France?' | python scripts/chat.py runs/smollm2
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from weft.runtime.errors import UserError
-from weft.scripts.answering import Written, add_sampling, sampling_of
+from weft.scripts.answering import add_sampling, for_stdout, sampling_of
 from weft.scripts.entry import run
 from weft.scripts.options import Parser, whole
 
@@ -69,10 +69,10 @@ def main() -> int:
         session = Session(opened.kind, opened.tokenizer, opened.context, lambda: opened.model)
         session.prepare(sampling)
         conversation = Conversation(session, templates, sampling, options.max_new_tokens, options.stop, options.system)
-        return converse(conversation, Written(options.raw))
+        return converse(conversation, for_stdout(options.raw))
 
 
-def converse(conversation: 'Conversation', written: Written) -> int:
+def converse(conversation: 'Conversation', visible: Callable[[str], str]) -> int:
     """Reads lines and answers them until the last one; the exit code."""
     terminal = sys.stdin.isatty()
     if terminal:
@@ -92,22 +92,21 @@ def converse(conversation: 'Conversation', written: Written) -> int:
         elif word == '/system':
             conversation.system = rest.strip() or None
         elif line.startswith('/'):
-            refuse(
-                f'there is no {word!r}: /help says what there is; begin with a space to say it to the model', terminal
-            )
+            rule = '/help says what there is; begin with a space to say it to the model'
+            refuse(UserError(f'there is no {word!r}: {rule}'), terminal)
         else:
             try:
-                answer(conversation, line.strip(), written)
+                answer(conversation, line.strip(), visible)
             except UserError as error:
-                refuse(str(error), terminal)
+                refuse(error, terminal)
     return 0
 
 
-def refuse(message: str, terminal: bool) -> None:
+def refuse(error: UserError, terminal: bool) -> None:
     """Tells a person that a line was not answered; where nobody sits there, that is the end."""
     if not terminal:
-        raise UserError(message)
-    print(f'error: {message}', file=sys.stderr)
+        raise error
+    print(f'error: {error}', file=sys.stderr)
 
 
 def lines(terminal: bool) -> Iterator[str]:
@@ -124,24 +123,21 @@ def lines(terminal: bool) -> Iterator[str]:
         try:
             if sys.stdout.isatty():
                 line = input(PROMPT)
-            elif not (line := ask()):
-                return
-        except (EOFError, KeyboardInterrupt) as end:
+            else:  # the answers go elsewhere
+                print(PROMPT, end='', file=sys.stderr, flush=True)
+                if not (line := sys.stdin.readline()):
+                    return
+        except EOFError:
             print(file=sys.stderr)
-            if isinstance(end, EOFError):
-                return
+            return
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
             raise
         # Half of a character, which a terminal may send, is no text.
         yield line.rstrip('\n').encode('utf-8', 'replace').decode()
 
 
-def ask() -> str:
-    """A line of the terminal where the answers go elsewhere; nothing at its end."""
-    print(PROMPT, end='', file=sys.stderr, flush=True)
-    return sys.stdin.readline()
-
-
-def answer(conversation: 'Conversation', message: str, written: Written) -> None:
+def answer(conversation: 'Conversation', message: str, visible: Callable[[str], str]) -> None:
     """Shows the answer to a message as it comes. Ctrl-C ends it; a second one, before it has ended, ends everything."""
     asked: list[bool] = []
 
@@ -152,13 +148,12 @@ def answer(conversation: 'Conversation', message: str, written: Written) -> None
 
     before = signal.signal(signal.SIGINT, interrupt)
     try:
-        told = conversation.answer(
-            message, emit=lambda text: print(written(text), end='', flush=True), stop=lambda: bool(asked)
-        )
+        emit = lambda text: print(visible(text), end='', flush=True)
+        notes = conversation.answer(message, emit, stop=lambda: bool(asked))
     finally:
         signal.signal(signal.SIGINT, before)
     print(flush=True)
-    for note in told:
+    for note in notes:
         print(f'({note})', file=sys.stderr)
 
 

@@ -7,13 +7,14 @@ python scripts/decode.py runs/smollm2 --prompts-file questions.jsonl --out answe
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weft.runtime.errors import LONGEST, UserError, shown
-from weft.scripts.answering import Written, add_sampling, sampling_of
+from weft.scripts.answering import NEUTRAL, add_sampling, for_stdout, sampling_of
 from weft.scripts.entry import as_json, run
 from weft.scripts.options import Parser, finite, whole
 from weft.storage.files import Output, check_output, partial
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from weft.inference.generate import Completion
     from weft.inference.questions import Question
 
+LINE = '─' * 40  # between texts
 MOST_ANSWERS = 10_000  # to a prompt: all of them are kept until they can be told in order
 MOST_BEAMS = 1024  # each has a cache of its own
 MOST_ROWS = 65_536  # answers at once
@@ -33,62 +35,37 @@ def main() -> None:
     parser.add_argument('run', metavar='RUN', help='a folder such as runs/demo')
     asked = parser.add_argument_group('what is gone on with', 'each may be given several times')
     asked.add_argument('--prompt', action='append', default=[], metavar='TEXT', help='a text, as it stands')
-    asked.add_argument(
-        '--prompts-file',
-        action='append',
-        default=[],
-        metavar='FILE',
-        help='UTF-8: a prompt a line, or as F.jsonl an object a line with "prompt" or "messages", and an "id" if you like',
+    lines = (
+        'UTF-8: a prompt a line, or as F.jsonl an object a line with "prompt" or "messages", and an "id" if you like'
     )
-    asked.add_argument(
-        '--message', action='append', default=[], metavar='TEXT', help='a user’s message, by the model’s chat template'
-    )
-    asked.add_argument(
-        '--chat',
-        action='append',
-        default=[],
-        metavar='FILE.json',
-        help='a conversation by its chat template: a list of messages, or {"messages": …, "tools": …}',
-    )
+    asked.add_argument('--prompts-file', action='append', default=[], metavar='FILE', help=lines)
+    message = 'a user’s message, by the model’s chat template'
+    asked.add_argument('--message', action='append', default=[], metavar='TEXT', help=message)
+    chat = 'a conversation by its chat template: a list of messages, or {"messages": …, "tools": …}'
+    asked.add_argument('--chat', action='append', default=[], metavar='FILE.json', help=chat)
     parser.add_argument('--max-new-tokens', type=whole(1), default=128, metavar='N', help='of an answer')
     parser.add_argument(
         '-n', type=whole(1, MOST_ANSWERS), default=1, metavar='N', dest='answers', help='answers to each prompt'
     )
     add_sampling(parser, 'answer j of N to prompt i, both from 0, draws with seed S + i N + j')
-    parser.add_argument(
-        '--beams',
-        type=whole(0, MOST_BEAMS),
-        default=0,
-        metavar='N',
-        help='the likeliest continuation of N that are followed at once',
+    beams = 'the likeliest continuation of N that are followed at once'
+    parser.add_argument('--beams', type=whole(0, MOST_BEAMS), default=0, metavar='N', help=beams)
+    penalty = 'of --beams: a continuation’s log-probability is divided by its length to the power of P'
+    parser.add_argument('--length-penalty', type=finite, default=1.0, metavar='P', help=penalty)
+    logprobs = (
+        'with --json or --out: each token’s log-probability and the K most likely tokens, as the model gives them'
     )
-    parser.add_argument(
-        '--length-penalty',
-        type=finite,
-        default=1.0,
-        metavar='P',
-        help='of --beams: a continuation’s log-probability is divided by its length to the power of P',
-    )
-    parser.add_argument(
-        '--logprobs',
-        type=whole(0),
-        default=0,
-        metavar='K',
-        help='with --json or --out: each token’s log-probability and the K most likely tokens, as the model gives them',
-    )
+    parser.add_argument('--logprobs', type=whole(0), default=0, metavar='K', help=logprobs)
     parser.add_argument('--batch', type=whole(1, MOST_ROWS), default=16, metavar='N', help='answers at once')
     parser.add_argument('--step', type=whole(0), metavar='N', help='the checkpoint of this step; the newest otherwise')
     parser.add_argument('--mesh', metavar='AXES', help='such as expert=2,tensor=2; the run’s own otherwise')
-    parser.add_argument(
-        '--json',
-        action='store_true',
-        help='one JSON object an answer; its tokens_per_second are those of that answer alone',
-    )
-    parser.add_argument(
-        '--out', metavar='FILE.jsonl', help='write these objects there, whole or not at all; nothing is shown'
-    )
+    objects = 'one JSON object an answer; its tokens_per_second are those of that answer alone'
+    parser.add_argument('--json', action='store_true', help=objects)
+    out = 'write these objects there, whole or not at all; nothing is shown'
+    parser.add_argument('--out', metavar='FILE.jsonl', help=out)
     options = parser.parse_args()
     check(options)
+
     from weft.inference.questions import read_questions
 
     questions = read_questions(options.prompt, options.prompts_file, options.message, options.chat)
@@ -109,7 +86,7 @@ def main() -> None:
     import jax
 
     from weft.inference.beams import generate_by_beams
-    from weft.inference.generate import compile_ahead, generate
+    from weft.inference.generate import PromptBatch, generate
     from weft.inference.prompts import check_prompts
     from weft.runtime.device_memory import explain_oom, gib, shard_bytes
 
@@ -125,47 +102,25 @@ def main() -> None:
     with answers_in(options.out) as write, jax.set_mesh(opened.mesh), explain_oom(lambda: tell):
         check_prompts(opened.config.model, opened.tokenizer, texts, opened.context)
         like = options.batch if len(spans) > 1 else 0
+        limits = sampling, options.max_new_tokens, opened.context
         if not options.beams:
-            compile_ahead(
-                opened.kind,
-                opened.tokenizer,
-                [texts[order[i]] for i in spans[0]],
-                sampling,
-                options.max_new_tokens,
-                opened.context,
-                options.logprobs,
-                like,
-            )
+            first = [texts[order[i]] for i in spans[0]]
+            PromptBatch(opened.kind, opened.tokenizer, first, *limits, options.logprobs, like=like).compile_first()
         for span in spans:
             prompts = [texts[order[i]] for i in span]
             before = ['' if questions[order[i]].conversation else texts[order[i]] + between for i in span]
-            screen = Screen(before, quiet, Written(options.raw), first=span.start == 0)
+            if span.start and not quiet:
+                print(LINE)
+            screen = Screen(before, quiet, for_stdout(options.raw))
             if options.beams:
                 completions = generate_by_beams(
-                    opened.model,
-                    opened.tokenizer,
-                    prompts,
-                    options.beams,
-                    options.max_new_tokens,
-                    context=opened.context,
-                    length_penalty=options.length_penalty,
+                    opened.model, opened.tokenizer, prompts, options.beams, *limits[1:], options.length_penalty
                 )
                 for number, completion in enumerate(completions):
                     screen.emit(number, completion.text)
             else:
-                completions = generate(
-                    opened.model,
-                    opened.tokenizer,
-                    prompts,
-                    sampling,
-                    options.max_new_tokens,
-                    context=opened.context,
-                    stops=options.stop,
-                    emit=screen.emit,
-                    logprobs=options.logprobs,
-                    first=span.start,
-                    like=like,
-                )
+                output = options.stop, screen.emit, options.logprobs
+                completions = generate(opened.model, opened.tokenizer, prompts, *limits, *output, span.start, like)
             screen.finish()
             for i, completion in zip(span, completions, strict=True):
                 question = questions[order[i]]
@@ -183,17 +138,15 @@ def main() -> None:
 
 def check(options: argparse.Namespace) -> None:
     """Raises UserError for flags that do not go together or are out of range."""
-    if abs(options.length_penalty) > MOST_PENALTY:
+    if abs(penalty := options.length_penalty) > MOST_PENALTY:
         raise UserError(
-            f'--length-penalty {options.length_penalty}: it must be between {-MOST_PENALTY} and {MOST_PENALTY}; 1 is usual'
+            f'--length-penalty {penalty}: it must be between {-MOST_PENALTY} and {MOST_PENALTY}; 1 is usual'
         )
     if options.logprobs and not (options.json or options.out):
         raise UserError(f'--logprobs {options.logprobs}: they are told in objects; add --json or --out FILE.jsonl')
     if options.beams:
-        drawn = ('temperature', 'top_k', 'top_p', 'min_p', 'repetition_penalty')
-        plain = {'stop': [], 'answers': 1, 'logprobs': 0}
-        for name in (*drawn, *plain):
-            if getattr(options, name) not in (plain.get(name), {'repetition_penalty': 1, 'top_p': 1}.get(name, 0)):
+        for name, neutral in {**NEUTRAL, 'stop': [], 'answers': 1, 'logprobs': 0}.items():
+            if getattr(options, name) not in (None, neutral):
                 flag = '-n' if name == 'answers' else f'--{name.replace("_", "-")}'
                 raise UserError(f'--beams {options.beams}: it chooses by itself; leave out {flag}')
     if options.out is not None:
@@ -201,10 +154,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def render(questions: Sequence['Question'], templates: Any, run: str) -> list[str]:
-    """The texts that questions are for the model; one that ends with the assistant's message is to go on with that.
-
-    Raises UserError for a conversation where the run has no chat template.
-    """
+    """The texts of questions; an assistant's last message is gone on with. Raises UserError where no template is."""
     texts: list[str] = []
     for question in questions:
         if question.conversation is None:
@@ -273,21 +223,23 @@ def answers_in(path: str | None) -> Iterator[Callable[[str], None]]:
             print(f'what was done until then stands in {shown(partial(output.path), LONGEST)}', file=sys.stderr)
 
 
+@dataclasses.dataclass
 class Screen:
     """Texts of a batch, written at once but shown in order: the first as it comes, the others as their turn comes."""
 
-    def __init__(self, before: Sequence[str], quiet: bool, written: Written, first: bool = True):
-        self.before, self.quiet, self.written = before, quiet, written
-        self.held = [''] * len(before)
-        if not first and not quiet:
-            print(LINE)
+    before: Sequence[str]  # what each text goes on with
+    quiet: bool
+    visible: Callable[[str], str]
+
+    def __post_init__(self) -> None:
+        self.held = [''] * len(self.before)
 
     def emit(self, number: int, text: str) -> None:
         """Shows a piece of the first text, keeps one of another."""
         if number == 0 and not self.quiet:
             if not self.held[0]:
                 print(self.before[0], end='')
-            print(self.written(text), end='', flush=True)
+            print(self.visible(text), end='', flush=True)
         self.held[number] += text
 
     def finish(self) -> None:
@@ -296,10 +248,7 @@ class Screen:
             return
         print('' if self.held[0] else self.before[0])
         for before, text in zip(self.before[1:], self.held[1:], strict=True):
-            print(f'{LINE}\n{before}{self.written(text)}')
-
-
-LINE = '─' * 40
+            print(f'{LINE}\n{before}{self.visible(text)}')
 
 
 if __name__ == '__main__':

@@ -21,7 +21,7 @@ from tests.fuzz import Case, rng
 from weft.data.pairs import Pair, read_pairs
 from weft.data.sources import texts
 from weft.data.walk import LeftOut
-from weft.inference.questions import read_prompts
+from weft.inference.questions import read_prompts_file
 from weft.runtime.errors import UserError
 from weft.training.config import RunConfig, dump, parse
 from weft.training.overrides import keys
@@ -211,7 +211,7 @@ def _prompts(draw: random.Random, scratch: Path) -> str | None:
     path = scratch / f'a{ending}'
     path.write_bytes(_spoiled(draw, data.encode()) if spoiled else data.encode())
     try:
-        found = [question.prompt for question in read_prompts(str(path))]
+        found = [question.prompt for question in read_prompts_file(str(path))]
     except UserError as error:
         may = spoiled or '\0' in data
         return _wrong_with(str(error), scratch) or (None if may else f'{path.name}: refused: {error}')

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from weft.inference import questions
-from weft.inference.questions import read_prompts, read_questions
+from weft.inference.questions import read_prompts_file, read_questions
 from weft.runtime.errors import UserError
 from weft.scripts import score
 
 
 def prompts(path: Path, data: bytes) -> list[str]:
     path.write_bytes(data)
-    return [question.prompt for question in read_prompts(str(path))]
+    return [question.prompt for question in read_prompts_file(str(path))]
 
 
 def test_only_line_feeds_end_a_prompt(tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_a_prompt_of_several_lines_comes_as_json(tmp_path: Path, name: str) -> N
     data = json.dumps(objects) if name == 'array.json' else '\n'.join(map(json.dumps, objects))
     path = tmp_path / name
     path.write_bytes(gzip.compress(data.encode()) if name.endswith('.gz') else data.encode())
-    found = read_prompts(str(path))
+    found = read_prompts_file(str(path))
     assert [question.prompt for question in found] == ['one\ntwo', 'three\r\n']
     assert [question.id for question in found] == [12345678901234567890123, None]
 
@@ -51,7 +51,7 @@ def test_a_long_path_keeps_its_line(tmp_path: Path) -> None:
         path = tmp_path / ('long' * 50) / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(data)
-        assert [question.where[-3:] for question in read_prompts(str(path))] == ['…:1', '…:2']
+        assert [question.where[-3:] for question in read_prompts_file(str(path))] == ['…:1', '…:2']
 
 
 @pytest.mark.parametrize('name', ['a.json', 'a.JSON.gz'])
@@ -70,16 +70,16 @@ def test_json_that_holds_no_prompts_is_not_read_as_lines(tmp_path: Path, name: s
     path = tmp_path / name
     path.write_bytes(gzip.compress(content.encode()) if name.endswith('.gz') else content.encode())
     with pytest.raises(UserError, match=r'an object with either "prompt" or "messages".* give it as --chat'):
-        read_prompts(str(path))
+        read_prompts_file(str(path))
     path.write_bytes(gzip.compress(b'\n') if name.endswith('.gz') else b'\n')
-    assert read_prompts(str(path)) == []
+    assert read_prompts_file(str(path)) == []
 
 
 def test_a_pipe_is_read_to_its_end(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / 'pipe')
     writer = threading.Thread(target=(tmp_path / 'pipe').write_bytes, args=[b'a\nb\n'])
     writer.start()
-    assert [question.prompt for question in read_prompts(str(tmp_path / 'pipe'))] == ['a', 'b']
+    assert [question.prompt for question in read_prompts_file(str(tmp_path / 'pipe'))] == ['a', 'b']
     writer.join()
 
 
@@ -101,7 +101,7 @@ def test_a_file_that_cannot_be_prompts_is_told(tmp_path: Path, monkeypatch: pyte
         Path('x' * 300): 'File name too long',
     }.items():
         with pytest.raises(UserError) as caught:
-            read_prompts(str(path))
+            read_prompts_file(str(path))
         line = str(caught.value)
         assert message in line, line
         assert line.isprintable()

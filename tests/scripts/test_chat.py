@@ -17,7 +17,7 @@ from weft.hub import read as hub
 from weft.hub.chat import RENDERER
 from weft.hub.tensor_table import tensors
 from weft.inference.generate import Completion
-from weft.inference.questions import read_prompts
+from weft.inference.questions import read_prompts_file
 from weft.runtime.errors import UserError
 from weft.scripts import answering, chat, convert, decode, sample
 from weft.scripts.entry import run
@@ -163,7 +163,7 @@ def test_lines_that_are_none(tmp_path, line, said):
     file = tmp_path / 'f.jsonl'
     file.write_text('\n' * 3 + line)
     with pytest.raises(UserError, match=f'f.jsonl:4: .*{said}'):
-        read_prompts(str(file))
+        read_prompts_file(str(file))
 
 
 def test_an_answer_file_has_its_name_once_it_is_whole(tmp_path, capsys):
@@ -274,17 +274,17 @@ def test_ctrl_c_ends_an_answer_and_where_one_writes_it_leaves(monkeypatch, capsy
         monkeypatch.setattr(stream, 'isatty', lambda: True, raising=False)
     before, talk = signal.getsignal(signal.SIGINT), Talk(presses=1)
     with pytest.raises(KeyboardInterrupt):
-        chat.converse(talk, answering.Written(raw=False))
+        chat.converse(talk, answering.for_stdout(raw=False))
     assert talk.said == ['one', 'two']
     out, err = capsys.readouterr()
     assert (out, err.count('(stopped)')) == ('so\nso\n', 2)
     assert signal.getsignal(signal.SIGINT) is before
     keys = iter(['one', 'two'])
     with pytest.raises(KeyboardInterrupt):
-        chat.converse(Talk(presses=2), answering.Written(raw=False))
+        chat.converse(Talk(presses=2), answering.for_stdout(raw=False))
     assert next(keys) == 'two', 'a second one does not wait for the answer'
     keys = iter([EOFError()])
-    assert chat.converse(Talk(presses=0), answering.Written(raw=False)) == 0
+    assert chat.converse(Talk(presses=0), answering.for_stdout(raw=False)) == 0
 
 
 def test_a_name_of_the_hub_says_how_to_fetch_it(call):
