@@ -23,10 +23,11 @@ from weft.model.block import has_costs
 from weft.model.config import ModelConfig
 from weft.model.dots import dots
 from weft.model.forward import place
-from weft.planner import communication, traffic
+from weft.planner import communication
 from weft.planner.flops import executed
 from weft.planner.memory import optimizer_bytes, stored
 from weft.planner.traffic.tables import difference
+from weft.planner.traffic.traced import jaxpr_traffic
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.storage.checkpoint import Checkpoints
 from weft.training.config import RunConfig, TrainingConfig, dump
@@ -89,9 +90,21 @@ def check_gradients(config: RunConfig, tolerance: float = 1e-9, idle: Collection
 
 def _gradient(config: RunConfig, mesh: MeshConfig) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     with on(mesh):
-        model = jax.jit(lambda: init(dataclasses.replace(config, mesh=mesh)).model)()
+        model = initial(config)
         (loss, metrics), gradient = jax.jit(lambda *given: loss_and_gradient(*given))(model, place(batch_of(0)))
         return named(gradient) | {'the loss': np.asarray(loss)}, jax.device_get(metrics)
+
+
+def initial(config: RunConfig) -> Any:
+    """A run's model at birth, on the current mesh: made on one device, for to compile that takes as long as a step."""
+    layouts = jax.tree.map(lambda x: x.sharding, abstract_model(config))
+    return jax.tree.map(jax.device_put, _born(config), layouts)
+
+
+@functools.lru_cache(maxsize=2)
+def _born(config: RunConfig) -> Any:
+    with on(ONE_DEVICE):
+        return jax.device_get(jax.jit(lambda: init(config).model)())
 
 
 def check_training(config: RunConfig, tolerance: float = 1e-9) -> None:
@@ -171,7 +184,7 @@ def check_plan(config: RunConfig) -> None:
             assert sum(planned.values()) == dots(step, make_mesh(mesh).shape).flops, mesh
         if not has_costs(run.model):  # else it is by formula, which leaves scalars out
             sent = communication.training(run.model, compute, mesh, ROWS, COLUMNS)
-            assert not (found := difference(sent, traffic.asked(step, make_mesh(mesh).shape))), found
+            assert not (found := difference(sent, jaxpr_traffic(step, make_mesh(mesh).shape))), found
 
 
 def bytes_on_a_device(tree: Any) -> int:

@@ -20,9 +20,6 @@ from weft.hub.families import ADDED, Family, Fields, families, register
 from weft.hub.tensor_table import tensors
 from weft.inference.step import decode, empty_cache, prefill
 from weft.model.capture import capture
-from weft.model.compute import ComputeConfig
-from weft.model.config import ModelConfig
-from weft.model.decoder import init_decoder
 from weft.model.forward import logits, place
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import make_mesh
@@ -48,10 +45,6 @@ def test_an_optimizer(float64, tmp_path):
     harness.check_plan(run)
 
 
-def built(c: ModelConfig):
-    return jax.jit(lambda: init_decoder(c, ComputeConfig(dtype='float64'), jax.random.key(0)))()
-
-
 def test_a_captured_activation_is_that_of_one_device(float64):
     found = {}
     for mesh in (harness.ONE_DEVICE, *harness.MESHES):
@@ -59,7 +52,7 @@ def test_a_captured_activation_is_that_of_one_device(float64):
             batch = place(harness.batch_of(0))
             run = jax.jit(lambda *rows: capture(rows[0], ['hidden_units', 'block'], *rows[1:]))
             units = run(
-                built(config(CHANGES['captured_activation']).model),
+                harness.initial(config(CHANGES['captured_activation'], 'compute.dtype=float64')),
                 batch.tokens_BT,
                 batch.position_BT,
                 batch.segment_BT,
@@ -79,13 +72,13 @@ def test_a_captured_activation_is_that_of_one_device(float64):
 @pytest.mark.parametrize('name', ['attention_variant', 'recurrent_state'])
 def test_decoding_equals_the_full_forward_pass(name, float64):
     """Rows of different lengths; what the layer keeps goes from the prompt's pass to the steps."""
-    c, new = config(CHANGES[name]).model, 3
+    run, new = config(CHANGES[name], 'compute.dtype=float64'), 3
     token_BT = harness.batch_of(0).tokens_BT
     length_B = np.array([5, 9, 3, 8, 1, 7, 2, 6], np.int32)
     column_BT = np.broadcast_to(np.arange(harness.COLUMNS, dtype=np.int32), token_BT.shape)
     for mesh in harness.MESHES:
         with harness.on(mesh):
-            model = built(c)
+            model = harness.initial(run)
             rows = place((token_BT, column_BT, np.ones_like(column_BT)))
             whole_BTV = np.asarray(jax.jit(logits)(model, *rows))
             cache = empty_cache(model, harness.ROWS, harness.COLUMNS)
