@@ -16,6 +16,8 @@ Letters: t tokens of one device inside a block, where it has all of its sequence
 """
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -25,13 +27,14 @@ from weft.model.config import ModelConfig
 from weft.model.costs import FLOAT32, INT32
 from weft.model.decoder import weights_of
 from weft.model.kv_cache import CacheSize
+from weft.model.parameters import Parameter
 from weft.model.stack import declared_cache
 from weft.planner.activations import ActivationCounter, at_work, gathered_by, in_loss, kept_by, residuals
 from weft.planner.tracing import traced_activations
 from weft.planner.weights import Inventory, inventory
 from weft.sharding.mesh import BATCH, MeshConfig
 from weft.training.config import RunConfig
-from weft.training.optimizers import Shard, state_bytes
+from weft.training.optimizers import OptimizerConfig, Shard, state_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,12 +152,24 @@ def stored(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig) -> float:
 
 def optimizer_bytes(run: RunConfig) -> float:
     """Bytes of the optimizer's state on one device."""
-    mesh, stored = run.mesh, run.compute.parameter_dtype
-    shards = (
-        (Shard(p.local_shape(mesh), str(p.role.dtype(stored)), p.role), p.held(mesh))
-        for p in weights_of(run.model).values()
+    return _optimizer_bytes(
+        run.model, run.optimizer, run.compute.parameter_dtype, dataclasses.replace(run.mesh, replica=1)
     )
-    return state_bytes(run.optimizer, shards)
+
+
+@functools.lru_cache(maxsize=2**14)
+def _optimizer_bytes(c: ModelConfig, optimizer: OptimizerConfig, stored: jnp.dtype, mesh: MeshConfig) -> float:
+    shards = ((Shard(p.local_shape(mesh), dtype, p.role), n * p.held(mesh)) for p, dtype, n in _unlike(c, stored))
+    return state_bytes(optimizer, shards)
+
+
+@functools.lru_cache(maxsize=256)
+def _unlike(c: ModelConfig, stored: jnp.dtype) -> list[tuple[Parameter, str, int]]:
+    """One of all weights that are kept alike, its dtype, and how many they are: a search asks for each of its meshes."""
+    alike: dict[Any, list[Parameter]] = {}
+    for p in weights_of(c).values():
+        alike.setdefault((p.shape, p.layout, p.role, p.layers and len(p.layers), p.split_layers), []).append(p)
+    return [(some[0], str(some[0].role.dtype(stored)), len(some)) for some in alike.values()]
 
 
 def casts(held: Inventory, device: ActivationCounter) -> float:

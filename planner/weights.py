@@ -29,22 +29,22 @@ class Weight:
     )
     size: int  # numbers in all, of one layer
 
-    @property
+    @functools.cached_property
     def split(self) -> tuple[str, ...]:
         """Axes that split one of its dims."""
         return self.declared.split
 
-    @property
+    @functools.cached_property
     def gathered(self) -> tuple[str, ...]:
         """Those of them over which it is gathered where it is used."""
         return self.declared.gathered
 
-    @property
+    @functools.cached_property
     def wide(self) -> bool:
         """Whether it is kept in at least float32 where the others are narrower."""
         return self.declared.role is Role.CORRECTION
 
-    @property
+    @functools.cached_property
     def narrow_in_use(self) -> bool:
         """Whether decoding keeps it in the compute dtype."""
         return self.declared.role.narrow
