@@ -249,7 +249,6 @@ def check_messages(messages: Any, where: str) -> None:
 
 
 def _shown(value: Any) -> str:
-    """The beginning of a value, for a message."""
     text = json.dumps(value)
     return text if len(text) <= 60 else f'{text[:57]}…'
 

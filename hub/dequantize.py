@@ -116,18 +116,16 @@ def _fp8(found: dict[str, Any], said: Mapping[str, Any], source: Path) -> None:
     for name in [name for name, one in found.items() if one.dtype == DTYPE_FP8]:
         weight, scale = found[name], found.pop(f'{name}_scale_inv', None)
         if scale is None:
-            raise UserError(
-                f'{shown_path(weight.path)}: tensor {name} is in FP8 and its factors {name}_scale_inv are missing'
-            )
+            raise weight.file.error(f'tensor {name} is in FP8 and its factors {name}_scale_inv are missing')
         if len(weight.shape) != 2 or not jnp.issubdtype(scale.dtype, np.floating) or scale.dtype.itemsize < 2:
-            raise UserError(
-                f'{shown_path(weight.path)}: tensor {name} {weight.dtype}{list(weight.shape)} with factors '
+            raise weight.file.error(
+                f'tensor {name} {weight.dtype}{list(weight.shape)} with factors '
                 f'{scale.dtype}{list(scale.shape)}: FP8 is supported for matrices, with factors in float32 or bfloat16'
             )
         wanted = tuple(-(-size // step) for size, step in zip(weight.shape, block, strict=True))
         if scale.shape != wanted:
-            raise UserError(
-                f'{shown_path(scale.path)}: tensor {name}_scale_inv is {list(scale.shape)} and must be {list(wanted)}: one '
+            raise scale.file.error(
+                f'tensor {name}_scale_inv is {list(scale.shape)} and must be {list(wanted)}: one '
                 f'factor for each block of {block} of {name} {list(weight.shape)}'
             )
         found[name] = BlockScaled(weight, scale, (block[0], block[1]))
@@ -139,15 +137,12 @@ def _mxfp4(found: dict[str, Any], said: Mapping[str, Any], source: Path) -> None
         name = packed.removesuffix('_blocks')
         blocks, scales = found.pop(packed), found.pop(f'{name}_scales', None)
         if scales is None:
-            raise UserError(
-                f'{shown_path(blocks.path)}: tensor {packed} is in MXFP4 and its exponents {name}_scales are missing'
-            )
+            raise blocks.file.error(f'tensor {packed} is in MXFP4 and its exponents {name}_scales are missing')
         if blocks.shape[-1:] != (GROUP // 2,) or scales.shape != blocks.shape[:-1] or scales.dtype != np.uint8:
-            raise UserError(
-                f'{shown_path(blocks.path)}: tensors {packed} {list(blocks.shape)} and {name}_scales '
-                f'{scales.dtype}{list(scales.shape)} do '
-                f'not fit each other: MXFP4 has a byte of exponent for each {GROUP // 2} bytes of numbers'
+            raise blocks.file.error(
+                f'tensors {packed} {list(blocks.shape)} and {name}_scales {scales.dtype}{list(scales.shape)} do not fit each '
+                f'other: MXFP4 has a byte of exponent for each {GROUP // 2} bytes of numbers'
             )
         if name in found:
-            raise UserError(f'{shown_path(blocks.path)}: tensors {packed} and {name} are both there')
+            raise blocks.file.error(f'tensors {packed} and {name} are both there')
         found[name] = Mxfp4(blocks, scales)

@@ -42,7 +42,6 @@ MOST_SIDES = 2**10
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """The fields of config.json."""
     where = shown_path(folder)
     try:
         kind = stat.S_IFMT(folder.stat().st_mode)
@@ -70,7 +69,6 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def names_in(folder: Path) -> list[str]:
-    """What stands in a folder."""
     try:
         return sorted(os.listdir(folder))
     except OSError as error:

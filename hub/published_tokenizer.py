@@ -104,7 +104,6 @@ def published_tokenizer(files: Mapping[str, bytes], where: str, embedded: int | 
 
 
 def _published(files: Mapping[str, bytes], where: str) -> PublishedTokenizer | None:
-    """The tokenizer, of whichever kind there is."""
     if JSON in files:
         return published_json(files[JSON], said_of(files, where))
     if marian.SOURCE in files or marian.TARGET in files:

@@ -26,10 +26,6 @@ from weft.hub.families import OPTIONAL, Family, Fields, Tensor, family_of
 from weft.hub.families.fields import passed_over
 from weft.hub.gguf.blocks import Blocks
 from weft.hub.published_folder import CONFIG, all_stored, config_of
-from weft.hub.published_folder import INDEX as INDEX  # as parts of this face for what reads and writes folders
-from weft.hub.published_folder import SINGLE as SINGLE
-from weft.hub.published_folder import TEMPLATES as TEMPLATES
-from weft.hub.published_folder import side_files as side_files
 from weft.hub.streaming import arrays
 from weft.hub.tensor_files import Derived, Stored
 from weft.hub.tensor_table import array_shapes, is_correction, tensors
@@ -171,8 +167,8 @@ def _as_named(stored: Mapping[str, TensorSource], family: Family) -> tuple[dict[
         now = family.known_as(name)
         now = family.prefix + now if short and now not in outside else now
         if now in found:
-            raise UserError(
-                f'{shown_path(source.path)}: tensors {name} and {files.get(now, now)} are the same one of a {family.name} model'
+            raise source.file.error(
+                f'tensors {name} and {files.get(now, now)} are the same one of a {family.name} model'
             )
         found[now] = source
         if now != name:
@@ -207,9 +203,8 @@ def _match(
             left[one.name], files[one.name] = left.pop(again), files.pop(again, again)
         sources[one.name] = source = left.pop(one.name)
         if tuple(source.shape) != one.shape:
-            raise UserError(
-                f'{shown_path(source.path)}: tensor {one.name} is {list(source.shape)} and by {CONFIG} must be '
-                f'{list(one.shape)}'
+            raise source.file.error(
+                f'tensor {one.name} is {list(source.shape)} and by {CONFIG} must be {list(one.shape)}'
             )
     copies = {name: of for name, of in repeats.items() if name in left and of in sources}
     for name, of in copies.items():
@@ -237,8 +232,8 @@ def _match(
         )
     if left:
         name, extra = next(iter(left.items()))
-        raise UserError(
-            f'{shown_path(extra.path)}: tensor {name} {list(extra.shape)}{tail(left)} is none that a '
+        raise extra.file.error(
+            f'tensor {name} {list(extra.shape)}{tail(left)} is none that a '
             f'{family.architectures[0]} of this {CONFIG} has; its numbers would be lost'
         )
     return sources, copies, fixed
@@ -259,8 +254,8 @@ def _check_fixed(one: TensorSource, name: str, c: ModelConfig, make: Callable[[M
     if not fits or not np.allclose(
         one.read().astype(np.float32), make(c), rtol=0, atol=4 * float(jnp.finfo(one.dtype).eps)
     ):
-        raise UserError(
-            f'{shown_path(one.path)}: tensor {name} {list(one.shape)} has not the numbers that follow from {CONFIG}: a model '
+        raise one.file.error(
+            f'tensor {name} {list(one.shape)} has not the numbers that follow from {CONFIG}: a model '
             'with others is not supported'
         )
 
@@ -273,8 +268,8 @@ def _check_copy(one: TensorSource, name: str, source: TensorSource, of: str) -> 
         rows = (slice(begin, begin + step),)
         same = same and one.read(rows).tobytes() == source.read(rows).tobytes()
     if not same:
-        raise UserError(
-            f'{shown_path(one.path)}: tensor {name} differs from {of}, of which it must be a copy by {CONFIG} '
+        raise one.file.error(
+            f'tensor {name} differs from {of}, of which it must be a copy by {CONFIG} '
             '(tie_word_embeddings for an lm_head); where they are two, say so there'
         )
 

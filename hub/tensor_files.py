@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from weft.runtime.errors import UserError, shown
-from weft.storage.foreign import SteadyFile, opened, read_object, shown_path, shown_value
+from weft.storage.foreign import SteadyFile, read_object, shown_path, shown_value
 
 LONGEST_HEADER = 100_000_000  # bytes, as in the format's own implementation
 MOST_VALUES = 2**22  # of a header: an entry has some ten
@@ -80,8 +80,8 @@ class Derived(abc.ABC):
         """A part of it, by slices."""
 
     @property
-    def path(self) -> Path:
-        return self.of.path
+    def file(self) -> SteadyFile:
+        return self.of.file
 
     @property
     def dtype(self) -> np.dtype:
@@ -153,44 +153,36 @@ def _taken(held: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
 
 
 def _together(span: Span) -> bool:
-    """Whether places follow each other one by one."""
     return isinstance(span, range) and (span.step == 1 or len(span) == 1)
 
 
 def header(path: Path) -> dict[str, Stored]:
     """The tensors of a file. Raises UserError where it is not whole or says what cannot be true."""
-    where = shown_path(path)
-    with opened(path) as descriptor:
-        file = SteadyFile.of(path, descriptor)
+    file = SteadyFile.of(path)
     if file.size < 8:
-        raise UserError(
-            f'{where}: has {file.size} bytes: not a safetensors file, which begins with the length of its header'
-        )
+        raise file.error(f'has {file.size} bytes: not a safetensors file, which begins with the length of its header')
     length = int.from_bytes(file.read(0, 8), 'little')
     if length > LONGEST_HEADER:
-        raise UserError(
-            f'{where}: its header would have {length} bytes: at most {LONGEST_HEADER} are allowed; not a safetensors file?'
+        raise file.error(
+            f'its header would have {length} bytes: at most {LONGEST_HEADER} are allowed; not a safetensors file?'
         )
     if length > file.size - 8:
-        raise UserError(
-            f'{where}: has {file.size} bytes, its header alone {length + 8}: it was cut off; fetch it again'
-        )
-    entries = _parse(file.read(8, length), where)
+        raise file.error(f'has {file.size} bytes, its header alone {length + 8}: it was cut off; fetch it again')
+    entries = _parse(file.read(8, length), shown_path(path))
     end = 8 + length
-    found = {name: _stored(f'{where}: tensor {name}', entry, file, end) for name, entry in entries.items()}
+    found = {name: _stored(f'{shown_path(path)}: tensor {name}', entry, file, end) for name, entry in entries.items()}
     for name, stored in sorted(found.items(), key=lambda item: (item[1].begin, item[1].bytes)):
         if stored.begin != end:
             what = 'overlaps another' if stored.begin < end else f'leaves {stored.begin - end} bytes before it unused'
-            raise UserError(f'{where}: tensor {name} {what}: the header is wrong')
+            raise file.error(f'tensor {name} {what}: the header is wrong')
         end += stored.bytes
     if end != file.size:
         what = 'it was cut off; fetch it again' if end > file.size else 'what follows belongs to no tensor'
-        raise UserError(f'{where}: has {file.size} bytes and its tensors end at {end}: {what}')
+        raise file.error(f'has {file.size} bytes and its tensors end at {end}: {what}')
     return found
 
 
 def _parse(raw: bytes, where: str) -> dict[str, Any]:
-    """The header's entries by tensor."""
     if raw[:1] != b'{':
         raise UserError(f'{where}: its header is not a JSON object: not a safetensors file, or damaged')
     entries = read_object(raw, f'{where}: its header', MOST_VALUES)

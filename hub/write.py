@@ -12,8 +12,10 @@ import numpy as np
 from weft.hub import tensor_files
 from weft.hub.families import Family, Fields, families
 from weft.hub.families.fields import passed_over
-from weft.hub.read import CONFIG, INDEX, SINGLE, shapes_of
+from weft.hub.published_folder import CONFIG, INDEX, SINGLE
+from weft.hub.read import shapes_of
 from weft.hub.tensor_table import tensors
+from weft.hub.tokenizers.side_files import json_file
 from weft.model.config import OF_TRAINING, ModelConfig
 from weft.runtime.errors import UserError, nearest
 from weft.storage import files as disk
@@ -51,8 +53,7 @@ def write(
         room -= size
     names = [f'model-{i + 1:05}-of-{len(parts):05}.safetensors' for i in range(len(parts))]
     with staged(folder) as place:
-        said = json.dumps(config, indent=2, ensure_ascii=False).encode() + b'\n'
-        for name, contents in {**files, CONFIG: said}.items():
+        for name, contents in {**files, CONFIG: json_file(config)}.items():
             disk.make_folder((place / name).parent)
             disk.put(place / name, contents)
         if len(parts) == 1:

@@ -98,13 +98,17 @@ class SteadyFile:
     state: tuple[int, int]  # size, time of the last change in ns
 
     @classmethod
-    def of(cls, path: Path, descriptor: int) -> 'SteadyFile':
-        return cls(path, _state(descriptor))
+    def of(cls, path: Path) -> 'SteadyFile':
+        with opened(path) as descriptor:
+            return cls(path, _state(descriptor))
 
     @property
     def size(self) -> int:
         """In bytes."""
         return self.state[0]
+
+    def error(self, said: str) -> UserError:
+        return UserError(f'{shown_path(self.path)}: {said}')
 
     def read_into(self, out: np.ndarray, *begins: int) -> None:
         """Fills each row of `out` with the bytes from one of `begins` on. Raises UserError where the file has changed."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from weft.data.pairs import first_token
+from weft.hub import published_folder
 from weft.hub import read as hub
 from weft.hub import write as publish
 from weft.hub.exported_tokenizer import exported_tokenizer
@@ -167,7 +168,7 @@ def read_import(run: Path | Bucket) -> Imported | None:
     if record['family'] not in (family.name for family in families()):
         family = shown(record['family'], 60, quoted=True)
         raise UserError(f'{run / RECORD}: is damaged (family is {family}, which is none)')
-    beside = published_files(run, lambda path: path != hub.CONFIG)
+    beside = published_files(run, lambda path: path != published_folder.CONFIG)
     return Imported(config=published_config(run), beside=beside, **{field: record[field] for field in RECORDED})
 
 

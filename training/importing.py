@@ -22,6 +22,7 @@ import jax.numpy as jnp
 
 from weft.data.config import DataConfig
 from weft.data.tokenizer import Tokenizer
+from weft.hub import published_folder
 from weft.hub import read as hub
 from weft.hub.families import OPTIONAL
 from weft.hub.gguf.tokenizer import tokenizer_files
@@ -146,9 +147,9 @@ def left_out_lines(found: hub.Published) -> Iterator[str]:
 def files_beside(source: Path, found: hub.Published, unread: list[str]) -> dict[str, bytes]:
     """The files beside the weights, of GGUF what its header says; `unread` gets a line for each that cannot be read."""
     if found.of_gguf is None:
-        return hub.side_files(source, unread)
+        return published_folder.side_files(source, unread)
     files = tokenizer_files(found.of_gguf.contents.values, found.of_gguf.path)
-    return {hub.CONFIG: found.of_gguf.config_json()} | files
+    return {published_folder.CONFIG: found.of_gguf.config_json()} | files
 
 
 def finite_arrays(

@@ -102,12 +102,10 @@ class Where:
 
 
 def linear(published: str, ours: str, weight: str = 'w_IO') -> dict[str, str]:
-    """The names of a layer's weight and bias."""
     return {f'{published}.weight': f'{ours}.{weight}', f'{published}.bias': f'{ours}.b_O'}
 
 
 def layer_norm(published: str, ours: str) -> dict[str, str]:
-    """The names of a LayerNorm's scale and bias."""
     return {f'{published}.weight': f'{ours}.scale_D', f'{published}.bias': f'{ours}.bias_D'}
 
 

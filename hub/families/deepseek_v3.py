@@ -6,9 +6,18 @@ from typing import Any
 
 from weft.hub.families import Fields, rotary_of
 from weft.hub.families.fields import Table, read_fields, write_fields
-from weft.hub.families.llama import MLP, NORMS, OUTER, attention_biases, causal_family, common, write_common
+from weft.hub.families.llama import (
+    MLP,
+    NORMS,
+    OUTER,
+    attention_biases,
+    causal_family,
+    common,
+    projections,
+    write_common,
+)
 from weft.hub.families.qwen3_moe import EXPERTS
-from weft.hub.families.rope import read_rope, write_rope
+from weft.hub.families.rope import read_rope
 from weft.model.config import MLAConfig, ModelConfig, model_of
 
 LATENT = {
@@ -26,14 +35,9 @@ LATENT = {
 }
 
 CHOICE = {'model.layers.{i}.mlp.gate.e_score_correction_bias': 'mlp.correction_E'}
-SHARED = {
-    'model.layers.{i}.mlp.shared_experts.gate_proj.weight': 'mlp.shared.gate.w_IO',
-    'model.layers.{i}.mlp.shared_experts.up_proj.weight': 'mlp.shared.up.w_IO',
-    'model.layers.{i}.mlp.shared_experts.down_proj.weight': 'mlp.shared.down.w_OI',
-    'model.layers.{i}.mlp.shared_experts.gate_proj.bias': 'mlp.shared.gate.b_O',
-    'model.layers.{i}.mlp.shared_experts.up_proj.bias': 'mlp.shared.up.b_O',
-    'model.layers.{i}.mlp.shared_experts.down_proj.bias': 'mlp.shared.down.b_O',
-}
+SHARED = projections(
+    'mlp.shared_experts', 'mlp.shared', gate_proj='gate.w_IO', up_proj='up.w_IO', down_proj='down.w_OI'
+)
 MTP = {
     'model.layers.{i}.enorm.weight': 'embedding_norm.scale_D',
     'model.layers.{i}.hnorm.weight': 'hidden_norm.scale_D',
@@ -73,7 +77,7 @@ def read_latent(f: Fields) -> dict[str, Any]:
     """The fields of DeepSeek-V2 and V3: all but their experts, and which dims turn together."""
     f.skip('head_dim', 'qk_head_dim')  # transformers writes them; they follow from the others
     f.only('num_key_value_heads', f('num_attention_heads'))
-    fields = common(f) | read_rope(f, scores=True)
+    fields = common(f, rope=read_rope(f, scores=True))
     del fields['attention.kv_heads'], fields['attention.head_dim']
     own = {'attention.kind': 'mla', 'attention.q_lora_rank': f.given('q_lora_rank', 1536)}
     return fields | attention_biases(f) | read_fields(f, RANKS) | own
@@ -100,8 +104,7 @@ def write(c: ModelConfig) -> dict[str, Any]:
 
 
 def write_latent(c: ModelConfig) -> dict[str, Any]:
-    """The inverse of `read_latent`."""
-    fields = write_common(c) | write_rope(c) | {'attention_bias': c.attention.qkv_bias}
+    fields = write_common(c) | {'attention_bias': c.attention.qkv_bias}
     del fields['head_dim']
     if isinstance(c.attention, MLAConfig):
         fields |= {'q_lora_rank': c.attention.q_lora_rank} | write_fields(c, RANKS)
@@ -109,7 +112,6 @@ def write_latent(c: ModelConfig) -> dict[str, Any]:
 
 
 def write_experts(c: ModelConfig) -> dict[str, Any]:
-    """The inverse of `read_experts`."""
     return {} if c.moe is None else write_fields(c, ROUTING) | {'num_nextn_predict_layers': c.mtp.layers}
 
 

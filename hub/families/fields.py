@@ -323,7 +323,6 @@ def _without(section: dict[str, Any], name: str) -> dict[str, Any] | None:
 
 
 def _names(section: Mapping[str, Any]) -> Iterator[str]:
-    """The dotted names of fields and of those inside them."""
     for field, value in section.items():
         yield field
         if isinstance(value, dict):

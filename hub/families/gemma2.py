@@ -3,7 +3,8 @@
 from typing import Any
 
 from weft.hub.families import Fields, head_of
-from weft.hub.families.llama import ATTENTION, MLP, OUTER, attention_biases, causal_family, sizes, write_common
+from weft.hub.families.fields import write_fields
+from weft.hub.families.llama import ATTENTION, MLP, OUTER, SIZES, attention_biases, causal_family, sizes
 from weft.hub.families.qwen2 import layer_types, read_types, window_fields
 from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
@@ -66,12 +67,9 @@ def write(c: ModelConfig) -> dict[str, Any]:
 def write_own(c: ModelConfig) -> dict[str, Any]:
     """The inverse of `common`."""
     name = next((name for name, ours in ACTIVATIONS.items() if ours == c.mlp.activation), 'gelu_pytorch_tanh')
-    return write_common(c) | {
-        'hidden_act': name,
-        'hidden_activation': name,
-        'query_pre_attn_scalar': c.attention.head_dim if c.attention.scale is None else round(c.attention.scale**-2),
-        'attention_bias': c.attention.qkv_bias,
-    }
+    scalar = c.attention.head_dim if c.attention.scale is None else round(c.attention.scale**-2)
+    own = {'hidden_activation': name, 'query_pre_attn_scalar': scalar, 'attention_bias': c.attention.qkv_bias}
+    return {'hidden_act': name} | write_fields(c, SIZES) | own
 
 
 def write_windows(c: ModelConfig) -> dict[str, Any]:

@@ -7,13 +7,12 @@ from weft.hub.families.deepseek_v3 import CHOICE, COPIES, MTP, SHARED, read_expe
 from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, causal_family, common, write_common
 from weft.hub.families.qwen3 import QK_NORMS
 from weft.hub.families.qwen3_moe import EXPERTS
-from weft.hub.families.rope import read_rope, write_rope
+from weft.hub.families.rope import read_rope
 from weft.model.config import ModelConfig, model_of
 
 
 def read(f: Fields) -> ModelConfig:
-    rope = read_rope(f, fraction=0.5)
-    fields = common(f, kv_heads=8, rms_norm_eps=1e-5) | rope | read_experts(f)
+    fields = common(f, 8, read_rope(f, fraction=0.5), rms_norm_eps=1e-5) | read_experts(f)
     return model_of(
         fields | {'attention.qk_norm': f('use_qk_norm', False), 'attention.qkv_bias': f('attention_bias', False)}
     )
@@ -21,7 +20,7 @@ def read(f: Fields) -> ModelConfig:
 
 def write(c: ModelConfig) -> dict[str, Any]:
     own = {'model_type': 'glm4_moe', 'use_qk_norm': bool(c.attention.qk_norm), 'attention_bias': c.attention.qkv_bias}
-    return write_common(c) | write_rope(c, fraction=True) | own | write_experts(c)
+    return write_common(c, fraction=True) | own | write_experts(c)
 
 
 NAMES = OUTER | NORMS | ATTENTION | QK_NORMS | MLP | EXPERTS | CHOICE | SHARED | MTP

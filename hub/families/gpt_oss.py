@@ -10,7 +10,7 @@ from weft.hub.families import Entry, Fields, Flipped, Woven
 from weft.hub.families.fields import Table, read_fields, write_fields
 from weft.hub.families.gemma2 import read_windows, write_windows
 from weft.hub.families.llama import ATTENTION, NORMS, OUTER, attention_biases, causal_family, sizes, write_common
-from weft.hub.families.rope import read_rope, write_rope
+from weft.hub.families.rope import read_rope
 from weft.model.config import ModelConfig, RopeScaling, model_of
 
 YARN = RopeScaling(kind='yarn', factor=32.0, original_positions=4096, truncate=False)  # where a config says nothing
@@ -68,7 +68,7 @@ def write(c: ModelConfig) -> dict[str, Any]:
     own: dict[str, Any] = {'model_type': 'gpt_oss', 'attention_bias': c.attention.qkv_bias, 'swiglu_limit': c.mlp.limit}
     if c.rope_scaling is None:
         own['rope_scaling'] = {'rope_type': 'default'}  # without it there would be YaRN
-    return write_common(c) | write_rope(c) | write_windows(c) | own | write_fields(c, MIXTURE)
+    return write_common(c) | write_windows(c) | own | write_fields(c, MIXTURE)
 
 
 FAMILY = causal_family('gpt_oss', 'GptOss', read, write, OUTER | NORMS | ATTENTION | EXPERTS)

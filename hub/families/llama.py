@@ -13,24 +13,16 @@ from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
 from weft.storage.foreign import shown_value
 
-ATTENTION = {
-    'model.layers.{i}.self_attn.q_proj.weight': 'attention.q.w_IO',
-    'model.layers.{i}.self_attn.k_proj.weight': 'attention.k.w_IO',
-    'model.layers.{i}.self_attn.v_proj.weight': 'attention.v.w_IO',
-    'model.layers.{i}.self_attn.o_proj.weight': 'attention.o.w_OI',
-    'model.layers.{i}.self_attn.q_proj.bias': 'attention.q.b_O',
-    'model.layers.{i}.self_attn.k_proj.bias': 'attention.k.b_O',
-    'model.layers.{i}.self_attn.v_proj.bias': 'attention.v.b_O',
-    'model.layers.{i}.self_attn.o_proj.bias': 'attention.o.b_O',
-}
-MLP = {
-    'model.layers.{i}.mlp.gate_proj.weight': 'mlp.gate.w_IO',
-    'model.layers.{i}.mlp.up_proj.weight': 'mlp.up.w_IO',
-    'model.layers.{i}.mlp.down_proj.weight': 'mlp.down.w_OI',
-    'model.layers.{i}.mlp.gate_proj.bias': 'mlp.gate.b_O',
-    'model.layers.{i}.mlp.up_proj.bias': 'mlp.up.b_O',
-    'model.layers.{i}.mlp.down_proj.bias': 'mlp.down.b_O',
-}
+
+def projections(published: str, ours: str, **names: str) -> dict[str, str]:
+    """The weights of a layer's linear maps, then their biases; of `names` the published one says ours with its axes."""
+    place = f'model.layers.{{i}}.{published}'
+    weights = {f'{place}.{name}.weight': f'{ours}.{weight}' for name, weight in names.items()}
+    return weights | {f'{place}.{name}.bias': f'{ours}.{weight[:-4]}b_O' for name, weight in names.items()}
+
+
+ATTENTION = projections('self_attn', 'attention', q_proj='q.w_IO', k_proj='k.w_IO', v_proj='v.w_IO', o_proj='o.w_OI')
+MLP = projections('mlp', 'mlp', gate_proj='gate.w_IO', up_proj='up.w_IO', down_proj='down.w_OI')
 NORMS = {
     'model.layers.{i}.input_layernorm.weight': 'attention_norm.scale_D',
     'model.layers.{i}.post_attention_layernorm.weight': 'mlp_norm.scale_D',
@@ -58,7 +50,7 @@ def causal_family(
 
 def read(f: Fields) -> ModelConfig:
     no_windows(f)
-    return model_of(common(f) | read_rope(f) | biases(f))
+    return model_of(common(f) | biases(f))
 
 
 SIZES: Table = {
@@ -74,10 +66,12 @@ SIZES: Table = {
 }
 
 
-def common(f: Fields, kv_heads: int | None = None, **defaults: Any) -> dict[str, Any]:
-    """The fields that Llama and its many descendants share; see `sizes`."""
+def common(
+    f: Fields, kv_heads: int | None = None, rope: dict[str, Any] | None = None, **defaults: Any
+) -> dict[str, Any]:
+    """The fields that Llama and its many descendants share; see `sizes`. `rope`: what `read_rope` gives with other defaults."""
     f.only('hidden_act', 'silu')
-    return sizes(f, kv_heads, **defaults)
+    return sizes(f, kv_heads, **defaults) | (read_rope(f) if rope is None else rope)
 
 
 def sizes(f: Fields, kv_heads: int | None = None, **defaults: Any) -> dict[str, Any]:
@@ -107,16 +101,11 @@ def biases(f: Fields) -> dict[str, Any]:
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    return (
-        write_common(c)
-        | write_rope(c)
-        | {'model_type': 'llama', 'attention_bias': c.attention.qkv_bias, 'mlp_bias': c.mlp.bias}
-    )
+    return write_common(c) | {'model_type': 'llama', 'attention_bias': c.attention.qkv_bias, 'mlp_bias': c.mlp.bias}
 
 
-def write_common(c: ModelConfig) -> dict[str, Any]:
-    """The inverse of `common`."""
-    return {'hidden_act': 'silu'} | write_fields(c, SIZES)
+def write_common(c: ModelConfig, fraction: bool = False) -> dict[str, Any]:
+    return {'hidden_act': 'silu'} | write_fields(c, SIZES) | write_rope(c, fraction)
 
 
 FAMILY = causal_family('llama', 'Llama', read, write, OUTER | NORMS | ATTENTION | MLP)

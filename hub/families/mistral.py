@@ -4,16 +4,15 @@ from typing import Any
 
 from weft.hub.families import Fields
 from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, causal_family, common, write_common
-from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
 
 
 def read(f: Fields) -> ModelConfig:
-    return model_of(common(f, kv_heads=8) | read_rope(f) | {'attention.window': f.given('sliding_window', 4096)})
+    return model_of(common(f, kv_heads=8) | {'attention.window': f.given('sliding_window', 4096)})
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    return write_common(c) | write_rope(c) | {'model_type': 'mistral', 'sliding_window': c.attention.window}
+    return write_common(c) | {'model_type': 'mistral', 'sliding_window': c.attention.window}
 
 
 FAMILY = causal_family('mistral', 'Mistral', read, write, OUTER | NORMS | ATTENTION | MLP)

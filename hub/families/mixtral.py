@@ -5,7 +5,7 @@ from typing import Any
 from weft.hub.families import Fields
 from weft.hub.families.fields import Table, read_fields, write_fields
 from weft.hub.families.llama import ATTENTION, NORMS, OUTER, causal_family, common, write_common
-from weft.hub.families.rope import read_rope, write_rope
+from weft.hub.families.rope import read_rope
 from weft.model.config import ModelConfig, model_of
 
 EXPERTS = {
@@ -23,13 +23,13 @@ MIXTURE: Table = {
 
 def read(f: Fields) -> ModelConfig:
     # A softmax over the chosen logits is a softmax over all of them, made to add up to 1 over the chosen.
-    fields = common(f, kv_heads=8, rms_norm_eps=1e-5) | read_rope(f, 1e6) | read_fields(f, MIXTURE)
+    fields = common(f, 8, read_rope(f, 1e6), rms_norm_eps=1e-5) | read_fields(f, MIXTURE)
     return model_of(fields | {'attention.window': f('sliding_window', None)})
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
     own = {'model_type': 'mixtral', 'sliding_window': c.attention.window}
-    return write_common(c) | write_rope(c) | own | write_fields(c, MIXTURE)
+    return write_common(c) | own | write_fields(c, MIXTURE)
 
 
 FAMILY = causal_family('mixtral', 'Mixtral', read, write, OUTER | NORMS | ATTENTION | EXPERTS)

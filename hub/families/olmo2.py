@@ -14,7 +14,6 @@ from weft.hub.families.llama import (
     write_common,
 )
 from weft.hub.families.olmoe import QK_NORMS
-from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
 
 NORMS = {
@@ -25,12 +24,12 @@ NORMS = {
 
 def read(f: Fields) -> ModelConfig:
     no_windows(f)
-    fields = common(f, rms_norm_eps=1e-5) | read_rope(f) | attention_biases(f)
+    fields = common(f, rms_norm_eps=1e-5) | attention_biases(f)
     return model_of(fields | {'norm.order': 'output', 'attention.qk_norm': 'full'})
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    return write_common(c) | write_rope(c) | {'model_type': 'olmo2', 'attention_bias': c.attention.qkv_bias}
+    return write_common(c) | {'model_type': 'olmo2', 'attention_bias': c.attention.qkv_bias}
 
 
 FAMILY = causal_family('olmo2', 'Olmo2', read, write, OUTER | NORMS | ATTENTION | QK_NORMS | MLP)

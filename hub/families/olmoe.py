@@ -6,7 +6,6 @@ from weft.hub.families import Fields
 from weft.hub.families.fields import Table, read_fields, write_fields
 from weft.hub.families.llama import ATTENTION, NORMS, OUTER, attention_biases, causal_family, common, write_common
 from weft.hub.families.qwen3_moe import EXPERTS
-from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
 
 QK_NORMS = {
@@ -23,13 +22,13 @@ MIXTURE: Table = {
 
 def read(f: Fields) -> ModelConfig:
     f.only('clip_qkv', None)
-    fields = common(f, rms_norm_eps=1e-5) | read_rope(f) | attention_biases(f) | read_fields(f, MIXTURE)
+    fields = common(f, rms_norm_eps=1e-5) | attention_biases(f) | read_fields(f, MIXTURE)
     return model_of(fields | {'attention.qk_norm': 'full'})
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
     own = {'model_type': 'olmoe', 'attention_bias': c.attention.qkv_bias, 'clip_qkv': None}
-    return write_common(c) | write_rope(c) | own | write_fields(c, MIXTURE)
+    return write_common(c) | own | write_fields(c, MIXTURE)
 
 
 FAMILY = causal_family('olmoe', 'Olmoe', read, write, OUTER | NORMS | ATTENTION | QK_NORMS | EXPERTS)

@@ -4,7 +4,7 @@ from typing import Any
 
 from weft.hub.families import Entry, Fields, Joined
 from weft.hub.families.llama import NORMS, OUTER, causal_family, common, write_common
-from weft.hub.families.rope import read_rope, write_rope
+from weft.hub.families.rope import read_rope
 from weft.model.config import ModelConfig, model_of
 
 FUSED: dict[str, Entry] = {
@@ -27,13 +27,11 @@ def read(f: Fields) -> ModelConfig:
             f'rope_scaling is of type {rope["positions.scaling"].kind}, which this family does not have; '
             'supported: default, longrope'
         )
-    return model_of(common(f, rms_norm_eps=1e-5) | rope | {'attention.window': f('sliding_window', None)})
+    return model_of(common(f, rope=rope, rms_norm_eps=1e-5) | {'attention.window': f('sliding_window', None)})
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    fields = (
-        write_common(c) | write_rope(c, fraction=True) | {'model_type': 'phi3', 'sliding_window': c.attention.window}
-    )
+    fields = write_common(c, fraction=True) | {'model_type': 'phi3', 'sliding_window': c.attention.window}
     s = c.rope_scaling
     if s and s.kind == 'longrope':
         # As published: transformers before 5 wants type, short_factor and long_factor, and no other field.

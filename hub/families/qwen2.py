@@ -4,14 +4,13 @@ from typing import Any
 
 from weft.hub.families import Fields, pattern
 from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, causal_family, common, write_common
-from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
 from weft.storage.foreign import shown_value
 
 
 def read(f: Fields) -> ModelConfig:
     f.only('use_mrope', False)
-    return model_of(common(f, kv_heads=32) | read_rope(f) | read_window(f) | {'attention.qkv_bias': True})
+    return model_of(common(f, kv_heads=32) | read_window(f) | {'attention.qkv_bias': True})
 
 
 def read_window(f: Fields) -> dict[str, Any]:
@@ -34,7 +33,6 @@ def read_windows(f: Fields, layers: list[bool], default: int | None = 4096) -> d
 
 
 def window_fields(window: int | None, windowed: list[bool]) -> dict[str, Any]:
-    """Of a window and which layers have it."""
     return {'attention.window': window, 'attention.window_pattern': pattern(windowed)} if any(windowed) else {}
 
 
@@ -48,11 +46,10 @@ def read_types(f: Fields, types: list[str]) -> list[bool]:
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    return write_common(c) | write_rope(c) | write_window(c) | {'model_type': 'qwen2'}
+    return write_common(c) | write_window(c) | {'model_type': 'qwen2'}
 
 
 def write_window(c: ModelConfig) -> dict[str, Any]:
-    """The inverse of `read_window`."""
     return {
         'use_sliding_window': c.attention.window is not None,
         'sliding_window': c.attention.window,

@@ -6,7 +6,6 @@ from weft.hub.families import AsRow, Entry, Fields
 from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, causal_family, common, write_common
 from weft.hub.families.qwen2 import read_windows, write_window
 from weft.hub.families.qwen3_moe import EXPERTS, read_mixture, write_mixture
-from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
 
 SHARED: dict[str, Entry] = {
@@ -26,7 +25,7 @@ def read(f: Fields) -> ModelConfig:
     first = f('max_window_layers', 28)
     # Every second layer of the first: so transformers has it, unlike in Qwen2 without experts.
     windows = read_windows(f, [i < first and i % 2 == 0 for i in range(f('num_hidden_layers'))])
-    fields = common(f, kv_heads=16) | read_rope(f) | windows | moe
+    fields = common(f, kv_heads=16) | windows | moe
     return model_of(fields | {'attention.qkv_bias': f('qkv_bias', True)})
 
 
@@ -34,7 +33,7 @@ def write(c: ModelConfig) -> dict[str, Any]:
     own = {'model_type': 'qwen2_moe', 'qkv_bias': c.attention.qkv_bias} | write_mixture(c)
     if c.moe and c.moe.shared_experts:
         own['shared_expert_intermediate_size'] = c.moe.shared_dim
-    return write_common(c) | write_rope(c) | write_window(c) | own
+    return write_common(c) | write_window(c) | own
 
 
 FAMILY = causal_family('qwen2_moe', 'Qwen2Moe', read, write, OUTER | NORMS | ATTENTION | MLP | EXPERTS | SHARED)

@@ -5,7 +5,6 @@ from typing import Any
 from weft.hub.families import Fields
 from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, attention_biases, causal_family, common, write_common
 from weft.hub.families.qwen2 import read_window, write_window
-from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
 
 QK_NORMS = {
@@ -15,13 +14,13 @@ QK_NORMS = {
 
 
 def read(f: Fields) -> ModelConfig:
-    fields = common(f, kv_heads=32, head_dim=128) | read_rope(f) | read_window(f) | attention_biases(f)
+    fields = common(f, kv_heads=32, head_dim=128) | read_window(f) | attention_biases(f)
     return model_of(fields | {'attention.qk_norm': True})
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
     own = {'model_type': 'qwen3', 'attention_bias': c.attention.qkv_bias}
-    return write_common(c) | write_rope(c) | write_window(c) | own
+    return write_common(c) | write_window(c) | own
 
 
 FAMILY = causal_family('qwen3', 'Qwen3', read, write, OUTER | NORMS | ATTENTION | QK_NORMS | MLP)

@@ -6,7 +6,6 @@ from weft.hub.families import Fields, pattern
 from weft.hub.families.fields import Table, read_fields, write_fields
 from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, attention_biases, causal_family, common, write_common
 from weft.hub.families.qwen3 import QK_NORMS
-from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
 
 EXPERTS = {
@@ -27,7 +26,7 @@ def read(f: Fields) -> ModelConfig:
     f.skip('max_window_layers')  # the window is every layer's
     window = f.given('sliding_window', 4096)
     window = window if f('use_sliding_window', False) else None
-    fields = common(f, kv_heads=4) | read_rope(f) | attention_biases(f) | read_mixture(f)
+    fields = common(f, kv_heads=4) | attention_biases(f) | read_mixture(f)
     return model_of(fields | {'attention.qk_norm': True, 'attention.window': window})
 
 
@@ -45,11 +44,10 @@ def write(c: ModelConfig) -> dict[str, Any]:
         'use_sliding_window': c.attention.window is not None,
         'sliding_window': c.attention.window,
     }
-    return write_common(c) | write_rope(c) | own | write_mixture(c)
+    return write_common(c) | own | write_mixture(c)
 
 
 def write_mixture(c: ModelConfig) -> dict[str, Any]:
-    """The inverse of `read_mixture`."""
     dense = [i for i, kind in enumerate(c.layer_specs) if not kind.experts]
     return {'decoder_sparse_step': 1, 'mlp_only_layers': dense} | write_fields(c, MIXTURE)
 

@@ -107,7 +107,6 @@ def _yarn_gain(p: Fields) -> float | None:
 
 
 def write_rope(c: ModelConfig, fraction: bool = False) -> dict[str, Any]:
-    """The inverse of `read_rope`."""
     p = rotary_of(c)
     fields: dict[str, Any] = {'rope_theta': p.theta}
     if fraction:
@@ -120,7 +119,6 @@ def write_rope(c: ModelConfig, fraction: bool = False) -> dict[str, Any]:
 
 
 def write_scaling(s: RopeScaling) -> dict[str, Any]:
-    """The inverse of `read_scaling`."""
     fields: dict[str, Any] = {'rope_type': s.kind, 'factor': s.factor}
     if s.original_positions is not None and s.kind != 'dynamic':
         fields['original_max_position_embeddings'] = s.original_positions

@@ -3,19 +3,18 @@
 from typing import Any
 
 from weft.hub.families import Fields, pattern
-from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, biases, causal_family, sizes, write_common
+from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, biases, causal_family, common, write_common
 from weft.hub.families.qwen2 import layer_types, read_windows
-from weft.hub.families.rope import read_rope, write_rope
+from weft.hub.families.rope import read_rope
 from weft.model.config import ModelConfig, model_of
 from weft.storage.foreign import shown_value
 
 
 def read(f: Fields) -> ModelConfig:
-    f.only('hidden_act', 'silu')
     f.skip('max_window_layers')  # of other models' code, which SmolLM3's does not read
     turned = read_turned(f)
     windows = read_windows(f, [not one for one in turned], default=None)
-    fields = sizes(f, kv_heads=4, tie_word_embeddings=True) | read_rope(f, 2e6) | biases(f) | windows
+    fields = common(f, 4, read_rope(f, 2e6), tie_word_embeddings=True) | biases(f) | windows
     return model_of(fields | {'positions.pattern': pattern(turned)})
 
 
@@ -34,19 +33,15 @@ def read_turned(f: Fields) -> list[bool]:
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    return (
-        write_common(c)
-        | write_rope(c)
-        | {
-            'model_type': 'smollm3',
-            'attention_bias': c.attention.qkv_bias,
-            'mlp_bias': c.mlp.bias,
-            'no_rope_layers': [int(kind.turned) for kind in c.layer_specs],
-            'use_sliding_window': c.attention.window is not None,
-            'sliding_window': c.attention.window,
-            'layer_types': layer_types(c),
-        }
-    )
+    return write_common(c) | {
+        'model_type': 'smollm3',
+        'attention_bias': c.attention.qkv_bias,
+        'mlp_bias': c.mlp.bias,
+        'no_rope_layers': [int(kind.turned) for kind in c.layer_specs],
+        'use_sliding_window': c.attention.window is not None,
+        'sliding_window': c.attention.window,
+        'layer_types': layer_types(c),
+    }
 
 
 FAMILY = causal_family('smollm3', 'SmolLM3', read, write, OUTER | NORMS | ATTENTION | MLP)

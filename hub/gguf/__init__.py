@@ -6,7 +6,6 @@ tokenizer.py.
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections import Counter
@@ -23,7 +22,8 @@ from weft.hub.gguf.blocks import Blocks, Numbers
 from weft.hub.gguf.file import Contents
 from weft.hub.gguf.keys import Keys
 from weft.hub.gguf.sources import Expert, Narrowed, Undone
-from weft.runtime.errors import UserError, nearest
+from weft.hub.tokenizers.side_files import json_file
+from weft.runtime.errors import nearest
 from weft.storage.foreign import shown_value
 
 SUFFIX = '.gguf'
@@ -64,8 +64,8 @@ class Model:
         """
         if left := self.stored.keys() - {one.name for one in table}:
             name = min(left)
-            raise UserError(
-                f'{self.stored[name].path}: tensor {self.called[name]} is none that a model of architecture '
+            raise self.stored[name].file.error(
+                f'tensor {self.called[name]} is none that a model of architecture '
                 f'{self.architecture.name} with these keys has; its numbers would be lost'
             )
         for one in table:
@@ -73,12 +73,12 @@ class Model:
             if one.copy_of or (found is not None and found.shape == one.shape):
                 continue
             if found is None:
-                raise UserError(
-                    f'{self.path}: tensor {self.name_of(one.name)} is missing: by its keys a model of architecture '
+                raise self.contents.error(
+                    f'tensor {self.name_of(one.name)} is missing: by its keys a model of architecture '
                     f'{self.architecture.name} has it'
                 )
-            raise UserError(
-                f'{found.path}: tensor {self.called[one.name]} stands for {list(found.shape)} numbers and by the keys of the '
+            raise found.file.error(
+                f'tensor {self.called[one.name]} stands for {list(found.shape)} numbers and by the keys of the '
                 f'file must for {list(one.shape)}'
             )
 
@@ -95,8 +95,7 @@ class Model:
         return published
 
     def config_json(self) -> bytes:
-        """The file config.json that a published folder would have."""
-        return json.dumps(self.config, indent=2, ensure_ascii=False).encode() + b'\n'
+        return json_file(self.config)
 
 
 def is_file(path: Path) -> bool:
@@ -110,18 +109,18 @@ def read(path: Path) -> Model:
     values = contents.values
     kind = values.get('general.type', 'model')
     if not isinstance(kind, str) or kind != 'model':
-        raise UserError(
-            f'{path}: general.type is {shown_value(kind)}: only files of whole models are read, which have "model"'
+        raise contents.error(
+            f'general.type is {shown_value(kind)}: only files of whole models are read, which have "model"'
         )
     name = values.get('general.architecture')
     if not isinstance(name, str) or name not in ARCHITECTURES:
         near = nearest(name[:64], ARCHITECTURES) if isinstance(name, str) else ''
-        raise UserError(
-            f'{path}: general.architecture is {shown_value(name)}, which is not supported{near}; '
+        raise contents.error(
+            f'general.architecture is {shown_value(name)}, which is not supported{near}; '
             f'supported: {", ".join(ARCHITECTURES)}'
         )
     if not contents.tensors:
-        raise UserError(f'{path}: has no tensors: it is a vocabulary alone, not a model')
+        raise contents.error('has no tensors: it is a vocabulary alone, not a model')
     architecture = ARCHITECTURES[name]
     keys = Keys(path, name, values, contents.tensors)
     config = dict(architecture.config(keys))
@@ -175,7 +174,6 @@ class Parsed(NamedTuple):
 
 
 def parsed(name: str) -> Parsed:
-    """A tensor's name, in a file or a published folder."""
     layer, expert = LAYER.search(name), EXPERT.search(name)
     pattern = EXPERT.sub(r'\1.{e}.', LAYER.sub(r'\1.{i}.', name, count=1), count=1)
     return Parsed(pattern, layer[2] if layer else '', expert[2] if expert else '')
@@ -195,9 +193,8 @@ class _Published:
         """Both. Raises UserError for a tensor that is not known, or does not fit the keys."""
         layers = {parsed(name).layer for name in self.contents.tensors}
         if self.experts * len(layers) > MOST_EXPERTS:
-            raise UserError(
-                f'{self.contents.path}: its keys say that it has {self.experts} experts: at most {MOST_EXPERTS} in all layers '
-                'together work'
+            raise self.contents.error(
+                f'its keys say that it has {self.experts} experts: at most {MOST_EXPERTS} in all layers together work'
             )
         left_out = [*self.architecture.consumed]
         if any(isinstance(one, Blocks) for one in self.contents.tensors.values()):
@@ -206,9 +203,8 @@ class _Published:
             if not any(re.fullmatch(pattern, name) for pattern in left_out):
                 self.place(name, numbers)
         if len(self.experts_there) != self.experts:
-            raise UserError(
-                f'{self.contents.path}: its keys say that it has {self.experts} experts, and its tensors are of '
-                f'{len(self.experts_there)}'
+            raise self.contents.error(
+                f'its keys say that it has {self.experts} experts, and its tensors are of {len(self.experts_there)}'
             )
         return self.found, self.called
 
@@ -221,20 +217,20 @@ class _Published:
             return
         entry, tail = self.entry(where)
         if entry is None:
-            raise UserError(
-                f'{numbers.path}: tensor {name} {list(numbers.shape)} is none that a model of architecture '
+            raise numbers.file.error(
+                f'tensor {name} {list(numbers.shape)} is none that a model of architecture '
                 f'{self.architecture.name} is known to have; its numbers would be lost'
             )
         self.count(name, where, numbers)
         if isinstance(entry, Pair):
             second = where.filled(entry.second)
             other = self.beside(second, name, numbers)
-            entry.check(numbers, other, name, second)
-            self.add(where.filled(entry.name), f'{name} and {second}', entry.undo(numbers, other))
+            undone = entry.undo(numbers, other, name, second)
+            self.add(where.filled(entry.name), f'{name} and {second}', undone)
         elif isinstance(entry, Experts):
             if len(numbers.shape) != 3:
-                raise UserError(
-                    f'{numbers.path}: tensor {name} {list(numbers.shape)} must have 3 dims, a matrix for each expert'
+                raise numbers.file.error(
+                    f'tensor {name} {list(numbers.shape)} must have 3 dims, a matrix for each expert'
                 )
             for e in range(self.experts):
                 published = where._replace(expert=str(e)).filled(entry.name)
@@ -257,21 +253,20 @@ class _Published:
             self.experts_there.add(where.expert)
         elif '_exps.' in name:
             if numbers.shape[0] != self.experts:
-                raise UserError(
-                    f'{numbers.path}: tensor {name} is of {numbers.shape[0]} experts and by the keys must be of {self.experts}'
+                raise numbers.file.error(
+                    f'tensor {name} is of {numbers.shape[0]} experts and by the keys must be of {self.experts}'
                 )
             self.experts_there |= {str(e) for e in range(self.experts)}
 
     def beside(self, other: str, name: str, numbers: Numbers) -> Numbers:
-        """The other tensor of a pair."""
         if other not in self.contents.tensors:
-            raise UserError(f'{numbers.path}: tensor {name} is there without {other}, which belongs to it')
+            raise numbers.file.error(f'tensor {name} is there without {other}, which belongs to it')
         return self.contents.tensors[other]
 
     def add(self, published: str, name: str, source: Numbers | Undone) -> None:
         if published in self.found:
-            raise UserError(
-                f'{source.path}: tensors {self.called[published]} and {name} are the same one of a model of architecture '
+            raise source.file.error(
+                f'tensors {self.called[published]} and {name} are the same one of a model of architecture '
                 f'{self.architecture.name}'
             )
         self.found[published], self.called[published] = source, name

@@ -5,6 +5,7 @@ tensors to those of a published folder. Names and transforms are those of llama.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,6 @@ from weft.hub.gguf.blocks import Numbers
 from weft.hub.gguf.fields import deepseek2, gemma2, gemma3, glm4moe, gpt2, gpt_oss, llama, phi3, qwen2, qwen3, qwen3moe
 from weft.hub.gguf.keys import Config, Keys
 from weft.hub.gguf.sources import Regrouped, Shifted, Turned, Undone, Unsplit, Woven
-from weft.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,7 @@ class Pair:
 
     name: str
     second: str
-    undo: Callable[[Numbers, Numbers], Undone]
-    check: Callable[[Numbers, Numbers, str, str], None]
+    undo: Callable[[Numbers, Numbers, str, str], Undone]  # of both tensors and their names in the file
 
 
 Entry = str | Changed | Experts | Pair
@@ -51,7 +50,8 @@ class Architecture:
     config: Callable[[Keys], dict[str, Any]]  # the fields of config.json by the keys
     # Names in a file, mostly without `.weight` and `.bias`, to those in a published folder; {i} is the layer, {e} the expert.
     names: Mapping[str, Entry]
-    consumed: tuple[str, ...] = ()  # patterns of tensors that `config` has read, or that follow from it
+    # Patterns of tensors that `config` has read, or that follow from it.
+    consumed: tuple[str, ...] = (r'rope_freqs\.weight',)
     # Patterns of tensors that repeat another; where a file has blocks of few bits, the two may differ by rounding.
     copies: tuple[str, ...] = ()
 
@@ -73,8 +73,8 @@ def regrouped(field: str) -> Callable[[Numbers, Config, str], Undone]:
     def undo(numbers: Numbers, config: Config, name: str) -> Undone:
         heads = config[field]
         if numbers.shape[0] % (2 * heads):
-            raise UserError(
-                f'{numbers.path}: tensor {name} has {numbers.shape[0]} rows, which are no pairs in each of {heads} heads'
+            raise numbers.file.error(
+                f'tensor {name} has {numbers.shape[0]} rows, which are no pairs in each of {heads} heads'
             )
         return Regrouped(numbers, heads)
 
@@ -83,7 +83,7 @@ def regrouped(field: str) -> Callable[[Numbers, Config, str], Undone]:
 
 def turned(numbers: Numbers, config: Config, name: str) -> Undone:
     if len(numbers.shape) < 2:
-        raise UserError(f'{numbers.path}: tensor {name} is {list(numbers.shape)} and must be a matrix')
+        raise numbers.file.error(f'tensor {name} is {list(numbers.shape)} and must be a matrix')
     return Turned(numbers)
 
 
@@ -91,173 +91,127 @@ def shifted(numbers: Numbers, config: Config, name: str) -> Undone:
     return Shifted(numbers)
 
 
-def same_shape(first: Numbers, second: Numbers, name: str, other: str) -> None:
+def woven(first: Numbers, second: Numbers, name: str, other: str) -> Woven:
     if first.shape != second.shape:
-        raise UserError(
-            f'{first.path}: tensors {name} {list(first.shape)} and {other} {list(second.shape)} must have one shape'
+        raise first.file.error(
+            f'tensors {name} {list(first.shape)} and {other} {list(second.shape)} must have one shape'
         )
+    return Woven(first, second, turned=name.endswith('.weight'))
 
 
-def same_latent(first: Numbers, second: Numbers, name: str, other: str) -> None:
+def unsplit(first: Numbers, second: Numbers, name: str, other: str) -> Unsplit:
     fits = len(first.shape) == len(second.shape) == 3 and first.shape[:2] == (second.shape[0], second.shape[2])
     if not fits:
-        raise UserError(
-            f'{first.path}: tensors {name} {list(first.shape)} and {other} {list(second.shape)} do not fit each other: they '
+        raise first.file.error(
+            f'tensors {name} {list(first.shape)} and {other} {list(second.shape)} do not fit each other: they '
             'must be [heads, rank, keys] and [heads, values, rank]'
         )
+    return Unsplit(first, second)
 
 
 LAYER = 'model.layers.{i}'
-OUTER: dict[str, Entry] = {
-    'token_embd': 'model.embed_tokens',
-    'output_norm': 'model.norm',
-    'output': 'lm_head',
-}
-ATTENTION: dict[str, Entry] = {
-    'blk.{i}.attn_q': f'{LAYER}.self_attn.q_proj',
-    'blk.{i}.attn_k': f'{LAYER}.self_attn.k_proj',
-    'blk.{i}.attn_v': f'{LAYER}.self_attn.v_proj',
-    'blk.{i}.attn_output': f'{LAYER}.self_attn.o_proj',
-}
-QK_NORMS: dict[str, Entry] = {
-    'blk.{i}.attn_q_norm': f'{LAYER}.self_attn.q_norm',
-    'blk.{i}.attn_k_norm': f'{LAYER}.self_attn.k_norm',
-}
-NORMS: dict[str, Entry] = {
-    'blk.{i}.attn_norm': f'{LAYER}.input_layernorm',
-    'blk.{i}.ffn_norm': f'{LAYER}.post_attention_layernorm',
-}
-MLP: dict[str, Entry] = {
-    'blk.{i}.ffn_gate': f'{LAYER}.mlp.gate_proj',
-    'blk.{i}.ffn_up': f'{LAYER}.mlp.up_proj',
-    'blk.{i}.ffn_down': f'{LAYER}.mlp.down_proj',
-}
-EXPERTS: dict[str, Entry] = {
-    'blk.{i}.ffn_gate_inp': f'{LAYER}.mlp.gate',
-    'blk.{i}.ffn_gate_exps': Experts(f'{LAYER}.mlp.experts.{{e}}.gate_proj'),
-    'blk.{i}.ffn_up_exps': Experts(f'{LAYER}.mlp.experts.{{e}}.up_proj'),
-    'blk.{i}.ffn_down_exps': Experts(f'{LAYER}.mlp.experts.{{e}}.down_proj'),
-}
-SHARED: dict[str, Entry] = {
-    'blk.{i}.exp_probs_b.bias': f'{LAYER}.mlp.gate.e_score_correction_bias',
-    'blk.{i}.ffn_gate_shexp': f'{LAYER}.mlp.shared_experts.gate_proj',
-    'blk.{i}.ffn_up_shexp': f'{LAYER}.mlp.shared_experts.up_proj',
-    'blk.{i}.ffn_down_shexp': f'{LAYER}.mlp.shared_experts.down_proj',
-}
-ROPE_FREQS = r'rope_freqs\.weight'
 
 
-MIXTRAL: dict[str, Entry] = {
-    'blk.{i}.ffn_gate_inp': f'{LAYER}.block_sparse_moe.gate',
-    'blk.{i}.ffn_gate_exps': Experts(f'{LAYER}.block_sparse_moe.experts.{{e}}.w1'),
-    'blk.{i}.ffn_down_exps': Experts(f'{LAYER}.block_sparse_moe.experts.{{e}}.w2'),
-    'blk.{i}.ffn_up_exps': Experts(f'{LAYER}.block_sparse_moe.experts.{{e}}.w3'),
+def layer(parent: str, entry: Callable[[str], Entry] = str, /, **names: str) -> dict[str, Entry]:
+    """Tensors of each layer, by their names in a file: those of `parent` in a published layer, each as an `entry`."""
+    return {f'blk.{{i}}.{name}': entry(f'{LAYER}{parent}.{published}') for name, published in names.items()}
+
+
+shifted_norm = functools.partial(Changed, undo=shifted)
+OUTER: dict[str, Entry] = {'token_embd': 'model.embed_tokens', 'output_norm': 'model.norm', 'output': 'lm_head'}
+ATTENTION = layer('.self_attn', attn_q='q_proj', attn_k='k_proj', attn_v='v_proj', attn_output='o_proj')
+QK_NORMS = layer('.self_attn', attn_q_norm='q_norm', attn_k_norm='k_norm')
+NORMS = layer('', attn_norm='input_layernorm', ffn_norm='post_attention_layernorm')
+MLP = layer('.mlp', ffn_gate='gate_proj', ffn_up='up_proj', ffn_down='down_proj')
+EXPERTS = layer('.mlp', ffn_gate_inp='gate') | layer(
+    '.mlp.experts.{e}', Experts, ffn_gate_exps='gate_proj', ffn_up_exps='up_proj', ffn_down_exps='down_proj'
+)
+SHARED = {'blk.{i}.exp_probs_b.bias': f'{LAYER}.mlp.gate.e_score_correction_bias'} | layer(
+    '.mlp.shared_experts', ffn_gate_shexp='gate_proj', ffn_up_shexp='up_proj', ffn_down_shexp='down_proj'
+)
+MIXTRAL = {
+    **layer('.block_sparse_moe', ffn_gate_inp='gate'),
+    **layer('.block_sparse_moe.experts.{e}', Experts, ffn_gate_exps='w1', ffn_down_exps='w2', ffn_up_exps='w3'),
     # Files of early 2024 have a tensor for each expert.
-    'blk.{i}.ffn_gate.{e}': f'{LAYER}.block_sparse_moe.experts.{{e}}.w1',
-    'blk.{i}.ffn_down.{e}': f'{LAYER}.block_sparse_moe.experts.{{e}}.w2',
-    'blk.{i}.ffn_up.{e}': f'{LAYER}.block_sparse_moe.experts.{{e}}.w3',
+    **layer('.block_sparse_moe.experts.{e}', **{'ffn_gate.{e}': 'w1', 'ffn_down.{e}': 'w2', 'ffn_up.{e}': 'w3'}),
 }
 REGROUPED: dict[str, Entry] = {
     'blk.{i}.attn_q': Changed(f'{LAYER}.self_attn.q_proj', regrouped('num_attention_heads')),
     'blk.{i}.attn_k': Changed(f'{LAYER}.self_attn.k_proj', regrouped('num_key_value_heads')),
 }
-GEMMA_NORMS: dict[str, Entry] = {
-    'output_norm': Changed('model.norm', shifted),
-    'blk.{i}.attn_norm': Changed(f'{LAYER}.input_layernorm', shifted),
-    'blk.{i}.post_attention_norm': Changed(f'{LAYER}.post_attention_layernorm', shifted),
-    'blk.{i}.ffn_norm': Changed(f'{LAYER}.pre_feedforward_layernorm', shifted),
-    'blk.{i}.post_ffw_norm': Changed(f'{LAYER}.post_feedforward_layernorm', shifted),
-}
-GEMMA_QK_NORMS: dict[str, Entry] = {
-    'blk.{i}.attn_q_norm': Changed(f'{LAYER}.self_attn.q_norm', shifted),
-    'blk.{i}.attn_k_norm': Changed(f'{LAYER}.self_attn.k_norm', shifted),
-}
+GEMMA_NORMS = {'output_norm': shifted_norm('model.norm')} | layer(
+    '',
+    shifted_norm,
+    attn_norm='input_layernorm',
+    post_attention_norm='post_attention_layernorm',
+    ffn_norm='pre_feedforward_layernorm',
+    post_ffw_norm='post_feedforward_layernorm',
+)
+GEMMA_QK_NORMS = layer('.self_attn', shifted_norm, attn_q_norm='q_norm', attn_k_norm='k_norm')
 GPT_OSS: dict[str, Entry] = {
-    'blk.{i}.post_attention_norm': f'{LAYER}.post_attention_layernorm',
-    'blk.{i}.attn_sinks.weight': f'{LAYER}.self_attn.sinks',
-    'blk.{i}.attn_sinks': f'{LAYER}.self_attn.sinks',
-    'blk.{i}.ffn_gate_inp': f'{LAYER}.mlp.router',
-    'blk.{i}.ffn_gate_exps.weight': Pair(
-        f'{LAYER}.mlp.experts.gate_up_proj',
-        'blk.{i}.ffn_up_exps.weight',
-        lambda gate, up: Woven(gate, up, turned=True),
-        same_shape,
-    ),
-    'blk.{i}.ffn_gate_exps.bias': Pair(
-        f'{LAYER}.mlp.experts.gate_up_proj_bias',
-        'blk.{i}.ffn_up_exps.bias',
-        lambda gate, up: Woven(gate, up, turned=False),
-        same_shape,
-    ),
+    **layer('', post_attention_norm='post_attention_layernorm'),
+    **layer('.self_attn', **{'attn_sinks.weight': 'sinks', 'attn_sinks': 'sinks'}),
+    **layer('.mlp', ffn_gate_inp='router'),
+    'blk.{i}.ffn_gate_exps.weight': Pair(f'{LAYER}.mlp.experts.gate_up_proj', 'blk.{i}.ffn_up_exps.weight', woven),
+    'blk.{i}.ffn_gate_exps.bias': Pair(f'{LAYER}.mlp.experts.gate_up_proj_bias', 'blk.{i}.ffn_up_exps.bias', woven),
     'blk.{i}.ffn_down_exps.weight': Changed(f'{LAYER}.mlp.experts.down_proj', turned),
     'blk.{i}.ffn_down_exps.bias': f'{LAYER}.mlp.experts.down_proj_bias',
 }
-PHI3: dict[str, Entry] = {
-    'blk.{i}.attn_qkv': f'{LAYER}.self_attn.qkv_proj',
-    'blk.{i}.attn_output': f'{LAYER}.self_attn.o_proj',
-    'blk.{i}.ffn_up': f'{LAYER}.mlp.gate_up_proj',
-    'blk.{i}.ffn_down': f'{LAYER}.mlp.down_proj',
+PHI3 = {
+    **layer('.self_attn', attn_qkv='qkv_proj', attn_output='o_proj'),
+    **layer('.mlp', ffn_up='gate_up_proj', ffn_down='down_proj'),
 }
-GPT2_LAYER = 'transformer.h.{i}'
 GPT2: dict[str, Entry] = {
     'token_embd': 'transformer.wte',
     'position_embd': 'transformer.wpe',
     'output_norm': 'transformer.ln_f',
     'output': 'lm_head',
-    'blk.{i}.attn_norm': f'{GPT2_LAYER}.ln_1',
-    'blk.{i}.attn_qkv.weight': Changed(f'{GPT2_LAYER}.attn.c_attn.weight', turned),
-    'blk.{i}.attn_qkv.bias': f'{GPT2_LAYER}.attn.c_attn.bias',
-    'blk.{i}.attn_output.weight': Changed(f'{GPT2_LAYER}.attn.c_proj.weight', turned),
-    'blk.{i}.attn_output.bias': f'{GPT2_LAYER}.attn.c_proj.bias',
-    'blk.{i}.ffn_norm': f'{GPT2_LAYER}.ln_2',
-    'blk.{i}.ffn_up.weight': Changed(f'{GPT2_LAYER}.mlp.c_fc.weight', turned),
-    'blk.{i}.ffn_up.bias': f'{GPT2_LAYER}.mlp.c_fc.bias',
-    'blk.{i}.ffn_down.weight': Changed(f'{GPT2_LAYER}.mlp.c_proj.weight', turned),
-    'blk.{i}.ffn_down.bias': f'{GPT2_LAYER}.mlp.c_proj.bias',
+    'blk.{i}.attn_norm': 'transformer.h.{i}.ln_1',
+    'blk.{i}.attn_qkv.weight': Changed('transformer.h.{i}.attn.c_attn.weight', turned),
+    'blk.{i}.attn_qkv.bias': 'transformer.h.{i}.attn.c_attn.bias',
+    'blk.{i}.attn_output.weight': Changed('transformer.h.{i}.attn.c_proj.weight', turned),
+    'blk.{i}.attn_output.bias': 'transformer.h.{i}.attn.c_proj.bias',
+    'blk.{i}.ffn_norm': 'transformer.h.{i}.ln_2',
+    'blk.{i}.ffn_up.weight': Changed('transformer.h.{i}.mlp.c_fc.weight', turned),
+    'blk.{i}.ffn_up.bias': 'transformer.h.{i}.mlp.c_fc.bias',
+    'blk.{i}.ffn_down.weight': Changed('transformer.h.{i}.mlp.c_proj.weight', turned),
+    'blk.{i}.ffn_down.bias': 'transformer.h.{i}.mlp.c_proj.bias',
 }
-LATENT: dict[str, Entry] = {
-    'blk.{i}.attn_q': f'{LAYER}.self_attn.q_proj',
-    'blk.{i}.attn_q_a': f'{LAYER}.self_attn.q_a_proj',
-    'blk.{i}.attn_q_a_norm': f'{LAYER}.self_attn.q_a_layernorm',
-    'blk.{i}.attn_q_b': f'{LAYER}.self_attn.q_b_proj',
-    'blk.{i}.attn_kv_a_mqa': f'{LAYER}.self_attn.kv_a_proj_with_mqa',
-    'blk.{i}.attn_kv_a_norm': f'{LAYER}.self_attn.kv_a_layernorm',
-    'blk.{i}.attn_kv_b': f'{LAYER}.self_attn.kv_b_proj',
-    'blk.{i}.attn_k_b.weight': Pair(
-        f'{LAYER}.self_attn.kv_b_proj.weight', 'blk.{i}.attn_v_b.weight', Unsplit, same_latent
-    ),
-    'blk.{i}.attn_output': f'{LAYER}.self_attn.o_proj',
-}
-AHEAD: dict[str, Entry] = {
-    'blk.{i}.post_attention_norm': f'{LAYER}.post_attention_layernorm',
-    'blk.{i}.nextn.eh_proj': f'{LAYER}.eh_proj',
-    'blk.{i}.nextn.embed_tokens': f'{LAYER}.embed_tokens',
-    'blk.{i}.nextn.enorm': f'{LAYER}.enorm',
-    'blk.{i}.nextn.hnorm': f'{LAYER}.hnorm',
-    'blk.{i}.nextn.shared_head_head': f'{LAYER}.shared_head.head',
-    'blk.{i}.nextn.shared_head_norm': f'{LAYER}.shared_head.norm',
+LATENT = layer(
+    '.self_attn',
+    attn_q='q_proj',
+    attn_q_a='q_a_proj',
+    attn_q_a_norm='q_a_layernorm',
+    attn_q_b='q_b_proj',
+    attn_kv_a_mqa='kv_a_proj_with_mqa',
+    attn_kv_a_norm='kv_a_layernorm',
+    attn_kv_b='kv_b_proj',
+    attn_output='o_proj',
+) | {'blk.{i}.attn_k_b.weight': Pair(f'{LAYER}.self_attn.kv_b_proj.weight', 'blk.{i}.attn_v_b.weight', unsplit)}
+AHEAD = layer('', post_attention_norm='post_attention_layernorm') | {
+    f'blk.{{i}}.nextn.{name}': f'{LAYER}.{name.replace("head_", "head.")}'
+    for name in ('eh_proj', 'embed_tokens', 'enorm', 'hnorm', 'shared_head_head', 'shared_head_norm')
 }
 GEMMA = OUTER | ATTENTION | MLP | GEMMA_NORMS
 LLAMA = OUTER | NORMS | ATTENTION | MLP
 ARCHITECTURES = {
     one.name: one
     for one in (
-        Architecture('llama', llama, LLAMA | REGROUPED | MIXTRAL, (ROPE_FREQS,)),
-        Architecture('qwen2', qwen2, LLAMA, (ROPE_FREQS,)),
-        Architecture('qwen3', qwen3, LLAMA | QK_NORMS, (ROPE_FREQS,)),
-        Architecture('qwen3moe', qwen3moe, OUTER | NORMS | ATTENTION | QK_NORMS | EXPERTS, (ROPE_FREQS,)),
-        Architecture('gemma2', gemma2, GEMMA, (ROPE_FREQS,)),
-        Architecture('gemma3', gemma3, GEMMA | GEMMA_QK_NORMS, (ROPE_FREQS,)),
-        Architecture('gpt-oss', gpt_oss, OUTER | NORMS | ATTENTION | GPT_OSS, (ROPE_FREQS,)),
+        Architecture('llama', llama, LLAMA | REGROUPED | MIXTRAL),
+        Architecture('qwen2', qwen2, LLAMA),
+        Architecture('qwen3', qwen3, LLAMA | QK_NORMS),
+        Architecture('qwen3moe', qwen3moe, OUTER | NORMS | ATTENTION | QK_NORMS | EXPERTS),
+        Architecture('gemma2', gemma2, GEMMA),
+        Architecture('gemma3', gemma3, GEMMA | GEMMA_QK_NORMS),
+        Architecture('gpt-oss', gpt_oss, OUTER | NORMS | ATTENTION | GPT_OSS),
         Architecture('phi3', phi3, OUTER | NORMS | PHI3, (r'rope_factors_(long|short)\.weight',)),
-        Architecture('gpt2', gpt2, GPT2),
-        Architecture('deepseek2', deepseek2, OUTER | NORMS | LATENT | MLP | EXPERTS | SHARED, (ROPE_FREQS,)),
+        Architecture('gpt2', gpt2, GPT2, consumed=()),
+        Architecture('deepseek2', deepseek2, OUTER | NORMS | LATENT | MLP | EXPERTS | SHARED),
         Architecture(
             'glm4moe',
             glm4moe,
             LLAMA | QK_NORMS | EXPERTS | SHARED | AHEAD,
-            (ROPE_FREQS,),
-            (r'blk\.\d+\.nextn\.(embed_tokens|shared_head_head)\.weight',),
+            copies=(r'blk\.\d+\.nextn\.(embed_tokens|shared_head_head)\.weight',),
         ),
     )
 }

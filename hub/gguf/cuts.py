@@ -4,8 +4,6 @@ from typing import NamedTuple
 
 
 class Cut(NamedTuple):
-    """How text is cut before BPE."""
-
     patterns: tuple[str, ...] = ()  # one after another, each within what the others cut
     digits: bool = False  # each is cut from its neighbours, before anything else
     plain: bool = False  # by GPT-2's own pattern, last

@@ -16,7 +16,7 @@ from weft.hub.gguf.blocks import LAYOUTS, PLAIN, Blocks, Numbers, type_name
 from weft.hub.gguf.header import Header
 from weft.hub.tensor_files import Stored
 from weft.runtime.errors import UserError, shown
-from weft.storage.foreign import SteadyFile, opened, shown_path, shown_value
+from weft.storage.foreign import SteadyFile, shown_path, shown_value
 
 MAGIC = b'GGUF'
 VERSIONS = (2, 3)
@@ -94,16 +94,9 @@ def _parts(first: Contents, count: int) -> Contents:
 
 def _one(path: Path) -> Contents:
     """What one file's header says."""
-    with opened(path) as descriptor:
-        file = SteadyFile.of(path, descriptor)
-    if file.size < 24:
-        raise UserError(
-            f'{shown_path(path)}: has {file.size} bytes: not a GGUF file, which begins with 24 bytes of header'
-        )
-    return _contents(Header(file))
-
-
-def _contents(header: Header) -> Contents:
+    header = Header(SteadyFile.of(path))
+    if header.size < 24:
+        raise header.error(f'has {header.size} bytes: not a GGUF file, which begins with 24 bytes of header')
     header.need(4, 'its first bytes')
     magic, version = header.raw[:4], header.number('<u4', 'its version')
     if magic != MAGIC:
@@ -127,7 +120,10 @@ def _contents(header: Header) -> Contents:
         if name in entries:
             raise header.error(f'tensor {name!r} is there twice')
         entries[name] = _entry(header, name)
-    return Contents(header.path, values, _placed(header, entries, _alignment(header.path, values)))
+    alignment = whole(Contents(path, values, {}), 'general.alignment', 32)
+    if not 1 <= alignment <= 2**16 or alignment & (alignment - 1):
+        raise header.error(f'general.alignment is {alignment}: it must be a power of 2 up to {2**16}, such as 32')
+    return Contents(path, values, _placed(header, entries, alignment))
 
 
 def _entry(header: Header, name: str) -> tuple[tuple[int, ...], int, int]:
@@ -138,15 +134,6 @@ def _entry(header: Header, name: str) -> tuple[tuple[int, ...], int, int]:
         raise header.error(f'{what} has {dims} dims: from 1 to {MOST_DIMS} work')
     shape = tuple(header.number('<u8', what) for _ in range(dims))[::-1]  # a file has the innermost first
     return shape, header.number('<u4', what), header.number('<u8', what)
-
-
-def _alignment(path: Path, values: Mapping[str, Any]) -> int:
-    """What offsets are multiples of."""
-    contents = Contents(path, values, {})
-    found = whole(contents, 'general.alignment', 32)
-    if not 1 <= found <= 2**16 or found & (found - 1):
-        raise contents.error(f'general.alignment is {found}: it must be a power of 2 up to {2**16}, such as 32')
-    return found
 
 
 def _placed(

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from weft.runtime.errors import UserError
-from weft.storage.foreign import SteadyFile, shown_path, shown_value
+from weft.storage.foreign import SteadyFile, shown_value
 
 LONGEST_HEADER = 2**27  # bytes; the tokens and merges of a vocabulary of 262,144 are some 15 MB
 FIRST = 2**20  # bytes of a file that are read first
@@ -25,14 +24,11 @@ class Header:
 
     def __init__(self, file: SteadyFile):
         self.file, self.path, self.size = file, file.path, file.size
-        self.where = shown_path(file.path)
+        self.error = file.error
         self.raw = b''  # of the file, from its first byte on, as much as was needed
         self.end = min(self.size, LONGEST_HEADER)
         self.at = 0
         self.texts = 0  # in arrays, so far
-
-    def error(self, said: str) -> UserError:
-        return UserError(f'{self.where}: {said}')
 
     def need(self, count: int, what: str) -> int:
         """Where the next `count` bytes begin, having passed over them."""

@@ -72,7 +72,6 @@ class Keys:
         return float(value)
 
     def number(self, name: str, default: Any = ...) -> float:
-        """A key that holds a number."""
         value = self(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self.error(f'key {self.architecture}.{name} is {shown_value(value)}: it must be a number')

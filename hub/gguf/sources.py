@@ -15,6 +15,7 @@ from weft.hub.tensor_files import Derived, full_index
 Take = tuple[Any, ...]  # slices, and in Regrouped arrays of indices
 
 
+@dataclasses.dataclass(frozen=True)
 class Undone(Derived):
     """A tensor of which `of` holds the numbers in another order or form."""
 
@@ -30,7 +31,6 @@ class Undone(Derived):
 class Regrouped(Undone):
     """Rows of queries or keys whose pairs for the rotation are neighbours in the file, and half a head apart here."""
 
-    of: Numbers
     heads: int
 
     def read(self, take: Take = ()) -> np.ndarray:
@@ -46,8 +46,6 @@ class Regrouped(Undone):
 @dataclasses.dataclass(frozen=True)
 class Shifted(Undone):
     """A norm's weights without the 1 that was added to them."""
-
-    of: Numbers
 
     def read(self, take: Take = ()) -> np.ndarray:
         return (self.of.read(take).astype(np.float32) - 1).astype(self.dtype)
@@ -72,7 +70,6 @@ class Narrowed(Derived):
 class Expert(Undone):
     """One of several matrices of one tensor."""
 
-    of: Numbers
     index: int
 
     @property
@@ -87,8 +84,6 @@ class Expert(Undone):
 class Turned(Undone):
     """Its last two dims are the other way round."""
 
-    of: Numbers
-
     @property
     def shape(self) -> tuple[int, ...]:
         return (*self.of.shape[:-2], self.of.shape[-1], self.of.shape[-2])
@@ -98,6 +93,7 @@ class Turned(Undone):
         return self.of.read((*first, column, row)).swapaxes(-1, -2)
 
 
+@dataclasses.dataclass(frozen=True)
 class OfTwo(Undone):
     """A tensor that is two in the file."""
 
@@ -116,8 +112,6 @@ class OfTwo(Undone):
 class Woven(OfTwo):
     """Two tensors in turns along the last dim, which of those `turned` is the one before it in the file."""
 
-    of: Numbers
-    second: Numbers
     turned: bool
 
     @property
@@ -146,9 +140,6 @@ class Unsplit(OfTwo):
     """Keys' and values' matrices [heads · (keys + values), rank] of latent attention, which are two tensors in the file:
     keys [heads, rank, keys], turned, and values [heads, values, rank].
     """
-
-    of: Numbers
-    second: Numbers
 
     @property
     def shape(self) -> tuple[int, ...]:

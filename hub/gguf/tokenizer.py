@@ -17,13 +17,13 @@ import numpy as np
 from weft.data.tokenizer import SPACE
 from weft.hub.gguf.cuts import CUTS, Cut
 from weft.hub.tokenizers.built import halves, template
-from weft.hub.tokenizers.side_files import FLAGS, LONGEST_PIECE, MOST_CHARACTERS
+from weft.hub.tokenizers.sentencepiece_model import Kind
+from weft.hub.tokenizers.side_files import FLAGS, LONGEST_PIECE, MOST_CHARACTERS, json_file
 from weft.runtime.errors import UserError, nearest
 from weft.storage.foreign import shown_value
 
 KEY = 'tokenizer.ggml.'
 MODELS = ('gpt2', 'llama')  # byte-level BPE, sentencepiece's
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # a token's type
 NAMED = {'bos': 'bos_token', 'eos': 'eos_token', 'unknown': 'unk_token', 'padding': 'pad_token'}
 BYTE_NAME = re.compile('<0x[0-9A-F]{2}>')
 MOST_MERGES = 2**21  # of pieces by sentencepiece; a vocabulary of 262,144 has about half as many
@@ -64,13 +64,9 @@ def tokenizer_files(values: Mapping[str, Any], path: Path) -> dict[str, bytes]:
     generation = header.generation(chat or '')
     return {
         'tokenizer.json': json.dumps(written, ensure_ascii=False).encode(),
-        'tokenizer_config.json': _json(config),
-        'generation_config.json': _json(generation),
+        'tokenizer_config.json': json_file(config),
+        'generation_config.json': json_file(generation),
     }
-
-
-def _json(fields: Mapping[str, Any]) -> bytes:
-    return json.dumps(fields, indent=2, ensure_ascii=False).encode() + b'\n'
 
 
 class _Header:
@@ -80,15 +76,15 @@ class _Header:
         self.values, self.path = values, path
         self.tokens: list[str] = self.texts('tokens')
         kinds = self.numbers('token_type', 'iu')
-        self.kinds: list[int] = [NORMAL] * len(self.tokens) if kinds is None else kinds.tolist()
-        if wrong := [kind for kind in self.kinds if not NORMAL <= kind <= BYTE]:
-            raise self.error(f'{KEY}token_type has a {wrong[0]}: types go from {NORMAL} to {BYTE}')
+        self.kinds: list[int] = [Kind.NORMAL] * len(self.tokens) if kinds is None else kinds.tolist()
+        if wrong := [kind for kind in self.kinds if not Kind.NORMAL <= kind <= Kind.BYTE]:
+            raise self.error(f'{KEY}token_type has a {wrong[0]}: types go from {min(Kind)} to {max(Kind)}')
         # Ids that no text has are left out.
-        self.ids = {token: i for i, token in enumerate(self.tokens) if self.kinds[i] != UNUSED}
-        if len(self.ids) != len(self.tokens) - self.kinds.count(UNUSED):
+        self.ids = {token: i for i, token in enumerate(self.tokens) if self.kinds[i] != Kind.UNUSED}
+        if len(self.ids) != len(self.tokens) - self.kinds.count(Kind.UNUSED):
             seen: set[str] = set()
             for i, token in enumerate(self.tokens):
-                if self.kinds[i] != UNUSED and token in seen:
+                if self.kinds[i] != Kind.UNUSED and token in seen:
                     raise self.error(f'{KEY}tokens has {shown_value(token)} twice: each token must be another text')
                 seen.add(token)
 
@@ -112,7 +108,6 @@ class _Header:
         return found
 
     def id_of(self, name: str) -> int | None:
-        """The id of a special token."""
         found = self.values.get(f'{KEY}{name}_token_id')
         if found is None:
             return None
@@ -131,7 +126,6 @@ class _Header:
         return found
 
     def cut(self) -> Cut:
-        """How text is cut before byte-level BPE."""
         name = self.values.get(f'{KEY}pre')
         if name is None and self.values.get('general.architecture') == 'gpt2':
             return CUTS['gpt-2']
@@ -168,18 +162,9 @@ class _Header:
         }
 
     def bpe(self, merges: list[list[str]], ids: Mapping[str, int]) -> dict[str, Any]:
-        return {
-            'type': 'BPE',
-            'dropout': None,
-            'unk_token': None,
-            'continuing_subword_prefix': None,
-            'end_of_word_suffix': None,
-            'fuse_unk': False,
-            'byte_fallback': False,
-            'ignore_merges': False,
-            'vocab': dict(ids),
-            'merges': merges,
-        }
+        absent = dict.fromkeys(('dropout', 'unk_token', 'continuing_subword_prefix', 'end_of_word_suffix'))
+        off = dict.fromkeys(('fuse_unk', 'byte_fallback', 'ignore_merges'), False)
+        return {'type': 'BPE'} | absent | off | {'vocab': dict(ids), 'merges': merges}
 
     def sentencepiece(self) -> dict[str, Any]:
         """Of tokenizer.json: sentencepiece's BPE, whose merges follow from its pieces and their scores."""
@@ -187,7 +172,7 @@ class _Header:
         if scores is None:
             raise self.error(f"{KEY}scores is missing: a tokenizer of 'llama' has it")
         for i, token in enumerate(self.tokens):
-            if self.kinds[i] == BYTE and not BYTE_NAME.fullmatch(token):
+            if self.kinds[i] == Kind.BYTE and not BYTE_NAME.fullmatch(token):
                 raise self.error(f'{KEY}tokens has {shown_value(token)} as a byte: bytes are <0x00> to <0xFF>')
         ids = {self.spelt(token): i for token, i in self.ids.items()}
         prefix = self.flag('add_space_prefix', True)
@@ -218,7 +203,7 @@ class _Header:
         first. What users define, which is runs of spaces, goes before all others.
         """
         kinds = self.kinds
-        pieces = {piece: i for piece, i in ids.items() if kinds[i] in (NORMAL, USER_DEFINED)}
+        pieces = {piece: i for piece, i in ids.items() if kinds[i] in (Kind.NORMAL, Kind.USER_DEFINED)}
         longest = max(pieces, key=len, default='')
         if len(longest) > LONGEST_PIECE or sum(map(len, pieces)) > MOST_CHARACTERS:
             raise self.error(
@@ -229,7 +214,7 @@ class _Header:
         if not np.isfinite(rank).all():
             raise self.error(f'{KEY}scores has one that is not a number')
         for i in pieces.values():
-            if kinds[i] == USER_DEFINED:
+            if kinds[i] == Kind.USER_DEFINED:
                 rank[i] = math.inf
         found = list(itertools.islice(halves(pieces), MOST_MERGES + 1))
         if len(found) > MOST_MERGES:
@@ -238,16 +223,16 @@ class _Header:
         def order(merge: tuple[str, str, str]) -> tuple[float, int, int, int]:
             piece, left, right = merge
             i = pieces[piece]
-            return -rank[i], i if kinds[i] == USER_DEFINED else 0, -len(left), -len(right)
+            return -rank[i], i if kinds[i] == Kind.USER_DEFINED else 0, -len(left), -len(right)
 
         return [[left, right] for _, left, right in sorted(found, key=order)]
 
     def added(self) -> list[dict[str, Any]]:
         """Of tokenizer.json: tokens that are found as a whole in a text, before BPE."""
         sentencepiece = self.values[f'{KEY}model'] == 'llama'
-        kinds = (CONTROL, USER_DEFINED, UNKNOWN)
+        kinds = (Kind.CONTROL, Kind.USER_DEFINED, Kind.UNKNOWN)
         return [
-            {'id': i, 'content': token} | dict.fromkeys(FLAGS, False) | {'special': self.kinds[i] != USER_DEFINED}
+            {'id': i, 'content': token} | dict.fromkeys(FLAGS, False) | {'special': self.kinds[i] != Kind.USER_DEFINED}
             for i, token in enumerate(self.tokens)
             if self.kinds[i] in kinds and token and not (sentencepiece and self.spelt(token) != token)
         ]
@@ -285,7 +270,7 @@ class _Header:
             for token in TURN_ENDS
             if token in said
             and token in self.ids
-            and self.kinds[self.ids[token]] in (CONTROL, USER_DEFINED)
+            and self.kinds[self.ids[token]] in (Kind.CONTROL, Kind.USER_DEFINED)
             # gpt-oss ends a message with <|end|>, and goes on; GLM ends a turn with the next one's first token.
             and not (token == '<|end|>' and '<|return|>' in self.ids)
             and not (token == '<|user|>' and '[gMASK]' not in self.ids)

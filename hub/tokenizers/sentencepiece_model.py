@@ -225,7 +225,6 @@ def _t5(model: Model, said: Said) -> JsonTokenizer:
 
 
 def _as_the_model_says(model: Model, said: Said) -> dict[str, Any]:
-    """As sentencepiece itself reads it."""
     bpe = model.model_type == BPE
     vocab = placed(model.ids, said.added, beyond=bpe)
     legacy = said.tokenizer.get('legacy', True) is not False

@@ -1,6 +1,7 @@
 """The JSON files beside a published tokenizer, read within bounds, and what they say of it."""
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -159,6 +160,11 @@ def text_of(content: bytes, where: str) -> str:
         return content.decode()
     except UnicodeDecodeError as error:
         raise UserError(f'{where}: not UTF-8 at byte {error.start}') from None
+
+
+def json_file(fields: Mapping[str, Any]) -> bytes:
+    """A file of JSON as publishers write it."""
+    return json.dumps(fields, indent=2, ensure_ascii=False).encode() + b'\n'
 
 
 def one_line(text: str) -> str:

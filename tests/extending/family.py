@@ -4,16 +4,15 @@ from typing import Any
 
 from weft.hub.families import Family, Fields, Joined, register
 from weft.hub.families.llama import common, write_common
-from weft.hub.families.rope import read_rope, write_rope
 from weft.model.config import ModelConfig, model_of
 
 
 def read(f: Fields) -> ModelConfig:
-    return model_of(common(f) | read_rope(f) | {'attention.qk_norm': True})
+    return model_of(common(f) | {'attention.qk_norm': True})
 
 
 def write(c: ModelConfig) -> dict[str, Any]:
-    return write_common(c) | write_rope(c) | {'model_type': 'loom'}
+    return write_common(c) | {'model_type': 'loom'}
 
 
 NAMES = {

@@ -10,8 +10,8 @@ import numpy as np
 
 from tests.families import cases, weights
 from tests.families.loading import read
+from weft.hub import published_folder, tensor_files
 from weft.hub import read as hub
-from weft.hub import tensor_files
 from weft.hub.families import stored_name
 from weft.hub.tensor_table import tensors
 
@@ -39,13 +39,13 @@ def write(folder: Path, config: dict[str, Any], found: dict[str, np.ndarray], fi
     (folder / 'config.json').write_text(json.dumps(config))
     kinds = {name: (array.dtype, array.shape) for name, array in found.items()}
     if files == 1:
-        tensor_files.write(folder / hub.SINGLE, kinds, lambda name: found[name])
+        tensor_files.write(folder / published_folder.SINGLE, kinds, lambda name: found[name])
         return folder
     where = {name: f'model-{i % files + 1:05}-of-{files:05}.safetensors' for i, name in enumerate(found)}
     for file in set(where.values()):
         mine = {name: kind for name, kind in kinds.items() if where[name] == file}
         tensor_files.write(folder / file, mine, lambda name: found[name])
-    (folder / hub.INDEX).write_text(json.dumps({'metadata': {}, 'weight_map': where}))
+    (folder / published_folder.INDEX).write_text(json.dumps({'metadata': {}, 'weight_map': where}))
     return folder
 
 

@@ -15,8 +15,7 @@ from tests.families import folders
 from tests.fuzz import Case, note, rng
 from tests.fuzz.spoiled import TEMPLATE, WAYS
 from tests.hub.test_tokenizer_goldens import files_of
-from weft.hub import read as hub
-from weft.hub import tensor_files
+from weft.hub import published_folder, tensor_files
 from weft.hub.chat import chat_templates
 from weft.hub.streaming import published
 from weft.runtime.errors import UserError
@@ -140,9 +139,9 @@ def outcome(folder: Path, run: Path) -> str:
 
 def _numbers(folder: Path) -> dict[str, np.ndarray]:
     """The tensors of a folder, read without Weft."""
-    found, names = {}, {hub.SINGLE}
-    if not (folder / hub.SINGLE).exists():
-        names = set(json.loads((folder / hub.INDEX).read_bytes())['weight_map'].values())
+    found, names = {}, {published_folder.SINGLE}
+    if not (folder / published_folder.SINGLE).exists():
+        names = set(json.loads((folder / published_folder.INDEX).read_bytes())['weight_map'].values())
     for path in (folder / name for name in names):
         raw = path.read_bytes()
         start = 8 + int.from_bytes(raw[:8], 'little')

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from weft.hub import read as hub
+from weft.hub import published_folder
 
 TEMPLATE = '{% for m in messages %}{{ m.content }}{% endfor %}'
 ESCAPES = '\x1b[2J\x1b]0;x\x07\nerror: all is well\r\u202e\x00'
@@ -297,12 +297,12 @@ def a_number(folder: Path, draw: random.Random) -> str:
 
 def an_index(folder: Path, draw: random.Random) -> str:
     names = [path.name for path in files_of(folder, '.safetensors')]
-    index = folder / hub.INDEX
+    index = folder / published_folder.INDEX
     if index.exists():
         said = json.loads(index.read_text())['weight_map']
     else:
         names = ['a.safetensors']
-        (folder / hub.SINGLE).rename(folder / 'a.safetensors')
+        (folder / published_folder.SINGLE).rename(folder / 'a.safetensors')
         _, header, _ = _weights(folder, draw)
         said = {name: 'a.safetensors' for name in json.loads(header) if name != '__metadata__'}
     tensor = draw.choice(list(said))
@@ -387,7 +387,7 @@ def a_name(folder: Path, draw: random.Random) -> str:
     with open(os.fsencode(folder) + b'/' + name, 'wb') as file:
         file.write(b'{')
     if draw.random() < 0.3:
-        more = folder / hub.TEMPLATES
+        more = folder / published_folder.TEMPLATES
         more.mkdir()
         (more / f'{draw.choice(("tool", ESCAPES[:-1], "ü" * 100))}.jinja').write_text(TEMPLATE)
     return repr(name)

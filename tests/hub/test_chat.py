@@ -17,8 +17,8 @@ from weft.hub.chat import (
     conversation,
     read_conversation,
 )
+from weft.hub.published_folder import side_files
 from weft.hub.published_tokenizer import JsonTokenizer
-from weft.hub.read import side_files
 from weft.runtime.errors import UserError
 
 GOLDENS = json.loads(Path(__file__).with_name('chat.json').read_text(encoding='utf-8'))

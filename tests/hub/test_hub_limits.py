@@ -19,6 +19,7 @@ from tests.gguf import written
 from tests.hub.test_tokenizer_goldens import files_of
 from weft.hub import chat, published_folder, published_tokenizer, tensor_files
 from weft.hub import read as hub
+from weft.hub.published_folder import INDEX, SINGLE
 from weft.hub.tokenizers import marian, side_files
 from weft.hub.tokenizers.byte_pairs import MERGES, VOCAB
 from weft.hub.tokenizers.json_tokenizer import JSON
@@ -49,7 +50,7 @@ def edit(folder: Path, **fields: Any) -> None:
 
 def rehead(folder: Path, change: Callable[[dict], Any]) -> None:
     """Changes the header of the weights."""
-    path = folder / hub.SINGLE
+    path = folder / SINGLE
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], 'little')
     entries = json.loads(raw[8 : 8 + length])
@@ -75,8 +76,8 @@ def sparse(path: Path, size: int) -> None:
 
 
 def indexed(folder: Path, where: dict[str, Any]) -> None:
-    (folder / hub.SINGLE).rename(folder / 'a.safetensors')
-    (folder / hub.INDEX).write_text(json.dumps({'weight_map': where}))
+    (folder / SINGLE).rename(folder / 'a.safetensors')
+    (folder / INDEX).write_text(json.dumps({'weight_map': where}))
 
 
 def add_nothing(entries: dict) -> None:
@@ -149,12 +150,12 @@ MANY = {  # the case that is spoiled, how, and words of the refusal
     ),
     'a header of lists': (
         'llama-grouped',
-        lambda f: with_header(f / hub.SINGLE, lists(30_000_000)),
+        lambda f: with_header(f / SINGLE, lists(30_000_000)),
         ['its header: has 60000003 lists', f'at most {2**22}'],
     ),
     'a header of nothing': (
         'llama-grouped',
-        lambda f: ((f / hub.SINGLE).write_bytes((10**8).to_bytes(8, 'little')), os.truncate(f / hub.SINGLE, 2 * 10**8)),
+        lambda f: ((f / SINGLE).write_bytes((10**8).to_bytes(8, 'little')), os.truncate(f / SINGLE, 2 * 10**8)),
         ['its header is not a JSON object'],
     ),
     'large dims': (
@@ -240,12 +241,12 @@ MANY = {  # the case that is spoiled, how, and words of the refusal
     ),
     'a pipe of weights': (
         'llama-grouped',
-        lambda f: ((f / hub.SINGLE).unlink(), os.mkfifo(f / hub.SINGLE)),
+        lambda f: ((f / SINGLE).unlink(), os.mkfifo(f / SINGLE)),
         ['is a pipe'],
     ),
     'names that terminals obey': (
         'llama-grouped',
-        lambda f: (f / hub.SINGLE).rename(f / '\x1b[2J\nerror.bin'),
+        lambda f: (f / SINGLE).rename(f / '\x1b[2J\nerror.bin'),
         [r'/\x1b[2J\nerror.bin: pickled weights can run any code'],
     ),
 }  # fmt: skip
@@ -289,14 +290,14 @@ def test_what_may_not_be_read_is_told(kind, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, function, refuse)
     with pytest.raises(UserError, match=f'/{refused.name}: cannot be read: Permission denied'):
-        hub.side_files(folder)
+        published_folder.side_files(folder)
 
 
 def test_a_folder_of_licences_is_left_out(tmp_path):
     folder = folders.write(tmp_path / 'source', cases.CASES['llama-grouped'], folders.named('llama-grouped'))
     (folder / 'LICENSES').mkdir()
     (folder / 'LICENSE').write_text('free')
-    assert sorted(hub.side_files(folder)) == ['LICENSE', 'config.json']
+    assert sorted(published_folder.side_files(folder)) == ['LICENSE', 'config.json']
 
 
 LEFT_OUT = {
@@ -358,7 +359,7 @@ def test_weights_that_change_during_an_import_leave_no_run(form, change, after, 
     found = folders.named('llama-grouped')
     if form == 'a folder':
         source = folders.write(tmp_path / 'source', cases.CASES['llama-grouped'], found)
-        path = source / hub.SINGLE
+        path = source / SINGLE
     else:
         source = path = written.write(tmp_path / 'x.gguf', *written.of_folder(cases.CASES['llama-grouped'], found))
     arrays = hub.Published.arrays
@@ -380,7 +381,7 @@ def test_weights_that_change_during_an_import_leave_no_run(form, change, after, 
 def test_a_file_that_changes_between_its_header_and_its_numbers_is_told(tmp_path, monkeypatch):
     folder = folders.write(tmp_path / 'source', cases.CASES['llama-grouped'], folders.named('llama-grouped'))
     (stored, *_) = hub.all_stored(folder).values()
-    os.truncate(folder / hub.SINGLE, stored.begin + stored.bytes // 2)
+    os.truncate(folder / SINGLE, stored.begin + stored.bytes // 2)
     with pytest.raises(UserError, match='changed while it was read'):
         stored.read()
 

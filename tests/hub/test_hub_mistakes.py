@@ -11,9 +11,9 @@ import pytest
 from tests.data.test_tokenizer import TEXT
 from tests.families import cases, folders
 from weft.data.tokenizer import Tokenizer
-from weft.hub import read as hub
 from weft.hub import tensor_files
 from weft.hub.exported_tokenizer import exported_tokenizer
+from weft.hub.published_folder import INDEX, SINGLE
 from weft.hub.published_tokenizer import load_tokenizer
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig
@@ -45,12 +45,12 @@ def again(folder: Path, change) -> None:
     for path in folder.glob('*.safetensors*'):
         path.unlink()
     kinds = {name: (x.dtype, x.shape) for name, x in found.items()}
-    tensor_files.write(folder / hub.SINGLE, kinds, lambda name: found[name])
+    tensor_files.write(folder / SINGLE, kinds, lambda name: found[name])
 
 
 def rehead(folder: Path, change) -> None:
     """Changes the header of the weights, which is text."""
-    path = folder / hub.SINGLE
+    path = folder / SINGLE
     raw = path.read_bytes()
     length = int.from_bytes(raw[:8], 'little')
     text = change(raw[8 : 8 + length].decode()).encode()
@@ -58,7 +58,7 @@ def rehead(folder: Path, change) -> None:
 
 
 def reindex(folder: Path, **files: str) -> None:
-    path = folder / hub.INDEX
+    path = folder / INDEX
     index = json.loads(path.read_text())
     index['weight_map'] |= {Q: files['q']} if files else {}
     path.write_text(json.dumps(index))
@@ -74,12 +74,12 @@ def two(folder: Path, change=lambda folder: None) -> None:
 
 
 def pickled(folder: Path) -> None:
-    (folder / hub.SINGLE).rename(folder / 'pytorch_model.bin')
+    (folder / SINGLE).rename(folder / 'pytorch_model.bin')
 
 
 def outside(folder: Path) -> None:
-    (folder / hub.SINGLE).rename(folder.parent / 'elsewhere')
-    (folder / hub.SINGLE).symlink_to(folder.parent / 'elsewhere')
+    (folder / SINGLE).rename(folder.parent / 'elsewhere')
+    (folder / SINGLE).symlink_to(folder.parent / 'elsewhere')
 
 
 def duplicate(folder: Path) -> None:
@@ -98,12 +98,12 @@ def wide_bias(folder: Path) -> None:
 
 
 def cut(folder: Path, size: int) -> None:
-    path = folder / hub.SINGLE
+    path = folder / SINGLE
     path.write_bytes(path.read_bytes()[:size])
 
 
 def grow(folder: Path) -> None:
-    with (folder / hub.SINGLE).open('ab') as file:
+    with (folder / SINGLE).open('ab') as file:
         file.write(b'more')
 
 
@@ -158,9 +158,9 @@ MISTAKES = {
         ['quantization_config', "'awq'", 'fp8', 'mxfp4'],
     ),
     'pickled weights': (pickled, ['pytorch_model.bin', 'safetensors', 'save_pretrained']),
-    'other weights': (lambda f: (f / hub.SINGLE).rename(f / 'model.gguf'), ['model.gguf', 'safetensors']),
-    'no weights': (lambda f: (f / hub.SINGLE).unlink(), ['neither', hub.SINGLE, hub.INDEX]),
-    'link that leaves': (outside, [hub.SINGLE, 'leaves the folder']),
+    'other weights': (lambda f: (f / SINGLE).rename(f / 'model.gguf'), ['model.gguf', 'safetensors']),
+    'no weights': (lambda f: (f / SINGLE).unlink(), ['neither', SINGLE, INDEX]),
+    'link that leaves': (outside, [SINGLE, 'leaves the folder']),
     'missing tensor': (lambda f: again(f, lambda found: found.pop(Q)), [f'tensor {Q} is missing']),
     'missing tensors': (
         lambda f: edit(f, num_hidden_layers=3),
@@ -198,15 +198,15 @@ MISTAKES = {
         lambda f: two(f, lambda f: reindex(f, q='model-00002-of-00002.safetensors')),
         [Q, 'model-00002-of-00002', 'does not have it'],
     ),
-    'index is no JSON': (lambda f: two(f, lambda f: (f / hub.INDEX).write_text('x')), [hub.INDEX, 'JSON']),
-    'index without a map': (lambda f: two(f, lambda f: (f / hub.INDEX).write_text('{}')), [hub.INDEX, 'weight_map']),
+    'index is no JSON': (lambda f: two(f, lambda f: (f / INDEX).write_text('x')), [INDEX, 'JSON']),
+    'index without a map': (lambda f: two(f, lambda f: (f / INDEX).write_text('{}')), [INDEX, 'weight_map']),
     'tensor in two files': (lambda f: two(f, duplicate), ['is in both', 'model-00001', 'model-00002']),
-    'empty file': (lambda f: cut(f, 0), [hub.SINGLE, '0 bytes']),
-    'cut in the header': (lambda f: cut(f, 100), [hub.SINGLE, 'cut off']),
-    'cut in the numbers': (lambda f: cut(f, 30000), [hub.SINGLE, 'cut off']),
-    'more at the end': (grow, [hub.SINGLE, 'belongs to no tensor']),
+    'empty file': (lambda f: cut(f, 0), [SINGLE, '0 bytes']),
+    'cut in the header': (lambda f: cut(f, 100), [SINGLE, 'cut off']),
+    'cut in the numbers': (lambda f: cut(f, 30000), [SINGLE, 'cut off']),
+    'more at the end': (grow, [SINGLE, 'belongs to no tensor']),
     'huge header': (
-        lambda f: (f / hub.SINGLE).write_bytes(b'\xff' * 7 + b'\0' + b'{}'),
+        lambda f: (f / SINGLE).write_bytes(b'\xff' * 7 + b'\0' + b'{}'),
         [str(2**56 - 1), '100000000'],
     ),
     'header is no JSON': (lambda f: rehead(f, lambda text: 'x' + text[1:]), ['header is not a JSON object']),

@@ -15,8 +15,8 @@ import pytest
 from tests.families import cases, folders
 from tests.families.loading import GOLDENS, golden, read
 from tests.memory import Peak
+from weft.hub import published_folder, streaming, tensor_files
 from weft.hub import read as hub
-from weft.hub import streaming, tensor_files
 from weft.hub import write as publish
 from weft.hub.families import Fields
 from weft.hub.tensor_table import tensors
@@ -297,7 +297,7 @@ def test_many_files_with_an_index(tmp_path):
     assert len(files) > 3
     assert files[0] == f'model-00001-of-{len(files):05}.safetensors'
     same(folders.stored(tmp_path / 'target'), found)
-    index = json.loads((tmp_path / 'target' / hub.INDEX).read_text())
+    index = json.loads((tmp_path / 'target' / published_folder.INDEX).read_text())
     assert index['metadata']['total_size'] == sum(x.nbytes for x in found.values())
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.families import cases, folders
+from weft.hub import published_folder
 from weft.hub import read as hub
 from weft.model.config import changed
 from weft.runtime.errors import UserError
@@ -41,8 +42,8 @@ def there_and_back(source: Path, place: Path, ignore: tuple[str, ...] = ()) -> l
     stored, back = folders.stored(source), folders.stored(place / 'target')
     assert stored.keys() == back.keys()
     assert all(np.array_equal(stored[name], back[name]) for name in stored)
-    config = json.loads((source / hub.CONFIG).read_text())
-    assert json.loads((place / 'target' / hub.CONFIG).read_text()) == config | {'dtype': 'float32'}
+    config = json.loads((source / published_folder.CONFIG).read_text())
+    assert json.loads((place / 'target' / published_folder.CONFIG).read_text()) == config | {'dtype': 'float32'}
     return said
 
 
@@ -216,4 +217,4 @@ def test_what_sentence_transformers_has_beside_a_model_is_kept(tmp_path):
     (tmp_path / 'elsewhere' / 'config.json').write_text('{}')
     (source / '1_Pooling').symlink_to(tmp_path / 'elsewhere')
     with pytest.raises(UserError, match=r'1_Pooling/config.json: is a link that leaves the folder'):
-        hub.side_files(source)
+        published_folder.side_files(source)

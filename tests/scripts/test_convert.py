@@ -13,7 +13,7 @@ from tests.families import folders
 from tests.scripts.runs import ROOT, everything, refused, rows, run, workplace
 from weft.data.examples import reversed_digits
 from weft.data.pairs import prompts as sources_of
-from weft.hub.read import SINGLE
+from weft.hub.published_folder import SINGLE
 from weft.inference.run import open_run
 from weft.model.config import AttentionConfig, LearnedConfig, MLPConfig, ModelConfig
 from weft.runtime.device_memory import human_bytes
