@@ -26,7 +26,6 @@ class Prompts(NamedTuple):
     source: tuple[Any, Any] | None = None  # the same of what an encoder reads: int32 [B, S] and [B]
 
     def placed(self) -> 'Prompts':
-        """On the current mesh."""
         return place(self)
 
     def seen(self, vocabulary: int) -> np.ndarray:

@@ -61,7 +61,6 @@ def read_prompts_file(path: str) -> list[Question]:
 
 
 def _question(where: str, said: dict[str, Any], rule: str) -> Question:
-    """The question of an object."""
     if ('prompt' in said) == ('messages' in said):
         chat = '; if the file is one conversation, give it as --chat' if 'role' in said else ''
         raise UserError(f'{where}: it must be {rule}{chat}')

@@ -23,9 +23,7 @@ class Sampling:
     top_k: int = 0  # only the k most likely; 0: all
     top_p: float = 1.0  # the most likely that together reach this probability (Holtzman et al. 2020, arXiv:1904.09751)
     min_p: float = 0.0  # only those at least this share of the most likely one's probability (arXiv:2407.01082)
-    repetition_penalty: float = (
-        1.0  # before all else: divides logits of tokens that were there, multiplies negative ones
-    )
+    repetition_penalty: float = 1.0  # first: divides logits of tokens that were there, multiplies negative ones
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -67,7 +67,7 @@ def residuals(group: Group, count: ActivationCounter) -> tuple[float, float]:
 
 def gathered_by(group: Group, count: ActivationCounter) -> float:
     """Bytes of one layer's weights that are gathered to be used, whole."""
-    return sum(weight.used(count.mesh) for weight in group.weights if weight.gathered) * count.number
+    return sum(weight.used(count.mesh) for weight in group.weights if weight.declared.gathered) * count.number
 
 
 def _counted(group: Group, count: ActivationCounter, in_loop: bool = False) -> ActivationCounter:

@@ -91,7 +91,6 @@ def memory(compiled: Any, platform: str) -> dict[str, int]:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """What became of a request."""
     config = configs.parse(request['config'], 'the config')
     platform, batch, length = request['platform'], request['rows'], request['length']
     name, options = request['topology'], dict[str, Any]()

@@ -83,7 +83,6 @@ class Bill:
         return ffn / sum(row.total for row in self.rows if row.layer)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain numbers and text."""
         line = lambda row: dataclasses.asdict(row) | {'total': row.total, 'active': row.active}
         return {
             'rows': [line(row) for row in self.rows],
@@ -118,13 +117,14 @@ def _layers(c: ModelConfig, name: str):
     counts = collections.Counter(kind.experts for kind in c.layer_specs)
     for experts, times in sorted(counts.items()):
         label = name if len(counts) == 1 else f'{"mixture" if experts else "dense"} {name}'
-        parts = cost.layer_parameters(c, LayerSpec(experts))
+        spec = LayerSpec(experts)
+        parts = cost.layer_parameters(c, spec)
         known = ('attention', 'cross_attention', 'mlp', 'router', 'experts', 'shared_experts', 'norms')
         for part in (*known, *(part for part in parts if part not in known)):
             if not (each := parts.get(part, 0)):
                 continue
             active = each * c.moe.top_k // c.moe.experts if part == 'experts' else each
-            yield BillRow(part, _shapes(c, part, each), each, times, active, label)
+            yield BillRow(part, _shapes(c, spec, part, each), each, times, active, label)
 
 
 def _after(c: ModelConfig):
@@ -150,23 +150,17 @@ def _once(part: str, count: int, shapes: str) -> BillRow:
     return BillRow(part, shapes, int(count), 1, int(count))
 
 
-def _shapes(c: ModelConfig, part: str, count: int) -> str:
+def _shapes(c: ModelConfig, spec: LayerSpec, part: str, count: int) -> str:
     """What a layer's part of `count` parameters is made of."""
-    D, m, matrices = c.model_dim, c.moe, 3 if c.mlp.gated else 2
     if part == 'norms':
-        return _by(count // D, D)
-    found: dict[tuple[int, ...], int]  # how many of each shape
-    if part in ('attention', 'cross_attention'):
-        found = collections.Counter(sorted(cost.layer_matrices(c, LayerSpec(), part), key=math.prod, reverse=True))
-    elif part == 'mlp':
-        found = {(matrices, D, c.mlp.dim): 1}
-    elif part == 'router':
-        found = {(D, m.experts): 1}
-    elif part == 'experts':
-        found = {(matrices, D, m.mlp_dim): m.experts}
-    else:
-        found = {(matrices, D, m.shared_dim // m.shared_experts): m.shared_experts}
-    text = ' + '.join(_by(*([n] if n > 1 else []), *shape) for shape, n in found.items())
+        return _by(count // c.model_dim, c.model_dim)
+    matrices = [shape for shape in cost.layer_matrices(c, spec, part) if len(shape) > 1 + (part == 'experts')]
+    found = collections.Counter(sorted(matrices, key=math.prod, reverse=True))
+    shared = c.moe.shared_experts if part == 'shared_experts' else 1  # side by side in one matrix
+    text = ' + '.join(
+        _by(*experts, *([shared] if shared > 1 else []), *([n] if n > 1 else []), rows, columns // shared)
+        for (*experts, rows, columns), n in found.items()
+    )
     return _with_vectors(text, count - sum(n * math.prod(shape) for shape, n in found.items()))
 
 

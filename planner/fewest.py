@@ -27,9 +27,7 @@ class FewestChips(NamedTuple):
 
     chips: int
     settings: dict[str, str | int]  # as config keys
-    without: str | None = (
-        None  # 'latency' or 'throughput' that was asked of serving, where no chips that were tried reach it
-    )
+    without: str | None = None  # 'latency' or 'throughput' that was asked for and no chips that were tried reach
 
 
 def fewest_to_train(run: RunConfig, chip: Chip) -> FewestChips | None:

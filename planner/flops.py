@@ -129,7 +129,6 @@ def _cut(count: FlopCounter, parts: int) -> FlopCounter:
 
 
 def _stack(c: ModelConfig, count: FlopCounter, microbatches: int) -> None:
-    """The layers."""
     stages = count.mesh.stage
     for number, run in enumerate(c.layer_groups):
         pipelined = stages > 1 and number == c.pipelined_group

@@ -48,23 +48,18 @@ class Memory:
     gradients: float = 0
     activations: float = 0  # what layers keep for the backward pass, and what one layer makes while it is worked on
     logits: float = 0
-    compute_weights: float = (
-        0  # a copy of the layers' weights in the compute dtype, which compilers make before the loop
-    )
+    compute_weights: float = 0  # the layers' weights in the compute dtype, which compilers copy before the loop
     communication: float = 0  # weights gathered to be used, their gradients before they are scattered
 
     @property
     def arguments(self) -> float:
-        """What the program is given."""
         return self.parameters + self.optimizer + self.batch + self.cache
 
     @property
     def total(self) -> float:
-        """All parts."""
         return sum(vars(self).values())
 
     def parts(self) -> dict[str, float]:
-        """By name."""
         return dataclasses.asdict(self)
 
 
@@ -145,8 +140,7 @@ def _traced_layers(run: RunConfig, outside: ActivationCounter) -> tuple[float, f
 
 def stored(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig) -> float:
     """Bytes of the weights that a device keeps while it trains; their gradients take as many."""
-    state = compute.parameter_dtype.itemsize
-    size = lambda weight: max(state, FLOAT32) if weight.wide else state
+    size = lambda weight: weight.declared.role.dtype(compute.parameter_dtype).itemsize
     return sum(numbers * size(weight) for weight, numbers in inventory(c).held(mesh))
 
 
@@ -184,7 +178,7 @@ def casts(held: Inventory, device: ActivationCounter) -> float:
         group.held(device.mesh) * weight.shard(device.mesh)
         for group in held.groups
         for weight in group.weights
-        if (device.mesh.span(weight.gathered) > 1 or 'expert' in weight.left) and weight.narrow_in_use
+        if (device.mesh.span(weight.declared.gathered) > 1 or 'expert' in weight.left) and weight.declared.role.narrow
     )
     return numbers * device.number
 
@@ -209,10 +203,10 @@ def serving_memory(
         new: tokens of each row that the step works on.
         platform: 'cpu', 'gpu' or 'tpu'.
     """
-    b, state = jnp.dtype(compute.dtype).itemsize, compute.parameter_dtype.itemsize
-    size = lambda weight: b if weight.narrow_in_use else max(state, FLOAT32) if weight.wide else state
+    b = jnp.dtype(compute.dtype).itemsize
+    size = lambda role: b if role.narrow else role.dtype(compute.parameter_dtype).itemsize
     held = inventory(c)
-    parameters = sum(numbers * size(weight) for weight, numbers in held.held(mesh))
+    parameters = sum(numbers * size(weight.declared.role) for weight, numbers in held.held(mesh))
     mine = rows / mesh.span(BATCH)
     count = ActivationCounter(compute=compute, mesh=mesh, what='prefill', rows=mine, columns=new, platform=platform)
     needs = residuals if has_costs(c) else lambda group, count: (3 * count.x(c), gathered_by(group, count))

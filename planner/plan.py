@@ -127,7 +127,7 @@ def serving_part(candidate: ServingCandidate, chip: Chip, terms: Terms) -> dict[
 
 
 # What the plan of what does not fit leaves out: no chip runs it, so it has no speed and costs nothing.
-SPEED = {
+SPEED = [
     'time',
     'step_seconds',
     'mfu',
@@ -143,7 +143,7 @@ SPEED = {
     'prefill_bound_seconds',
     'cost_per_million_tokens',
     'joules_per_token',
-}
+]
 
 
 def without_speed(part: Mapping[str, Any]) -> dict[str, Any]:

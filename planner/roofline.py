@@ -298,16 +298,17 @@ def layer_bytes(
     whole = {'encoder': 'encoder', 'ahead': 'mtp'}.get(group.where)  # told as one part
     found = collections.defaultdict[str, float](float)
     for weight in group.weights:
-        if len(weight.declared.shape) < 2 or ('tensor' not in weight.split and not weight.gathered):
+        known = weight.declared
+        if len(known.shape) < 2 or ('tensor' not in weight.split and not known.gathered):
             continue
-        routed = weight.part == 'experts'
+        routed = known.part == 'experts'
         read = float(weight.used(mesh))
         if rows is not None and routed:
             read *= 1 - (1 - c.moe.top_k / c.moe.experts) ** rows
-        height, width = weight.declared.shape[-2:]
+        height, width = known.shape[-2:]
         sides = height + (width / mesh.tensor if 'tensor' in weight.split else width)
         visits = tokens * (c.moe.top_k if c.moe and routed else 1)
-        name = {'attention': 'projections', 'shared_experts': 'experts'}.get(weight.part, weight.part)
+        name = {'attention': 'projections', 'shared_experts': 'experts'}.get(known.part, known.part)
         found[whole or name] += (visits * sides * passes + times * passes * read) * number
     if not whole and isinstance(a := c.attention, SoftmaxConfig):
         found['attention'] = (

@@ -56,7 +56,6 @@ class Candidate:
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
         return self.time.predicted
 
     @property
@@ -79,17 +78,14 @@ class TrainingCandidate(Candidate):
 
     @functools.cached_property
     def memory(self) -> Memory:  # type: ignore[override]
-        """Of a chip."""
         return training_memory(self.run, self.chip.platform)
 
     @functools.cached_property
     def time(self) -> StepTime:  # type: ignore[override]
-        """Of a step."""
         return train_time(self.run, self.chip)
 
     @property
     def mesh(self) -> MeshConfig:  # type: ignore[override]
-        """Of the run."""
         return self.run.mesh
 
     @property

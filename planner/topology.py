@@ -36,7 +36,6 @@ class Gpu:
     memory: int  # bytes
 
     def description(self) -> str:
-        """As XLA reads it."""
         major, minor = self.capability
         return f"""
 gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152

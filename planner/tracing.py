@@ -26,7 +26,7 @@ from weft.model.forward import logits
 from weft.model.parameters import abstract as abstract_module
 from weft.planner.traffic.tables import Traffic
 from weft.planner.traffic.traced import jaxpr_traffic
-from weft.sharding.mesh import AXES, BATCH, MeshConfig, abstract_mesh
+from weft.sharding.mesh import BATCH, MeshConfig, abstract_mesh
 from weft.training.loss import loss_and_gradient, loss_fn
 
 
@@ -47,24 +47,12 @@ def traced_flops(
     dispatch = 'all_gather' if compute.dispatch == 'auto' else compute.dispatch
     countable = dataclasses.replace(compute, attention='reference', grouped_matmul='ragged', dispatch=dispatch)
     jaxpr = traced(c, countable, mesh, what, rows, length, source, 1, microbatches)
-    return dots(jaxpr, _devices(mesh)).flops
+    return dots(jaxpr, dataclasses.asdict(mesh)).flops
 
 
-def traced_traffic(
-    c: ModelConfig,
-    compute: ComputeConfig,
-    mesh: MeshConfig,
-    what: What,
-    rows: int,
-    length: int,
-    source: int = 0,
-    accumulation: int = 1,
-    microbatches: int = 1,
-) -> Traffic:
-    """What one device sends in a call of a program; of a training step without the norm of the gradient."""
-    return jaxpr_traffic(
-        traced(c, compute, mesh, what, rows, length, source, accumulation, microbatches), _devices(mesh)
-    )
+def traced_traffic(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, what: What, *sizes: int) -> Traffic:
+    """What one device sends in a call of a program, a step without its gradient's norm; `sizes`: those of `traced`."""
+    return jaxpr_traffic(traced(c, compute, mesh, what, *sizes), dataclasses.asdict(mesh))
 
 
 @functools.lru_cache(maxsize=256)
@@ -93,7 +81,7 @@ def traced(
     what: What,
     rows: int,
     length: int,
-    source: int,
+    source: int = 0,
     accumulation: int = 1,
     microbatches: int = 1,
     platform: str = 'tpu',
@@ -118,10 +106,6 @@ def traced(
         cache = _placed(jax.eval_shape(lambda model: empty_cache(model, rows, length), model))._replace(source=kept)
         tokens = _integers(rows) if what == 'decode' else _integers(rows, length)
         return jax.make_jaxpr(decode if what == 'decode' else prefill)(model, cache, tokens, _integers(rows))
-
-
-def _devices(mesh: MeshConfig) -> dict[str, int]:
-    return {axis: getattr(mesh, axis) for axis in AXES}
 
 
 def _model(c: ModelConfig, compute: ComputeConfig) -> Decoder:

@@ -24,30 +24,12 @@ class Weight:
     """One array, or several of a layer that are split and used alike, as their numbers together."""
 
     declared: Parameter  # of several the first
-    part: (
-        str  # of the bill: embedding, head, norms, attention, cross_attention, mlp, router, experts, shared_experts, …
-    )
     size: int  # numbers in all, of one layer
 
     @functools.cached_property
     def split(self) -> tuple[str, ...]:
         """Axes that split one of its dims."""
         return self.declared.split
-
-    @functools.cached_property
-    def gathered(self) -> tuple[str, ...]:
-        """Those of them over which it is gathered where it is used."""
-        return self.declared.gathered
-
-    @functools.cached_property
-    def wide(self) -> bool:
-        """Whether it is kept in at least float32 where the others are narrower."""
-        return self.declared.role is Role.CORRECTION
-
-    @functools.cached_property
-    def narrow_in_use(self) -> bool:
-        """Whether decoding keeps it in the compute dtype."""
-        return self.declared.role.narrow
 
     def shard(self, mesh: MeshConfig) -> float:
         """Numbers of one device."""
@@ -60,7 +42,7 @@ class Weight:
     @functools.cached_property
     def left(self) -> tuple[str, ...]:
         """Axes that still split it once it is gathered."""
-        return tuple(axis for axis in self.split if axis not in self.gathered)
+        return tuple(axis for axis in self.split if axis not in self.declared.gathered)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +68,13 @@ class Group:
     @functools.cached_property
     def kept_alike(self) -> tuple[tuple[Weight, int], ...]:
         """One for all weights of a layer that are split and stored alike, with their numbers together; how many they are."""
-        return _joined(self.weights, lambda weight: (weight.split, weight.wide, weight.narrow_in_use))
+        return _joined(self.weights, lambda w: (w.split, w.declared.role is Role.CORRECTION, w.declared.role.narrow))
 
     @functools.cached_property
     def gathered_alike(self) -> tuple[tuple[Weight, int], ...]:
         """The same of those that are gathered alike, and as wide; keys and values of a source apart."""
-        key = lambda w: (w.gathered, w.left, w.narrow_in_use, w.declared.of_source)
-        return _joined([weight for weight in self.weights if weight.gathered], key)
+        key = lambda w: (w.declared.gathered, w.left, w.declared.role.narrow, w.declared.of_source)
+        return _joined([weight for weight in self.weights if weight.declared.gathered], key)
 
 
 def _joined(weights: Iterable[Weight], key: Callable[[Weight], Hashable]) -> tuple[tuple[Weight, int], ...]:
@@ -147,12 +129,9 @@ def _of_stack(c: ModelConfig, decoder: Decoder) -> tuple[list[Group], list[Weigh
         ends[where, group.specs[-1].experts] += group.repeats
     groups = [Group(*key, layers, ends[key], written[key], c, weights[key]) for key, layers in count.items()]
     inside = ('groups.', 'mtp.', 'encoder.')
-    return groups, [_weight(found) for name, found in declared(decoder).items() if not name.startswith(inside)]
+    outside = [Weight(found, found.size) for name, found in declared(decoder).items() if not name.startswith(inside)]
+    return groups, outside
 
 
 def _weights(layer: nnx.Module) -> tuple[Weight, ...]:
-    return tuple(map(_weight, declared(layer).values()))
-
-
-def _weight(found: Parameter) -> Weight:
-    return Weight(found, found.part, found.size)
+    return tuple(Weight(found, found.size) for found in declared(layer).values())

@@ -73,7 +73,6 @@ def by_axes(sent: Traffic) -> dict[str, dict[str, float]]:
 
 
 def total_bytes(sent: Traffic) -> float:
-    """All bytes."""
     return sum(sent.bytes_by_axes().values())
 
 

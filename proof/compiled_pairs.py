@@ -33,7 +33,6 @@ class ProgramPair:
 
     @property
     def config(self) -> RunConfig:
-        """The whole run."""
         return configs.load_config(ROOT / 'configs' / 'models' / f'{self.model}.yaml', self.overrides.split())
 
     @property
@@ -100,7 +99,6 @@ def read_record(path: Path) -> tuple[dict[str, Any], Compiled]:
 
 
 def write_record(path: Path, request: dict[str, Any], found: Compiled) -> None:
-    """A record."""
     plain = {name: getattr(found, name) for name in ('status', 'seconds', 'memory', 'available', 'message', 'versions')}
     record = {'request': request, **plain, 'fits': found.fits, 'unplanned': found.unplanned()}
     record |= {'sent': found.sent.to_json(), 'asked': found.asked.to_json()}
@@ -118,7 +116,6 @@ def compiled_before(pair: ProgramPair) -> Compiled | None:
 
 
 def main() -> None:
-    """Compiles what has no record."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--only', default='*', metavar='PATTERN', help='of names, as in mixtral-*-h100*')
     wanted = parser.parse_args().only

@@ -53,7 +53,6 @@ def searched() -> list[Searched]:
 
 
 def main() -> None:
-    """Compiles what has no record."""
     for one in searched():
         if one.compiled:
             continue

@@ -166,7 +166,6 @@ def published_runs_page(runs: list[PublishedRun]) -> str:
 
 
 def main() -> None:
-    """Writes the page."""
     runs = read_published_runs()
     for chip, value in fitted(runs).items():
         print(f'{chip}: {value:.3f} (planner/chips.py: {CHIPS[chip].efficiency})')

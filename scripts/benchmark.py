@@ -80,15 +80,30 @@ def main() -> None:
     for option in options.values():
         option.add_argument('--json', action='store_true', help='one JSON object')
     given = _parse(parser)
-    others = {'standard': standard, 'experts': experts, 'start': start, 'transformers': transformers}
-    figures = others.get(given.what, configured)(given)
-    if figures is not None:
-        lines = (f'{name:>20}  {_show(name, value)}' for name, value in figures.items())
-        print(as_json(figures) if given.json else '\n'.join(lines))
+    if given.what == 'standard':
+        standard()
+        return
+    figures = measured(given)
+    lines = (f'{name:>20}  {_show(name, value)}' for name, value in figures.items())
+    print(as_json(figures) if given.json else '\n'.join(lines))
 
 
-def configured(given: argparse.Namespace) -> dict[str, Any]:
-    """Benchmarks of a config."""
+def measured(given: argparse.Namespace) -> dict[str, Any]:
+    """The figures of one benchmark."""
+    if given.what == 'experts':
+        from weft.proof.speed import measure_experts
+
+        return measure_experts(given.rows, given.experts, given.dim, given.hidden, given.dtype, given.backend)
+    if given.what == 'start':
+        from weft.proof.startup import measure_start
+
+        return measure_start(given.run, given.prompt, given.turns)
+    if given.what == 'transformers':
+        from weft.proof.peers import beside_transformers
+
+        sizes = given.rows, given.prompt, given.new
+        return beside_transformers(given.run, given.python, *sizes, rounds=given.turns, mesh=given.mesh)
+
     from weft.training.config import load_config
 
     config = load_config(given.config, given.overrides)
@@ -107,29 +122,7 @@ def configured(given: argparse.Namespace) -> dict[str, Any]:
     return peers.beside_nanogpt(config, given.repository, given.python)
 
 
-def experts(given: argparse.Namespace) -> dict[str, Any]:
-    """The experts' matmul beside a plain one."""
-    from weft.proof.speed import measure_experts
-
-    return measure_experts(given.rows, given.experts, given.dim, given.hidden, given.dtype, given.backend)
-
-
-def start(given: argparse.Namespace) -> dict[str, Any]:
-    """From a command to its first token."""
-    from weft.proof.startup import measure_start
-
-    return measure_start(given.run, given.prompt, given.turns)
-
-
-def transformers(given: argparse.Namespace) -> dict[str, Any]:
-    """Decoding a run beside transformers."""
-    from weft.proof.peers import beside_transformers
-
-    sizes = given.rows, given.prompt, given.new
-    return beside_transformers(given.run, given.python, *sizes, rounds=given.turns, mesh=given.mesh)
-
-
-def standard(given: argparse.Namespace) -> None:
+def standard() -> None:
     """Runs the platform's standard set, each in a process of its own, and prints one Markdown table for each kind."""
     # This process must leave the device alone.
     asking = [sys.executable, '-c', 'import jax; print(jax.default_backend())']

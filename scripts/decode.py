@@ -243,7 +243,6 @@ class Screen:
         self.held[number] += text
 
     def finish(self) -> None:
-        """Shows the other texts."""
         if self.quiet:
             return
         print('' if self.held[0] else self.before[0])

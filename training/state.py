@@ -62,7 +62,6 @@ def items(state: State) -> dict[str, Any]:
 
 
 def restore(checkpoints: Checkpoints, step: int, config: RunConfig) -> State:
-    """All of the state."""
     found = checkpoints.restore(step, items(abstract_state(config)))
     return State(found['model'], found['optimizer'], **found['random'])
 

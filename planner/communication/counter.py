@@ -5,13 +5,13 @@ import functools
 
 from weft.model.costs import CostCounter
 from weft.planner.traffic.tables import Traffic, cost, label, span
-from weft.sharding.mesh import AXES, MeshConfig
+from weft.sharding.mesh import MeshConfig
 
 
 @functools.lru_cache(maxsize=2**14)
 def _group(axes: tuple[str, ...], mesh: MeshConfig) -> tuple[str, int, tuple[tuple[str, int, int], ...]]:
     """The label of a group of devices, and how many it has; the same of each of its axes, and of those before it."""
-    sizes = {axis: getattr(mesh, axis) for axis in AXES}
+    sizes = dataclasses.asdict(mesh)
     steps = [(axis, sizes[axis], span(axes[: axes.index(axis)], sizes)) for axis in reversed(axes) if sizes[axis] > 1]
     return label(axes, sizes), span(axes, sizes), tuple(steps)
 

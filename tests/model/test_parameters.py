@@ -130,7 +130,7 @@ def test_it_decays_by_its_role(toy):
 def test_the_plan_counts_it(toy):
     assert parameters(toy)['mlp'] == toy.layers * (2 * D * F + F)
     (group,) = inventory(toy).groups
-    assert sum(weight.size for weight in group.weights if weight.part == 'mlp') == 2 * D * F + F
+    assert sum(weight.size for weight in group.weights if weight.declared.part == 'mlp') == 2 * D * F + F
     mesh = MeshConfig(data=2, tensor=2)
     held = sum(numbers for _, numbers in inventory(toy).held(mesh))
     assert held == sum(math.prod(array.addressable_shards[0].data.shape) for array in made(toy, mesh).values())

@@ -11,8 +11,11 @@ from weft.model.compute import ComputeConfig
 from weft.model.config import AttentionConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig
 from weft.planner import chips, communication
 from weft.planner.activations import ActivationCounter, kept_by
+from weft.planner.bill import cache_bill
 from weft.planner.flops import executed
 from weft.planner.memory import serving_memory, training_memory
+from weft.planner.plan import model_part
+from weft.planner.plan_text import flops_line, gb
 from weft.planner.roofline import decode_time, prefill_time, train_time
 from weft.planner.tracing import traced_activations, traced_flops, traced_traffic
 from weft.planner.traffic.tables import difference
@@ -72,6 +75,9 @@ def test_a_kind_that_does_not_say_what_it_costs_has_a_plan(name):
     kept = [training_memory(dataclasses.replace(at, compute=ComputeConfig(remat=remat))) for remat in ('none', 'block')]
     assert kept[0].activations > kept[1].activations > 0
     assert serving_memory(*sizes, mesh, 8, 16).cache > 0
+    state = f'{gb(2 * cache_bill(run.model).state)} a row, however long it is'
+    told = flops_line(model_part(run.model, 16) | {'what': 'bill'})
+    assert (state in told) == (name == 'recurrent_state'), told
     for time in train_time(at, CHIP), decode_time(*sizes, mesh, CHIP, 8, 16), prefill_time(*sizes, mesh, CHIP, 8, 16):
         assert 0 < time.bound <= time.predicted
         assert min(time.compute, time.links) > 0
