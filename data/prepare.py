@@ -4,6 +4,7 @@ A run that goes on later reads what is there (data/prepared.py), even if the sou
 """
 
 import hashlib
+import itertools
 import platform
 import time
 from collections import Counter
@@ -16,7 +17,7 @@ import sentencepiece
 
 from weft.data import prepared
 from weft.data.config import DataConfig
-from weft.data.packing import encode_documents, pack
+from weft.data.packing import Samples, encode_documents, pack
 from weft.data.pairs import Pair, pack_pairs, read_pairs
 from weft.data.prepared import SPLITS, Dataset
 from weft.data.sources import documents
@@ -89,27 +90,22 @@ def _build(config: DataConfig, key: dict[str, Any], say: Callable[[str], None], 
     """Rows of documents, with a tokenizer learnt from the training split if none is given."""
     skipped: list[LeftOut] = []
     sha256 = hashlib.sha256()
-    group_of: dict[bytes, str] = {}  # by the text's hash, so that copies of a text fall on the same side
-    size_of_group: Counter[str] = Counter()
-    size_of_text: Counter[bytes] = Counter()
+    group_of: dict[str, str] = {}  # by the text's hash, so that copies of a text fall on the same side
+    size_of_group, size_of_text = Counter[str](), Counter[str]()
     characters = count = ends = 0
     names = _Names(tokenizer)
+    end_bytes = lambda text, share: bytes_after(text, cut(text, share))
     for document in documents(config, skipped):
-        data = document.text.encode()
-        digest = hashlib.sha256(data).digest()
-        sha256.update(digest)
-        size_of_group[group_of.setdefault(digest, document.group)] += len(data)
-        size_of_text[digest] += len(data)
+        digest, size = _digest(document.text), len(document.text.encode())
+        sha256.update(bytes.fromhex(digest))
+        size_of_group[group_of.setdefault(digest, document.group)] += size
+        size_of_text[digest] += size
         characters += len(document.text)
         names.look(document.text)
-        ends += bytes_after(document.text, cut(document.text, config.validation_share))
+        ends += end_bytes(document.text, config.validation_share)
         count += 1
-    size_of_text_hex = {digest.hex(): size for digest, size in size_of_text.items()}
-
-    def ends_of(share: float) -> int:
-        return sum(bytes_after(document.text, cut(document.text, share)) for document in documents(config, []))
-
-    split, held = split_of(config, size_of_group, size_of_text_hex, ends, ends_of)
+    ends_of = lambda share: sum(end_bytes(document.text, share) for document in documents(config, []))
+    split, held = split_of(config, size_of_group, size_of_text, ends, ends_of)
     size = size_of_group.total()
     say(f'data: {count} documents, {size / 1e6:.2f} MB; sha256 {sha256.hexdigest()[:16]}{left_out_text(skipped)}')
     say(f'data: {held:.1%} of the bytes held out for validation, {TELL[split.by]} ({split.share:.1%} asked for)')
@@ -118,9 +114,9 @@ def _build(config: DataConfig, key: dict[str, Any], say: Callable[[str], None], 
     def texts(part: str) -> Iterator[str]:
         again = hashlib.sha256()
         for document in documents(config, []):
-            digest = hashlib.sha256(document.text.encode()).digest()
-            again.update(digest)
-            group = digest.hex() if split.by == 'document' else group_of.get(digest, '')
+            digest = _digest(document.text)
+            again.update(bytes.fromhex(digest))
+            group = digest if split.by == 'document' else group_of.get(digest, '')
             if text := split.parts(document, group).get(part):
                 yield text
         if again.digest() != sha256.digest():
@@ -128,52 +124,48 @@ def _build(config: DataConfig, key: dict[str, Any], say: Callable[[str], None], 
                 f'data.source={config.source!r}: changed while it was read; start again when nothing writes to it'
             )
 
-    every = 1 + characters // TOKENIZER_CHARACTERS
-    learnt = f'one in {every} blocks of the training text' if every > 1 else 'the whole training text'
+    learnt = 'elsewhere: it was imported'
     if tokenizer is None:
-        assert config.vocabulary is not None, 'checked by `prepare`'
-        tokenizer = Tokenizer.train(_sample(texts('train'), every), config.vocabulary)
-    else:
-        learnt = 'elsewhere: it was imported'
-    rows, documents_of = {}, {}
+        tokenizer, every = _learn(texts('train'), config, characters)
+        learnt = f'one in {every} blocks of the training text' if every > 1 else 'the whole training text'
+    rows, facts_of = {}, {}
     for part in SPLITS:
         stream_S, length_D, bytes_ = encode_documents(tokenizer, texts(part), config.special_tokens)
-        documents_of[part] = len(length_D)
         rows[part] = pack(stream_S, length_D, key['sequence_length'], bytes_)
-    for part in SPLITS:
-        if len(rows[part]) == 0:
+        facts_of[part] = {'documents': len(length_D), **_size(rows[part])}
+    for part, facts in facts_of.items():
+        if not facts['rows']:
             raise UserError(f'data.source={config.source!r}: {size} bytes leave no text for {part}; give more text')
-    facts: dict[str, Any] = {
-        'source': list(config.paths),
-        'sha256': sha256.hexdigest(),
-        'documents': count,
-        'bytes': size,
-        'characters': characters,
-        'tokens': sum(rows[part].tokens for part in SPLITS),
-        'skipped': {'count': len(skipped), 'first': [one.path for one in skipped[:5]]},
-        'split': {
-            'by': split.by,
-            'share': held,
-            'groups': len(size_of_group),
-            'validation_groups': sorted(split.held_out)[:50],
+        facts['padding_share'] = 1 - facts['tokens'] / (facts['rows'] * key['sequence_length'])
+    for part, facts in facts_of.items():
+        say(f'data: {part}: {facts["documents"]} documents, {facts["tokens"]} tokens in {facts["rows"]} rows')
+    return Dataset(
+        tokenizer,
+        key=key,
+        facts={
+            'source': list(config.paths),
+            'sha256': sha256.hexdigest(),
+            'documents': count,
+            'bytes': size,
+            'characters': characters,
+            'tokens': sum(rows[part].tokens for part in SPLITS),
+            'skipped': {'count': len(skipped), 'first': [one.path for one in skipped[:5]]},
+            'split': {
+                'by': split.by,
+                'share': held,
+                'groups': len(size_of_group),
+                'validation_groups': sorted(split.held_out)[:50],
+            },
+            'tokenizer': {
+                'vocabulary': tokenizer.vocabulary,
+                'bytes_per_token': rows['validation'].bytes / rows['validation'].tokens,
+                'trained_on': learnt,
+            },
+            'versions': {'python': platform.python_version(), 'sentencepiece': sentencepiece.__version__},
+            **facts_of,
         },
-        'tokenizer': {
-            'vocabulary': tokenizer.vocabulary,
-            'bytes_per_token': rows['validation'].bytes / rows['validation'].tokens,
-            'trained_on': learnt,
-        },
-        'versions': {'python': platform.python_version(), 'sentencepiece': sentencepiece.__version__},
-    }
-    for part in SPLITS:
-        facts[part] = {
-            'documents': documents_of[part],
-            'bytes': rows[part].bytes,
-            'tokens': rows[part].tokens,
-            'rows': len(rows[part]),
-            'padding_share': 1 - rows[part].tokens / (len(rows[part]) * key['sequence_length']),
-        }
-        say(f'data: {part}: {documents_of[part]} documents, {rows[part].tokens} tokens in {len(rows[part])} rows')
-    return Dataset(tokenizer, facts=facts, key=key, **rows)
+        **rows,
+    )
 
 
 def _build_pairs(
@@ -184,13 +176,12 @@ def _build_pairs(
     Pairs of one source stay on one side of the split. Raises UserError where the sources hold none, or too few.
     """
     sha256, size_of_source, count = hashlib.sha256(), Counter[str](), 0
-    digest = lambda text: hashlib.sha256(text.encode()).hexdigest()
     skipped: list[LeftOut] = []
     names = _Names(tokenizer)
     for pair in read_pairs(config.paths, 'data.source', skipped):
         names.look(*pair)
-        sha256.update('\t'.join(map(digest, pair)).encode())
-        size_of_source[digest(pair.source)] += len(''.join(pair).encode())
+        sha256.update('\t'.join(map(_digest, pair)).encode())
+        size_of_source[_digest(pair.source)] += len(''.join(pair).encode())
         count += 1
     if not count:
         raise UserError(f'data.source={config.source!r}: holds no pairs; a line must be a source, a tab, and a target')
@@ -206,34 +197,42 @@ def _build_pairs(
 
     def of(part: str) -> Iterator[Pair]:
         for pair in read_pairs(config.paths, 'data.source'):
-            if (digest(pair.source) in held) == (part == 'validation'):
+            if (_digest(pair.source) in held) == (part == 'validation'):
                 yield pair
 
-    every = 1 + size // TOKENIZER_CHARACTERS
     if tokenizer is None:
-        assert config.vocabulary is not None, 'checked by `prepare`'
-        tokenizer = Tokenizer.train(_sample((side for pair in of('train') for side in pair), every), config.vocabulary)
-    sequence_length = key['sequence_length']
-    rows, facts = {}, {'source': list(config.paths), 'sha256': sha256.hexdigest(), 'pairs': count, 'bytes': size}
+        tokenizer, _ = _learn((side for pair in of('train') for side in pair), config, size)
+    length = key['sequence_length']
+    rows, facts_of = {}, {}
     for part in SPLITS:
-        rows[part], left_out = pack_pairs(tokenizer, of(part), sequence_length, key['start'], config.special_tokens)
+        rows[part], left_out = pack_pairs(tokenizer, of(part), length, key['start'], config.special_tokens)
         if len(rows[part]) == 0:
             raise UserError(
                 f'data.source={config.source!r}: {count} pairs leave none for {part}, {left_out} of them for having more than '
-                f'training.sequence_length={sequence_length} tokens on a side; give more'
+                f'training.sequence_length={length} tokens on a side; give more'
             )
         pairs = len(rows[part].start_P)
-        facts[part] = {
-            'pairs': pairs,
-            'too_long': left_out,
-            'bytes': rows[part].bytes,
-            'tokens': rows[part].tokens,
-            'rows': len(rows[part]),
-        }
-        long = f'; {left_out} left out, of more than {sequence_length} tokens on a side' if left_out else ''
+        facts_of[part] = {'pairs': pairs, 'too_long': left_out, **_size(rows[part])}
+        long = f'; {left_out} left out, of more than {length} tokens on a side' if left_out else ''
         say(f'data: {part}: {pairs} pairs, {rows[part].tokens} target tokens in {len(rows[part])} rows{long}')
-    facts['tokenizer'] = {'vocabulary': tokenizer.vocabulary}
-    return Dataset(tokenizer, facts=facts, key=key, **rows)
+    facts = {'source': list(config.paths), 'sha256': sha256.hexdigest(), 'pairs': count, 'bytes': size, **facts_of}
+    return Dataset(tokenizer, facts={**facts, 'tokenizer': {'vocabulary': tokenizer.vocabulary}}, key=key, **rows)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _size(rows: Samples) -> dict[str, Any]:
+    return {'bytes': rows.bytes, 'tokens': rows.tokens, 'rows': len(rows)}
+
+
+def _learn(texts: Iterator[str], config: DataConfig, characters: int, block: int = 1 << 16) -> tuple[Tokenizer, int]:
+    """A tokenizer learnt from one in so many blocks of texts that have so many characters; and of how many."""
+    assert config.vocabulary is not None, 'checked by `prepare`'
+    every = 1 + characters // TOKENIZER_CHARACTERS
+    blocks = (text[begin : begin + block] for text in texts for begin in range(0, len(text), block))
+    return Tokenizer.train(itertools.islice(blocks, 0, None, every), config.vocabulary), every
 
 
 class _Names:
@@ -264,13 +263,3 @@ class _Names:
             read, other = 'those tokens', 'data.special_tokens=false reads them as text'
         many = f'{self.found}' if self.all else f'at least {self.found}'
         say(f'data: {many} {documents} have names of special tokens in them, which are read as {read}; {other}')
-
-
-def _sample(texts: Iterator[str], every: int, block: int = 1 << 16) -> Iterator[str]:
-    """One in `every` blocks of the texts."""
-    number = 0
-    for text in texts:
-        for begin in range(0, len(text), block):
-            if number % every == 0:
-                yield text[begin : begin + block]
-            number += 1
