@@ -49,48 +49,40 @@ def _blocks(file: Any) -> Iterator[bytes]:
         yield from iter(lambda: file.read(BLOCK), b'')
 
 
-def _gunzip(file: IO[bytes]) -> Iterator[bytes]:
-    return _blocks(gzip.GzipFile(fileobj=file))
-
-
-def _bunzip(file: IO[bytes]) -> Iterator[bytes]:
-    return _blocks(bz2.BZ2File(file))
-
-
-def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
-    """All frames; zstandard itself takes a frame that is cut short for a whole one."""
-    decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW)
+def _frames(
+    file: IO[bytes], new: Callable[[], Any], name: str, padding: bytes = b'', most: tuple[int, ...] = ()
+) -> Iterator[bytes]:
+    """All that follow one another, with padding before them; zstandard itself takes one that is cut short for a whole one."""
     frame = None
     while data := file.read(SMALL_BLOCK):
         while data:
-            frame = frame or decompressor.decompressobj()
-            yield frame.decompress(data)
+            if frame is None and not (data := data.lstrip(padding)):
+                break
+            frame = frame or new()
+            yield frame.decompress(data, *most)
+            while most and not frame.eof and not frame.needs_input:
+                yield frame.decompress(b'', *most)
             data, frame = (frame.unused_data, None) if frame.eof else (b'', frame)
     if frame is not None:
-        raise EOFError('it ends before its last frame does')
+        raise EOFError(f'it ends before its last {name} does')
+
+
+def _unzstd(file: IO[bytes]) -> Iterator[bytes]:
+    return _frames(file, zstandard.ZstdDecompressor(max_window_size=WINDOW).decompressobj, 'frame')
 
 
 def _unxz(file: IO[bytes]) -> Iterator[bytes]:
-    """All streams, and zeros after them."""
-    stream = None
-    while data := file.read(BLOCK):
-        while data:
-            if stream is None and not (data := data.lstrip(b'\0')):
-                break
-            stream = stream or lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=WINDOW)
-            yield stream.decompress(data, BLOCK)
-            while not stream.eof and not stream.needs_input:
-                yield stream.decompress(b'', BLOCK)
-            data, stream = (stream.unused_data, None) if stream.eof else (b'', stream)
-    if stream is not None:
-        raise EOFError('it ends before its last stream does')
+    new = lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=WINDOW)
+    return _frames(file, new, 'stream', padding=b'\0', most=(BLOCK,))
 
 
 PACKINGS = (
-    Packing('gzip', re.compile(rb'\x1f\x8b'), ('.gz', '.gzip', '.tgz'), _gunzip),
+    Packing('gzip', re.compile(rb'\x1f\x8b'), ('.gz', '.gzip', '.tgz'), lambda f: _blocks(gzip.GzipFile(fileobj=f))),
     Packing('zstd', re.compile(rb'\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18'), ('.zst', '.zstd'), _unzstd),
     Packing('xz', re.compile(rb'\xfd7zXZ\0'), ('.xz',), _unxz),
-    Packing('bzip2', re.compile(rb'BZh[1-9](1AY&SY|\x17rE8P\x90)'), ('.bz2', '.bzip2'), _bunzip),
+    Packing(
+        'bzip2', re.compile(rb'BZh[1-9](1AY&SY|\x17rE8P\x90)'), ('.bz2', '.bzip2'), lambda f: _blocks(bz2.BZ2File(f))
+    ),
 )
 BROKEN = (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, ValueError)
 
@@ -240,7 +232,6 @@ def _check_text(head: bytes, name: str, path: Path, others: str) -> None:
 
 
 def _marked(content: bytes) -> str | None:
-    """The encoding that a byte order mark says."""
     return next((encoding for mark, encoding in ENCODINGS if content.startswith(mark)), None)
 
 
@@ -254,7 +245,6 @@ def _is_text(head: bytes) -> bool:
 
 
 def _unpacked(path: Path, name: str, streams: bool) -> Iterator[bytes]:
-    """The bytes of a file, unpacked."""
     with opened(path, name, streams) as file:
         size = 0
         try:

@@ -144,7 +144,6 @@ class Tokenizer:
             yield from self._encoded(parts[begin : begin + SOME_PARTS])
 
     def _encoded(self, parts: Sequence[str]) -> list[Sequence[int]]:
-        """The ids of each part."""
         found = self._processor.encode(list(parts), num_threads=os.cpu_count() or 1)
         return [self._space if part == SPACE else ids for part, ids in zip(parts, found, strict=True)]
 
@@ -223,11 +222,8 @@ class Tokenizer:
                 first word that is none of the text's.
             special: names of special tokens are part of the text.
         """
-        return StreamDecoder(self.pieces, self._names() if special else None)
-
-    def _names(self) -> dict[int, bytes]:
-        """The names of special tokens."""
-        return {i: self.name_of(i).encode() for i, piece in enumerate(self.pieces) if not piece}
+        names = {i: self.name_of(i).encode() for i, piece in enumerate(self.pieces) if special and not piece}
+        return StreamDecoder(self.pieces, names)
 
     def files(self) -> dict[str, bytes]:
         """What a run keeps of it, by name."""

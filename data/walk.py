@@ -63,7 +63,6 @@ def is_named(path: Path, given: str) -> bool:
 
 
 def _matches(path: str, name: str, left_out: list[LeftOut]) -> list[Path]:
-    """The files that a glob names."""
     if os.path.islink(path):
         target = shown(os.readlink(path))
         raise UserError(f'{name}: is a link to {target}, which is not there or leads back to it; mend the link')

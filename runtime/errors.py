@@ -113,7 +113,6 @@ FILE = 300  # characters before a reason that another library gives, the file's 
 
 
 def _of_system(error: OSError) -> str:
-    """File and reason."""
     names = ' → '.join(shown(name) for name in (error.filename, error.filename2) if name is not None)
     reason = error.strerror or str(error) or type(error).__name__
     return f'{names}: {reason}' if names else reason

@@ -249,7 +249,6 @@ def _has_tpu() -> bool:
 
 
 def _metadata(key: str) -> str | None:
-    """What Google's cloud tells a virtual machine of itself."""
     url = f'http://metadata.google.internal/computeMetadata/v1/instance/attributes/{key}'
     request = urllib.request.Request(url, headers={'Metadata-Flavor': 'Google'})
     with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:

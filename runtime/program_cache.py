@@ -70,7 +70,6 @@ def is_private(folder: Path) -> bool:
 
 
 def _processor() -> str:
-    """The processor's name and features, as far as the system tells."""
     with contextlib.suppress(OSError):
         lines = Path('/proc/cpuinfo').read_text().split('\n\n')[0].split('\n')
         return '\n'.join(line for line in lines if re.match(r'(vendor_id|model|flags|CPU|Features)', line))
@@ -96,7 +95,6 @@ def tidy(folder: Path, most: int) -> None:
 
 
 def _compiled(event: str, duration_secs: float, **about: str | int) -> None:
-    """Seals what JAX has just written."""
     if event != COMPILED:
         return
     for folder in _kept:

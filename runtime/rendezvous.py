@@ -116,7 +116,7 @@ def busy() -> Iterator[None]:
 def fail(code: int, line: str) -> NoReturn:
     """Ends this process with `code`, and all others too; `line` says why, where nobody sees what this process printed."""
     if _peers is not None:
-        _peers.say_and_close({'failed': code, 'who': _peers.name, 'line': line})
+        _peers.say_and_close({'end': code, 'line': f'{_peers.name}: {line}'})
     os._exit(code)
 
 
@@ -195,7 +195,7 @@ class _Peers:
                 message = None
             if message is None:
                 if number not in self.left:
-                    self._end({'lost': link.name})
+                    self._end(_loss(f'{link.name} was lost'))
                 return
             link.heard = time.monotonic()
             if 'beat' in message:
@@ -203,7 +203,7 @@ class _Peers:
             if 'busy' in message:
                 link.busy = message['busy']
                 continue
-            if not message.keys().isdisjoint(('failed', 'lost', 'hangs')):
+            if 'end' in message:
                 self._end(message)
             with self.changed:
                 if 'bye' in message:
@@ -227,7 +227,8 @@ class _Peers:
             for number, link in self.links.items():
                 silence = now - link.heard
                 if number not in self.left and silence > (max(BUSY, self.patience) if link.busy else self.patience):
-                    self._end({'hangs': link.name, 'seconds': silence})
+                    seconds = f'has given no sign of life for {silence:.0f} seconds'
+                    self._end(_loss(f'{link.name} hangs: it {seconds}'))
 
     def meet(self, name: str, value: Any) -> Any:
         if self.process:
@@ -256,21 +257,12 @@ class _Peers:
         if not self.told.acquire(blocking=False):
             threading.Event().wait()
         self.left.update(self.links)  # who ends because of this is not lost
-        again = 'started again, the run goes on from its last checkpoint'
-        if 'lost' in message:
-            line, code = f'error: {message["lost"]} was lost; {again}', LOSS
-        elif 'hangs' in message:
-            seconds = f'has given no sign of life for {message["seconds"]:.0f} seconds'
-            line, code = f'error: {message["hangs"]} hangs: it {seconds}; {again}', LOSS
-        else:
-            code = message['failed']
-            # What process 0 had to say it has said; any other's output may be on a machine that nobody looks at.
-            line = f'{message["who"]}: {message["line"]}' if self.process == 0 else ''
         with contextlib.suppress(Exception):
-            streams.say(line)
+            # What process 0 had to say it has said; any other's output may be on a machine that nobody looks at.
+            streams.say(message['line'] if 'loss' in message or self.process == 0 else '')
             if self.process == 0:
                 self.say_and_close(message)
-        os._exit(code)
+        os._exit(message['end'])
 
     def say_and_close(self, message: dict[str, Any]) -> None:
         """The last word: returns when the others have heard it, or after two seconds."""
@@ -319,6 +311,12 @@ class _Link:
         """The next message; None after the last."""
         line = self.file.readline(1 << 20)
         return json.loads(line) if line.endswith(b'\n') else None
+
+
+def _loss(what: str) -> dict[str, Any]:
+    """The message that ends all processes, each with its line, for want of one."""
+    line = f'error: {what}; started again, the run goes on from its last checkpoint'
+    return {'end': LOSS, 'line': line, 'loss': True}
 
 
 def _addresses() -> list[str]:

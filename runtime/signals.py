@@ -185,7 +185,6 @@ def _handle(number: int, frame: FrameType | None) -> None:
 
 
 def _importing(frame: FrameType | None) -> bool:
-    """Whether an import is under way."""
     while frame is not None:
         if frame.f_code.co_filename == IMPORT:
             return True
@@ -227,7 +226,6 @@ def _watch(reader: int) -> None:
 
 
 def _hear(number: signal.Signals) -> None:
-    """A signal that asks for the end has come."""
     now = time.monotonic()
     before = [when for other, when in _heard if number in (other, signal.SIGINT)]
     _heard.append((number, now))

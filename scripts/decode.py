@@ -17,7 +17,7 @@ from weft.runtime.errors import LONGEST, UserError, shown
 from weft.scripts.answering import NEUTRAL, add_sampling, for_stdout, sampling_of
 from weft.scripts.entry import as_json, run
 from weft.scripts.options import Parser, finite, whole
-from weft.storage.files import Output, check_output, partial
+from weft.storage.files import check_output, output_file
 
 if TYPE_CHECKING:
     from weft.inference.generate import Completion
@@ -209,18 +209,14 @@ def answers_in(path: str | None) -> Iterator[Callable[[str], None]]:
     if path is None:
         yield lambda line: None
         return
-    output = Output('--out', path, 'w', keep=True)
-    try:
-        with output as file:
+    kept = lambda left: print(f'what was done until then stands in {shown(left, LONGEST)}', file=sys.stderr)
+    with output_file('--out', path, 'w', kept) as file:
 
-            def write(line: str) -> None:
-                file.write(line + '\n')
-                file.flush()
+        def write(line: str) -> None:
+            file.write(line + '\n')
+            file.flush()
 
-            yield write
-    finally:
-        if output.kept:
-            print(f'what was done until then stands in {shown(partial(output.path), LONGEST)}', file=sys.stderr)
+        yield write
 
 
 @dataclasses.dataclass

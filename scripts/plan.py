@@ -17,7 +17,7 @@ from weft.scripts.entry import as_json
 from weft.scripts.entry import run as run_script
 from weft.scripts.options import Parser
 from weft.sharding.mesh import BATCH, MeshConfig
-from weft.storage.files import Output, check_output
+from weft.storage.files import check_output, output_file
 
 MOST = {  # of an option at most: beyond it figures mean nothing
     'chips': 2**18,  # no machine has more
@@ -42,7 +42,7 @@ def main() -> None:
     if options.html is not None:
         from weft.planner.plan_page import plan_page
 
-        with Output('--html', options.html) as file:
+        with output_file('--html', options.html) as file:
             file.write(plan_page(plan).encode())
     if options.json:
         print(as_json(plan))

@@ -13,7 +13,7 @@ from pathlib import Path
 from weft.runtime.errors import LONGEST, UserError, nearest, shown
 from weft.scripts.entry import run
 from weft.scripts.options import Parser
-from weft.storage.files import Output, check_output
+from weft.storage.files import check_output, output_file
 
 RESULTS = Path('.cache/proof.jsonl')
 
@@ -59,7 +59,7 @@ def main() -> int:
             failed.append(case)
         verdict = ('as it must be' if right else 'FAILED') + ('  (kept)' if known else '')
         print(f'{number}/{len(chosen)}  {case}  {proof_cases.figures_line(found)}  {verdict}', flush=True)
-    with Output('--page', options.page) as file:
+    with output_file('--page', options.page) as file:
         file.write(proof_page.proof_page(results, cases).encode())
     print(f'{shown(options.page, LONGEST)}: {sum(case in results.found for case in cases)} of {len(cases)} cases')
     for case in failed:

@@ -59,26 +59,17 @@ def make(source: Path, facts: dict[str, Any], folder: Path) -> None:
     from weft.storage import files as disk
     from weft.storage.local_copy import set_aside
     from weft.storage.lock import Lock
-    from weft.storage.staged import making, staged
+    from weft.storage.staged import workplace
     from weft.training.importing import import_run
 
-    stage = staged(folder)
-    with Lock(folder):
-        with making(folder):
-            disk.make_folder(folder.parent)
-            stage.clear()  # what an import that was killed left
-            stage.make()
-        try:
-            made = stage.place / folder.name
-            say = lambda line: print(line.replace(str(made), str(folder)), flush=True)
-            import_run(source, made, MeshConfig(), say=say)
-            disk.write(made / RECORD, (json.dumps(facts) + '\n').encode())
-            if folder.exists():
-                print(f'moved the earlier {folder} aside to {set_aside(folder)}')
-            disk.rename(made, folder)
-        finally:
-            disk.remove(stage.place)
-            stage.unlock()
+    with Lock(folder), workplace(folder) as place:
+        made = place / folder.name
+        say = lambda line: print(line.replace(str(made), str(folder)), flush=True)
+        import_run(source, made, MeshConfig(), say=say)
+        disk.write(made / RECORD, (json.dumps(facts) + '\n').encode())
+        if folder.exists():
+            print(f'moved the earlier {folder} aside to {set_aside(folder)}')
+        disk.rename(made, folder)
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ from pathlib import Path
 from weft.runtime.errors import LONGEST, MachineError, UserError, shown
 from weft.scripts.entry import run
 from weft.scripts.options import Parser
-from weft.storage.files import Output, check_output, writing
+from weft.storage.files import check_output, output_file, writing
 
 MOST_TEXTS = 1 << 26  # characters of a file of texts: all of them are held
 
@@ -68,7 +68,7 @@ def embed_texts(options: argparse.Namespace) -> None:
     if not np.isfinite(vectors).all():
         row = int(np.argmin(np.isfinite(vectors).all(1)))
         raise MachineError(f'the vector of line {row + 1} is not finite: none are written')
-    with Output('--embeddings', target) as file, writing(target):
+    with output_file('--embeddings', target) as file, writing(target):
         np.save(file, vectors)
     print(f'{shown(target, LONGEST)}: float32 {list(vectors.shape)} (step {opened.step})')
 
@@ -108,7 +108,7 @@ def score_tokens(options: argparse.Namespace) -> None:
     shape = (*tokens_BT.shape, width)
     tell = f'out of memory on a device: {what} of {tokens_BT.shape[1]} tokens a row; give shorter rows, or use --mesh'
     # Written and not mapped: where a disk is full, writing is an error and a mapping ends the process.
-    with Output('--logits', target) as file, writing(target), jax.set_mesh(opened.mesh), explain_oom(lambda: tell):
+    with output_file('--logits', target) as file, writing(target), jax.set_mesh(opened.mesh), explain_oom(lambda: tell):
         np.lib.format.write_array_header_1_0(file, {'descr': '<f4', 'fortran_order': False, 'shape': shape})
         for begin, logit_BTV in score(opened.model, tokens_BT, source_BS):
             if not np.isfinite(logit_BTV).all():

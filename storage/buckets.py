@@ -146,9 +146,6 @@ class Bucket:
         with _reaching(self):
             return self.store.cat_file(self.key)
 
-    def read_text(self, encoding: str = 'utf-8') -> str:
-        return self.read_bytes().decode(encoding)
-
     def write_bytes(self, content: bytes) -> None:
         """Whole or not at all."""
         with _reaching(self):

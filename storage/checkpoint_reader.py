@@ -32,7 +32,6 @@ from weft.storage.manifest import (
     kind_of,
     leaves_by_path,
     open_files,
-    pinned,
     size_of,
 )
 from weft.storage.sealed import unsealed
@@ -173,7 +172,6 @@ class Reader:
         }
 
     def _read_orbax(self, path: Any, wanted: dict[str, dict[str, Any]]) -> Mapping[str, Any]:
-        """Arrays by item and name."""
         import orbax.checkpoint as ocp
 
         reads = {item: ocp.args.StandardRestore(arrays) for item, arrays in wanted.items() if arrays}
@@ -311,7 +309,15 @@ def _links(stack: contextlib.ExitStack, path: Path, names: Iterable[str]) -> Pat
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='weft-')))
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).symlink_to(stack.enter_context(pinned(path / name)))
+        try:
+            descriptor = os.open(path / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            if not os.path.lexists(path / name):
+                raise
+            (folder / name).symlink_to('nowhere')  # it cannot be opened, and is told of then
+            continue
+        stack.callback(os.close, descriptor)
+        (folder / name).symlink_to(f'/proc/{os.getpid()}/fd/{descriptor}')
     return folder
 
 

@@ -288,42 +288,33 @@ def check_output(option: str, path: Path, reads: Iterable[str | Path] = ()) -> N
             raise UserError(f'{option} {shown(str(path))}: is what is read: name another file')
 
 
-class Output:
+@contextlib.contextmanager
+def output_file(
+    option: str, path: str | Path, mode: str = 'wb', kept: Callable[[Path], object] | None = None
+) -> Iterator[IO[Any]]:
     """A file of results that gets its name when the block ends well, and is not there when it does not.
 
     `option` names it in messages. Raises UserError on entering where it cannot be made: before the work, not after it.
-    `keep`: what was written before a failure stays, in NAME.partial, and `kept` says so.
+    With `kept` what was written before a failure stays, in NAME.partial, which `kept` is called with then.
     """
-
-    def __init__(self, option: str, path: str | Path, mode: str = 'wb', keep: bool = False):
-        self.option, self.path, self.mode, self.keep = option, Path(path), mode, keep
-        self.kept = False
-
-    def __enter__(self) -> IO[Any]:
-        check_output(self.option, self.path)
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-        encoding = None if 'b' in self.mode else 'utf-8'
-        try:
-            self.file = open(os.open(partial(self.path), flags, 0o666), self.mode, encoding=encoding)
-        except OSError as error:
-            raise UserError(f'{self.option} {shown(str(self.path))}: {error.strerror}') from None
-        return self.file
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        try:
-            if kind is None:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-                self.file.close()
-                check_output(self.option, self.path)  # once more: something may have taken its name meanwhile
-                rename(partial(self.path), self.path)
-        finally:
-            # What is still there has not got its name. A file that cannot be flushed must be closed all the same.
-            try:
-                self.file.close()
-            finally:
-                left = partial(self.path)
-                if left.exists():
-                    self.kept = self.keep and left.stat().st_size > 0
-                    if not self.kept:
-                        left.unlink()
+    path = Path(path)
+    left = partial(path)
+    check_output(option, path)
+    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+    try:
+        file = os.fdopen(os.open(left, flags, 0o666), mode, encoding=None if 'b' in mode else 'utf-8')
+    except OSError as error:
+        raise UserError(f'{option} {shown(str(path))}: {error.strerror}') from None
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        check_output(option, path)  # once more: something may have taken its name meanwhile
+        rename(left, path)
+    finally:
+        if left.exists():  # it has not got its name
+            if kept and left.stat().st_size:
+                kept(left)
+            else:
+                left.unlink()

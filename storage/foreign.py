@@ -58,15 +58,10 @@ def opened(path: Path) -> Iterator[int]:
 def read_file(path: Path, most: int) -> bytes:
     """All of a file of at most so many bytes."""
     with opened(path) as descriptor:
-        size = os.fstat(descriptor).st_size
-        if size > most:
-            raise UserError(f'{shown_path(path)}: has {size} bytes: at most {most} are read of such a file')
-        content = bytearray(size + 1)
-        found = _read_into(path, descriptor, 0, memoryview(content))
-    if found != size:
-        raise changed(path)
-    del content[size:]
-    return bytes(content)
+        file = SteadyFile.of(path, descriptor)
+    if file.size > most:
+        raise UserError(f'{shown_path(path)}: has {file.size} bytes: at most {most} are read of such a file')
+    return file.read(0, file.size)
 
 
 def _read_into(path: Path, descriptor: int, begin: int, out: memoryview) -> int:
@@ -241,7 +236,6 @@ def lone_surrogate(text: str) -> int | None:
 
 
 def _check_halves(found: Any, where: str) -> None:
-    """Raises UserError for a text with half of a surrogate pair."""
     left = [found]
     while left:
         one = left.pop()

@@ -130,14 +130,10 @@ class LockFile:
     def lock(self) -> bool:
         """Asks the kernel for it; False where it is another's. Raises LockGone where another file has its name now."""
         assert self._file is not None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.locked, self.blocked = True, False
-        except BlockingIOError:
-            self.blocked = True
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise files.fault(self.path, error) from error
+        with files.writing(self.path):
+            got = _flock(self._file, fcntl.LOCK_EX)
+        if got is not None:
+            self.locked, self.blocked = got, not got
         try:
             if not os.path.samestat(self.path.lstat(), os.fstat(self._file)):
                 raise LockGone
@@ -149,15 +145,8 @@ class LockFile:
         """Whether a process has the kernel's lock on it; None where nobody can say. For a place that cannot be written."""
         try:
             with files.reading(self.path) as descriptor:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return True
-                except OSError as error:
-                    if error.errno not in NO_LOCKS:
-                        raise
-                    return None
-                return False
+                got = _flock(descriptor, fcntl.LOCK_SH)
+            return None if got is None else not got
         except FileNotFoundError:
             return False
 
@@ -191,6 +180,19 @@ class LockFile:
         if self._file is not None:
             os.close(self._file)
         self._file = None
+
+
+def _flock(descriptor: int, kind: int) -> bool | None:
+    """Asks the kernel for a lock: False where another process has it, None where the file system has none."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return None
+    return True
 
 
 @dataclasses.dataclass

@@ -1,12 +1,11 @@
 """What stands in a checkpoint's manifest.json: each file with its size and SHA-256, each array with its dtype and shape."""
 
-import contextlib
 import hashlib
 import json
 import os
 import resource
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,22 +72,6 @@ def open_files() -> int:
     if not Path('/proc/self/fd').is_dir():
         return 0
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
-
-
-@contextlib.contextmanager
-def pinned(path: Path) -> Iterator[str]:
-    """A name by which a file can be opened though it is deleted meanwhile; of what cannot be opened one that leads nowhere."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        if not os.path.lexists(path):
-            raise
-        yield 'nowhere'
-        return
-    try:
-        yield f'/proc/{os.getpid()}/fd/{descriptor}'
-    finally:
-        os.close(descriptor)
 
 
 def fingerprint(path: Path) -> list:

@@ -8,7 +8,6 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from weft.runtime.errors import MachineError, UserError, shown
 from weft.storage import files
@@ -17,66 +16,50 @@ from weft.storage import files
 OF_THE_PLACE = {errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, *files.IN_THE_WAY}
 
 
-class staged:
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Path]:
     """A new folder that gets its name when the block ends well, and is gone when it does not.
 
-    What a process that was killed left of it is gone when the next begins. Raises UserError where the name is taken or no
+    Raises UserError where the name is taken or no folder can be made there, MachineError where the disk fails.
+    """
+    refuse_existing(folder)
+    with workplace(folder) as place:
+        yield place
+        refuse_existing(folder)
+        files.sync_tree(place)
+        files.rename(place, folder)
+
+
+@contextlib.contextmanager
+def workplace(folder: Path) -> Iterator[Path]:
+    """A folder beside one that is being made, of this process alone, and gone when the block ends.
+
+    It is locked while the process lives: what one that was killed left is gone when the next begins. Raises UserError where no
     folder can be made there, MachineError where the disk fails.
     """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.lock: int | None = None
-
-    def __enter__(self) -> Path:
-        refuse_existing(self.folder)
-        with making(self.folder):
-            files.make_folder(self.folder.parent)
-            self.clear()
-            self.make()
-        return self.place
-
-    def make(self) -> None:
-        """A folder of this process alone, whoever else makes one of that name; locked while the process lives."""
-        while True:
-            prefix, suffix = f'.{self.folder.name}.', files.PARTIAL
-            self.place = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=self.folder.parent))
-            with contextlib.suppress(OSError):  # a file system without locks: what is killed there stays
-                self.lock = locked(self.place)
-            if self.place.exists():  # nobody took it for a leftover before it was locked
-                self.place.chmod(0o777 & ~umask())
-                files.declare(self.place)
-                return
-            self.unlock()
-
-    def clear(self) -> None:
-        """Removes what processes that were killed left of this name."""
-        ours = re.compile(rf'\.{re.escape(self.folder.name)}\.\w{{8}}\.partial')  # as tempfile names them
-        for path in self.folder.parent.iterdir():
-            if ours.fullmatch(path.name):
-                with contextlib.suppress(OSError, MachineError):  # a living process or another user has it
-                    lock = locked(path)
-                    try:
+    ours = re.compile(rf'\.{re.escape(folder.name)}\.\w{{8}}\.partial')  # as tempfile names them
+    with contextlib.ExitStack() as undo:
+        with making(folder):
+            files.make_folder(folder.parent)
+            for path in folder.parent.iterdir():
+                if ours.fullmatch(path.name):
+                    with (
+                        contextlib.suppress(OSError, MachineError),
+                        locked(path),
+                    ):  # else a living process or user has it
                         files.remove(path)
-                    finally:
-                        os.close(lock)
-
-    def unlock(self) -> None:
-        if self.lock is not None:
-            os.close(self.lock)
-        self.lock = None
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        try:
-            if kind is None:
-                refuse_existing(self.folder)
-                files.sync_tree(self.place)
-                files.rename(self.place, self.folder)
-        finally:
-            try:
-                files.remove(self.place)
-            finally:
-                self.unlock()
+            while True:
+                place = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', suffix=files.PARTIAL, dir=folder.parent))
+                with contextlib.suppress(OSError):  # a file system without locks: what is killed there stays
+                    undo.enter_context(locked(place))
+                if place.exists():  # nobody took it for a leftover before it was locked
+                    break
+            undo.callback(files.remove, place)
+            mask = os.umask(0)
+            os.umask(mask)
+            place.chmod(0o777 & ~mask)
+            files.declare(place)
+        yield place
 
 
 @contextlib.contextmanager
@@ -95,25 +78,15 @@ def making(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def locked(folder: Path) -> int:
-    """A lock on a folder, which ends when it is closed or the process does.
-
-    Raises OSError where another process has it, the folder is gone, or its file system has no locks.
-    """
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Locks a folder for this process. Raises OSError where another has the lock, or there is no folder or no such lock."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        yield
+    finally:
         os.close(descriptor)
-        raise
-    return descriptor
-
-
-def umask() -> int:
-    """Which rights this process does not give to what it makes."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def refuse_existing(folder: Path) -> None:

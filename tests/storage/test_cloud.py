@@ -48,7 +48,7 @@ def trained(place: Path, runs: Path | Bucket, *overrides: str, fresh: bool = Fal
 
 
 def rows(folder: Path | Bucket) -> list[dict]:
-    found = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text(encoding='utf-8').splitlines()]
+    found = [json.loads(line) for line in (folder / 'metrics.jsonl').read_bytes().splitlines()]
     return [{name: value for name, value in row.items() if name != 'tokens_per_second'} for row in found]
 
 
