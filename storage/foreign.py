@@ -57,10 +57,9 @@ def opened(path: Path) -> Iterator[int]:
 
 def read_file(path: Path, most: int) -> bytes:
     """All of a file of at most so many bytes."""
-    with opened(path) as descriptor:
-        file = SteadyFile.of(path, descriptor)
+    file = SteadyFile.of(path)
     if file.size > most:
-        raise UserError(f'{shown_path(path)}: has {file.size} bytes: at most {most} are read of such a file')
+        raise file.error(f'has {file.size} bytes: at most {most} are read of such a file')
     return file.read(0, file.size)
 
 
