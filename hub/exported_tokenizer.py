@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from weft.data.tokenizer import SPACE, Tokenizer
-from weft.hub.tokenizers.built import added_token, halves, template
+from weft.hub.tokenizers.built import added_token, pieces_decoder, ranked_merges, replace, template
 
 
 def exported_tokenizer(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
@@ -18,21 +18,21 @@ def exported_tokenizer(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
     fallback = [i for i in range(tokenizer.vocabulary) if processor.is_byte(i)]
     learnt = {name: i for i, name in enumerate(names) if i not in {*special, *fallback}}
     pair = [{'Sequence': {'id': 'A', 'type_id': 0}}, {'Sequence': {'id': 'B', 'type_id': 1}}]
-    space = {'type': 'Replace', 'pattern': {'String': SPACE}, 'content': ' '}
     description = {
         'version': '1.0',
         'added_tokens': [added_token(i, names[i], special=True) for i in special],
-        'normalizer': {'type': 'Replace', 'pattern': {'String': ' '}, 'content': SPACE},
+        'normalizer': replace({'String': ' '}, SPACE),
         'pre_tokenizer': None,
         'post_processor': template({names[tokenizer.bos]: tokenizer.bos}, {}) | {'pair': pair},
-        'decoder': {'type': 'Sequence', 'decoders': [space, {'type': 'ByteFallback'}, {'type': 'Fuse'}]},
+        'decoder': pieces_decoder(strips=False, falls_back=True),
         'model': {
             'type': 'BPE',
             'byte_fallback': True,
             'unk_token': names[processor.unk_id()],
             'fuse_unk': True,
             'vocab': {name: i for i, name in enumerate(names)},
-            'merges': merges(learnt),
+            # sentencepiece joins whatever pair makes the piece learnt earliest
+            'merges': ranked_merges(learnt, lambda piece, left: (learnt[piece], learnt[left])),
         },
     }
     config: dict[str, Any] = {
@@ -45,9 +45,3 @@ def exported_tokenizer(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
     }
     write = lambda value: (json.dumps(value, ensure_ascii=False, indent=1) + '\n').encode()
     return {'tokenizer.json': write(description), 'tokenizer_config.json': write(config)}
-
-
-def merges(learnt: dict[str, int]) -> list[list[str]]:
-    """Which two pieces make which, the first ones first: sentencepiece joins whatever pair makes the piece learnt earliest."""
-    found = sorted(halves(learnt), key=lambda pieces: [learnt[piece] for piece in pieces])
-    return [[left, right] for _, left, right in found]

@@ -34,21 +34,17 @@ def tensors(family: Family, c: ModelConfig, shapes: Mapping[str, jax.ShapeDtypeS
         return all(array_name(prefix, leaf) in shapes for leaf in named_by(entry))
 
     for name, entry in family.names.items():
-        if '{i}' not in name:
-            if fits(entry, ''):
-                found.append(entry_tensor(name, entry, '', (), c))
-            continue
-        stack = ENCODER if named_by(entry)[0].startswith(ENCODER) else ''
-        for i, (prefix, repeat) in enumerate(places[stack]):
-            if not fits(entry, prefix):
-                continue
-            of_layer = name.replace('{i}', str(i))
+        layers: list[tuple[str, str, tuple[int, ...]]] = [(name, '', ())]
+        if '{i}' in name:
+            stack = ENCODER if named_by(entry)[0].startswith(ENCODER) else ''
+            layers = [(name.replace('{i}', str(i)), prefix, (at,)) for i, (prefix, at) in enumerate(places[stack])]
+        for of_layer, prefix, at in [layer for layer in layers if fits(entry, layer[1])]:
             if '{e}' not in name:
-                found.append(entry_tensor(of_layer, entry, prefix, (repeat,), c))
+                found.append(entry_tensor(of_layer, entry, prefix, at, c))
                 continue
             assert c.moe is not None, 'experts fit'
             for e in range(c.moe.experts):
-                found.append(entry_tensor(of_layer.replace('{e}', str(e)), entry, prefix, (repeat, e), c))
+                found.append(entry_tensor(of_layer.replace('{e}', str(e)), entry, prefix, (*at, e), c))
     used = {part.leaf for one in found for part in one.parts}
     for leaf in shapes:
         if leaf not in used:

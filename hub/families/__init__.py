@@ -117,9 +117,8 @@ class Family:
     """How a family is read and written."""
 
     name: str  # of its file
-    architectures: tuple[
-        str, ...
-    ]  # as in config.json; the first is the one that is written, unless `write` gives another
+    # As in config.json; the first is the one that is written, unless `write` gives another.
+    architectures: tuple[str, ...]
     # The model of a config.json's fields; raises UserError for what it cannot represent.
     read: Callable[[Fields], ModelConfig]
     # The fields of config.json for a model; what `read` gives of them is that model, or it is not of this family.

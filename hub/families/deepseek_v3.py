@@ -4,7 +4,7 @@ layers that predict further ahead.
 
 from typing import Any
 
-from weft.hub.families import Fields, rotary_of
+from weft.hub.families import Fields, linear, rotary_of
 from weft.hub.families.fields import Table, read_fields, write_fields
 from weft.hub.families.llama import (
     MLP,
@@ -22,16 +22,13 @@ from weft.model.config import MLAConfig, ModelConfig, model_of
 
 LATENT = {
     'model.layers.{i}.self_attn.q_proj.weight': 'attention.q.w_IO',
-    'model.layers.{i}.self_attn.q_a_proj.weight': 'attention.q_down.w_IO',
-    'model.layers.{i}.self_attn.q_a_proj.bias': 'attention.q_down.b_O',
+    **linear('model.layers.{i}.self_attn.q_a_proj', 'attention.q_down'),
     'model.layers.{i}.self_attn.q_a_layernorm.weight': 'attention.q_scale_Q',
     'model.layers.{i}.self_attn.q_b_proj.weight': 'attention.q_up.w_IO',
-    'model.layers.{i}.self_attn.kv_a_proj_with_mqa.weight': 'attention.kv_down.w_IO',
-    'model.layers.{i}.self_attn.kv_a_proj_with_mqa.bias': 'attention.kv_down.b_O',
+    **linear('model.layers.{i}.self_attn.kv_a_proj_with_mqa', 'attention.kv_down'),
     'model.layers.{i}.self_attn.kv_a_layernorm.weight': 'attention.kv_scale_R',
     'model.layers.{i}.self_attn.kv_b_proj.weight': 'attention.kv_up.w_IO',
-    'model.layers.{i}.self_attn.o_proj.weight': 'attention.o.w_OI',
-    'model.layers.{i}.self_attn.o_proj.bias': 'attention.o.b_O',
+    **linear('model.layers.{i}.self_attn.o_proj', 'attention.o', 'w_OI'),
 }
 
 CHOICE = {'model.layers.{i}.mlp.gate.e_score_correction_bias': 'mlp.correction_E'}

@@ -5,7 +5,7 @@ Fields of config.json as transformers has them, with its defaults, which publish
 
 from typing import Any
 
-from weft.hub.families import Entry, Family, Fields, Flipped, Joined
+from weft.hub.families import Entry, Family, Fields, Flipped, Joined, layer_norm
 from weft.hub.families.fields import Table, read_fields, write_fields
 from weft.model.config import ModelConfig, model_of
 
@@ -27,14 +27,12 @@ BIASES = {  # everywhere
 }
 QKV = ('attention.q.w_IO', 'attention.k.w_IO', 'attention.v.w_IO')
 LAYER: dict[str, Entry] = {
-    'ln_1.weight': 'attention_norm.scale_D',
-    'ln_1.bias': 'attention_norm.bias_D',
+    **layer_norm('ln_1', 'attention_norm'),
     'attn.c_attn.weight': Joined(QKV, dim=1, flip=True),
     'attn.c_attn.bias': Joined(('attention.q.b_O', 'attention.k.b_O', 'attention.v.b_O')),
     'attn.c_proj.weight': Flipped('attention.o.w_OI'),
     'attn.c_proj.bias': 'attention.o.b_O',
-    'ln_2.weight': 'mlp_norm.scale_D',
-    'ln_2.bias': 'mlp_norm.bias_D',
+    **layer_norm('ln_2', 'mlp_norm'),
     'mlp.c_fc.weight': Flipped('mlp.up.w_IO'),
     'mlp.c_fc.bias': 'mlp.up.b_O',
     'mlp.c_proj.weight': Flipped('mlp.down.w_OI'),
@@ -44,8 +42,7 @@ NAMES: dict[str, Entry] = {
     'transformer.wte.weight': 'embed_VD',
     'transformer.wpe.weight': 'position_PD',
     **{f'transformer.h.{{i}}.{name}': entry for name, entry in LAYER.items()},
-    'transformer.ln_f.weight': 'norm.scale_D',
-    'transformer.ln_f.bias': 'norm.bias_D',
+    **layer_norm('transformer.ln_f', 'norm'),
     'lm_head.weight': 'head_DV',
 }
 
@@ -70,14 +67,8 @@ def read(f: Fields) -> ModelConfig:
     f.skip('reorder_and_upcast_attn')  # the softmax is float32 either way
     f.skip('n_special', 'predict_special_tokens', 'output_past')  # of the first published configs; nothing reads them
     fields = read_fields(f, FIELDS)
-    return model_of(
-        fields
-        | BIASES
-        | {
-            'mlp.dim': fields['mlp.dim'] or 4 * fields['model_dim'],
-            'positions.kind': 'learned',
-        }
-    )
+    fields['mlp.dim'] = fields['mlp.dim'] or 4 * fields['model_dim']
+    return model_of(fields | BIASES | {'positions.kind': 'learned'})
 
 
 def write(c: ModelConfig) -> dict[str, Any]:

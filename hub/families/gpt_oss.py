@@ -6,7 +6,7 @@ that OpenAI published the experts are packed as MXFP4.
 
 from typing import Any
 
-from weft.hub.families import Entry, Fields, Flipped, Woven
+from weft.hub.families import Entry, Fields, Flipped, Woven, linear
 from weft.hub.families.fields import Table, read_fields, write_fields
 from weft.hub.families.gemma2 import read_windows, write_windows
 from weft.hub.families.llama import ATTENTION, NORMS, OUTER, attention_biases, causal_family, sizes, write_common
@@ -16,8 +16,7 @@ from weft.model.config import ModelConfig, RopeScaling, model_of
 YARN = RopeScaling(kind='yarn', factor=32.0, original_positions=4096, truncate=False)  # where a config says nothing
 EXPERTS: dict[str, Entry] = {
     'model.layers.{i}.self_attn.sinks': 'attention.sink_N',
-    'model.layers.{i}.mlp.router.weight': 'mlp.router.w_IO',
-    'model.layers.{i}.mlp.router.bias': 'mlp.router.b_O',
+    **linear('model.layers.{i}.mlp.router', 'mlp.router'),
     'model.layers.{i}.mlp.experts.gate_up_proj': Woven(('mlp.gate.w_EIO', 'mlp.up.w_EIO'), flip=True),
     'model.layers.{i}.mlp.experts.gate_up_proj_bias': Woven(('mlp.gate.b_EO', 'mlp.up.b_EO')),
     'model.layers.{i}.mlp.experts.down_proj': Flipped('mlp.down.w_EOI'),

@@ -5,7 +5,6 @@ architecture's keys mean, architectures.py what its tensors are. Tokenizers are 
 tokenizer.py.
 """
 
-import dataclasses
 import math
 import re
 from collections import Counter
@@ -38,15 +37,48 @@ IDS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A file that was read."""
+class Parsed(NamedTuple):
+    """A tensor's name with {i} and {e} for the layer and the expert, and these, '' where it has none."""
 
-    contents: Contents
-    architecture: Architecture
-    config: Mapping[str, Any]  # as in config.json
-    stored: Mapping[str, Found]  # by the names of a published folder
-    called: Mapping[str, str]  # what each of these is made of in the file
+    pattern: str
+    layer: str
+    expert: str
+
+    def filled(self, pattern: str) -> str:
+        """Another name with this one's layer and expert."""
+        return pattern.replace('{i}', self.layer).replace('{e}', self.expert)
+
+
+def parsed(name: str) -> Parsed:
+    layer, expert = LAYER.search(name), EXPERT.search(name)
+    pattern = EXPERT.sub(r'\1.{e}.', LAYER.sub(r'\1.{i}.', name, count=1), count=1)
+    return Parsed(pattern, layer[2] if layer else '', expert[2] if expert else '')
+
+
+class Model:
+    """A file that was read. Raises UserError for a tensor that is not known, or does not fit the keys."""
+
+    def __init__(self, contents: Contents, architecture: Architecture, config: Mapping[str, Any]):
+        self.contents, self.architecture = contents, architecture
+        self.config = config  # as in config.json
+        self.called: dict[str, str] = {}  # what each tensor of `stored` is made of in the file
+        self._found: dict[str, Numbers | Undone] = {}
+        self._experts, self._seconds = architecture.experts(config), architecture.seconds
+        self._experts_there: set[str] = set()
+        layers = {parsed(name).layer for name in contents.tensors}
+        if self._experts * len(layers) > MOST_EXPERTS:
+            raise contents.error(
+                f'its keys say that it has {self._experts} experts: at most {MOST_EXPERTS} in all layers together work'
+            )
+        left_out = architecture.consumed + (architecture.copies if self.packed else ())
+        for name, numbers in contents.tensors.items():
+            if not any(re.fullmatch(pattern, name) for pattern in left_out):
+                self._place(name, numbers)
+        if len(self._experts_there) != self._experts:
+            raise contents.error(
+                f'its keys say that it has {self._experts} experts, and its tensors are of {len(self._experts_there)}'
+            )
+        self.stored = _as_most(contents, self._found)  # by the names of a published folder
 
     @property
     def path(self) -> Path:
@@ -97,6 +129,69 @@ class Model:
     def config_json(self) -> bytes:
         return json_file(self.config)
 
+    def _place(self, name: str, numbers: Numbers) -> None:
+        """A tensor of the file as what it is in a published folder."""
+        where = parsed(name)
+        if first := self._seconds.get(where.pattern):
+            self._count(name, where, numbers)
+            self._beside(where.filled(first), name, numbers)
+            return
+        entry, tail = self._entry(where)
+        if entry is None:
+            raise numbers.file.error(
+                f'tensor {name} {list(numbers.shape)} is none that a model of architecture '
+                f'{self.architecture.name} is known to have; its numbers would be lost'
+            )
+        self._count(name, where, numbers)
+        if isinstance(entry, Pair):
+            second = where.filled(entry.second)
+            other = self._beside(second, name, numbers)
+            undone = entry.undo(numbers, other, name, second)
+            self._add(where.filled(entry.name), f'{name} and {second}', undone)
+        elif isinstance(entry, Experts):
+            if len(numbers.shape) != 3:
+                raise numbers.file.error(
+                    f'tensor {name} {list(numbers.shape)} must have 3 dims, a matrix for each expert'
+                )
+            for e in range(self._experts):
+                published = where._replace(expert=str(e)).filled(entry.name)
+                self._add(published + tail, name, Expert(numbers, e))
+        elif isinstance(entry, Changed):
+            self._add(where.filled(entry.name) + tail, name, entry.undo(numbers, self.config, name))
+        else:
+            self._add(where.filled(entry) + tail, name, numbers)
+
+    def _entry(self, where: Parsed) -> tuple[Entry | None, str]:
+        """What the table says of a name, and what of it goes on in the published one: where the table has it without that."""
+        base, _, suffix = where.pattern.rpartition('.')
+        if where.pattern in self.architecture.names or suffix not in ('weight', 'bias'):
+            return self.architecture.names.get(where.pattern), ''
+        return self.architecture.names.get(base), f'.{suffix}'
+
+    def _count(self, name: str, where: Parsed, numbers: Numbers) -> None:
+        """Takes note of the experts that a tensor is of."""
+        if where.expert:
+            self._experts_there.add(where.expert)
+        elif '_exps.' in name:
+            if numbers.shape[0] != self._experts:
+                raise numbers.file.error(
+                    f'tensor {name} is of {numbers.shape[0]} experts and by the keys must be of {self._experts}'
+                )
+            self._experts_there |= {str(e) for e in range(self._experts)}
+
+    def _beside(self, other: str, name: str, numbers: Numbers) -> Numbers:
+        if other not in self.contents.tensors:
+            raise numbers.file.error(f'tensor {name} is there without {other}, which belongs to it')
+        return self.contents.tensors[other]
+
+    def _add(self, published: str, name: str, source: Numbers | Undone) -> None:
+        if published in self._found:
+            raise source.file.error(
+                f'tensors {self.called[published]} and {name} are the same one of a model of architecture '
+                f'{self.architecture.name}'
+            )
+        self._found[published], self.called[published] = source, name
+
 
 def is_file(path: Path) -> bool:
     """Whether a path names a GGUF file, which need not exist; a folder is none, whatever its name."""
@@ -122,12 +217,11 @@ def read(path: Path) -> Model:
     if not contents.tensors:
         raise contents.error('has no tensors: it is a vocabulary alone, not a model')
     architecture = ARCHITECTURES[name]
-    keys = Keys(path, name, values, contents.tensors)
+    keys = Keys(contents, name)
     config = dict(architecture.config(keys))
     config |= {field: gguf_file.whole(contents, key, 0) for field, key in IDS.items() if key in values}
     config |= keys.unread()
-    stored, called = _Published(contents, architecture, config).all()
-    return Model(contents, architecture, config, _as_most(contents, stored), called)
+    return Model(contents, architecture, config)
 
 
 def _as_most(contents: Contents, stored: Mapping[str, Numbers | Undone]) -> Mapping[str, Found]:
@@ -159,114 +253,3 @@ def _fits(one: Numbers | Undone, dtype: np.dtype) -> bool:
             if not np.array_equal(numbers, numbers.astype(dtype).astype(np.float32)):
                 return False
     return True
-
-
-class Parsed(NamedTuple):
-    """A tensor's name with {i} and {e} for the layer and the expert, and these, '' where it has none."""
-
-    pattern: str
-    layer: str
-    expert: str
-
-    def filled(self, pattern: str) -> str:
-        """Another name with this one's layer and expert."""
-        return pattern.replace('{i}', self.layer).replace('{e}', self.expert)
-
-
-def parsed(name: str) -> Parsed:
-    layer, expert = LAYER.search(name), EXPERT.search(name)
-    pattern = EXPERT.sub(r'\1.{e}.', LAYER.sub(r'\1.{i}.', name, count=1), count=1)
-    return Parsed(pattern, layer[2] if layer else '', expert[2] if expert else '')
-
-
-class _Published:
-    """The tensors of a file by the names of a published folder, and what each is called in the file."""
-
-    def __init__(self, contents: Contents, architecture: Architecture, config: Mapping[str, Any]):
-        self.contents, self.architecture, self.config = contents, architecture, config
-        self.found: dict[str, Numbers | Undone] = {}
-        self.called: dict[str, str] = {}
-        self.experts, self.seconds = architecture.experts(config), architecture.seconds
-        self.experts_there: set[str] = set()
-
-    def all(self) -> tuple[dict[str, Numbers | Undone], dict[str, str]]:
-        """Both. Raises UserError for a tensor that is not known, or does not fit the keys."""
-        layers = {parsed(name).layer for name in self.contents.tensors}
-        if self.experts * len(layers) > MOST_EXPERTS:
-            raise self.contents.error(
-                f'its keys say that it has {self.experts} experts: at most {MOST_EXPERTS} in all layers together work'
-            )
-        left_out = [*self.architecture.consumed]
-        if any(isinstance(one, Blocks) for one in self.contents.tensors.values()):
-            left_out += self.architecture.copies
-        for name, numbers in self.contents.tensors.items():
-            if not any(re.fullmatch(pattern, name) for pattern in left_out):
-                self.place(name, numbers)
-        if len(self.experts_there) != self.experts:
-            raise self.contents.error(
-                f'its keys say that it has {self.experts} experts, and its tensors are of {len(self.experts_there)}'
-            )
-        return self.found, self.called
-
-    def place(self, name: str, numbers: Numbers) -> None:
-        """A tensor of the file as what it is in a published folder."""
-        where = parsed(name)
-        if first := self.seconds.get(where.pattern):
-            self.count(name, where, numbers)
-            self.beside(where.filled(first), name, numbers)
-            return
-        entry, tail = self.entry(where)
-        if entry is None:
-            raise numbers.file.error(
-                f'tensor {name} {list(numbers.shape)} is none that a model of architecture '
-                f'{self.architecture.name} is known to have; its numbers would be lost'
-            )
-        self.count(name, where, numbers)
-        if isinstance(entry, Pair):
-            second = where.filled(entry.second)
-            other = self.beside(second, name, numbers)
-            undone = entry.undo(numbers, other, name, second)
-            self.add(where.filled(entry.name), f'{name} and {second}', undone)
-        elif isinstance(entry, Experts):
-            if len(numbers.shape) != 3:
-                raise numbers.file.error(
-                    f'tensor {name} {list(numbers.shape)} must have 3 dims, a matrix for each expert'
-                )
-            for e in range(self.experts):
-                published = where._replace(expert=str(e)).filled(entry.name)
-                self.add(published + tail, name, Expert(numbers, e))
-        elif isinstance(entry, Changed):
-            self.add(where.filled(entry.name) + tail, name, entry.undo(numbers, self.config, name))
-        else:
-            self.add(where.filled(entry) + tail, name, numbers)
-
-    def entry(self, where: Parsed) -> tuple[Entry | None, str]:
-        """What the table says of a name, and what of it goes on in the published one: where the table has it without that."""
-        base, _, suffix = where.pattern.rpartition('.')
-        if where.pattern in self.architecture.names or suffix not in ('weight', 'bias'):
-            return self.architecture.names.get(where.pattern), ''
-        return self.architecture.names.get(base), f'.{suffix}'
-
-    def count(self, name: str, where: Parsed, numbers: Numbers) -> None:
-        """Takes note of the experts that a tensor is of."""
-        if where.expert:
-            self.experts_there.add(where.expert)
-        elif '_exps.' in name:
-            if numbers.shape[0] != self.experts:
-                raise numbers.file.error(
-                    f'tensor {name} is of {numbers.shape[0]} experts and by the keys must be of {self.experts}'
-                )
-            self.experts_there |= {str(e) for e in range(self.experts)}
-
-    def beside(self, other: str, name: str, numbers: Numbers) -> Numbers:
-        if other not in self.contents.tensors:
-            raise numbers.file.error(f'tensor {name} is there without {other}, which belongs to it')
-        return self.contents.tensors[other]
-
-    def add(self, published: str, name: str, source: Numbers | Undone) -> None:
-        if published in self.found:
-            raise source.file.error(
-                f'tensors {self.called[published]} and {name} are the same one of a model of architecture '
-                f'{self.architecture.name}'
-            )
-        self.found[published], self.called[published] = source, name

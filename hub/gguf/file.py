@@ -143,25 +143,20 @@ def _placed(
     start = -(-header.at // alignment) * alignment
     found: dict[str, Numbers] = {}
     for name, (shape, kind, offset) in entries.items():
+        what = f'tensor {name!r}'
         layout = LAYOUTS.get(kind)
         if layout is None:
             known = ', '.join(one.name for one in LAYOUTS.values())
-            raise header.error(
-                f'tensor {name!r} is of type {type_name(kind)}, which is not supported; supported: {known}'
-            )
+            raise header.error(f'{what} is of type {type_name(kind)}, which is not supported; supported: {known}')
         if not all(1 <= dim < 2**48 for dim in shape) or math.prod(shape) >= 2**48:
-            raise header.error(
-                f'tensor {name!r} has dims {list(shape)}: each must be at least 1, all below 2^48 numbers'
-            )
+            raise header.error(f'{what} has dims {list(shape)}: each must be at least 1, all below 2^48 numbers')
         if shape[-1] % layout.numbers:
             raise header.error(
-                f'tensor {name!r} has rows of {shape[-1]} numbers, and {layout.name} has them in blocks of '
+                f'{what} has rows of {shape[-1]} numbers, and {layout.name} has them in blocks of '
                 f'{layout.numbers}: the header is wrong'
             )
         if offset % alignment or offset >= 2**63:
-            raise header.error(
-                f'tensor {name!r} begins at {offset}, which is no multiple of {alignment}: the header is wrong'
-            )
+            raise header.error(f'{what} begins at {offset}, which is no multiple of {alignment}: the header is wrong')
         begin = start + offset
         plain = PLAIN.get(layout.name)
         found[name] = (

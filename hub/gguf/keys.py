@@ -2,13 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from weft.hub.gguf.blocks import Numbers
-from weft.runtime.errors import UserError
+from weft.hub.gguf.file import Contents
 from weft.storage.foreign import shown_value
 
 Config = Mapping[str, Any]
@@ -28,12 +26,10 @@ IDLE = (
 class Keys:
     """The keys of one architecture in a header; each is read by name, and those that none has read can be told."""
 
-    def __init__(self, path: Path, architecture: str, values: Mapping[str, Any], tensors: Mapping[str, Numbers]):
-        self.path, self.architecture, self.values, self.tensors = path, architecture, values, tensors
+    def __init__(self, contents: Contents, architecture: str):
+        self.architecture, self.values, self.tensors = architecture, contents.values, contents.tensors
+        self.error = contents.error
         self.seen = {f'{architecture}.{name}' for name in IDLE}
-
-    def error(self, said: str) -> UserError:
-        return UserError(f'{self.path}: {said}')
 
     def __call__(self, name: str, default: Any = ...) -> Any:
         """A key's value. Of a value for each layer, the one that all of them have."""

@@ -1,13 +1,11 @@
 """How positions are scaled, from the keys of a GGUF file as the fields of an equivalent config.json."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from weft.hub.gguf.keys import LARGEST, Config, Keys
-from weft.runtime.errors import UserError
 from weft.storage.foreign import shown_value
 
 
@@ -26,7 +24,7 @@ def scaling_fields(k: Keys, fields: Config, width: int | None = None) -> dict[st
             raise k.error(
                 f'has both rope_freqs.weight and {name}.type {shown_value(kind)}: only one of them is supported'
             )
-        return {'rope_scaling': llama3_scaling(factors, fields['rope_theta'], width, k.path)}
+        return {'rope_scaling': llama3_scaling(k, factors, fields['rope_theta'], width)}
     if kind == 'none':
         factor = k.number('rope.scale_linear', 1.0)  # of older files
         return {} if factor in (0, 1) else {'rope_scaling': {'rope_type': 'linear', 'factor': float(factor)}}
@@ -45,15 +43,13 @@ def scaling_fields(k: Keys, fields: Config, width: int | None = None) -> dict[st
     return {'rope_scaling': found}
 
 
-def llama3_scaling(factors: np.ndarray, theta: float, width: int, path: Path) -> dict[str, Any]:
+def llama3_scaling(k: Keys, factors: np.ndarray, theta: float, width: int) -> dict[str, Any]:
     """Llama 3's scaling of which these are the factors of wavelengths (transformers' modeling_rope_utils.py has the formula).
 
     Of wavelengths between two bounds the inverse factor grows as the inverse wavelength does; the line gives the bounds, of
     which only the ratios to the old context matter: low_freq_factor is taken to be 1, as in all published models.
     """
-    wrong = UserError(
-        f'{path}: tensor rope_freqs.weight has factors that are not those of Llama 3’s scaling of positions'
-    )
+    wrong = k.error('tensor rope_freqs.weight has factors that are not those of Llama 3’s scaling of positions')
     largest = float(factors.max())
     if not np.isfinite(factors).all() or factors.min() < 1:
         raise wrong

@@ -16,7 +16,7 @@ import numpy as np
 
 from weft.data.tokenizer import SPACE
 from weft.hub.gguf.cuts import CUTS, Cut
-from weft.hub.tokenizers.built import halves, template
+from weft.hub.tokenizers import built
 from weft.hub.tokenizers.sentencepiece_model import Kind
 from weft.hub.tokenizers.side_files import FLAGS, LONGEST_PIECE, MOST_CHARACTERS, json_file
 from weft.runtime.errors import UserError, nearest
@@ -148,16 +148,11 @@ class _Header:
                 raise self.error(f'{KEY}merges has {shown_value(text)}: two tokens that together are one must be there')
             merges.append([left, right])
         steps: list[dict[str, Any]] = [{'type': 'Digits', 'individual_digits': True}] if cut.digits else []
-        steps += [
-            {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}
-            for pattern in cut.patterns
-        ]
-        level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
-        steps.append(level | {'use_regex': cut.plain})
+        steps += [*map(built.split, cut.patterns), built.byte_level(regex=cut.plain)]
         return {
             'normalizer': None,
-            'pre_tokenizer': {'type': 'Sequence', 'pretokenizers': steps},
-            'decoder': level,
+            'pre_tokenizer': built.sequence('pretokenizers', steps),
+            'decoder': built.byte_level(),
             'model': self.bpe(merges, self.ids) | {'ignore_merges': cut.whole},
         }
 
@@ -176,20 +171,13 @@ class _Header:
                 raise self.error(f'{KEY}tokens has {shown_value(token)} as a byte: bytes are <0x00> to <0xFF>')
         ids = {self.spelt(token): i for token, i in self.ids.items()}
         prefix = self.flag('add_space_prefix', True)
-        replace = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': SPACE}
-        decoders: list[dict[str, Any]] = [
-            {'type': 'Replace', 'pattern': {'String': SPACE}, 'content': ' '},
-            {'type': 'ByteFallback'},
-            {'type': 'Fuse'},
-        ]
-        if prefix:
-            decoders.append({'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0})
+        spaces = built.replace({'String': ' '}, SPACE)
         return {
-            'normalizer': {'type': 'Sequence', 'normalizers': [{'type': 'Prepend', 'prepend': SPACE}, replace]}
+            'normalizer': built.sequence('normalizers', [{'type': 'Prepend', 'prepend': SPACE}, spaces])
             if prefix
-            else replace,
+            else spaces,
             'pre_tokenizer': None,
-            'decoder': {'type': 'Sequence', 'decoders': decoders},
+            'decoder': built.pieces_decoder(strips=prefix, falls_back=True),
             'model': self.bpe(self.merges(ids, scores), ids)
             | {'unk_token': self.token('unknown'), 'fuse_unk': True, 'byte_fallback': True},
         }
@@ -216,7 +204,7 @@ class _Header:
         for i in pieces.values():
             if kinds[i] == Kind.USER_DEFINED:
                 rank[i] = math.inf
-        found = list(itertools.islice(halves(pieces), MOST_MERGES + 1))
+        found = list(itertools.islice(built.halves(pieces), MOST_MERGES + 1))
         if len(found) > MOST_MERGES:
             raise self.error(f'{KEY}tokens has more than {MOST_MERGES} pairs of pieces that together are a piece')
 
@@ -245,7 +233,7 @@ class _Header:
             if adds and token is None:
                 raise self.error(f'{KEY}add_{name}_token is true and {KEY}{name}_token_id is missing')
             sides.append({token: self.id_of(name)} if adds and token is not None else {})
-        return template(*sides) or None
+        return built.template(*sides) or None
 
     def chat_template(self) -> str | list[dict[str, str]] | None:
         """The chat template; where there are several, each with its name."""

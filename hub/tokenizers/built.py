@@ -4,6 +4,7 @@ import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from weft.data.tokenizer import SPACE
 from weft.hub.tokenizers.json_tokenizer import JsonTokenizer
 from weft.hub.tokenizers.side_files import AddedToken, Said
 from weft.hub.tokenizers.special_tokens import missing, special_ids
@@ -15,6 +16,40 @@ def halves(pieces: Collection[str]) -> Iterator[tuple[str, str, str]]:
         for at in range(1, len(piece)):
             if piece[:at] in pieces and piece[at:] in pieces:
                 yield piece, piece[:at], piece[at:]
+
+
+def ranked_merges(rank_of: Mapping[str, Any], key: Any) -> list[list[str]]:
+    """Which two tokens make which, the first ones first: `key` ranks a token with its left half."""
+    found = sorted((key(token, left), left, right) for token, left, right in halves(rank_of))
+    return [[left, right] for _, left, right in found]
+
+
+def replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {'type': 'Replace', 'pattern': pattern, 'content': content}
+
+
+def split(pattern: str) -> dict[str, Any]:
+    return {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False}
+
+
+def byte_level(spaced: bool = False, regex: bool = True) -> dict[str, Any]:
+    """Bytes as characters; `spaced` puts a space before a text, and GPT-2's pattern (`regex`) cuts it."""
+    return {'type': 'ByteLevel', 'add_prefix_space': spaced, 'trim_offsets': True, 'use_regex': regex}
+
+
+def metaspace(scheme: str, split: bool) -> dict[str, Any]:
+    return {'type': 'Metaspace', 'replacement': SPACE, 'prepend_scheme': scheme, 'split': split}
+
+
+def sequence(field: str, parts: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return {'type': 'Sequence', field: parts} if parts else None
+
+
+def pieces_decoder(strips: bool, falls_back: bool) -> dict[str, Any]:
+    """The decoder of sentencepiece's pieces; `strips` a space from the beginning, `falls_back` to bytes."""
+    fallback = [{'type': 'ByteFallback'}] if falls_back else []
+    strip = [{'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}] if strips else []
+    return {'type': 'Sequence', 'decoders': [replace({'String': SPACE}, ' '), *fallback, {'type': 'Fuse'}, *strip]}
 
 
 def added_token(i: int, content: str, special: bool) -> AddedToken:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from weft.hub.tokenizers.built import finished, placed
+from weft.hub.tokenizers.built import byte_level, finished, placed, sequence, split
 from weft.hub.tokenizers.json_tokenizer import JsonTokenizer
 from weft.hub.tokenizers.side_files import Said, read_vocabulary, text_of
 from weft.runtime.errors import UserError, shown
@@ -33,21 +33,19 @@ def byte_pair_tokenizer(vocab: bytes, merges: bytes, said: Said) -> JsonTokenize
         )
     ids = read_vocabulary(vocab, f'{said.where}/{VOCAB}')
     spaced = said.tokenizer.get('add_prefix_space') is True
-    byte_level = {'type': 'ByteLevel', 'add_prefix_space': spaced, 'trim_offsets': True, 'use_regex': True}
     fields: dict[str, Any] = {
         'added_tokens': [],
         'normalizer': None,
-        'pre_tokenizer': byte_level,
-        'decoder': byte_level,
+        'pre_tokenizer': byte_level(spaced),
+        'decoder': byte_level(spaced),
         'model': {
             'type': 'BPE', 'unk_token': None, 'fuse_unk': False, 'byte_fallback': False,
             'vocab': placed(ids, said.added), 'merges': read_merges(merges, f'{said.where}/{MERGES}'),
         },
     }  # fmt: skip
     if kind == 'Qwen2Tokenizer':
-        split = {'type': 'Split', 'pattern': {'Regex': QWEN2}, 'behavior': 'Isolated', 'invert': False}
         fields['normalizer'] = {'type': 'NFC'}
-        fields['pre_tokenizer'] = {'type': 'Sequence', 'pretokenizers': [split, byte_level | {'use_regex': False}]}
+        fields['pre_tokenizer'] = sequence('pretokenizers', [split(QWEN2), byte_level(spaced, regex=False)])
     return finished(fields, said, DEFAULTS[kind])
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from weft.data.tokenizer import SPACE
-from weft.hub.tokenizers.built import added_token, finished, halves, placed
+from weft.hub.tokenizers import built
 from weft.hub.tokenizers.json_tokenizer import JsonTokenizer
 from weft.hub.tokenizers.side_files import LARGEST_VOCABULARY, LONGEST_PIECE, MOST_CHARACTERS, Said
 from weft.runtime.errors import UserError
@@ -154,11 +154,11 @@ def sentencepiece_tokenizer(content: bytes, said: Said, name: str) -> JsonTokeni
         return _t5(model, said)
     if kind == 'GemmaTokenizer' and model.model_type == BPE:
         defaults = {**_names(unk='<unk>', bos='<bos>', eos='<eos>'), 'pad_token': '<pad>', 'mask_token': '<mask>'}
-        return finished(_gemma(model, said), said, defaults)
+        return built.finished(_gemma(model, said), said, defaults)
     if kind == 'LlamaTokenizer' and model.model_type == BPE:
-        return finished(_llama(model, said), said, _names(unk='<unk>', bos='<s>', eos='</s>'))
+        return built.finished(_llama(model, said), said, _names(unk='<unk>', bos='<s>', eos='</s>'))
     told = {name: text for name in ('unk', 'bos', 'eos') if (text := _text(model, getattr(model, name))) is not None}
-    return finished(_as_the_model_says(model, said), said, _names(**told), opens=said.kind is said.model is None)
+    return built.finished(_as_the_model_says(model, said), said, _names(**told), opens=said.kind is said.model is None)
 
 
 # Models whose files on the hub name another tokenizer class than the one that reads them: what their file says holds.
@@ -179,27 +179,27 @@ def _names(**names: str) -> dict[str, str]:
 
 def _llama(model: Model, said: Said) -> dict[str, Any]:
     """As LlamaTokenizer reads it: text is not normalised, and spaces are kept."""
-    vocab = placed(model.ids, said.added)
+    vocab = built.placed(model.ids, said.added)
     spaced = said.tokenizer.get('add_prefix_space') is not False
     scheme = ('always' if said.tokenizer.get('legacy') else 'first') if spaced else 'never'
     return {
         'added_tokens': _added(model, said),
         'normalizer': None,
-        'pre_tokenizer': _metaspace(scheme, split=False),
-        'decoder': _decoder(strips=spaced, falls_back=True),
-        'model': _bpe(vocab, _merges(vocab, lambda token, left: (vocab[token], len(left))), None, True),
+        'pre_tokenizer': built.metaspace(scheme, split=False),
+        'decoder': built.pieces_decoder(strips=spaced, falls_back=True),
+        'model': _bpe(vocab, built.ranked_merges(vocab, lambda token, left: (vocab[token], len(left))), None, True),
     }
 
 
 def _gemma(model: Model, said: Said) -> dict[str, Any]:
     """As GemmaTokenizer reads it: nothing is put before a text."""
-    vocab = placed(model.ids, said.added)
+    vocab = built.placed(model.ids, said.added)
     return {
         'added_tokens': _added(model, said),
-        'normalizer': _replace({'String': ' '}, SPACE),
+        'normalizer': built.replace({'String': ' '}, SPACE),
         'pre_tokenizer': None,
-        'decoder': _decoder(strips=False, falls_back=True),
-        'model': _bpe(vocab, _merges(vocab, lambda token, left: (vocab[token], len(left))), '<unk>', True),
+        'decoder': built.pieces_decoder(strips=False, falls_back=True),
+        'model': _bpe(vocab, built.ranked_merges(vocab, lambda token, left: (vocab[token], len(left))), '<unk>', True),
     }  # fmt: skip
 
 
@@ -212,50 +212,51 @@ def _t5(model: Model, said: Said) -> JsonTokenizer:
     sentinels = [name for i in reversed(range(extra)) if (name := f'<extra_id_{i}>') not in have]
     pieces = [*model.pieces, *(Piece(name, 0.0, Kind.CONTROL) for name in sentinels)]
     model = dataclasses.replace(model, pieces=pieces, byte_fallback=False)
-    names = placed(model.ids, said.added, beyond=False)
+    names = built.placed(model.ids, said.added, beyond=False)
     eos = {**_names(unk='<unk>', eos='</s>'), 'pad_token': '<pad>'}
     fields = {
         'added_tokens': _added(model, said),
-        'normalizer': _sequence('normalizers', _precompiled(model)),
-        'pre_tokenizer': _sequence('pretokenizers', [{'type': 'WhitespaceSplit'}, _metaspace('always', split=True)]),
-        'decoder': _metaspace('always', split=True),
+        'normalizer': built.sequence('normalizers', _precompiled(model)),
+        'pre_tokenizer': built.sequence(
+            'pretokenizers', [{'type': 'WhitespaceSplit'}, built.metaspace('always', split=True)]
+        ),
+        'decoder': built.metaspace('always', split=True),
         'model': _unigram(model, names),
     }
-    return finished(fields, said, eos, around=(False, True))
+    return built.finished(fields, said, eos, around=(False, True))
 
 
 def _as_the_model_says(model: Model, said: Said) -> dict[str, Any]:
     bpe = model.model_type == BPE
-    vocab = placed(model.ids, said.added, beyond=bpe)
+    vocab = built.placed(model.ids, said.added, beyond=bpe)
     legacy = said.tokenizer.get('legacy', True) is not False
     normalizers = _precompiled(model)
     if model.removes_spaces:
-        normalizers += [_replace({'Regex': r'\A +| +\z'}, ''), _replace({'Regex': ' {2,}'}, ' ')]
+        normalizers += [built.replace({'Regex': r'\A +| +\z'}, ''), built.replace({'Regex': ' {2,}'}, ' ')]
     if model.escapes_spaces:
-        normalizers.append(_replace({'String': ' '}, SPACE))
+        normalizers.append(built.replace({'String': ' '}, SPACE))
     before = []
     if model.adds_space:
         if legacy:  # Metaspace puts none before a text that begins with one, as sentencepiece does
-            normalizers.append(_replace({'Regex': rf'\A{SPACE}'}, SPACE * 2))
-        before.append(_metaspace('always' if legacy else 'first', split=False))
+            normalizers.append(built.replace({'Regex': rf'\A{SPACE}'}, SPACE * 2))
+        before.append(built.metaspace('always' if legacy else 'first', split=False))
     own = [piece.text for piece in model.pieces if piece.kind == Kind.USER_DEFINED]
     if own:  # these are never joined with what is beside them
-        pattern = {'Regex': '|'.join(re.escape(text) for text in sorted(own, key=len, reverse=True))}
-        before.append({'type': 'Split', 'pattern': pattern, 'behavior': 'Isolated', 'invert': False})
+        before.append(built.split('|'.join(re.escape(text) for text in sorted(own, key=len, reverse=True))))
     if bpe:
         normal = {
             piece.text: piece.score for piece in model.pieces if piece.kind == Kind.NORMAL and piece.text in vocab
         }
-        merges = _merges(normal, lambda token, left: (-normal[token], vocab[token], left))
+        merges = built.ranked_merges(normal, lambda token, left: (-normal[token], vocab[token], left))
         kind = _bpe(vocab, merges, _text(model, model.unk), model.byte_fallback) | {'ignore_merges': bool(own)}
     else:
         kind = _unigram(model, vocab)
     added = [token for token in _added(model, said) if token['special']]
     return {
         'added_tokens': added,
-        'normalizer': _sequence('normalizers', normalizers),
-        'pre_tokenizer': _sequence('pretokenizers', before),
-        'decoder': _decoder(strips=model.adds_space, falls_back=model.byte_fallback),
+        'normalizer': built.sequence('normalizers', normalizers),
+        'pre_tokenizer': built.sequence('pretokenizers', before),
+        'decoder': built.pieces_decoder(strips=model.adds_space, falls_back=model.byte_fallback),
         'model': kind,
     }
 
@@ -268,16 +269,10 @@ def _added(model: Model, said: Said) -> list[dict[str, Any]]:
     """The pieces that are whole in any text, control pieces and the user's own, but for those that another file describes."""
     told = {token['content'] for token in said.added} | {token['id'] for token in said.added}
     return [
-        added_token(i, piece.text, piece.kind == Kind.CONTROL)
+        built.added_token(i, piece.text, piece.kind == Kind.CONTROL)
         for i, piece in enumerate(model.pieces)
         if piece.kind in (Kind.CONTROL, Kind.USER_DEFINED) and piece.text not in told and i not in told
     ]
-
-
-def _merges(rank_of: Mapping[str, Any], key: Any) -> list[list[str]]:
-    """Which two tokens make which, the first ones first: `key` ranks a token with its left half."""
-    found = sorted((key(token, left), left, right) for token, left, right in halves(rank_of))
-    return [[left, right] for _, left, right in found]
 
 
 def _bpe(vocab: Mapping[str, int], merges: list[list[str]], unk: str | None, falls_back: bool) -> dict[str, Any]:
@@ -297,21 +292,3 @@ def _unigram(model: Model, names: Mapping[str, int]) -> dict[str, Any]:
 def _precompiled(model: Model) -> list[dict[str, Any]]:
     said = base64.b64encode(model.charsmap).decode()
     return [{'type': 'Precompiled', 'precompiled_charsmap': said}] if said else []
-
-
-def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
-    return {'type': 'Replace', 'pattern': pattern, 'content': content}
-
-
-def _metaspace(scheme: str, split: bool) -> dict[str, Any]:
-    return {'type': 'Metaspace', 'replacement': SPACE, 'prepend_scheme': scheme, 'split': split}
-
-
-def _sequence(field: str, parts: list[dict[str, Any]]) -> dict[str, Any] | None:
-    return {'type': 'Sequence', field: parts} if parts else None
-
-
-def _decoder(strips: bool, falls_back: bool) -> dict[str, Any]:
-    fallback = [{'type': 'ByteFallback'}] if falls_back else []
-    strip = [{'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}] if strips else []
-    return {'type': 'Sequence', 'decoders': [_replace({'String': SPACE}, ' '), *fallback, {'type': 'Fuse'}, *strip]}

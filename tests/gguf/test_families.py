@@ -12,6 +12,8 @@ import pytest
 from tests.families import cases, folders
 from tests.gguf import written
 from weft.hub import read as hub
+from weft.hub.gguf.file import Contents
+from weft.hub.gguf.keys import Keys
 from weft.hub.gguf.rope_scaling import llama3_scaling
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.exporting import export_run
@@ -209,6 +211,7 @@ def test_experts_of_early_files_are_a_tensor_each(tmp_path):
 
 def test_scaling_that_is_llama_3s_is_known_by_its_factors():
     """Of Llama 3.1's and 3.2's published settings, and of others, the factors give the settings again."""
+    keys = Keys(Contents(Path('a.gguf'), {}, {}), 'llama')
     for factor, high, old, theta, width in (
         (8.0, 4.0, 8192, 5e5, 128),
         (32.0, 4.0, 8192, 5e5, 64),
@@ -220,4 +223,4 @@ def test_scaling_that_is_llama_3s_is_known_by_its_factors():
         config = {'rope_scaling': settings, 'rope_theta': theta, 'head_dim': width, 'num_hidden_layers': 1}
         said = written.Said(config | {'num_attention_heads': 1, 'hidden_size': width}, 'llama', True)
         factors = said.extra()['rope_freqs.weight']
-        assert llama3_scaling(factors, theta, width, Path('a.gguf')) == settings
+        assert llama3_scaling(keys, factors, theta, width) == settings
