@@ -51,20 +51,19 @@ def write(
             room = file_bytes
         parts[-1][name] = (dtype, shape)
         room -= size
-    names = [f'model-{i + 1:05}-of-{len(parts):05}.safetensors' for i in range(len(parts))]
+    names = [SINGLE]
+    if len(parts) > 1:
+        names = [f'model-{i + 1:05}-of-{len(parts):05}.safetensors' for i in range(len(parts))]
     with staged(folder) as place:
         for name, contents in {**files, CONFIG: json_file(config)}.items():
             disk.make_folder((place / name).parent)
             disk.put(place / name, contents)
-        if len(parts) == 1:
-            tensor_files.write(place / SINGLE, parts[0], content)
-        else:
-            for name, part in zip(names, parts, strict=True):
-                tensor_files.write(place / name, part, content)
+        for name, part in zip(names, parts, strict=True):
+            tensor_files.write(place / name, part, content)
+        if len(parts) > 1:
             total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds.values())
             where = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
-            index = {'metadata': {'total_size': total}, 'weight_map': where}
-            disk.put(place / INDEX, (json.dumps(index, indent=2) + '\n').encode())
+            disk.put(place / INDEX, json_file({'metadata': {'total_size': total}, 'weight_map': where}))
 
 
 def published_config(

@@ -6,16 +6,7 @@ from typing import Any
 
 from weft.hub.families import Fields, linear, rotary_of
 from weft.hub.families.fields import Table, read_fields, write_fields
-from weft.hub.families.llama import (
-    MLP,
-    NORMS,
-    OUTER,
-    attention_biases,
-    causal_family,
-    common,
-    projections,
-    write_common,
-)
+from weft.hub.families.llama import MLP, NORMS, OUTER, attention_biases, causal_family, common, linears, write_common
 from weft.hub.families.qwen3_moe import EXPERTS
 from weft.hub.families.rope import read_rope
 from weft.model.config import MLAConfig, ModelConfig, model_of
@@ -32,9 +23,7 @@ LATENT = {
 }
 
 CHOICE = {'model.layers.{i}.mlp.gate.e_score_correction_bias': 'mlp.correction_E'}
-SHARED = projections(
-    'mlp.shared_experts', 'mlp.shared', gate_proj='gate.w_IO', up_proj='up.w_IO', down_proj='down.w_OI'
-)
+SHARED = linears('mlp.shared_experts', 'mlp.shared', gate_proj='gate.w_IO', up_proj='up.w_IO', down_proj='down.w_OI')
 MTP = {
     'model.layers.{i}.enorm.weight': 'embedding_norm.scale_D',
     'model.layers.{i}.hnorm.weight': 'hidden_norm.scale_D',

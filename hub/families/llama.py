@@ -14,15 +14,15 @@ from weft.model.config import ModelConfig, model_of
 from weft.storage.foreign import shown_value
 
 
-def projections(published: str, ours: str, **names: str) -> dict[str, str]:
+def linears(published: str, ours: str, **names: str) -> dict[str, str]:
     """The weights of a layer's linear maps, then their biases; of `names` the published one says ours with its axes."""
     place = f'model.layers.{{i}}.{published}'
     weights = {f'{place}.{name}.weight': f'{ours}.{weight}' for name, weight in names.items()}
     return weights | {f'{place}.{name}.bias': f'{ours}.{weight[:-4]}b_O' for name, weight in names.items()}
 
 
-ATTENTION = projections('self_attn', 'attention', q_proj='q.w_IO', k_proj='k.w_IO', v_proj='v.w_IO', o_proj='o.w_OI')
-MLP = projections('mlp', 'mlp', gate_proj='gate.w_IO', up_proj='up.w_IO', down_proj='down.w_OI')
+ATTENTION = linears('self_attn', 'attention', q_proj='q.w_IO', k_proj='k.w_IO', v_proj='v.w_IO', o_proj='o.w_OI')
+MLP = linears('mlp', 'mlp', gate_proj='gate.w_IO', up_proj='up.w_IO', down_proj='down.w_OI')
 NORMS = {
     'model.layers.{i}.input_layernorm.weight': 'attention_norm.scale_D',
     'model.layers.{i}.post_attention_layernorm.weight': 'mlp_norm.scale_D',

@@ -24,6 +24,7 @@ MOST_KEYS = 2**16
 MOST_TENSORS = 2**20
 MOST_PARTS = 1024  # files that a model is split into
 MOST_DIMS = 4
+Entry = tuple[tuple[int, ...], int, int]  # a tensor's shape, its type's number and its offset
 PART = re.compile(r'(.*)-(\d{5})-of-(\d{5})\.gguf', re.DOTALL)
 
 
@@ -114,7 +115,7 @@ def _one(path: Path) -> Contents:
         if key in values:
             raise header.error(f'key {key!r} is there twice')
         values[key] = header.value(key)
-    entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
+    entries: dict[str, Entry] = {}
     for _ in range(tensors):
         name = header.name('a tensor')
         if name in entries:
@@ -126,8 +127,7 @@ def _one(path: Path) -> Contents:
     return Contents(path, values, _placed(header, entries, alignment))
 
 
-def _entry(header: Header, name: str) -> tuple[tuple[int, ...], int, int]:
-    """A tensor's shape, its type's number and its offset."""
+def _entry(header: Header, name: str) -> Entry:
     what = f'tensor {name!r}'
     dims = header.number('<u4', what)
     if not 1 <= dims <= MOST_DIMS:
@@ -136,9 +136,7 @@ def _entry(header: Header, name: str) -> tuple[tuple[int, ...], int, int]:
     return shape, header.number('<u4', what), header.number('<u8', what)
 
 
-def _placed(
-    header: Header, entries: Mapping[str, tuple[tuple[int, ...], int, int]], alignment: int
-) -> dict[str, Numbers]:
+def _placed(header: Header, entries: Mapping[str, Entry], alignment: int) -> dict[str, Numbers]:
     """The tensors, each where its numbers are."""
     start = -(-header.at // alignment) * alignment
     found: dict[str, Numbers] = {}

@@ -91,7 +91,7 @@ def finished(
     ids = vocab if isinstance(vocab, dict) else {token: i for i, (token, _) in enumerate(vocab)}
     special = {token['content'] for _, token in said.names(defaults)}
     own = [token | {'special': token['special'] or token['content'] in special} for token in fields['added_tokens']]
-    new = missing(said, [token['content'] for token in own], ids.get, ids.values(), defaults)
+    new = missing(said, [token['content'] for token in own], ids, defaults)
     tokens = sorted([*own, *new], key=lambda token: token['id'])
     if isinstance(vocab, dict):  # so that the library gives them these ids where the vocabulary has gaps
         vocab = vocab | {token['content']: token['id'] for token in tokens}
@@ -106,7 +106,7 @@ def finished(
         'model': fields['model'] | {'vocab': vocab},
     }  # fmt: skip
     found = JsonTokenizer(json.dumps(whole, ensure_ascii=False).encode(), where=said.where)
-    found.settle(special_ids(said, found.ids.get, found.ids, defaults, found.around))
+    found.settle(special_ids(said, found.ids, defaults, found.around))
     return found
 
 

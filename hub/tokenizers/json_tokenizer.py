@@ -124,11 +124,11 @@ def published_json(content: bytes, said: Said) -> JsonTokenizer:
     where = f'{said.where}/{JSON}'
     found = JsonTokenizer(content, where=where)
     names = [name.decode() for name in found.added.values()]
-    if new := missing(said, names, found.ids.get, found.ids.values(), {}):
+    if new := missing(said, names, found.ids, {}):
         fields = read_object(content, where)
         added = sorted([*(fields.get('added_tokens') or ()), *new], key=lambda token: token['id'])
         found = JsonTokenizer(json.dumps(fields | {'added_tokens': added}, ensure_ascii=False).encode(), where=where)
-    found.settle(special_ids(said, found.ids.get, found.ids, {}, found.around))
+    found.settle(special_ids(said, found.ids, {}, found.around))
     return found
 
 

@@ -129,13 +129,12 @@ def marian_tokenizer(files: Mapping[str, bytes], said: Said) -> MarianTokenizer:
     if said.tokenizer.get('separate_vocabs'):
         raise said.error('separate_vocabs is true: only one vocabulary for both languages is supported')
     ids = _ids(files[VOCAB], f'{said.where}/{VOCAB}')
-    new = missing(said, (), ids.get, ids.values(), DEFAULTS)
+    new = missing(said, (), ids, DEFAULTS)
     added = {token['content']: token['id'] for token in new}
-    find = {**ids, **added}.get
     unk = dict(said.names(DEFAULTS))['unk_token']['content']
     if ids.get(unk) is None:
         raise UserError(f'{said.where}/{VOCAB}: lacks {shown_value(unk)}, which stands for what it does not know')
-    special = special_ids(said, find, [*ids, *added], DEFAULTS, ([], []))
+    special = special_ids(said, {**ids, **added}, DEFAULTS, ([], []))
     special |= {
         'suffix': [special['eos']],
         'unk': ids[unk],

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from weft.data.tokenizer import Tokenizer
@@ -12,7 +12,6 @@ from weft.storage.foreign import lone_surrogate, read_object, shown_value
 
 SPECIAL = 'tokenizer.special.json'  # in a run, beside the tokenizer
 ENDS = ('</s>', '<|endoftext|>', '<eos>', '<|end_of_text|>')  # what an end is called where no file names one
-Find = Callable[[str], int | None]  # the id of a token
 
 
 class PublishedTokenizer(Tokenizer):
@@ -47,15 +46,12 @@ class PublishedTokenizer(Tokenizer):
         return super().files() | {SPECIAL: json.dumps(self.special).encode() + b'\n'}
 
 
-def missing(
-    said: Said, has: Iterable[str], find: Find, ids: Iterable[int], defaults: Mapping[str, str]
-) -> list[AddedToken]:
+def missing(said: Said, has: Iterable[str], ids: Mapping[str, int], defaults: Mapping[str, str]) -> list[AddedToken]:
     """The added tokens that files beside a tokenizer have and its own file lacks, with the ids that transformers gives them.
 
     Args:
         has: the added tokens of its own file.
-        find: ids of its vocabulary.
-        ids: all that are taken.
+        ids: of its vocabulary, by token.
         defaults: a class's names of special tokens by field, for fields that no file has.
 
     A special token that no file gives an id gets the next one, but for bos and eos, which `special_ids` finds otherwise: a
@@ -63,7 +59,7 @@ def missing(
     or leaves a gap.
     """
     known = set(has)
-    following = max(ids, default=-1) + 1
+    following = max(ids.values(), default=-1) + 1
     found: list[AddedToken] = []
     for field, token in [('', token) for token in said.added] + list(said.names(defaults)):
         name = token['content']
@@ -71,7 +67,7 @@ def missing(
             continue
         if lone_surrogate(name) is not None:
             raise said.error(f'token {shown_value(name)}: a lone surrogate is not Unicode text; leave it out')
-        here = find(name)
+        here = ids.get(name)
         if here is None and field in ('bos_token', 'eos_token'):
             continue
         i = following if here is None else here
@@ -85,17 +81,12 @@ def missing(
 
 
 def special_ids(
-    said: Said,
-    find: Find,
-    names: Iterable[str],
-    defaults: Mapping[str, str],
-    around: tuple[Sequence[int], Sequence[int]],
+    said: Said, ids: Mapping[str, int], defaults: Mapping[str, str], around: tuple[Sequence[int], Sequence[int]]
 ) -> dict[str, Any]:
     """The ids that open and end texts, as tokenizer.special.json keeps them.
 
     Args:
-        find: the id of a token, the added ones among them.
-        names: all tokens, to say which one is near.
+        ids: of all tokens, the added ones among them.
         defaults: a class's names of special tokens by field.
         around: what the tokenizer puts before and after a text.
 
@@ -105,10 +96,10 @@ def special_ids(
     prefix, suffix = around
 
     def named(*fields: str) -> int | None:
-        ids = (find(token_of[field]['content']) for field in fields if field in token_of)
-        return next((i for i in ids if i is not None), None)
+        found = (ids.get(token_of[field]['content']) for field in fields if field in token_of)
+        return next((i for i in found if i is not None), None)
 
-    usual = lambda field: find(defaults[field]) if field in defaults else None
+    usual = lambda field: ids.get(defaults[field]) if field in defaults else None
     bos = _first(named('bos_token', 'cls_token'), *prefix[:1], said.ids.get('bos_token_id'), usual('bos_token'))
     eos = named('eos_token')
     if eos is None and 'eos_token' in token_of:
@@ -117,12 +108,12 @@ def special_ids(
             name = token_of['eos_token']['content']
             raise said.error(
                 f'eos_token is {shown_value(name)}, which is no token of its tokenizer, and no file has an '
-                f'eos_token_id{near(name, names)}'
+                f'eos_token_id{near(name, ids)}'
             )
     elif eos is None:
         eos = _first(named('sep_token'), *suffix[:1], said.ids.get('eos_token_id'), usual('eos_token'))
     if eos is None and bos is not None:
-        eos = _first(*map(find, ENDS))
+        eos = _first(*map(ids.get, ENDS))
     if eos is None:
         what = 'opens or ends' if bos is None else 'ends'
         raise said.error(
