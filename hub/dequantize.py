@@ -8,15 +8,15 @@ exponents (OCP Microscaling Formats 1.0, section 5.3); X is [..., 32 · groups, 
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from weft.hub.families.fields import Fields
 from weft.hub.tensor_files import Derived, Stored, full_index
-from weft.runtime.errors import UserError, shown
-from weft.storage.foreign import shown_path, shown_value
+from weft.runtime.errors import shown
+from weft.storage.foreign import shown_value
 
 DTYPE_FP8 = np.dtype(jnp.float8_e4m3fn)
 BFLOAT16 = np.dtype(jnp.bfloat16)
@@ -70,48 +70,42 @@ class Mxfp4(Derived):
         return wide[..., cut].swapaxes(-1, -2)
 
 
-def unpacked(
-    stored: Mapping[str, Stored], config: Mapping[str, Any], source: Path
-) -> dict[str, Stored | BlockScaled | Mxfp4]:
+def unpacked(stored: Mapping[str, Stored], config: Fields) -> dict[str, Stored | BlockScaled | Mxfp4]:
     """The tensors of a folder, with those that stand for others under the others' names.
 
-    `config` is config.json. Raises UserError for a quantization_config that is not supported, and where a tensor or its factors
-    lack each other.
+    Raises UserError for a quantization_config that is not supported, and where a tensor or its factors lack each other.
     """
-    said = config.get('quantization_config')
+    said = config.values.get('quantization_config')
     found: dict[str, Any] = dict(stored)
     if said is None or (isinstance(said, dict) and all(value is None for value in said.values())):
         return found  # what is left of one where the numbers are plain
     method = said.get('quant_method') if isinstance(said, dict) else said
     known = {'fp8': _fp8, 'mxfp4': _mxfp4}
     if not isinstance(method, str) or method not in known:
-        raise UserError(
-            f'{shown_path(source)}: quantization_config has quant_method {shown_value(method)}, which is not supported; '
-            'supported: fp8 in blocks as '
+        raise config.error(
+            f'quantization_config has quant_method {shown_value(method)}, which is not supported; supported: fp8 in blocks as '
             'of DeepSeek-V3, mxfp4 as of gpt-oss; otherwise take the revision that is not quantised'
         )
-    known[method](found, said, source)
+    known[method](found, said, config)
     return found
 
 
-def _check_config(said: Mapping[str, Any], source: Path, works: Mapping[str, Any]) -> None:
+def _check_config(said: Mapping[str, Any], config: Fields, works: Mapping[str, Any]) -> None:
     """Raises UserError for a field of a quantization_config that says anything but what `works`."""
     for field, value in said.items():
         if field not in IRRELEVANT and works.get(field, ...) != value:
-            raise UserError(
-                f'{shown_path(source)}: quantization_config.{shown(field, 60)} is {shown_value(value)}, which is not supported'
+            raise config.error(
+                f'quantization_config.{shown(field, 60)} is {shown_value(value)}, which is not supported'
                 + (f'; supported: {works[field]!r}' if field in works else '')
             )
 
 
-def _fp8(found: dict[str, Any], said: Mapping[str, Any], source: Path) -> None:
+def _fp8(found: dict[str, Any], said: Mapping[str, Any], config: Fields) -> None:
     block: Any = said.get('weight_block_size')
-    whole = isinstance(block, list) and len(block) == 2 and all(type(n) is int and 0 < n < 2**31 for n in block)
-    _check_config(said, source, {'activation_scheme': 'dynamic', 'fmt': 'e4m3', 'weight_block_size': block})
-    if not whole:
-        raise UserError(
-            f'{shown_path(source)}: quantization_config.weight_block_size is {shown_value(block)}: FP8 is supported in '
-            'blocks, such as [128, 128]'
+    _check_config(said, config, {'activation_scheme': 'dynamic', 'fmt': 'e4m3', 'weight_block_size': block})
+    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int and 0 < n < 2**31 for n in block)):
+        raise config.error(
+            f'quantization_config.weight_block_size is {shown_value(block)}: FP8 is supported in blocks, such as [128, 128]'
         )
     for name in [name for name, one in found.items() if one.dtype == DTYPE_FP8]:
         weight, scale = found[name], found.pop(f'{name}_scale_inv', None)
@@ -131,8 +125,8 @@ def _fp8(found: dict[str, Any], said: Mapping[str, Any], source: Path) -> None:
         found[name] = BlockScaled(weight, scale, (block[0], block[1]))
 
 
-def _mxfp4(found: dict[str, Any], said: Mapping[str, Any], source: Path) -> None:
-    _check_config(said, source, {})
+def _mxfp4(found: dict[str, Any], said: Mapping[str, Any], config: Fields) -> None:
+    _check_config(said, config, {})
     for packed in [name for name, one in found.items() if name.endswith('_blocks') and one.dtype == np.uint8]:
         name = packed.removesuffix('_blocks')
         blocks, scales = found.pop(packed), found.pop(f'{name}_scales', None)

@@ -107,7 +107,7 @@ def read(
     with fields.told():
         c = family.model(fields)
     fields.finish()
-    found: Mapping[str, TensorSource] = from_gguf.stored if from_gguf else unpacked(all_stored(folder), config, where)
+    found: Mapping[str, TensorSource] = from_gguf.stored if from_gguf else unpacked(all_stored(folder), fields)
     with fields.told():
         _check_counts(family, c, len(found))
     stored, files = _as_named(found, family)

@@ -11,6 +11,7 @@ import pytest
 from tests.families import cases, folders
 from weft.hub import read as hub
 from weft.hub import tensor_files
+from weft.hub.families.fields import Fields
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.exporting import export_run
@@ -40,9 +41,8 @@ def golden(kind: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
 def source(folder: Path, packed: dict[str, np.ndarray], said: dict) -> hub.TensorSource:
     kinds = {name: (x.dtype, x.shape) for name, x in packed.items()}
     tensor_files.write(folder / 'f.safetensors', kinds, lambda name: packed[name])
-    (found,) = hub.unpacked(
-        tensor_files.header(folder / 'f.safetensors'), {'quantization_config': said}, folder / 'config.json'
-    ).values()
+    config = Fields({'quantization_config': said}, str(folder / 'config.json'))
+    (found,) = hub.unpacked(tensor_files.header(folder / 'f.safetensors'), config).values()
     return found
 
 
