@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from weft.model.sizes import batch_sizes, sizes
 from weft.planner.chips import chip_of_device
 from weft.planner.layouts import divisors
 from weft.planner.memory import training_memory
@@ -14,7 +13,7 @@ from weft.planner.roofline import train_time
 from weft.planner.search import with_settings
 from weft.runtime.device_memory import gib
 from weft.runtime.errors import UserError
-from weft.sharding.mesh import AXES, Divides, MeshConfig, nearest_meshes
+from weft.sharding.mesh import AXES, MeshConfig, nearest_meshes
 from weft.training.config import RunConfig
 
 
@@ -92,7 +91,7 @@ def changes_of(run: RunConfig) -> Iterator[dict[str, Any]]:
     for way, parts in itertools.product(ways, [n for n in divisors(t.batch) if n >= t.accumulation]):
         yield {'training.accumulation': parts, **way}
     tightest = {'compute.remat': 'block', 'training.accumulation': 1}
-    for mesh in nearest_meshes(run.mesh, rules_of(run)):
+    for mesh in nearest_meshes(run.mesh, run.rules()):
         if mesh.size < run.mesh.size:
             break
         axes = {f'mesh.{axis}': getattr(mesh, axis) for axis in AXES if getattr(mesh, axis) != getattr(run.mesh, axis)}
@@ -106,17 +105,10 @@ def changes_of(run: RunConfig) -> Iterator[dict[str, Any]]:
         length //= 2
 
 
-def rules_of(run: RunConfig) -> list[Divides]:
-    """What the mesh must divide."""
-    t = run.training
-    microbatches = t.microbatches if run.mesh.stage > 1 else None
-    return [*sizes(run.model), *batch_sizes(t.batch, t.sequence_length, t.accumulation, microbatches)]
-
-
 def changed(run: RunConfig, changes: Mapping[str, Any]) -> RunConfig | None:
     """A run with some of its keys changed; None where it does not work."""
     try:
         tried = with_settings(run, changes)
     except UserError:
         return None
-    return tried if all(rule.holds(tried.mesh) for rule in rules_of(tried)) else None
+    return tried if all(rule.holds(tried.mesh) for rule in tried.rules()) else None

@@ -8,8 +8,8 @@ from weft.model import cost
 from weft.model.config import ModelConfig
 from weft.planner.bill import bill, cache_bill, rules_of_thumb
 from weft.planner.chips import Chip, torus_shape
-from weft.planner.roofline import StepTime, mfu
-from weft.planner.search import SearchResult, TrainingCandidate, why, with_settings
+from weft.planner.roofline import mfu
+from weft.planner.search import Candidate, SearchResult, TrainingCandidate, why, with_settings
 from weft.planner.serving import ServingCandidate
 from weft.planner.traffic.tables import Traffic
 from weft.sharding.mesh import BATCH
@@ -53,6 +53,26 @@ def model_part(c: ModelConfig, length: int) -> dict[str, Any]:
     }
 
 
+def candidate_part(candidate: Candidate) -> dict[str, Any]:
+    """Memory, and the time of a step with what it is made of, to train or to serve as a candidate has it."""
+    time, figures = candidate.time, ('compute', 'memory', 'links', 'waits', 'bound', 'apart', 'predicted')
+    return {
+        'settings': candidate.settings,
+        'mesh': dataclasses.asdict(candidate.mesh),
+        'memory_per_chip_bytes': candidate.memory.parts() | {'total': candidate.total},
+        'memory_available_bytes': candidate.available,
+        'fits': candidate.fits,
+        'time': {
+            'parts': [dataclasses.asdict(part) for part in time.parts],
+            'collectives': [dataclasses.asdict(one) for one in time.collectives],
+            **{f'{name}_seconds': getattr(time, name) for name in figures},
+            'limit': time.limit,
+            'efficiency': time.efficiency,
+        },
+        'step_seconds': candidate.seconds,
+    }
+
+
 def training_part(candidate: TrainingCandidate, chip: Chip, terms: Terms) -> dict[str, Any]:
     """Memory, time and money of training as a candidate has it."""
     run, seconds = candidate.run, candidate.seconds
@@ -64,18 +84,12 @@ def training_part(candidate: TrainingCandidate, chip: Chip, terms: Terms) -> dic
     executed = sum(part.flops for part in candidate.time.parts) * chips / step_tokens
     return {
         'what': 'train',
-        'settings': candidate.settings,
-        'mesh': dataclasses.asdict(run.mesh),
+        **candidate_part(candidate),
         'remat': run.compute.remat,
         'accumulation': t.accumulation,
         'microbatches': run.microbatches,
         'tokens_per_step': step_tokens,
         'executed_flops_per_token': executed,
-        'memory_per_chip_bytes': candidate.memory.parts() | {'total': candidate.total},
-        'memory_available_bytes': candidate.available,
-        'fits': candidate.fits,
-        'time': time_part(candidate.time),
-        'step_seconds': seconds,
         'mfu': mfu(run, chip, seconds),
         'mfu_at_most': mfu(run, chip, candidate.time.bound),
         'tokens_per_second': step_tokens / seconds,
@@ -101,13 +115,7 @@ def serving_part(candidate: ServingCandidate, chip: Chip, terms: Terms) -> dict[
     flops = sum(cost.flops_per_token(candidate.model, 'decode', candidate.length).values())
     return {
         'what': 'serve',
-        'settings': candidate.settings,
-        'mesh': dataclasses.asdict(candidate.mesh),
-        'memory_per_chip_bytes': candidate.memory.parts() | {'total': candidate.total},
-        'memory_available_bytes': candidate.available,
-        'fits': candidate.fits,
-        'time': time_part(candidate.time),
-        'step_seconds': seconds,
+        **candidate_part(candidate),
         'mfu': flops * per_second / (chip.flops(candidate.compute.dtype) * chips),
         'tokens_per_second': per_second,
         'tokens_per_day': per_second * SECONDS_A_DAY,
@@ -150,18 +158,6 @@ def without_speed(part: Mapping[str, Any]) -> dict[str, Any]:
     """The part on training or serving, with None in place of what is in SPEED."""
     left = {name: None if name in SPEED else value for name, value in part.items()}
     return left | {name: without_speed(left[name]) for name in ('training', 'serving') if name in left}
-
-
-def time_part(time: StepTime) -> dict[str, Any]:
-    """A roofline with what it is made of."""
-    figures = ('compute', 'memory', 'links', 'waits', 'bound', 'apart', 'predicted')
-    return {
-        'parts': [dataclasses.asdict(part) for part in time.parts],
-        'collectives': [dataclasses.asdict(one) for one in time.collectives],
-        **{f'{name}_seconds': getattr(time, name) for name in figures},
-        'limit': time.limit,
-        'efficiency': time.efficiency,
-    }
 
 
 def as_planned(run: RunConfig, chosen: Mapping[str, Any]) -> RunConfig:

@@ -91,7 +91,6 @@ def bill_table(plan: dict[str, Any]) -> Table:
 
 
 def flops_table(plan: dict[str, Any]) -> Table:
-    """Matmul FLOPs a token."""
     f, c = plan['flops_per_token'], plan['context']
     kinds = ('train', 'prefill', 'decode')
     table = _table(f'FLOPs a token, {c:,} tokens of context: what the model needs, matmuls, causal', 'part', *kinds)
@@ -153,7 +152,6 @@ def search_table(search: dict[str, Any]) -> Table:
 
 
 def memory_table(plan: dict[str, Any]) -> Table:
-    """Bytes of one chip."""
     m, room = plan['memory_per_chip_bytes'], plan['memory_available_bytes']
     table = _table(
         f'Memory of a chip, mesh {MeshConfig(**plan["mesh"])} ({plan["mesh_is"]})', 'part', 'GiB', 'share of the chip'
@@ -189,13 +187,8 @@ def links_table(plan: dict[str, Any]) -> Table:
     behind = {'nowhere': 'nothing: waits', 'anywhere': 'all work', 'attention': 'attention'}
     for send in plan['time']['collectives']:
         if send['seconds'] > 1e-3 * plan['time']['predicted_seconds']:
-            figures = (
-                f'{send["calls"]:,.0f}',
-                amount(send['bytes']) + 'B',
-                amount(send['rate']),
-                f'{send["seconds"]:.4g}',
-            )
-            table.add_row(send['axes'], send['kind'], *figures, behind[send['hides']])
+            sent = f'{send["calls"]:,.0f}', amount(send['bytes']) + 'B', amount(send['rate'])
+            table.add_row(send['axes'], send['kind'], *sent, f'{send["seconds"]:.4g}', behind[send['hides']])
     return table
 
 

@@ -28,34 +28,19 @@ class ClaimedFigure:
         return 'so' if self.holds else f'{self.claimed / self.exact:.1f} times too large'
 
 
-# In billions (10^9), from the documents that this project grew from: "The Bill" of Llama 3 405B.
-LLAMA_3_405B = {
-    'embedding': 2.10,
-    'attention, a layer': 5.7,
-    'FFN, a layer': 26.17,
-    'a layer': 31.87,
-    'all layers': 401.6,
-    'head': 2.10,
-    'total': 405.8,
-}
-
-
 def llama_405b() -> tuple[ClaimedFigure, ...]:
-    """The table of Llama 3 405B line by line, in parameters."""
+    """The table of Llama 3 405B line by line, in parameters, as "The Bill" among this project's first documents has it."""
     found = bill(load_config(CONFIGS / 'llama-3.1-405b.yaml').model)
     row = {one.part: one for one in found.rows}
     (layer,) = found.layers
-    exact = {
-        'embedding': (row['embedding'].shapes, row['embedding'].total),
-        'attention, a layer': (row['attention'].shapes, row['attention'].each),
-        'FFN, a layer': (row['mlp'].shapes, row['mlp'].each),
-        'a layer': ('with two norms', layer.each),
-        'all layers': (f'× {layer.times}', layer.total),
-        'head': (row['head'].shapes, row['head'].total),
-        'total': ('with the last norm', found.total),
-    }
-    return tuple(
-        ClaimedFigure(part, exact[part][0], claimed * 1e9, exact[part][1]) for part, claimed in LLAMA_3_405B.items()
+    return (
+        ClaimedFigure('embedding', row['embedding'].shapes, 2.10e9, row['embedding'].total),
+        ClaimedFigure('attention, a layer', row['attention'].shapes, 5.7e9, row['attention'].each),
+        ClaimedFigure('FFN, a layer', row['mlp'].shapes, 26.17e9, row['mlp'].each),
+        ClaimedFigure('a layer', 'with two norms', 31.87e9, layer.each),
+        ClaimedFigure('all layers', f'× {layer.times}', 401.6e9, layer.total),
+        ClaimedFigure('head', row['head'].shapes, 2.10e9, row['head'].total),
+        ClaimedFigure('total', 'with the last norm', 405.8e9, found.total),
     )
 
 

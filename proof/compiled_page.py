@@ -204,11 +204,9 @@ def search_section(found: list[Searched]) -> Iterator[str]:
         if made.status != 'compiled':
             yield f'| {about} | {what} | {choice.total / 1e9:.4g} / – | | | | **{made.status}** |'
             continue
-        memory, sent = (
-            (choice.total, made.memory['total']),
-            (total_bytes(run_traffic(choice.run)), total_bytes(made.sent)),
-        )
-        cells = [f'{beside(a, b)} | {a / b:.3f}' for a, b in (memory, sent)]
+        memory = choice.total, made.memory['total']
+        sent = total_bytes(run_traffic(choice.run)), total_bytes(made.sent)
+        cells = [f'{beside(*pair)} | {pair[0] / pair[1]:.3f}' for pair in (memory, sent)]
         yield f'| {about} | {what} | {" | ".join(cells)} | {"yes" if made.fits else "**no**"} |'
     yield ''
 

@@ -20,7 +20,7 @@ from weft.model.parts.registry import check_at_least
 from weft.model.sizes import batch_sizes, sizes
 from weft.runtime.errors import UserError, nearest, nearest_path, shown
 from weft.runtime.registry import import_extensions
-from weft.sharding.mesh import BATCH, MeshConfig, check_divides
+from weft.sharding.mesh import BATCH, Divides, MeshConfig, check_divides
 from weft.storage.foreign import lone_surrogate
 from weft.training import yaml_text
 from weft.training.optimizers import OPTIMIZERS, AdamW, OptimizerConfig
@@ -114,9 +114,13 @@ class RunConfig:
                 f'model.positions.max is {c.max_positions} and training.sequence_length {t.sequence_length}: each token needs '
                 f'a row of the table of positions; nearest that works: model.positions.max={t.sequence_length}'
             )
+        check_divides(self.mesh, self.rules())
+
+    def rules(self) -> list[Divides]:
+        """What the mesh must divide."""
+        t = self.training
         microbatches = t.microbatches if self.mesh.stage > 1 else None
-        batch = batch_sizes(t.batch, t.sequence_length, t.accumulation, microbatches)
-        check_divides(self.mesh, [*sizes(c), *batch])
+        return [*sizes(self.model), *batch_sizes(t.batch, t.sequence_length, t.accumulation, microbatches)]
 
     @property
     def microbatches(self) -> int:
