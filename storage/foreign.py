@@ -63,20 +63,6 @@ def read_file(path: Path, most: int) -> bytes:
     return file.read(0, file.size)
 
 
-def _read_into(path: Path, descriptor: int, begin: int, out: memoryview) -> int:
-    """Fills `out` with the bytes from `begin` on; how many there were."""
-    try:
-        with open(descriptor, 'rb', closefd=False) as file:
-            file.seek(begin)
-            return file.readinto(out)
-    except OSError as error:
-        raise UserError(f'{shown_path(path)}: cannot be read: {error.strerror}') from None
-
-
-def changed(path: Path) -> UserError:
-    return UserError(f'{shown_path(path)}: changed while it was read: try again when nothing writes to it')
-
-
 @dataclasses.dataclass(frozen=True)
 class SteadyFile:
     """A file that is read by parts, all of them as it was when its header was read.
@@ -108,11 +94,16 @@ class SteadyFile:
         """Fills each row of `out` with the bytes from one of `begins` on. Raises UserError where the file has changed."""
         rows = out.reshape(len(begins), -1).view(np.uint8)
         with opened(self.path) as descriptor:
-            for row, begin in zip(rows, begins, strict=True):
-                if _read_into(self.path, descriptor, begin, row.data) < len(row):
-                    raise changed(self.path)
-            if _state(descriptor) != self.state:
-                raise changed(self.path)
+            whole = True
+            try:
+                with open(descriptor, 'rb', closefd=False) as file:
+                    for row, begin in zip(rows, begins, strict=True):
+                        file.seek(begin)
+                        whole &= file.readinto(row.data) == len(row)
+            except OSError as error:
+                raise self.error(f'cannot be read: {error.strerror}') from None
+            if not whole or _state(descriptor) != self.state:
+                raise self.error('changed while it was read: try again when nothing writes to it')
 
     def read(self, begin: int, size: int) -> bytes:
         """The bytes from `begin` on."""
