@@ -27,6 +27,7 @@ from weft.hub import read as hub
 from weft.hub.families import OPTIONAL
 from weft.hub.gguf.tokenizer import tokenizer_files
 from weft.hub.published_tokenizer import published_tokenizer
+from weft.hub.tokenizers.side_files import json_file
 from weft.model.sizes import sizes
 from weft.runtime.device_memory import human_bytes
 from weft.runtime.errors import UserError, shown
@@ -148,8 +149,8 @@ def files_beside(source: Path, found: hub.Published, unread: list[str]) -> dict[
     """The files beside the weights, of GGUF what its header says; `unread` gets a line for each that cannot be read."""
     if found.of_gguf is None:
         return published_folder.side_files(source, unread)
-    files = tokenizer_files(found.of_gguf.contents.values, found.of_gguf.path)
-    return {published_folder.CONFIG: found.of_gguf.config_json()} | files
+    files = tokenizer_files(found.of_gguf.contents.values, found.of_gguf.contents.path)
+    return {published_folder.CONFIG: json_file(found.of_gguf.config)} | files
 
 
 def finite_arrays(

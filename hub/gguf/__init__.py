@@ -21,7 +21,6 @@ from weft.hub.gguf.blocks import Blocks, Numbers
 from weft.hub.gguf.file import Contents
 from weft.hub.gguf.keys import Keys
 from weft.hub.gguf.sources import Expert, Narrowed, Undone
-from weft.hub.tokenizers.side_files import json_file
 from weft.runtime.errors import nearest
 from weft.storage.foreign import shown_value
 
@@ -81,10 +80,6 @@ class Model:
         self.stored = _as_most(contents, self._found)  # by the names of a published folder
 
     @property
-    def path(self) -> Path:
-        return self.contents.path
-
-    @property
     def packed(self) -> list[str]:
         """The types of its tensors in blocks of few bits."""
         return sorted({one.layout.name for one in self.contents.tensors.values() if isinstance(one, Blocks)})
@@ -125,9 +120,6 @@ class Model:
             if theirs in (base, where.pattern):
                 return where.filled(name if theirs == where.pattern else f'{name}.{suffix}')
         return published
-
-    def config_json(self) -> bytes:
-        return json_file(self.config)
 
     def _place(self, name: str, numbers: Numbers) -> None:
         """A tensor of the file as what it is in a published folder."""
