@@ -27,21 +27,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        t, penalty = self.temperature, self.repetition_penalty
+        t, penalty, most = self.temperature, self.repetition_penalty, f'and at most {HOTTEST:g}'
         for name, allowed, rule in (
-            (
-                'temperature',
-                0 <= t <= HOTTEST,
-                f'at least 0 and at most {HOTTEST:g}; 0 always takes the most likely token',
-            ),
+            ('temperature', 0 <= t <= HOTTEST, f'at least 0 {most}; 0 always takes the most likely token'),
             ('top_k', 0 <= self.top_k < 2**31, 'at least 0 and less than 2^31; 0 keeps all tokens'),
             ('top_p', 0 < self.top_p <= 1, 'above 0 and at most 1; 1 keeps all tokens'),
             ('min_p', 0 <= self.min_p <= 1, 'between 0 and 1; 0 keeps all tokens'),
-            (
-                'repetition_penalty',
-                0 < penalty <= HOTTEST,
-                f'above 0 and at most {HOTTEST:g}; 1 leaves all logits as they are',
-            ),
+            ('repetition_penalty', 0 < penalty <= HOTTEST, f'above 0 {most}; 1 leaves all logits as they are'),
             ('seed', 0 <= self.seed < 2**32, 'at least 0 and less than 2^32'),
         ):
             if not allowed:

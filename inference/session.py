@@ -150,7 +150,6 @@ class Session:
     def _read_anew(
         self, ids: Sequence[int], choice: RowSampling | None, seen_BV: np.ndarray | None
     ) -> tuple[jax.Array, jax.Array, Beside]:
-        """`_read` with a new cache."""
         self.cache, self.slots, self.kept = None, _doubled(len(ids), SLOTS), list(ids)
         tokens_BT = np.zeros((self.rows, _doubled(len(ids), BUCKET)), np.int32)
         tokens_BT[0, : len(ids)] = ids

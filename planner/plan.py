@@ -207,13 +207,11 @@ def search_part(found: SearchResult) -> dict[str, Any]:
 
 
 def chip_part(name: str, chip: Chip, chips: int) -> dict[str, Any]:
-    """The chip as it is described."""
     figures = {field: value for field, value in dataclasses.asdict(chip).items() if field != 'kinds'}
     return {'name': name, 'count': chips, 'torus_shape': list(torus_shape(chip, chips)), **figures}
 
 
 def run_part(run: RunConfig) -> dict[str, Any]:
-    """What is planned."""
     t = run.training
     return {
         'name': run.name,

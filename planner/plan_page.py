@@ -203,7 +203,6 @@ def _prose(text: str) -> str:
 
 
 def _table(table: Table) -> str:
-    """One of the terminal's tables."""
     kinds = []
     for column in table.columns:
         long = any(len(bound(str(cell))) > LONG for cell in column.cells)

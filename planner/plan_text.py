@@ -122,7 +122,6 @@ def flops_line(plan: dict[str, Any]) -> str:
 
 
 def rules_table(plan: dict[str, Any]) -> Table:
-    """What rules of thumb say, and why it differs."""
     table = _table('Rules of thumb', 'rule', 'is said to be', 'FLOPs', 'exact', 'times', 'why it differs')
     for rule in plan['rules_of_thumb']:
         figures = (amount(rule['rule']), amount(rule['exact']), f'{rule["times"]:.3g}')
@@ -166,7 +165,6 @@ def memory_table(plan: dict[str, Any]) -> Table:
 
 
 def time_table(plan: dict[str, Any]) -> Table:
-    """A step's parts: multiplying and moving."""
     t = plan['time']
     table = _table(
         'Time of a step on a chip, at its peaks', 'part', 'FLOPs', 's multiplying', 'bytes', 's moving', 'FLOPs a byte'
@@ -182,7 +180,6 @@ def time_table(plan: dict[str, Any]) -> Table:
 
 
 def links_table(plan: dict[str, Any]) -> Table:
-    """What a chip sends in a step."""
     table = _table('Sent by a chip in a step', 'over', 'kind', 'calls', 'bytes', 'bytes/s', 'seconds', 'hides behind')
     behind = {'nowhere': 'nothing: waits', 'anywhere': 'all work', 'attention': 'attention'}
     for send in plan['time']['collectives']:

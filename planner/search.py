@@ -199,11 +199,8 @@ def why(candidate: Candidate, best: Candidate | None) -> str:
     more = {f'works {mine.work:.3g} s instead of {theirs.work:.3g} s': mine.work - theirs.work}
     unhidden = lambda time: max(0.0, time.sending('anywhere') - time.work)
     more[f'its weights take {mine.sending("anywhere"):.3g} s to send'] = unhidden(mine) - unhidden(theirs)
-    axes = '+'.join(
-        dict.fromkeys(
-            send.axes for send in mine.collectives if send.hides != 'anywhere' and send.seconds > 0.1 * mine.waits
-        )
-    )
+    waited = (send.axes for send in mine.collectives if send.hides != 'anywhere' and send.seconds > 0.1 * mine.waits)
+    axes = '+'.join(dict.fromkeys(waited))
     more[f'waits {mine.waits:.3g} s for {axes} instead of {theirs.waits:.3g} s'] = mine.waits - theirs.waits
     text, most = max(more.items(), key=lambda one: one[1])
     ratio = candidate.cost / best.cost

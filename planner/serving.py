@@ -82,7 +82,6 @@ class ServingCandidate(Candidate):
 
     @property
     def settings(self) -> dict[str, str | int]:
-        """The mesh, and the rows."""
         return super().settings | {'rows': self.rows}
 
 

@@ -103,7 +103,6 @@ class Inventory:
 
 @functools.lru_cache(maxsize=256)
 def inventory(c: ModelConfig) -> Inventory:
-    """The weights of a model."""
     groups, outside = _of_stack(c, declared_decoder(c))
     if c.encoder:
         more, encoder = _of_stack(c.of_encoder, declared_decoder(c).encoder)

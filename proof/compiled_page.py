@@ -48,7 +48,6 @@ class PairPlan(NamedTuple):
 
 
 def plan_pair(pair: ProgramPair) -> PairPlan:
-    """By shapes alone."""
     run, chip = pair.config, CHIPS[pair.chip]
     c, compute, mesh = run.model, run.compute, run.mesh
     rows, length = run.training.batch, run.training.sequence_length
@@ -114,7 +113,6 @@ def beside(plan: float, compiled: float) -> str:
 
 
 def pairs_table(found: list[CompiledRow]) -> Iterator[str]:
-    """One line a pair."""
     names = 'model, step, chips, mesh, rows × tokens, arguments GB, memory GB, ratio, sent GB, ratio, fits, compiled in'
     yield f'| {" | ".join(names.split(", "))} |'
     yield f'|{"---|" * 4}{"---:|" * 6}---|---:|'
@@ -212,7 +210,6 @@ def search_section(found: list[Searched]) -> Iterator[str]:
 
 
 def compiled_page(found: list[CompiledRow], of_search: list[Searched]) -> str:
-    """All of it as Markdown."""
     lines = [HEAD, *summary(found), '', *pairs_table(found), '', *search_section(of_search)]
     lines += ['## Memory, collectives and roofline of the largest', '']
     for row in found:

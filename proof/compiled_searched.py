@@ -38,7 +38,6 @@ class Searched(NamedTuple):
 
 @functools.cache
 def searched() -> list[Searched]:
-    """All cases."""
     found = []
     for name, case in CASES.items():
         choice = search_training(case.run, CHIPS[case.chip], case.chips).best

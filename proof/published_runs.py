@@ -38,17 +38,14 @@ class PublishedRun:
 
     @property
     def chip(self) -> Chip:
-        """What it ran on."""
         return CHIPS[self.row['chip']]
 
     @property
     def name(self) -> str:
-        """Of the model."""
         return self.row['model']
 
     @property
     def machine(self) -> str:
-        """The model and what it ran on."""
         return f'{self.name} on {self.row["chips"]:,} {self.row["chip"]}'
 
     @functools.cached_property

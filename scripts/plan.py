@@ -57,7 +57,6 @@ def main() -> None:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The options of a command line."""
     parser = Parser(description=__doc__)
     parser.add_argument('config', help='a YAML file, such as configs/models/llama-3.1-8b.yaml')
     parser.add_argument('overrides', nargs='*', metavar='key=value', help='such as training.batch=512')

@@ -173,7 +173,6 @@ def read_import(run: Path | Bucket) -> Imported | None:
 
 
 def _is_dtype(name: str) -> bool:
-    """Whether tensors may be of it."""
     try:
         return bool(jnp.issubdtype(jnp.dtype(name), jnp.number))
     except TypeError:

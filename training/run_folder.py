@@ -35,7 +35,6 @@ def _within(folder: Path) -> tuple[Path | None, str]:
 
 
 def _runs(folder: Path | Bucket) -> list[str]:
-    """The runs in a folder."""
     if isinstance(folder, Bucket):
         names = folder.names() if '/' in folder.key else []  # all of a bucket is not a folder of runs
         return [str(folder / name) for name in names if (folder / name / 'config.yaml').is_file()]

@@ -59,7 +59,6 @@ class Traffic:
 
     @classmethod
     def of_budget(cls, rows: Mapping[str, list[float]]) -> 'Traffic':
-        """The table of a `budget`."""
         key = lambda text: tuple(text.split(' over ', 1))
         return cls({key(text): Sent(*amounts) for text, amounts in rows.items()})
 
@@ -69,7 +68,6 @@ class Traffic:
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> 'Traffic':
-        """The table that `to_json` wrote."""
         return dataclasses.replace(cls.of_budget(table['bytes']), unknown=table['unknown'])
 
     def __str__(self) -> str:
