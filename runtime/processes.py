@@ -153,7 +153,6 @@ def initialize(launch: Launch, devices: int) -> None:
 
 
 def _not_together() -> NoReturn:
-    """Ends the process, whose main thread waits in JAX for others."""
     streams.say(f'error: the processes did not find each other: after {TOGETHER} seconds not all are there')
     os._exit(peers.LOSS)
 
@@ -227,7 +226,6 @@ def _exchange(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _detect(environment: Mapping[str, str]) -> Launch | None:
-    """Where JAX would find several processes."""
     if all(name in environment for name in SLURM):
         for name in 'SLURM_PROCID', 'SLURM_LOCALID':  # which JAX reads
             _number(name, environment[name], 0)

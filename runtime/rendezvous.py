@@ -127,8 +127,6 @@ def give_word(seconds: float = WORD) -> None:
 
 
 class _Peers:
-    """See the functions above."""
-
     def __init__(self, process: int, count: int, exchange: Callable, goodbye: Callable[[], object]):
         self.process, self.count, self.goodbye = process, count, goodbye
         self.name = f'process {process} (host {socket.gethostname()})'
@@ -187,7 +185,6 @@ class _Peers:
         raise OSError(f'process {self.process} cannot reach {found["name"]}: {"; ".join(errors)}')
 
     def _read(self, number: int, link: '_Link') -> None:
-        """Hears one process until it ends."""
         while True:
             try:
                 message = link.receive()

@@ -242,6 +242,5 @@ def _hear(number: signal.Signals) -> None:
 
 
 def _end(number: signal.Signals) -> NoReturn:
-    """Ends the process, and all others of the run, wherever they are."""
     streams.say('')
     peers.fail(128 + number, f'{number.name}: ended at once')

@@ -111,7 +111,6 @@ class Reader:
             return {name: self.file(step, name) for name in manifest['files'] if '/' not in name}
 
     def _content(self, step: int, name: str) -> bytes:
-        """Of a file that may be missing."""
         return disk.read(self.folder / str(step) / name)
 
     @contextlib.contextmanager
@@ -305,7 +304,6 @@ class Reader:
 
 
 def _links(stack: contextlib.ExitStack, path: Path, names: Iterable[str]) -> Path:
-    """A folder of links to a checkpoint's files, which are open until the stack ends."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='weft-')))
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from weft.storage import files
 
 MOST_VALUES = 2**23  # of a JSON file, each an object of Python's: Gemma's tokenizer.json, the largest, has a third
 MOST_DEPTH = 64  # lists and objects within each other: no published file has ten
+TOO_DEEP = f'not readable as JSON: lists or objects stand within each other too deep: at most {MOST_DEPTH} are read'
 MOST_DIGITS = 64  # of a whole number
 HALF = re.compile(rb'\\u[dD][89abAB]|\\u[dD][c-fC-F]')  # of a surrogate pair, as JSON writes it
 VALUE = reprlib.Repr()
@@ -171,7 +172,7 @@ def _read_json(content: bytes, most_values: int) -> Any:
             content.removeprefix(b'\xef\xbb\xbf').decode(), object_pairs_hook=unique, parse_int=_whole_number
         )
     except RecursionError:
-        raise _too_deep() from None
+        raise Unreadable(TOO_DEEP) from None
     except Unreadable:
         raise
     except ValueError as error:
@@ -196,12 +197,6 @@ def _whole_number(digits: str) -> int:
     return int(digits)
 
 
-def _too_deep() -> Unreadable:
-    return Unreadable(
-        f'not readable as JSON: lists or objects stand within each other too deep: at most {MOST_DEPTH} are read'
-    )
-
-
 def _check_depth(found: Any) -> None:
     level = [found] if isinstance(found, (dict, list)) else []
     for _ in range(MOST_DEPTH):
@@ -213,7 +208,7 @@ def _check_depth(found: Any) -> None:
         ]
         if not level:
             return
-    raise _too_deep()
+    raise Unreadable(TOO_DEEP)
 
 
 def lone_surrogate(text: str) -> int | None:
