@@ -49,8 +49,7 @@ def causal_family(
 
 
 def read(f: Fields) -> ModelConfig:
-    no_windows(f)
-    return model_of(common(f) | biases(f))
+    return model_of(unwindowed(f) | {'mlp.bias': f('mlp_bias', False)})
 
 
 SIZES: Table = {
@@ -82,22 +81,18 @@ def sizes(f: Fields, kv_heads: int | None = None, **defaults: Any) -> dict[str, 
     return found
 
 
-def no_windows(f: Fields) -> None:
-    """That layer_types, which configs of models without windows may have too, tells of none."""
+def unwindowed(f: Fields, **defaults: Any) -> dict[str, Any]:
+    """`common` and attention's biases of a model without windows, of which layer_types, where it is there, tells none."""
     types = f('layer_types', ['full_attention'])
     if set(types) != {'full_attention'}:
         raise f.error(f'layer_types is {shown_value(types)}: this family has full_attention in all layers')
+    return common(f, **defaults) | attention_biases(f)
 
 
 def attention_biases(f: Fields, default: bool = False) -> dict[str, Any]:
     """Of all attention's projections."""
     bias = f('attention_bias', default)
     return {'attention.qkv_bias': bias, 'attention.o_bias': bias}
-
-
-def biases(f: Fields) -> dict[str, Any]:
-    """Of all attention's projections, of all of the MLP's."""
-    return attention_biases(f) | {'mlp.bias': f('mlp_bias', False)}
 
 
 def write(c: ModelConfig) -> dict[str, Any]:

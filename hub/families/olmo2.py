@@ -3,16 +3,7 @@
 from typing import Any
 
 from weft.hub.families import Fields
-from weft.hub.families.llama import (
-    ATTENTION,
-    MLP,
-    OUTER,
-    attention_biases,
-    causal_family,
-    common,
-    no_windows,
-    write_common,
-)
+from weft.hub.families.llama import ATTENTION, MLP, OUTER, causal_family, unwindowed, write_common
 from weft.hub.families.olmoe import QK_NORMS
 from weft.model.config import ModelConfig, model_of
 
@@ -23,9 +14,7 @@ NORMS = {
 
 
 def read(f: Fields) -> ModelConfig:
-    no_windows(f)
-    fields = common(f, rms_norm_eps=1e-5) | attention_biases(f)
-    return model_of(fields | {'norm.order': 'output', 'attention.qk_norm': 'full'})
+    return model_of(unwindowed(f, rms_norm_eps=1e-5) | {'norm.order': 'output', 'attention.qk_norm': 'full'})
 
 
 def write(c: ModelConfig) -> dict[str, Any]:

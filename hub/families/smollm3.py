@@ -3,7 +3,7 @@
 from typing import Any
 
 from weft.hub.families import Fields, pattern
-from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, biases, causal_family, common, write_common
+from weft.hub.families.llama import ATTENTION, MLP, NORMS, OUTER, attention_biases, causal_family, common, write_common
 from weft.hub.families.qwen2 import layer_types, read_windows
 from weft.hub.families.rope import read_rope
 from weft.model.config import ModelConfig, model_of
@@ -14,8 +14,8 @@ def read(f: Fields) -> ModelConfig:
     f.skip('max_window_layers')  # of other models' code, which SmolLM3's does not read
     turned = read_turned(f)
     windows = read_windows(f, [not one for one in turned], default=None)
-    fields = common(f, 4, read_rope(f, 2e6), tie_word_embeddings=True) | biases(f) | windows
-    return model_of(fields | {'positions.pattern': pattern(turned)})
+    fields = common(f, 4, read_rope(f, 2e6), tie_word_embeddings=True) | attention_biases(f) | windows
+    return model_of(fields | {'mlp.bias': f('mlp_bias', False), 'positions.pattern': pattern(turned)})
 
 
 def read_turned(f: Fields) -> list[bool]:
