@@ -311,9 +311,8 @@ def layer_bytes(
         name = {'attention': 'projections', 'shared_experts': 'experts'}.get(known.part, known.part)
         found[whole or name] += (visits * sides * passes + times * passes * read) * number
     if not whole and isinstance(a := c.attention, SoftmaxConfig):
-        found['attention'] = (
-            tokens * (a.heads + a.kv_heads) * (a.query_dim + a.value_dim) / mesh.tensor * passes * number
-        )
+        numbers = tokens * (a.heads + a.kv_heads) * (a.query_dim + a.value_dim) / mesh.tensor
+        found['attention'] = numbers * passes * number
     return found
 
 

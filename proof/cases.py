@@ -42,7 +42,6 @@ CODE = (  # what a result rests on, beside the version of jax
 
 
 def cases() -> dict[str, Callable[[], dict[str, Any]]]:
-    """Every case by name."""
     partial = functools.partial
     return {
         **{f'gradient/{kind}/{mesh}': partial(gradient_error, kind, mesh) for kind in MODELS for mesh in MESHES},
@@ -65,7 +64,6 @@ def holds(case: str, found: dict[str, Any]) -> bool:
 
 
 def figures_line(found: dict[str, Any]) -> str:
-    """A case's figures in a line."""
     return ', '.join(
         f'{name} {value:.2g}' if isinstance(value, float) else f'{name} {value}' for name, value in found.items()
     )

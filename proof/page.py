@@ -93,7 +93,6 @@ def initials(results: Results) -> list[str]:
 
 
 def long_runs(results: Results) -> list[str]:
-    """Losses of whole runs."""
     lines = [
         '## Losses of whole runs',
         '',

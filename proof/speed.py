@@ -237,7 +237,4 @@ def _is_cpu() -> bool:
 
 def _where(config: RunConfig) -> dict[str, Any]:
     simulated = ' (simulated)' if _is_cpu() and config.mesh.size > 1 else ''
-    return {
-        'mesh': str(config.mesh),
-        'device': f'{config.mesh.size} × {jax.devices()[0].device_kind}{simulated}',
-    }
+    return {'mesh': str(config.mesh), 'device': f'{config.mesh.size} × {jax.devices()[0].device_kind}{simulated}'}

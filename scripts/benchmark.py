@@ -89,7 +89,6 @@ def main() -> None:
 
 
 def measured(given: argparse.Namespace) -> dict[str, Any]:
-    """The figures of one benchmark."""
     if given.what == 'experts':
         from weft.proof.speed import measure_experts
 

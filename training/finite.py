@@ -22,7 +22,6 @@ PART = 1 << 24  # numbers that a thread takes
 AT_ONCE = 1 << 18  # of them, that it looks at together: they stay in its cache
 # The bits of infinity, of dtypes that NumPy itself asks three times slower: those of a NaN, as a whole number, are more.
 INFINITY = {'bfloat16': 0x7F80, 'float16': 0x7C00}
-SIGN = 0x8000
 RULE = 'numbers that are not finite (NaN or infinite)'
 
 
@@ -71,7 +70,7 @@ def _is_finite(part: np.ndarray) -> bool:
             if not np.isfinite(some).all():
                 return False
         # As whole numbers with a sign those without one are the largest, else those with it.
-        elif some.view(np.int16).max() >= infinity or some.view(np.uint16).max() >= infinity | SIGN:
+        elif some.view(np.int16).max() >= infinity or some.view(np.uint16).max() >= infinity | 0x8000:  # the sign
             return False
     return True
 
