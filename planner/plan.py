@@ -189,7 +189,6 @@ def compiled_part(compiled: 'Compiled', chosen: Mapping[str, Any]) -> dict[str, 
 
 
 def search_part(found: SearchResult) -> dict[str, Any]:
-    """What a search looked at, and why its first choice is that."""
     return {
         'meshes': found.meshes,
         'ranked': [

@@ -66,7 +66,6 @@ def pictures(plan: dict[str, Any]) -> list[str]:
 
 
 def headline(plan: dict[str, Any]) -> str:
-    """The figures that one looks for first."""
     memory, room = plan['memory_per_chip_bytes']['total'], plan['memory_available_bytes']
     figures = [
         ('parameters', count(plan['parameters']['total'])),

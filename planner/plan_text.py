@@ -18,7 +18,6 @@ STRATEGIES = 12  # that are told
 
 
 def print_plan(plan: dict[str, Any], console: Console) -> None:
-    """Prints all of a plan."""
     run, chip = plan['run'], plan['chip']
     torus = ' × '.join(map(str, chip['torus_shape']))
     say(
@@ -48,7 +47,6 @@ def say(console: Console, line: str, style: str = '') -> None:
 
 
 def tables(plan: dict[str, Any]) -> Iterator[Table]:
-    """The tables of a plan, in order."""
     yield bill_table(plan)
     yield flops_table(plan)
     yield rules_table(plan)
@@ -130,7 +128,6 @@ def rules_table(plan: dict[str, Any]) -> Table:
 
 
 def search_table(search: dict[str, Any]) -> Table:
-    """The best of each strategy, and why it is not the first."""
     best, every = search['ranked'][:STRATEGIES], len(search['ranked'])
     serving = 'rows' in best[0]['settings']
     which = 'of each set of axes' if every <= STRATEGIES else f'{STRATEGIES} of {every} sets of axes'
@@ -190,7 +187,6 @@ def links_table(plan: dict[str, Any]) -> Table:
 
 
 def compiled_table(plan: dict[str, Any]) -> Table:
-    """What a compiler made of the step, beside the plan."""
     c = plan['compiled']
     took = sum(c['seconds'].values())
     said = f': {_gist(c["message"])}' if c['message'] else ''

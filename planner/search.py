@@ -51,7 +51,6 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        """Whether a chip holds it."""
         return self.total <= self.available
 
     @property
@@ -116,7 +115,6 @@ class SearchResult:
 
     @property
     def best(self) -> Any:
-        """The first candidate, where it fits."""
         return self.ranked[0] if self.ranked[0].fits else None
 
 

@@ -191,7 +191,6 @@ The first choices of `plan.py` without a mesh for the cases of proof/search_case
 
 
 def search_section(found: list[Searched]) -> Iterator[str]:
-    """What the search chose beside what the compilers made of it."""
     yield SEARCHED
     for one in found:
         made, choice, t = one.compiled, one.choice, one.choice.run.training

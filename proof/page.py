@@ -27,7 +27,6 @@ def proof_page(results: Results, cases: Collection[str]) -> str:
 
 
 def summary(results: Results, cases: Collection[str]) -> list[str]:
-    """The worst of each claim."""
 
     def worst(prefix: str, field: str = 'error') -> str:
         values = [found[field] for case, found in results.found.items() if case.startswith(prefix) and field in found]

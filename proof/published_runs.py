@@ -89,7 +89,6 @@ class PublishedRun:
 
     @property
     def ratio(self) -> float:
-        """Predicted by measured."""
         return self.predicted / self.measured
 
 

@@ -87,7 +87,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def make(options: argparse.Namespace) -> dict[str, Any]:
-    """The plan that the options ask for."""
     from weft.planner.chips import chip_named
 
     chip = chip_named(options.chip)

@@ -29,7 +29,6 @@ class Evaluation(NamedTuple):
 
     @property
     def nats_per_token(self) -> float:
-        """Mean cross-entropy."""
         return self.nats / self.tokens
 
     @property

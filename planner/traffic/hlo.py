@@ -132,9 +132,8 @@ class _Module:
         return found
 
     def _loop(self, outer: Computation, loop: Instruction, known: Mapping[int, int], found: Traffic) -> None:
-        condition, body = (
-            self.computations[re.search(rf'{part}=%?([\w.\-]+)', loop.attributes)[1]] for part in ('condition', 'body')
-        )
+        called = lambda part: self.computations[re.search(rf'{part}=%?([\w.\-]+)', loop.attributes)[1]]
+        condition, body = called('condition'), called('body')
         ends = _elements(body, body.root)
         first = [_integer(outer, element, known) for element in _elements(outer, loop.operands[0])]
         unchanged = {
