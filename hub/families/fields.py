@@ -101,8 +101,8 @@ KIND_OF: dict[str, Kind] = {  # of fields by name, which mean the same in every 
         'topk_group', 'q_lora_rank', 'kv_lora_rank', 'qk_nope_head_dim', 'qk_rope_head_dim', 'v_head_dim',
         'max_position_embeddings', 'original_max_position_embeddings', 'initial_context_length', 'n_positions', 'n_ctx',
         'sliding_window_size', 'decoder_sparse_step', 'no_rope_layer_interval', 'shared_expert_intermediate_size',
-        'relative_attention_num_buckets',
-        'relative_attention_max_distance', 'moe_layer_freq', 'full_attn_mod', 'interpolate_factor',
+        'relative_attention_num_buckets', 'relative_attention_max_distance', 'moe_layer_freq', 'full_attn_mod',
+        'interpolate_factor',
     ], COUNT),
     **dict.fromkeys([
         'first_k_dense_replace', 'max_window_layers', 'n_shared_experts', 'num_nextn_predict_layers', 'num_mtp_layers',

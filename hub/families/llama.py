@@ -27,11 +27,7 @@ NORMS = {
     'model.layers.{i}.input_layernorm.weight': 'attention_norm.scale_D',
     'model.layers.{i}.post_attention_layernorm.weight': 'mlp_norm.scale_D',
 }
-OUTER = {
-    'model.embed_tokens.weight': 'embed_VD',
-    'model.norm.weight': 'norm.scale_D',
-    'lm_head.weight': 'head_DV',
-}
+OUTER = {'model.embed_tokens.weight': 'embed_VD', 'model.norm.weight': 'norm.scale_D', 'lm_head.weight': 'head_DV'}
 
 
 def causal_family(
