@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import jax
@@ -20,12 +20,12 @@ import jax.numpy as jnp
 from weft.model.batch import Source
 from weft.model.block import Block, has_costs
 from weft.model.compute import ComputeConfig
-from weft.model.config import LayerSpec, ModelConfig
+from weft.model.config import LayerSpec, ModelConfig, changed
 from weft.model.costs import CostCounter, What
 from weft.model.decoder import declared_decoder, weights_of
 from weft.model.dots import dots
 from weft.model.forward import hidden_states, logits
-from weft.model.kv_cache import CacheSize
+from weft.model.kv_cache import CacheArray, CacheSize
 from weft.model.layers.norm import Norm
 from weft.model.parameters import Parameter, abstract, declared
 from weft.model.stack import declared_cache
@@ -132,8 +132,12 @@ def forward_flops(
     return count.found
 
 
+@functools.lru_cache(maxsize=256)
 def _traced_layers(c: ModelConfig, tokens: int) -> float:
-    """FLOPs of one token in all layers, an encoder's too, traced in rows of so many tokens that all see each other."""
+    """FLOPs of one token in all layers, traced in rows of so many tokens that all see each other.
+
+    With an encoder of a token of the target and one of the source, in decoding too.
+    """
     with jax.sharding.use_abstract_mesh(abstract_mesh(MeshConfig())):
         model = abstract(declared_decoder(c, ComputeConfig(attention='reference', grouped_matmul='ragged')), 'float32')
         row_BT = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
@@ -189,16 +193,26 @@ def decode_bytes(c: ModelConfig, rows: int, keys: float, weight_bytes: int, cach
     if c.moe:
         parts['experts'] *= 1 - (1 - c.moe.top_k / c.moe.experts) ** rows
     seen = sum(c.attention.reach(keys, kind.windowed) for kind in c.layer_specs) / c.layers
-    cache = cache_numbers(c, 1) + cache_numbers_per_token(c) * (seen - 1)
-    return sum(parts.values()) * weight_bytes / rows + max(cache, 0) * cache_bytes
-
-
-def cache_numbers(c: ModelConfig, tokens: int) -> int:
-    """Numbers in every layer's cache of a row of so many tokens; without what TPUs fill up."""
-    groups = declared_cache(c, CacheSize(rows=1, length=tokens))
-    return sum(math.prod(array.shape) for group in groups for array in group.arrays)
+    return sum(parts.values()) * weight_bytes / rows + cache_numbers_per_token(c) * seen * cache_bytes + state_bytes(c)
 
 
 def cache_numbers_per_token(c: ModelConfig) -> int:
-    """Those of one more token while no window is full: its keys and values, or its latent vectors; a state's are none."""
-    return cache_numbers(c, 2) - cache_numbers(c, 1)
+    """Numbers in every layer's cache for one more token while no window is full: keys and values, or a latent vector."""
+    return sum(math.prod(two.shape) - math.prod(one.shape) for one, two in _cache_arrays(c))
+
+
+def state_bytes(c: ModelConfig) -> int:
+    """Bytes that every layer's cache has for a row of any length, such as a recurrent state; computed in bfloat16."""
+    sizes = (
+        (jnp.dtype(one.dtype).itemsize, math.prod(one.shape), math.prod(two.shape)) for one, two in _cache_arrays(c)
+    )
+    return sum(width * (2 * one - two) for width, one, two in sizes)
+
+
+def _cache_arrays(c: ModelConfig) -> Iterator[tuple[CacheArray, CacheArray]]:
+    """The arrays of a cache for a row of one token and of two, as if no layer had a window; without what TPUs fill up."""
+    if getattr(c.attention, 'window', None):
+        c = changed(c, {'attention.window': None})
+    caches = (declared_cache(c, CacheSize(rows=1, length=tokens, dtype='bfloat16')) for tokens in (1, 2))
+    for one, two in zip(*caches, strict=True):
+        yield from zip(one.arrays, two.arrays, strict=True)

@@ -1,4 +1,4 @@
-"""Matmul FLOPs of a traced program, counted at each dot: what `model.flops` says by formula is held to this.
+"""Matmul FLOPs of a traced program, counted at each dot: what `planner.flops` says by formula is held to this.
 
 Conventions. A multiplication and an addition are 2 FLOPs. A dot counts by its shapes alone: masked scores, padding and what
 a mask throws away afterwards are computed and count. A ragged dot counts each row of its buffer once, with one group's

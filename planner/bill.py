@@ -161,7 +161,7 @@ def _shapes(c: ModelConfig, spec: LayerSpec, part: str, count: int) -> str:
         _by(*experts, *([shared] if shared > 1 else []), *([n] if n > 1 else []), rows, columns // shared)
         for (*experts, rows, columns), n in found.items()
     )
-    return _with_vectors(text, count - sum(n * math.prod(shape) for shape, n in found.items()))
+    return _with_vectors(text, count - sum(n * math.prod(shape) for shape, n in found.items())) if text else 'vectors'
 
 
 def _by(*sizes: int) -> str:
@@ -184,7 +184,7 @@ class CacheBill:
         numbers: of one token in all layers.
         without_sharing: the same if each query head had a key and a value of its own.
         layers, windowed: layers, and those of them that see no more than `window` tokens.
-        state: numbers of a row however long it is, such as a recurrent state.
+        state: bytes of a row however long it is, such as a recurrent state's.
     """
 
     kind: str
@@ -202,13 +202,13 @@ class CacheBill:
 
     def full_bytes(self, context: int) -> int:
         """Of a row of `context` tokens, if layers with a window kept all of them too."""
-        return context * self.bytes_per_token + 2 * self.state
+        return context * self.bytes_per_token + self.state
 
     def bytes(self, context: int) -> float:
         """Of a row of `context` tokens, as decoding keeps it: layers with a window keep no more tokens than they see."""
         seen = min(context, self.window) if self.window else context
         tokens = (self.layers - self.windowed) * context + self.windowed * seen
-        return tokens * self.bytes_per_token / self.layers + 2 * self.state
+        return tokens * self.bytes_per_token / self.layers + self.state
 
 
 def cache_bill(c: ModelConfig) -> CacheBill:
@@ -226,7 +226,7 @@ def cache_bill(c: ModelConfig) -> CacheBill:
         layers=c.layers,
         windowed=sum(spec.windowed for spec in c.layer_specs),
         window=getattr(a, 'window', None),
-        state=cost.cache_numbers(c, 1) - numbers,
+        state=cost.state_bytes(c),
     )
 
 
@@ -270,7 +270,8 @@ def rules_of_thumb(c: ModelConfig, context: int) -> tuple[RuleOfThumb, ...]:
     share = (
         f', {forward["attention"] / sum(forward.values()):.1%} of the work at {S:,}' if 'attention' in forward else ''
     )
-    why = f'leaves out attention to other tokens{share}'
+    attends = isinstance(c.attention, SoftmaxConfig)
+    why = f'leaves out attention to other tokens{share}' if attends else 'counts products with weights alone'
     if not c.embedding.tied:
         why += f', and counts the embedding, a lookup ({c.vocabulary * E / N:.1%} of N)'
     if c.moe:
@@ -280,11 +281,11 @@ def rules_of_thumb(c: ModelConfig, context: int) -> tuple[RuleOfThumb, ...]:
         RuleOfThumb('2N', 'a token forward', 2.0 * N, sum(forward.values()), why),
         RuleOfThumb('6N', 'a token in training', 6.0 * N, sum(train.values()), f'2N thrice, so it {why}{ahead}'),
     )
-    if not c.causal or c.encoder or not isinstance(c.attention, SoftmaxConfig):
+    if not c.causal or c.encoder or not attends:
         return rules
     H, decode = c.attention.heads, cost.flops_per_token(c, 'decode', S)
     one = sum(decode.values())
-    share = f'attention is {decode.get("attention", 0.0) / one:.1%}'
+    share = f'; attention is {decode["attention"] / one:.1%} of its work' if 'attention' in decode else ''
     prompt = f'it is a whole prompt of {S:,} tokens, where with a cache a new token meets each weight once'
     formula = E * c.vocabulary + L * (8.0 * E**2 * S + 4.0 * E * H * S + H * S**2)
     hidden = f'{3 if c.mlp.gated else 2} of {_by(E, c.moe.mlp_dim if c.moe else c.mlp.dim)}'
@@ -294,6 +295,6 @@ def rules_of_thumb(c: ModelConfig, context: int) -> tuple[RuleOfThumb, ...]:
     )
     return (
         *rules,
-        RuleOfThumb('2N·S', 'a token while decoding', 2.0 * N * S, one, f'{prompt}; {share} of its work'),
+        RuleOfThumb('2N·S', 'a token while decoding', 2.0 * N * S, one, prompt + share),
         RuleOfThumb('E·V + L(8E²S + 4EHS + HS²)', 'a token while decoding', formula, one, short),
     )

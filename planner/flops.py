@@ -94,7 +94,7 @@ def executed(
 
     Experts count the rows that visit them; the backends that compute more (`reference`, all experts for each row) count the
     same. With `dispatch: all_to_all` they count their buffers, full or not. Of a model with a layer that does not say what it
-    costs the one part is `model`, as traced.
+    costs the one part is `model`, as traced: of the backend `reference`.
     """
     assert (c.encoder is None) == (source == 0), 'an encoder reads a source'
     length = -(-length // mesh.context) * mesh.context

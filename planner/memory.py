@@ -84,11 +84,10 @@ def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
     if has_costs(c):
         of = [(group, *((inside, ticks) if group.where == 'pipeline' else (outside, 1))) for group in held.groups]
         kept = sum(times * kept_by(group, count) for group, count, times in of)
+        kept += 3 * outside.x(c) if mesh.stage > 1 else 0  # what waits, moves and is done
         working, gathered = max((at_work(group, count) for group, count, _ in of), key=sum)
     else:
         kept, working, gathered = _traced_layers(run, outside)
-    if mesh.stage > 1:
-        kept += 3 * outside.x(c)  # what waits, moves and is done
     head, logits = in_loss(c, outside)
     waits = head * outside.number  # the head's gradient, which is scattered with the others
     of_layers = sum(group.held(mesh) * weight.shard(mesh) for group in held.groups for weight in group.weights)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from weft.model import cost
+from weft.model.block import has_costs
 from weft.model.config import ModelConfig
 from weft.planner.bill import bill, cache_bill, rules_of_thumb
 from weft.planner.chips import Chip, torus_shape
@@ -46,6 +47,7 @@ def model_part(c: ModelConfig, length: int) -> dict[str, Any]:
             'bill': whole.to_json(),
         },
         'context': length,
+        'traced': not has_costs(c),
         'flops_per_token': {what: sum(parts.values()) for what, parts in flops.items()} | {'by_part': flops},
         'rules_of_thumb': [rule.to_json() for rule in rules_of_thumb(c, length)],
         'cache_bytes_per_token': cache.bytes_per_token,

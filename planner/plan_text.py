@@ -105,9 +105,10 @@ def flops_line(plan: dict[str, Any]) -> str:
     c = plan['cache']
     shared = c['numbers'] != c['without_sharing']
     alone = f' (a key and a value for each query head would be {2 * c["without_sharing"]:,})' if shared else ''
-    lines = [f'{c["kind"]} cache: {plan["cache_bytes_per_token"]:,.0f} bytes a token in bfloat16{alone}']
+    traced = ['counted by tracing, not by part: a kind of layer does not say what it costs'] if plan['traced'] else []
+    lines = [*traced, f'{c["kind"]} cache: {plan["cache_bytes_per_token"]:,.0f} bytes a token in bfloat16{alone}']
     if c['state']:
-        lines.append(f'{gb(2 * c["state"])} a row, however long it is')
+        lines.append(f'{gb(c["state"])} a row, however long it is')
     if c['windowed']:
         lines.append(
             f'{gb(c["bytes"])} for {plan["context"]:,}, of which layers with a window keep {c["window"]:,} each: '

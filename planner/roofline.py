@@ -129,7 +129,7 @@ class StepTime:
     @property
     def waits(self) -> float:
         """Seconds that a device waits for what it cannot go on without."""
-        attention = sum(part.seconds for part in self.parts if part.name in ('attention', 'cross_attention'))
+        attention = sum(part.seconds for part in self.parts if part.name in ('attention', 'cross_attention', 'model'))
         return self.sending('nowhere') + max(0.0, self.sending('attention') - attention)
 
     def sending(self, hides: Hides) -> float:
@@ -155,7 +155,7 @@ def decode_time(
     device_rows = rows / mesh.span(BATCH)
     moved = collections.defaultdict[str, float](float)
     for group in inventory(c).groups:
-        if group.where not in ('ahead', 'encoder'):
+        if group.where not in ('mtp', 'encoder'):
             _add(moved, layer_bytes(group, compute, mesh, device_rows, 1, 1, rows), group.layers)
     moved['attention'] = cache_bytes(c, compute, mesh, rows, length, chip.platform)
     number = jnp.dtype(compute.dtype).itemsize
@@ -171,7 +171,7 @@ def prefill_time(
     tokens = rows / mesh.span(BATCH) * length / mesh.context
     moved = collections.defaultdict[str, float](float)
     for group in inventory(c).groups:
-        if group.where != 'ahead':
+        if group.where != 'mtp':
             _add(moved, layer_bytes(group, compute, mesh, tokens, 1, 1), group.layers)
     flops = step_flops(c, compute, 'prefill', mesh, rows, length)
     return step_time(compute, mesh, chip, flops, moved, communication.prefill(c, compute, mesh, rows, length))
@@ -211,6 +211,9 @@ def step_time(
     sent: Traffic,
 ) -> StepTime:
     """FLOPs of all devices together, bytes of one."""
+    if 'model' in flops:  # traced, not by part: the bytes of all parts move meanwhile
+        layers = sum(size for name, size in moved.items() if name != 'optimizer')
+        moved = {'model': layers} | {name: size for name, size in moved.items() if name == 'optimizer'}
     parts = []
     for name in dict.fromkeys((*flops, *moved)):
         mine, size = flops.get(name, 0.0) / mesh.size, moved.get(name, 0.0)
@@ -295,7 +298,7 @@ def layer_bytes(
     With `rows`, tokens of all devices together, only the experts that one of them is expected to visit if choices are even.
     """
     c, number = group.config, jnp.dtype(compute.dtype).itemsize
-    whole = {'encoder': 'encoder', 'ahead': 'mtp'}.get(group.where)  # told as one part
+    whole = {'encoder': 'encoder', 'mtp': 'mtp'}.get(group.where)  # told as one part
     found = collections.defaultdict[str, float](float)
     for weight in group.weights:
         known = weight.declared

@@ -1,7 +1,8 @@
 """Counting by tracing: a model with a kind of layer that does not say what it costs (`model.costs`) is counted in its programs.
 
-They are traced by shapes alone on a mesh that has no devices, a loop's layers once, in about a second whatever the mesh: exact,
-but not by part, and too slow to try thousands of meshes.
+They are traced by shapes alone on a mesh that has no devices, a loop's layers once, in about a second. FLOPs are those of every
+product of the program, masked scores too (attention's backend is `reference`), and not by part; what is kept for the backward
+pass is what JAX's rules keep, of which a compiler may drop some. A search over hundreds of meshes takes minutes.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from weft.sharding.mesh import BATCH, MeshConfig, abstract_mesh
 from weft.training.loss import loss_and_gradient, loss_fn
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=2**12)
 def traced_flops(
     c: ModelConfig,
     compute: ComputeConfig,
@@ -50,12 +51,16 @@ def traced_flops(
     return dots(jaxpr, dataclasses.asdict(mesh)).flops
 
 
+@functools.lru_cache(maxsize=2**12)
 def traced_traffic(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, what: What, *sizes: int) -> Traffic:
-    """What one device sends in a call of a program, a step without its gradient's norm; `sizes`: those of `traced`."""
+    """What one device of a TPU sends in a call of a program, its loss's scalars too, but not the norm of the gradient.
+
+    `sizes`: rows, length, source, accumulation and microbatches, as `planner.flops.executed` has them.
+    """
     return jaxpr_traffic(traced(c, compute, mesh, what, *sizes), dataclasses.asdict(mesh))
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=2**12)
 def traced_activations(
     c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig, rows: int, length: int, microbatches: int, platform: str
 ) -> float:
@@ -73,7 +78,7 @@ def traced_activations(
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays.values())
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=16)
 def traced(
     c: ModelConfig,
     compute: ComputeConfig,

@@ -16,7 +16,7 @@ from weft.model.decoder import Decoder, declared_decoder
 from weft.model.parameters import Parameter, Role, declared
 from weft.sharding.mesh import MeshConfig
 
-Where = Literal['pipeline', 'stack', 'encoder', 'ahead']
+Where = Literal['pipeline', 'stack', 'encoder', 'mtp']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Group:
     where: Where  # `pipeline`: the layers are split over `stage`; `stack`: every stage has all of them; the encoder's; `mtp`
     experts: bool  # whether they are mixtures of experts
     layers: int  # of all stages together
-    ends: int  # of them the last of what is computed once more for the backward pass in one go (`model.decoder.remat`)
+    ends: int  # of them the last of what is computed once more for the backward pass in one go (`model.stack.remat`)
     written: int  # of them those that a program writes down: the units of kinds that its loops repeat
     config: ModelConfig  # the encoder's for its layers
     weights: tuple[Weight, ...]  # of one layer
@@ -110,7 +110,7 @@ def inventory(c: ModelConfig) -> Inventory:
         outside += encoder
     if c.mtp.layers:
         last, weights = c.layer_specs[-1], _weights(declared_decoder(c).mtp)
-        groups.append(Group('ahead', last.experts, c.mtp.layers, 0, c.mtp.layers, c, weights))
+        groups.append(Group('mtp', last.experts, c.mtp.layers, 0, c.mtp.layers, c, weights))
     return Inventory(tuple(groups), tuple(outside))
 
 

@@ -2,7 +2,7 @@
 
 import ast
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 
@@ -15,10 +15,10 @@ def without_docstrings(source: str) -> ast.Module:
     return tree
 
 
-def code_hash(paths: Iterable[Path], more: str = '') -> str:
-    """12 hex digits of SHA-256 over the code of files and of folders (every .py below), in their order, and of `more`."""
+def code_hash(paths: Iterable[Path], more: str = '', without: Collection[Path] = ()) -> str:
+    """12 hex digits of SHA-256 over the code of files and of folders (all .py below but `without`), in order, and of `more`."""
     digest = hashlib.sha256(more.encode())
     for path in paths:
-        for file in sorted(path.rglob('*.py')) if path.is_dir() else [path]:
+        for file in sorted({*path.rglob('*.py')} - {*without}) if path.is_dir() else [path]:
             digest.update(ast.dump(without_docstrings(file.read_text(encoding='utf-8'))).encode())
     return digest.hexdigest()[:12]

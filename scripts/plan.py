@@ -141,6 +141,7 @@ def compiling(options, config, chosen: dict[str, Any]) -> dict[str, Any]:
 
 def train(options, config, chip, terms, mesh: str):
     """Which mesh it is, what a search found, the plan's part on training, and how many chips hold it where these do not."""
+    from weft.model.block import has_costs
     from weft.planner.fewest import fewest_to_train
     from weft.planner.plan import training_part
     from weft.planner.search import TrainingCandidate, search_training
@@ -152,6 +153,11 @@ def train(options, config, chip, terms, mesh: str):
             mesh = SEARCHED
     if mesh == SEARCHED:
         dataclasses.replace(config, mesh=MeshConfig()).check_sizes()
+        if not has_costs(config.model):
+            print(
+                'plan: a step is traced on each mesh that is tried, which takes minutes; --mesh names one',
+                file=sys.stderr,
+            )
         found = search_training(config, chip, options.chips)
         chosen = found.ranked[0]
     fits_from = None if chosen.fits else fewest_to_train(config, chip)

@@ -69,11 +69,19 @@ def own_record() -> Record:
         host=socket.gethostname(),
         boot=_first_line('/proc/sys/kernel/random/boot_id') or socket.gethostname(),
         process=os.getpid(),
-        space=os.readlink('/proc/self/ns/pid') if os.path.islink('/proc/self/ns/pid') else '',
+        space=_space(),
         began=_began(os.getpid()),
         since=time.strftime('%Y-%m-%d %H:%M:%S %z'),
         command=shown(command, 400),  # with a JSON of at most LONG bytes, whatever was written there
     )
+
+
+def _space() -> str:
+    """The namespace of this process's number; empty where the machine has none, or does not tell."""
+    try:
+        return os.readlink('/proc/self/ns/pid')
+    except OSError:
+        return ''
 
 
 def record_of(content: bytes) -> Record:

@@ -58,9 +58,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for field, value in vars(self).items():
-            if field in NOT_NEGATIVE and not value >= 0:
+            if field in NOT_NEGATIVE and value is not None and not value >= 0:
                 raise UserError(f'optimizer.{field} is {value}: it must be at least 0')
-            if field in DECAY_RATES and not 0 <= value < 1:
+            if field in DECAY_RATES and value is not None and not 0 <= value < 1:
                 raise UserError(f'optimizer.{field} is {value}: it must be at least 0 and less than 1')
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise UserError(f'optimizer.grad_clip is {self.grad_clip}: it must be above 0; null turns clipping off')

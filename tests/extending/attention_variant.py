@@ -10,6 +10,7 @@ import jax
 
 from weft.model.config import LayerSpec, ModelConfig
 from weft.model.context import ForwardContext
+from weft.model.costs import CostCounter
 from weft.model.layers.attention import Attention
 from weft.model.linear import Linear
 from weft.model.parameters import Size
@@ -31,6 +32,13 @@ class GatedAttention(Attention):
         super().__init__(c, kind)
         N = Size(c.attention.heads * c.attention.head_dim, 'model.attention.heads', c.attention.heads)
         self.gate = Linear(Size(c.model_dim, 'model.model_dim'), N, part='attention')
+
+    @staticmethod
+    def costs(c: ModelConfig, spec: LayerSpec, count: CostCounter) -> None:
+        Attention.costs(c, spec, count)
+        width = c.attention.heads * c.attention.head_dim / count.mesh.tensor
+        count.matmul('projections', count.tokens, c.model_dim, width)
+        count.keep(2 * count.tokens * width * count.number)  # the gate, and what it is multiplied by
 
     def attend(self, x_BTD, ctx: ForwardContext, cache, layer):
         a_BTN, cache = super().attend(x_BTD, ctx, cache, layer)

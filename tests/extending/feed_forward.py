@@ -12,6 +12,7 @@ from jax import P
 
 from weft.model.config import ModelConfig
 from weft.model.context import ForwardContext
+from weft.model.layers.mlp import Mlp
 from weft.model.linear import Linear, TransposedLinear
 from weft.model.parameters import Role, Size, parameter
 from weft.model.parts.feed_forward import MLPConfig
@@ -33,6 +34,8 @@ class SquaredRelu(nnx.Module):
         D, F = Size(c.model_dim, 'model.model_dim'), Size(c.mlp.dim, 'model.mlp.dim')
         self.up, self.down = Linear(D, F, part='mlp'), TransposedLinear(F, D, part='mlp')
         self.scale_F = parameter((F,), P('tensor'), Role.SCALE, value=1.0, part='mlp')
+
+    costs = staticmethod(Mlp.costs)  # of a plain MLP: two products
 
     def __call__(self, x_BTD, ctx: ForwardContext):
         h_BTF = jax.nn.relu(self.up(ctx.gather_sequence(x_BTD))) ** 2

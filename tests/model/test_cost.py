@@ -126,4 +126,10 @@ def test_a_cache_is_filled_up_for_tpus_alone(name, tensor, numbers, on_tpu):
 
 
 def test_cache_is_two_vectors_a_head_and_layer():
-    assert cost.cache_numbers_per_token(DENSE) * 2 == 2 * 2 * 2 * 8 * 2
+    assert cost.cache_numbers_per_token(DENSE) == 2 * 2 * 2 * 8
+    assert cost.state_bytes(DENSE) == 0
+
+
+def test_a_window_of_one_token_is_no_state():
+    c = changed(DENSE, {'attention.window': 1, 'attention.window_pattern': (True, False)})
+    assert (cost.cache_numbers_per_token(c), cost.state_bytes(c)) == (cost.cache_numbers_per_token(DENSE), 0)

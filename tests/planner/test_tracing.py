@@ -59,6 +59,19 @@ def test_what_layers_keep_is_near_what_the_formula_says(name, remat):
     assert 1 <= (deep - half) / (layers / 2) <= 4 / 3
 
 
+@pytest.mark.parametrize('name', configs.CHANGES)
+def test_every_change_has_a_bill(name):
+    c = configs.config(configs.CHANGES[name]).model
+    part = model_part(c, 8)
+    assert part['parameters']['total'] == sum(cost.parameters(c).values()) > 0
+    assert part['traced'] == (name not in ('attention_variant', 'feed_forward'))
+    assert all(row['shapes'] and not row['shapes'].startswith(' ') for row in part['parameters']['bill']['rows'])
+    assert all('0.0%' not in rule['why'] for rule in part['rules_of_thumb'])
+    state = 2 * 4 * 4 * 4 * 4 if name == 'recurrent_state' else 0  # layers, heads, and a head's state in float32
+    assert part['cache']['state'] == state
+    assert part['cache']['bytes'] == 8 * part['cache_bytes_per_token'] + state
+
+
 @pytest.mark.parametrize('name', ['recurrent_state', 'router'])
 def test_a_kind_that_does_not_say_what_it_costs_has_a_plan(name):
     run = configs.config(configs.CHANGES[name])
