@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import jax
@@ -27,18 +27,18 @@ from weft.model.dots import dots
 from weft.model.forward import hidden_states, logits
 from weft.model.kv_cache import CacheArray, CacheSize
 from weft.model.layers.norm import Norm
-from weft.model.parameters import Parameter, abstract, declared
+from weft.model.parameters import abstract, declared
 from weft.model.stack import declared_cache
 from weft.sharding.mesh import MeshConfig, abstract_mesh
 
 
 def parameters(c: ModelConfig) -> dict[str, int]:
     """Parameters by part; the sum is what a checkpoint holds (with the embedding's padding rows)."""
-    parts: dict[str, int] = {}
+    parts = Counter[str]()
     for name, weight in weights_of(c).items():
         part = next((whole for whole in ('mtp', 'encoder') if name.startswith(f'{whole}.')), weight.part)
-        parts[part] = parts.get(part, 0) + math.prod(weight.global_shape)
-    return parts
+        parts[part] += math.prod(weight.global_shape)
+    return dict(parts)
 
 
 def layer_matrices(c: ModelConfig, spec: LayerSpec, part: str) -> list[tuple[int, ...]]:
@@ -49,24 +49,15 @@ def layer_matrices(c: ModelConfig, spec: LayerSpec, part: str) -> list[tuple[int
 
 def layer_parameters(c: ModelConfig, spec: LayerSpec) -> dict[str, int]:
     """Parameters of one layer by part."""
-    return _by_part(declared(Block(c, spec)).values())
+    found = Counter[str]()
+    for weight in declared(Block(c, spec)).values():
+        found[weight.part] += weight.size
+    return dict(found)
 
 
 def norm_parameters(c: ModelConfig) -> int:
     """Parameters of one norm."""
     return sum(weight.size for weight in declared(Norm(c)).values())
-
-
-def mtp_layer_parameters(c: ModelConfig) -> int:
-    """Parameters of one layer of `mtp`."""
-    return sum(weight.size for name, weight in weights_of(c).items() if name.startswith('mtp.'))
-
-
-def _by_part(weights: Iterable[Parameter]) -> dict[str, int]:
-    parts: dict[str, int] = {}
-    for weight in weights:
-        parts[weight.part] = parts.get(weight.part, 0) + weight.size
-    return parts
 
 
 def active_parameters(c: ModelConfig) -> int:
@@ -134,10 +125,7 @@ def forward_flops(
 
 @functools.lru_cache(maxsize=256)
 def _traced_layers(c: ModelConfig, tokens: int) -> float:
-    """FLOPs of one token in all layers, traced in rows of so many tokens that all see each other.
-
-    With an encoder of a token of the target and one of the source, in decoding too.
-    """
+    """FLOPs of one token, with an encoder and one of its source, in all layers: traced in rows of so many that see each other."""
     with jax.sharding.use_abstract_mesh(abstract_mesh(MeshConfig())):
         model = abstract(declared_decoder(c, ComputeConfig(attention='reference', grouped_matmul='ragged')), 'float32')
         row_BT = jax.ShapeDtypeStruct((1, tokens), jnp.int32)

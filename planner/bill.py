@@ -76,12 +76,6 @@ class Bill:
             found[row.part] += row.total
         return dict(found)
 
-    @property
-    def ffn_share(self) -> float:
-        """What MLPs and experts have of the parameters of all layers."""
-        ffn = sum(row.total for row in self.rows if row.layer and row.part in ('mlp', 'experts', 'shared_experts'))
-        return ffn / sum(row.total for row in self.rows if row.layer)
-
     def to_json(self) -> dict[str, Any]:
         line = lambda row: dataclasses.asdict(row) | {'total': row.total, 'active': row.active}
         return {
@@ -137,7 +131,7 @@ def _after(c: ModelConfig):
     if c.pooler:
         yield _once('pooler', D * D + D + c.next_sentence * (2 * D + 2), _with_vectors(_by(D, D), 1))
     if c.mtp.layers:
-        each = cost.mtp_layer_parameters(c)
+        each = cost.parameters(c)['mtp'] // c.mtp.layers
         yield BillRow('mtp', f'a layer + {_by(D, 2 * D)} + norms', each, c.mtp.layers, 0)
 
 

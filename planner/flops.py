@@ -143,7 +143,10 @@ def _ends(c: ModelConfig, count: FlopCounter) -> None:
     """What stands between the last layer and the logits, and the layers that predict further ahead, each with a head."""
     if not c.head:
         return
-    D, V, once = c.model_dim, c.padded_vocabulary, dataclasses.replace(count, compute=_kept(count.compute))
+    D, V = c.model_dim, c.padded_vocabulary
+    once = dataclasses.replace(
+        count, compute=dataclasses.replace(count.compute, remat='none')
+    )  # nothing is computed again
     if c.head_mlp:
         once.add('head', 2.0 * count.own_tokens * D**2)
     if count.what not in ('train', 'loss'):
@@ -161,8 +164,3 @@ def _ends(c: ModelConfig, count: FlopCounter) -> None:
         Block.costs(c, c.layer_specs[-1], ahead)
         dataclasses.replace(once, times=c.mtp.layers, found=ahead.found).add('head', loss)
         count.found['mtp'] = sum(ahead.found.values())
-
-
-def _kept(compute: ComputeConfig) -> ComputeConfig:
-    """Of what is in no layer nothing is computed again."""
-    return dataclasses.replace(compute, remat='none')

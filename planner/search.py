@@ -9,13 +9,12 @@ import bisect
 import dataclasses
 import functools
 import heapq
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from weft.model.compute import Remat
-from weft.model.sizes import batch_sizes, sizes
+from weft.model.sizes import batch_sizes
 from weft.planner.chips import Chip
 from weft.planner.layouts import divisors, meshes, nearest_count
 from weft.planner.memory import Memory, optimizer_bytes, stored, training_memory
@@ -251,15 +250,6 @@ def _fewest_parts(options: list[TrainingCandidate]) -> TrainingCandidate:
     if not options[-1].fits:
         return min(options[0], options[-1], key=lambda candidate: candidate.total)
     return options[bisect.bisect_left(options, True, lo=1, key=lambda candidate: candidate.fits)]
-
-
-def everything(run: RunConfig, chip: Chip, among: Iterable[MeshConfig]) -> Iterator[TrainingCandidate]:
-    """Every way to train on any of the meshes that works: the search without its shortcuts."""
-    rules = [*sizes(run.model), *batch_sizes(run.training.batch, run.training.sequence_length)]
-    for mesh in among:
-        if all(rule.holds(mesh) for rule in rules):
-            for remat in REMAT:
-                yield from itertools.chain.from_iterable(ways(run, mesh, chip, remat))
 
 
 def _cuts(run: RunConfig, mesh: MeshConfig) -> Iterator[tuple[int | None, list[int]]]:

@@ -245,11 +245,6 @@ def family_of(fields: Fields) -> Family:
     return known[names[0]]
 
 
-def stored_name(family: Family, c: ModelConfig, name: str) -> str:
-    """What a tensor of a family's table is called in files of this model: without the prefix where there is no head."""
-    return name if c.head else name.removeprefix(family.prefix)
-
-
 def near(name: str, known: Iterable[str]) -> str:
     """What an architecture may have been meant to be, where it is nearly that, as the tail of a message; else what there is.
 

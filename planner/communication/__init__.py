@@ -5,8 +5,7 @@ over `tensor` around its blocks, the keys and values that go round `context`, to
 on theirs through a pipeline, the embedding, the loss over a split vocabulary, and the sums of gradients over the axes that
 replicate a weight. Left out: scalars (the loss's sums, the gradient's norm).
 
-A count takes as long for a deep model as for a shallow one, so that a search may try thousands of meshes. A model with a kind
-of layer that does not say what it sends is traced, on each mesh anew.
+A count takes as long for a deep model as for a shallow one: a search tries thousands of meshes. What says no costs is traced.
 """
 
 import dataclasses
@@ -23,8 +22,6 @@ from weft.planner.traffic.tables import Traffic
 from weft.planner.weights import inventory
 from weft.sharding.mesh import BATCH, MeshConfig
 from weft.sharding.pipeline import ticks
-
-__all__ = ['decoding', 'prefill', 'training']
 
 
 def training(

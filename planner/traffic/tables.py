@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -112,15 +111,6 @@ def span(axes: Iterable[str], mesh: Mesh) -> int:
 
 
 # Budgets --------------------------------------------------------------------------------------------------------------
-
-
-def dumps(budgets: Mapping[str, Mapping[str, list[float]]]) -> str:
-    """JSON with one row a line, so that a change of a budget is a readable diff."""
-    parts = []
-    for part, rows in budgets.items():
-        lines = ',\n'.join(f'  {json.dumps(text)}: {json.dumps(amounts)}' for text, amounts in rows.items())
-        parts.append(f' {json.dumps(part)}: {{\n{lines}\n }}' if lines else f' {json.dumps(part)}: {{}}')
-    return '{\n' + ',\n'.join(parts) + '\n}\n'
 
 
 SUSPECTS = {

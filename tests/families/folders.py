@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.families import cases, weights
-from tests.families.loading import read
+from tests.families.loading import read, stored_name
 from weft.hub import published_folder, tensor_files
 from weft.hub import read as hub
-from weft.hub.families import stored_name
 from weft.hub.tensor_table import tensors
 
 

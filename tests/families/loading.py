@@ -11,13 +11,18 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from tests.families import cases, weights
-from weft.hub.families import Family, Fields, family_of, stored_name
+from weft.hub.families import Family, Fields, family_of
 from weft.hub.tensor_table import array_shapes, tensors
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.decoder import Decoder, init_decoder
 
 GOLDENS = Path(os.environ.get('GOLDENS') or Path(__file__).parent / 'goldens')  # others: `make parity`
+
+
+def stored_name(family: Family, c: ModelConfig, name: str) -> str:
+    """What a tensor of a family's table is called in files of this model: without the prefix where there is no head."""
+    return name if c.head else name.removeprefix(family.prefix)
 
 
 class Golden(NamedTuple):

@@ -361,9 +361,8 @@ def write_large(folder: Path) -> None:
     def zeros(name: str, shape: tuple[int, ...]) -> np.ndarray:
         return np.zeros(shape, np.float32)
 
-    from tests.families.loading import read
+    from tests.families.loading import read, stored_name
     from weft.hub import read as hub
-    from weft.hub.families import stored_name
     from weft.hub.tensor_table import tensors
 
     family, c = read(config)

@@ -7,6 +7,7 @@ REGOLD=1 pytest tests/planner/test_budgets.py
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from weft.model import context, linear
 from weft.model.compute import DEFAULT, ComputeConfig
 from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig, changed
 from weft.planner.traffic.hlo import compiled_traffic
-from weft.planner.traffic.tables import Traffic, difference, dumps
+from weft.planner.traffic.tables import Traffic, difference
 from weft.planner.traffic.traced import jaxpr_traffic
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.config import RunConfig
@@ -35,6 +36,15 @@ DENSE = ModelConfig(
 EXPERTS = dataclasses.replace(
     DENSE, layers=2, moe=MoEConfig(experts=8, mlp_dim=16, shared_experts=1, first_dense_layers=1)
 )
+
+
+def dumps(budgets: Mapping[str, Mapping[str, list[float]]]) -> str:
+    """JSON with one row a line, so that a change of a budget is a readable diff."""
+    parts = []
+    for part, rows in budgets.items():
+        lines = ',\n'.join(f'  {json.dumps(text)}: {json.dumps(amounts)}' for text, amounts in rows.items())
+        parts.append(f' {json.dumps(part)}: {{\n{lines}\n }}' if lines else f' {json.dumps(part)}: {{}}')
+    return '{\n' + ',\n'.join(parts) + '\n}\n'
 
 
 class Case(NamedTuple):
