@@ -125,7 +125,7 @@ def forward_flops(
 
 @functools.lru_cache(maxsize=256)
 def _traced_layers(c: ModelConfig, tokens: int) -> float:
-    """FLOPs of one token, with an encoder and one of its source, in all layers: traced in rows of so many that see each other."""
+    """FLOPs of one token, and of one of a source, in all layers: traced in rows of so many tokens that see each other."""
     with jax.sharding.use_abstract_mesh(abstract_mesh(MeshConfig())):
         model = abstract(declared_decoder(c, ComputeConfig(attention='reference', grouped_matmul='ragged')), 'float32')
         row_BT = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
