@@ -74,7 +74,7 @@ def traced_activations(
 
         jaxpr = jax.make_jaxpr(kept)(_model(c, compute), batch).jaxpr
     given = {id(v) for v in jaxpr.invars}
-    arrays = {id(v): v.aval for v in jaxpr.outvars if id(v) not in given and not isinstance(v, Literal)}
+    arrays: dict[int, Any] = {id(v): v.aval for v in jaxpr.outvars if id(v) not in given and not isinstance(v, Literal)}
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in arrays.values())
 
 
