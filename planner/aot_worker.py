@@ -46,7 +46,7 @@ def rows(*shape: int, dtype: Any = jnp.int32) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(jax.sharding.get_mesh(), P(BATCH)))
 
 
-def training_step(config: RunConfig, batch: int, length: int):
+def training_step(config: RunConfig, batch: int, length: int) -> tuple[Any, tuple[Any, ...]]:
     """The step of training, which keeps its state's memory, and its arguments."""
     row_BT = rows(batch, length)
     source = Source(row_BT, row_BT, row_BT) if config.model.encoder else None
@@ -54,7 +54,7 @@ def training_step(config: RunConfig, batch: int, length: int):
     return step, (abstract_state(config), Batch(row_BT, row_BT, row_BT, row_BT, source))
 
 
-def serving_step(config: RunConfig, what: str, batch: int, length: int):
+def serving_step(config: RunConfig, what: str, batch: int, length: int) -> tuple[Any, tuple[Any, ...]]:
     """The step that reads prompts of `length` tokens, or that decodes one more token with a cache of as many slots."""
     model = abstract(lambda: in_compute_dtype(init(config).model))
     model = unstacked(model, kinds) if is_written_out(model) else model

@@ -9,6 +9,7 @@ left out, so that totals are the publisher's.
 import collections
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from weft.model import cost
@@ -92,11 +93,11 @@ def bill(c: ModelConfig) -> Bill:
     return Bill(tuple(row for row in (*_before(c), *_layers(c, 'layer'), *_after(c)) if row.each * row.times))
 
 
-def _before(c: ModelConfig):
-    D, V = c.model_dim, c.vocabulary
+def _before(c: ModelConfig) -> Iterator[BillRow]:
+    D, V = c.model_dim, _vocabulary(c)
     yield _once('embedding', V * D, _by(V, D))
     if c.positions.kind == 'learned':
-        yield _once('positions', c.max_positions * D, _by(c.max_positions, D))
+        yield _once('positions', c.positions.max * D, _by(c.positions.max, D))
     yield _once('segments', c.embedding.token_types * D, _by(c.embedding.token_types, D))
     yield _once('norms', c.embedding.norm * cost.norm_parameters(c), 'of the embedding')
     if c.encoder:
@@ -106,7 +107,7 @@ def _before(c: ModelConfig):
         yield _once('norms', (e.norm.order != 'post') * cost.norm_parameters(e), 'after the encoder')
 
 
-def _layers(c: ModelConfig, name: str):
+def _layers(c: ModelConfig, name: str) -> Iterator[BillRow]:
     """The rows of each kind of layer. Windows change no parameter."""
     counts = collections.Counter(kind.experts for kind in c.layer_specs)
     for experts, times in sorted(counts.items()):
@@ -117,12 +118,15 @@ def _layers(c: ModelConfig, name: str):
         for part in (*known, *(part for part in parts if part not in known)):
             if not (each := parts.get(part, 0)):
                 continue
-            active = each * c.moe.top_k // c.moe.experts if part == 'experts' else each
+            active = each
+            if part == 'experts':
+                assert c.moe is not None, 'a mixture has them'
+                active = each * c.moe.top_k // c.moe.experts
             yield BillRow(part, _shapes(c, spec, part, each), each, times, active, label)
 
 
-def _after(c: ModelConfig):
-    D, V = c.model_dim, c.vocabulary
+def _after(c: ModelConfig) -> Iterator[BillRow]:
+    D, V = c.model_dim, _vocabulary(c)
     yield from _relative(c)
     yield _once('norms', (c.norm.order != 'post') * cost.norm_parameters(c), 'after the layers')
     head = V * D if c.head and not c.embedding.tied else 0
@@ -135,7 +139,7 @@ def _after(c: ModelConfig):
         yield BillRow('mtp', f'a layer + {_by(D, 2 * D)} + norms', each, c.mtp.layers, 0)
 
 
-def _relative(c: ModelConfig):
+def _relative(c: ModelConfig) -> Iterator[BillRow]:
     if c.positions.kind == 'relative':
         yield _once('positions', c.positions.buckets * c.attention.heads, _by(c.positions.buckets, c.attention.heads))
 
@@ -150,12 +154,20 @@ def _shapes(c: ModelConfig, spec: LayerSpec, part: str, count: int) -> str:
         return _by(count // c.model_dim, c.model_dim)
     matrices = [shape for shape in cost.layer_matrices(c, spec, part) if len(shape) > 1 + (part == 'experts')]
     found = collections.Counter(sorted(matrices, key=math.prod, reverse=True))
-    shared = c.moe.shared_experts if part == 'shared_experts' else 1  # side by side in one matrix
+    shared = 1
+    if part == 'shared_experts':  # side by side in one matrix
+        assert c.moe is not None, 'a mixture has them'
+        shared = c.moe.shared_experts
     text = ' + '.join(
         _by(*experts, *([shared] if shared > 1 else []), *([n] if n > 1 else []), rows, columns // shared)
         for (*experts, rows, columns), n in found.items()
     )
     return _with_vectors(text, count - sum(n * math.prod(shape) for shape, n in found.items())) if text else 'vectors'
+
+
+def _vocabulary(c: ModelConfig) -> int:
+    assert c.vocabulary is not None, 'a bill is of a model with its vocabulary: see RunConfig.with_vocabulary'
+    return c.vocabulary
 
 
 def _by(*sizes: int) -> str:
@@ -259,7 +271,7 @@ def rules_of_thumb(c: ModelConfig, context: int) -> tuple[RuleOfThumb, ...]:
     N is what a token meets (`Bill.active`), S = `context`, E the model's width, V the vocabulary, L layers, H heads. The last
     two are of models that decode without an encoder.
     """
-    N, S, E, L = bill(c).active, context, c.model_dim, c.layers
+    N, S, E, L, V = bill(c).active, context, c.model_dim, c.layers, _vocabulary(c)
     forward, train = cost.forward_flops(c, cost.keys_seen(c, S), S), cost.flops_per_token(c, 'train', S)
     share = (
         f', {forward["attention"] / sum(forward.values()):.1%} of the work at {S:,}' if 'attention' in forward else ''
@@ -267,7 +279,7 @@ def rules_of_thumb(c: ModelConfig, context: int) -> tuple[RuleOfThumb, ...]:
     attends = isinstance(c.attention, SoftmaxConfig)
     why = f'leaves out attention to other tokens{share}' if attends else 'counts products with weights alone'
     if not c.embedding.tied:
-        why += f', and counts the embedding, a lookup ({c.vocabulary * E / N:.1%} of N)'
+        why += f', and counts the embedding, a lookup ({V * E / N:.1%} of N)'
     if c.moe:
         why += f'; N is what a token meets: all parameters would be {bill(c).total / N:.1f} times as many'
     ahead = '; the layers that predict further ahead are left out too' if c.mtp.layers else ''
@@ -281,7 +293,7 @@ def rules_of_thumb(c: ModelConfig, context: int) -> tuple[RuleOfThumb, ...]:
     one = sum(decode.values())
     share = f'; attention is {decode["attention"] / one:.1%} of its work' if 'attention' in decode else ''
     prompt = f'it is a whole prompt of {S:,} tokens, where with a cache a new token meets each weight once'
-    formula = E * c.vocabulary + L * (8.0 * E**2 * S + 4.0 * E * H * S + H * S**2)
+    formula = E * V + L * (8.0 * E**2 * S + 4.0 * E * H * S + H * S**2)
     hidden = f'{3 if c.mlp.gated else 2} of {_by(E, c.moe.mlp_dim if c.moe else c.mlp.dim)}'
     short = (
         f'{prompt}; and a product and a sum are one operation in it, the projections of a token 4·E·H and not about 4·E², '

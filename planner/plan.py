@@ -158,7 +158,7 @@ SPEED = [
 
 def without_speed(part: Mapping[str, Any]) -> dict[str, Any]:
     """The part on training or serving, with None in place of what is in SPEED."""
-    left = {name: None if name in SPEED else value for name, value in part.items()}
+    left: dict[str, Any] = {name: None if name in SPEED else value for name, value in part.items()}
     return left | {name: without_speed(left[name]) for name in ('training', 'serving') if name in left}
 
 

@@ -307,6 +307,7 @@ def layer_bytes(
         routed = known.part == 'experts'
         read = float(weight.used(mesh))
         if rows is not None and routed:
+            assert c.moe is not None, 'a mixture has experts'
             read *= 1 - (1 - c.moe.top_k / c.moe.experts) ** rows
         height, width = known.shape[-2:]
         sides = height + (width / mesh.tensor if 'tensor' in weight.split else width)

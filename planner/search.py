@@ -145,8 +145,8 @@ def search_training(run: RunConfig, chip: Chip, chips: int) -> SearchResult:
         if tried[key] if far else bound > ALIKE * fastest[key]:
             continue
         if not exact:
-            least[n] = _fastest(run, options[n], chip)
-            heapq.heappush(queue, (least[n].seconds if least[n] else 0.0, True, n))
+            least[n] = soonest = _fastest(run, options[n], chip)
+            heapq.heappush(queue, (soonest.seconds if soonest else 0.0, True, n))
             continue
         found = (least[n] if far else None) or best_of_mesh(run, options[n], chip)
         tried[key].append(found)

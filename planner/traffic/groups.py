@@ -35,12 +35,15 @@ def replica_groups(attributes: str, n: int) -> np.ndarray:
 
 def source_target_pairs(attributes: str) -> np.ndarray:
     """[pairs, 2]: the devices of a permutation, who sends to whom."""
-    text = re.search(r'source_target_pairs=\{(.*?\})\}', attributes)[1]
-    return np.array([_numbers(pair) for pair in re.findall(r'\{([\d, ]+)\}', text)])
+    found = re.search(r'source_target_pairs=\{(.*?\})\}', attributes)
+    assert found, attributes
+    return np.array([_numbers(pair) for pair in re.findall(r'\{([\d, ]+)\}', found[1])])
 
 
 def _iota(text: str) -> np.ndarray:
-    shape, base, order = re.match(r'\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?', text).groups()
+    found = re.match(r'\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?', text)
+    assert found, text
+    shape, base, order = found.groups()
     ids = np.arange(math.prod(_numbers(base or shape))).reshape(_numbers(base or shape))
     return (ids.transpose(_numbers(order)) if order else ids).reshape(_numbers(shape))
 

@@ -132,8 +132,7 @@ class _Module:
         return found
 
     def _loop(self, outer: Computation, loop: Instruction, known: Mapping[int, int], found: Traffic) -> None:
-        called = lambda part: self.computations[re.search(rf'{part}=%?([\w.\-]+)', loop.attributes)[1]]
-        condition, body = called('condition'), called('body')
+        condition, body = (self.computations[_called(loop, part)] for part in ('condition', 'body'))
         ends = _elements(body, body.root)
         first = [_integer(outer, element, known) for element in _elements(outer, loop.operands[0])]
         unchanged = {
@@ -193,7 +192,9 @@ def _trips(
         return None
     counter = _element_of_parameter(condition, root.operands[0])
     limit = _integer(condition, root.operands[1], unchanged)
-    if counter is None or limit is None or not ends or not first or first[counter] is None:
+    if counter is None or limit is None or not ends or not first:
+        return None
+    if (begin := first[counter]) is None:
         return None
     added = body.instructions[_source(body, ends[counter])]
     if added.opcode != 'add' or _element_of_parameter(body, added.operands[0]) != counter:
@@ -201,7 +202,14 @@ def _trips(
     step = _integer(body, added.operands[1], unchanged)
     if not step or step < 0:
         return None
-    return max(0, -(-(limit + (direction[1] == 'LE') - first[counter]) // step))
+    return max(0, -(-(limit + (direction[1] == 'LE') - begin) // step))
+
+
+def _called(loop: Instruction, part: str) -> str:
+    """The computation that is a loop's `condition` or `body`."""
+    found = re.search(rf'{part}=%?([\w.\-]+)', loop.attributes)
+    assert found, loop.attributes
+    return found[1]
 
 
 def _elements(computation: Computation, tuple_name: str) -> tuple[str, ...]:
@@ -228,7 +236,9 @@ def _element_of_parameter(computation: Computation, wanted: str) -> int | None:
     found = computation.instructions[_source(computation, wanted)]
     if found.opcode != 'get-tuple-element' or computation.instructions[found.operands[0]].opcode != 'parameter':
         return None
-    return int(re.search(r'index=(\d+)', found.attributes)[1])
+    index = re.search(r'index=(\d+)', found.attributes)
+    assert index, found.attributes
+    return int(index[1])
 
 
 def _integer(computation: Computation, wanted: str, known: Mapping[int, int]) -> int | None:

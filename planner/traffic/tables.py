@@ -141,6 +141,7 @@ def difference(
         if 0 < excess <= ignore * total.get(key[1], 0):
             continue
         if had is None:
+            assert have is not None, 'the key is one of either table'
             lines.append(f'{name(key)}: {_amount(have)} (not in the budget){hint}')
         elif have is None:
             lines += [f'{name(key)}: gone (budget {_amount(had)})'] if exact else []
