@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from weft.model.batch import Batch
+from weft.model.decoder import Decoder
 from weft.proof.equivalence import TOLERANCE, gradient_error, one_gradient
 from weft.sharding.collectives import tensor_slice
 from weft.sharding.mesh import MeshConfig
@@ -43,7 +45,7 @@ def own_counts(real: Callable) -> Callable:
 def late_borders(real: Callable) -> Callable:
     """A document's first token is taken for the last one of the document before."""
 
-    def sums(model, batch, *rest):
+    def sums(model: Decoder, batch: Batch, *rest: Any) -> Any:
         segment_BT = batch.segment_BT
         late_BT = jnp.where(segment_BT > 0, jnp.roll(segment_BT, 1, axis=1).at[:, 0].set(segment_BT[:, 0]), 0)
         return real(model, batch._replace(segment_BT=late_BT), *rest)

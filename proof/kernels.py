@@ -34,7 +34,7 @@ def kernels(step: Callable[[], Any], count: int = 3) -> list[Kernel]:
             for line in plane.lines:
                 if line.name.startswith('Stream') or line.name == 'XLA Ops':
                     for event in line.events:
-                        seconds[event.name] += event.duration_ns / 1e9 / count  # type: ignore[assignment]
+                        seconds[event.name] += event.duration_ns / 1e9 / count
                         calls[event.name] += 1
     return [Kernel(name, time, calls[name] / count) for name, time in seconds.most_common()]
 

@@ -69,18 +69,21 @@ def running_peer(
     # Isolated: the folder of the worker has modules by names that a peer may look for.
     command = [python, '-I', str(worker), *arguments]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        told, said = process.stdin, process.stdout
+        assert told is not None
+        assert said is not None
 
         def ask(line: str) -> Any:
-            process.stdin.write(f'{line}\n')
-            process.stdin.flush()
-            answer = process.stdout.readline()
+            told.write(f'{line}\n')
+            told.flush()
+            answer = said.readline()
             if not answer:
                 raise UserError(f'--python {python}: {worker.stem} ended; its message stands above')
             return json.loads(answer)
 
-        process.stdin.write(first)
-        process.stdin.flush()
-        about = next((line for line in process.stdout if line.startswith('ready')), '')  # it may say a few things first
+        told.write(first)
+        told.flush()
+        about = next((line for line in said if line.startswith('ready')), '')  # it may say a few things first
         if not about:
             raise UserError(f'--python {python}: {worker.stem} did not start; its message stands above')
         yield about.removeprefix('ready').strip(), ask

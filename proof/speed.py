@@ -228,7 +228,10 @@ def peak_memory() -> int:
 
 def measurable(config: RunConfig) -> RunConfig:
     """The config with a vocabulary, where only its data would give one."""
-    return config if config.model.vocabulary else config.with_vocabulary(config.data.vocabulary)
+    if config.model.vocabulary:
+        return config
+    assert config.data.vocabulary is not None, 'model.vocabulary and data.vocabulary are null'
+    return config.with_vocabulary(config.data.vocabulary)
 
 
 def _is_cpu() -> bool:

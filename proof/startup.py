@@ -42,6 +42,7 @@ def first_token(run: str, prompt: str, cache: str) -> tuple[float, float]:
         tempfile.TemporaryFile() as told,
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=told) as process,
     ):
+        assert process.stdout, 'it is a pipe'
         process.stdout.read(len(prompt.encode()) + 1)
         first = time.perf_counter() - began
         process.stdout.read()

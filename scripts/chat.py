@@ -65,6 +65,7 @@ def main() -> int:
         f'out of memory on a device: weights {gib(shard_bytes(opened.kind))}, the rest the cache of a conversation; split '
         'them over more devices with --mesh'
     )
+    assert opened.tokenizer is not None, 'open_run sees to it'
     with jax.set_mesh(opened.mesh), explain_oom(lambda: tell):
         session = Session(opened.kind, opened.tokenizer, opened.context, lambda: opened.model)
         session.prepare(sampling)

@@ -44,9 +44,10 @@ def main() -> None:
     from weft.training.importing import import_run
 
     if options.way == 'import':
-        mesh = parse_mesh(options.mesh)
         without_code, ignore = options.without_remote_code, options.ignore
-        import_run(Path(options.source), Path(options.run), mesh, options.dtype, without_code, ignore)
+        import_run(
+            Path(options.source), Path(options.run), parse_mesh(options.mesh), options.dtype, without_code, ignore
+        )
     else:
         mesh = None if options.mesh is None else parse_mesh(options.mesh)
         export_run(at(options.run), Path(options.target), options.dtype, options.family, mesh)

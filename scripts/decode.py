@@ -82,6 +82,8 @@ def main() -> None:
     texts = render(questions, chat_templates(files, options.run), options.run)
     sampling = sampling_of(options, {} if options.beams else files, options.run)
     opened = open_run(options.run, options.mesh, step=options.step)
+    tokenizer = opened.tokenizer
+    assert tokenizer is not None, 'open_run sees to it'
 
     import jax
 
@@ -100,12 +102,12 @@ def main() -> None:
     )
     done: list[Completion] = []
     with answers_in(options.out) as write, jax.set_mesh(opened.mesh), explain_oom(lambda: tell):
-        check_prompts(opened.config.model, opened.tokenizer, texts, opened.context)
+        check_prompts(opened.config.model, tokenizer, texts, opened.context)
         like = options.batch if len(spans) > 1 else 0
         limits = sampling, options.max_new_tokens, opened.context
         if not options.beams:
             first = [texts[order[i]] for i in spans[0]]
-            PromptBatch(opened.kind, opened.tokenizer, first, *limits, options.logprobs, like=like).compile_first()
+            PromptBatch(opened.kind, tokenizer, first, *limits, options.logprobs, like=like).compile_first()
         for span in spans:
             prompts = [texts[order[i]] for i in span]
             before = ['' if questions[order[i]].conversation else texts[order[i]] + between for i in span]
@@ -114,13 +116,13 @@ def main() -> None:
             screen = Screen(before, quiet, for_stdout(options.raw))
             if options.beams:
                 completions = generate_by_beams(
-                    opened.model, opened.tokenizer, prompts, options.beams, *limits[1:], options.length_penalty
+                    opened.model, tokenizer, prompts, options.beams, *limits[1:], options.length_penalty
                 )
                 for number, completion in enumerate(completions):
                     screen.emit(number, completion.text)
             else:
                 output = options.stop, screen.emit, options.logprobs
-                completions = generate(opened.model, opened.tokenizer, prompts, *limits, *output, span.start, like)
+                completions = generate(opened.model, tokenizer, prompts, *limits, *output, span.start, like)
             screen.finish()
             for i, completion in zip(span, completions, strict=True):
                 question = questions[order[i]]

@@ -6,10 +6,18 @@ python scripts/evaluate.py runs/demo --data notes.md src/ 'more/*.jsonl'
 import argparse
 import contextlib
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from weft.runtime.errors import UserError
 from weft.scripts.entry import as_json, run
 from weft.scripts.options import Parser
+
+if TYPE_CHECKING:
+    from weft.data.packing import Samples
+    from weft.data.tokenizer import Tokenizer
+    from weft.storage.buckets import Bucket
+    from weft.training.config import RunConfig
 
 
 def main() -> None:
@@ -56,11 +64,17 @@ def main() -> None:
     from weft.runtime.device_memory import explain_oom
     from weft.training.evaluation import evaluate
 
-    t = opened.config.training
-    rows, content = (dataset.validation, dataset.validation_bytes()) if found is None else packed(opened, found)
+    t, tokenizer = opened.config.training, opened.tokenizer
+    assert tokenizer is not None, 'open_run sees to it'
+    rows: Samples
+    if found is None:
+        assert dataset is not None, 'a run that was trained here has its data'
+        rows, content = dataset.validation, dataset.validation_bytes()
+    else:
+        rows, content = packed(opened.config, tokenizer, found)
     tell = f'out of memory on a device: activations of {t.batch} rows of {t.sequence_length} tokens; split them with --mesh'
     with jax.set_mesh(opened.mesh), explain_oom(lambda: tell):
-        read = evaluate(opened.model, opened.tokenizer, rows, np.arange(len(rows)), t.batch)
+        read = evaluate(opened.model, tokenizer, rows, np.arange(len(rows)), t.batch)
     assert read.bytes == rows.bytes, 'every byte is predicted once'
     figures = {
         'nats_per_token': read.nats_per_token,
@@ -81,7 +95,7 @@ def main() -> None:
         print(f'  xz -9, given the training   {figures["xz_given_training_bits_per_byte"]:.4f} bits/byte')
 
 
-def read_data(options: argparse.Namespace, folder) -> list:
+def read_data(options: argparse.Namespace, folder: 'Path | Bucket') -> list:
     """The texts of --data, or its pairs where the run is an encoder–decoder; says on stderr what is left out of folders."""
     from weft.data.pairs import read_pairs
     from weft.data.sources import texts
@@ -99,15 +113,15 @@ def read_data(options: argparse.Namespace, folder) -> list:
     return found
 
 
-def packed(opened, found: list):
+def packed(config: 'RunConfig', tokenizer: 'Tokenizer', found: list) -> tuple['Samples', bytes]:
     """The rows and the bytes that the model is to predict of other files than the run's own."""
     from weft.data.packing import pack_documents
     from weft.data.pairs import pack_pairs
 
-    length, names = opened.config.training.sequence_length, opened.config.data.special_tokens
-    if opened.config.model.encoder is None:
-        return pack_documents(opened.tokenizer, found, length, names), ''.join(found).encode()
-    rows, too_long = pack_pairs(opened.tokenizer, found, length, opened.config.model.encoder.start_token, names)
+    length, names = config.training.sequence_length, config.data.special_tokens
+    if config.model.encoder is None:
+        return pack_documents(tokenizer, found, length, names), ''.join(found).encode()
+    rows, too_long = pack_pairs(tokenizer, found, length, config.model.encoder.start_token, names)
     if too_long:
         share = f'{too_long} of {len(found)} pairs'
         raise UserError(f'--data: {share} have more than {length} tokens on a side; leave them out')

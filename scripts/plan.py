@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weft.runtime.errors import LONGEST, UserError, shown
 from weft.scripts.entry import as_json
@@ -18,6 +18,16 @@ from weft.scripts.entry import run as run_script
 from weft.scripts.options import Parser
 from weft.sharding.mesh import BATCH, MeshConfig
 from weft.storage.files import check_output, output_file
+
+if TYPE_CHECKING:
+    from weft.planner.chips import Chip
+    from weft.planner.fewest import FewestChips
+    from weft.planner.plan import Terms
+    from weft.planner.search import SearchResult
+    from weft.training.config import RunConfig
+
+# Which mesh it is, what a search found, the plan's part on it, and how many chips hold it where these do not.
+Planned = tuple[str, 'SearchResult | None', dict[str, Any], 'FewestChips | None']
 
 MOST = {  # of an option at most: beyond it figures mean nothing
     'chips': 2**18,  # no machine has more
@@ -100,7 +110,9 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
     from weft.training.config import load_config
 
     config = load_config(options.config, options.overrides)
-    config = config if config.model.vocabulary else config.with_vocabulary(config.data.vocabulary)
+    if not config.model.vocabulary:
+        assert config.data.vocabulary is not None, 'model.vocabulary and data.vocabulary are null'
+        config = config.with_vocabulary(config.data.vocabulary)
     config, mesh = settle_mesh(options, config)
     terms = plan.Terms(tokens=options.tokens, price=options.price, currency=options.currency, watts=options.watts)
     length = (options.length if options.serve else None) or config.training.sequence_length
@@ -128,7 +140,7 @@ def as_written(value: float) -> str:
     return str(value) if isinstance(value, int) else f'{value:g}'
 
 
-def compiling(options, config, chosen: dict[str, Any]) -> dict[str, Any]:
+def compiling(options: argparse.Namespace, config: 'RunConfig', chosen: dict[str, Any]) -> dict[str, Any]:
     """What the compiler makes of the step that was planned."""
     from weft.planner.aot import compile_step
     from weft.planner.plan import as_planned, compiled_part
@@ -139,7 +151,7 @@ def compiling(options, config, chosen: dict[str, Any]) -> dict[str, Any]:
     return compiled_part(compile_step(run, options.chip.lower(), what, timeout=options.timeout, **sizes), chosen)
 
 
-def train(options, config, chip, terms, mesh: str):
+def train(options: argparse.Namespace, config: 'RunConfig', chip: 'Chip', terms: 'Terms', mesh: str) -> Planned:
     """Which mesh it is, what a search found, the plan's part on training, and how many chips hold it where these do not."""
     from weft.model.block import has_costs
     from weft.planner.fewest import fewest_to_train
@@ -164,7 +176,9 @@ def train(options, config, chip, terms, mesh: str):
     return mesh, found, training_part(chosen, chip, terms), fits_from
 
 
-def serve(options, config, chip, length: int, terms, mesh: str):
+def serve(
+    options: argparse.Namespace, config: 'RunConfig', chip: 'Chip', length: int, terms: 'Terms', mesh: str
+) -> Planned:
     """Which mesh serves it, what a search found, the plan's part on serving, and how many chips hold it where these do not."""
     from weft.planner.fewest import fewest_to_serve
     from weft.planner.plan import serving_part
@@ -191,7 +205,7 @@ def serve(options, config, chip, length: int, terms, mesh: str):
     return mesh, found, serving_part(chosen, chip, terms), fits_from
 
 
-def settle_mesh(options: argparse.Namespace, config):
+def settle_mesh(options: argparse.Namespace, config: 'RunConfig') -> tuple['RunConfig', str]:
     """The config with its mesh, and which that is. Raises UserError for one of another size."""
     from weft.sharding.mesh import parse_mesh
 

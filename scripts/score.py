@@ -8,11 +8,17 @@ V is the real vocabulary. Of a model without an LM head --logits writes its last
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from weft.runtime.errors import LONGEST, MachineError, UserError, shown
 from weft.scripts.entry import run
 from weft.scripts.options import Parser
 from weft.storage.files import check_output, output_file, writing
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from weft.model.config import ModelConfig
 
 MOST_TEXTS = 1 << 26  # characters of a file of texts: all of them are held
 
@@ -128,9 +134,9 @@ def read_texts(path: str) -> list[str]:
     return text.removesuffix('\n').split('\n')
 
 
-def check_ids(option: str, path: str, ids, least: int, c) -> None:
+def check_ids(option: str, path: str, ids: 'np.ndarray', least: int, c: 'ModelConfig') -> None:
     """Raises UserError for an id that the run does not have, and for a row that is longer than its table of positions."""
-
+    assert c.vocabulary is not None, 'that of a run that is saved is known'
     if ids.min() < least or ids.max() >= c.vocabulary:
         bad = ids[(ids < least) | (ids >= c.vocabulary)][0]
         raise UserError(f'{option} {shown(path)}: token {bad}: ids of this run are 0 to {c.vocabulary - 1}')

@@ -6,10 +6,14 @@ Several processes train one run, each on its own devices: scripts/launch/ has re
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from weft.runtime.errors import UserError
 from weft.scripts.entry import run
 from weft.scripts.options import Parser
+
+if TYPE_CHECKING:
+    from weft.storage.buckets import Bucket
 
 
 def main() -> int:
@@ -63,7 +67,7 @@ def main() -> int:
     return train(config, runs, options.fresh)
 
 
-def check_imported(folder, runs, name: str, fresh: bool) -> None:
+def check_imported(folder: Path, runs: 'Path | Bucket', name: str, fresh: bool) -> None:
     """Raises UserError where the config is that of an imported model, and the run would not begin from its weights."""
     from weft.training.config import RECORD
 
