@@ -25,38 +25,38 @@ def mixer(c: ModelConfig) -> Any:
     return MIXERS.module(c.attention)
 
 
-def feed_forward(c: ModelConfig, kind: LayerSpec) -> Any:
+def feed_forward(c: ModelConfig, spec: LayerSpec) -> Any:
     """What works on each token alone in a layer: the module of the kind of `mlp`, or of `moe`."""
-    return MIXTURES.module(c.moe) if kind.experts else FEED_FORWARDS.module(c.mlp)
+    return MIXTURES.module(c.moe) if spec.experts else FEED_FORWARDS.module(c.mlp)
 
 
 class Block(nnx.Module):
     """One layer: attention, then an MLP or a mixture of experts, each added to what it read; norms as `norm.order` says."""
 
-    def __init__(self, c: ModelConfig, kind: LayerSpec):
+    def __init__(self, c: ModelConfig, spec: LayerSpec):
         self.config = c
         self.attention_norm = Norm(c)
-        self.attention = mixer(c)(c, kind)
+        self.attention = mixer(c)(c, spec)
         if c.encoder:
             self.cross_norm, self.cross = Norm(c), CrossAttention(c)
         self.mlp_norm = Norm(c)
-        self.mlp = feed_forward(c, kind)(c)
+        self.mlp = feed_forward(c, spec)(c)
         if c.norm.order == 'sandwich':
             self.attention_out_norm, self.mlp_out_norm = Norm(c), Norm(c)
             if c.encoder:
                 self.cross_out_norm = Norm(c)
 
     @staticmethod
-    def costs(c: ModelConfig, kind: LayerSpec, count: CostCounter) -> None:
+    def costs(c: ModelConfig, spec: LayerSpec, count: CostCounter) -> None:
         """Tells a counter what one device does."""
         x = count.tokens / count.mesh.tensor * c.model_dim
         # x, twice with a part added, and normed; a loop keeps of each norm its input and its output, wide.
-        count.keep((4 + kind.experts) * x * count.wide if count.looped else 3 * x * count.number)
-        mixer(c).costs(c, kind, count)
+        count.keep((4 + spec.experts) * x * count.wide if count.looped else 3 * x * count.number)
+        mixer(c).costs(c, spec, count)
         if c.encoder:
-            CrossAttention.costs(c, kind, count)
+            CrossAttention.costs(c, spec, count)
         # Where a norm follows a part's sum, the sum is needed once more, also the last one.
-        feed_forward(c, kind).costs(c, count, last=c.norm.order == 'pre')
+        feed_forward(c, spec).costs(c, count, last=c.norm.order == 'pre')
 
     def __call__(self, x_BTD, ctx: ForwardContext, cache: Any | None, layer):
         """x after the layer, and the cache (of its mixer's kind)."""
@@ -83,7 +83,11 @@ class Block(nnx.Module):
 
 def has_costs(c: ModelConfig) -> bool:
     """Whether all of a model's layers say what they cost, each kind for itself: what one inherits may be wrong of it."""
-    return all('costs' in vars(part) for kind in set(c.layer_specs) for part in (mixer(c), feed_forward(c, kind)))
+    return (
+        c.adapter is None
+        and c.weights is None
+        and all('costs' in vars(part) for spec in set(c.layer_specs) for part in (mixer(c), feed_forward(c, spec)))
+    )
 
 
 class MTPBlock(Block):
@@ -94,8 +98,8 @@ class MTPBlock(Block):
     before the head reads them, and it is those that the next layer is given.
     """
 
-    def __init__(self, c: ModelConfig, kind: LayerSpec):
-        super().__init__(c, kind)
+    def __init__(self, c: ModelConfig, spec: LayerSpec):
+        super().__init__(c, spec)
         D = Size(c.model_dim, 'model.model_dim')
         self.embedding_norm, self.hidden_norm, self.norm = Norm(c, 'mtp'), Norm(c, 'mtp'), Norm(c, 'mtp')
         self.join = TransposedLinear(2 * D, D, part='mtp', split=(FSDP, None))  # of the embedding, then the activations

@@ -21,6 +21,7 @@ from weft.model.parts.ends import (
     check_layers,
 )
 from weft.model.parts.feed_forward import MLPConfig, MoEConfig
+from weft.model.parts.linear_forms import LinearForm
 from weft.model.parts.positions import (
     LearnedConfig,
     NoPositions,
@@ -30,7 +31,15 @@ from weft.model.parts.positions import (
     SinusoidalConfig,
     TableConfig,
 )
-from weft.model.parts.registry import FEED_FORWARDS, MIXERS, MIXTURES, POSITIONS, check_at_least
+from weft.model.parts.registry import (
+    ADAPTERS,
+    FEED_FORWARDS,
+    MIXERS,
+    MIXTURES,
+    POSITIONS,
+    WEIGHTS,
+    check_at_least,
+)
 from weft.runtime.errors import UserError
 from weft.runtime.registry import Registry
 
@@ -62,6 +71,9 @@ class ModelConfig:
     pooler: PoolerConfig | None = None
     encoder: EncoderConfig | None = None  # what the layers attend to beside their own row
     mtp: MTPConfig = MTPConfig()
+    # Of layers' linear maps: what is learnt beside them, and how their weights are kept (model/linear_forms.py).
+    adapter: Annotated[LinearForm, ADAPTERS] | None = None
+    weights: Annotated[LinearForm, WEIGHTS] | None = None
     causal: bool = True  # a token sees those before it; false: all of its document, as in BERT
     dropout: float = 0.0  # of the embedding and of each block's output, in training
 
@@ -263,6 +275,8 @@ PARTS: dict[str, Registry | type] = {
     'pooler': PoolerConfig,
     'encoder': EncoderConfig,
     'mtp': MTPConfig,
+    'adapter': ADAPTERS,
+    'weights': WEIGHTS,
 }
 
 

@@ -29,7 +29,8 @@ from weft.model.kv_cache import KVCache, LayerCache
 from weft.model.layers.bert import HeadMlp, Pooler
 from weft.model.layers.norm import Norm
 from weft.model.layers.positions import sinusoids
-from weft.model.parameters import Parameter, Role, Size, declared, initialise, parameter, stack_layers
+from weft.model.linear_forms import take_forms, take_weights
+from weft.model.parameters import Parameter, Role, Size, declared, initialise, name_of, parameter, stack_layers
 from weft.model.records import Records, join
 from weft.model.stack import apply_layers, apply_pipeline, each_layer, remat
 from weft.sharding.collectives import active_axes, all_gather, all_to_all, mark_varying, tensor_slice, unshard
@@ -68,7 +69,9 @@ class Decoder(nnx.Module):
             shape = c.positions.buckets, Size(c.attention.heads, 'model.attention.heads')
             scale = c.model_dim**-0.5
             self.relative_RN = parameter(shape, P(None, 'tensor'), Role.EMBEDDING, scale=scale, part='attention')
-        self.groups = nnx.List(layer_stacks(c))
+        layers, mtp = one_of_each(c), [MTPBlock(c, c.layer_specs[-1])] if c.mtp.layers else []
+        take_forms(c, [*layers, *mtp], whole=c.vocabulary is not None)
+        self.groups = nnx.List(stacked(c, layers))
         if c.norm.order != 'post':
             self.norm = Norm(c)
         if c.vocabulary is not None:
@@ -83,7 +86,7 @@ class Decoder(nnx.Module):
                 self.pooler = Pooler(c)
         if c.mtp.layers:
             numbers = tuple(range(c.layers, c.layers + c.mtp.layers))
-            self.mtp = stack_layers(MTPBlock(c, c.layer_specs[-1]), numbers, None)
+            self.mtp = stack_layers(mtp[0], numbers, None)
 
     @property
     def resolved_compute(self) -> ComputeConfig:
@@ -196,14 +199,19 @@ class Decoder(nnx.Module):
         return Head(all_to_all(embed_VD, 'tensor', 0, 1), bias_V)
 
 
-def layer_stacks(c: ModelConfig) -> list[Block]:
-    """The layers as stacks of like ones: one for each kind that a group of `ModelConfig.layer_groups` repeats."""
-    found, first = [], 0
+def one_of_each(c: ModelConfig) -> list[Block]:
+    """A layer of each kind that a group of `ModelConfig.layer_groups` repeats."""
+    return [Block(c, spec) for group in c.layer_groups for spec in group.specs]
+
+
+def stacked(c: ModelConfig, layers: list[Block]) -> list[Block]:
+    """The layers as stacks of like ones, of one of each kind."""
+    found, first = list[Block](), 0
     for number, group in enumerate(c.layer_groups):
         axis = 'stage' if number == c.pipelined_group else None
-        for place, spec in enumerate(group.specs):
+        for place in range(len(group.specs)):
             numbers = tuple(range(first + place, first + group.layers, len(group.specs)))
-            found.append(stack_layers(Block(c, spec), numbers, axis))
+            found.append(stack_layers(layers[len(found)], numbers, axis))
         first += group.layers
     return found
 
@@ -211,6 +219,15 @@ def layer_stacks(c: ModelConfig) -> list[Block]:
 def init_decoder(c: ModelConfig, compute: ComputeConfig, key: jax.Array) -> Decoder:
     """A decoder with random weights, the same on every mesh, each born in its layout. Run it under `jax.jit` and a mesh."""
     return initialise(Decoder(c, compute), key, compute.parameter_dtype)
+
+
+def in_forms(model: Decoder, c: ModelConfig, key: jax.Array) -> Decoder:
+    """An opened model with the adapters and the forms of weights of `c`, a config that differs from the model's in these alone.
+
+    What adapters add begins as in a new model with this key. Run it under `jax.jit` and the model's mesh.
+    """
+    weights = {name_of(path): w for path, w in jax.tree_util.tree_leaves_with_path(model)}
+    return take_weights(init_decoder(c, model.compute, key), weights)
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,11 +1,13 @@
-"""Linear maps, from one device's view: gather the weight, multiply, add the bias.
+"""Linear maps, from one device's view: gather the weight, dequantise it, multiply, add what an adapter adds, add the bias.
 
-Each is a module that another of the same methods may take the place of: an adapter beside it, a weight of fewer bits.
+A config may ask for a weight in another form (`model.weights`) and for an adapter (`model.adapter`): model/linear_forms.py
+gives them to the maps that are their targets. Here is the one place where they are used.
 
 Letters: B rows, T sequence, N tokens, I inputs, O outputs, E experts.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ class Linear(nnx.Module):
     """y = x W + b, with W kept as in × out, split over FSDP by its inputs and over `tensor` by its outputs."""
 
     out_first = False
+    adapter: Any = None  # of a kind that `model.adapter` names; its base learns no more
 
     def __init__(
         self,
@@ -62,21 +65,45 @@ class Linear(nnx.Module):
             self.b_O = parameter((outputs,), P(outs), Role.BIAS, **of)
 
     @property
-    def weight(self) -> nnx.Param:
-        """As it is kept."""
-        return self.w_OI if self.out_first else self.w_IO
+    def weight(self) -> Any:
+        """As it is kept: a parameter, or the module of a kind that `model.weights` names."""
+        return getattr(self, self.weight_name)
+
+    @weight.setter
+    def weight(self, form: Any) -> None:
+        setattr(self, self.weight_name, form)
+
+    @property
+    def weight_name(self) -> str:
+        """What it is called in the module."""
+        return 'w_OI' if self.out_first else 'w_IO'
+
+    def columns(self, w: jax.Array) -> jax.Array:
+        """This device's outputs of a weight, whose last dim they are, or of the bias: those that it was given."""
+        return w
+
+    def base(self, dtype) -> jax.Array:
+        """The weight whole over the axes that split its first dim, in the compute dtype, without an adapter."""
+        w = self.columns(dense(self.weight, dtype, self.gathered))
+        return w if self.adapter is None else lax.stop_gradient(w)
 
     def kernel(self, dtype) -> jax.Array:
-        """The weight gathered over the axes that split its first dim, in the compute dtype; laid out as it is kept."""
-        return unshard(self.weight[...], dtype, self.gathered)
+        """What x is multiplied by, with an adapter's share, in the compute dtype; laid out as the weight is kept."""
+        w = self.base(dtype)
+        return w if self.adapter is None else w + self.adapter.delta(dtype, self.columns)
 
     def bias(self, dtype) -> jax.Array:
         """The bias as outputs have it."""
-        return self.b_O.astype(dtype)
+        return self.columns(self.b_O[...]).astype(dtype)
+
+    def matmul(self, x_BTI: jax.Array) -> jax.Array:
+        """x W of the weight alone."""
+        return linear(x_BTI, self.base(x_BTI.dtype))
 
     def product(self, x_BTI: jax.Array) -> jax.Array:
-        """x W without the bias; where `tensor` splits the inputs, this device's part of the sum."""
-        return linear(x_BTI, self.kernel(x_BTI.dtype))
+        """x W and an adapter's share, without the bias; where `tensor` splits the inputs, this device's part of the sum."""
+        y_BTO = self.matmul(x_BTI)
+        return y_BTO if self.adapter is None else y_BTO + self.adapter(x_BTI, self.columns)
 
     def __call__(self, x_BTI: jax.Array, reduce: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
         """x W + b; `reduce` makes the whole sum of parts before the bias is added."""
@@ -94,8 +121,8 @@ class TransposedLinear(Linear):
 
     out_first = True
 
-    def product(self, x_BTI: jax.Array) -> jax.Array:
-        return linear_back(x_BTI, self.kernel(x_BTI.dtype))
+    def matmul(self, x_BTI: jax.Array) -> jax.Array:
+        return linear_back(x_BTI, self.base(x_BTI.dtype))
 
 
 class ExpertLinear(nnx.Module):
@@ -103,6 +130,8 @@ class ExpertLinear(nnx.Module):
 
     `back`: from hidden units to the width of the model, else the other way.
     """
+
+    adapter: Any = None  # as of `Linear`
 
     def __init__(
         self, experts: int, model: int, hidden: int, *, back: bool = False, bias: bool = False, gain: float = 1.0
@@ -118,18 +147,33 @@ class ExpertLinear(nnx.Module):
             self.b_EO = parameter((experts, outputs), P('expert', axis), Role.BIAS, part='experts')
 
     @property
-    def weight(self) -> nnx.Param:
-        """As it is kept."""
-        return self.w_EOI if self.back else self.w_EIO
+    def weight(self) -> Any:
+        """As it is kept: a parameter, or the module of a kind that `model.weights` names."""
+        return getattr(self, self.weight_name)
+
+    @weight.setter
+    def weight(self, form: Any) -> None:
+        setattr(self, self.weight_name, form)
+
+    @property
+    def weight_name(self) -> str:
+        """What it is called in the module."""
+        return 'w_EOI' if self.back else 'w_EIO'
 
     def kernel(self, dtype) -> jax.Array:
         """The weights of this device's experts with the model's dim whole, in the compute dtype, [E, model, hidden]."""
-        return unshard(self.weight[...], dtype, GATHERED, 1)
+        w = dense(self.weight, dtype, GATHERED, 1)
+        return w if self.adapter is None else lax.stop_gradient(w) + self.adapter.delta(dtype)
 
     def bias(self, dtype) -> jax.Array:
         """The biases of this device's experts, where there are any. Back, the devices of `tensor` add up: one has the bias."""
         b_EO = jnp.where(axis_index('tensor') == 0, self.b_EO[...], 0) if self.back else self.b_EO
         return b_EO.astype(dtype)
+
+
+def dense(weight: Any, dtype: Any, axes: tuple[str, ...], dim: int = 0) -> jax.Array:
+    """A weight gathered over `axes`, which split a dim of it, as numbers of the compute dtype, whatever form it is kept in."""
+    return unshard(weight[...], dtype, axes, dim) if isinstance(weight, nnx.Param) else weight.dense(dtype, axes, dim)
 
 
 def linear(x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:

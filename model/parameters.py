@@ -28,7 +28,7 @@ EVERY = (*FSDP, 'tensor')  # axes that split a weight of tokens whose dims are a
 
 
 class Role(enum.Enum):
-    """What a weight is for, from which follow weight decay, the dtype it computes in, and which optimizer group it is of."""
+    """What a weight is for, from which follow weight decay, optimizer group, stored dtype, and whether decoding narrows it."""
 
     MATRIX = 'matrix'  # of a linear map
     EXPERT = 'expert'  # of the linear maps of experts: [experts, …]

@@ -36,10 +36,10 @@ class Registry:
 
     Args:
         section: the key of the config, such as `model.attention`, for messages.
-        default: the kind of a config that names none.
+        default: the kind of a config that names none; None: it must name one.
     """
 
-    def __init__(self, section: str, default: str):
+    def __init__(self, section: str, default: str | None):
         self.section, self.default = section, default
         self.configs: dict[str, type] = {}
         self.modules: dict[str, Callable[..., Any]] = {}
@@ -60,11 +60,16 @@ class Registry:
     def config(self, kind: str | None) -> type:
         """The dataclass of a kind; None: the default one. Raises UserError naming those that exist."""
         kind = self.default if kind is None else kind
+        if kind is None:
+            raise UserError(f'{self.section}.kind is missing: it has no default{self._known("")}')
         if kind not in self.configs:
-            raise UserError(
-                f'{self.section}.kind is {shown(kind, quoted=True)}: no such kind{nearest(kind, self.configs)}'
-            )
+            raise UserError(f'{self.section}.kind is {shown(kind, quoted=True)}: no such kind{self._known(kind)}')
         return self.configs[kind]
+
+    def _known(self, kind: str) -> str:
+        return (
+            nearest(kind, self.configs) if self.configs else f'; none is known: {IMPORTS} names modules that add kinds'
+        )
 
     def module(self, config: Any) -> Any:
         """What computes a part that has this config."""
@@ -79,5 +84,10 @@ class Registry:
                 return value.get('kind', self.default)
             return getattr(value, 'kind', self.default)
 
+        def unknown(value: Any) -> Any:
+            self.config(kind_of(value))
+
+        if not self.configs:
+            return core_schema.no_info_plain_validator_function(unknown)
         choices = {kind: handler.generate_schema(config) for kind, config in self.configs.items()}
         return core_schema.tagged_union_schema(choices, kind_of)

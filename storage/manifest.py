@@ -27,7 +27,7 @@ def contents(items: Mapping[str, Any], meta: dict, files: Mapping[str, bytes] | 
 
 
 def leaves_by_path(tree: Any) -> dict[str, Any]:
-    """A tree's leaves by their paths, as in `blocks/0/up_DF`, in the tree's order."""
+    """A tree's leaves by their paths, as in `groups/0/mlp/up/w_IO`, in the tree's order."""
     leaves = {
         jax.tree_util.keystr(path, simple=True, separator='/'): x
         for path, x in jax.tree_util.tree_leaves_with_path(tree)

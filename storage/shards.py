@@ -1,6 +1,6 @@
 """Arrays as objects: each shard of an array is the raw bytes of one object, named for the part of the array that it holds.
 
-    model/blocks/0/up_EDF/0-2,0-16,4-8.bin      rows 0 and 1, all 16 of the next dim, the second half of the last
+    model/groups/0/mlp/up/w_EIO/0-2,0-16,4-8.bin      rows 0 and 1, all 16 of the next dim, the second half of the last
     random/step/all.bin                         a scalar
 
 Every process writes the shards that it is first to hold, and reads those that its part of an array lies in, whatever mesh

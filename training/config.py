@@ -222,6 +222,8 @@ def _explain(error: Any) -> str:
     if error['type'] == 'union_tag_invalid':
         kinds = error['ctx']['expected_tags'].replace("'", '').split(', ')
         return f'{key}.kind is {shown(error["ctx"]["tag"], 60, quoted=True)}: no such kind{nearest(error["ctx"]["tag"], kinds)}'
+    if error['type'] == 'union_tag_not_found':
+        return f'{key}.kind is missing: it has no default'
     if error['type'] in ('missing', 'missing_argument', 'missing_keyword_only_argument'):
         return f'{key} is missing: it has no default'
     cause = error.get('ctx', {}).get('error')

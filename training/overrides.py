@@ -45,7 +45,7 @@ def _read(value: str, kind: Any, source: str) -> Any:
     """The value of an override as its field has it; None: no such field, which is told later."""
     if kind is None:
         return value
-    options = get_args(kind) or (kind,)
+    options = (kind,) if get_origin(kind) is tuple else get_args(kind) or (kind,)
     if value == 'null' and type(None) in options:
         return None
     inner = [one for option in options for one in (get_args(option) if get_origin(option) is Literal else [option])]

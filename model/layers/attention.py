@@ -6,6 +6,7 @@ per kv head, H head dim, R buckets of distances.
 
 from typing import Any
 
+import jax
 from flax import nnx
 from jax import P, lax
 
@@ -30,8 +31,8 @@ class Attention(nnx.Module):
     Where `tensor` is a multiple of the KV heads, each of its devices uses one of them.
     """
 
-    def __init__(self, c: ModelConfig, kind: LayerSpec, part: str = 'attention'):
-        self.config, self.windowed, self.turned = c, kind.windowed, kind.turned
+    def __init__(self, c: ModelConfig, spec: LayerSpec, part: str = 'attention'):
+        self.config, self.windowed, self.turned = c, spec.windowed, spec.turned
         D, H, K = Size(c.model_dim, 'model.model_dim'), c.attention.head_dim, c.attention.kv_heads
         N = Size(c.attention.heads * H, 'model.attention.heads', c.attention.heads)
         of_source = part == 'cross_attention'
@@ -58,11 +59,11 @@ class Attention(nnx.Module):
         return [heads, Divides(('tensor',), 'model.attention.kv_heads', c.attention.kv_heads, or_repeats=True)]
 
     @staticmethod
-    def cache(c: ModelConfig, kind: LayerSpec, size: CacheSize) -> DenseCache:
+    def cache(c: ModelConfig, spec: LayerSpec, size: CacheSize) -> DenseCache:
         """What decoding keeps: a key and a value for each KV head."""
         return token_cache(
             size,
-            c.attention.window if kind.windowed else None,
+            c.attention.window if spec.windowed else None,
             c.attention.kv_heads,
             c.attention.head_dim,
             c.attention.head_dim,
@@ -133,11 +134,8 @@ class KVLinear(Linear):
         super().__init__(inputs, kv_width(heads, head_dim), repeats=heads, **more)
         self.heads, self.head_dim = heads, head_dim
 
-    def kernel(self, dtype):
-        return local_kv_heads(super().kernel(dtype), self.heads, self.head_dim)
-
-    def bias(self, dtype):
-        return local_kv_heads(self.b_O[...], self.heads, self.head_dim).astype(dtype)
+    def columns(self, w: jax.Array) -> jax.Array:
+        return local_kv_heads(w, self.heads, self.head_dim)
 
 
 def kv_width(heads: int, head_dim: int) -> Size:

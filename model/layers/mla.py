@@ -32,10 +32,10 @@ LATENT_EPSILON = 1e-6  # of the latent vectors' norms, in all published models, 
 class LatentAttention(nnx.Module):
     """Causal self-attention from latent vectors, heads split over `tensor`; the latent vectors are whole on each device."""
 
-    def __init__(self, c: ModelConfig, kind: LayerSpec):
+    def __init__(self, c: ModelConfig, spec: LayerSpec):
         a = c.attention
         assert a.kind == 'mla'
-        self.config, self.windowed = c, kind.windowed
+        self.config, self.windowed = c, spec.windowed
         D, R = Size(c.model_dim, 'model.model_dim'), Size(a.kv_lora_rank, 'model.attention.kv_lora_rank')
         N, U = (Size(a.heads * width, 'model.attention.heads', a.heads) for width in (a.query_dim, a.v_head_dim))
         whole, part = (FSDP, None), 'attention'
@@ -60,11 +60,11 @@ class LatentAttention(nnx.Module):
         return [Divides(('tensor',), 'model.attention.heads', c.attention.heads)]
 
     @staticmethod
-    def cache(c: ModelConfig, kind: LayerSpec, size: CacheSize) -> DenseCache:
+    def cache(c: ModelConfig, spec: LayerSpec, size: CacheSize) -> DenseCache:
         """What decoding keeps: a latent vector and a rotary key side by side, for all heads."""
         a = c.attention
         assert a.kind == 'mla'
-        return token_cache(size, a.window if kind.windowed else None, 1, a.kv_lora_rank + a.qk_rope_head_dim)
+        return token_cache(size, a.window if spec.windowed else None, 1, a.kv_lora_rank + a.qk_rope_head_dim)
 
     @staticmethod
     def costs(c: ModelConfig, spec: LayerSpec, count: CostCounter) -> None:

@@ -40,3 +40,6 @@ MIXERS = Registry('model.attention', 'gqa')  # (model config, layer's spec); its
 FEED_FORWARDS = Registry('model.mlp', 'mlp')  # (model config), as those of the next
 MIXTURES = Registry('model.moe', 'moe')
 POSITIONS = Registry('model.positions', 'rotary')  # without modules
+# Forms of layers' linear maps, whose configs extend `LinearForm`; other files add them all.
+ADAPTERS = Registry('model.adapter', None)  # (the weight's Parameter, the config): see `linear_forms.Adapter`
+WEIGHTS = Registry('model.weights', None)  # likewise: see `linear_forms.KeptWeight`

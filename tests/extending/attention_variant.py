@@ -28,8 +28,8 @@ class GatedConfig(AttentionConfig):
 class GatedAttention(Attention):
     """Cache, rotary positions, masks and rings are grouped-query attention's."""
 
-    def __init__(self, c: ModelConfig, kind: LayerSpec):
-        super().__init__(c, kind)
+    def __init__(self, c: ModelConfig, spec: LayerSpec):
+        super().__init__(c, spec)
         N = Size(c.attention.heads * c.attention.head_dim, 'model.attention.heads', c.attention.heads)
         self.gate = Linear(Size(c.model_dim, 'model.model_dim'), N, part='attention')
 

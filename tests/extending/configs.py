@@ -35,8 +35,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         'model': {'attention': {'kind': 'linear', 'heads': 4, 'head_dim': 4}, 'positions': {'kind': 'none'}}
     },
     'captured_activation': {'model': {'mlp': {'kind': 'watched', 'dim': 32, 'activation': 'relu'}}},
-    'lora': {'model': {'attention': {'kind': 'adapted', 'heads': 4, 'rank': 2}}},
-    'quantized_weight': {'model': {'mlp': {'kind': 'quantized', 'dim': 32}}},
+    'lora': {'model': {'adapter': {'kind': 'lora', 'rank': 2, 'targets': ['attention.q', 'attention.v', 'mlp.*']}}},
+    'quantized_weight': {'model': {'weights': {'kind': 'int8_aware', 'targets': ['mlp.*']}}},
 }
 
 

@@ -96,7 +96,10 @@ def _gradient(config: RunConfig, mesh: MeshConfig) -> tuple[dict[str, np.ndarray
 
 
 def initial(config: RunConfig) -> Any:
-    """A run's model at birth, on the current mesh: made on one device, for to compile that takes as long as a step."""
+    """A run's model on the current mesh, as born but that what begins with zeros has other numbers: those hide what reads it.
+
+    It is made on one device, for to compile that takes as long as a step.
+    """
     layouts = jax.tree.map(lambda x: x.sharding, abstract_model(config))
     return jax.tree.map(jax.device_put, _born(config), layouts)
 
@@ -104,7 +107,11 @@ def initial(config: RunConfig) -> Any:
 @functools.lru_cache(maxsize=2)
 def _born(config: RunConfig) -> Any:
     with on(ONE_DEVICE):
-        return jax.device_get(jax.jit(lambda: init(config).model)())
+        return jax.tree.map(_filled, jax.device_get(jax.jit(lambda: init(config).model)()))
+
+
+def _filled(w: np.ndarray) -> np.ndarray:
+    return w if w.any() else np.sin(1 + np.arange(w.size, dtype=w.dtype)).reshape(w.shape) / 8
 
 
 def check_training(config: RunConfig, tolerance: float = 1e-9) -> None:

@@ -1,61 +1,62 @@
-"""A LoRA adapter (Hu et al. 2021, arXiv:2106.09685) beside queries and values, whose own maps learn no more.
+"""A LoRA adapter (Hu et al. 2021, arXiv:2106.09685) beside the linear maps that a config names, which learn no more themselves.
 
-Letters: B rows, T sequence, I inputs, O outputs, R rank.
+R is the rank; `first` and `second` are named after the two dims of the weight as it is kept, before which experts have theirs.
 """
 
 import dataclasses
 from typing import Literal
 
 from flax import nnx
-from jax import P, lax
+from jax import P
 
-from weft.model.config import LayerSpec, ModelConfig
-from weft.model.layers.attention import Attention
-from weft.model.linear import Linear, linear
-from weft.model.parameters import Role, parameter
-from weft.model.parts.attention import AttentionConfig
-from weft.model.parts.registry import MIXERS
+from weft.model.linear import linear, linear_back
+from weft.model.parameters import Parameter, Role, parameter
+from weft.model.parts.linear_forms import LinearForm
+from weft.model.parts.registry import ADAPTERS
 from weft.sharding.collectives import unshard
-from weft.sharding.mesh import FSDP, Divides
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaptedConfig(AttentionConfig):
-    """`model: {attention: {kind: adapted, heads: 8, rank: 4}}`"""
+class LoRAConfig(LinearForm):
+    """`model: {adapter: {kind: lora, rank: 4, targets: [attention.q, attention.v]}}`"""
 
-    kind: Literal['adapted'] = 'adapted'
+    kind: Literal['lora'] = 'lora'
     rank: int = 4
     alpha: float = 8.0
 
 
-class Adapted(nnx.Module):
-    """Takes the place of a linear map W, which has no gradient any more: x W + x A B · alpha / rank. At first B is 0."""
+class LoRA(nnx.Module):
+    """x A B · alpha / rank beside x W. What the inputs meet first begins with random numbers, the other with 0."""
 
-    def __init__(self, base: Linear, rank: int, alpha: float):
-        declared = base.weight.get_value()
-        base.weight.set_value(dataclasses.replace(declared, role=Role.FROZEN))
-        self.base, self.scale = base, alpha / rank
-        self.a_IR = parameter(
-            (declared.shape[0], rank), P(FSDP, None), Role.MATRIX, scale=rank**-0.5, gathered=FSDP, part='adapters'
+    def __init__(self, weight: Parameter, config: LoRAConfig):
+        (*experts, first, second), rank = weight.shape, config.rank
+        *split, over_first, over_second = weight.layout
+        self.scale, self.out_first, self.gathered = config.alpha / rank, weight.out_first, weight.gathered
+        self.dim = len(experts)  # the one that is gathered
+        role = Role.EXPERT if experts else Role.MATRIX
+        inner, outer = (0.0, second**-0.5) if weight.out_first else (first**-0.5, 0.0)
+        one = {'gathered': weight.gathered, 'part': 'adapters'}
+        self.first = parameter((*experts, first, rank), P(*split, over_first, None), role, scale=inner, **one)
+        layout = P(*split, None, over_second)
+        self.second = parameter(
+            (*experts, rank, second), layout, role, scale=outer, part='adapters', repeats=weight.repeats
         )
-        self.b_RO = parameter((rank, declared.shape[1]), P(None, 'tensor'), Role.MATRIX, part='adapters')
 
-    def __call__(self, x_BTI):
-        a_IR = unshard(self.a_IR[...], x_BTI.dtype)
-        w_IO = lax.stop_gradient(self.base.kernel(x_BTI.dtype))
-        y_BTO = linear(x_BTI, w_IO) + linear(linear(x_BTI, a_IR), self.b_RO.astype(x_BTI.dtype)) * self.scale
-        return y_BTO + self.base.bias(x_BTI.dtype)[None, None] if self.base.biased else y_BTO
+    def factors(self, dtype, columns):
+        """Both, in the compute dtype: […, first, R] and […, R, second]."""
+        return unshard(self.first[...], dtype, self.gathered, self.dim), columns(self.second.astype(dtype))
 
+    def delta(self, dtype, columns=lambda w: w):
+        """What is added to the weight."""
+        first, second = self.factors(dtype, columns)
+        return first @ second * self.scale
 
-class AdaptedAttention(Attention):
-    @staticmethod
-    def rules(c: ModelConfig) -> list[Divides]:  # heads of values are not repeated
-        return [*Attention.rules(c), Divides(('tensor',), 'model.attention.kv_heads', c.attention.kv_heads)]
-
-    def __init__(self, c: ModelConfig, kind: LayerSpec):
-        super().__init__(c, kind)
-        self.q = Adapted(self.q, c.attention.rank, c.attention.alpha)
-        self.v = Adapted(self.v, c.attention.rank, c.attention.alpha)
+    def __call__(self, x_BTI, columns):
+        """What is added to the outputs."""
+        first, second = self.factors(x_BTI.dtype, columns)
+        if self.out_first:
+            return linear_back(linear_back(x_BTI, second), first) * self.scale
+        return linear(linear(x_BTI, first), second) * self.scale
 
 
-MIXERS.register('adapted', AdaptedConfig, AdaptedAttention)
+ADAPTERS.register('lora', LoRAConfig, LoRA)

@@ -1,27 +1,26 @@
-"""A quantised weight: an MLP whose matrices are rounded to 8 bits as they are used, and learn as if they were not.
+"""A quantised weight: matrices that are rounded to 8 bits as they are used, and learn as if they were not.
 
-Straight-through gradients: Bengio et al. 2013, arXiv:1308.3432. Letters: I inputs, O outputs.
+Straight-through gradients: Bengio et al. 2013, arXiv:1308.3432.
 """
 
 import dataclasses
 from typing import Literal
 
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 
-from weft.model.config import ModelConfig
-from weft.model.layers.mlp import Mlp
-from weft.model.linear import Linear, TransposedLinear
-from weft.model.parameters import Size
-from weft.model.parts.feed_forward import MLPConfig
-from weft.model.parts.registry import FEED_FORWARDS
+from weft.model.parameters import Parameter
+from weft.model.parts.linear_forms import LinearForm
+from weft.model.parts.registry import WEIGHTS
+from weft.sharding.collectives import unshard
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantizedConfig(MLPConfig):
-    """`model: {mlp: {kind: quantized, dim: 1024}}`"""
+class Int8Config(LinearForm):
+    """`model: {weights: {kind: int8_aware, targets: [mlp.*]}}`"""
 
-    kind: Literal['quantized'] = 'quantized'
+    kind: Literal['int8_aware'] = 'int8_aware'
 
 
 def rounded(w, dim: int):
@@ -30,26 +29,22 @@ def rounded(w, dim: int):
     return w + lax.stop_gradient(jnp.round(w / scale) * scale - w)
 
 
-class Int8Linear(Linear):
-    """A scale for each output, whose inputs are all here once the weight is gathered."""
+class Int8Weight(nnx.Module):
+    """A scale for each output of a map that is kept as in × out, for each hidden unit of one that maps back.
 
-    def kernel(self, dtype):
-        return rounded(super().kernel(dtype), 0)
+    Those are the last dim, along which all numbers of a scale are here once the weight is gathered.
+    """
 
+    def __init__(self, weight: Parameter, config: Int8Config):
+        self.w = nnx.Param(weight)
 
-class Int8TransposedLinear(TransposedLinear):
-    """A scale for each hidden unit: `tensor` splits what an output sums over."""
+    def dense(self, dtype, axes, dim):
+        """The weight as the map uses it."""
+        return rounded(unshard(self.w[...], dtype, axes, dim), -2)
 
-    def kernel(self, dtype):
-        return rounded(super().kernel(dtype), 0)
-
-
-class QuantizedMlp(Mlp):
-    def __init__(self, c: ModelConfig):
-        super().__init__(c)
-        D, F = Size(c.model_dim, 'model.model_dim'), Size(c.mlp.dim, 'model.mlp.dim')
-        self.gate, self.up = Int8Linear(D, F, part='mlp'), Int8Linear(D, F, part='mlp')
-        self.down = Int8TransposedLinear(F, D, part='mlp')
+    def encode(self, w):
+        """Takes a weight's values."""
+        self.w.set_value(w)
 
 
-FEED_FORWARDS.register('quantized', QuantizedConfig, QuantizedMlp)
+WEIGHTS.register('int8_aware', Int8Config, Int8Weight)

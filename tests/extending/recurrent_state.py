@@ -47,7 +47,7 @@ class StateCache(LayerCache):
 class LinearAttention(nnx.Module):
     """Heads are split over `tensor`, and where there is a state over `context` too."""
 
-    def __init__(self, c: ModelConfig, kind: LayerSpec):
+    def __init__(self, c: ModelConfig, spec: LayerSpec):
         self.config, a = c, c.attention
         D, N = Size(c.model_dim, 'model.model_dim'), Size(a.heads * a.head_dim, 'model.attention.heads', a.heads)
         self.q, self.k, self.v, self.decay = (Linear(D, N, part='attention') for _ in range(4))
@@ -58,7 +58,7 @@ class LinearAttention(nnx.Module):
         return [Divides(('tensor', 'context'), 'model.attention.heads', c.attention.heads)]
 
     @staticmethod
-    def cache(c: ModelConfig, kind: LayerSpec, size: CacheSize) -> StateCache:
+    def cache(c: ModelConfig, spec: LayerSpec, size: CacheSize) -> StateCache:
         shape = size.rows, c.attention.heads, c.attention.head_dim, c.attention.head_dim
         return StateCache(
             (CacheArray(shape, str(jnp.promote_types(size.dtype, 'float32')), P(ROWS, ('tensor', 'context'))),)

@@ -167,9 +167,9 @@ def test_an_activation_gathered_once_more_is_told(monkeypatch):
 
 
 def test_a_weight_gathered_over_too_many_axes_is_told(monkeypatch):
-    def wasteful(w, dtype, axes, *dim):
+    def wasteful(w, dtype, axes, dim=0):
         if dim or w.ndim > 2:
-            return unshard(w, dtype, axes, *dim)
+            return unshard(w, dtype, axes, dim)
         columns = w.shape[1]
         w = unshard(lax.all_gather(w, 'tensor', axis=1, tiled=True), dtype, axes)
         return lax.dynamic_slice_in_dim(w, lax.axis_index('tensor') * columns, columns, axis=1)
