@@ -21,11 +21,26 @@ from weft.sharding.mesh import FSDP, platform
 GATHERED = ('data', 'context')  # axes over which experts' weights are gathered
 
 
-class Linear(nnx.Module):
+class LinearMap(nnx.Module):
+    """What maps of all layers have: a weight, as it is kept, and an adapter beside it, or none."""
+
+    weight_name: str  # of the attribute
+    adapter: Any = None  # of a kind that `model.adapter` names; the weight has no gradient then
+
+    @property
+    def weight(self) -> Any:
+        """A parameter, or the module of a kind that `model.weights` names."""
+        return getattr(self, self.weight_name)
+
+    @weight.setter
+    def weight(self, form: Any) -> None:
+        setattr(self, self.weight_name, form)
+
+
+class Linear(LinearMap):
     """y = x W + b, with W kept as in × out, split over FSDP by its inputs and over `tensor` by its outputs."""
 
-    out_first = False
-    adapter: Any = None  # of a kind that `model.adapter` names; its base learns no more
+    weight_name, out_first = 'w_IO', False
 
     def __init__(
         self,
@@ -63,20 +78,6 @@ class Linear(nnx.Module):
         self.gathered, self.biased = whole, bias
         if bias:
             self.b_O = parameter((outputs,), P(outs), Role.BIAS, **of)
-
-    @property
-    def weight(self) -> Any:
-        """As it is kept: a parameter, or the module of a kind that `model.weights` names."""
-        return getattr(self, self.weight_name)
-
-    @weight.setter
-    def weight(self, form: Any) -> None:
-        setattr(self, self.weight_name, form)
-
-    @property
-    def weight_name(self) -> str:
-        """What it is called in the module."""
-        return 'w_OI' if self.out_first else 'w_IO'
 
     def columns(self, w: jax.Array) -> jax.Array:
         """This device's outputs of a weight, whose last dim they are, or of the bias: those that it was given."""
@@ -119,24 +120,23 @@ class TransposedLinear(Linear):
     What maps back to the width of the model is kept so: as its partner that maps out of it, it is gathered over its first dim.
     """
 
-    out_first = True
+    weight_name, out_first = 'w_OI', True
 
     def matmul(self, x_BTI: jax.Array) -> jax.Array:
         return linear_back(x_BTI, self.base(x_BTI.dtype))
 
 
-class ExpertLinear(nnx.Module):
+class ExpertLinear(LinearMap):
     """One linear map for each expert: [experts, model, hidden], split over `expert`, `data` × `context` and `tensor`.
 
     `back`: from hidden units to the width of the model, else the other way.
     """
 
-    adapter: Any = None  # as of `Linear`
-
     def __init__(
         self, experts: int, model: int, hidden: int, *, back: bool = False, bias: bool = False, gain: float = 1.0
     ):
         split, self.back, self.biased = P('expert', GATHERED, 'tensor'), back, bias
+        self.weight_name = 'w_EOI' if back else 'w_EIO'
         kind = {'gathered': GATHERED, 'part': 'experts', 'out_first': back}
         if back:
             self.w_EOI = parameter((experts, model, hidden), split, Role.EXPERT, scale=gain * hidden**-0.5, **kind)
@@ -145,20 +145,6 @@ class ExpertLinear(nnx.Module):
         if bias:
             outputs, axis = (model, None) if back else (hidden, 'tensor')
             self.b_EO = parameter((experts, outputs), P('expert', axis), Role.BIAS, part='experts')
-
-    @property
-    def weight(self) -> Any:
-        """As it is kept: a parameter, or the module of a kind that `model.weights` names."""
-        return getattr(self, self.weight_name)
-
-    @weight.setter
-    def weight(self, form: Any) -> None:
-        setattr(self, self.weight_name, form)
-
-    @property
-    def weight_name(self) -> str:
-        """What it is called in the module."""
-        return 'w_EOI' if self.back else 'w_EIO'
 
     def kernel(self, dtype) -> jax.Array:
         """The weights of this device's experts with the model's dim whole, in the compute dtype, [E, model, hidden]."""

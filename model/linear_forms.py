@@ -13,13 +13,12 @@ import jax
 from flax import nnx
 
 from weft.model.config import ModelConfig
-from weft.model.linear import ExpertLinear, Linear
+from weft.model.linear import LinearMap
 from weft.model.parameters import Module, Role, name_of
 from weft.model.parts.linear_forms import LinearForm
 from weft.model.parts.registry import ADAPTERS, WEIGHTS
 from weft.runtime.errors import UserError, nearest
 
-LinearMap = Linear | ExpertLinear
 TARGETS = (Role.MATRIX, Role.EXPERT)  # neither routers nor what stands around the layers
 
 
