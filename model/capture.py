@@ -3,7 +3,8 @@
 Letters: L layers, B rows, T sequence.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Set
+from typing import Any, Literal
 
 import jax
 from jax import P
@@ -36,8 +37,8 @@ def capture(
     rows = tokens_BT, position_BT, segment_BT, kind_BT
     layouts: dict[str, P] = {}
 
-    def run(taps, out_specs):
-        def body(model, rows, source):
+    def run(taps: Set[str] | Literal['all'], out_specs: Any) -> Callable[..., dict[str, jax.Array]]:
+        def body(model: Decoder, rows: tuple[jax.Array | None, ...], source: Source | None) -> dict[str, jax.Array]:
             _, _, records = model.hidden(*scoring_view(model, rows, source, taps=taps), for_head=False)
             layouts.update({name: P(None, *tap.layout) for name, tap in records.taps.items()})
             return {name: tap.value for name, tap in records.taps.items()}

@@ -42,7 +42,7 @@ class ComputeConfig:
     # Of `all_to_all`: rows of an expert's buffer by its even share; what does not fit is dropped.
     capacity_factor: float = 1.25
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.dispatch not in get_args(Dispatch):
             raise UserError(
                 f'compute.dispatch is {self.dispatch!r}: no such way{nearest(self.dispatch, get_args(Dispatch))}'

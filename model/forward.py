@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import P, lax
 from jax.sharding import NamedSharding
 
@@ -32,12 +33,12 @@ TOKENS = P(BATCH)  # of a [B, T] array of integers: its rows are split; each dev
 ROWS = (*BATCH, 'stage')  # axes of the rows that a device's view gives, where `stage` is 1
 
 
-def place(tree):
+def place(tree: Any) -> Any:
     """Host arrays, rows first, the same in every process, as global arrays whose rows are split over the current mesh."""
     return jax.tree.map(lambda array: place_rows(len(array), lambda begin, end: array[begin:end]), tree)
 
 
-def place_rows(count: int, take: Callable[[int, int], Any]):
+def place_rows(count: int, take: Callable[[int, int], Any]) -> Any:
     """`count` rows as global arrays, laid out as by `place`, of which this process takes only those that it needs.
 
     `take(begin, end)` gives a tree of host arrays [end - begin, …]; it is called once for each of `local_rows(count)`.
@@ -47,8 +48,9 @@ def place_rows(count: int, take: Callable[[int, int], Any]):
     spans = local_rows(count)
     blocks = [take(*span) for span in spans]
 
-    def whole(*parts):
-        def part(index):
+    def whole(*parts: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None, 'the array has rows'
             begin, end, _ = index[0].indices(count)
             span = next(n for n, (first, last) in enumerate(spans) if first <= begin and end <= last)
             return parts[span][begin - spans[span][0] : end - spans[span][0]]
@@ -76,7 +78,9 @@ def row_ways() -> int:
     return math.prod(jax.sharding.get_mesh().shape[axis] for axis in BATCH)
 
 
-def one_device(body, model: Decoder, in_specs, out_specs):
+def one_device(
+    body: Callable[..., Any], model: Decoder, in_specs: tuple[Any, ...], out_specs: Any
+) -> Callable[..., Any]:
     """`body(model, …)` as a shard_map over every axis, the model as this device's own copies (see `mark_varying`).
 
     check_vma finds a missing sum; attention kernels that cannot say what varies turn it off.
@@ -94,7 +98,7 @@ def one_device(body, model: Decoder, in_specs, out_specs):
     return jax.shard_map(on_own_copies, in_specs=(specs(model), *in_specs), out_specs=out_specs, check_vma=checked)
 
 
-def columns(T: int, order) -> jax.Array:
+def columns(T: int, order: Callable[[int, int], np.ndarray]) -> jax.Array:
     """int32 [T / context]: which columns of a row of T this device works on; `order`: see sharding/sequence_layout.py."""
     return jnp.asarray(order(T, lax.axis_size('context')))[axis_index('context')]
 
@@ -149,7 +153,7 @@ def logits(
     needs_no_stages('scoring')
     needs_head(model.config, 'logits')
 
-    def body(model, rows, source):
+    def body(model: Decoder, rows: tuple[jax.Array | None, ...], source: Source | None) -> jax.Array:
         x_BTD, _, _ = model.hidden(*scoring_view(model, rows, source))
         return to_vocabulary(gather_sequence(x_BTD), model.head(), model.config)
 
@@ -172,7 +176,7 @@ def hidden_states(
     if model.config.encoder:
         raise UserError('model.encoder is given: hidden states and embeddings are of models without one')
 
-    def body(model, rows):
+    def body(model: Decoder, rows: tuple[jax.Array | None, ...]) -> jax.Array:
         return model.hidden(*scoring_view(model, rows), for_head=False)[0]
 
     run = one_device(body, model, (TOKENS,), P(ROWS, SEQUENCE))
@@ -193,7 +197,7 @@ def mtp_logits(model: Decoder, tokens_BT: jax.Array, position_BT: jax.Array, seg
     """
     needs_no_stages('scoring')
 
-    def body(model, *rows):
+    def body(model: Decoder, *rows: jax.Array) -> jax.Array:
         tokens_BT, ctx = scoring_view(model, (*rows, None))
         x_BTD, _, _ = model.hidden(tokens_BT, ctx)
         next_kBT = [own_columns(jnp.roll(rows[0], -1 - k, axis=1)) for k in range(model.config.mtp.layers)]
@@ -205,7 +209,7 @@ def mtp_logits(model: Decoder, tokens_BT: jax.Array, position_BT: jax.Array, seg
     return jax.reshard(logit_kBTV, P(None, BATCH, 'context', None))[..., : model.config.vocabulary]
 
 
-def real_vocabulary(logit_V: jax.Array, model: Decoder):
+def real_vocabulary(logit_V: jax.Array, model: Decoder) -> jax.Array:
     """Logits split over `tensor` and padded, to all of the real vocabulary on each of its devices."""
     spec = P(BATCH, *jax.typeof(logit_V).sharding.spec[1:-1], None)
     return jax.reshard(logit_V, spec)[..., : model.config.vocabulary]

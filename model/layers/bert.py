@@ -3,6 +3,7 @@
 Letters: B rows, T sequence, D model, C classes.
 """
 
+import jax
 from flax import nnx
 
 from weft.model.config import ModelConfig
@@ -21,7 +22,7 @@ class HeadMlp(nnx.Module):
         self.dense = Linear(D, D, part='head', bias=True, split=(EVERY, None))
         self.norm = Norm(c, 'head')
 
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Of tokens in any layout."""
         return self.norm(activation(self.config)(self.dense(x_BTD)))
 

@@ -6,6 +6,7 @@ times H.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -53,7 +54,9 @@ class CrossAttention(Attention):
         for _ in 'kv':
             count.matmul('cross_attention', tokens, c.model_dim, width * c.attention.head_dim)
 
-    def __call__(self, x_BTD, ctx: ForwardContext, cache: Any = None, layer: Any = None):
+    def __call__(
+        self, x_BTD: jax.Array, ctx: ForwardContext, cache: Any = None, layer: Any = None
+    ) -> tuple[jax.Array, None]:
         """The output in the layout between blocks, and no cache: what is kept of the source, `ctx.source`, is only read."""
         c, source = self.config, ctx.source
         x_BTD = ctx.gather_sequence(x_BTD)
@@ -75,7 +78,7 @@ class CrossAttention(Attention):
             )
         return self.o(a_BTKGH.reshape(*q.shape[:2], -1), ctx.reduce_scatter_sequence), None
 
-    def keys(self, x_BSD):
+    def keys(self, x_BSD: jax.Array) -> tuple[jax.Array, ...]:
         """Keys and values of an encoder's output, [B, S, K, H] each."""
         return tuple(
             a.reshape(*a.shape[:2], -1, self.config.attention.head_dim) for a in (self.k(x_BSD), self.v(x_BSD))

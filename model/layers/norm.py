@@ -3,6 +3,7 @@
 Letters: B rows, T sequence, D model, N heads times their width.
 """
 
+import jax
 from flax import nnx
 from jax import P, lax
 
@@ -11,7 +12,7 @@ from weft.model.parameters import Role, parameter
 from weft.sharding.collectives import psum, upcast
 
 
-def rms_norm(x, scale, epsilon: float):
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     """Zhang and Sennrich 2019 (arXiv:1910.07467), in at least float32; the result in x's dtype."""
     h = upcast(x)
     h = h * lax.rsqrt((h * h).mean(-1, keepdims=True) + epsilon)
@@ -27,7 +28,7 @@ class Norm(nnx.Module):
         if c.norm.bias:
             self.bias_D = parameter((c.model_dim,), P(None), Role.BIAS, part=part)
 
-    def __call__(self, x_BTD):
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
         c = self.config
         scale_D = offset(self.scale_D[...], c)
         if c.norm.kind == 'rmsnorm':
@@ -38,12 +39,12 @@ class Norm(nnx.Module):
         return (h + upcast(self.bias_D[...])[None, None] if c.norm.bias else h).astype(x_BTD.dtype)
 
 
-def offset(scale_D, c: ModelConfig):
+def offset(scale_D: jax.Array, c: ModelConfig) -> jax.Array:
     """The scale that a norm multiplies by, of the one that is kept, in at least float32."""
     return upcast(scale_D) + c.norm.offset if c.norm.offset else upcast(scale_D)
 
 
-def norm_of_all(x_BTN, scale_N, heads: int, c: ModelConfig):
+def norm_of_all(x_BTN: jax.Array, scale_N: jax.Array, heads: int, c: ModelConfig) -> jax.Array:
     """RMSNorm over all `heads` heads of all devices of `tensor`; heads of which several devices have copies count once."""
     h, n = upcast(x_BTN), lax.axis_size('tensor')
     copies = max(n // heads, 1)

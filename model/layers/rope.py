@@ -4,13 +4,18 @@ Letters: B rows, T sequence, n any dims of heads, H head dim, h pairs of dims th
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from weft.model.config import ModelConfig, RopeScaling
 from weft.sharding.collectives import pmax, upcast
+
+# Radians a position of each pair of dims without scaling, [h], by theta.
+Plain = Callable[[float], jax.Array]
 
 
 def rope(
@@ -45,7 +50,9 @@ def rope(
     return turned if not rest.shape[-1] else jnp.concatenate([turned, rest], -1)
 
 
-def frequencies(theta: float, dims: int, position_BT: jax.Array, scaling: RopeScaling | None, dtype):
+def frequencies(
+    theta: float, dims: int, position_BT: jax.Array, scaling: RopeScaling | None, dtype: DTypeLike
+) -> tuple[jax.Array, float]:
     """Radians a position of each pair of dims, [1 or B, h], and a factor on queries and keys."""
     half = dims // 2
     # In float64: where half is no power of two, an exponent's rounding would be an angle's at far positions.
@@ -62,12 +69,12 @@ def row_lengths(position_BT: jax.Array) -> jax.Array:
     return pmax(position_BT.max(-1, keepdims=True), 'context') + 1
 
 
-def _linear(plain, theta, half, position_BT, s: RopeScaling):
+def _linear(plain: Plain, theta: float, half: int, position_BT: jax.Array, s: RopeScaling) -> tuple[jax.Array, float]:
     """Chen et al. 2023, arXiv:2306.15595: positions as if they were `factor` times closer."""
     return plain(theta)[None] / s.factor, 1.0
 
 
-def _dynamic(plain, theta, half, position_BT, s: RopeScaling):
+def _dynamic(plain: Plain, theta: float, half: int, position_BT: jax.Array, s: RopeScaling) -> tuple[jax.Array, float]:
     """Of transformers' `dynamic`: rows longer than the old context get a larger theta, by their length."""
     dtype = plain(theta).dtype
     length_B1 = jnp.maximum(row_lengths(position_BT), s.old_context).astype(dtype)
@@ -76,7 +83,7 @@ def _dynamic(plain, theta, half, position_BT, s: RopeScaling):
     return theta_B1 ** (-jnp.arange(half, dtype=dtype) / half)[None], 1.0
 
 
-def _yarn(plain, theta, half, position_BT, s: RopeScaling):
+def _yarn(plain: Plain, theta: float, half: int, position_BT: jax.Array, s: RopeScaling) -> tuple[jax.Array, float]:
     """Peng et al. 2023, arXiv:2309.00071, section 3.2: slow pairs are interpolated, fast ones are not, a ramp between."""
 
     def pair_of(turns: float) -> float:
@@ -98,7 +105,7 @@ def yarn_gain(factor: float, times: float = 1.0) -> float:
     return 0.1 * times * math.log(factor) + 1 if factor > 1 else 1.0
 
 
-def _llama3(plain, theta, half, position_BT, s: RopeScaling):
+def _llama3(plain: Plain, theta: float, half: int, position_BT: jax.Array, s: RopeScaling) -> tuple[jax.Array, float]:
     """Of Llama 3.1's published code: pairs with long waves are slowed by `factor`, short ones are not, a ramp between."""
     turn = plain(theta)
     waves = s.old_context / (2 * math.pi) * turn  # in the old context
@@ -107,7 +114,7 @@ def _llama3(plain, theta, half, position_BT, s: RopeScaling):
     return ((1 - share) * turn / s.factor + share * turn)[None], 1.0
 
 
-def _longrope(plain, theta, half, position_BT, s: RopeScaling):
+def _longrope(plain: Plain, theta: float, half: int, position_BT: jax.Array, s: RopeScaling) -> tuple[jax.Array, float]:
     """LongRoPE, arXiv:2402.13753, as in Phi-3: each pair has its own factor, one for short and one for long rows."""
     turn = plain(theta)
     short, long = (turn / jnp.asarray(factors, turn.dtype) for factors in (s.short_factors, s.long_factors))

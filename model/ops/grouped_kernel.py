@@ -10,6 +10,7 @@ Letters: R rows sorted by group, E groups, D and F widths in and out, V tiles of
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -134,14 +135,16 @@ def smaller(t: GroupedTiling, rows: int, columns: int, inner: int) -> GroupedTil
 # Kernels: one program -------------------------------------------------------------------------------------------------
 
 
-def _rows_kernel(x_ref, w_ref, tile_ref, y_ref, *, t: GroupedTiling, transposed: bool):
+def _rows_kernel(
+    x_ref: jax.Ref, w_ref: jax.Ref, tile_ref: jax.Ref, y_ref: jax.Ref, *, t: GroupedTiling, transposed: bool
+) -> None:
     group, first, end = (tile_ref[i] for i in range(3))
     inner, columns = x_ref.shape[1], y_ref.shape[1]
     column = pl.program_id(0) * t.columns
     mine_R = first + jnp.arange(t.rows) < end
     inside_F = _inside(column, t.columns, columns)
 
-    def step(i, y_RF: jax.Array):
+    def step(i: jax.Array, y_RF: jax.Array) -> jax.Array:
         inside_D = _inside(i * t.inner, t.inner, inner)
         x_RD = _load(x_ref.at[pl.ds(first, t.rows), pl.ds(i * t.inner, t.inner)], mine_R, inside_D)
         if transposed:
@@ -156,13 +159,13 @@ def _rows_kernel(x_ref, w_ref, tile_ref, y_ref, *, t: GroupedTiling, transposed:
     triton.store(target, y_RF.astype(y_ref.dtype), mask=_both(mine_R, inside_F))
 
 
-def _weights_kernel(x_ref, dy_ref, span_ref, dw_ref, *, t: GroupedTiling):
+def _weights_kernel(x_ref: jax.Ref, dy_ref: jax.Ref, span_ref: jax.Ref, dw_ref: jax.Ref, *, t: GroupedTiling) -> None:
     start, end = span_ref[0], span_ref[1]
     D, F = dw_ref.shape
     column, row = pl.program_id(0) * t.columns, pl.program_id(1) * t.rows
     inside_D, inside_F = _inside(row, t.rows, D), _inside(column, t.columns, F)
 
-    def step(i, dw_DF: jax.Array):
+    def step(i: jax.Array, dw_DF: jax.Array) -> jax.Array:
         first = start + i * t.inner
         mine_R = first + jnp.arange(t.inner) < end
         x_RD = _load(x_ref.at[pl.ds(first, t.inner), pl.ds(row, t.rows)], mine_R, inside_D)
@@ -186,8 +189,8 @@ def _both(rows: jax.Array | None, columns: jax.Array | None) -> jax.Array | None
     return rows[:, None] if columns is None else rows[:, None] & columns[None]
 
 
-def _load(ref, rows: jax.Array | None, columns: jax.Array | None) -> jax.Array:
-    """A tile, 0 where it lies outside."""
+def _load(ref: Any, rows: jax.Array | None, columns: jax.Array | None) -> jax.Array:
+    """A tile of a `jax.Ref`, which the types of `triton.load` do not know; 0 where it lies outside."""
     mask = _both(rows, columns)
     if mask is None:
         return triton.load(ref)

@@ -60,7 +60,7 @@ class SoftmaxConfig(MixerConfig):
 class AttentionConfig(SoftmaxConfig):
     """Multi-head, grouped-query (Ainslie et al. 2023, arXiv:2305.13245) or multi-query attention."""
 
-    kind: Literal['gqa'] = 'gqa'  # type: ignore[assignment]
+    kind: Literal['gqa'] = 'gqa'
     kv_heads: int = UNSET  # left out: as many as heads (multi-head); 1: multi-query; between: grouped-query
     head_dim: int = UNSET  # of query, key and value; left out: model_dim / heads
     qk_norm: bool | Literal['full'] = False  # RMSNorm of each head's query and key; full: of all heads' together
@@ -102,7 +102,7 @@ class AttentionConfig(SoftmaxConfig):
 class MLAConfig(SoftmaxConfig):
     """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1): keys and values from one vector a token."""
 
-    kind: Literal['mla'] = 'mla'  # type: ignore[assignment]
+    kind: Literal['mla'] = 'mla'
     q_lora_rank: int | None = None  # of the queries' own latent vector; None: queries come from x itself
     kv_lora_rank: int  # of what is cached, beside the rotary part of the key
     qk_nope_head_dim: int  # of a head's query and key, the part without positions

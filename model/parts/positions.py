@@ -94,14 +94,14 @@ class TableConfig:
 class LearnedConfig(TableConfig):
     """A vector for each position, learnt (GPT-2, BERT)."""
 
-    kind: Literal['learned'] = 'learned'  # type: ignore[assignment]
+    kind: Literal['learned'] = 'learned'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SinusoidalConfig(TableConfig):
     """Sines and cosines of the position (Vaswani et al. 2017, arXiv:1706.03762, section 3.5)."""
 
-    kind: Literal['sinusoidal'] = 'sinusoidal'  # type: ignore[assignment]
+    kind: Literal['sinusoidal'] = 'sinusoidal'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

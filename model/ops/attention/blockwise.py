@@ -9,6 +9,7 @@ key, U of a value, c query tiles, d key tiles. Of one tile: N = K (or B * K) hea
 head's keys, S keys, and R = 1 (or B) masks of [T, S].
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -136,8 +137,19 @@ def attend_back(
 # One tile of queries with the keys that it may see --------------------------------------------------------------------
 
 
+Gradients = tuple[jax.Array, ...]  # of queries, and of keys and values as `attend_back` has them
+Row = tuple[jax.Array, ...]  # () or (b,)
+
+
 def over_keys(
-    state: State, q_KMH: jax.Array, at_T: TokenIndex, keys: Keys, first, end, rule: MaskRule, row: tuple = ()
+    state: State,
+    q_KMH: jax.Array,
+    at_T: TokenIndex,
+    keys: Keys,
+    first: jax.Array,
+    end: jax.Array,
+    rule: MaskRule,
+    row: Row = (),
 ) -> State:
     """The state with the keys of tiles `first` to `end` - 1; with `row` (b,), `keys` have rows, and b's are meant.
 
@@ -145,14 +157,22 @@ def over_keys(
     """
     k_dKSH, v_dKSU, at_d = keys
 
-    def key_tile(d, state):
+    def key_tile(d: jax.Array, state: State) -> State:
         see_RTS = sees(one(at_T), one(at_tile(at_d, *row, d)), rule.window, rule.causal)
         return merge(state, attend(q_KMH, k_dKSH[*row, d], v_dKSU[*row, d], see_RTS, rule))
 
     return lax.fori_loop(first, end, key_tile, state)
 
 
-def over_keys_back(grads: tuple, query: tuple, keys: Keys, first, end, rule: MaskRule, row: tuple = ()) -> tuple:
+def over_keys_back(
+    grads: Gradients,
+    query: Sequence,
+    keys: Keys,
+    first: jax.Array,
+    end: jax.Array,
+    rule: MaskRule,
+    row: Row = (),
+) -> Gradients:
     """The gradients (dq_KMH, dk_dKHS, dv_dKUS) with what the keys of tiles `first` to `end` - 1 add; `row` as in `over_keys`.
 
     query: q_KMH, its places at_T, dout_KMU, and the log-sum-exp and delta, [K, M] each, of the whole softmax.
@@ -160,7 +180,7 @@ def over_keys_back(grads: tuple, query: tuple, keys: Keys, first, end, rule: Mas
     q_KMH, at_T, dout_KMU, lse_KM, delta_KM = query
     k_dKSH, v_dKSU, at_d = keys
 
-    def key_tile(d, grads):
+    def key_tile(d: jax.Array, grads: Gradients) -> Gradients:
         dq_KMH, dk_dKHS, dv_dKUS = grads
         see_RTS = sees(one(at_T), one(at_tile(at_d, *row, d)), rule.window, rule.causal)
         k_KSH, v_KSU = k_dKSH[*row, d], v_dKSU[*row, d]
@@ -241,10 +261,10 @@ def tiled_forward(q_BcKMH: jax.Array, at_c: TokenIndex, keys: Keys, sink_KG: jax
         out_BcKMU = out_NMU.astype(q_BcKMH.dtype).reshape(*q_BcKMH.shape[:-1], U)
         return out_BcKMU, (q_BcKMH, at_c, keys, sink_KG, out_BcKMU, lse_NM.reshape(q_BcKMH.shape[:-1]))
 
-    def row(row):
+    def row(row: tuple) -> tuple[jax.Array, jax.Array]:
         *tiles, keys = row
 
-        def query_tile(tile):
+        def query_tile(tile: list) -> tuple[jax.Array, jax.Array]:
             q_KMH, at_T, sink_KM, first, end = tile
             state = over_keys(nothing(q_KMH, U), q_KMH, at_T, keys, first, end, rule)
             out_KMU, lse_KM = finish(state, sink_KM)
@@ -267,14 +287,14 @@ def tiled_backward(rule: MaskRule, kept: tuple, dout_BcKMU: jax.Array) -> tuple:
         grads = dq_NMH, dk_NHS.swapaxes(1, 2), dv_NUS.swapaxes(1, 2)
     else:
 
-        def row(row):
+        def row(row: tuple) -> Gradients:
             *tiles, keys = row
 
-            def query_tile(dkv, tile):
+            def query_tile(dkv: Gradients, tile: list) -> tuple[Gradients, jax.Array]:
                 *query, first, end = tile
                 grads = like(query[0], query[0].shape), *dkv
-                dq_KMH, *dkv = over_keys_back(grads, query, keys, first, end, rule)
-                return tuple(dkv), dq_KMH
+                dq_KMH, *more = over_keys_back(grads, query, keys, first, end, rule)
+                return tuple(more), dq_KMH
 
             (dk_dKHS, dv_dKUS), dq_cKMH = lax.scan(query_tile, transposed_zeros(keys), tiles)
             return dq_cKMH, dk_dKHS.swapaxes(-1, -2), dv_dKUS.swapaxes(-1, -2)
@@ -303,7 +323,7 @@ def more_keys(state_BT: State, q_BTKGH: jax.Array, at_c: TokenIndex, keys: Keys,
     first_Bc, end_Bc = seen_tiles(at_c, keys[2], rule)
     B, c = first_Bc.shape
 
-    def query_tile(i, state_BT):
+    def query_tile(i: jax.Array, state_BT: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         b, i = i // c, i % c
         max_KM, sum_KM, out_KMU, q_KMH = (get_tile(x, c, b, i) for x in (*state_BT, q_BTKGH))
         state = max_KM, sum_KM, out_KMU
@@ -330,7 +350,7 @@ def more_keys_back(
     first_Bc, end_Bc = seen_tiles(at_c, keys[2], rule)
     B, c = first_Bc.shape
 
-    def query_tile(i, grads):
+    def query_tile(i: jax.Array, grads: Gradients) -> Gradients:
         dq_BTKGH, *dkv_BdKHS = grads
         b, i = i // c, i % c
         dq_KMH, q_KMH, *of_output = (
@@ -345,14 +365,14 @@ def more_keys_back(
     return dq_BTKGH, dk_BdKHS.swapaxes(-1, -2), dv_BdKUS.swapaxes(-1, -2)
 
 
-def get_tile(x_BTKG: jax.Array, tiles: int, b, i) -> jax.Array:
+def get_tile(x_BTKG: jax.Array, tiles: int, b: jax.Array, i: jax.Array) -> jax.Array:
     """[K, M] or [K, M, H]: tile i of `tiles` of row b."""
     B, T, K, G, *H = x_BTKG.shape
     x_TKG = x_BTKG.reshape(B, tiles, T // tiles, K, G, *H)[b, i]
     return jnp.moveaxis(x_TKG, 0, 2).reshape(K, -1, *H)
 
 
-def set_tile(x_BTKG: jax.Array, tiles: int, b, i, new_KM: jax.Array) -> jax.Array:
+def set_tile(x_BTKG: jax.Array, tiles: int, b: jax.Array, i: jax.Array, new_KM: jax.Array) -> jax.Array:
     B, T, K, G, *H = x_BTKG.shape
     new_TKG = jnp.moveaxis(new_KM.reshape(K, G, -1, *H), 2, 0)
     return x_BTKG.reshape(B, tiles, T // tiles, K, G, *H).at[b, i].set(new_TKG).reshape(x_BTKG.shape)

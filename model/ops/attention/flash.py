@@ -12,8 +12,9 @@ H head dim, c query tiles, d key tiles. Inside a kernel T and S are one tile's, 
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 
-from weft.model.ops.attention.blockwise import fill
+from weft.model.ops.attention.blockwise import State, fill
 from weft.model.ops.attention.mask import FLOOR, HIDDEN, QKV, Keys, MaskRule, TokenIndex, sees, tiles_of, tiles_see
 from weft.model.ops.attention.mask import span as least_span
 from weft.model.ops.kernels import call, check_dtype
@@ -37,6 +38,8 @@ class FlashTiling(NamedTuple):
     stages: int
 
 
+Carry = TypeVar('Carry')
+Pair = tuple[jax.Array, jax.Array]  # the gradients of keys and of values
 Tilings = tuple[FlashTiling, FlashTiling, FlashTiling]  # of forward, dq, dkv
 
 
@@ -103,16 +106,17 @@ def fill_at(at: TokenIndex, tile: int, nobody: int) -> jax.Array:
 
 
 # Kernels: one program -------------------------------------------------------------------------------------------------
+# What loads and stores is given as Any: the types of `triton.load` do not know a `jax.Ref`.
 
 
-def load(ref, H: int, *where):
+def load(ref: Any, H: int, *where: Any) -> jax.Array:
     """ref[where], filled up with zeros where its last dim has more than H columns."""
     if ref.shape[-1] == H:
         return ref[where] if where else ref[...]
     return triton.load(ref.at[*where, :] if where else ref, mask=(jnp.arange(ref.shape[-1]) < H)[None, :], other=0.0)
 
 
-def store(ref, H: int, value):
+def store(ref: Any, H: int, value: jax.Array) -> None:
     value = value.astype(ref.dtype)
     if ref.shape[-1] == H:
         ref[...] = value
@@ -120,7 +124,7 @@ def store(ref, H: int, value):
         triton.store(ref, value, mask=(jnp.arange(ref.shape[-1]) < H)[None, :])
 
 
-def walk(span_ref, one_tile, state):
+def walk(span_ref: jax.Ref, one_tile: Callable[..., Carry], state: Carry) -> Carry:
     """`one_tile(i, state, masked)` over the tiles that this program may see, from `span_ref` (`spans` made it)."""
     first, bare, bare_end, end = (span_ref[i] for i in range(4))
     state = lax.fori_loop(first, bare, partial(one_tile, masked=True), state)
@@ -128,11 +132,12 @@ def walk(span_ref, one_tile, state):
     return lax.fori_loop(bare_end, end, partial(one_tile, masked=True), state)
 
 
-def forward_kernel(q_ref, k_ref, v_ref, q_at_ref, k_at_ref, span_ref, out_ref, lse_ref, *, plan: Plan, H: int):
+def forward_kernel(*refs: jax.Ref, plan: Plan, H: int) -> None:
+    q_ref, k_ref, v_ref, q_at_ref, k_at_ref, span_ref, out_ref, lse_ref = refs
     q_TH = load(q_ref, H)
     q_at = q_at_ref[0], q_at_ref[1]
 
-    def one_tile(d, state, masked):
+    def one_tile(d: jax.Array, state: State, masked: bool) -> State:
         max_T, sum_T, out_TH = state
         rows = pl.ds(d * plan.forward.k, plan.forward.k)
         s_TS = triton.dot(q_TH, load(k_ref, H, rows), trans_b=True) * (plan.rule.scale * math.log2(math.e))
@@ -152,14 +157,13 @@ def forward_kernel(q_ref, k_ref, v_ref, q_at_ref, k_at_ref, span_ref, out_ref, l
     lse_ref[...] = max_T + jnp.log2(some_T)
 
 
-def dq_kernel(
-    q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, q_at_ref, k_at_ref, span_ref, dq_ref, *, plan: Plan, H: int
-):
+def dq_kernel(*refs: jax.Ref, plan: Plan, H: int) -> None:
+    q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, q_at_ref, k_at_ref, span_ref, dq_ref = refs
     q_TH, dout_TH = load(q_ref, H), load(dout_ref, H)
     lse_T, delta_T = lse_ref[...], delta_ref[...]
     q_at = q_at_ref[0], q_at_ref[1]
 
-    def one_tile(d, dq_TH: jax.Array, masked):
+    def one_tile(d: jax.Array, dq_TH: jax.Array, masked: bool) -> jax.Array:
         rows = pl.ds(d * plan.dq.k, plan.dq.k)
         k_SH = load(k_ref, H, rows)
         s_TS = triton.dot(q_TH, k_SH, trans_b=True) * (plan.rule.scale * math.log2(math.e))
@@ -172,27 +176,13 @@ def dq_kernel(
     store(dq_ref, H, plan.rule.scale * walk(span_ref, one_tile, jnp.zeros(q_TH.shape, jnp.float32)))
 
 
-def dkv_kernel(
-    q_ref,
-    k_ref,
-    v_ref,
-    dout_ref,
-    lse_ref,
-    delta_ref,
-    q_at_ref,
-    k_at_ref,
-    span_ref,
-    dk_ref,
-    dv_ref,
-    *,
-    plan: Plan,
-    H: int,
-):
+def dkv_kernel(*refs: jax.Ref, plan: Plan, H: int) -> None:
+    q_ref, k_ref, v_ref, dout_ref, lse_ref, delta_ref, q_at_ref, k_at_ref, span_ref, dk_ref, dv_ref = refs
     k_SH, v_SH = load(k_ref, H), load(v_ref, H)
     k_at = k_at_ref[0], k_at_ref[1]
 
-    def one_head(g, grads):
-        def one_tile(c, grads, masked):
+    def one_head(g: jax.Array, grads: Pair) -> Pair:
+        def one_tile(c: jax.Array, grads: Pair, masked: bool) -> Pair:
             dk_SH, dv_SH = grads
             rows = pl.ds(c * plan.dkv.q, plan.dkv.q)
             q_TH, dout_TH = load(q_ref, H, rows, g), load(dout_ref, H, rows, g)
@@ -238,7 +228,7 @@ def whole_tiles(q_BTKGH: jax.Array, at_BiT: jax.Array, keys: Keys, plan: Plan) -
     return whole_tiles_forward(q_BTKGH, at_BiT, keys, plan)[0]
 
 
-def query_specs(t: FlashTiling, T: int, S: int, G: int, H: int):
+def query_specs(t: FlashTiling, T: int, S: int, G: int, H: int) -> tuple[pl.BlockSpec, ...]:
     """Blocks of a program (c, n, b) that owns a query tile: of q, k and v, log-sum-exps, both places, and its span."""
     H, last = (
         pl.next_power_of_2(H),
@@ -254,7 +244,7 @@ def query_specs(t: FlashTiling, T: int, S: int, G: int, H: int):
     )
 
 
-def key_specs(t: FlashTiling, T: int, G: int, H: int):
+def key_specs(t: FlashTiling, T: int, G: int, H: int) -> tuple[pl.BlockSpec, ...]:
     """The blocks of the arrays that a program (d, k, b) sees which owns a key tile."""
     H = pl.next_power_of_2(H)
     return (

@@ -91,7 +91,9 @@ class Tick:
     value_width: int
 
 
-def flash_tick(state: blockwise.State, q_BTKGH: jax.Array, at_BiT: jax.Array, keys: Keys, plan: flash.Plan):
+def flash_tick(
+    state: blockwise.State, q_BTKGH: jax.Array, at_BiT: jax.Array, keys: Keys, plan: flash.Plan
+) -> blockwise.State:
     out_BTKGH, lse_BNT = flash.tiles_forward(q_BTKGH, at_BiT, keys, plan, jnp.float32)
     # Where no key is seen FLOOR itself: a compiler may keep more digits of a product (in a fused multiply-add), and in what
     # `merge` subtracts, at 1e29, the difference of one rounding is an infinite exponential.
@@ -109,7 +111,7 @@ def flash_tick_back(
     lse_BTKG: jax.Array,
     delta_BTKG: jax.Array,
     plan: flash.Plan,
-):
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     lse_BNT, delta_BNT = flash.by_head(lse_BTKG * math.log2(math.e)), flash.by_head(delta_BTKG)
     dq, dk, dv = flash.tiles_backward(q_BTKGH, at_BiT, keys, dout_BTKGH, lse_BNT, delta_BNT, plan, jnp.float32)
     return dq_BTKGH + dq, dk, dv
@@ -124,10 +126,10 @@ def ring(q_BTKGH: jax.Array, q_at: Any, keys: Keys, sink_KG: jax.Array | None, t
 
 
 def ring_forward(q_BTKGH: jax.Array, q_at: Any, mine: Keys, sink_KG: jax.Array | None, tick: Tick) -> tuple:
-    def meet(state, keys):
+    def meet(state: blockwise.State, keys: Keys) -> blockwise.State:
         return tick.forward(state, q_BTKGH, q_at, keys, tick.plan)
 
-    def one_tick(carry, _):
+    def one_tick(carry: tuple[blockwise.State, Keys], _: None) -> tuple[tuple[blockwise.State, Keys], None]:
         state, keys = carry
         coming = ring_shift(keys, AXIS)  # wants nothing of this tick's work, so that it is sent meanwhile
         return (meet(state, keys), coming), None
@@ -143,15 +145,18 @@ def ring_forward(q_BTKGH: jax.Array, q_at: Any, mine: Keys, sink_KG: jax.Array |
     return out_BTKGH, (q_BTKGH, q_at, mine, sink_KG, out_BTKGH, lse_BTKG)
 
 
+Back = tuple[jax.Array, list[jax.Array], Keys]  # dq; dk and dv, and the keys that they are of, on their way
+
+
 def ring_backward(tick: Tick, kept: tuple, dout_BTKGH: jax.Array) -> tuple:
     q_BTKGH, q_at, mine, sink_KG, out_BTKGH, lse_BTKG = kept
     delta_BTKG = (dout_BTKGH.astype(lse_BTKG.dtype) * out_BTKGH).sum(-1)
 
-    def meet(dq_BTKGH: jax.Array, keys):
+    def meet(dq_BTKGH: jax.Array, keys: Keys) -> tuple[jax.Array, list[jax.Array]]:
         dq_BTKGH, *dkv = tick.backward(dq_BTKGH, q_BTKGH, q_at, keys, dout_BTKGH, lse_BTKG, delta_BTKG, tick.plan)
         return dq_BTKGH, dkv
 
-    def one_tick(carry, _):
+    def one_tick(carry: Back, _: None) -> tuple[Back, None]:
         dq_BTKGH, dkv, keys = carry
         coming, dkv = ring_shift(keys, AXIS), ring_shift(dkv, AXIS)  # both while these keys are being used
         dq_BTKGH, more = meet(dq_BTKGH, keys)

@@ -45,7 +45,7 @@ def splash_attention(inputs: QKV, rule: MaskRule) -> jax.Array:
     k_BKTH, v_BKTU = pad(k_BTKH).swapaxes(1, 2), pad(v_BTKU).swapaxes(1, 2)
     segments = kernels.SegmentIds(pad(q_segment_BT), pad(k_segment_BT))
 
-    def run(interpret: bool, *arrays):
+    def run(interpret: bool, *arrays: Any) -> Any:  # an array; by its type the kernel may give residuals too
         one_kv_head = make_kernel(k_BKTH.shape[2], G, rule, interpret)
         return jax.vmap(jax.vmap(one_kv_head, in_axes=(0, 0, 0, None)))(*arrays)
 
