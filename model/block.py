@@ -5,6 +5,7 @@ Letters: B rows, T sequence, D model, E twice D.
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -58,7 +59,9 @@ class Block(nnx.Module):
         # Where a norm follows a part's sum, the sum is needed once more, also the last one.
         feed_forward(c, spec).costs(c, count, last=c.norm.order == 'pre')
 
-    def __call__(self, x_BTD, ctx: ForwardContext, cache: Any | None, layer):
+    def __call__(
+        self, x_BTD: jax.Array, ctx: ForwardContext, cache: Any | None, layer: jax.Array | int
+    ) -> tuple[jax.Array, Any]:
         """x after the layer, and the cache (of its mixer's kind)."""
         rate, before = self.config.dropout, self.config.norm.order in ('pre', 'sandwich')
         y_BTD, cache = self.attention(self.attention_norm(x_BTD) if before else x_BTD, ctx, cache, layer)
@@ -71,7 +74,9 @@ class Block(nnx.Module):
         ctx.tap('block', x_BTD)
         return x_BTD, cache
 
-    def add(self, x_BTD, y_BTD, part: str, ctx: ForwardContext, rate: float, *site):
+    def add(
+        self, x_BTD: jax.Array, y_BTD: jax.Array, part: str, ctx: ForwardContext, rate: float, *site: int | jax.Array
+    ) -> jax.Array:
         """The sum of x and a part's output, of which the output or the sum is normed where the order asks for it."""
         if self.config.norm.order in ('sandwich', 'output'):
             name = 'out_norm' if self.config.norm.order == 'sandwich' else 'norm'
@@ -104,7 +109,7 @@ class MTPBlock(Block):
         self.embedding_norm, self.hidden_norm, self.norm = Norm(c, 'mtp'), Norm(c, 'mtp'), Norm(c, 'mtp')
         self.join = TransposedLinear(2 * D, D, part='mtp', split=(FSDP, None))  # of the embedding, then the activations
 
-    def predict(self, x_BTD, next_BTD, ctx: ForwardContext, layer):
+    def predict(self, x_BTD: jax.Array, next_BTD: jax.Array, ctx: ForwardContext, layer: jax.Array | int) -> jax.Array:
         """The activations that stand for the tokens of `next_BTD`, in the layout between blocks."""
         x_BTE = jnp.concatenate([self.embedding_norm(next_BTD), self.hidden_norm(x_BTD)], -1)
         x_BTD, _ = self(self.join(x_BTE), ctx, None, layer)

@@ -11,8 +11,9 @@ Y kinds of segments, R buckets of distances.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,19 @@ class Decoder(nnx.Module):
         """`compute` on the current mesh, with no 'auto' in it."""
         return resolve(self.compute, self.config)
 
-    def hidden(self, tokens_BT, ctx: ForwardContext, cache: KVCache | None = None, for_head: bool = True):
+    @overload
+    def hidden(
+        self, tokens_BT: jax.Array, ctx: ForwardContext, cache: None = None, for_head: bool = True
+    ) -> tuple[jax.Array, None, Records]: ...
+
+    @overload
+    def hidden(
+        self, tokens_BT: jax.Array, ctx: ForwardContext, cache: KVCache, for_head: bool = True
+    ) -> tuple[jax.Array, KVCache, Records]: ...
+
+    def hidden(
+        self, tokens_BT: jax.Array, ctx: ForwardContext, cache: KVCache | None = None, for_head: bool = True
+    ) -> tuple[jax.Array, KVCache | None, Records]:
         """Normed activations before the LM head, in the layout between blocks; the cache; what layers record.
 
         Without `for_head` they are what the layers give, before BERT's MLP of the head.
@@ -106,7 +119,9 @@ class Decoder(nnx.Module):
         x_BTD, cache, records = self.stack(x_BTD, ctx, cache)
         return (self.head_mlp(x_BTD) if c.head_mlp and for_head else x_BTD), cache, records
 
-    def read(self, tokens_BS, position_BS, segment_BS, ctx: ForwardContext) -> EncoderOutput:
+    def read(
+        self, tokens_BS: jax.Array, position_BS: jax.Array, segment_BS: jax.Array, ctx: ForwardContext
+    ) -> EncoderOutput:
         """What the encoder makes of rows of sources, `ctx` being that of the rows that will attend to it."""
         e = self.encoder.config
         ctx = dataclasses.replace(
@@ -128,7 +143,9 @@ class Decoder(nnx.Module):
         """What decoding needs of an encoder's output: of each group the layers' keys and values, stacked."""
         return tuple(each_layer(lambda block: block.cross.kept(source), group) for group in self.groups)
 
-    def stack(self, x_BTD, ctx: ForwardContext, cache: KVCache | None = None):
+    def stack(
+        self, x_BTD: jax.Array, ctx: ForwardContext, cache: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None, Records]:
         """The layers and the final norm; as `hidden`."""
         c, ends = self.config, ctx.my_microbatches()
         if c.positions.kind == 'relative':
@@ -150,7 +167,9 @@ class Decoder(nnx.Module):
         cache = cache and cache._replace(groups=tuple(kept))
         return (x_BTD if c.norm.order == 'post' else self.norm(x_BTD)), cache, join(records, layers)
 
-    def mtp_hidden(self, x_BTD, next_kBT, ctx: ForwardContext):
+    def mtp_hidden(
+        self, x_BTD: jax.Array, next_kBT: Sequence[jax.Array] | jax.Array, ctx: ForwardContext
+    ) -> tuple[list[jax.Array], Records]:
         """Of each layer of `mtp` its normed activations before the LM head, and what they record.
 
         x_BTD is what `hidden` gives. next_kBT: of layer k the tokens k + 1 places after those that the model read.
@@ -158,7 +177,7 @@ class Decoder(nnx.Module):
         c, ends = self.config, ctx.my_microbatches()
         found, records = [], []
 
-        def apply(layer: MTPBlock, x_BTD, next_BTD, number: int):
+        def apply(layer: MTPBlock, x_BTD: jax.Array, next_BTD: jax.Array, number: int) -> tuple[jax.Array, Records]:
             here, said = ends.recording()
             return layer.predict(x_BTD, next_BTD, here, number), said
 
@@ -170,7 +189,7 @@ class Decoder(nnx.Module):
             records.append(jax.tree.map(lambda a: mark_varying(a)[None], said))
         return found, join(records)
 
-    def embed(self, tokens_BT, ctx: ForwardContext):
+    def embed(self, tokens_BT: jax.Array, ctx: ForwardContext) -> jax.Array:
         """Each device of `tensor` looks up its part of D for all tokens; what is sent then makes that all of D."""
         c = self.config
         x = lookup(unshard(self.embed_VD[...], self.compute.dtype), tokens_BT)

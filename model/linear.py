@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import P, lax
+from jax.typing import DTypeLike
 
 from weft.model.parameters import Role, parameter
 from weft.sharding.collectives import axis_index, unshard
@@ -83,17 +84,17 @@ class Linear(LinearMap):
         """This device's outputs of a weight, whose last dim they are, or of the bias: those that it was given."""
         return w
 
-    def base(self, dtype) -> jax.Array:
+    def base(self, dtype: DTypeLike) -> jax.Array:
         """The weight whole over the axes that split its first dim, in the compute dtype, without an adapter."""
         w = self.columns(dense(self.weight, dtype, self.gathered))
         return w if self.adapter is None else lax.stop_gradient(w)
 
-    def kernel(self, dtype) -> jax.Array:
+    def kernel(self, dtype: DTypeLike) -> jax.Array:
         """What x is multiplied by, with an adapter's share, in the compute dtype; laid out as the weight is kept."""
         w = self.base(dtype)
         return w if self.adapter is None else w + self.adapter.delta(dtype, self.columns)
 
-    def bias(self, dtype) -> jax.Array:
+    def bias(self, dtype: DTypeLike) -> jax.Array:
         """The bias as outputs have it."""
         return self.columns(self.b_O[...]).astype(dtype)
 
@@ -146,12 +147,12 @@ class ExpertLinear(LinearMap):
             outputs, axis = (model, None) if back else (hidden, 'tensor')
             self.b_EO = parameter((experts, outputs), P('expert', axis), Role.BIAS, part='experts')
 
-    def kernel(self, dtype) -> jax.Array:
+    def kernel(self, dtype: DTypeLike) -> jax.Array:
         """The weights of this device's experts with the model's dim whole, in the compute dtype, [E, model, hidden]."""
         w = dense(self.weight, dtype, GATHERED, 1)
         return w if self.adapter is None else lax.stop_gradient(w) + self.adapter.delta(dtype)
 
-    def bias(self, dtype) -> jax.Array:
+    def bias(self, dtype: DTypeLike) -> jax.Array:
         """The biases of this device's experts, where there are any. Back, the devices of `tensor` add up: one has the bias."""
         b_EO = jnp.where(axis_index('tensor') == 0, self.b_EO[...], 0) if self.back else self.b_EO
         return b_EO.astype(dtype)

@@ -72,7 +72,7 @@ class Size(int):
         found.field, found.units = field, int(size) if units is None else units
         return found
 
-    def __getnewargs__(self):  # to be copied
+    def __getnewargs__(self) -> tuple[int, str, int]:  # type: ignore[override]  # to be copied; int itself has one argument
         return int(self), self.field, self.units
 
 

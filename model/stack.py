@@ -4,6 +4,8 @@ Letters: B rows, T sequence, D model, m microbatches of this stage.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from weft.model.compute import Remat
 from weft.model.config import ModelConfig
 from weft.model.context import ForwardContext
 from weft.model.kv_cache import CacheSize, KVCache, LayerCache
+from weft.model.records import Records
 from weft.sharding.collectives import mark_varying
 from weft.sharding.mesh import platform
 from weft.sharding.pipeline import pipeline
@@ -36,7 +39,9 @@ def declared_cache(c: ModelConfig, size: CacheSize) -> tuple[LayerCache, ...]:
     return tuple(found)
 
 
-def apply_layers(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, cache: KVCache | None, first):
+def apply_layers(
+    blocks: tuple[Block, ...], x_BTD: jax.Array, ctx: ForwardContext, cache: KVCache | None, first: jax.Array | int
+) -> tuple[jax.Array, tuple[Any, ...], list[Records]]:
     """x after the layers of a run, of which the first has number `first`; by kind their cache, and what each layer records.
 
     Each of `blocks` has the layers of one kind: stacked, or a list of them (inference/unstacked.py). `cache` is of these kinds.
@@ -45,7 +50,7 @@ def apply_layers(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, cache: K
     groups = nothing if cache is None else cache.groups
     sources = nothing if cache is None or cache.source is None else cache.source
 
-    def unit(carry, numbered):
+    def unit(carry: tuple[jax.Array, tuple], numbered: tuple) -> tuple[tuple[jax.Array, tuple], list[Records]]:
         (x_BTD, groups), (blocks, sources, repeat) = carry, numbered
         number, kept, found = first + repeat * len(blocks), [], []
         for place, (block, group, source) in enumerate(zip(blocks, groups, sources, strict=True)):
@@ -57,7 +62,7 @@ def apply_layers(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, cache: K
 
     if isinstance(blocks[0], nnx.List):
         by_repeat = []
-        run = jax.jit(remat(unit, ctx.compute.remat, True))  # like layers are traced once
+        run: Callable[..., Any] = jax.jit(remat(unit, ctx.compute.remat, True))  # like layers are traced once
         for repeat, layers in enumerate(zip(*blocks, strict=True)):
             of_repeat = jax.tree.map(lambda kept, repeat=repeat: kept[repeat], sources)
             (x_BTD, groups), found = run((x_BTD, groups), (layers, of_repeat, repeat))
@@ -78,12 +83,14 @@ def is_unrolled(layers: int, c: ModelConfig, kept: Remat, decoding: bool, on: st
     return not together and layers <= most[decoding]
 
 
-def apply_pipeline(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, first, repeats: int):
+def apply_pipeline(
+    blocks: tuple[Block, ...], x_BTD: jax.Array, ctx: ForwardContext, first: int, repeats: int
+) -> tuple[jax.Array, list[Records]]:
     """Applies a run of blocks that is split over `stage`; x holds the rows of this stage's microbatches. No cache."""
     mine = jax.tree.leaves(blocks)[0].shape[0]
     before = lax.axis_index('stage') * mine
 
-    def layers(x_BTD, number):
+    def layers(x_BTD: jax.Array, number: jax.Array) -> tuple[jax.Array, list[Records]]:
         x_BTD, _, records = apply_layers(blocks, x_BTD, ctx.microbatch(number), None, first + before * len(blocks))
         return x_BTD, records
 
@@ -97,14 +104,14 @@ def apply_pipeline(blocks: tuple[Block, ...], x_BTD, ctx: ForwardContext, first,
     return x_mBTD.reshape(x_BTD.shape), jax.tree.map(among_all, records)
 
 
-def each_layer(f, group):
+def each_layer(f: Callable[[Any], Any], group: Any) -> Any:
     """f of each layer, stacked, of a group that is stacked or is a list of layers."""
     if isinstance(group, nnx.List):
         return jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *map(f, group))
     return lax.map(f, group)
 
 
-def remat(layer, kept: Remat, unrolled: bool):
+def remat(layer: Callable[..., Any], kept: Remat, unrolled: bool) -> Callable[..., Any]:
     """The layer, keeping for its backward pass what `compute.remat` says."""
     if kept == 'none':
         return layer

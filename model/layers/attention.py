@@ -83,12 +83,16 @@ class Attention(nnx.Module):
         count.matmul('projections', count.tokens, heads * H, D)
         count.reduce_scatter_sequence(D)
 
-    def __call__(self, x_BTD, ctx: ForwardContext, cache: DenseCache | None, layer):
+    def __call__(
+        self, x_BTD: jax.Array, ctx: ForwardContext, cache: DenseCache | None, layer: jax.Array | int
+    ) -> tuple[jax.Array, DenseCache | None]:
         """The block's output in the layout between blocks, and the cache with these tokens' keys and values."""
         a_BTN, cache = self.attend(ctx.gather_sequence(x_BTD), ctx, cache, layer)
         return self.o(a_BTN, ctx.reduce_scatter_sequence), cache
 
-    def attend(self, x_BTD, ctx: ForwardContext, cache: DenseCache | None, layer):
+    def attend(
+        self, x_BTD: jax.Array, ctx: ForwardContext, cache: DenseCache | None, layer: jax.Array | int
+    ) -> tuple[jax.Array, DenseCache | None]:
         """What this device's heads make of whole sequences, before the output projection, and the cache."""
         c, H = self.config, self.config.attention.head_dim
         q, k, v = self.q(x_BTD), self.k(x_BTD), self.v(x_BTD)
@@ -197,7 +201,7 @@ def kept_costs(c: ModelConfig, count: CostCounter) -> None:
         count.keep(2 * t * (heads + kv_heads) * a.query_dim * count.wide)
 
 
-def local_kv_heads(w_DM, heads: int, head_dim: int):
+def local_kv_heads(w_DM: jax.Array, heads: int, head_dim: int) -> jax.Array:
     """This device's KV heads, in the last dim. More devices along `tensor` than heads: the head that its query heads use."""
     n = lax.axis_size('tensor')
     if n <= heads:

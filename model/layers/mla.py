@@ -8,6 +8,7 @@ Letters: B rows, T sequence, S slots of a cache, D model, Q the queries' latent 
 key, N query heads times their width, n query heads of this device, H width of a head's query, U of its value.
 """
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import P
@@ -85,7 +86,9 @@ class LatentAttention(nnx.Module):
         count.matmul('projections', count.tokens, n * a.v_head_dim, D)
         count.reduce_scatter_sequence(D)
 
-    def __call__(self, x_BTD, ctx: ForwardContext, cache: DenseCache | None, layer):
+    def __call__(
+        self, x_BTD: jax.Array, ctx: ForwardContext, cache: DenseCache | None, layer: jax.Array | int
+    ) -> tuple[jax.Array, DenseCache | None]:
         """The block's output in the layout between blocks, and the cache with these tokens' latent vectors."""
         c, a, dtype = self.config, self.config.attention, x_BTD.dtype
         assert a.kind == 'mla'

@@ -18,7 +18,7 @@ from weft.model.parameters import Size, residual_gain
 from weft.model.parts.registry import FEED_FORWARDS
 
 
-def clamped_swiglu(gate, up, *, limit: float):
+def clamped_swiglu(gate: jax.Array, up: jax.Array, *, limit: float) -> jax.Array:
     """gpt-oss's gated unit (its published modeling code): a sigmoid of slope 1.702, both inputs cut off, up moved by 1."""
     gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
@@ -62,7 +62,7 @@ class Mlp(nnx.Module):
         count.keep(count.tokens * c.model_dim * count.number)
         hidden_costs(c, count, 'mlp', c.mlp.dim, last)
 
-    def __call__(self, x_BTD, ctx: ForwardContext):
+    def __call__(self, x_BTD: jax.Array, ctx: ForwardContext) -> jax.Array:
         """The block's output in the layout between blocks."""
         c = self.config
         x_BTD = ctx.gather_sequence(x_BTD)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import P, lax
+from jax.typing import DTypeLike
 
 from weft.model.compute import GroupedMatmul
 from weft.model.config import ModelConfig, MoEConfig
@@ -59,7 +60,7 @@ class MoE(nnx.Module):
         if m.shared_experts:  # the gate's gradient needs what it weighs
             hidden_costs(c, count, 'experts', m.shared_dim, last and not m.shared_gate)
 
-    def __call__(self, x_BTD, ctx: ForwardContext):
+    def __call__(self, x_BTD: jax.Array, ctx: ForwardContext) -> jax.Array:
         """The block's output in the layout between blocks. Padding visits no routed expert."""
         m = self.moe
         gate_BTK, expert_BTK = self.route(x_BTD, ctx)
@@ -76,14 +77,14 @@ class MoE(nnx.Module):
         y_BTD = y_ND.reshape(x_BTD.shape)
         return y_BTD + self.visited(x_BTD, ctx) if m.shared_experts else y_BTD
 
-    def route(self, x_BTD, ctx: ForwardContext):
+    def route(self, x_BTD: jax.Array, ctx: ForwardContext) -> tuple[jax.Array, jax.Array]:
         """gate_BTK, what each of a token's experts counts, and expert_BTK, which they are, int32. Padding's are passed over."""
         router_DE = self.router.kernel(self.router.weight.dtype)  # as wide as it is kept
         router_bias_E = self.router.b_O[...] if self.moe.router_bias else None
         bias_E = self.correction_E[...] if self.moe.has_choice_bias else None
         return route(x_BTD, router_DE, bias_E, ctx, self.config, router_bias_E)
 
-    def visited(self, x_BTD, ctx: ForwardContext):
+    def visited(self, x_BTD: jax.Array, ctx: ForwardContext) -> jax.Array:
         """What the shared experts give, in the layout between blocks, with their gate's weight."""
         y_BTD = self.shared(x_BTD, ctx)
         if not self.moe.shared_gate:
@@ -91,7 +92,7 @@ class MoE(nnx.Module):
         gate_BT1 = jax.nn.sigmoid((upcast(x_BTD) * upcast(self.shared_gate_D[...])[None, None]).sum(-1, keepdims=True))
         return (gate_BT1 * y_BTD).astype(y_BTD.dtype)
 
-    def experts(self, dtype, backend: GroupedMatmul) -> LocalExperts:
+    def experts(self, dtype: DTypeLike, backend: GroupedMatmul) -> LocalExperts:
         """The experts that this device holds, D whole."""
         c = self.config
         inner = (self.gate, self.up) if c.mlp.gated else (self.up,)
@@ -108,7 +109,14 @@ def mixture(c: ModelConfig) -> MoEConfig:
     return c.moe
 
 
-def route(x_BTD, router_DE, bias_E, ctx: ForwardContext, c: ModelConfig, router_bias_E=None):
+def route(
+    x_BTD: jax.Array,
+    router_DE: jax.Array,
+    bias_E: jax.Array | None,
+    ctx: ForwardContext,
+    c: ModelConfig,
+    router_bias_E: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Each token's experts and their weights, in at least float32.
 
     bias_E, or None, is added to the scores to choose by them; weights and metrics are made of the scores without it
@@ -153,12 +161,12 @@ def route(x_BTD, router_DE, bias_E, ctx: ForwardContext, c: ModelConfig, router_
     return gate_BTK * m.routed_scale, expert_BTK
 
 
-def expert_shares(load_LE):
+def expert_shares(load_LE: jax.Array) -> dict[str, jax.Array]:
     """What is logged of how a batch's choices fall on experts: the share of each, and the largest of all layers."""
     return {'router.load': load_LE, 'router.max_share': load_LE.max()}
 
 
-def choices(choice_BTE, m: MoEConfig):
+def choices(choice_BTE: jax.Array, m: MoEConfig) -> jax.Array:
     """int32 [B, T, K]: the best experts of the best groups (DeepSeek-V2, section 2.1.3; the group's score as in V3's code)."""
     if m.groups > 1:
         groups_BTgE = choice_BTE.reshape(*choice_BTE.shape[:-1], m.groups, -1)
@@ -169,7 +177,7 @@ def choices(choice_BTE, m: MoEConfig):
     return lax.top_k(choice_BTE, m.top_k)[1]
 
 
-def updated_bias(bias_LE, load_LE, rate: float):
+def updated_bias(bias_LE: jax.Array, load_LE: jax.Array, rate: float) -> jax.Array:
     """The bias for the next step: up by `rate` where an expert had fewer tokens than the mean of its layer, down where more.
 
     Wang et al. 2024, arXiv:2408.15664, algorithm 1. `load_LE` counts the whole step's tokens, of all devices.
