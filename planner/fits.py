@@ -30,9 +30,7 @@ def plan_first(run: RunConfig, device: Any, processes: int = 1, force: bool = Fa
     Raises UserError where a step cannot fit, with the nearest that does, unless `force` is given. `device` is one of this
     process; the vocabulary of a run whose tokenizer is still to be made is what data.vocabulary asks for.
     """
-    if not run.model.vocabulary:
-        assert run.data.vocabulary is not None, 'model.vocabulary and data.vocabulary are null'
-        run = run.with_vocabulary(run.data.vocabulary)
+    run = run.with_planned_vocabulary()
     available = memory_of(device, run.mesh, processes)
     platform = 'gpu' if device.platform in ('gpu', 'cuda', 'rocm') else device.platform
     memory = training_memory(run, platform)

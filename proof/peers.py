@@ -17,7 +17,7 @@ import numpy as np
 from weft.inference.generate import first_token, next_token
 from weft.inference.prompts import BUCKET, Prompts
 from weft.inference.run import open_run
-from weft.proof.speed import Trainer, measurable, seconds_each
+from weft.proof.speed import Trainer, seconds_each
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import make_mesh
 from weft.training.config import RunConfig
@@ -111,7 +111,7 @@ def beside_nanogpt(
     """
     if not (repository / 'model.py').is_file():
         raise UserError(f'--repository {repository}: holds no model.py; give a checkout of nanoGPT')
-    config = measurable(config)
+    config = config.with_planned_vocabulary()
     with jax.set_mesh(make_mesh(config.mesh)):
         trainer = Trainer(config)
         seconds_each(trainer.step, 3)

@@ -61,7 +61,7 @@ def measure_training(config: RunConfig, steps: int, profile: int = 0) -> dict[st
 
     Tokens a second are those of all rows on all devices.
     """
-    config = measurable(config)
+    config = config.with_planned_vocabulary()
     config.check_sizes()
     if profile:
         check_profiled()
@@ -92,7 +92,7 @@ def measure_decoding(config: RunConfig, rows: int, prompt: int, new: int, profil
 
     `recompute_seconds` is a token's cost without a cache: the full forward pass over as many tokens as the median step sees.
     """
-    config = measurable(config)
+    config = config.with_planned_vocabulary()
     if profile:
         check_profiled()
     c, mesh = config.model, make_mesh(config.mesh)
@@ -224,14 +224,6 @@ def peak_memory() -> int:
     if stats:
         return int(stats['peak_bytes_in_use'])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def measurable(config: RunConfig) -> RunConfig:
-    """The config with a vocabulary, where only its data would give one."""
-    if config.model.vocabulary:
-        return config
-    assert config.data.vocabulary is not None, 'model.vocabulary and data.vocabulary are null'
-    return config.with_vocabulary(config.data.vocabulary)
 
 
 def _is_cpu() -> bool:

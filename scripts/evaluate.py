@@ -68,7 +68,7 @@ def main() -> None:
     assert tokenizer is not None, 'open_run sees to it'
     rows: Samples
     if found is None:
-        assert dataset is not None, 'a run that was trained here has its data'
+        assert dataset is not None, '`load` refuses a run without'
         rows, content = dataset.validation, dataset.validation_bytes()
     else:
         rows, content = packed(opened.config, tokenizer, found)

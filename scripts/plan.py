@@ -109,10 +109,7 @@ def make(options: argparse.Namespace) -> dict[str, Any]:
     from weft.planner import plan
     from weft.training.config import load_config
 
-    config = load_config(options.config, options.overrides)
-    if not config.model.vocabulary:
-        assert config.data.vocabulary is not None, 'model.vocabulary and data.vocabulary are null'
-        config = config.with_vocabulary(config.data.vocabulary)
+    config = load_config(options.config, options.overrides).with_planned_vocabulary()
     config, mesh = settle_mesh(options, config)
     terms = plan.Terms(tokens=options.tokens, price=options.price, currency=options.currency, watts=options.watts)
     length = (options.length if options.serve else None) or config.training.sequence_length

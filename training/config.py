@@ -140,6 +140,17 @@ class RunConfig:
             )
         return dataclasses.replace(self, model=dataclasses.replace(self.model, vocabulary=have))
 
+    def with_planned_vocabulary(self) -> 'RunConfig':
+        """This config before its tokenizer is there: with the vocabulary that is asked for."""
+        if self.model.vocabulary:
+            return self
+        if self.data.vocabulary is None:
+            raise UserError(
+                'data.vocabulary is null and model.vocabulary too: say how many pieces the tokenizer that is learnt may have, '
+                'such as data.vocabulary=4096'
+            )
+        return self.with_vocabulary(self.data.vocabulary)
+
 
 RECORD = 'source.json'  # in the folder of a run that was imported: see training/importing.py
 # Between a run and its continuation, beside the name of its folder.

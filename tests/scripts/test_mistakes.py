@@ -82,6 +82,7 @@ TRAIN = {
     'another model than the run has': (['model.layers=3'], ['model.layers', '3', '2', '--fresh']),
     'fewer steps than taken': (['training.steps=1'], ['training.steps is 1', '2']),
     'fresh with bad data': (['--fresh', 'data.source=nowhere'], ['nowhere']),
+    'no vocabulary': (['name=n', 'data.vocabulary=null'], ['data.vocabulary is null and model.vocabulary too', '4096']),
     'vocabulary smaller than the tokenizer': (['name=n', 'model.vocabulary=100'], ['model.vocabulary is 100', '320']),
     'only dense layers beside experts': (
         ['name=n', 'model.moe.first_dense_layers=2'],
@@ -166,6 +167,10 @@ def test_score_wants_ids_of_the_vocabulary(place, here):
 
 def test_evaluate_names_the_missing_path(here):
     assert 'nowhere.txt' in here('evaluate', 'runs/tiny', '--data', 'nowhere.txt')
+
+
+def test_evaluate_of_a_run_without_its_data(here):
+    assert 'runs/bare/data: not there; a run that scripts/train.py made holds its data' in here('evaluate', 'runs/bare')
 
 
 def test_out_of_memory_says_what_used_it_and_what_to_change(place):
