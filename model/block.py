@@ -64,15 +64,14 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """x after the layer, and the cache (of its mixer's kind)."""
         rate, before = self.config.dropout, self.config.norm.order in ('pre', 'sandwich')
+        x_BTD = ctx.tap('residual.before_attention', x_BTD)
         y_BTD, cache = self.attention(self.attention_norm(x_BTD) if before else x_BTD, ctx, cache, layer)
         x_BTD = self.add(x_BTD, y_BTD, 'attention', ctx, rate, 1, layer)
         if self.config.encoder:
             y_BTD, _ = self.cross(self.cross_norm(x_BTD) if before else x_BTD, ctx)
             x_BTD = self.add(x_BTD, y_BTD, 'cross', ctx, rate, 4, layer)
         y_BTD = self.mlp(self.mlp_norm(x_BTD) if before else x_BTD, ctx)
-        x_BTD = self.add(x_BTD, y_BTD, 'mlp', ctx, rate, 2, layer)
-        ctx.tap('block', x_BTD)
-        return x_BTD, cache
+        return self.add(x_BTD, y_BTD, 'mlp', ctx, rate, 2, layer), cache
 
     def add(
         self, x_BTD: jax.Array, y_BTD: jax.Array, part: str, ctx: ForwardContext, rate: float, *site: int | jax.Array
@@ -81,9 +80,10 @@ class Block(nnx.Module):
         if self.config.norm.order in ('sandwich', 'output'):
             name = 'out_norm' if self.config.norm.order == 'sandwich' else 'norm'
             y_BTD = getattr(self, f'{part}_{name}')(y_BTD)
-        ctx.tap(part, y_BTD)
+        y_BTD = ctx.tap(f'{part}.output', y_BTD)
         x_BTD = x_BTD + ctx.dropout(y_BTD, rate, *site)
-        return getattr(self, f'{part}_norm')(x_BTD) if self.config.norm.order == 'post' else x_BTD
+        x_BTD = getattr(self, f'{part}_norm')(x_BTD) if self.config.norm.order == 'post' else x_BTD
+        return ctx.tap(f'residual.after_{part}', x_BTD)
 
 
 def has_costs(c: ModelConfig) -> bool:

@@ -5,7 +5,6 @@ heads.
 """
 
 import dataclasses
-from collections.abc import Set
 from typing import Literal, NamedTuple
 
 import jax
@@ -13,8 +12,10 @@ import jax.numpy as jnp
 from jax import P
 
 from weft.model.compute import ComputeConfig
+from weft.model.edits import Observer, Place
 from weft.model.records import BETWEEN_BLOCKS, Metric, Records, Report, Tap
-from weft.sharding.collectives import gather_sequence, psum, reduce_scatter_sequence, tensor_slice
+from weft.sharding.collectives import axis_index, gather_sequence, psum, reduce_scatter_sequence, tensor_slice
+from weft.sharding.mesh import BATCH, as_axes
 from weft.sharding.pipeline import microbatch, my_microbatches
 
 
@@ -47,16 +48,20 @@ class ForwardContext:
     compute: ComputeConfig  # resolved: no 'auto' in it
     sequence_split: bool = True  # between blocks each device of `tensor` holds a slice of the sequence, not all of it
     dropout_key: jax.Array | None = None  # one for all devices; None: no dropout
-    row_B: jax.Array | None = None  # number of each row in the global batch, for dropout
-    column_T: jax.Array | None = None  # number of each column in the row, for dropout
+    row_B: jax.Array | None = None  # number of each row in the global batch, for dropout and edits
+    column_T: jax.Array | None = (
+        None  # number of each column in the row; where it is not given, in decoding, positions are
+    )
     microbatches: int = 1  # of a pipeline, into which the rows are cut; 1 where `stage` is 1
     decoding: bool = False  # new tokens of rows that are begun, which see the cache
     kind_BT: jax.Array | None = None  # what text a token is of (`embedding.token_types`); None: all 0
     source: EncoderOutput | CrossCache | None = None  # what an encoder made of the rows' sources
     relative_RN: jax.Array | None = None  # relative positions' biases of this device's heads
     measures: bool = False  # whether somebody asks for metrics
-    taps: Set[str] | Literal['all'] = frozenset()  # which activations somebody asks for
-    records: Records | None = None  # of the layer that is being traced
+    observer: Observer | None = None  # who captures activations, and changes them
+    slots: int = 0  # columns that attention patterns are told of while decoding; 0: they are not
+    layer: jax.Array | int | None = None  # number of the layer that is being traced
+    records: Records | None = None  # of that layer
 
     def my_microbatches(self) -> 'ForwardContext':
         """The rows that this stage works on outside of the pipeline."""
@@ -70,10 +75,10 @@ class ForwardContext:
         names = ('position_BT', 'segment_BT', 'row_B', 'kind_BT')
         return dataclasses.replace(self, **choose({name: getattr(self, name) for name in names}))
 
-    def recording(self) -> tuple['ForwardContext', Records]:
-        """This context for one call of a layer, and what that call will have recorded."""
+    def recording(self, layer: jax.Array | int | None = None) -> tuple['ForwardContext', Records]:
+        """This context for one call of the layer of a number, and what that call will have recorded."""
         records = Records({}, {})
-        return dataclasses.replace(self, records=records), records
+        return dataclasses.replace(self, records=records, layer=layer), records
 
     def metric(
         self,
@@ -98,15 +103,45 @@ class ForwardContext:
             assert name not in self.records.metrics, f'{name} is said twice in a layer'
             self.records.metrics[name] = Metric(total, per, weight, report)
 
-    def tap(self, name: str, value: jax.Array, layout: P = BETWEEN_BLOCKS) -> None:
-        """Offers an activation to whoever asks for it by name (`weft.model.capture.capture`).
+    def tap(
+        self, name: str, value: jax.Array, layout: P = BETWEEN_BLOCKS, copies: int = 1, real: int | None = None
+    ) -> jax.Array:
+        """Offers an activation to whoever asks for it by name: to capture it, or to change it (`weft.model.edits`).
 
-        `value` is this device's part, and `layout` says of each dim which mesh axes split it: together all those that hold
-        different numbers.
+        Args:
+            name: once a layer.
+            value: this device's part, [B, T, …].
+            layout: of each dim which mesh axes split it, as between whole sequences: together all those that hold different
+                numbers. Where T is not split, while decoding, those of dim 1 are left out.
+            copies: so many neighbours along the axis of dim 2 have the same part of it.
+            real: how many numbers of the last dim, all devices together, are no padding; None: all.
+
+        Returns the value, changed where an edit asks for it: go on with this one.
         """
-        if self.records is not None and (self.taps == 'all' or name in self.taps):
+        if self.observer is None or self.records is None:
+            return value
+        on = set() if self.decoding else {'context', 'tensor'} if self.sequence_split else {'context'}
+        sequence = tuple(axis for axis in as_axes(layout[1]) if axis in on)
+        layout = P(layout[0], sequence or None, *layout[2:])
+        row_B = axis_index(BATCH) * value.shape[0] + jnp.arange(value.shape[0]) if self.row_B is None else self.row_B
+        column_BT = (
+            self.position_BT if self.column_T is None else jnp.broadcast_to(self.column_T, self.position_BT.shape)
+        )
+        if 'tensor' in sequence:
+            column_BT = tensor_slice(column_BT)
+        value = self.observer.edited(name, value, Place(self.layer, row_B, column_BT, layout, copies, real))
+        if self.observer.captures(name):
             assert name not in self.records.taps, f'{name} is tapped twice in a layer'
-            self.records.taps[name] = Tap(value, layout)
+            self.records.taps[name] = Tap(value, layout, copies, real)
+        return value
+
+    def asks(self, name: str) -> bool:
+        """Whether somebody captures or changes the activation of that name: what is costly is made only then."""
+        return self.observer is not None and self.observer.asks(name)
+
+    def edits(self, name: str) -> bool:
+        """Whether somebody changes the activation of that name."""
+        return self.observer is not None and name in self.observer.edits
 
     @property
     def live_BT(self) -> jax.Array:

@@ -113,10 +113,13 @@ class Decoder(nnx.Module):
         Every stage is given all rows and gives those of its own microbatches (`ForwardContext.my_microbatches`).
         Records have a leading dim L: the layers that have them, of metrics in the order of the groups.
         """
-        c, ends, M = self.config, ctx.my_microbatches(), ctx.microbatches
+        c, (ends, said), M = self.config, ctx.my_microbatches().recording(), ctx.microbatches
         tokens_BT = my_microbatches(tokens_BT, M)
-        x_BTD = mark_varying(ends.dropout(self.embed(tokens_BT, ends), c.dropout, 0))
-        x_BTD, cache, records = self.stack(x_BTD, ctx, cache)
+        x_BTD = ends.tap('embedding', self.embed(tokens_BT, ends))
+        x_BTD, cache, records = self.stack(mark_varying(ends.dropout(x_BTD, c.dropout, 0)), ctx, cache)
+        if c.norm.order != 'post':
+            x_BTD = ends.tap('final_norm', x_BTD)
+        records = records._replace(taps=records.taps | said.taps)
         return (self.head_mlp(x_BTD) if c.head_mlp and for_head else x_BTD), cache, records
 
     def read(
@@ -134,6 +137,7 @@ class Decoder(nnx.Module):
             column_T=jnp.arange(tokens_BS.shape[1]),
             decoding=False,
             source=None,
+            observer=None,  # names are those of the decoder's layers
         )
         x_BSD = mark_varying(ctx.dropout(self.embed(tokens_BS, ctx), e.dropout, 0))
         x_BSD, _, _ = self.encoder.stack(x_BSD, ctx)
@@ -174,7 +178,10 @@ class Decoder(nnx.Module):
 
         x_BTD is what `hidden` gives. next_kBT: of layer k the tokens k + 1 places after those that the model read.
         """
-        c, ends = self.config, ctx.my_microbatches()
+        c, ends = (
+            self.config,
+            dataclasses.replace(ctx.my_microbatches(), observer=None),
+        )  # names are of the stack's layers
         found, records = [], []
 
         def apply(layer: MTPBlock, x_BTD: jax.Array, next_BTD: jax.Array, number: int) -> tuple[jax.Array, Records]:

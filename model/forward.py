@@ -7,7 +7,7 @@ Letters: B rows, T sequence, S tokens of a source, V vocabulary.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from weft.model.batch import Source
 from weft.model.config import needs_head
 from weft.model.context import ForwardContext
 from weft.model.decoder import Decoder
+from weft.model.edits import Edit, Observer
 from weft.model.head import to_vocabulary
 from weft.model.ops import attention, grouped_matmul
 from weft.model.parameters import specs
@@ -29,6 +30,8 @@ from weft.sharding.mesh import BATCH, SEQUENCE, check_mesh_is_set
 from weft.sharding.sequence_layout import contiguous
 
 TOKENS = P(BATCH)  # of a [B, T] array of integers: its rows are split; each device takes its own columns of them
+
+LOGITS = P(BATCH, 'context', 'tensor')  # how a tap [B, T, V] of them is laid out
 
 ROWS = (*BATCH, 'stage')  # axes of the rows that a device's view gives, where `stage` is 1
 
@@ -133,7 +136,9 @@ def scoring_view(
 ) -> tuple[jax.Array, ForwardContext]:
     """One device's tokens, of whole rows (tokens, position, segment, kind), and their context; `more`: fields of it."""
     tokens_BT, position_BT, segment_BT, kind_BT = own_columns(rows)
-    ctx = ForwardContext(position_BT, segment_BT, model.resolved_compute, kind_BT=kind_BT, **more)
+    assert rows[0] is not None, 'there are tokens'
+    column_T = columns(rows[0].shape[1], contiguous)
+    ctx = ForwardContext(position_BT, segment_BT, model.resolved_compute, kind_BT=kind_BT, column_T=column_T, **more)
     return tokens_BT, with_source(model, ctx, source)
 
 
@@ -144,21 +149,37 @@ def logits(
     segment_BT: jax.Array,
     kind_BT: jax.Array | None = None,
     source: Source | None = None,
+    edits: Sequence[Edit] = (),
 ) -> jax.Array:
     """Logits [B, T, vocabulary] of the full forward pass, float32 or wider, rows split over BATCH, T over `context`.
 
-    context × tensor must divide T. `kind_BT`: token types, as `ForwardContext` has them; `source`: an encoder–decoder needs it.
-    Raises UserError on a mesh with stages, and for a model without an LM head (`hidden_states`).
+    context × tensor must divide T. `kind_BT`: token types, as `ForwardContext` has them; `source`: an encoder–decoder needs it;
+    `edits`: changes to activations on the way (model/edits.py). Raises UserError on a mesh with stages, for a model without an
+    LM head (`hidden_states`), and for an edit that does not fit.
     """
     needs_no_stages('scoring')
     needs_head(model.config, 'logits')
 
-    def body(model: Decoder, rows: tuple[jax.Array | None, ...], source: Source | None) -> jax.Array:
-        x_BTD, _, _ = model.hidden(*scoring_view(model, rows, source))
-        return to_vocabulary(gather_sequence(x_BTD), model.head(), model.config)
+    def body(
+        model: Decoder, rows: tuple[jax.Array | None, ...], source: Source | None, edits: tuple[Edit, ...]
+    ) -> jax.Array:
+        observer = Observer(edits=edits) if edits else None
+        tokens_BT, ctx = scoring_view(model, rows, source, observer=observer)
+        ctx, _ = ctx.recording()
+        x_BTD, _, _ = model.hidden(tokens_BT, ctx)
+        logit_BTV = scored(model, x_BTD, ctx)
+        if observer:
+            observer.check(model.config.layers)
+        return logit_BTV
 
-    run = one_device(body, model, (TOKENS, TOKENS), P(ROWS, 'context', 'tensor'))
-    return real_vocabulary(run(model, (tokens_BT, position_BT, segment_BT, kind_BT), source), model)
+    run = one_device(body, model, (TOKENS, TOKENS, P()), P(ROWS, 'context', 'tensor'))
+    return real_vocabulary(run(model, (tokens_BT, position_BT, segment_BT, kind_BT), source, tuple(edits)), model)
+
+
+def scored(model: Decoder, x_BTD: jax.Array, ctx: ForwardContext) -> jax.Array:
+    """One device's logits [B, T / context, V / tensor] of what `hidden` gives of whole rows."""
+    logit_BTV = to_vocabulary(gather_sequence(x_BTD), model.head(), model.config)
+    return ctx.tap('logits', logit_BTV, LOGITS, real=model.config.vocabulary)
 
 
 def hidden_states(

@@ -58,6 +58,11 @@ class Tap:
 
     value: jax.Array
     layout: P = static()  # of one layer's: the mesh axes that split each dim
+    copies: int = static(default=1)  # so many neighbours along the axis of dim 2 have the same part of it
+    real: int | None = static(default=None)  # numbers of the last dim, all devices together, before padding; None: all
+    layers: tuple[int, ...] | None = static(
+        default=None
+    )  # numbers of the layers in the leading dim, where there is one
 
 
 class Records(NamedTuple):
@@ -86,5 +91,6 @@ def join(found: Sequence[Records], numbers: Sequence[Sequence[int]] = ()) -> Rec
             have = [layers for one, layers in zip(found, numbers, strict=True) if name in one.taps]
             order = np.argsort(np.concatenate(have))
             if (np.diff(order) != 1).any():
-                taps[name] = dataclasses.replace(tap, value=tap.value[order])
+                tap = dataclasses.replace(tap, value=tap.value[order])
+            taps[name] = dataclasses.replace(tap, layers=tuple(sorted(number for layers in have for number in layers)))
     return Records(concatenated([one.metrics for one in found]), taps)

@@ -54,7 +54,8 @@ def apply_layers(
         (x_BTD, groups), (blocks, sources, repeat) = carry, numbered
         number, kept, found = first + repeat * len(blocks), [], []
         for place, (block, group, source) in enumerate(zip(blocks, groups, sources, strict=True)):
-            here, records = (ctx if source is None else dataclasses.replace(ctx, source=source)).recording()
+            here = ctx if source is None else dataclasses.replace(ctx, source=source)
+            here, records = here.recording(number + place)
             x_BTD, group = block(x_BTD, here, group and group.of_layer(repeat), number + place)
             kept.append(group and group.of_layer(None))
             found.append(records)

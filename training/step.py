@@ -1,5 +1,6 @@
 """One step of training: pure functions of the state and a batch. Nothing here has a clock, a file or a socket."""
 
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import optax
 
 from weft.model.batch import Batch
 from weft.model.decoder import Decoder, init_decoder
+from weft.model.edits import Edit
 from weft.model.layers.moe import MoE, updated_bias
 from weft.runtime.errors import UserError
 from weft.training.config import RunConfig
@@ -37,15 +39,18 @@ def init(config: RunConfig, model: Decoder | None = None) -> State:
     return State(model, optimizer(config, model).init(model), jnp.int32(0), rest)
 
 
-def train_step(config: RunConfig, state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
+def train_step(
+    config: RunConfig, state: State, batch: Batch, taps: Collection[str] = (), edits: Sequence[Edit] = ()
+) -> tuple[State, dict[str, Any]]:
     """One optimizer step on a global batch. Returns the new state and the step's metrics, on the device.
 
     Metrics: loss (mean cross-entropy in nats), tokens (real ones), grad_norm (before clipping), learning_rate, with
-    `mtp.layers` mtp_loss, and what layers say (`ForwardContext.metric`), such as router.entropy.
+    `mtp.layers` mtp_loss, and what layers say (`ForwardContext.metric`), such as router.entropy. `taps` are names of
+    activations that are captured, and come back under 'taps'; `edits` change activations on the way (model/edits.py).
     """
     key = jax.random.fold_in(state.key, state.step) if config.model.dropout else None
     (_, metrics), gradient = loss_and_gradient(
-        state.model, batch, key, config.microbatches, config.training.accumulation
+        state.model, batch, key, config.microbatches, config.training.accumulation, taps, edits
     )
     updates, moments = optimizer(config, state.model).update(gradient, state.optimizer, state.model)
     metrics |= {

@@ -15,10 +15,10 @@ from weft.model.context import ForwardContext
 from weft.model.costs import INT32, CostCounter
 from weft.model.kv_cache import CacheSize, DenseCache, token_cache
 from weft.model.layers.norm import norm_of_all, offset, rms_norm
+from weft.model.layers.pattern import HEADS, attend_cached, attend_own, tap_heads
 from weft.model.layers.rope import rope, yarn_gain
 from weft.model.linear import Linear, TransposedLinear
-from weft.model.ops.attention import Relative, attention
-from weft.model.ops.attention.cached import cached_attention
+from weft.model.ops.attention import Relative
 from weft.model.parameters import Role, Size, parameter, residual_gain
 from weft.model.parts.registry import MIXERS
 from weft.sharding.collectives import upcast
@@ -88,6 +88,8 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, DenseCache | None]:
         """The block's output in the layout between blocks, and the cache with these tokens' keys and values."""
         a_BTN, cache = self.attend(ctx.gather_sequence(x_BTD), ctx, cache, layer)
+        a_BTnH = a_BTN.reshape(*a_BTN.shape[:2], -1, self.config.attention.head_dim)
+        a_BTN = ctx.tap('attention.head_outputs', a_BTnH, HEADS).reshape(a_BTN.shape)
         return self.o(a_BTN, ctx.reduce_scatter_sequence), cache
 
     def attend(
@@ -111,9 +113,12 @@ class Attention(nnx.Module):
         if c.positions.kind == 'rotary' and self.turned:
             place = (ctx.position_BT, ctx.segment_BT)
             q_BTKGH, k_BTKH = (rope(a, *place, c, self.windowed) for a in (q_BTKGH, k_BTKH))
+        q_BTKGH = tap_heads('attention.queries', q_BTKGH, ctx)
+        copies = max(lax.axis_size('tensor') // c.attention.kv_heads, 1)
+        k_BTKH = ctx.tap('attention.keys', k_BTKH, HEADS, copies)
+        v_BTKH = ctx.tap('attention.values', v_BTKH, HEADS, copies)
         if cache is not None:
             cache = cache.write((k_BTKH, v_BTKH), ctx)
-        here = (ctx.position_BT, ctx.segment_BT)
         how = how_to_attend(c, self.windowed)
         if c.attention.sinks:
             how['sink_KG'] = self.sink_N.reshape(q_BTKGH.shape[2:4])
@@ -124,10 +129,10 @@ class Attention(nnx.Module):
         if ctx.decoding:
             assert cache is not None
             k_BSKH, v_BSKH = cache.read(k_BTKH, v_BTKH)
-            a_BTKGH = cached_attention(q_BTKGH, k_BSKH, v_BSKH, ctx.position_BT, cache.positions(ctx), **how)
+            a_BTKGH = attend_cached(q_BTKGH, k_BSKH, v_BSKH, cache.positions(ctx), ctx, **how)
         else:
-            how |= {'causal': c.causal, 'backend': ctx.compute.attention, 'ring': True}
-            a_BTKGH = attention(q_BTKGH, k_BTKH, v_BTKH, here, here, **how)
+            how |= {'causal': c.causal}
+            a_BTKGH = attend_own(q_BTKGH, k_BTKH, v_BTKH, ctx, **how)
         return a_BTKGH.reshape(*q.shape[:2], -1), cache
 
 

@@ -19,13 +19,13 @@ from weft.model.costs import CostCounter
 from weft.model.kv_cache import CacheSize, DenseCache, token_cache
 from weft.model.layers.attention import how_to_attend, softmax_costs
 from weft.model.layers.norm import rms_norm
+from weft.model.layers.pattern import HEADS, attend_cached, attend_own
 from weft.model.layers.rope import rope
 from weft.model.linear import Linear, TransposedLinear
-from weft.model.ops.attention import attention
-from weft.model.ops.attention.cached import cached_attention
 from weft.model.parameters import Role, Size, parameter, residual_gain
 from weft.model.parts.registry import MIXERS
-from weft.sharding.mesh import FSDP, Divides
+from weft.runtime.errors import UserError
+from weft.sharding.mesh import BATCH, FSDP, Divides
 
 LATENT_EPSILON = 1e-6  # of the latent vectors' norms, in all published models, whatever the others' is
 
@@ -106,7 +106,18 @@ class LatentAttention(nnx.Module):
         plain_BTnH, turning_BTnr = q_BTnH[..., : a.qk_nope_head_dim], q_BTnH[..., a.qk_nope_head_dim :]
         turned_BTnr = rope(turning_BTnr, ctx.position_BT, ctx.segment_BT, c)
         key_BTr = rope(key_BTr, ctx.position_BT, ctx.segment_BT, c)
+        if ctx.asks('attention.queries'):
+            q_BTnH = ctx.tap('attention.queries', jnp.concatenate([plain_BTnH, turned_BTnr], -1), HEADS)
+            plain_BTnH, turned_BTnr = q_BTnH[..., : a.qk_nope_head_dim], q_BTnH[..., a.qk_nope_head_dim :]
+        latent_BTR = ctx.tap('attention.latent', latent_BTR, P(BATCH, 'context'))
+        key_BTr = ctx.tap('attention.rotary_key', key_BTr, P(BATCH, 'context'))
         if cache is not None:
+            for name in ('attention.keys', 'attention.values'):
+                if ctx.edits(name):
+                    raise UserError(
+                        f'edit of {name!r}: latent attention keeps none in its cache; edit attention.latent, of which '
+                        'they are made, or attention.rotary_key'
+                    )
             new_BT1R = jnp.concatenate([latent_BTR, key_BTr], -1)[:, :, None]
             cache = cache.write((new_BT1R,), ctx)
         up_RnH = self.kv_up.kernel(dtype).reshape(a.kv_lora_rank, -1, a.qk_nope_head_dim + a.v_head_dim)
@@ -117,16 +128,17 @@ class LatentAttention(nnx.Module):
             (kept_BS1R,) = cache.read(new_BT1R)
             q_BTnR = jnp.concatenate([jnp.einsum('BTnP,RnP->BTnR', plain_BTnH, up_RnP), turned_BTnr], -1)
             value_BS1R, at_BS = kept_BS1R[..., : a.kv_lora_rank], cache.positions(ctx)
-            out_BT1nR = cached_attention(q_BTnR[:, :, None], kept_BS1R, value_BS1R, ctx.position_BT, at_BS, **how)
+            out_BT1nR = attend_cached(q_BTnR[:, :, None], kept_BS1R, value_BS1R, at_BS, ctx, **how)
             out_BTnU = jnp.einsum('BTnR,RnU->BTnU', out_BT1nR[:, :, 0], up_RnU)
         else:
             k_BTnP = jnp.einsum('BTR,RnP->BTnP', latent_BTR, up_RnP)
             v_BTnU = jnp.einsum('BTR,RnU->BTnU', latent_BTR, up_RnU)
             shared = jnp.broadcast_to(key_BTr[:, :, None], (*k_BTnP.shape[:3], a.qk_rope_head_dim))
-            k_BTnH = jnp.concatenate([k_BTnP, shared], -1)
+            k_BTnH = ctx.tap('attention.keys', jnp.concatenate([k_BTnP, shared], -1), HEADS)
+            v_BTnU = ctx.tap('attention.values', v_BTnU, HEADS)
             q_BTn1H = jnp.concatenate([plain_BTnH, turned_BTnr], -1)[:, :, :, None]
-            here = (ctx.position_BT, ctx.segment_BT)
-            out_BTnU = attention(q_BTn1H, k_BTnH, v_BTnU, here, here, **how, backend=ctx.compute.attention, ring=True)
+            out_BTnU = attend_own(q_BTn1H, k_BTnH, v_BTnU, ctx, **how)
+        out_BTnU = ctx.tap('attention.head_outputs', out_BTnU.reshape(*q.shape[:2], -1, a.v_head_dim), HEADS)
         return self.o(out_BTnU.reshape(*q.shape[:2], -1), ctx.reduce_scatter_sequence), cache
 
 

@@ -9,6 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import P
 
 from weft.model.config import ModelConfig
 from weft.model.context import ForwardContext
@@ -16,6 +17,7 @@ from weft.model.costs import CostCounter
 from weft.model.linear import Linear, TransposedLinear
 from weft.model.parameters import Size, residual_gain
 from weft.model.parts.registry import FEED_FORWARDS
+from weft.sharding.mesh import BATCH
 
 
 def clamped_swiglu(gate: jax.Array, up: jax.Array, *, limit: float) -> jax.Array:
@@ -48,7 +50,7 @@ class Mlp(nnx.Module):
     """Gated (Shazeer 2020, arXiv:2002.05202) or plain, hidden units split over `tensor`."""
 
     def __init__(self, c: ModelConfig, hidden: Size | None = None, part: str = 'mlp'):
-        self.config = c
+        self.config, self.part = c, part
         hidden = Size(c.mlp.dim, 'model.mlp.dim') if hidden is None else hidden
         D, biased = Size(c.model_dim, 'model.model_dim'), c.mlp.bias
         if c.mlp.gated:
@@ -68,6 +70,7 @@ class Mlp(nnx.Module):
         x_BTD = ctx.gather_sequence(x_BTD)
         h_BTF = self.up(x_BTD)
         h_BTF = activation(c)(self.gate(x_BTD), h_BTF) if c.mlp.gated else activation(c)(h_BTF)
+        h_BTF = ctx.tap(f'{self.part}.hidden_units', h_BTF, P(BATCH, 'context', 'tensor'))
         return self.down(h_BTF, ctx.reduce_scatter_sequence)
 
 

@@ -66,14 +66,21 @@ class MoE(nnx.Module):
         gate_BTK, expert_BTK = self.route(x_BTD, ctx)
         expert_BTK = jnp.where(ctx.live_BT[..., None], expert_BTK, m.experts)
         flat = lambda a: a.reshape(-1, a.shape[-1])
+        routed = Routed(flat(x_BTD), flat(gate_BTK), flat(expert_BTK))
+        apart = ctx.asks('experts.outputs')
+        if apart:  # a row of its own for each choice, so that nothing is added up on the way
+            routed = Routed(jnp.repeat(routed.x_ND, m.top_k, 0), *(a_NK.reshape(-1, 1) for a_NK in routed[1:]))
         send = dispatch(ctx.compute.dispatch)
         y_ND, dropped = send(
-            Routed(flat(x_BTD), flat(gate_BTK), flat(expert_BTK)),
+            routed,
             self.experts(x_BTD.dtype, ctx.compute.grouped_matmul),
             split=ctx.sequence_split,
             capacity_factor=ctx.compute.capacity_factor,
         )
         ctx.metric('router.dropped_share', dropped / m.top_k)
+        if apart:
+            y_BTKD = ctx.tap('experts.outputs', y_ND.reshape(*gate_BTK.shape, -1))
+            y_ND = upcast(y_BTKD).sum(2).astype(x_BTD.dtype)
         y_BTD = y_ND.reshape(x_BTD.shape)
         return y_BTD + self.visited(x_BTD, ctx) if m.shared_experts else y_BTD
 
@@ -134,11 +141,15 @@ def route(
     if router_bias_E is not None:
         logit_BTE = logit_BTE + upcast(router_bias_E)[None, None]
     score_BTE = jax.nn.softmax(logit_BTE, axis=-1) if m.router == 'softmax' else jax.nn.sigmoid(logit_BTE)
+    score_BTE = ctx.tap('router.scores', score_BTE)
     choice_BTE = score_BTE if bias_E is None else score_BTE + bias_E.astype(score_BTE.dtype)[None, None]
     if bias_E is None and m.groups == 1:
         gate_BTK, expert_BTK = lax.top_k(score_BTE, m.top_k)
     else:
         expert_BTK = choices(lax.stop_gradient(choice_BTE), m)
+        gate_BTK = jnp.take_along_axis(score_BTE, expert_BTK, axis=-1)
+    expert_BTK = ctx.tap('router.choices', expert_BTK)
+    if ctx.edits('router.choices'):
         gate_BTK = jnp.take_along_axis(score_BTE, expert_BTK, axis=-1)
     if m.renormalize:
         gate_BTK = gate_BTK / gate_BTK.sum(-1, keepdims=True)
@@ -158,7 +169,7 @@ def route(
     ctx.metric('router.z_loss', z / copies, weight=m.z_loss)
     ctx.metric('router.entropy', entropy / copies)
     ctx.metric('router.load', chosen_BTE.sum((0, 1)) / (copies * m.top_k), report=expert_shares)
-    return gate_BTK * m.routed_scale, expert_BTK
+    return ctx.tap('router.weights', gate_BTK * m.routed_scale), expert_BTK
 
 
 def expert_shares(load_LE: jax.Array) -> dict[str, jax.Array]:

@@ -31,7 +31,7 @@ class WatchedMlp(Mlp):
 
     def __call__(self, x_BTD, ctx: ForwardContext):
         h_BTF = activation(self.config)(self.up(ctx.gather_sequence(x_BTD)))
-        ctx.tap('hidden_units', h_BTF, P(BATCH, 'context', 'tensor'))
+        h_BTF = ctx.tap('hidden_units', h_BTF, P(BATCH, 'context', 'tensor'))
         idle_BTF = (h_BTF == 0) & (ctx.segment_BT > 0)[..., None]
         ctx.metric('mlp.idle_share', idle_BTF.sum() / self.config.mlp.dim)
         return self.down(h_BTF, ctx.reduce_scatter_sequence)

@@ -50,7 +50,7 @@ def test_a_captured_activation_is_that_of_one_device(float64):
     for mesh in (harness.ONE_DEVICE, *harness.MESHES):
         with harness.on(mesh):
             batch = place(harness.batch_of(0))
-            run = jax.jit(lambda *rows: capture(rows[0], ['hidden_units', 'block'], *rows[1:]))
+            run = jax.jit(lambda *rows: capture(rows[0], ['hidden_units', 'residual.after_mlp'], *rows[1:]))
             units = run(
                 harness.initial(config(CHANGES['captured_activation'], 'compute.dtype=float64')),
                 batch.tokens_BT,

@@ -23,6 +23,8 @@ from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig, make_mesh
 from weft.training.loss import loss_and_gradient
 
+AFTER = 'residual.after_mlp'
+OUTPUTS = ('attention.output', 'mlp.output', AFTER)
 MODEL = ModelConfig(
     vocabulary=96,
     layers=4,
@@ -46,7 +48,7 @@ def rows():
 @functools.cache
 def captured(mesh: MeshConfig) -> dict[str, np.ndarray]:
     with harness.on(mesh):
-        model, found = filled(MODEL), jax.jit(functools.partial(capture, names=('attention', 'mlp', 'block')))
+        model, found = filled(MODEL), jax.jit(functools.partial(capture, names=OUTPUTS))
         arrays = found(model, tokens_BT=rows()[0], position_BT=rows()[1], segment_BT=rows()[2])
         layouts = {name: x.sharding.spec for name, x in arrays.items()}
         split = {axis for axis in ('data', 'expert', 'context', 'tensor') if getattr(mesh, axis) > 1}
@@ -66,20 +68,20 @@ def test_activations_are_those_of_one_device_in_the_order_of_the_layers(mesh):
         np.testing.assert_allclose(found[name], array, atol=2e-5, err_msg=name)
     live_BT = harness.batch_of(0).segment_BT > 0
     for layer in range(1, 4):
-        after = found['block'][layer - 1] + found['attention'][layer] + found['mlp'][layer]
-        np.testing.assert_allclose(after[live_BT], found['block'][layer][live_BT], atol=1e-5)
+        after = found[AFTER][layer - 1] + found['attention.output'][layer] + found['mlp.output'][layer]
+        np.testing.assert_allclose(after[live_BT], found[AFTER][layer][live_BT], atol=1e-5)
 
 
 def test_a_name_that_no_layer_offers_is_refused():
     with jax.set_mesh(make_mesh(MeshConfig(tensor=2))):
         with pytest.raises(
-            UserError, match=r"'atention': no layer offers such an activation; did you mean 'attention'\?"
+            UserError, match=r"'atention.output': no layer offers such an activation; did you mean 'attention.output'\?"
         ):
-            capture(filled(MODEL), ['atention'], *rows())
-        with pytest.raises(UserError, match='known: attention, block, mlp'):
+            capture(filled(MODEL), ['atention.output'], *rows())
+        with pytest.raises(UserError, match=r'known: attention\.head_outputs, attention\.keys'):
             capture(filled(MODEL), ['scores'], *rows())
     with jax.set_mesh(make_mesh(MeshConfig(stage=2))), pytest.raises(UserError, match=r'mesh\.stage is 2: capturing'):
-        capture(None, ['block'], *rows())
+        capture(filled(MODEL), [AFTER], *rows())
 
 
 def say(self: Mlp, x_BTD, ctx: ForwardContext):
@@ -119,7 +121,7 @@ def test_unasked_they_leave_the_compiled_program_as_it_is(c, monkeypatch):
     """Scoring asks for nothing, and training for metrics alone."""
     quiet = programs(c)
     monkeypatch.setattr(ForwardContext, 'metric', lambda *args, **kwargs: None)
-    monkeypatch.setattr(ForwardContext, 'tap', lambda *args, **kwargs: None)
+    monkeypatch.setattr(ForwardContext, 'tap', lambda ctx, name, value, *args, **kwargs: value)
     without = programs(c)
     assert without['logits'] == quiet['logits']
     if c is MODEL:

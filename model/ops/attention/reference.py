@@ -63,16 +63,30 @@ def masked_scores(
     return s_BKGTS, jnp.maximum(max_BKGT1, sink_1KG11), sink_1KG11
 
 
-def reference_attention(
+def softmax_weights(
     inputs: QKV, rule: MaskRule, *, sink_KG: jax.Array | None = None, relative: Relative | None = None
 ) -> jax.Array:
-    """softmax(scale q k') v over the keys that each query sees, 0 where it sees none: [B, T, K, G, U] in q's dtype."""
+    """What each query gives each key of its attention, [B, K, G, T, S] in at least float32: over S they add up to 1.
+
+    Less where there is a sink, and 0 for a query that sees no key.
+    """
     s_BKGTS, max_BKGT1, sink_1KG11 = masked_scores(inputs, rule, sink_KG, relative)
     max_BKGT1 = lax.stop_gradient(max_BKGT1)
     p_BKGTS = jnp.exp(s_BKGTS - max_BKGT1)
     sum_BKGT1 = p_BKGTS.sum(-1, keepdims=True)
     if sink_1KG11 is not None:
         sum_BKGT1 = sum_BKGT1 + jnp.exp(sink_1KG11 - max_BKGT1)
-    p_BKGTS = p_BKGTS / jnp.where(sum_BKGT1 > 0, sum_BKGT1, 1)
-    out_BTKGU = jnp.einsum('BKGTS,BSKU->BTKGU', p_BKGTS, upcast(inputs.v_BSKU), preferred_element_type=p_BKGTS.dtype)
-    return out_BTKGU.astype(inputs.q_BTKGH.dtype)
+    return p_BKGTS / jnp.where(sum_BKGT1 > 0, sum_BKGT1, 1)
+
+
+def weighted_values(p_BKGTS: jax.Array, v_BSKU: jax.Array) -> jax.Array:
+    """The values, weighted and added up, [B, T, K, G, U] in the dtype of the weights."""
+    return jnp.einsum('BKGTS,BSKU->BTKGU', p_BKGTS, upcast(v_BSKU), preferred_element_type=p_BKGTS.dtype)
+
+
+def reference_attention(
+    inputs: QKV, rule: MaskRule, *, sink_KG: jax.Array | None = None, relative: Relative | None = None
+) -> jax.Array:
+    """softmax(scale q k') v over the keys that each query sees, 0 where it sees none: [B, T, K, G, U] in q's dtype."""
+    p_BKGTS = softmax_weights(inputs, rule, sink_KG=sink_KG, relative=relative)
+    return weighted_values(p_BKGTS, inputs.v_BSKU).astype(inputs.q_BTKGH.dtype)
