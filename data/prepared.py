@@ -136,7 +136,7 @@ def load(
     return Dataset(tokenizer, facts=facts, key=key, **{part: rows(part) for part in SPLITS})
 
 
-def _description(path: Path) -> tuple[dict, dict, dict[str, int], dict[str, list[str]] | None, str]:
+def _description(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, int], dict[str, list[str]] | None, str]:
     """Key, facts, sizes, hashes of blocks (None: it is from before there were any) and the tokenizer's hash."""
     try:
         fields = unsealed(disk.read(path), needs_seal=False)

@@ -42,10 +42,10 @@ class Renderer:
 
     def __init__(self, seconds: int = chat_template.SECONDS) -> None:
         self.seconds = seconds  # of a processor, for one text
-        self.process: subprocess.Popen | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.lock = threading.Lock()
 
-    def start(self) -> subprocess.Popen:
+    def start(self) -> subprocess.Popen[bytes]:
         """Has it start, so that it is ready when it is needed."""
         if self.process is not None and self.process.poll() is not None:
             self.close()

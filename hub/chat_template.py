@@ -53,10 +53,10 @@ def _check_name(name: Any) -> None:
 class MakesDicts:
     """What `dict` is in a template: the call, and no way from it to the type."""
 
-    def __call__(self, *arguments: Any, **named: Any) -> dict:
+    def __call__(self, *arguments: Any, **named: Any) -> dict[str, Any]:
         return dict(*arguments, **named)
 
-    def fromkeys(self, keys: Any, value: Any = None) -> dict:
+    def fromkeys(self, keys: Any, value: Any = None) -> dict[str, Any]:
         return dict.fromkeys(keys, value)
 
 

@@ -45,7 +45,7 @@ def arrays(
 
     `shapes` and `table` are those of hub/tensor_table.py. What no tensor fills (rows that pad the vocabulary) is 0.
     """
-    places: dict[str, dict] = defaultdict(dict)
+    places: dict[str, dict[tuple[int, ...], tuple[Tensor, TensorPart]]] = defaultdict(dict)
     for one in table:
         for part in one.parts:
             places[part.leaf][part.at] = (one, part)

@@ -5,7 +5,8 @@ heads.
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,7 @@ class ForwardContext:
         """The rows of one microbatch."""
         return self._rows(lambda tree: microbatch(tree, number, self.microbatches))
 
-    def _rows(self, choose) -> 'ForwardContext':
+    def _rows(self, choose: Callable[[dict[str, Any]], dict[str, Any]]) -> 'ForwardContext':
         names = ('position_BT', 'segment_BT', 'row_B', 'kind_BT')
         return dataclasses.replace(self, **choose({name: getattr(self, name) for name in names}))
 
@@ -148,15 +149,15 @@ class ForwardContext:
         """Which of the tokens that stand between blocks on this device are real."""
         return (tensor_slice(self.segment_BT) if self.sequence_split else self.segment_BT) > 0
 
-    def gather_sequence(self, x_BTD):
+    def gather_sequence(self, x_BTD: jax.Array) -> jax.Array:
         """From the layout between blocks to this context's whole sequence on each device of `tensor`."""
         return gather_sequence(x_BTD) if self.sequence_split else x_BTD
 
-    def reduce_scatter_sequence(self, x_BTD):
+    def reduce_scatter_sequence(self, x_BTD: jax.Array) -> jax.Array:
         """Partial sums over `tensor` to the layout between blocks."""
         return reduce_scatter_sequence(x_BTD) if self.sequence_split else psum(x_BTD, 'tensor')
 
-    def dropout(self, x_BTD, rate: float, *site: int | jax.Array):
+    def dropout(self, x_BTD: jax.Array, rate: float, *site: int | jax.Array) -> jax.Array:
         """Zeroes a share of x; which ones depends on the key, the site, the row and the column alone, not on the mesh."""
         if self.dropout_key is None or rate == 0:
             return x_BTD

@@ -170,7 +170,7 @@ class Parameter:
         return jax.vmap(normal)(jax.reshard(keys, P(self.split_layers)))
 
 
-def parameter(shape: tuple[int, ...], layout: P, role: Role, **more: Any) -> nnx.Param:
+def parameter(shape: tuple[int, ...], layout: P, role: Role, **more: Any) -> nnx.Param[Any]:
     """Declares a weight: `self.scale_D = parameter((D,), P(None), Role.SCALE, value=1.0)`; more: fields of `Parameter`."""
     return nnx.Param(Parameter(shape, layout, role, **more))
 

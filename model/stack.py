@@ -50,7 +50,9 @@ def apply_layers(
     groups = nothing if cache is None else cache.groups
     sources = nothing if cache is None or cache.source is None else cache.source
 
-    def unit(carry: tuple[jax.Array, tuple], numbered: tuple) -> tuple[tuple[jax.Array, tuple], list[Records]]:
+    def unit(
+        carry: tuple[jax.Array, tuple[Any, ...]], numbered: tuple[Any, ...]
+    ) -> tuple[tuple[jax.Array, tuple[Any, ...]], list[Records]]:
         (x_BTD, groups), (blocks, sources, repeat) = carry, numbered
         number, kept, found = first + repeat * len(blocks), [], []
         for place, (block, group, source) in enumerate(zip(blocks, groups, sources, strict=True)):

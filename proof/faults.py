@@ -27,22 +27,22 @@ class Fault(NamedTuple):
     kind: str = 'dense'
 
 
-def first_replica_only(real: Callable) -> Callable:
+def first_replica_only(real: Callable[..., Any]) -> Callable[..., Any]:
     return lambda gradient, specs: real(
         jax.tree.map(lambda g: jnp.where(lax.axis_index('replica') == 0, g, 0), gradient), specs
     )
 
 
-def keys_without_places(real: Callable) -> Callable:
+def keys_without_places(real: Callable[..., Any]) -> Callable[..., Any]:
     """Of (k, v, places) only k and v are sent."""
     return lambda tree, axis: (*real(tree[:2], axis), *tree[2:]) if len(tree) == 3 else real(tree, axis)
 
 
-def own_counts(real: Callable) -> Callable:
+def own_counts(real: Callable[..., Any]) -> Callable[..., Any]:
     return lambda sums, counts, model: real(sums, jax.tree.map(lambda n: n / 2, counts), model)
 
 
-def late_borders(real: Callable) -> Callable:
+def late_borders(real: Callable[..., Any]) -> Callable[..., Any]:
     """A document's first token is taken for the last one of the document before."""
 
     def sums(model: Decoder, batch: Batch, *rest: Any) -> Any:

@@ -127,7 +127,7 @@ def give_word(seconds: float = WORD) -> None:
 
 
 class _Peers:
-    def __init__(self, process: int, count: int, exchange: Callable, goodbye: Callable[[], object]):
+    def __init__(self, process: int, count: int, exchange: Callable[..., Any], goodbye: Callable[[], object]):
         self.process, self.count, self.goodbye = process, count, goodbye
         self.name = f'process {process} (host {socket.gethostname()})'
         self.patience = patience()
@@ -148,7 +148,7 @@ class _Peers:
             threading.Thread(target=self._read, args=(number, link), name=f'peer {number}', daemon=True).start()
         threading.Thread(target=self._beat, name='beat', daemon=True).start()
 
-    def _listen(self, exchange: Callable) -> None:
+    def _listen(self, exchange: Callable[..., Any]) -> None:
         family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         with socket.create_server(
             ('', 0), family=family, dualstack_ipv6=family == socket.AF_INET6, backlog=self.count
@@ -168,7 +168,7 @@ class _Peers:
                         continue
                 link.socket.close()
 
-    def _connect(self, exchange: Callable) -> None:
+    def _connect(self, exchange: Callable[..., Any]) -> None:
         found = exchange({})
         errors = []
         for host in found['hosts']:

@@ -7,7 +7,7 @@ import argparse
 import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from weft.runtime.errors import UserError
 from weft.scripts.entry import as_json, run
@@ -95,7 +95,7 @@ def main() -> None:
         print(f'  xz -9, given the training   {figures["xz_given_training_bits_per_byte"]:.4f} bits/byte')
 
 
-def read_data(options: argparse.Namespace, folder: 'Path | Bucket') -> list:
+def read_data(options: argparse.Namespace, folder: 'Path | Bucket') -> list[Any]:
     """The texts of --data, or its pairs where the run is an encoder–decoder; says on stderr what is left out of folders."""
     from weft.data.pairs import read_pairs
     from weft.data.sources import texts
@@ -105,7 +105,7 @@ def read_data(options: argparse.Namespace, folder: 'Path | Bucket') -> list:
     skipped: list[LeftOut] = []
     config = folder / 'config.yaml'
     if parse(config.read_bytes(), str(config)).model.encoder is not None:
-        found: list = list(read_pairs(options.data, '--data', skipped))
+        found: list[Any] = list(read_pairs(options.data, '--data', skipped))
     else:
         found = [text for _, text in texts(options.data, options.field, skipped)]
     if skipped:
@@ -113,7 +113,7 @@ def read_data(options: argparse.Namespace, folder: 'Path | Bucket') -> list:
     return found
 
 
-def packed(config: 'RunConfig', tokenizer: 'Tokenizer', found: list) -> tuple['Samples', bytes]:
+def packed(config: 'RunConfig', tokenizer: 'Tokenizer', found: list[Any]) -> tuple['Samples', bytes]:
     """The rows and the bytes that the model is to predict of other files than the run's own."""
     from weft.data.packing import pack_documents
     from weft.data.pairs import pack_pairs

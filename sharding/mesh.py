@@ -18,6 +18,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
@@ -107,7 +108,7 @@ def abstract_mesh(config: MeshConfig, platform: str = 'tpu') -> jax.sharding.Abs
     return jax.sharding.AbstractMesh(shape, AXES, axis_types=explicit, abstract_device=device)
 
 
-def make_mesh(config: MeshConfig, devices: list | None = None) -> jax.sharding.Mesh:
+def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> jax.sharding.Mesh:
     """The explicit mesh over the first devices (or over the given ones), laid out so that the last axes have the best links.
 
     Where the devices are several slices of a TPU, which only a data centre's network joins, `replica` (and after it

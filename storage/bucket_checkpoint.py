@@ -52,7 +52,9 @@ class BucketCheckpoints(Checkpoints):
         """The published steps, ascending."""
         return [step for step in self._folders() if (self.folder / str(step) / MANIFEST).is_file()]
 
-    def save(self, step: int, items: Mapping[str, Any], meta: dict, files: Mapping[str, bytes] | None = None) -> None:
+    def save(
+        self, step: int, items: Mapping[str, Any], meta: dict[str, Any], files: Mapping[str, bytes] | None = None
+    ) -> None:
         """Begins to save, and returns when the arrays are in this process' memory: they may be donated right after.
 
         Arguments and errors are those of `Checkpoints.save`. A step that is taken again is not there until it is published
@@ -84,7 +86,9 @@ class BucketCheckpoints(Checkpoints):
     def _may_come(self) -> bool:
         return False
 
-    def _publish_shards(self, step: int, arrays: dict, mine: dict[str, bytes], files: Mapping[str, bytes]) -> None:
+    def _publish_shards(
+        self, step: int, arrays: dict[str, Any], mine: dict[str, bytes], files: Mapping[str, bytes]
+    ) -> None:
         """Writes this process' shards, and process 0 the rest when all have. Runs in a thread of its own."""
         path = self.folder / str(step)
         with self._told(step):
@@ -128,7 +132,7 @@ class BucketCheckpoints(Checkpoints):
         return hashlib.sha256(content).hexdigest()
 
     @contextlib.contextmanager
-    def _pinned(self, step: int, manifest: dict, wanted: set[str]) -> Iterator[Any]:
+    def _pinned(self, step: int, manifest: dict[str, Any], wanted: set[str]) -> Iterator[Any]:
         """A copy of what is to be read, where Orbax is to read it."""
         source = self.folder / str(step)
         if not manifest or manifest.get('format') == SHARDS:
@@ -140,7 +144,7 @@ class BucketCheckpoints(Checkpoints):
             yield Path(folder)
 
 
-def write_all(path: Bucket, files: Mapping[str, bytes]) -> dict[str, list]:
+def write_all(path: Bucket, files: Mapping[str, bytes]) -> dict[str, list[Any]]:
     """Writes objects below `path`; size in bytes and SHA-256 of each."""
     at_once(lambda name: (path / name).write_bytes(files[name]), files)
     return {name: [len(content), hashlib.sha256(content).hexdigest()] for name, content in files.items()}

@@ -69,7 +69,9 @@ class Checkpoints(Reader):
         self._thread = ThreadPoolExecutor(1, 'checkpoint')
         self._last: Future[None] | None = None
 
-    def save(self, step: int, items: Mapping[str, Any], meta: dict, files: Mapping[str, bytes] | None = None) -> None:
+    def save(
+        self, step: int, items: Mapping[str, Any], meta: dict[str, Any], files: Mapping[str, bytes] | None = None
+    ) -> None:
         """Begins to save, and returns when the arrays are copied off the devices: they may be donated right after.
 
         `items` are trees of jax arrays (dicts, optax states, modules, PRNG keys), none of size 0; `meta` is JSON;
@@ -96,7 +98,12 @@ class Checkpoints(Reader):
         self._last = self._thread.submit(self._publish, self._orbax, step, array_kinds(items), files)
 
     def save_weights(
-        self, step: int, item: str, arrays: Iterable[tuple[str, jax.Array]], meta: dict, files: Mapping[str, bytes]
+        self,
+        step: int,
+        item: str,
+        arrays: Iterable[tuple[str, jax.Array]],
+        meta: dict[str, Any],
+        files: Mapping[str, bytes],
     ) -> None:
         """Saves an item alone, array by array in the form of storage/shards.py: each is written before the next is asked for.
 
@@ -152,7 +159,7 @@ class Checkpoints(Reader):
             if self._orbax is not None:
                 self._orbax.close()
 
-    def _publish(self, orbax: Any, step: int, arrays: dict, files: Mapping[str, bytes]) -> None:
+    def _publish(self, orbax: Any, step: int, arrays: dict[str, Any], files: Mapping[str, bytes]) -> None:
         """Waits for Orbax in all processes, and publishes. Runs in a thread of its own."""
         with self._told(step):
             orbax.wait_until_finished()
@@ -181,7 +188,9 @@ class Checkpoints(Reader):
             with contextlib.suppress(UserError, MachineError):  # the next save clears it, if this disk cannot
                 disk.remove(self._saving)
 
-    def _complete(self, step: int, arrays: dict, files: Mapping[str, bytes], format: str | None = None) -> None:
+    def _complete(
+        self, step: int, arrays: dict[str, Any], files: Mapping[str, bytes], format: str | None = None
+    ) -> None:
         """Completes the folder, gives it its name in the place of an earlier one of that step, deletes the oldest."""
         path, target = self._saving / str(step), self.folder / str(step)
         for name, content in files.items():

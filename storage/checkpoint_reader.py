@@ -86,7 +86,7 @@ class Reader:
         """Whether the only checkpoint may be about to be replaced."""
         return self._saving.is_dir()
 
-    def meta(self, step: int) -> dict:
+    def meta(self, step: int) -> dict[str, Any]:
         """What `save` was told about the step. Raises UserError where it is not whole, Gone where it is not there."""
         with self._reading(step) as manifest:
             self._verify(step, manifest, set())
@@ -114,9 +114,9 @@ class Reader:
         return disk.read(self.folder / str(step) / name)
 
     @contextlib.contextmanager
-    def _reading(self, step: int) -> Iterator[dict]:
+    def _reading(self, step: int) -> Iterator[dict[str, Any]]:
         """The manifest of a step. What goes wrong meanwhile is Gone where the checkpoint is not there any more as it was."""
-        manifest: dict = {}
+        manifest: dict[str, Any] = {}
         try:
             manifest = self._manifest(step)
             yield manifest
@@ -128,7 +128,7 @@ class Reader:
                 raise disk.fault(error.filename or self.folder / str(step), error) from error
             raise
 
-    def _check_there(self, step: int, manifest: dict) -> None:
+    def _check_there(self, step: int, manifest: dict[str, Any]) -> None:
         """Raises Gone where a step that was published is not now, or is another."""
         try:
             now = self._manifest(step)
@@ -150,7 +150,7 @@ class Reader:
         Raises Gone where the run deletes or replaces the checkpoint meanwhile.
         """
         wanted = {item: leaves_by_path(tree) for item, tree in abstract.items()}
-        others: contextlib.AbstractContextManager[dict] = contextlib.nullcontext({})
+        others: contextlib.AbstractContextManager[dict[str, Any]] = contextlib.nullcontext({})
         with self._reading(step) if peers.first() else others as manifest:
             if peers.first():
                 for item, arrays in wanted.items():
@@ -181,7 +181,7 @@ class Reader:
             return reader.restore(path, ocp.args.Composite(**reads))
 
     @contextlib.contextmanager
-    def _pinned(self, step: int, manifest: dict, wanted: set[str]) -> Iterator[Any]:
+    def _pinned(self, step: int, manifest: dict[str, Any], wanted: set[str]) -> Iterator[Any]:
         """A folder of what is to be read of a checkpoint, which stays readable where the run deletes that meanwhile.
 
         It is made of links to open files, where the system has such links and allows so many, and somewhere to make them;
@@ -197,7 +197,7 @@ class Reader:
                     folder = _links(stack, path, names) if len(names) <= open_files() else None
             yield folder or path
 
-    def _read_shards(self, step: int, manifest: dict, wanted: dict[str, dict[str, Any]]) -> Mapping[str, Any]:
+    def _read_shards(self, step: int, manifest: dict[str, Any], wanted: dict[str, dict[str, Any]]) -> Mapping[str, Any]:
         """Arrays by item and name; each shard is hashed as it is read."""
         paths: dict[str, list[str]] = {}
         for path in manifest['files']:
@@ -222,7 +222,7 @@ class Reader:
         whole = {name: shards.place(x, part) for (name, x), part in zip(leaves.items(), parts, strict=True)}
         return {item: {name: whole[f'{item}/{name}'] for name in arrays} for item, arrays in wanted.items()}
 
-    def _manifest(self, step: int) -> dict:
+    def _manifest(self, step: int) -> dict[str, Any]:
         """The manifest of a published step. Raises Gone where there is none, UserError where it is not as it was written."""
         if step not in self.steps():
             published = ', '.join(map(str, self.steps())) or 'none at all'
@@ -239,7 +239,7 @@ class Reader:
             raise self._damaged(step, MANIFEST, 'was altered: it lists no arrays and files as a checkpoint has them')
         return manifest
 
-    def _verify(self, step: int, manifest: dict, wanted: set[str], path: Any = None) -> None:
+    def _verify(self, step: int, manifest: dict[str, Any], wanted: set[str], path: Any = None) -> None:
         """That the wanted items, and all files beside the items, are byte for byte what was saved; at `path` if it is given."""
         path = path or self.folder / str(step)
         skipped = set(manifest['arrays']) - wanted

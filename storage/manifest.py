@@ -18,7 +18,7 @@ META = 'meta.json'
 SHARDS = 'shards'  # the manifest's format where the arrays are as in storage/shards.py; where Orbax wrote it says none
 
 
-def contents(items: Mapping[str, Any], meta: dict, files: Mapping[str, bytes] | None) -> dict[str, bytes]:
+def contents(items: Mapping[str, Any], meta: dict[str, Any], files: Mapping[str, bytes] | None) -> dict[str, bytes]:
     """The files of a checkpoint beside its items and its manifest."""
     files = {META: (json.dumps(meta, indent=1) + '\n').encode(), **(files or {})}
     taken = {MANIFEST, *items}
@@ -74,13 +74,13 @@ def open_files() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
 
 
-def fingerprint(path: Path) -> list:
+def fingerprint(path: Path) -> list[Any]:
     """Size in bytes and SHA-256 of a file."""
     with disk.reading(path) as descriptor, os.fdopen(os.dup(descriptor), 'rb') as file:
         return [os.fstat(descriptor).st_size, hashlib.file_digest(file, 'sha256').hexdigest()]
 
 
-def is_manifest(fields: dict) -> bool:
+def is_manifest(fields: dict[str, Any]) -> bool:
     """Whether a manifest has what is read of it: dtype and shape of arrays, size and hash of files in the folder."""
     arrays, files, form = fields.get('arrays'), fields.get('files'), fields.get('format')
     return (

@@ -182,7 +182,7 @@ def parse(content: str | bytes, path: str, overrides: Sequence[str] = ()) -> Run
     return validate(tree, f'{source} with {shown(" ".join(overrides))}' if overrides else source)
 
 
-def validate(tree: dict, source: str) -> RunConfig:
+def validate(tree: dict[str, Any], source: str) -> RunConfig:
     """A mapping as a RunConfig; `source` names where it came from in the message of a UserError."""
     for key, value in _leaves(tree):
         if (now := renamed(key, value)) is not None:

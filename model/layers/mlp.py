@@ -5,6 +5,7 @@ Letters: B rows, T sequence, D model, F hidden units.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ def clamped_swiglu(gate: jax.Array, up: jax.Array, *, limit: float) -> jax.Array
     return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
 
 
-ACTIVATIONS: dict[str, Callable] = {
+ACTIVATIONS: dict[str, Callable[..., Any]] = {
     'swiglu': lambda gate, up: jax.nn.silu(gate) * up,
     'geglu': lambda gate, up: jax.nn.gelu(gate) * up,
     'clamped_swiglu': clamped_swiglu,

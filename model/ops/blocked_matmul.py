@@ -73,7 +73,7 @@ def block_matmul(x_BD: jax.Array, w: Any) -> Any:
     return tuple(jnp.split(x_BD @ jnp.concatenate(w, 1), ends, 1))
 
 
-def walk(plan: Plan, body: Callable, carry: Any, start: jax.Array, size: jax.Array) -> Any:
+def walk(plan: Plan, body: Callable[..., Any], carry: Any, start: jax.Array, size: jax.Array) -> Any:
     """Goes over the blocks that cover the rows `start` … `start + size - 1` of one group; returns the last carry.
 
     Each block does carry = body(first, mine_B1, carry): its rows are `first` … `first + B - 1`, of which `mine_B1` says which
@@ -168,18 +168,18 @@ def batched(plan: Plan, x_RD: jax.Array, weights: Any, sizes_E: jax.Array) -> ja
     return jnp.where((group_R < E)[:, None], y_EBG[e_R, jnp.arange(R) - start_E[e_R]], 0)
 
 
-def _forward(plan: Plan, x_RD: jax.Array, weights: Any, sizes_E: jax.Array) -> tuple:
+def _forward(plan: Plan, x_RD: jax.Array, weights: Any, sizes_E: jax.Array) -> tuple[Any, ...]:
     return _apply(plan, x_RD, weights, sizes_E), (x_RD, weights, sizes_E)
 
 
-def _backward(plan: Plan, saved: tuple, dy_RG: jax.Array) -> tuple:
+def _backward(plan: Plan, saved: tuple[Any, ...], dy_RG: jax.Array) -> tuple[Any, ...]:
     x_RD, weights, sizes_E = saved
 
-    def group(dx_RD: jax.Array, item: tuple) -> tuple[jax.Array, Any]:
+    def group(dx_RD: jax.Array, item: tuple[Any, ...]) -> tuple[jax.Array, Any]:
         mine, size, end = item
         mine = jax.tree.map(upcast, mine)
 
-        def block(first: jax.Array, mine_B1: jax.Array, carry: tuple) -> tuple:
+        def block(first: jax.Array, mine_B1: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             dx_RD, sums = carry
             B = mine_B1.shape[0]
             # Rows that are not this block's are 0 in both, so that they add nothing to the sums.

@@ -51,11 +51,13 @@ def head_product(x_ND: jax.Array, w: jax.Array, sink: jax.Array | None, dims: st
     return jnp.einsum(f'...D,{dims}->...V', x_ND, w, preferred_element_type=upcast(x_ND).dtype)
 
 
-def _head_product_forward(x_ND: jax.Array, w: jax.Array, sink: jax.Array | None, dims: str) -> tuple[jax.Array, tuple]:
+def _head_product_forward(
+    x_ND: jax.Array, w: jax.Array, sink: jax.Array | None, dims: str
+) -> tuple[jax.Array, tuple[Any, ...]]:
     return head_product(x_ND, w, sink, dims), (x_ND, w, sink is None)
 
 
-def _head_product_backward(dims: str, saved: tuple, dlogit_NV: jax.Array) -> tuple:
+def _head_product_backward(dims: str, saved: tuple[Any, ...], dlogit_NV: jax.Array) -> tuple[Any, ...]:
     x_ND, w, own = saved
     dlogit_NV = dlogit_NV.astype(x_ND.dtype)
     rows = (a.reshape(-1, a.shape[-1]) for a in (x_ND, dlogit_NV))
@@ -121,11 +123,11 @@ def _loss(
     return lax.map(lambda chunk: compute(head, *chunk), (x_c1nD, target_c1n, live_c1n)).sum()
 
 
-def _loss_forward(compute: Callable[..., jax.Array], dtype: Any, head: Head, *chunks: jax.Array) -> tuple:
+def _loss_forward(compute: Callable[..., jax.Array], dtype: Any, head: Head, *chunks: jax.Array) -> tuple[Any, ...]:
     """The loss; and, as what is saved for the backward pass, its gradients of (w, in the sink's dtype; bias; x)."""
     sink = mark_varying(jnp.zeros_like(head.w, dtype=upcast(head.w).dtype))
 
-    def step(sums: tuple, chunk: tuple) -> tuple[tuple, jax.Array]:
+    def step(sums: tuple[Any, ...], chunk: tuple[Any, ...]) -> tuple[tuple[Any, ...], jax.Array]:
         x_1nD, target_1n, live_1n = chunk
 
         def loss(sink: jax.Array, bias_V: jax.Array | None, x_1nD: jax.Array) -> jax.Array:
@@ -140,7 +142,9 @@ def _loss_forward(compute: Callable[..., jax.Array], dtype: Any, head: Head, *ch
     return value, (dw, dbias_V, dx_c1nD)
 
 
-def _loss_backward(compute: Callable[..., jax.Array], dtype: Any, gradients: tuple, cotangent: jax.Array) -> tuple:
+def _loss_backward(
+    compute: Callable[..., jax.Array], dtype: Any, gradients: tuple[Any, ...], cotangent: jax.Array
+) -> tuple[Any, ...]:
     """The saved gradients times what the loss counts in the whole, a number that is the same on all devices."""
     dw, dbias_V, dx_c1nD = gradients
     dbias_V, dx_c1nD = jax.tree.map(lambda d: (cotangent * upcast(d)).astype(d.dtype), (dbias_V, dx_c1nD))

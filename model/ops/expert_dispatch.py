@@ -21,7 +21,7 @@ devices of `expert`: s the one that rows come from, d the one that has their exp
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -242,12 +242,12 @@ def _exchange(x_RD: jax.Array, count_nE: jax.Array, rows: int, back: bool) -> ja
     return ragged_all_to_all(x_RD, empty_SD, *offsets, axis_name='expert')
 
 
-def _exchange_forward(x_RD: jax.Array, count_nE: jax.Array, rows: int, back: bool) -> tuple:
+def _exchange_forward(x_RD: jax.Array, count_nE: jax.Array, rows: int, back: bool) -> tuple[Any, ...]:
     # What is kept of x is how many rows it has: an array without columns.
     return _exchange(x_RD, count_nE, rows, back), (count_nE, jnp.zeros_like(x_RD, shape=(x_RD.shape[0], 0)))
 
 
-def _exchange_backward(rows: int, back: bool, saved: tuple, g_SD: jax.Array) -> tuple:
+def _exchange_backward(rows: int, back: bool, saved: tuple[Any, ...], g_SD: jax.Array) -> tuple[Any, ...]:
     count_nE, shaped = saved
     return _exchange(g_SD, count_nE, shaped.shape[0], not back), None
 

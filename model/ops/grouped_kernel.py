@@ -62,11 +62,13 @@ def _gmm(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, tiling: Tilings,
     return rows_times_weights(x_RD, w_EDF, sizes_E, tiling[0], transposed)
 
 
-def _forward(x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, tiling: Tilings, transposed: bool) -> tuple:
+def _forward(
+    x_RD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array, tiling: Tilings, transposed: bool
+) -> tuple[Any, ...]:
     return _gmm(x_RD, w_EDF, sizes_E, tiling, transposed), (x_RD, w_EDF, sizes_E)
 
 
-def _backward(tiling: Tilings, transposed: bool, kept: tuple, dy_RF: jax.Array) -> tuple:
+def _backward(tiling: Tilings, transposed: bool, kept: tuple[Any, ...], dy_RF: jax.Array) -> tuple[Any, ...]:
     x_RD, w_EDF, sizes_E = kept
     dx_RD = rows_times_weights(dy_RF, w_EDF, sizes_E, tiling[0], not transposed)
     x_RD, dy_RF = (dy_RF, x_RD) if transposed else (x_RD, dy_RF)

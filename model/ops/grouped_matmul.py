@@ -178,11 +178,11 @@ def _permute(x_ND: jax.Array, order_S: jax.Array, slot_R: jax.Array, K: int, mod
     return _rows(x_ND, order_S // K, mode)  # past the pairs' end is past the tokens' end
 
 
-def _permute_forward(x_ND: jax.Array, order_S: jax.Array, slot_R: jax.Array, K: int, mode: str) -> tuple:
+def _permute_forward(x_ND: jax.Array, order_S: jax.Array, slot_R: jax.Array, K: int, mode: str) -> tuple[Any, ...]:
     return _permute(x_ND, order_S, slot_R, K, mode), slot_R
 
 
-def _permute_backward(K: int, mode: str, slot_R: jax.Array, g_SD: jax.Array) -> tuple:
+def _permute_backward(K: int, mode: str, slot_R: jax.Array, g_SD: jax.Array) -> tuple[Any, ...]:
     return _added(g_SD, jnp.ones((slot_R.shape[0] // K, K), g_SD.dtype), slot_R, mode), None, None
 
 
@@ -194,11 +194,13 @@ def _combine(y_SD: jax.Array, share_NK: jax.Array, order_S: jax.Array, slot_R: j
     return _added(y_SD, share_NK, slot_R, mode)
 
 
-def _combine_forward(y_SD: jax.Array, share_NK: jax.Array, order_S: jax.Array, slot_R: jax.Array, mode: str) -> tuple:
+def _combine_forward(
+    y_SD: jax.Array, share_NK: jax.Array, order_S: jax.Array, slot_R: jax.Array, mode: str
+) -> tuple[Any, ...]:
     return _combine(y_SD, share_NK, order_S, slot_R, mode), (y_SD, share_NK, order_S, slot_R)
 
 
-def _combine_backward(mode: str, saved: tuple, g_ND: jax.Array) -> tuple:
+def _combine_backward(mode: str, saved: tuple[Any, ...], g_ND: jax.Array) -> tuple[Any, ...]:
     y_SD, share_NK, order_S, slot_R = saved
     g_SD = _rows(g_ND, order_S // share_NK.shape[1], mode)
     dshare_S = jnp.sum(g_SD * y_SD, 1)

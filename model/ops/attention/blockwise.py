@@ -11,6 +11,7 @@ head's keys, S keys, and R = 1 (or B) masks of [T, S].
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -166,7 +167,7 @@ def over_keys(
 
 def over_keys_back(
     grads: Gradients,
-    query: Sequence,
+    query: Sequence[Any],
     keys: Keys,
     first: jax.Array,
     end: jax.Array,
@@ -250,7 +251,9 @@ def tiled(q_BcKMH: jax.Array, at_c: TokenIndex, keys: Keys, sink_KG: jax.Array |
     return tiled_forward(q_BcKMH, at_c, keys, sink_KG, rule)[0]
 
 
-def tiled_forward(q_BcKMH: jax.Array, at_c: TokenIndex, keys: Keys, sink_KG: jax.Array | None, rule: MaskRule) -> tuple:
+def tiled_forward(
+    q_BcKMH: jax.Array, at_c: TokenIndex, keys: Keys, sink_KG: jax.Array | None, rule: MaskRule
+) -> tuple[Any, ...]:
     k_BdKSH, v_BdKSU, at_d = keys
     sink_BcKM = None if sink_KG is None else by_query(sink_KG, q_BcKMH)
     U = v_BdKSU.shape[-1]
@@ -261,10 +264,10 @@ def tiled_forward(q_BcKMH: jax.Array, at_c: TokenIndex, keys: Keys, sink_KG: jax
         out_BcKMU = out_NMU.astype(q_BcKMH.dtype).reshape(*q_BcKMH.shape[:-1], U)
         return out_BcKMU, (q_BcKMH, at_c, keys, sink_KG, out_BcKMU, lse_NM.reshape(q_BcKMH.shape[:-1]))
 
-    def row(row: tuple) -> tuple[jax.Array, jax.Array]:
+    def row(row: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
         *tiles, keys = row
 
-        def query_tile(tile: list) -> tuple[jax.Array, jax.Array]:
+        def query_tile(tile: list[Any]) -> tuple[jax.Array, jax.Array]:
             q_KMH, at_T, sink_KM, first, end = tile
             state = over_keys(nothing(q_KMH, U), q_KMH, at_T, keys, first, end, rule)
             out_KMU, lse_KM = finish(state, sink_KM)
@@ -276,7 +279,7 @@ def tiled_forward(q_BcKMH: jax.Array, at_c: TokenIndex, keys: Keys, sink_KG: jax
     return out_BcKMU, (q_BcKMH, at_c, keys, sink_KG, out_BcKMU, lse_BcKM)
 
 
-def tiled_backward(rule: MaskRule, kept: tuple, dout_BcKMU: jax.Array) -> tuple:
+def tiled_backward(rule: MaskRule, kept: tuple[Any, ...], dout_BcKMU: jax.Array) -> tuple[Any, ...]:
     q_BcKMH, at_c, keys, sink_KG, out_BcKMU, lse_BcKM = kept
     k_BdKSH, v_BdKSU, at_d = keys
     delta_BcKM = (dout_BcKMU.astype(lse_BcKM.dtype) * out_BcKMU).sum(-1)
@@ -287,10 +290,10 @@ def tiled_backward(rule: MaskRule, kept: tuple, dout_BcKMU: jax.Array) -> tuple:
         grads = dq_NMH, dk_NHS.swapaxes(1, 2), dv_NUS.swapaxes(1, 2)
     else:
 
-        def row(row: tuple) -> Gradients:
+        def row(row: tuple[Any, ...]) -> Gradients:
             *tiles, keys = row
 
-            def query_tile(dkv: Gradients, tile: list) -> tuple[Gradients, jax.Array]:
+            def query_tile(dkv: Gradients, tile: list[Any]) -> tuple[Gradients, jax.Array]:
                 *query, first, end = tile
                 grads = like(query[0], query[0].shape), *dkv
                 dq_KMH, *more = over_keys_back(grads, query, keys, first, end, rule)

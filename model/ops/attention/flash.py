@@ -257,12 +257,12 @@ def key_specs(t: FlashTiling, T: int, G: int, H: int) -> tuple[pl.BlockSpec, ...
     )
 
 
-def whole_tiles_forward(q_BTKGH: jax.Array, at_BiT: jax.Array, keys: Keys, plan: Plan) -> tuple:
+def whole_tiles_forward(q_BTKGH: jax.Array, at_BiT: jax.Array, keys: Keys, plan: Plan) -> tuple[Any, ...]:
     out_BTKGH, lse_BNT = tiles_forward(q_BTKGH, at_BiT, keys, plan, q_BTKGH.dtype)
     return out_BTKGH, (q_BTKGH, at_BiT, keys, out_BTKGH, lse_BNT)
 
 
-def whole_tiles_backward(plan: Plan, kept: tuple, dout_BTKGH: jax.Array) -> tuple:
+def whole_tiles_backward(plan: Plan, kept: tuple[Any, ...], dout_BTKGH: jax.Array) -> tuple[Any, ...]:
     q_BTKGH, at_BiT, keys, out_BTKGH, lse_BNT = kept
     delta_BTKG = (dout_BTKGH.astype(jnp.float32) * out_BTKGH.astype(jnp.float32)).sum(-1)
     output = dout_BTKGH, lse_BNT, by_head(delta_BTKG)

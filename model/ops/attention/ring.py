@@ -125,7 +125,7 @@ def ring(q_BTKGH: jax.Array, q_at: Any, keys: Keys, sink_KG: jax.Array | None, t
     return ring_forward(q_BTKGH, q_at, keys, sink_KG, tick)[0]
 
 
-def ring_forward(q_BTKGH: jax.Array, q_at: Any, mine: Keys, sink_KG: jax.Array | None, tick: Tick) -> tuple:
+def ring_forward(q_BTKGH: jax.Array, q_at: Any, mine: Keys, sink_KG: jax.Array | None, tick: Tick) -> tuple[Any, ...]:
     def meet(state: blockwise.State, keys: Keys) -> blockwise.State:
         return tick.forward(state, q_BTKGH, q_at, keys, tick.plan)
 
@@ -148,7 +148,7 @@ def ring_forward(q_BTKGH: jax.Array, q_at: Any, mine: Keys, sink_KG: jax.Array |
 Back = tuple[jax.Array, list[jax.Array], Keys]  # dq; dk and dv, and the keys that they are of, on their way
 
 
-def ring_backward(tick: Tick, kept: tuple, dout_BTKGH: jax.Array) -> tuple:
+def ring_backward(tick: Tick, kept: tuple[Any, ...], dout_BTKGH: jax.Array) -> tuple[Any, ...]:
     q_BTKGH, q_at, mine, sink_KG, out_BTKGH, lse_BTKG = kept
     delta_BTKG = (dout_BTKGH.astype(lse_BTKG.dtype) * out_BTKGH).sum(-1)
 
