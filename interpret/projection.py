@@ -3,11 +3,12 @@
 Letters: N vectors, D model, A axes of the projection.
 """
 
-from typing import NamedTuple
+import importlib
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from weft.runtime.errors import UserError
+from weft.runtime.errors import UserError, shown
 
 LEAST = 3  # vectors: fewer lie on a line whatever they are
 NEIGHBOURS = 15  # of UMAP, its own default
@@ -48,13 +49,7 @@ def umap_plane(x_ND: np.ndarray) -> Projection:
     for fewer than three vectors.
     """
     check_enough(len(x_ND))
-    try:
-        import umap
-    except ModuleNotFoundError as error:
-        if error.name != 'umap':
-            raise
-        rule = "it is an extra: pip install 'weft[umap]', or umap-learn by itself; --projection pca needs nothing more"
-        raise UserError(f'--projection umap: umap-learn is not installed; {rule}') from None
+    umap = umap_package()
     count = len(x_ND)
     # Its spectral start needs more vectors than axes and one; few ones begin at random places.
     how = 'spectral' if count > 4 else 'random'
@@ -62,6 +57,16 @@ def umap_plane(x_ND: np.ndarray) -> Projection:
         n_neighbors=min(NEIGHBOURS, count - 1), metric='cosine', random_state=SEED, n_jobs=1, init=how
     ).fit_transform(np.asarray(x_ND, np.float32))
     return Projection(np.asarray(found, np.float64), None)
+
+
+def umap_package() -> Any:
+    """The package of umap-learn. Raises UserError where it is not installed, or lacks what it needs."""
+    try:
+        return importlib.import_module('umap')
+    except ImportError as error:
+        why = 'is not installed' if error.name == 'umap' else f'cannot be imported ({shown(error)})'
+        rule = "it is an extra: pip install 'weft[umap]', or umap-learn by itself; --projection pca needs nothing more"
+        raise UserError(f'--projection umap: umap-learn {why}; {rule}') from None
 
 
 def check_enough(count: int) -> None:

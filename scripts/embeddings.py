@@ -41,6 +41,11 @@ def main() -> None:
         sections = read_questions('--analogies', options.analogies, options.section)
     listed = read_words('--words', options.words, options.section if not sections else ()) if options.words else []
 
+    if options.projection == 'umap':
+        from weft.interpret.projection import umap_package
+
+        umap_package()
+
     from weft.inference.run import open_run
     from weft.interpret.word_sets import Choice, WordSet
 
