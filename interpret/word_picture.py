@@ -112,7 +112,7 @@ def place_labels(point_N2: np.ndarray, size_N2: np.ndarray, inside_4: np.ndarray
         box_C4 = np.array([_beside(point_2, size_2, gap, side) for gap in GAPS for side in SIDES])
         fits_C = (box_C4[:, :2] >= inside_4[:2]).all(1) & (box_C4[:, 2:] <= inside_4[2:]).all(1)
         apart_CK = (box_C4[:, None, :2] >= taken_K4[None, :, 2:]) | (box_C4[:, None, 2:] <= taken_K4[None, :, :2])
-        free_C = fits_C & apart_CK.any(-1).all(1)
+        free_C = fits_C & np.all(np.any(apart_CK, axis=-1), axis=1)
         if not free_C.any():
             found.append(None)
             continue

@@ -245,7 +245,8 @@ def picture(words: 'WordSet', options: argparse.Namespace, listed: Sequence['Sec
         print(
             f'{len(unlabelled)} of {len(table.words)} labels found no room: their points stand alone', file=sys.stderr
         )
-    points = zip(table.words, groups or [None] * len(table.words), found.at_NA.tolist(), strict=True)
+    of: list[str | None] = [*groups] if groups else [None] * len(table.words)
+    points = zip(table.words, of, found.at_NA.tolist(), strict=True)
     return {
         'out': str(options.out),
         'projection': options.projection,
