@@ -84,13 +84,22 @@ def place_words(tokenizer: Tokenizer, words: Sequence[str], context: Context) ->
     whole = (
         tokenizer.encode_batch([f'{context.before}{word}{context.after}' for word in words]) if context.after else upto
     )
-    found = list[Placed | None]()
-    for ids, ids_upto in zip(whole, upto, strict=True):
+    unknown, found = unknown_token(tokenizer), list[Placed | None]()
+    for word, ids, ids_upto in zip(words, whole, upto, strict=True):
         begin, end = len(ids_before), len(ids_upto)
         apart = ids_upto[:begin] == ids_before and ids[:end] == ids_upto and begin < end
-        known = apart and all(tokenizer.pieces[i] for i in ids_upto[begin:])
+        known = apart and unknown not in ids_upto[begin:] and word.strip()
         found.append(Placed(tuple(ids), begin, end) if known else None)
     return found
+
+
+def unknown_token(tokenizer: Tokenizer) -> int | None:
+    """The id that stands for whatever a tokenizer does not know; None where it has bytes for that.
+
+    It is what two signs of a dead script have in common, of which no vocabulary has both as one token.
+    """
+    one, other = tokenizer.encode_batch(['\U00012000', '\U00012001'])
+    return one[-1] if one and one == other else None
 
 
 def alone(tokenizer: Tokenizer, words: Sequence[str], form: Form) -> list[Placed | None]:
@@ -108,27 +117,28 @@ def single_token_words(
     learnt, and BERT's in that of their frequency: small ones are frequent words. Ids from `embedded` on have no row in the
     model.
     """
-    texts = dict[str, None]()
+    words = dict[str, None]()
     for piece in tokenizer.pieces[:embedded]:
-        text = piece.decode('utf-8', 'ignore').strip()
-        if text.isalpha() and len(text) >= letters and len(text.encode()) == len(piece.strip()):
-            texts[text] = None
-    words = list(texts)
-    found = zip(words, alone(tokenizer, words, form), strict=True)
-    ids = {word: one.ids[0] for word, one in found if one is not None and len(one.ids) == 1}
+        text = piece.decode('utf-8', 'replace').strip()
+        # After another word its first token has the space between them, which stands behind it in some tokenizers.
+        may_be = form == 'bare' or piece != piece.strip()
+        if may_be and text.isalpha() and len(text) >= letters:
+            words[text] = None
+    placed = zip(words, alone(tokenizer, list(words), form), strict=True)
+    ids = {word: one.ids[0] for word, one in placed if one and len(one.ids) == 1 and one.ids[0] < embedded}
     by_id = sorted(ids, key=ids.__getitem__)
     first = {ids[word]: word for word in reversed(by_id)}  # an uncased tokenizer may give two words one id
     return {word: ids[word] for word in [word for word in by_id if first[ids[word]] == word][:most]}
 
 
 def token_names(tokenizer: Tokenizer, embedded: int) -> list[str]:
-    """What each token is called: its text, or the tokenizer's name for it where the text is none or not its alone."""
-    texts = [piece.decode('utf-8', 'replace') for piece in tokenizer.pieces[:embedded]]
-    count = dict[str, int]()
-    for text in texts:
-        count[text] = count.get(text, 0) + 1
-    plain = (text if text and count[text] == 1 and '\ufffd' not in text else '' for text in texts)
-    return [text or tokenizer.name_of(i) or f'token {i}' for i, text in enumerate(plain)]
+    """What each token is called, each otherwise: its text, or else the tokenizer's name for it, or its id."""
+    named = dict[str, int]()
+    for i, piece in enumerate(tokenizer.pieces[:embedded]):
+        text = piece.decode('utf-8', 'replace')
+        names = (text if '\ufffd' not in text else '', tokenizer.name_of(i), f'token {i}')
+        named.setdefault(next(name for name in names if name and name not in named), i)
+    return list(named)
 
 
 def check_table(c: ModelConfig, table: str) -> None:
