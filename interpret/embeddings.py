@@ -90,7 +90,7 @@ def solve_analogies(
 
     With unit vectors, 3CosAdd (Mikolov et al. 2013, arXiv:1301.3781) takes the word d with the largest
     cos(d, b) - cos(d, a) + cos(d, c); 3CosMul (Levy and Goldberg 2014, "Linguistic Regularities in Sparse and Explicit Word
-    Representations", equation 4) that with the largest cos(d, b) cos(d, c) / (cos(d, a) + 0.001), its cosines shifted to
+    Representations") that with the largest cos(d, b) cos(d, c) / (cos(d, a) + 0.001), its cosines shifted to
     between 0 and 1: (cos + 1) / 2. A question is skipped where the vocabulary lacks one of its four words.
 
     Args:

@@ -18,13 +18,13 @@ from weft.interpret.word_vectors import (
     check_layer,
     check_table,
     context_of,
-    kept,
     layer_vectors,
     mean_rows,
     place_words,
     rows_of_table,
     single_token_words,
     token_names,
+    with_tokens,
 )
 from weft.runtime.errors import MachineError, UserError, nearest, shown
 
@@ -85,7 +85,7 @@ class WordSet:
 
     def known(self, words: Sequence[str]) -> dict[str, Placed]:
         """The words that have vectors by this choice."""
-        return kept(words, self.placed(words), self.choice.single)
+        return with_tokens(words, self.placed(words), self.choice.single)
 
     def why_missing(self) -> str:
         """What words are that are not known, for a message."""

@@ -30,7 +30,7 @@ from weft.sharding.mesh import SEQUENCE, platform
 Table = Literal['input', 'output']  # the embedding; the LM head
 Form = Literal['spaced', 'bare']
 BEFORE = {'spaced': 'a ', 'bare': ''}  # what stands before a word in a text where its tokens are looked up
-STREAM = 'block'  # the tap behind a layer: the residual stream, or what a post-norm layer gives
+STREAM = 'residual.after_mlp'  # the tap behind a layer; of a post-norm layer it is normed
 WIDTH = 128  # tokens of a row at least, which many short texts share
 PAUSE = 5.0  # seconds between lines that tell how far it is
 
@@ -159,11 +159,11 @@ def rows_of_table(run: TrainedRun, table: Table) -> np.ndarray:
     check_table(c, table)
     tied = table == 'input' or c.embedding.tied
     w = (run.model.embed_VD if tied else run.model.head_DV)[...]
-    x = np.asarray(jax.jit(whole)(w), np.float32)
+    x = np.asarray(jax.jit(everywhere)(w), np.float32)
     return (x if tied else x.T)[: c.vocabulary]
 
 
-def whole(w: jax.Array) -> jax.Array:
+def everywhere(w: jax.Array) -> jax.Array:
     """An array in at least float32, all of it on every device."""
     return jax.reshard(upcast(w), P())
 
@@ -204,9 +204,9 @@ def layer_vectors(
     ways = math.prod(jax.sharding.get_mesh().shape[axis] for axis in SEQUENCE)
     width = -(-max(longest, WIDTH) // ways) * ways
     each = max(1, TOKENS.get(platform(), TOKENS_ELSEWHERE) // width)
-    starts = packed(documents, width)
+    starts = row_and_column(documents, width)
     count = row_ways() * min(each, -(-(starts[-1][0] + 1) // row_ways()))
-    step = jax.jit(activations, static_argnames='layer')
+    step = jax.jit(layer_activations, static_argnames='layer')
     found_ND, done, told = np.zeros((len(documents), run.config.model.model_dim), np.float32), 0, time.monotonic()
     while done < len(documents):
         first = starts[done][0]
@@ -228,7 +228,7 @@ def layer_vectors(
     return found_ND
 
 
-def packed(documents: Sequence[Sequence[int]], width: int) -> list[tuple[int, int]]:
+def row_and_column(documents: Sequence[Sequence[int]], width: int) -> list[tuple[int, int]]:
     """The row and the column where each document begins, one after another in rows of `width` tokens."""
     found, row, column = list[tuple[int, int]](), 0, 0
     for ids in documents:
@@ -239,15 +239,15 @@ def packed(documents: Sequence[Sequence[int]], width: int) -> list[tuple[int, in
     return found
 
 
-def activations(
+def layer_activations(
     model: Decoder, tokens_BT: jax.Array, position_BT: jax.Array, segment_BT: jax.Array, layer: int
 ) -> jax.Array:
     """What stands behind a layer (from 1), [B, T, D] in at least float32, the same on all devices."""
     x_BTD = capture(model, [STREAM], tokens_BT, position_BT, segment_BT)[STREAM][layer - 1]
-    return whole(x_BTD)
+    return everywhere(x_BTD)
 
 
-def kept(words: Iterable[str], placed: Iterable[Placed | None], single: bool) -> dict[str, Placed]:
+def with_tokens(words: Iterable[str], placed: Iterable[Placed | None], single: bool) -> dict[str, Placed]:
     """The words that have tokens of their own; with `single` those of one token. Each once, in their order."""
     found = dict[str, Placed]()
     for word, one in zip(words, placed, strict=True):

@@ -70,6 +70,17 @@ class Command:
 TRAIN = ('train', '{base}/tiny.yaml', 'name=made', '--runs', '{scratch}/runs')
 PLAN = ('plan', '{base}/tiny.yaml', '--chip', 'h100', '--chips', '1')
 PROVE = ('prove', '--only', PROOF, '--page', '{scratch}/proof.md', '--results', '{scratch}/proof.jsonl')
+# Words of code are several tokens of so small a vocabulary.
+EMBEDDINGS = (
+    'embeddings',
+    '{base}/runs/tiny',
+    '--words',
+    '{base}/text/1.py',
+    '--pieces',
+    'mean',
+    '--out',
+    '{scratch}/words.png',
+)
 COMMANDS = {
     one.name: one
     for one in (
@@ -87,6 +98,7 @@ COMMANDS = {
             ('score', '{base}/runs/tiny', '--tokens', '{base}/ids.npy', '--logits', '{scratch}/logits.npy'),
             'logits.npy',
         ),
+        Command('embeddings', EMBEDDINGS, 'words.png'),
         Command('chat', ('chat', '{base}/runs/talks', '--max-new-tokens', '5'), None, f'Hi {ODD}\n/help\nAnd?\n'),
         Command('import', ('convert', 'import', '{base}/published', '{scratch}/runs/made'), 'runs/made'),
         Command('export', ('convert', 'export', '{base}/runs/tiny', '{scratch}/exported'), 'exported'),

@@ -35,6 +35,7 @@ AFTER = {
     'train': (24, 200, 440),
     'decode out': (4,),
     'score': (100,),
+    'embeddings': (4,),
     'import': (24,),
     'export': (24,),
     'plan page': (4,),
