@@ -1,0 +1,1 @@
+"""The page of an X-ray report: one HTML file that needs nothing from elsewhere."""
