@@ -1,4 +1,4 @@
-# The targets others call: install, demo, chat, quick, test, lint, bench, fuzz, compilers, compiled, goldens, parity.
+# The targets others call: install, demo, chat, quick, test, lint, bench, fuzz, browser, compilers, compiled, goldens, parity.
 # Needed beforehand: python3 (3.11 or newer), make, git.
 #   PYTHON=python3.12 make test     another interpreter: an environment made with another version is made anew, and kept
 #   VENV=.venv312 make test         another place for the environment
@@ -6,6 +6,7 @@
 #   make test ARGS=--changed        all tests that did not pass since what they rest on changed; of these `make quick` runs what fits
 #   make durations                  tests/durations.json, of what each test took when it was run here last
 #   make fuzz SEED=3 ONLY=streams   odd folders, files, streams, signals, disks by a seed (today's by default); all, or a part
+#   make browser                    pages tried in a headless chromium; pictures of them in build/browser; needs npm and chromium
 #   make compilers                  what compiles for TPUs and NVIDIA GPUs where there are none: scripts/plan.py --compile
 #   make compiled                   tests of steps and kernels with those compilers
 #   echo 'Hi' | make chat           messages from a pipe, a line each
@@ -21,7 +22,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 STAMP := $(VENV)/installed-$(VERSION)
 ARGS ?=
 
-.PHONY: install demo chat quick test durations lint bench fuzz compilers compiled goldens parity parity-gguf
+.PHONY: install demo chat quick test durations lint bench fuzz browser compilers compiled goldens parity parity-gguf
 
 install: $(STAMP)
 
@@ -79,6 +80,19 @@ bench: install
 # About half an hour on two cores. A day's result is benchmarks/fuzz.md, if all parts were run.
 fuzz: install
 	$(BIN)/python -m tests.fuzz $(ONLY) --seed $(SEED) --page benchmarks/fuzz.md
+
+# What drives the browser is fetched by npm; the browser is Debian's: apt install chromium npm.
+BROWSED := build/browser
+
+browser: install .browser/installed
+	$(BIN)/python -m tests.browser.pages $(BROWSED)
+	node tests/browser/xray.mjs $(BROWSED)
+
+.browser/installed: tests/browser/package.json
+	@command -v npm >/dev/null || { echo 'weft: npm was not found: apt install npm chromium' >&2; exit 1; }
+	@mkdir -p .browser && cp tests/browser/package.json .browser/
+	@npm install --prefix .browser --ignore-scripts --no-audit --no-fund --silent
+	@touch $@
 
 # With a compiler for accelerators installed, what runs on a CPU starts slower: each has an environment of its own. Of NVIDIA's
 # packages the plugin is enough, for nothing runs.

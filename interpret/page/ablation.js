@@ -13,11 +13,11 @@ panels.ablation = (() => {
     const { layers } = report.model;
     const found = [];
     for (const l of range(layers)) {
-      for (const [key, name] of PARTS) found.push([held()[key].at(l), `layer ${l}, ${name}`, { layer: l }]);
-      if (byHead) for (const n of range(byHead.shape[1])) found.push([byHead.at(l, n), `layer ${l}, head ${n}`, { layer: l, head: n }]);
+      for (const [key, name] of PARTS) found.push([held()[key].at(l), `layer\u00a0${l}, ${name}`, { layer: l }]);
+      if (byHead) for (const n of range(byHead.shape[1])) found.push([byHead.at(l, n), `layer\u00a0${l}, head\u00a0${n}`, { layer: l, head: n }]);
     }
-    if (byExpert) current().experts.layers.forEach((l, m) => range(byExpert.shape[1]).forEach((e) => found.push([byExpert.at(m, e), `layer ${l}, expert ${e}`, { layer: l }])));
-    for (const cell of cells) found.push([cell.change, `layer ${cell.layer}, cell ${cell.cell}`, { layer: cell.layer }]);
+    if (byExpert) current().experts.layers.forEach((l, m) => range(byExpert.shape[1]).forEach((e) => found.push([byExpert.at(m, e), `layer\u00a0${l}, expert\u00a0${e}`, { layer: l }])));
+    for (const cell of cells) found.push([cell.change, `layer\u00a0${cell.layer}, cell\u00a0${cell.cell}`, { layer: cell.layer }]);
     return found.sort((a, b) => Math.abs(b[0]) - Math.abs(a[0]));
   }
 

@@ -54,7 +54,7 @@ panels.attention = (() => {
     const colours = lookup(ramp);
     const letters = badges();
     const { layers } = report.model;
-    readout = node('p', { class: 'readout' });
+    readout = node('p', { class: 'readout long' });
     title = node('h3');
     large = node('canvas', { class: 'pattern' });
     band = node('i', { class: 'band' });

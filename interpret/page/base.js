@@ -120,7 +120,8 @@ const readable = (text) => text.replace(HIDDEN, (letter) => visible(letter));
 const chip = (text, more = '') => node('bdi', { class: `token ${more}` }, visible(text));
 const wordChip = (string, more = '') => chip(word(string), more);
 const tokenChip = (t, more = '') => wordChip(current().tokens[t], more);
-const tokenName = (t, text = current()) => `“${visible(word(text.tokens[t]))}” (${t})`;
+const short = (text) => ((letters) => (letters.length > 18 ? `${letters.slice(0, 17).join('')}…` : text))([...text]);
+const tokenName = (t, text = current()) => `“${short(visible(word(text.tokens[t])))}” (${t})`;
 
 /** Chips with a number behind each. */
 const chips = (pairs, show) =>

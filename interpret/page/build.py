@@ -23,8 +23,8 @@ SCRIPTS = (
     'compare.js',
     'xray.js',
 )
-# What could end a script or begin markup is written as JSON's escapes, which mean the letters themselves. All that is not ASCII is
-# escaped by `json.dumps`: line separators (U+2028, U+2029), NUL, halves of surrogate pairs.
+# What could end a script or begin markup is written as JSON's escapes, which mean the letters themselves. `json.dumps` escapes
+# all that is not ASCII: line separators (U+2028, U+2029), NUL, halves of surrogate pairs.
 ESCAPES = str.maketrans({letter: f'\\u{ord(letter):04x}' for letter in '<>&'})
 
 
@@ -45,7 +45,8 @@ def build(report: dict[str, Any]) -> str:
         ValueError: for a number that JSON has no form for, such as NaN.
     """
     style, script = _file('xray.css'), f"(() => {{\n'use strict';\n{''.join(map(_file, SCRIPTS))}}})();\n"
-    policy = f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; base-uri 'none'; form-action 'none'"
+    own = f"script-src '{_hash(script)}'; style-src '{_hash(style)}'"
+    policy = f"default-src 'none'; {own}; base-uri 'none'; form-action 'none'"
     data = json.dumps(packed(report), allow_nan=False, separators=(',', ':')).translate(ESCAPES)
     page = _file('xray.html')
     # The data last: what stands in it is not searched for the names of places.

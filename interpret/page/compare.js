@@ -30,6 +30,7 @@ panels.compare = (() => {
         say: (l, i) => `layer ${l}, at “${visible(columns[i].label)}” (${patch.positions[i]}): ${percent2(patch[key].at(l, i))} comes back`,
         select: (layer, i) => go({ layer, text: 1, token: patch.positions[i] }),
       });
+      grid.root.classList.add('small');
       return node('figure', {}, node('figcaption', {}, node('b', {}, title)), grid.root);
     });
     if (patch.heads) {
@@ -45,7 +46,7 @@ panels.compare = (() => {
     }
     return [
       node('p', { class: 'facts' }, 'Text A answers ', wordChip(patch.answers[0], 'right'), ', text B ', wordChip(patch.answers[1], 'right'), `. Logit of A's answer minus B's: ${signed(patch.clean)} on text A, ${signed(patch.corrupted)} on text B.`),
-      node('div', { class: 'charts wide' }, figures),
+      node('div', { class: 'charts narrow' }, figures),
     ];
   }
 

@@ -56,7 +56,7 @@ panels.heads = (() => {
     list.value = measure;
     const scores = there().filter((key) => MEASURES[key][1] === 'mean weight');
     const best = scores.map((key) =>
-      node('figure', {}, node('figcaption', {}, node('b', {}, MEASURES[key][0].replace('score: ', ''))), table(MEASURES[key][0], ['layer', 'head', '', 'score'], leaders(key).map(([x, l, n]) => ({ select: () => go({ layer: l, head: n }), cells: [String(l), String(n), bar(x, 1), plain(x, 3)] })), 'bars')),
+      node('figure', {}, node('figcaption', {}, node('b', {}, MEASURES[key][0].replace('score: ', ''))), table(MEASURES[key][0], ['layer', 'head', '', 'score'], leaders(key).map(([x, l, n]) => ({ select: () => go({ layer: l, head: n }), cells: [String(l), String(n), bar(x, 1), plain(x)] })), 'bars')),
     );
     replace(
       root,
@@ -80,7 +80,7 @@ panels.heads = (() => {
       cells: [tokenChip(i), chips(range(heads.promotes.shape[3]).map((k) => [heads.promotes.at(l, n, i, k)]), () => ''), bar(heads.write_norm.at(l, n, i), long), plain(heads.write_norm.at(l, n, i)), bar(heads.answer.at(l, n, i), high, -high), signed(heads.answer.at(l, n, i))],
     }));
     const role = roleOf(l, n);
-    const scored = (more) => Object.entries(ROLES).filter(([key]) => there().includes(key + more)).map(([key, name]) => `${name} ${plain(heads[key + more].at(l, n), 3)}`).join(', ');
+    const scored = (more) => Object.entries(ROLES).filter(([key]) => there().includes(key + more)).map(([key, name]) => `${name} ${plain(heads[key + more].at(l, n))}`).join(', ');
     const scores = [['', 'on this text'], ['_random', 'on repeated random tokens']].filter(([more]) => scored(more)).map(([more, where]) => `${where} ${scored(more)}`);
     const list = node('div', { class: 'scroll' }, table('What this head writes at each token', ['at', 'promotes', 'size', '', 'to the answer', ''], rows, 'bars twice'));
     const before = detail.querySelector('.scroll')?.scrollTop ?? 0;

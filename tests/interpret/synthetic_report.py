@@ -1,6 +1,7 @@
 """Reports of an X-ray with the sizes of SmolLM2-135M and made-up numbers: for tests of the page, which needs no model."""
 
 import base64
+import re
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,36 @@ D, F, VOCABULARY = 576, 1536, 49152
 MOST_CELLS = 1500  # that a report tells of
 E, K = 16, 2
 KINDS = ('word', 'number', 'punctuation', 'space')  # those that the text has; 'other' is the fifth
-STORY = (
-    'The| company| Apple| sells| phones|,| and| its| new| phone| costs| 9|9|9| dollars|.|\n|When| Mary| and| John| went| to| the|'
-    ' store|,| John| gave| a| drink| to| Mary|.| Then| she| said| “|thank| you|”| and| went| home|.|\n\n|def| add|(|a|,| b|):|\n|'
-    '    return| a| +| b|\n|The| capital| of| France| is| Paris|,| the| capital| of| Spain'
-).split('|')
+TEXT = """The company Apple sells phones, and its new phone costs 999 dollars.
+When Mary and John went to the store, John gave a drink to Mary. Then she said “thank you” and went home.
+
+def add(a, b):
+    return a + b
+The capital of France is Paris, the capital of Spain is Madrid"""
+STORY = re.findall(r'\n+| *\w+| ?[^\w\s]', TEXT)
 OTHER = [*STORY[:2], ' apple', ' tastes', ' sweet', *STORY[5:]]
-SYLLABLES = ('ba', 'ter', 'lo', 'ning', 'ca', 'pri', 'son', 'the', 'qui', 'um', 'ed', 'ing', 'or', 'mi', 'za', 'ré', '中', '!', 'X', '7')
+SYLLABLES = (
+    'ba',
+    'ter',
+    'lo',
+    'ning',
+    'ca',
+    'pri',
+    'son',
+    'the',
+    'qui',
+    'um',
+    'ed',
+    'ing',
+    'or',
+    'mi',
+    'za',
+    'ré',
+    '中',
+    '!',
+    'X',
+    '7',
+)
 
 
 def array(values: np.ndarray, dtype: str) -> dict[str, Any]:
@@ -38,7 +62,9 @@ class Maker:
         self.L, self.N, self.M = layers, heads, max(layers - 1, 1) if experts else 0
         self.random = np.random.default_rng(seed)
         words = [''.join(self.random.choice(SYLLABLES, self.random.integers(1, 4))) for _ in range(3000)]
-        self.strings = list(dict.fromkeys([*STORY, *OTHER, *(' ' + word if i % 2 else word for i, word in enumerate(words))]))
+        self.strings = list(
+            dict.fromkeys([*STORY, *OTHER, *(' ' + word if i % 2 else word for i, word in enumerate(words))])
+        )
 
     def number(self, token: str) -> int:
         if token not in self.strings:
@@ -65,7 +91,9 @@ class Maker:
             top_L1TK[decided_T[t] :, t, 0] = top_L1TK[L, t, 0]
             likely_L1TK[decided_T[t] :, t] = np.sort(self.likely(L + 1 - decided_T[t], 5, sharp=2.5), axis=0)
         likely_L1TK /= np.maximum(likely_L1TK.sum(-1, keepdims=True) * 1.1, 1)  # five of them leave a rest
-        probability_TK = np.concatenate([likely_L1TK[L], np.sort(likely_L1TK[L][:, -1:] * self.random.random((T, 5)))[:, ::-1] / 50], 1)
+        probability_TK = np.concatenate(
+            [likely_L1TK[L], np.sort(likely_L1TK[L][:, -1:] * self.random.random((T, 5)))[:, ::-1] / 50], 1
+        )
         next_TK = np.concatenate([top_L1TK[L], self.words(T, 5)], 1)
         actual = [*rounded(np.exp(-self.random.exponential(2, T - 1)) * 0.9), None]
         right = self.random.integers(0, 11, T - 1)
@@ -120,7 +148,10 @@ class Maker:
                 'cells': [
                     {'layer': int(layer), 'cell': int(cell), 'change': float(f'{change:.6g}')}
                     for layer, cell, change in zip(
-                        self.random.integers(0, L, 20), self.random.integers(0, F, 20), self.normal(20, size=0.1), strict=True
+                        self.random.integers(0, L, 20),
+                        self.random.integers(0, F, 20),
+                        self.normal(20, size=0.1),
+                        strict=True,
                     )
                 ],
             },
@@ -129,7 +160,9 @@ class Maker:
     def attention(self, L: int, N: int, T: int) -> dict[str, Any]:
         """Patterns that are sharp, look at the first token, or at the one before."""
         behind_TT = np.arange(T)[:, None] - np.arange(T)
-        scores_LNTT = self.random.normal(0, 1.5, (L, N, T, T)) + 5.0 * (np.arange(T) == 0) * (self.random.random((L, N, 1, 1)) > 0.3)
+        scores_LNTT = self.random.normal(0, 1.5, (L, N, T, T)) + 5.0 * (np.arange(T) == 0) * (
+            self.random.random((L, N, 1, 1)) > 0.3
+        )
         scores_LNTT += 8.0 * (behind_TT == 1) * (self.random.random((L, N, 1, 1)) > 0.9)
         weight_LNTT = np.exp(np.where(behind_TT < 0, -np.inf, scores_LNTT))
         weight_LNTT /= weight_LNTT.sum(-1, keepdims=True)
@@ -173,13 +206,26 @@ class Maker:
     def experts(self, T: int) -> dict[str, Any]:
         loads = {kind: array(self.random.dirichlet(np.full(E, 0.5), self.M), 'f32') for kind in KINDS}
         layers = list(range(self.L - self.M, self.L))
-        return {'layers': layers, **self.routed(T), 'decode': {**self.routed(16), 'ids': self.random.integers(0, VOCABULARY, 16).tolist()}, 'load_by_kind': loads}
+        return {
+            'layers': layers,
+            **self.routed(T),
+            'decode': {**self.routed(16), 'ids': self.random.integers(0, VOCABULARY, 16).tolist()},
+            'load_by_kind': loads,
+        }
 
     def cell(self, layer: int, number: int, index: bool) -> dict[str, Any]:
-        pairs = lambda n, sign: [[int(s), float(f'{sign * x:.6g}')] for s, x in zip(self.words(n), -np.sort(-self.random.random(n)), strict=True)]
+        pairs = lambda n, sign: [
+            [int(s), float(f'{sign * x:.6g}')]
+            for s, x in zip(self.words(n), -np.sort(-self.random.random(n)), strict=True)
+        ]
         words = lambda n: ' '.join(self.strings[i % len(self.strings)] for i in self.random.zipf(1.3, n))
         texts = [
-            {'before': words(12), 'token': words(1), 'after': words(6), 'activation': float(f'{9 - i - self.random.random():.6g}')}
+            {
+                'before': words(12),
+                'token': words(1),
+                'after': words(6),
+                'activation': float(f'{9 - i - self.random.random():.6g}'),
+            }
             for i in range(5)
         ]
         return {
@@ -193,7 +239,13 @@ class Maker:
 
 
 def synthetic_report(
-    layers: int = 30, heads: int = 9, tokens: int = 64, experts: bool = False, against: bool = False, index: bool = True, seed: int = 0
+    layers: int = 30,
+    heads: int = 9,
+    tokens: int = 64,
+    experts: bool = False,
+    against: bool = False,
+    index: bool = True,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """A report as the analysis makes it; with experts, all layers but the first have them; with `against`, of two texts."""
     make = Maker(layers, heads, experts, seed)
@@ -201,10 +253,12 @@ def synthetic_report(
     kinds = ['dense'] * (layers - make.M) + ['experts'] * make.M
     cells: dict[str, Any] = {}
     for text in texts:
-        cell_LTK = np.frombuffer(base64.b64decode(text['cells_top']['cell']['b64']), '<u4').reshape(layers, -1)
-        for layer, row in sorted(enumerate(cell_LTK), key=lambda pair: -pair[0]):
-            for number in np.unique(row) if kinds[layer] == 'dense' and len(cells) < MOST_CELLS else ():
-                cells.setdefault(f'{layer}:{number}', make.cell(layer, int(number), index))
+        cell_LTK = np.frombuffer(base64.b64decode(text['cells_top']['cell']['b64']), '<u4').reshape(layers, -1, 5)
+        for layer, t in make.random.permutation(
+            [(layer, t) for layer in range(layers) for t in range(len(text['tokens']))]
+        ):
+            for number in cell_LTK[layer, t] if kinds[layer] == 'dense' and len(cells) < MOST_CELLS else ():
+                cells.setdefault(f'{layer}:{number}', make.cell(int(layer), int(number), index))
     T = len(texts[0]['tokens'])
     same = [a == b for a, b in zip(texts[0]['tokens'], texts[-1]['tokens'], strict=True)]
     cosine_LA = np.clip(1 - np.linspace(0, 1, layers + 1)[:, None] * make.random.random(T), 0, 1)
@@ -214,7 +268,13 @@ def synthetic_report(
     return {
         'version': 1,
         'title': f'X-ray of smollm2: {texts[0]["text"]}',
-        'made': {'command': 'scripts/xray.py runs/smollm2 --text …', 'weft': '0.1.0', 'run': 'runs/smollm2', 'step': 0, 'seconds': 92.4},
+        'made': {
+            'command': 'scripts/xray.py runs/smollm2 --text …',
+            'weft': '0.1.0',
+            'run': 'runs/smollm2',
+            'step': 0,
+            'seconds': 92.4,
+        },
         'model': {
             'name': 'smollm2',
             'layers': layers,
