@@ -7,16 +7,13 @@ import io
 import logging
 import math
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 import numpy as np
-
-from weft.storage import files as disk
 
 # Paul Tol's bright colours, which the colour-blind tell apart; then the same with other marks.
 COLOURS = ('#4477aa', '#ee6677', '#228833', '#ccbb44', '#66ccee', '#aa3377', '#888888')
@@ -28,18 +25,23 @@ SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))  
 POINT = 3.5  # half of a point's width in pixels, that labels keep clear of
 
 
+class WordPicture(NamedTuple):
+    """A picture (PNG), and the words whose labels found no free place near their points: these are points alone."""
+
+    png: bytes
+    unlabelled: list[str]
+
+
 def draw_words(
     at_N2: np.ndarray,
     words: Sequence[str],
-    path: Path,
     title: str,
     axes: tuple[str, str],
     groups: Sequence[str] | None = None,
-) -> list[str]:
-    """Writes a picture (PNG) of words at these places; with `groups`, one for each word, in a colour and mark each.
+) -> WordPicture:
+    """Words at these places; with `groups`, one for each word, in a colour and mark each.
 
-    Returns the words whose labels found no free place near their points: these are drawn as points alone. Earlier words have
-    their labels placed first. `axes` names the two axes.
+    Earlier words have their labels placed first. `axes` names the two axes.
     """
     logging.getLogger('matplotlib.font_manager').setLevel(logging.ERROR)
     side = float(np.clip(math.sqrt(len(words)) * 0.85, 6, 16))
@@ -62,13 +64,12 @@ def draw_words(
                 text.set_parse_math(False)
         figure.canvas.draw()
         figure.set_layout_engine('none')  # nothing moves any more: places of labels are pixels
-        left_out = _label(figure, plane, at_N2, words, [COLOURS[number % len(COLOURS)] for number in of_N])
+        unlabelled = _label(figure, plane, at_N2, words, [COLOURS[number % len(COLOURS)] for number in of_N])
         picture = io.BytesIO()
         figure.savefig(picture, format='png')
     finally:
         plt.close(figure)
-    disk.write(path, picture.getvalue())
-    return left_out
+    return WordPicture(picture.getvalue(), unlabelled)
 
 
 def _label(figure: Any, plane: Any, at_N2: np.ndarray, words: Sequence[str], colours: Sequence[str]) -> list[str]:

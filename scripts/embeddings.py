@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from weft.runtime.errors import LONGEST, UserError, shown
 from weft.scripts.entry import as_json, run
 from weft.scripts.options import Parser, whole
-from weft.storage.files import check_output
+from weft.storage.files import check_output, output_file, writing
 
 if TYPE_CHECKING:
     from weft.interpret.word_files import Section
@@ -240,7 +240,9 @@ def picture(words: 'WordSet', options: argparse.Namespace, listed: Sequence['Sec
         first, second = (f'principal axis {i}: {share:.1%} of the variance' for i, share in enumerate(shares, 1))
         names = (first, second)
     title = f'{shown(Path(options.run).name, 60)}, {words.choice.name}'
-    unlabelled = draw_words(found.at_NA, table.words, options.out, title, names, groups)
+    png, unlabelled = draw_words(found.at_NA, table.words, title, names, groups)
+    with output_file('--out', options.out) as file, writing(options.out):
+        file.write(png)
     if unlabelled:
         print(
             f'{len(unlabelled)} of {len(table.words)} labels found no room: their points stand alone', file=sys.stderr
