@@ -259,10 +259,12 @@ def picture(words: 'WordSet', options: argparse.Namespace, listed: Sequence['Sec
 
 
 def candidates_of(words: 'WordSet', options: argparse.Namespace, listed: Sequence['Section']) -> 'dict[str, Placed]':
-    """The words of --words that have vectors, or else the most frequent ones; for a picture those with three letters."""
+    """The words of --words that have vectors, or else the most frequent ones, of which some have to be longer."""
     if listed:
         return words.known(flat(listed))
-    return words.most_frequent(most(options), LETTERS if options.out else 1)
+    count = most(options)
+    # The first ids of BERT are letters of all scripts, and many of the first of other tokenizers parts of words.
+    return words.most_frequent(count, LETTERS if options.out else 1 if count is None else 2)
 
 
 def most(options: argparse.Namespace) -> int | None:
