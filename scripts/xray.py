@@ -147,7 +147,7 @@ def test_induction(arguments: Sequence[str]) -> None:
             least=options.least,
             seed=options.seed,
             leave_out=without_text(tokenizer, opened.config.model),
-            progress=say_stage('draws of random heads', options.draws),
+            stage=say_stage,
         )
     if options.json:
         print(as_json(found.figures()))

@@ -103,9 +103,11 @@ def induction_test(
     length: int = 64,
     seed: int = 0,
     leave_out: frozenset[int] = frozenset(),
-    progress: Callable[[int], object] = lambda done: None,
+    stage: Callable[[str, int], Callable[[int], object]] = lambda what, count: lambda done: None,
 ) -> InductionTest:
     """Finds the induction heads and tests them; `prefix` begins a text, `leave_out` are tokens that no text has.
+
+    `stage(what, of how many)` is told what goes on, and gives who is told how many are done.
 
     Raises UserError where no head scores `least`, or no other head is left in their layers.
     """
@@ -118,9 +120,10 @@ def induction_test(
     found.sort(key=lambda one: -score_LN[one])
     if not found:
         raise UserError(
-            f'--least {least:g}: no head scores that much as induction; the largest score is {score_LN.max():.3g}'
+            f'--least {least:g}: no head scores that much as induction; the largest score is {score_LN.max():.4g}'
         )
     others = others_of(found, score_LN.shape[1])
+    progress = stage('draws of random heads', draws)
     first_R, loss_R = text.losses([])
     _, without_R = text.losses(found)
     rng = np.random.default_rng(seed)

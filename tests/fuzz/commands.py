@@ -99,6 +99,9 @@ COMMANDS = {
             'logits.npy',
         ),
         Command('embeddings', EMBEDDINGS, 'words.png'),
+        Command(
+            'xray', ('xray', '{base}/runs/tiny', '--text', f'def {ODD}', '--out', '{scratch}/xray.html'), 'xray.html'
+        ),
         Command('chat', ('chat', '{base}/runs/talks', '--max-new-tokens', '5'), None, f'Hi {ODD}\n/help\nAnd?\n'),
         Command('import', ('convert', 'import', '{base}/published', '{scratch}/runs/made'), 'runs/made'),
         Command('export', ('convert', 'export', '{base}/runs/tiny', '{scratch}/exported'), 'exported'),

@@ -36,6 +36,7 @@ AFTER = {
     'decode out': (4,),
     'score': (100,),
     'embeddings': (4,),
+    'xray': (4,),
     'import': (24,),
     'export': (24,),
     'plan page': (4,),

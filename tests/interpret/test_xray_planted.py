@@ -1,4 +1,4 @@
-"""Instruments on weights written by hand (planted_circuits.py): what is planted is found, and ablation destroys exactly that."""
+"""Instruments on planted_circuits.py: what is planted is found, and ablation destroys exactly that."""
 
 import jax
 import numpy as np
