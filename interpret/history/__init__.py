@@ -1,0 +1,1 @@
+"""How models of language came to be transformers, each trained on one corpus and one budget: docs/history.md."""
