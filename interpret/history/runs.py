@@ -29,7 +29,7 @@ from weft.training.loop import train as train_run
 from weft.training.metrics import read
 
 Figures = dict[str, Any]
-Say = Callable[[str], object]
+Say = Callable[[str], None]
 PROMPT = 'class Queue:\n    def __init__(self'
 SAMPLE_TOKENS = 60
 TEMPERATURE = 0.7
