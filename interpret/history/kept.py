@@ -1,5 +1,6 @@
 """Figures of pieces of work, kept with a hash of what they come from: a run that was killed goes on at its next piece."""
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -13,6 +14,12 @@ ROOT = Path(__file__).parents[2]
 MOST = 2**26  # bytes of a piece's figures
 
 
+@functools.cache
+def hash_of(code: tuple[str, ...]) -> str:
+    """Of files and folders of code as they are when it is first asked for: what this process runs does not change later."""
+    return code_hash(ROOT / name for name in code)
+
+
 class Kept:
     """A folder of figures, NAME.json each; those of another config or other code are not read."""
 
@@ -21,8 +28,7 @@ class Kept:
 
     def key(self, config: Any, code: tuple[str, ...]) -> str:
         """16 hex digits of what a piece is made from: plain values, and files and folders of code."""
-        of_code = code_hash(ROOT / name for name in code)
-        return hashlib.sha256(json.dumps([config, of_code], sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([config, hash_of(code)], sort_keys=True).encode()).hexdigest()[:16]
 
     def find(self, name: str, key: str) -> dict[str, Any] | None:
         """A piece's figures where they are there and of this key. Raises UserError for a file that is no figures."""

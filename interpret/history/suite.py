@@ -13,6 +13,7 @@ from weft.interpret.history import runs
 from weft.interpret.history.corpus import Corpus, check_shared, open_corpus
 from weft.interpret.history.kept import ROOT, Kept
 from weft.interpret.history.nets import LSTM, Elman, Net, NormKind, PlainDecoder
+from weft.runtime.errors import UserError
 from weft.training.config import RunConfig, dump, load_config
 
 CONFIGS = ROOT / 'configs' / 'history'
@@ -36,6 +37,7 @@ class Piece:
     config: Any  # plain values
     code: tuple[str, ...]
     leaves: Path | None = None  # a file or folder that other pieces look into: without it the figures are made anew
+    needs: tuple[str, ...] = ()  # pieces that it looks into
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +59,14 @@ class Suite:
         return None if leaves is not None and not leaves.exists() else self.kept.find(name, self.key(name))
 
     def run(self, name: str, say: runs.Say) -> tuple[runs.Figures, bool]:
-        """A piece's figures, and whether they were there already."""
+        """A piece's figures, and whether they were there already. Raises UserError where pieces that it needs are missing."""
         if (found := self.find(name)) is not None:
             return found, True
+        missing = [one for one in self.pieces[name].needs if self.find(one) is None]
+        if missing:
+            raise UserError(
+                f'{name} looks into {", ".join(missing)}: do them first, with --only {missing[0]} and so on'
+            )
         return self.kept.put(name, self.key(name), self.pieces[name].compute(say)), False
 
 
@@ -106,7 +113,9 @@ def suite(work: Path, overrides: Sequence[str], say: runs.Say) -> Suite:
     }
     of = {**about, 'nets': str(nets), 'dense': folders['dense'].name}
     code = (*DATA, *NETS, *DECODER, 'interpret/history/gradients.py')
-    pieces['gradients'] = Piece(partial(runs.gradient_norms, corpus, nets, folders['dense']), of, code)
+    pieces['gradients'] = Piece(
+        partial(runs.gradient_norms, corpus, nets, folders['dense']), of, code, needs=(*nets, 'dense')
+    )
     for name, config in scaled.items():
         add_decoder(name, config, runs.decoder)
     for name, kind in zip(NORM_NAMES, NORMS, strict=True):
