@@ -25,7 +25,9 @@ from weft.model.head import to_vocabulary
 def norm_by_distance(loss_of: Callable[[jax.Array], jax.Array], x_BTD: jax.Array) -> jax.Array:
     """Norm of the gradient of each row's loss [B] with respect to each token's vector, [B, T]: the last token comes first."""
     gradient_BTD = jax.grad(lambda x_BTD: loss_of(x_BTD).sum())(x_BTD)
-    return jnp.sqrt((gradient_BTD**2).sum(-1))[:, ::-1]
+    # Of numbers whose squares float32 cannot hold.
+    largest_BT1 = jnp.maximum(jnp.abs(gradient_BTD).max(-1, keepdims=True), jnp.finfo(gradient_BTD.dtype).tiny)
+    return (largest_BT1[..., 0] * jnp.sqrt(((gradient_BTD / largest_BT1) ** 2).sum(-1)))[:, ::-1]
 
 
 def last_loss(logit_BV: jax.Array, target_B: jax.Array) -> jax.Array:

@@ -15,10 +15,10 @@ def prose(*paragraphs: str) -> str:
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table, columns of numbers to the right."""
-    rows = [list(map(str, row)) for row in rows]
-    numbers = [all(re.match(r'[-−+]?\d', row[column]) for row in rows) for column in range(len(heading))]
-    lines = [heading, ['---:' if number else '---' for number in numbers], *rows]
+    """A Markdown table, columns of numbers but the first to the right."""
+    cells = [list(map(str, row)) for row in rows]
+    numbers = [all(re.match(r'[-−+]?\d', row[column]) for row in cells) for column in range(len(heading))]
+    lines = [heading, ['---', *('---:' if number else '---' for number in numbers[1:])], *cells]
     return '\n'.join(f'| {" | ".join(row)} |' for row in lines)
 
 

@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ MODELS = {  # by the name of the piece, what the page calls it
 }
 SAMPLED = {'n-gram': 'n-grams up to 5', **MODELS}
 NAMES = {'layer': 'layer norm', 'batch': 'batch norm', 'none': 'no norm'}
+COUNTS = (
+    'So few tokens are little for a model that must learn first that code repeats itself; counts have that at once.'
+)
 DISTANCES = (1, 2, 5, 10, 20, 50, 100, 200)
 Figures = Mapping[str, Any]
 
@@ -56,37 +60,33 @@ def opening(suite: Suite, root: str) -> list[str]:
     """What was done, with what, and what it cannot tell."""
     config, facts = suite.corpus.config, suite.corpus.dataset.facts
     t, rows, pieces = config.training, facts['validation'], facts['tokenizer']
+    stdlib = f"The running Python's own standard library (Python {platform.python_version()})"
+    source = stdlib if config.data.source == 'stdlib' else ', '.join(map(code, config.data.paths))
     return [
         '# How did models of language come to be transformers, and what did each step bring?',
         prose(
             f"""This is a picture of small budgets: each model here reads at most {t.steps * t.batch * t.sequence_length:,}
-            tokens,
-            once, on a CPU. What is so at this size need not be so at a thousand times as much, least of all of depth and of
-            experts. There is one seed ({config.seed}) a model: differences of a few hundredths of a bit say nothing."""
+            tokens, once, on a CPU. What is so at this size need not be so at a thousand times as much, least of all of depth
+            and of experts. There is one seed ({config.seed}) a model: differences of a few hundredths of a bit say nothing."""
         ),
-        '```\npython scripts/history.py\n```',
+        fenced(shlex.join(['python', 'scripts/history.py', *suite.overrides])),
         prose(
             """makes this page and its pictures again, in about half an hour on two cores that do nothing else. It goes on
-            where
-            it was stopped: figures are kept in `.cache/history/` with a hash of the config and the code that they came from.
-            Every curve is of a run that this command repeats.""",
-            f"""**Corpus.** The running Python's own standard library (Python {platform.python_version()}):
-            {facts['documents']} files,
-            {facts['bytes'] / 1e6:.2f} MB, SHA-256 `{facts['sha256'][:16]}`. Whole packages are held out for validation,
-            {rows['bytes']:,} bytes. One tokenizer for all, learnt from the training split: {pieces['vocabulary']:,} pieces of
-            {pieces['bytes_per_token']:.2f} bytes on average.""",
-            f"""**Budget.** {t.steps:,} steps of {t.batch} rows of {t.sequence_length} tokens, the same rows in the same
-            order for every
-            model; n-grams are counted over exactly these. The measure is bits per byte on the whole validation split; before
-            the end of a curve, on {config.metrics.validation_rows} rows spread over it. Decoders are ordinary runs of
-            `scripts/train.py` with [configs/history/]({root}/configs/history); recurrent nets, and the decoder in which
-            norms are
-            compared, have [code of their own]({root}/interpret/history/nets.py), the same optimizer, and a learning rate of
-            {NET_RATE:g}. No learning rate was searched for.""",
+            where it was stopped: figures are kept in `.cache/history/` with a hash of the config and the code that they came
+            from. Every curve is of a run that this command repeats.""",
+            f"""**Corpus.** {source}:
+            {facts['documents']} files, {facts['bytes'] / 1e6:.2f} MB, SHA-256 `{facts['sha256'][:16]}`. Whole packages are
+            held out for validation, {rows['bytes']:,} bytes. One tokenizer for all, learnt from the training split:
+            {pieces['vocabulary']:,} pieces of {pieces['bytes_per_token']:.2f} bytes on average.""",
+            f"""**Budget.** {t.steps:,} steps of {t.batch} rows of {t.sequence_length} tokens, the same rows in the same order
+            for every model; n-grams are counted over exactly these. The measure is bits per byte on the whole validation
+            split; before the end of a curve, on {config.metrics.validation_rows} rows spread over it. Decoders are ordinary
+            runs of `scripts/train.py` with [configs/history/]({root}/configs/history); recurrent nets, and the decoder in
+            which norms are compared, have [code of their own]({root}/interpret/history/nets.py), the same optimizer, and a
+            learning rate of {NET_RATE:g}. No learning rate was searched for.""",
             f"""**Machine.** {cpu()}, {os.cpu_count()} cores, float32, jax {jax.__version__},
-            {datetime.date.today().isoformat()}. Seconds are
-            of training alone, without compiling and validating. They tell as much of what else the machine did meanwhile;
-            FLOPs do not.""",
+            {datetime.date.today().isoformat()}. Seconds are of training alone, without compiling and validating. They tell as
+            much of what else the machine did meanwhile; FLOPs do not.""",
         ),
     ]
 
@@ -104,11 +104,11 @@ def budget_section(found: Figures, folder: Path) -> list[str]:
     grams, lowest = found['n-gram']['bits_per_byte'], found[best]['bits_per_byte']
     above = [label for name, label in MODELS.items() if found[name]['bits_per_byte'] > grams]
     if len(above) == len(MODELS):
-        beside = 'which no trained model reaches on this budget'
+        beside = f'which no trained model reaches on this budget. {COUNTS}'
     elif above:
-        beside = f'fewer than {listed(above)}'
+        beside = f'fewer than {listed(above)}. {COUNTS}'
     else:
-        beside = 'more than any trained model'
+        beside = 'more than any trained model.'
     last, before = orders[-1], orders[-2]
     return [
         '## What did each cost, and how well did it predict?',
@@ -116,15 +116,11 @@ def budget_section(found: Figures, folder: Path) -> list[str]:
         table(('model', 'parameters; n-grams kept', 'FLOPs of training', 'seconds', 'bits per byte'), rows),
         prose(
             f"""Of the trained models {MODELS[best]} comes lowest, with {lowest:.3f} bits per byte. The best of the n-grams,
-            which are
-            only counted, have {grams:.3f}, {beside}. A million tokens are few for a model that must learn from nothing that
-            code
-            repeats itself; counts have that at once. What they lack is a way to do better with the same text: from order
-            {before['order']} to order {last['order']} the bits change by
-            {last['bits_per_byte'] - before['bits_per_byte']:+.3f}, and
-            the n-grams kept grow by {last['parameters'] / before['parameters'] - 1:.0%}. FLOPs are those of matmuls,
-            forward and
-            backward, a multiplication and an addition being 2."""
+            which are only counted, have {grams:.3f}, {beside} What they lack is a way to do better with the same text: from
+            order {before['order']} to order {last['order']} the bits change by
+            {last['bits_per_byte'] - before['bits_per_byte']:+.3f}, and the n-grams kept grow by
+            {last['parameters'] / before['parameters'] - 1:.0%}. FLOPs are those of matmuls, forward and backward, a
+            multiplication and an addition being 2."""
         ),
     ]
 
@@ -153,18 +149,15 @@ def n_gram_section(figures: Figures, root: str) -> list[str]:
         '## N-grams: what is taken off a count?',
         prose(
             f"""Modified Kneser–Ney smoothing (Chen and Goodman 1999) takes a discount off each count and gives what it took
-            to
-            shorter contexts, where a word counts by how many different words it followed. Of the model of order
+            to shorter contexts, where a word counts by how many different words it followed. Of the model of order
             {longest['order']}, by counts of 1, 2, and 3 or more:"""
         ),
         table(('n-gram of', 'D₁', 'D₂', 'D₃', 'by the formula'), rows),
         prose(
-            f"""Where the formula has no answer the discounts are 0.5, 1 and 1.5: so it may be of single pieces, which are
-            too few.
-            After 200 contexts of the validation split the probabilities of all pieces add up to 1 within {power(worst)}.
+            f"""Where the formula has no answer the discounts are 0.5, 1 and 1.5: so it may be of single pieces, which are too
+            few. After 200 contexts of the validation split the probabilities of all pieces add up to 1 within {power(worst)}.
             [Tests]({root}/tests/interpret/history/test_kneser_ney.py) hold the model to a published worked example, to
-            fractions
-            worked out from the definition, and to what KenLM's `lmplz` writes."""
+            fractions worked out from the definition, and to what KenLM's `lmplz` writes."""
         ),
     ]
 
@@ -178,16 +171,14 @@ def words_section(found: Figures, root: str) -> list[str]:
         '## word2vec: what stands near what?',
         prose(
             f"""Skip-gram with negative sampling (Mikolov et al. 2013) predicts no text and has no bits per byte. It has a
-            table of
-            vectors, learnt in {words['seconds']:.0f} seconds from the same rows. The pieces with the largest cosines:"""
+            table of vectors, learnt in {words['seconds']:.0f} seconds from the same rows. The pieces with the largest
+            cosines:"""
         ),
         table(('piece', 'nearest'), rows),
         prose(
-            f"""King − man + woman, where such relations are certain to be in the text: of {planted['questions']:,}
-            analogies that are
-            planted in a small corpus ([`planted`]({root}/interpret/history/word2vec.py)) it answers {shares}, a share a
-            seed. Code
-            has few words with relations of that kind: here none are asked for."""
+            f"""King − man + woman, where such relations are certain to be in the text: of {planted['questions']:,} analogies
+            that are planted in a small corpus ([`planted`]({root}/interpret/history/word2vec.py)) it answers {shares}, a
+            share a seed. Code has few words with relations of that kind: here none are asked for."""
         ),
     ]
 
@@ -197,6 +188,8 @@ def gradient_section(figures: Figures, folder: Path, root: str) -> list[str]:
     pictures.gradients(folder / 'gradients.png', figures['shares'])
     at = [distance for distance in DISTANCES if distance < len(next(iter(figures['shares'].values())))]
     rows = [(name, *(power(share[distance]) for distance in at)) for name, share in figures['shares'].items()]
+    lost = any(share[distance] == 0 for share in figures['shares'].values() for distance in at)
+    small = 'A share of 0 is one that float32 cannot hold. ' if lost else ''
     born, trained = (figures['radius'][state] for state in ('at birth', 'trained'))
     return [
         '## How far back does a prediction listen?',
@@ -204,16 +197,13 @@ def gradient_section(figures: Figures, folder: Path, root: str) -> list[str]:
         table(('tokens back', *map(str, at)), rows),
         prose(
             f"""The norm of the gradient of the last token's loss with respect to the vector of the token so many places
-            before it,
-            as a share of that of the last token itself: medians of {figures['rows']} rows of the validation split. In a
-            recurrent
-            net it passes through one more Jacobian with each token (Bengio et al. 1994; Pascanu et al. 2013,
-            arXiv:1211.5063), so
-            it goes like a power of the distance. The LSTM's cell has a way back on which gates alone multiply; attention
-            reaches every token in one step. The largest eigenvalue of Elman's recurrent matrix is {born:.2f} in size at
-            birth and
-            {trained:.2f} when trained; the slope of tanh, below 1, is multiplied in with it.
-            [A test]({root}/tests/interpret/history/test_gradients.py) has a linear net whose gradient is known."""
+            before it, as a share of that of the last token itself: medians of {figures['rows']} rows of the validation
+            split. {small}In a recurrent net it passes through one more Jacobian with each token (Bengio et al. 1994;
+            Pascanu et al. 2013, arXiv:1211.5063), so it goes like a power of the distance. The LSTM's cell has a way back on
+            which gates alone multiply; attention reaches every token in one step. The largest eigenvalue of Elman's
+            recurrent matrix is {born:.2f} in size at birth and {trained:.2f} when trained; the slope of tanh, below 1, is
+            multiplied in with it. [A test]({root}/tests/interpret/history/test_gradients.py) has a linear net whose gradient
+            is known."""
         ),
     ]
 
@@ -246,15 +236,11 @@ def scaling_section(suite: Suite, found: Figures, folder: Path, root: str) -> li
         ),
         f'    bits per byte = {law.offset:.3f} + {law.factor:.4g} · N^−{law.exponent:.3f}',
         prose(
-            f"""The root mean square error of the fit is {law.error:.2%}. With any one of the runs left out the exponent
-            comes out
-            between {low:.2f} and {high:.2f}: {trust}. By the law twice the dense decoder's parameters bring
-            {once - twice:.3f} bits, and
-            twice those {twice - four:.3f} more: returns diminish. All sizes read the same few tokens, which the offset is
-            as much a sign of
-            as of the corpus; embeddings count as parameters, and are most of a narrow model's. Learning rates of wider
-            models are
-            smaller, by the square root of the width."""
+            f"""The root mean square error of the fit is {law.error:.2%}. With any one of the runs left out the exponent comes
+            out between {low:.2f} and {high:.2f}: {trust}. By the law twice the dense decoder's parameters bring
+            {once - twice:.3f} bits, and twice those {twice - four:.3f} more: returns diminish. All sizes read the same few
+            tokens, which the offset is as much a sign of as of the corpus; embeddings count as parameters, and are most of a
+            narrow model's. Learning rates of wider models are smaller, by the square root of the width."""
         ),
     ]
 
@@ -274,13 +260,11 @@ def norm_section(found: Figures, folder: Path, root: str) -> list[str]:
         table(('norm', 'bits per byte'), rows),
         prose(
             f"""One decoder of the dense model's width and depth ([`PlainDecoder`]({root}/interpret/history/nets.py)), x +
-            f(norm(x)),
-            with three norms and one learning rate. From the fewest bits to the most: {order}. Batch norm measures each
-            number over
-            all tokens of a batch, later ones too: while it learns, a token is told a little of what follows, and what is
-            predicted depends
-            on what else is in the batch. To predict it takes running means and variances instead, as the curve does; the last
-            row is with the batch's own. Layer norm looks at one token alone, and is the same in both."""
+            f(norm(x)), with three norms and one learning rate. From the fewest bits to the most: {order}. Batch norm measures
+            each number over all tokens of a batch, later ones too: while it learns, a token is told a little of what follows,
+            and what is predicted depends on what else is in the batch. To predict it takes running means and variances
+            instead, as the curve does; the last row is with the batch's own. Layer norm looks at one token alone, and is the
+            same in both."""
         ),
     ]
 

@@ -113,7 +113,7 @@ def gradients(path: Path, shares: Mapping[str, list[float]]) -> None:
             least = min(least, float(share[share > 0].min(initial=1.0)))
         axis.set(
             yscale='log',
-            ylim=(max(least / 3, 1e-16), 3),
+            ylim=(max(least / 3, 1e-24), 3),
             xlabel='tokens back',
             ylabel='gradient, by that of the last token',
         )

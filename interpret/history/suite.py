@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,7 @@ class Suite:
     corpus: Corpus
     pieces: dict[str, Piece]
     kept: Kept
+    overrides: Sequence[str] = ()  # of all configs, as the command has them
 
     def key(self, name: str) -> str:
         """What a piece's figures are kept by."""
@@ -91,7 +93,7 @@ def suite(work: Path, overrides: Sequence[str], say: runs.Say) -> Suite:
     kept = Kept(work / 'figures')
 
     def add_net(name: str, net: Net) -> Path:
-        config = {**about, 'net': str(net), 'rate': NET_RATE}
+        config = {**about, 'net': said(net), 'rate': NET_RATE}
         path = work / 'weights' / f'{name}-{kept.key(config, NETS)}.npz'
         compute = partial(runs.small_net, corpus, net, NET_RATE, path)
         pieces[name] = Piece(compute, config, (*DATA, *NETS), path)
@@ -111,7 +113,7 @@ def suite(work: Path, overrides: Sequence[str], say: runs.Say) -> Suite:
     folders = {
         name: add_decoder(name, configs[name], runs.sampled_decoder) for name in ('decoder-2017', 'dense', 'mixture')
     }
-    of = {**about, 'nets': str(nets), 'dense': folders['dense'].name}
+    of = {**about, 'nets': [[said(net), path.name] for net, path in nets.values()], 'dense': folders['dense'].name}
     code = (*DATA, *NETS, *DECODER, 'interpret/history/gradients.py')
     pieces['gradients'] = Piece(
         partial(runs.gradient_norms, corpus, nets, folders['dense']), of, code, needs=(*nets, 'dense')
@@ -122,7 +124,7 @@ def suite(work: Path, overrides: Sequence[str], say: runs.Say) -> Suite:
         c = dense.model
         plain_decoder = PlainDecoder(vocabulary=V, dim=c.model_dim, layers=c.layers, heads=c.attention.heads, norm=kind)
         add_net(name, plain_decoder)
-    return Suite(corpus, pieces, kept)
+    return Suite(corpus, pieces, kept, overrides)
 
 
 def scaling_configs(overrides: Sequence[str]) -> dict[str, RunConfig]:
@@ -143,6 +145,11 @@ def scaling_configs(overrides: Sequence[str]) -> dict[str, RunConfig]:
 
 
 SCALING_NAMES = (*(f'width-{width}' for width in WIDTHS), *(f'depth-{depth}' for depth in DEPTHS))
+
+
+def said(net: Net) -> str:
+    """A net's fields as text that is the same in every process: a function's address is not."""
+    return re.sub(r' at 0x[0-9a-f]+', '', str(net))
 
 
 def plain(config: RunConfig) -> str:

@@ -6,13 +6,41 @@ import pytest
 
 from weft.runtime.errors import UserError
 from weft.runtime.processes import detect_launch
-from weft.scripts import benchmark, chat, convert, decode, embeddings, evaluate, plan, prove, sample, score, train, xray
+from weft.scripts import (
+    benchmark,
+    chat,
+    convert,
+    decode,
+    embeddings,
+    evaluate,
+    history,
+    plan,
+    prove,
+    sample,
+    score,
+    train,
+    xray,
+)
 from weft.scripts.options import Parser, finite, whole
 from weft.sharding.mesh import LARGEST, MeshConfig, configure_jax, parse_mesh
 
 SCRIPTS = {
     script.__name__.rpartition('.')[2]: script
-    for script in (benchmark, chat, convert, decode, embeddings, evaluate, plan, prove, sample, score, train, xray)
+    for script in (
+        benchmark,
+        chat,
+        convert,
+        decode,
+        embeddings,
+        evaluate,
+        history,
+        plan,
+        prove,
+        sample,
+        score,
+        train,
+        xray,
+    )
 }
 X = ['runs/x', '--prompt', 'x']
 NINES = '9' * 5000
@@ -62,6 +90,7 @@ MISTAKES = [
     ('xray', ['runs/x', '--texts', 'x'], "did you mean '--text'?"),
     ('xray', ['index', 'runs/x', '--token', '5'], "did you mean '--tokens'?"),
     ('evaluate', ['runs/x', 'more'], "'more': one argument too many"),
+    ('history', ['--onyl', 'lstm'], "did you mean '--only'?"),
     ('plan', ['a.yaml', '--chip', 'h100', '--chips', '8', '--pirce', '3'], "did you mean '--price'?"),
     ('benchmark', ['train', 'a.yaml', '--step', '3'], "did you mean '--steps'?"),
     ('benchmark', ['train', 'a.yaml', '--steps', 'x'], "'x' is no whole number"),

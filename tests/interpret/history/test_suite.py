@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,15 @@ def test_configs_share_corpus_and_budget():
     rule = 'all models of the page have one corpus and one budget'
     with pytest.raises(UserError, match=f'^training of history-dense is not that of history-decoder-2017: {rule}$'):
         check_shared(configs[0], other)
+
+
+def test_keys_of_pieces_are_those_of_every_process(made, overrides, tmp_path):
+    code = 'import sys; from weft.interpret.history.suite import suite; from pathlib import Path; '
+    code += 'made = suite(Path(sys.argv[1]), sys.argv[2:], lambda line: None); print(*(made.key(name) for name in made.pieces))'
+    command = [sys.executable, '-c', code, str(tmp_path), *overrides]
+    there = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert there == [made.key(name) for name in made.pieces]
+    assert len(set(there)) == len(there) > 15
 
 
 def stub(made: Suite, tmp_path: Path, calls: list[str], fails: str = '') -> Suite:
