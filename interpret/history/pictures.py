@@ -68,10 +68,10 @@ def budgets(path: Path, found: Mapping[str, Figures]) -> None:
         flops.set(xscale='log', xlabel='FLOPs of training')
         parameters.set(xscale='log', xlabel='parameters; n-grams kept')
         seconds.legend(frameon=False, fontsize=8)
-        top = max(one['bits_per_byte'] for one in (*found.values(), orders[1]) if 'bits_per_byte' in one) * 1.35
+        top = max(orders[1]['bits_per_byte'], *(found[name]['curve'][0][-1] for name in STYLES))
         low = min(best, *(found[name]['bits_per_byte'] for name in STYLES))
         for axis in (seconds, flops, parameters):
-            axis.set_ylim(low - 0.05, max(top, low + 0.5))
+            axis.set_ylim(low - 0.05, top + 0.1)
 
     draw(path, 3, paint, width=12)
 
