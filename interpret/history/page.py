@@ -1,6 +1,7 @@
 """docs/history.md: what the pieces of work came to, in words, tables and pictures."""
 
 import datetime
+import itertools
 import os
 import platform
 import shlex
@@ -31,6 +32,7 @@ NAMES = {'layer': 'layer norm', 'batch': 'batch norm', 'none': 'no norm'}
 COUNTS = (
     'So few tokens are little for a model that must learn first that code repeats itself; counts have that at once.'
 )
+NOTHING = 0.03  # bits per byte, a difference that says nothing of one seed
 DISTANCES = (1, 2, 5, 10, 20, 50, 100, 200)
 Figures = Mapping[str, Any]
 
@@ -67,7 +69,8 @@ def opening(suite: Suite, root: str) -> list[str]:
         prose(
             f"""This is a picture of small budgets: each model here reads at most {t.steps * t.batch * t.sequence_length:,}
             tokens, once, on a CPU. What is so at this size need not be so at a thousand times as much, least of all of depth
-            and of experts. There is one seed ({config.seed}) a model: differences of a few hundredths of a bit say nothing."""
+            and of experts. There is one seed ({config.seed}) a model: differences of less than about {NOTHING} bits say
+            nothing."""
         ),
         fenced(shlex.join(['python', 'scripts/history.py', *suite.overrides])),
         prose(
@@ -253,18 +256,23 @@ def norm_section(found: Figures, folder: Path, root: str) -> list[str]:
     rows.append(
         ('batch norm, with the statistics of the batch that is measured', f'{found["norm-batch"]["bits_of_batch"]:.3f}')
     )
-    order = ', '.join(NAMES[kind] for kind in sorted(NORMS, key=bits.__getitem__))
+    alike = max(bits.values()) - min(bits.values()) < NOTHING
+    told = 'So few layers learn as well without one at such a learning rate: what a norm does cannot be seen here.'
+    first, *others = sorted(NORMS, key=bits.__getitem__)
+    order = NAMES[first]
+    for better, worse in itertools.pairwise((first, *others)):
+        order += f' {"≈" if bits[worse] - bits[better] < NOTHING else "<"} {NAMES[worse]}'
     return [
         '## What does a norm do?',
         f'![Bits per byte with layer norm, batch norm, and none]({folder.name}/norms.png)',
         table(('norm', 'bits per byte'), rows),
         prose(
             f"""One decoder of the dense model's width and depth ([`PlainDecoder`]({root}/interpret/history/nets.py)), x +
-            f(norm(x)), with three norms and one learning rate. From the fewest bits to the most: {order}. Batch norm measures
-            each number over all tokens of a batch, later ones too: while it learns, a token is told a little of what follows,
-            and what is predicted depends on what else is in the batch. To predict it takes running means and variances
-            instead, as the curve does; the last row is with the batch's own. Layer norm looks at one token alone, and is the
-            same in both."""
+            f(norm(x)), with three norms and one learning rate. In bits: {order} (≈: less than {NOTHING} apart).
+            {told if alike else ''} Batch norm measures each number over all tokens of a batch, later ones too: while it
+            learns, a token is told a little of what follows, and what is predicted depends on what else is in the batch. To
+            predict it takes running means and variances instead, as the curve does; the last row is with the batch's own.
+            Layer norm looks at one token alone, and is the same in both."""
         ),
     ]
 

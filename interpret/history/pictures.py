@@ -117,7 +117,7 @@ def gradients(path: Path, shares: Mapping[str, list[float]]) -> None:
             xlabel='tokens back',
             ylabel='gradient, by that of the last token',
         )
-        axis.legend(frameon=False, ncols=2)
+        axis.legend(frameon=False, ncols=5, fontsize=8, loc='lower center', bbox_to_anchor=(0.5, 1))
 
     draw(path, 1, paint)
 
