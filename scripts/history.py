@@ -1,7 +1,7 @@
 """Trains how models of language came to be transformers, each on one corpus and one budget, and writes the page that shows it.
 
 python scripts/history.py                                  all of it, into docs/history.md (about half an hour on two cores)
-python scripts/history.py training.steps=50 --out /tmp/history.md         a smaller budget, of all models
+python scripts/history.py training.steps=50 --out small.md              a smaller budget, of all models
 python scripts/history.py --only 'norm-*'                  some pieces of work; no page, unless all others are there
 
 A run that was interrupted goes on where it was: figures are kept with a hash of the config and the code that they came from.
