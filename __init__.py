@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from weft.inference.generate import generate
     from weft.inference.run import open_run
     from weft.inference.sampling import Sampling
+    from weft.interpret.trace import trace
     from weft.model.config import ModelConfig
     from weft.model.decoder import Decoder
     from weft.model.forward import hidden_states, logits
@@ -28,6 +29,7 @@ _MODULES = {
     'inference.generate': ['generate'],
     'inference.run': ['open_run'],
     'inference.sampling': ['Sampling'],
+    'interpret.trace': ['trace'],
     'model.config': ['ModelConfig'],
     'model.decoder': ['Decoder'],
     'model.forward': ['hidden_states', 'logits'],

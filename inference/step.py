@@ -143,7 +143,7 @@ class CachedStep:
         logit_BV, groups, found = program(model, cache, rows, tuple(edits))
         context = jax.sharding.get_abstract_mesh().shape['context']
         order = self.order and self.order(filled(rows[0].shape[1], context), context).reshape(-1)
-        arrays = collected(found, order)
+        arrays = {name: tap.value for name, tap in collected(found, order).items()}
         return real_vocabulary(logit_BV, model), cache._replace(groups=groups), arrays
 
     def _program(

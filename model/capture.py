@@ -3,9 +3,10 @@
 Letters: L layers, B rows, T sequence.
 """
 
+import dataclasses
 import fnmatch
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,21 @@ def capture(
     arguments it takes. Raises UserError for a name that no layer offers, for an edit that does not fit, and on a mesh with
     stages.
     """
+    taps = captured(model, names, tokens_BT, position_BT, segment_BT, kind_BT, source, edits)
+    return {name: tap.value for name, tap in taps.items()}
+
+
+def captured(
+    model: Decoder,
+    names: Collection[str],
+    tokens_BT: jax.Array,
+    position_BT: jax.Array,
+    segment_BT: jax.Array,
+    kind_BT: jax.Array | None = None,
+    source: Source | None = None,
+    edits: Sequence[Edit] = (),
+) -> Taps:
+    """What `capture` gives, and which layers each array is of."""
     rows = (tokens_BT, position_BT, segment_BT, kind_BT), source, tuple(edits)
     headed = model.config.head is not None and model.config.vocabulary is not None
 
@@ -62,6 +78,20 @@ def capture(
     offered = look(run(None, EVERYWHERE), model, *rows)
     names = chosen(names, offered)
     return collected(run(names, out_layouts(names, offered))(model, *rows))
+
+
+class Offer(NamedTuple):
+    """What the layers of a model offer under a name."""
+
+    shape: tuple[int, ...]  # as captured: [L, B, T, …], or [B, T, …] where `layers` is None
+    layers: tuple[int, ...] | None  # the numbers of the layers that have it
+
+
+def offers(model: Decoder, tokens_BT: jax.Array, position_BT: jax.Array, segment_BT: jax.Array) -> dict[str, Offer]:
+    """What `capture` can give of such rows, by name; nothing is computed. `model` may be its shapes, dtypes and layouts."""
+    rows = tokens_BT, position_BT, segment_BT
+    taps = jax.eval_shape(lambda model, *rows: captured(model, ['*'], *rows), model, *rows)
+    return {name: Offer(tap.value.shape, tap.layers) for name, tap in taps.items()}
 
 
 def look(run: Callable[..., Any], *arguments: Any) -> Any:
@@ -104,9 +134,9 @@ def leading(tap: Tap) -> tuple[None, ...]:
     return () if tap.layers is None else (None,)
 
 
-def collected(taps: Mapping[str, Tap], order: np.ndarray | None = None) -> dict[str, jax.Array]:
+def collected(taps: Mapping[str, Tap], order: np.ndarray | None = None) -> Taps:
     """The arrays of all devices together, without copies and padding; `order`: which column of a row stands where."""
-    return {name: whole(tap, order) for name, tap in taps.items()}
+    return {name: dataclasses.replace(tap, value=whole(tap, order)) for name, tap in taps.items()}
 
 
 def whole(tap: Tap, order: np.ndarray | None) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import P
 
 from weft.model.compute import ComputeConfig
-from weft.model.edits import Observer, Place
+from weft.model.edits import Chosen, Observer, Place
 from weft.model.records import BETWEEN_BLOCKS, Metric, Records, Report, Tap
 from weft.sharding.collectives import axis_index, gather_sequence, psum, reduce_scatter_sequence, tensor_slice
 from weft.sharding.mesh import BATCH, as_axes
@@ -105,7 +105,13 @@ class ForwardContext:
             self.records.metrics[name] = Metric(total, per, weight, report)
 
     def tap(
-        self, name: str, value: jax.Array, layout: P = BETWEEN_BLOCKS, copies: int = 1, real: int | None = None
+        self,
+        name: str,
+        value: jax.Array,
+        layout: P = BETWEEN_BLOCKS,
+        copies: int = 1,
+        real: int | None = None,
+        chosen: Chosen | None = None,
     ) -> jax.Array:
         """Offers an activation to whoever asks for it by name: to capture it, or to change it (`weft.model.edits`).
 
@@ -116,6 +122,7 @@ class ForwardContext:
                 numbers. Where T is not split, while decoding, those of dim 1 are left out.
             copies: so many neighbours along the axis of dim 2 have the same part of it.
             real: how many numbers of the last dim, all devices together, are no padding; None: all.
+            chosen: which experts stand in dim 2, where those are a token's own choice: an edit has that dim of all experts.
 
         Returns the value, changed where an edit asks for it: go on with this one.
         """
@@ -130,7 +137,7 @@ class ForwardContext:
         )
         if 'tensor' in sequence:
             column_BT = tensor_slice(column_BT)
-        value = self.observer.edited(name, value, Place(self.layer, row_B, column_BT, layout, copies, real))
+        value = self.observer.edited(name, value, Place(self.layer, row_B, column_BT, layout, copies, real, chosen))
         if self.observer.captures(name):
             assert name not in self.records.taps, f'{name} is tapped twice in a layer'
             self.records.taps[name] = Tap(value, layout, copies, real)

@@ -45,6 +45,14 @@ class Place(NamedTuple):
     layout: P  # the mesh axes that split each dim
     copies: int  # so many neighbours along the axes of dim 2 have the same part of it
     real: int | None  # so many numbers of the last dim, all devices together, are more than padding; None: all
+    chosen: 'Chosen | None'  # dim 2 has what a token chose, and an edit's array all that it could choose from
+
+
+class Chosen(NamedTuple):
+    """Which of so many things (experts) stand in dim 2 of each token."""
+
+    number_BTK: jax.Array  # from 0; `among`: none
+    among: int
 
 
 class Observer:
@@ -111,6 +119,11 @@ def part(array: jax.Array, name: str, shape: tuple[int, ...], place: Place) -> j
     alike = array.shape[0] == 1 or place.layer is None
     array = array[0] if alike else array.at[place.layer].get(mode='fill', fill_value=0)
     for dim in range(2, len(shape)):
+        if dim == 2 and place.chosen:
+            if array.shape[dim] not in (1, place.chosen.among):
+                sizes = f'is {array.shape[dim]}, and must be {place.chosen.among} or 1'
+                raise UserError(f'edit of {name!r}: dim {dim + 1} of an array {sizes}')
+            continue
         axes = as_axes(place.layout[dim]) if dim < len(place.layout) else ()
         ways = lax.axis_size(axes) // (place.copies if dim == 2 else 1) if axes else 1
         whole = shape[dim] * ways
@@ -125,8 +138,15 @@ def part(array: jax.Array, name: str, shape: tuple[int, ...], place: Place) -> j
             begin = axis_index(axes) // (place.copies if dim == 2 else 1) * shape[dim]
             array = lax.dynamic_slice_in_dim(array, begin, shape[dim], dim)
     rows, columns = array.shape[:2]
-    if rows == columns == 1:
-        return array
-    row = place.row_B[:, None] if rows > 1 else jnp.zeros_like(place.row_B)[:, None]
-    column = place.column_BT if columns > 1 else jnp.zeros_like(place.column_BT[:, :1])
-    return array.at[row, column].get(mode='fill', fill_value=0)  # past an edit's rows and columns nothing changes
+    if rows > 1 or columns > 1:
+        row = place.row_B[:, None] if rows > 1 else jnp.zeros_like(place.row_B)[:, None]
+        column = place.column_BT if columns > 1 else jnp.zeros_like(place.column_BT[:, :1])
+        array = array.at[row, column].get(mode='fill', fill_value=0)  # past an edit's rows and columns nothing changes
+    if place.chosen and array.shape[2] > 1:
+        number_BTK = place.chosen.number_BTK
+        one_hot_BTKE = number_BTK[..., None] == jnp.arange(place.chosen.among)[None, None, None]
+        array = jnp.broadcast_to(array, (*number_BTK.shape[:2], *array.shape[2:]))
+        flat_BTED = array.reshape(*array.shape[:3], -1).astype(jnp.float32)
+        picked = jnp.einsum('BTKE,BTED->BTKD', one_hot_BTKE.astype(jnp.float32), flat_BTED, precision='highest')
+        array = picked.reshape(*number_BTK.shape, *array.shape[3:]).astype(array.dtype)
+    return array

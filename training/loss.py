@@ -134,7 +134,7 @@ def loss_and_gradient(
     gradient, sums, found = run(names, out_layouts(names, offered))(model, *rows)
     metrics = loss_metrics(sums, model)
     if taps:
-        metrics['taps'] = collected(found, column_order(batch))
+        metrics['taps'] = {name: tap.value for name, tap in collected(found, column_order(batch)).items()}
     return (objective(sums, sums, model), metrics), gradient
 
 

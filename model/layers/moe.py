@@ -16,6 +16,7 @@ from weft.model.compute import GroupedMatmul
 from weft.model.config import ModelConfig, MoEConfig
 from weft.model.context import ForwardContext
 from weft.model.costs import INT32, CostCounter
+from weft.model.edits import Chosen
 from weft.model.layers.mlp import LOOPED, Mlp, activation, hidden_costs
 from weft.model.linear import ExpertLinear, Linear
 from weft.model.ops.expert_dispatch import LocalExperts, Routed, capacity, default_dispatch, dispatch
@@ -79,7 +80,8 @@ class MoE(nnx.Module):
         )
         ctx.metric('router.dropped_share', dropped / m.top_k)
         if apart:
-            y_BTKD = ctx.tap('experts.outputs', y_ND.reshape(*gate_BTK.shape, -1))
+            chosen = Chosen(expert_BTK, m.experts)
+            y_BTKD = ctx.tap('experts.outputs', y_ND.reshape(*gate_BTK.shape, -1), chosen=chosen)
             y_ND = upcast(y_BTKD).sum(2).astype(x_BTD.dtype)
         y_BTD = y_ND.reshape(x_BTD.shape)
         return y_BTD + self.visited(x_BTD, ctx) if m.shared_experts else y_BTD
@@ -169,7 +171,8 @@ def route(
     ctx.metric('router.z_loss', z / copies, weight=m.z_loss)
     ctx.metric('router.entropy', entropy / copies)
     ctx.metric('router.load', chosen_BTE.sum((0, 1)) / (copies * m.top_k), report=expert_shares)
-    return ctx.tap('router.weights', gate_BTK * m.routed_scale), expert_BTK
+    gate_BTK = ctx.tap('router.weights', gate_BTK * m.routed_scale, chosen=Chosen(expert_BTK, m.experts))
+    return gate_BTK, expert_BTK
 
 
 def expert_shares(load_LE: jax.Array) -> dict[str, jax.Array]:
