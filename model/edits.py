@@ -122,7 +122,7 @@ def part(array: jax.Array, name: str, shape: tuple[int, ...], place: Place) -> j
         if dim == 2 and place.chosen:
             if array.shape[dim] not in (1, place.chosen.among):
                 sizes = f'is {array.shape[dim]}, and must be {place.chosen.among} or 1'
-                raise UserError(f'edit of {name!r}: dim {dim + 1} of an array {sizes}')
+                raise UserError(f'edit of {name!r}: dim {dim + 1} (from 0) of an array {sizes}')
             continue
         axes = as_axes(place.layout[dim]) if dim < len(place.layout) else ()
         ways = lax.axis_size(axes) // (place.copies if dim == 2 else 1) if axes else 1
@@ -130,7 +130,7 @@ def part(array: jax.Array, name: str, shape: tuple[int, ...], place: Place) -> j
         real = place.real if place.real is not None and dim == len(shape) - 1 else whole
         if array.shape[dim] not in (1, real):
             raise UserError(
-                f'edit of {name!r}: dim {dim + 1} of an array is {array.shape[dim]}, and must be {real} or 1'
+                f'edit of {name!r}: dim {dim + 1} (from 0) of an array is {array.shape[dim]}, and must be {real} or 1'
             )
         if array.shape[dim] > 1 and whole > real:
             array = jnp.pad(array, [(0, whole - real if at == dim else 0) for at in range(array.ndim)])
