@@ -7,7 +7,7 @@ Letters: L layers, B rows, T tokens of a row, S keys, E experts, K experts per t
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -232,7 +232,7 @@ def numbers(some: Some, count: int, what: str, have: Sequence[int] | None = None
         if not found:
             raise UserError(f'{what}: {some.start}:{some.stop} means none of {count}; the last is {count - 1}')
         return [number for number in found if have is None or number in have]
-    given = [some] if isinstance(some, int | np.integer) else list(some)
+    given = list(some) if isinstance(some, Iterable) else [some]
     found = []
     for number in given:
         if not isinstance(number, int | np.integer) or isinstance(number, bool):
