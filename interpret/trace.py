@@ -33,6 +33,8 @@ from weft.runtime.errors import UserError
 from weft.sharding.mesh import SEQUENCE
 
 Text = str | Sequence[int]  # a text, or the ids of its tokens
+OFFERS: dict[Any, dict[str, Offer]] = {}  # what `offers_of` has looked up
+KEPT = 32  # of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +169,7 @@ class TextBatch:
         position_BT = np.broadcast_to(np.minimum(column_T, context - 1), self.tokens_BT.shape)
         segment_BT = (column_T[None] < self.length_B[:, None]).astype(np.int32)
         self.arrays = place((self.tokens_BT, position_BT, segment_BT))
-        self.offers: dict[str, Offer] = offers(model, *self.arrays)
+        self.offers = offers_of(model, self.arrays)
         self.shapes = Shapes(self.offers, [len(row) + new for row in rows], c.layers, c.moe.experts if c.moe else 0)
         self.headed = 'logits' in self.offers
 
@@ -268,6 +270,16 @@ def step(
 ) -> tuple[jax.Array, KVCache, dict[str, jax.Array]]:
     """`decode`, and what stands at the names."""
     return decode.capture(model, cache, token_B, position_B, taps=names, edits=edits)
+
+
+def offers_of(model: Decoder, rows: tuple[jax.Array, ...]) -> dict[str, Offer]:
+    """What the model's layers offer of such rows; looked up once, for it takes as long as to trace the program."""
+    key = jax.tree.structure(model), jax.sharding.get_mesh(), rows[0].shape
+    if key not in OFFERS:
+        OFFERS[key] = offers(model, *rows)
+        while len(OFFERS) > KEPT:
+            OFFERS.pop(next(iter(OFFERS)))
+    return OFFERS[key]
 
 
 def host(found: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
