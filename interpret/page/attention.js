@@ -85,7 +85,7 @@ panels.attention = (() => {
         draw(canvas, l, n, colours);
         const name = roleOf(l, n);
         const button = node('button', { type: 'button', tabindex: '-1', 'data-l': String(l), 'data-n': String(n), 'aria-label': `layer ${l}, head ${n}${name ? `: ${name}` : ''}`, title: `layer ${l}, head ${n}${name ? `: ${name}` : ''}` }, canvas);
-        if (name) button.append(node('b', {}, letters.get(name)));
+        if (name) button.append(node('b', { class: name === ROLES.first ? 'sink' : null }, letters.get(name)));
         return node('span', { role: 'gridcell' }, button);
       });
       thumbs.append(node('div', { role: 'row' }, node('span', { role: 'rowheader' }, String(l)), cells));
@@ -103,7 +103,7 @@ panels.attention = (() => {
       thumbs.querySelector('[tabindex="0"]').focus({ preventScroll: true });
     });
 
-    const legend = [...letters].map(([name, letter]) => node('span', {}, node('b', { class: 'badge' }, letter), ` ${name}`));
+    const legend = [...letters].map(([name, letter]) => node('span', {}, node('b', { class: 'badge' }, letter), ` ${name} `));
     layerPicker = picker('layer', layerNames(), state.layer, (layer) => go({ layer }));
     headPicker = picker('head', range(heads()).map(String), state.head, (head) => go({ head }));
     reads = node('p', { class: 'running' });

@@ -80,7 +80,10 @@ function shape(tag, attributes, ...children) {
 }
 
 const MINUS = '\u2212';
-const signed = (x, digits = 2) => (x < 0 ? MINUS : x > 0 ? '+' : '') + plain(Math.abs(x), digits);
+const signed = (x, digits = 2) => {
+  const size = plain(Math.abs(x), digits);
+  return (Number(size) === 0 ? '' : x < 0 ? MINUS : '+') + size; // what is rounded to nothing has no sign
+};
 
 /** A number in at most so many decimals; asked for three and more, in powers of ten where that would show nothing. */
 function plain(x, digits = 2) {

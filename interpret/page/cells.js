@@ -19,7 +19,7 @@ panels.cells = (() => {
       value: share,
       say: (l, t) => (dense(l) ? `layer ${l}, ${tokenName(t)}: cell ${cells().cell.at(l, t, 0)} makes ${percent(share(l, t))} of what the layer adds` : `layer ${l} has experts: see the panel Experts`),
       select: (layer, token) => go({ layer, token }),
-      scale: scale({ high: peak(cells().share), show: percent, name: "the strongest cell's share of what the layer adds" }),
+      scale: scale({ high: peak(cells().share), power: 0.5, show: percent, name: "the strongest cell's share of what the layer adds" }),
     });
     replace(root, layerPicker.root, detail, node('h3', {}, 'Where one cell does much'), node('p', {}, 'Dark: a single cell makes a large part of what the layer adds at that token. Choose a place to see its cells.'), map.root);
   }

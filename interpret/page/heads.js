@@ -63,7 +63,7 @@ panels.heads = (() => {
       node('p', { class: 'picker' }, 'show ', list),
       node('div', { class: 'beside' }, node('div', {}, map.root, node('p', { class: 'key' }, 'Letters: the role of a head (first letter; the line above the map spells it out).')), detail),
       node('h3', {}, 'The five heads with the highest scores'),
-      node('div', { class: 'charts' }, best),
+      node('div', { class: 'charts narrow' }, best),
     );
   }
 
@@ -82,7 +82,7 @@ panels.heads = (() => {
     const role = roleOf(l, n);
     const scored = (more) => Object.entries(ROLES).filter(([key]) => there().includes(key + more)).map(([key, name]) => `${name} ${plain(heads[key + more].at(l, n))}`).join(', ');
     const scores = [['', 'on this text'], ['_random', 'on repeated random tokens']].filter(([more]) => scored(more)).map(([more, where]) => `${where} ${scored(more)}`);
-    const list = node('div', { class: 'scroll' }, table('What this head writes at each token', ['at', 'promotes', 'size', '', 'to the answer', ''], rows, 'bars twice'));
+    const list = node('div', { class: 'scroll' }, table('What this head writes at each token', ['at', 'promotes', '', 'size', '', 'to the answer'], rows, 'bars twice'));
     const before = detail.querySelector('.scroll')?.scrollTop ?? 0;
     replace(detail, node('h3', {}, `Layer ${l}, head ${n}`, role ? `: ${role}` : ''), node('p', { class: 'facts' }, scores.length ? `Scores ${scores.join('; ')}.` : ''), list);
     list.scrollTop = before;
