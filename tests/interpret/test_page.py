@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.house import ROOT
 from tests.interpret.synthetic_report import synthetic_report
 from weft.interpret.page import build as page
 
@@ -130,3 +131,10 @@ def test_scripts_parse_no_markup_and_use_all_that_a_report_holds(report):
 def test_a_number_that_json_has_no_form_for_is_refused(report, number):
     with pytest.raises(ValueError, match='not JSON compliant'):
         page.build({**report, 'made': {**report['made'], 'seconds': number}})
+
+
+def test_each_panel_names_a_section_of_the_docs(report):
+    named = re.findall(r'docs/interpret\.md, “X-ray”, “([^”]+)”', page.build(report))
+    section = (ROOT / 'docs/interpret.md').read_text(encoding='utf-8').split('\n## X-ray\n')[1].split('\n## ')[0]
+    assert named == re.findall(r'^### (.+)$', section, re.MULTILINE)
+    assert len(named) == 9
