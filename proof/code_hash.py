@@ -1,4 +1,4 @@
-"""Hashes of code that change when what it does may change: not for a comment, a docstring, types of a function, a line's break."""
+"""Hashes of code that change when what it does may change: not for comments, docstrings, types of functions, line breaks."""
 
 import ast
 import hashlib
