@@ -12,6 +12,7 @@ from jax import P
 
 from tests.extending import harness
 from tests.models import filled
+from weft.inference.step import decode, empty_cache, prefill
 from weft.model.capture import capture
 from weft.model.compute import ComputeConfig
 from weft.model.config import AttentionConfig, MLPConfig, ModelConfig, MoEConfig
@@ -100,10 +101,13 @@ QUIET = Mlp.__call__
 
 
 def programs(c: ModelConfig) -> dict[str, str]:
-    """Compiled programs of a scoring pass and of a gradient, without what says where in the source they are from."""
+    """Compiled programs of each way through a model, without what says where in the source they are from."""
     with harness.on(MeshConfig(data=2, tensor=2)):
         model, batch = filled(c), place(harness.batch_of(0))
+        cache, number_B = empty_cache(model, harness.ROWS, harness.COLUMNS), place(np.full(harness.ROWS, 5, np.int32))
         lowered = {
+            'prefill': jax.jit(lambda *args: prefill(*args)).lower(model, cache, batch.tokens_BT, number_B),
+            'decode': jax.jit(lambda *args: decode(*args)).lower(model, cache, number_B, number_B),
             'logits': jax.jit(lambda *args: logits(*args)).lower(model, *rows()),
             'gradient': jax.jit(lambda *args: loss_and_gradient(*args)).lower(model, batch),
         }
@@ -118,12 +122,15 @@ def programs(c: ModelConfig) -> dict[str, str]:
 
 @pytest.mark.parametrize('c', [MODEL, MIXED], ids=['dense', 'experts'])
 def test_unasked_they_leave_the_compiled_program_as_it_is(c, monkeypatch):
-    """Scoring asks for nothing, and training for metrics alone."""
+    """Scoring, reading and decoding ask for nothing, and training for metrics alone."""
     quiet = programs(c)
     monkeypatch.setattr(ForwardContext, 'metric', lambda *args, **kwargs: None)
     monkeypatch.setattr(ForwardContext, 'tap', lambda ctx, name, value, *args, **kwargs: value)
+    for question in ('asks', 'edits'):
+        monkeypatch.setattr(ForwardContext, question, lambda *args: False)
     without = programs(c)
-    assert without['logits'] == quiet['logits']
+    for name in ('logits', 'prefill', 'decode'):
+        assert without[name] == quiet[name]
     if c is MODEL:
         assert without['gradient'] == quiet['gradient']
     else:
