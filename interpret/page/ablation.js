@@ -58,7 +58,7 @@ panels.ablation = (() => {
     const high = Math.abs(all[0]?.[0] ?? 1);
     const strongest = (kind) => all.filter(([, name]) => kind === 'all' || name.includes(kind)).slice(0, 15).map(([x, name, where]) => ({ select: () => go(where), cells: [name, bar(x, high, -high), signed(x, 3), `× ${plain(Math.exp(x), 3)}`] }));
     const list = node('div');
-    const show = (kind) => replace(list, table('The strongest first', ['what is put out', '', 'nats', 'probability'], strongest(kind), 'bars'));
+    const show = (kind) => replace(list, table('The strongest first', ['what is put out', '', 'nats', 'probability'], strongest(kind), 'bars named'));
     const kinds = [['all', 'all'], ['head', 'heads'], ['attention', 'attention'], ['feed-forward', 'feed-forward'], ['expert', 'experts'], ['cell', 'cells']].filter(([kind]) => kind === 'all' || all.some(([, name]) => name.includes(kind)));
     show('all');
     const figure = (title, map) => map && node('figure', {}, node('figcaption', {}, node('b', {}, title)), map.root);

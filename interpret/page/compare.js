@@ -45,7 +45,7 @@ panels.compare = (() => {
       figures.push(node('figure', {}, node('figcaption', {}, node('b', {}, 'Single heads, at all tokens')), grid.root));
     }
     return [
-      node('p', { class: 'facts' }, 'Text A answers ', wordChip(patch.answers[0], 'right'), ', text B ', wordChip(patch.answers[1], 'right'), `. Logit of A's answer minus B's: ${signed(patch.clean)} on text A, ${signed(patch.corrupted)} on text B.`),
+      node('p', { class: 'facts' }, 'Compared are ', wordChip(patch.answers[0], 'right'), ', which text A says next, or says more than the other, and ', wordChip(patch.answers[1], 'right'), `, which text B does. Log-probability of the first less that of the second: ${signed(patch.clean)} after text A, ${signed(patch.corrupted)} after text B.`),
       node('div', { class: 'charts narrow' }, figures),
     ];
   }

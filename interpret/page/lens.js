@@ -75,9 +75,9 @@ panels.lens = (() => {
     const answer = wordChip(lens.top.at(layers(), t, 0));
     replace(
       detail,
-      node('h3', {}, 'At ', tokenChip(t, 'on'), r ? `, after layer ${r - 1}` : ', the embedding'),
+      node('h3', {}, 'At ', tokenChip(t, 'on'), r ? `, after layer ${r - 1}` : ', of the embedding'),
       table('The five tokens on top', ['token', '', 'probability'], five, 'bars'),
-      node('p', {}, 'The answer is ', answer, `, decided at ${row(lens.decided[t])} (dashed).`),
+      node('p', {}, 'The answer is ', answer, `, decided at ${lens.decided[t] ? '' : 'the '}${row(lens.decided[t])} (dashed).`),
       course(t, r),
     );
   }

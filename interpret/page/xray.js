@@ -11,6 +11,7 @@ function go(change) {
   Object.assign(state, change);
   state.token = clamp(state.token, 0, count() - 1);
   show();
+  if ('panel' in change) scrollTo(0, Math.min(scrollY, document.querySelector('header').offsetHeight)); // to its beginning
 }
 
 function show() {
@@ -82,11 +83,12 @@ function heading() {
   document.title = title;
   document.getElementById('title').textContent = title;
   const grouped = model.kv_heads && model.kv_heads !== model.heads ? ` (${model.kv_heads} of keys and values)` : '';
-  const heads = model.heads ? [`${model.heads} heads${grouped}`] : [];
-  const size = `${model.layers} layers`;
+  const many = (n, name) => `${n.toLocaleString('en')} ${name}${n === 1 ? '' : 's'}`;
+  const heads = model.heads ? [`${many(model.heads, 'head')}${grouped}`] : [];
+  const size = many(model.layers, 'layer');
   const width = `width ${model.model_dim.toLocaleString('en')}`;
-  const experts = model.experts ? [`${model.experts} experts, ${model.top_k} a token`] : [];
-  const cells = model.hidden ? [`${model.hidden.toLocaleString('en')} cells a layer`] : [];
+  const experts = model.experts ? [`${many(model.experts, 'expert')}, ${model.top_k} a token`] : [];
+  const cells = model.hidden ? [`${many(model.hidden, 'cell')} a layer`] : [];
   const parts = [model.name, size, ...heads, width, ...cells, ...experts, `${model.parameters.toLocaleString('en')} parameters`, `vocabulary of ${model.vocabulary.toLocaleString('en')}`];
   document.getElementById('model').textContent = parts.join(' · ');
   const foot = `Made from ${visible(made.run)} at step ${made.step.toLocaleString('en')} by Weft ${made.weft} in ${plain(made.seconds, 1)} s: `;

@@ -64,6 +64,8 @@ async function everyPanel(browser, name) {
       assert.deepEqual(await page.locator('main > section:visible').evaluateAll((all) => all.map((s) => s.id)), [`panel-${one}`], where);
       assert.ok((await page.locator(`${panel(one)} .body`).innerText()).length > 20, `${where}: empty`);
       await fits(page, where);
+      assert.ok(await page.evaluate(() => scrollY <= document.querySelector('header').offsetHeight), `${where}: does not begin at its top`);
+      await page.evaluate(() => scrollTo(0, 0));
       await page.screenshot({ path: path.join(folder, `${name}-${one}-${width}-${scheme}.png`), fullPage: true });
       await steady(page, one, where);
       await pressAll(page, one, calm, where);
