@@ -39,6 +39,8 @@ def examine() -> None:
     parser.add_argument('run', metavar='RUN', help='a folder such as runs/demo')
     parser.add_argument('--text', metavar='TEXT', help='what the model reads')
     parser.add_argument('--against', metavar='TEXT', help='another text, to be put beside it')
+    cell = 'a cell to ablate and to tell of beside those that fire most, both from 0; may be given several times'
+    parser.add_argument('--cell', action='append', type=layer_and_cell, default=[], metavar='LAYER:CELL', help=cell)
     parser.add_argument('--out', metavar='FILE.html', help='the page to write')
     parser.add_argument('--json', metavar='FILE.json', help='the page’s numbers to write')
     add_run_options(parser)
@@ -62,7 +64,7 @@ def examine() -> None:
     made = Made(command, version().split(',')[0].removeprefix('weft '), str(options.run), title)
     tell = 'out of memory on a device: the activations of a text; give a shorter one, or use --mesh'
     with jax.set_mesh(opened.mesh), explain_oom(lambda: tell):
-        found = report(opened, options.text, options.against, made, say_stage)
+        found = report(opened, options.text, options.against, made, say_stage, options.cell)
     if options.json:
         write_text('--json', options.json, as_json(found) + '\n')
     if options.out:
@@ -164,6 +166,14 @@ def test_induction(arguments: Sequence[str]) -> None:
     print(f'  without as many random ones  {mean:.4f}   (+{mean - found.loss:.4f}, mean of {len(found.random)} draws)')
     low, high = found.interval
     print(f'ratio of the rises {found.ratio:.2f}, 95 % interval {low:.2f} to {high:.2f} over draws and texts')
+
+
+def layer_and_cell(text: str) -> tuple[int, int]:
+    """The type of an option: two whole numbers."""
+    layer, colon, cell = text.partition(':')
+    if not colon:
+        raise argparse.ArgumentTypeError(f'{shown(text, 40, quoted=True)}: give LAYER:CELL, such as 2:17')
+    return whole(0)(layer), whole(0)(cell)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

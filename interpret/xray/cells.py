@@ -18,6 +18,7 @@ from weft.interpret.xray import programs
 from weft.interpret.xray.programs import TOLD
 from weft.model.config import ModelConfig
 from weft.model.decoder import Decoder
+from weft.runtime.errors import UserError
 
 CHUNK = 512  # cells whose values are made at once
 SUPPRESSED = 5  # tokens that are told
@@ -44,6 +45,18 @@ class Promoted(NamedTuple):
 def dense_layers(model: Decoder) -> list[int]:
     """The layers whose feed-forward part is one MLP."""
     return [layer for layer, spec in enumerate(model.config.layer_specs) if not spec.experts]
+
+
+def check_cell(c: ModelConfig, option: str, layer: int, cell: int) -> None:
+    """Raises UserError for a cell that a model does not have."""
+    if not 0 <= layer < c.layers:
+        raise UserError(f'{option}: there is no layer {layer}; layers are 0 to {c.layers - 1}')
+    if c.layer_specs[layer].experts:
+        dense = [number for number, spec in enumerate(c.layer_specs) if not spec.experts]
+        others = f'; those of layers {", ".join(map(str, dense))} can be named' if dense else ''
+        raise UserError(f'{option}: layer {layer} is a mixture of experts, and has no cells of its own{others}')
+    if not 0 <= cell < c.mlp.dim:
+        raise UserError(f'{option}: there is no cell {cell}; cells of a layer are 0 to {c.mlp.dim - 1}')
 
 
 def values(model: Decoder, layer: int, cells: Sequence[int], units: int) -> np.ndarray:

@@ -26,6 +26,7 @@ from weft.interpret.xray import programs
 from weft.model.decoder import Decoder
 from weft.model.edits import Edit
 from weft.model.forward import place
+from weft.runtime.errors import UserError, nearest
 
 HEADS, CELLS, EXPERTS = 'attention.head_outputs', 'mlp.hidden_units', 'experts.outputs'
 ATTENTION, MLP, RESIDUAL = 'attention.output', 'mlp.output', 'residual.after_mlp'
@@ -58,13 +59,21 @@ def everywhere() -> np.ndarray:
 
 
 def unit(number: int, units: int) -> np.ndarray:
-    """The mask of one head or cell at all tokens."""
+    """The mask of one head or cell at all tokens. Raises UserError for one that is not there."""
+    check_number('head or cell', number, units)
     return np.arange(units)[None] == number
 
 
 def column(number: int, columns: int) -> np.ndarray:
-    """The mask of all units at one token."""
+    """The mask of all units at one token. Raises UserError for one that is not there."""
+    check_number('token', number, columns)
     return np.arange(columns)[:, None] == number
+
+
+def check_number(what: str, number: int, count: int) -> None:
+    """Raises UserError for a number that none of so many has."""
+    if not 0 <= number < count:
+        raise UserError(f'{what} {number}: there is no such one; they are 0 to {count - 1}')
 
 
 @jax.jit
@@ -125,6 +134,9 @@ class Patches:
             masks[name] = np.zeros((len(array), self.rows, columns, *apart), bool)
         for row, change in enumerate(changes):
             if change is not None:
+                if change.name not in masks:
+                    raise UserError(f'{change.name!r}: no values are given for it{nearest(change.name, masks)}')
+                check_number('layer', change.layer, self.model.config.layers)
                 mask = masks[change.name][change.layer, row]
                 units = change.mask.reshape(*change.mask.shape, *[1] * (mask.ndim - change.mask.ndim))
                 mask[: len(self.ids) if mask.shape[0] > 1 else 1] = units

@@ -14,11 +14,11 @@ import numpy as np
 from weft.inference.run import TrainedRun
 from weft.interpret.xray import compare
 from weft.interpret.xray import index as cell_index
-from weft.interpret.xray.cells import promoted
+from weft.interpret.xray.cells import check_cell, promoted
 from weft.interpret.xray.encode import Strings, array, number
 from weft.interpret.xray.observed import CELLS, check_model, observe, text_ids
 from weft.interpret.xray.patching import ATTENTION, HEADS, MLP, RESIDUAL, Change, Patches, column, unit
-from weft.interpret.xray.text import Examined, Stage, examine
+from weft.interpret.xray.text import Cell, Examined, Stage, examine
 from weft.model.cost import parameters
 from weft.model.decoder import Decoder
 
@@ -39,11 +39,14 @@ class Made:
     title: str
 
 
-def report(run: TrainedRun, text: str, against: str | None, made: Made, stage: Stage) -> dict[str, Any]:
+def report(
+    run: TrainedRun, text: str, against: str | None, made: Made, stage: Stage, named: Sequence[Cell] = ()
+) -> dict[str, Any]:
     """Runs all instruments on a text, and on another beside it; use it under `jax.set_mesh(run.mesh)`.
 
-    `stage(what, of how many)` is told what goes on, and gives who is told how many are done. Raises UserError for a text that
-    is empty or too long, and for a model that is no decoder.
+    `stage(what, of how many)` is told what goes on, and gives who is told how many are done; `named` are cells that are ablated
+    and told of beside those that fire most. Raises UserError for a text that is empty or too long, for a cell that is not
+    there, and for a model that is no decoder.
     """
     begin = time.perf_counter()
     tokenizer, c = run.tokenizer, run.config.model
@@ -52,12 +55,16 @@ def report(run: TrainedRun, text: str, against: str | None, made: Made, stage: S
     check_model(run.kind)
     texts = [text] if against is None else [text, against]
     ids = [text_ids(run, option, one) for option, one in zip(('--text', '--against'), texts, strict=False)]
+    for layer, cell in named:
+        check_cell(c, f'--cell {layer}:{cell}', layer, cell)
     found_index = cell_index.load(run.folder) if isinstance(run.folder, Path) else None
     strings = Strings(tokenizer)
     done = stage('forward pass', 1)
     observed, random = observe(run, ids)
     done(1)
-    examined = [examine(run, one, of_one, random, strings, stage) for one, of_one in zip(texts, observed, strict=True)]
+    examined = [
+        examine(run, one, of_one, random, strings, stage, named) for one, of_one in zip(texts, observed, strict=True)
+    ]
     found: dict[str, Any] = {'version': VERSION, 'title': made.title, 'model': model_facts(run)}
     found['texts'] = [one.report for one in examined]
     found |= {'compare': None, 'patch': None}

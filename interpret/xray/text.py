@@ -36,6 +36,7 @@ NEW = 16  # tokens that a model of experts goes on with
 ABLATED_CELLS = 20
 GROUP = 8  # layers whose heads are read by the LM head at once
 
+Cell = tuple[int, int]  # layer and number
 Stage = Callable[[str, int], Callable[[int], object]]  # (what, of how many) gives who is told how many are done
 
 
@@ -51,9 +52,15 @@ class Examined:
 
 
 def examine(
-    run: TrainedRun, text: str, observed: Observed, random: Sequence[Observed], strings: Strings, stage: Stage
+    run: TrainedRun,
+    text: str,
+    observed: Observed,
+    random: Sequence[Observed],
+    strings: Strings,
+    stage: Stage,
+    named: Sequence[Cell] = (),
 ) -> Examined:
-    """Runs all instruments on one text; use it under `jax.set_mesh(run.mesh)`."""
+    """Runs all instruments on one text; use it under `jax.set_mesh(run.mesh)`. `named`: cells that are ablated in any case."""
     model, taps, ids = run.model, observed.taps, observed.ids
     residual_LTD = residuals(taps)
     following_T = np.array([*ids[1:], 0])
@@ -82,7 +89,7 @@ def examine(
     else:
         report['cells_top'] = None
     report['experts'] = of_experts(run, observed, stage)
-    report['ablation'], log_last_V = ablation(model, observed, cells, strings, stage)
+    report['ablation'], log_last_V = ablation(model, observed, cells, strings, stage, named)
     return Examined(report, observed, cells, log_last_V, residual_LTD)
 
 
@@ -196,7 +203,12 @@ def of_experts(run: TrainedRun, observed: Observed, stage: Stage) -> dict[str, A
 
 
 def ablation(
-    model: Decoder, observed: Observed, cells: TopCells | None, strings: Strings, stage: Stage
+    model: Decoder,
+    observed: Observed,
+    cells: TopCells | None,
+    strings: Strings,
+    stage: Stage,
+    named: Sequence[Cell],
 ) -> tuple[dict[str, Any], np.ndarray]:
     """What the answer after the last token loses with each part at its mean, and the log-probabilities with all of them."""
     c, taps, L = model.config, observed.taps, model.config.layers
@@ -207,7 +219,7 @@ def ablation(
     if heads:
         values[HEADS] = means(taps[HEADS])
         changes += [Change(HEADS, layer, unit(head, heads)) for layer in range(L) for head in range(heads)]
-    fired = strongest(cells, ABLATED_CELLS)
+    fired = list(dict.fromkeys([*named, *strongest(cells, ABLATED_CELLS)]))
     if fired:
         values[CELLS] = of_all_layers(means(taps[CELLS]), dense_layers(model), L)
         changes += [Change(CELLS, layer, unit(cell, taps[CELLS].shape[2])) for layer, cell in fired]
@@ -237,7 +249,7 @@ def ablation(
     return found, log_CV[0]
 
 
-def strongest(cells: TopCells | None, most: int) -> list[tuple[int, int]]:
+def strongest(cells: TopCells | None, most: int) -> list[Cell]:
     """Layer and number of the cells that have the largest share of their layer at the last token."""
     if cells is None:
         return []

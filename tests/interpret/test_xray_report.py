@@ -16,6 +16,7 @@ from weft.inference.run import TrainedRun
 from weft.interpret.xray.encode import decoded, numbers
 from weft.interpret.xray.index import Index
 from weft.interpret.xray.induction import induction_test
+from weft.interpret.xray.patching import ATTENTION, HEADS, Change, Patches, unit
 from weft.interpret.xray.report import Made, report
 from weft.runtime.errors import UserError
 from weft.sharding.mesh import MeshConfig
@@ -54,7 +55,7 @@ def found(tmp_path_factory):
     with on(MeshConfig()):
         folder = tmp_path_factory.mktemp('planted')
         reports = {
-            'dense': report(run_of(folder, False), TEXT, OTHER, made, told),
+            'dense': report(run_of(folder, False), TEXT, OTHER, made, told, [(1, planted.CELL), (0, 3)]),
             'mixture': report(run_of(folder, True), TEXT, None, made, told),
         }
     return json.loads(json.dumps(reports, allow_nan=False))
@@ -107,6 +108,10 @@ def test_it_says_what_is_planted(found):
     assert change[PREVIOUS] < -1  # on which the induction head rests
     assert max(abs(change[FIRST]), abs(change[DUPLICATE])) < 1e-5
     assert one['lens']['decided'][-1] == 2
+    named = one['ablation']['cells']
+    assert [(cell['layer'], cell['cell']) for cell in named] == [(1, planted.CELL), (0, 3)]
+    assert max(abs(cell['change']) for cell in named) < 1e-5  # it fires at no token of this text
+    assert strings[found['dense']['cells'][f'1:{planted.CELL}']['promotes'][0][0]] == chr(97 + planted.VALUE)
     promotes = decoded(one['heads']['promotes'])
     assert strings[promotes[(*INDUCTION, -1, 0)]] == 'p'
     answer = decoded(one['heads']['answer'])
@@ -160,6 +165,21 @@ def test_mistakes(tmp_path):
                 report(run, text, None, made, told)
             with pytest.raises(UserError, match=f'--against.*{line}'):
                 report(run, 'ab', text, made, told)
+
+
+def test_what_is_not_there_cannot_be_changed(tmp_path):
+    made = Made('xray', '0', 'runs/planted', 'Planted')
+    with on(MeshConfig()):
+        with pytest.raises(UserError, match=r'--cell 1:0: layer 1 is a mixture .*those of layers 0 can be named'):
+            report(run_of(tmp_path, True), TEXT, None, made, told, [(1, 0)])
+        model = planted.model()
+        patches = Patches(model, [1, 2], {HEADS: np.zeros((2, 1, 2, planted.H), np.float32)})
+        with pytest.raises(UserError, match='head or cell 2: there is no such one; they are 0 to 1'):
+            unit(2, 2)
+        with pytest.raises(UserError, match='layer 2: there is no such one; they are 0 to 1'):
+            patches.log_probabilities([Change(HEADS, 2, unit(0, 2))])
+        with pytest.raises(UserError, match=r"'attention\.output': no values are given for it"):
+            patches.log_probabilities([Change(ATTENTION, 0, unit(0, 2))])
 
 
 def test_induction_heads_are_confirmed_by_ablation():
