@@ -140,23 +140,28 @@ function bar(x, high, low = 0, kind = '') {
   return node('span', { class: `bar ${kind} ${x < 0 ? 'minus' : ''}`, 'aria-hidden': 'true' }, node('i', { style: part }), zero);
 }
 
-/** A table with heads of columns; cells are texts, nodes, or lists of them. */
+/** A table with heads of columns; cells are texts, nodes, or lists of them. A row with `select` is chosen by a click or by Enter. */
 function table(caption, heads, rows, more = '') {
   const head = node('tr', {}, heads.map((text) => node('th', { scope: 'col' }, text)));
-  const body = rows.map((row) => {
-    const cells = (row.cells ?? row).map((cell) => node('td', {}, cell));
-    const line = node('tr', row.select ? { class: 'can', tabindex: '0', 'aria-current': row.on ? 'true' : null, onclick: row.select } : {}, cells);
-    if (row.select) {
-      line.addEventListener('keydown', (event) => {
-        if (event.key !== 'Enter' && event.key !== ' ') return;
-        event.preventDefault();
-        row.select();
-      });
-    }
+  const lines = rows.map((row) => {
+    const attributes = row.select ? { class: 'can', tabindex: '-1', 'aria-current': row.on ? 'true' : null, onclick: row.select } : {};
+    const line = node('tr', attributes, (row.cells ?? row).map((cell) => node('td', {}, cell)));
     if (row.on) line.classList.add('on');
     return line;
   });
-  return node('table', { class: `list ${more}` }, node('caption', { class: 'aloud' }, caption), node('thead', {}, head), node('tbody', {}, body));
+  const can = lines.filter((line) => line.classList.contains('can'));
+  const first = can.find((line) => line.classList.contains('on')) ?? can[0];
+  if (first) first.tabIndex = 0; // Tab stops at one row of a table; the arrow keys go to the others
+  const body = node('tbody', {}, lines);
+  body.addEventListener('keydown', (event) => {
+    const at = can.indexOf(event.target);
+    const to = { ArrowUp: at - 1, ArrowDown: at + 1 }[event.key];
+    if (at < 0 || (to === undefined && event.key !== 'Enter' && event.key !== ' ')) return;
+    event.preventDefault();
+    if (to === undefined) event.target.click();
+    else can[to]?.focus();
+  });
+  return node('table', { class: `list ${more}` }, node('caption', { class: 'aloud' }, caption), node('thead', {}, head), body);
 }
 
 /** A choice among few, as buttons of which one is pressed. */

@@ -15,6 +15,8 @@ function go(change) {
 }
 
 function show() {
+  const choices = () => [...section(state.panel).querySelectorAll('tr.can')];
+  const held = choices().indexOf(document.activeElement); // a table that is drawn anew keeps the focus
   for (const name of ORDER) {
     const on = name === state.panel;
     tab(name).setAttribute('aria-selected', String(on));
@@ -33,6 +35,7 @@ function show() {
     built.set(state.panel, of);
     panel.update();
   }
+  if (held >= 0 && !choices().includes(document.activeElement)) choices()[held]?.focus({ preventScroll: true });
   strips.forEach((strip, i) => strip.point(i === state.text ? state.token : null));
   const { panel: name, ...rest } = state;
   const place = Object.entries(rest).filter(([, value]) => value !== undefined).map(([key, value]) => `${key}=${value}`);

@@ -130,12 +130,20 @@ async function keyboard(browser) {
   await page.keyboard.press('ArrowRight');
   assert.notEqual(await place(), head);
   await focusShows(page, 'on a head');
+  await page.click('#tab-layers');
+  const rows = page.locator(`${panel('layers')} tr.can`);
+  await rows.nth(4).focus();
+  await page.keyboard.press('ArrowDown');
+  await focusShows(page, 'on a row');
+  await page.keyboard.press('Enter');
+  assert.equal(await rows.nth(5).getAttribute('aria-current'), 'true', 'Enter chooses a row');
+  assert.ok(await rows.nth(5).evaluate((element) => element === document.activeElement), 'and leaves the focus on it');
   calm('by keyboard');
   const hash = await page.evaluate(() => location.hash);
   await page.close();
   const again = await open(browser, file('dense'), { width: 1400, hash });
   assert.match(await spoken(again.page), /^token 1:/);
-  assert.ok(await again.page.isVisible(panel('attention')));
+  assert.ok(await again.page.isVisible(panel('layers')));
   await again.page.close();
 }
 
