@@ -11,7 +11,7 @@ thousand times as large as others (Sun et al. 2024, arXiv:2402.17762), and a mea
 stood for. An expert is ablated by zero: it is passed over. Patched (Meng et al. 2022, arXiv:2202.05262) a part has the values
 of another text's run.
 
-Letters: L layers, B rows, T tokens, N heads, H head width, F cells, K experts of a token, D model, V vocabulary.
+Letters: L layers, B rows, T tokens, N heads, H head width, F cells, D model, V vocabulary.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ UNITS = {
 class Change:
     """One row's: where `mask` holds, the activation `name` of a layer is what `Patches.values` has there.
 
-    `mask` is bool [T, units] or, with either dim 1, meant for all of it; units are heads, cells or the choices of a token.
+    `mask` is bool [T, units] or, with either dim 1, meant for all of it; units are heads, cells or experts.
     """
 
     name: str
@@ -59,8 +59,8 @@ def everywhere() -> np.ndarray:
 
 
 def unit(number: int, units: int) -> np.ndarray:
-    """The mask of one head or cell at all tokens. Raises UserError for one that is not there."""
-    check_number('head or cell', number, units)
+    """The mask of one head, cell or expert at all tokens. Raises UserError for one that is not there."""
+    check_number('head, cell or expert', number, units)
     return np.arange(units)[None] == number
 
 

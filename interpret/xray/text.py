@@ -226,7 +226,7 @@ def ablation(
     chosen = passed_over(model, observed)
     if chosen:
         assert c.moe is not None
-        values[EXPERTS] = np.zeros((L, 1, c.moe.top_k, 1), np.float32)
+        values[EXPERTS] = np.zeros((L, 1, c.moe.experts, 1), np.float32)
         changes += [change for _, _, change in chosen]
     log_CV = Patches(model, observed.ids, values, begin=1).log_probabilities(changes, stage('ablation', len(changes)))
     answer = int(log_CV[0].argmax())
@@ -266,5 +266,5 @@ def passed_over(model: Decoder, observed: Observed) -> list[tuple[int, int, Chan
         return []
     layers = [layer for layer, spec in enumerate(c.layer_specs) if spec.experts]
     for row, (layer, chosen_TK) in enumerate(zip(layers, observed.taps[experts.TAPS[0]], strict=True)):
-        found += [(row, int(e), Change(EXPERTS, layer, chosen_TK == e)) for e in np.unique(chosen_TK)]
+        found += [(row, int(e), Change(EXPERTS, layer, unit(int(e), c.moe.experts))) for e in np.unique(chosen_TK)]
     return found

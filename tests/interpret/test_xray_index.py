@@ -47,7 +47,7 @@ def test_it_equals_a_search_of_all(model, samples, tmp_path, monkeypatch):
     for m, f, k in np.ndindex(found.row_MFk.shape):
         row = found.row_MFk[m, f, k]
         assert found.column_MFk[m, f, k] == column[m, row, f]
-        assert found.activation_MFk[m, f, k] == pytest.approx(hidden[m, row, column[m, row, f], f], abs=1e-5)
+        assert found.activation_MFk[m, f, k] == pytest.approx(hidden[m, row, column[m, row, f], f], rel=1e-5, abs=1e-5)
     assert found.tokens == live.sum()
 
     index.build(model, samples, numbers[:6], ABOUT, tmp_path)

@@ -11,7 +11,18 @@ from weft.interpret.xray import cells, compare, contributions, programs
 from weft.interpret.xray.frozen import freeze, layer_norm
 from weft.interpret.xray.lens import decided, lens, residuals
 from weft.interpret.xray.observed import ALWAYS
-from weft.interpret.xray.patching import ATTENTION, CELLS, HEADS, RESIDUAL, Change, Patches, column, everywhere, unit
+from weft.interpret.xray.patching import (
+    ATTENTION,
+    CELLS,
+    EXPERTS,
+    HEADS,
+    RESIDUAL,
+    Change,
+    Patches,
+    column,
+    everywhere,
+    unit,
+)
 from weft.model.config import model_of
 from weft.model.forward import logits, place
 from weft.sharding.mesh import MeshConfig
@@ -135,12 +146,38 @@ def test_patching_a_head_equals_the_model_without_its_weights(looked):
     keep = np.ones(w.shape, np.float32)
     H = heads.shape[3]
     keep[at, :, number * H : (number + 1) * H] = 0
-    without = jax.tree.map(lambda a: a, model)
-    without.groups[group].attention.o.w_OI[...] = w[...] * jax.device_put(keep, w[...].sharding)
-    rows = programs.padded(model.config, [IDS], programs.columns_for(len(IDS)))
-    expected = np.asarray(jax.jit(logits)(without, *place(tuple(rows))))[0, len(IDS) - 1]
+    expected = with_weights(model, lambda without: without.groups[group].attention.o.w_OI, w, keep)
     np.testing.assert_allclose(log_CV[1], log_softmax(expected), atol=2e-5)
     assert np.abs(log_CV[1] - log_CV[0]).max() > 1e-3
+
+
+def test_passing_over_an_expert_equals_its_weights_at_zero(looked):
+    model, layer = looked.model, 1
+    if not model.config.moe:
+        assert not any(spec.experts for spec in model.config.layer_specs)
+        return
+    E = model.config.moe.experts
+    patches = Patches(model, IDS, {EXPERTS: np.zeros((2, 1, E, 1), np.float32)})
+    log_CV = patches.log_probabilities([None, *(Change(EXPERTS, layer, unit(expert, E)) for expert in range(E))])
+    np.testing.assert_allclose(log_CV[0], log_softmax(looked.logit_TV[-1]), atol=2e-5)
+    group, at = programs.place_of(model.config, layer)
+    w = model.groups[group].mlp.down.w_EOI
+    for expert in range(E):
+        keep = np.ones(w.shape, np.float32)
+        keep[at, expert] = 0
+        expected = with_weights(model, lambda without: without.groups[group].mlp.down.w_EOI, w, keep)
+        np.testing.assert_allclose(log_CV[1 + expert], log_softmax(expected), atol=2e-5)
+    # In the last layer those alone count that the last token has chosen.
+    changed = np.abs(log_CV[1:] - log_CV[0]).max(-1) > 1e-3
+    assert changed.sum() == model.config.moe.top_k
+
+
+def with_weights(model, find, w, keep: np.ndarray) -> np.ndarray:
+    """The logits after the last token [V] of a model one of whose weights is multiplied by a mask."""
+    without = jax.tree.map(lambda a: a, model)
+    find(without)[...] = w[...] * jax.device_put(keep, w[...].sharding)
+    rows = programs.padded(model.config, [IDS], programs.columns_for(len(IDS)))
+    return np.asarray(jax.jit(logits)(without, *place(tuple(rows))))[0, len(IDS) - 1]
 
 
 def test_values_of_another_text_patched_in_whole_give_its_answer(looked):

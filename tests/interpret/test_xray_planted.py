@@ -108,9 +108,8 @@ def test_the_router_sends_each_token_as_it_is_written_and_without_its_expert_onl
     paths = experts.paths(*(taps[name] for name in experts.TAPS))
     np.testing.assert_array_equal(paths.chosen_MTK[0, :, 0], np.array(ids) % planted.E)
     assert paths.entropy_MT.max() < 0.1
-    patches = Patches(mixture, ids, {EXPERTS: np.zeros((2, 1, 1, 1), np.float32)})
-    chosen_TK = paths.chosen_MTK[0]
-    log_CV = patches.log_probabilities([None, *(Change(EXPERTS, 1, chosen_TK == e) for e in range(planted.E))])
+    patches = Patches(mixture, ids, {EXPERTS: np.zeros((2, 1, planted.E, 1), np.float32)})
+    log_CV = patches.log_probabilities([None, *(Change(EXPERTS, 1, unit(e, planted.E)) for e in range(planted.E))])
     answer = planted.SAYS + ids[-1] % planted.E
     assert log_CV[0].argmax() == answer
     lost = log_CV[0, answer] - log_CV[1:, answer]

@@ -174,7 +174,7 @@ def test_what_is_not_there_cannot_be_changed(tmp_path):
             report(run_of(tmp_path, True), TEXT, None, made, told, [(1, 0)])
         model = planted.model()
         patches = Patches(model, [1, 2], {HEADS: np.zeros((2, 1, 2, planted.H), np.float32)})
-        with pytest.raises(UserError, match='head or cell 2: there is no such one; they are 0 to 1'):
+        with pytest.raises(UserError, match='head, cell or expert 2: there is no such one; they are 0 to 1'):
             unit(2, 2)
         with pytest.raises(UserError, match='layer 2: there is no such one; they are 0 to 1'):
             patches.log_probabilities([Change(HEADS, 2, unit(0, 2))])
