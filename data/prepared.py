@@ -60,23 +60,32 @@ class Dataset:
 def save(folder: Path, dataset: Dataset) -> None:
     """Writes `folder`/data and the tokenizer beside it. A kill, or a power cut, at any moment leaves a whole or nothing."""
     new, old, data = folder / 'data.partial', folder / 'data.old', folder / 'data'
-    disk.make_folder(new)
-    sizes, blocks = {}, {}
-    for part in SPLITS:
-        samples = getattr(dataset, part)
-        for name in samples.ARRAYS:
-            path = new / f'{part}.{name}.npy'
-            with disk.new(path) as file:
-                np.save(file, np.asarray(getattr(samples, name)), allow_pickle=False)
-            sizes[path.name], blocks[path.name] = path.stat().st_size, hashes(path)
-    description = {'key': dataset.key, 'facts': dataset.facts, 'sizes': sizes, 'blocks': blocks}
-    disk.put(new / DESCRIPTION, sealed({**description, 'tokenizer_sha256': dataset.tokenizer.sha256}))
-    disk.sync_tree(new)
+    try:
+        _write(new, dataset)
+    except BaseException:
+        disk.remove(new)  # nobody needs half of it, and where the disk is full it is in the way
+        raise
     if os.path.lexists(data):  # of another config; out of the way first, because its tokenizer is about to go
         disk.rename(data, old)
     dataset.tokenizer.save(folder)
     disk.rename(new, data)
     disk.remove(old)
+
+
+def _write(folder: Path, dataset: Dataset) -> None:
+    """The rows of a dataset and their description, all synced."""
+    disk.make_folder(folder)
+    sizes, blocks = {}, {}
+    for part in SPLITS:
+        samples = getattr(dataset, part)
+        for name in samples.ARRAYS:
+            path = folder / f'{part}.{name}.npy'
+            with disk.new(path) as file:
+                np.save(file, np.asarray(getattr(samples, name)), allow_pickle=False)
+            sizes[path.name], blocks[path.name] = path.stat().st_size, hashes(path)
+    description = {'key': dataset.key, 'facts': dataset.facts, 'sizes': sizes, 'blocks': blocks}
+    disk.put(folder / DESCRIPTION, sealed({**description, 'tokenizer_sha256': dataset.tokenizer.sha256}))
+    disk.sync_tree(folder)
 
 
 def clear(folder: Path) -> None:

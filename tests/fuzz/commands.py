@@ -81,6 +81,7 @@ EMBEDDINGS = (
     '--out',
     '{scratch}/words.png',
 )
+HISTORY = ('history', '--only', 'n-gram', 'training.steps=2', 'data.source={base}/text', 'data.vocabulary=300')
 COMMANDS = {
     one.name: one
     for one in (
@@ -101,6 +102,11 @@ COMMANDS = {
         Command('embeddings', EMBEDDINGS, 'words.png'),
         Command(
             'xray', ('xray', '{base}/runs/tiny', '--text', f'def {ODD}', '--out', '{scratch}/xray.html'), 'xray.html'
+        ),
+        Command(
+            'history',
+            (*HISTORY, '--work', '{scratch}/work', '--out', '{scratch}/history.md'),
+            'work/figures/n-gram.json',
         ),
         Command('chat', ('chat', '{base}/runs/talks', '--max-new-tokens', '5'), None, f'Hi {ODD}\n/help\nAnd?\n'),
         Command('import', ('convert', 'import', '{base}/published', '{scratch}/runs/made'), 'runs/made'),

@@ -37,6 +37,7 @@ AFTER = {
     'score': (100,),
     'embeddings': (4,),
     'xray': (4,),
+    'history': (24,),
     'import': (24,),
     'export': (24,),
     'plan page': (4,),
