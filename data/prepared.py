@@ -62,7 +62,7 @@ def save(folder: Path, dataset: Dataset) -> None:
     new, old, data = folder / 'data.partial', folder / 'data.old', folder / 'data'
     try:
         _write(new, dataset)
-    except BaseException:
+    except OSError:
         disk.remove(new)  # nobody needs half of it, and where the disk is full it is in the way
         raise
     if os.path.lexists(data):  # of another config; out of the way first, because its tokenizer is about to go
