@@ -23,7 +23,7 @@ import numpy as np
 from weft.data.packing import Rows, Samples
 from weft.data.pairs import PairRows
 from weft.data.tokenizer import Tokenizer, own_tokenizer
-from weft.runtime.errors import UserError, shown
+from weft.runtime.errors import MachineError, UserError, shown
 from weft.storage import files as disk
 from weft.storage.sealed import sealed, unsealed
 
@@ -62,7 +62,7 @@ def save(folder: Path, dataset: Dataset) -> None:
     new, old, data = folder / 'data.partial', folder / 'data.old', folder / 'data'
     try:
         _write(new, dataset)
-    except OSError:
+    except (OSError, MachineError):
         disk.remove(new)  # nobody needs half of it, and where the disk is full it is in the way
         raise
     if os.path.lexists(data):  # of another config; out of the way first, because its tokenizer is about to go
