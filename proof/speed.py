@@ -5,7 +5,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -38,28 +38,37 @@ def seconds_each(step: Callable[[], Any], count: int, warm: int = 2) -> list[flo
     return times[warm:]
 
 
-class Trainer:
-    """Real training steps on random tokens, one document a row. Use it under `jax.set_mesh`."""
+def in_turns(
+    first: Callable[[], Any], second: Callable[[], Any], turns: int, warm: int = 2
+) -> tuple[list[float], list[float]]:
+    """Times of `turns` calls of each, one after the other, so that what else the machine does meets both."""
+    pairs = [(*seconds_each(first, 1, warm=0), *seconds_each(second, 1, warm=0)) for _ in range(warm + turns)]
+    return [a for a, _ in pairs[warm:]], [b for _, b in pairs[warm:]]
 
-    def __init__(self, config: RunConfig):
+
+class Trainer:
+    """Real training steps on random tokens, one document a row, that capture `taps`. Use it under `jax.set_mesh`."""
+
+    def __init__(self, config: RunConfig, taps: Sequence[str] = ()):
         t = config.training
         shape = (t.batch, t.sequence_length + 1)
         ids = np.random.default_rng(0).integers(0, config.model.vocabulary, shape, dtype=np.int32)
         places = np.broadcast_to(np.arange(t.sequence_length, dtype=np.int32), (t.batch, t.sequence_length))
         self.batch = place(Batch(ids[:, :-1], ids[:, 1:], places, np.ones_like(places)))
         self.state = jax.jit(functools.partial(init, config))()
-        self.run = jax.jit(functools.partial(train_step, config), donate_argnums=0)
+        self.run = jax.jit(functools.partial(train_step, config, taps=taps), donate_argnums=0)
 
     def step(self) -> Any:
-        """One step; its loss."""
+        """One step; its loss, and what is captured."""
         self.state, figures = self.run(self.state, self.batch)
-        return figures['loss']
+        return figures['loss'], figures.get('taps')
 
 
-def measure_training(config: RunConfig, steps: int, profile: int = 0) -> dict[str, Any]:
+def measure_training(config: RunConfig, steps: int, profile: int = 0, taps: Sequence[str] = ()) -> dict[str, Any]:
     """The training figures of the command-line contract, and what they rest on; `profile` kernels are listed on stderr.
 
-    Tokens a second are those of all rows on all devices.
+    Tokens a second are those of all rows on all devices. With `taps`, names of activations or patterns of them, a step that
+    captures these takes turns with one that does not.
     """
     config = config.with_planned_vocabulary()
     config.check_sizes()
@@ -68,7 +77,13 @@ def measure_training(config: RunConfig, steps: int, profile: int = 0) -> dict[st
     t = config.training
     with jax.set_mesh(make_mesh(config.mesh)):
         step = Trainer(config).step
-        seconds = statistics.median(seconds_each(step, steps))
+        captured: dict[str, Any] = {}
+        if taps:
+            plain, tapped = in_turns(step, Trainer(config, taps).step, steps)
+            ratios = [b / a for a, b in zip(plain, tapped, strict=True)]
+            captured = {'taps': ' '.join(taps), 'taps_step_seconds': statistics.median(tapped)}
+            captured |= {'taps_ratio': statistics.median(ratios), 'taps_ratio_range': [min(ratios), max(ratios)]}
+        seconds = statistics.median(plain if taps else seconds_each(step, steps))
         if profile:
             print(kernel_table(kernels(step), seconds, profile), file=sys.stderr)
     tokens = t.batch * t.sequence_length / seconds
@@ -84,6 +99,7 @@ def measure_training(config: RunConfig, steps: int, profile: int = 0) -> dict[st
         'peak_basis': basis,
         'peak_memory_bytes': peak_memory(),
         **_where(config),
+        **captured,
     }
 
 

@@ -68,6 +68,13 @@ def main() -> None:
             options[name].add_argument(f'--{flag}', type=whole(least), default=default, help=HELP.get(flag))
     for name in ('train', 'decode'):
         options[name].add_argument('--profile', type=whole(0), default=0, metavar='N', help='lists the longest kernels')
+    options['train'].add_argument(
+        '--taps',
+        nargs='+',
+        default=(),
+        metavar='PATTERN',
+        help='activations to capture, as residual.*: what that costs',
+    )
     for name in ('start', 'transformers'):
         options[name].add_argument('run', metavar='RUN', help='a folder such as runs/demo')
     options['start'].add_argument('--prompt', default='The capital of France is', metavar='TEXT')
@@ -115,7 +122,7 @@ def measured(given: argparse.Namespace) -> dict[str, Any]:
     from weft.proof import speed as measure
 
     if given.what == 'train':
-        return measure.measure_training(config, given.steps, given.profile)
+        return measure.measure_training(config, given.steps, given.profile, given.taps)
     if given.what == 'decode':
         return measure.measure_decoding(config, given.rows, given.prompt, given.new, given.profile)
     return peers.beside_nanogpt(config, given.repository, given.python)

@@ -28,6 +28,19 @@ def test_a_profile_that_a_cpu_has_not_is_refused_before_a_model_is_made(monkeypa
         WAYS[what]()
 
 
+def test_a_step_that_captures_takes_turns_with_one_that_does_not(monkeypatch):
+    asked = []
+    true = measure.train_step
+    monkeypatch.setattr(measure, 'train_step', lambda *rest, taps: asked.append(taps) or true(*rest, taps=taps))
+    monkeypatch.setattr(measure, 'peak_flops', lambda config: (None, ''))
+    found = measure.measure_training(RUN, 1, taps=['residual.*'])
+    assert asked == [(), ['residual.*']]
+    low, high = found['taps_ratio_range']
+    assert 0 < low == found['taps_ratio'] == high
+    with pytest.raises(UserError, match="'residuals': no layer offers such an activation; did you mean"):
+        measure.measure_training(RUN, 1, taps=['residuals'])
+
+
 def test_tokens_a_second_are_those_of_all_rows_and_those_of_each():
     found = measure.measure_decoding(RUN, 4, 8, 8)
     assert found['tokens_per_second'] == pytest.approx(4 / found['step_seconds'])
