@@ -37,7 +37,7 @@ def test_a_step_that_captures_takes_turns_with_one_that_does_not(monkeypatch):
     assert asked == [(), ['residual.*']]
     low, high = found['taps_ratio_range']
     assert 0 < low == found['taps_ratio'] == high
-    with pytest.raises(UserError, match="'residuals': no layer offers such an activation; did you mean"):
+    with pytest.raises(UserError, match="'residuals': no layer offers such an activation; known: attention"):
         measure.measure_training(RUN, 1, taps=['residuals'])
 
 
