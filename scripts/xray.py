@@ -59,7 +59,8 @@ def examine() -> None:
     from weft.interpret.xray.report import Made, report
     from weft.runtime.device_memory import explain_oom
 
-    title = f'X-ray of {opened.config.name}: {options.text}'
+    texts = options.text if options.against is None else f'“{options.text}” and “{options.against}”'
+    title = f'X-ray of {opened.config.name}: {texts}'
     command = shlex.join(['python', 'scripts/xray.py', *sys.argv[1:]])
     made = Made(command, version().split(',')[0].removeprefix('weft '), str(options.run), title)
     tell = 'out of memory on a device: the activations of a text; give a shorter one, or use --mesh'

@@ -54,6 +54,7 @@ panels.ablation = (() => {
       scale: ramp([byExpert]),
     });
     for (const map of [heads, experts]) if (map) map.root.classList.add('small');
+    experts?.root.classList.add('wide');
     const all = everything();
     const high = Math.abs(all[0]?.[0] ?? 1);
     const strongest = (kind) => all.filter(([, name]) => kind === 'all' || name.includes(kind)).slice(0, 15).map(([x, name, where]) => ({ select: () => go(where), cells: [name, bar(x, high, -high), signed(x, 3), `× ${plain(Math.exp(x), 3)}`] }));
@@ -64,7 +65,7 @@ panels.ablation = (() => {
     const figure = (title, map) => map && node('figure', {}, node('figcaption', {}, node('b', {}, title)), map.root);
     replace(
       root,
-      node('p', { class: 'facts' }, 'At the last token, ', tokenChip(count() - 1), ', the answer is ', wordChip(answer, 'right'), ` with ${percent(Math.exp(logprob))} (log-probability ${signed(logprob)}).`),
+      node('p', { class: 'facts' }, `At the last token${report.texts.length > 1 ? ` of text ${'AB'[state.text]}` : ''}, `, tokenChip(count() - 1), ', the answer is ', wordChip(answer, 'right'), ` with ${percent(Math.exp(logprob))} (log-probability ${signed(logprob)}). All that follows is about this answer, whichever token is chosen above.`),
       node('div', { class: 'beside three' }, figure('Single heads', heads), figure('Whole parts of a layer', parts), node('div', {}, node('h3', {}, 'The strongest first'), choice('of', kinds, 'all', show), list)),
       figure('Single experts', experts),
     );

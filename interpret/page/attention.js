@@ -1,11 +1,19 @@
 // Panel: attention patterns of every head, one of them enlarged, and what the selected token reads.
 
 panels.attention = (() => {
-  let thumbs, large, band, readout, title, layerPicker, headPicker, reads, table_, ramp;
+  let thumbs, large, band, sides, readout, title, layerPicker, headPicker, reads, table_, ramp;
+
+  const NAMED = 24; // tokens whose names find room beside the enlarged head
+  const DOES = {
+    [ROLES.previous]: 'reads the token before',
+    [ROLES.first]: 'rests on the first token',
+    [ROLES.duplicate]: 'reads earlier copies of the token',
+    [ROLES.induction]: 'reads what came after an earlier copy',
+  };
 
   const pattern = () => current().attention.pattern;
   const heads = () => report.model.heads;
-  const weights = () => scale({ high: 1, power: 0.5, name: 'weight (steps between small ones are widened)' });
+  const weights = () => scale({ high: 1, power: 0.5, name: 'weight (small ones are drawn stronger than they are)' });
   /** Whether a head has a pattern: a query's weights sum to 1, so a layer without attention is all zeros. */
   const seen = (l, n) => {
     const T = count();
@@ -59,6 +67,10 @@ panels.attention = (() => {
     large = node('canvas', { class: 'pattern' });
     band = node('i', { class: 'band' });
     const frame = node('div', { class: 'frame', tabindex: '0', role: 'img', 'aria-label': 'The chosen head, enlarged' }, large, band);
+    const T = count();
+    const names = () => (T > NAMED ? [] : range(T).map((t) => node('span', {}, short(visible(word(current().tokens[t]))))));
+    const side = (name) => node('div', { class: name, 'aria-hidden': 'true', style: { '--tokens': String(T) } }, names());
+    sides = [side('above'), side('left')];
     const spot = (event) => {
       const box = large.getBoundingClientRect();
       const place = (x, size) => clamp(Math.floor((x / size) * count()), 0, count() - 1);
@@ -103,14 +115,14 @@ panels.attention = (() => {
       thumbs.querySelector('[tabindex="0"]').focus({ preventScroll: true });
     });
 
-    const legend = [...letters].map(([name, letter]) => node('span', {}, node('b', { class: 'badge' }, letter), ` ${name} `));
+    const legend = [...letters].map(([name, letter]) => node('span', {}, node('b', { class: 'badge' }, letter), ` ${name}${DOES[name] ? `: ${DOES[name]}` : ''} `));
     layerPicker = picker('layer', layerNames(), state.layer, (layer) => go({ layer }));
     headPicker = picker('head', range(heads()).map(String), state.head, (head) => go({ head }));
     reads = node('p', { class: 'running' });
     table_ = node('div');
     replace(
       root,
-      node('p', { class: 'key' }, legend.length ? ['Roles of heads: ', legend] : 'No head scores high enough to be given a role.'),
+      node('p', { class: 'key roles' }, legend.length ? ['Roles of heads, found on random tokens and not on this text (no letter: no role is strong enough): ', legend] : 'No head scores high enough to be given a role.'),
       node(
         'div', { class: 'beside' },
         node('div', { class: 'matrix' }, node('p', { class: 'axes' }, 'rows: layers, the last on top · columns: heads 0 to ', String(heads() - 1)), node('div', { class: 'scroll' }, thumbs)),
@@ -118,7 +130,7 @@ panels.attention = (() => {
           'div', { class: 'side' },
           title, node('div', { class: 'pickers' }, layerPicker.root, headPicker.root), ramp.legend(), readout,
           node('p', { class: 'axes' }, 'rows ↓ the token that reads · columns → the token that is read · grey: comes later, not seen'),
-          frame,
+          node('div', { class: `labelled ${T > NAMED ? 'bare' : ''}` }, sides, frame),
         ),
       ),
       node('h3', {}, 'What the selected token reads in this head'),
@@ -147,6 +159,7 @@ panels.attention = (() => {
     band.style.setProperty('top', `${(100 * t) / T}%`);
     band.style.setProperty('height', `${100 / T}%`);
     replace(title, `Layer ${l}, head ${n}`, roleOf(l, n) ? `: ${roleOf(l, n)}` : '');
+    for (const box of sides) [...box.children].forEach((one, i) => one.classList.toggle('on', i === t && box === sides[1]));
     readout.textContent = seen(l, n) ? told(l, n, t) : `Layer ${l} makes no attention pattern: its mixer is of another kind.`;
     reads.replaceChildren(
       ...range(T).map((k) => {

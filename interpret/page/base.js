@@ -108,12 +108,14 @@ function percent(p) {
 // What shows nothing by itself: controls, and marks that turn the direction of text or have no width.
 const HIDDEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
 
+const BLANK = /[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]/g; // spaces of other kinds, each named by its number
+
 /** A token's text with spaces, line breaks and controls made visible. */
 function visible(text) {
   if (text === '') return '∅';
   const named = { '\n': '↵', '\t': '⇥', '\r': '␍' };
   const code = (letter) => `⟨${letter.codePointAt(0).toString(16).toUpperCase().padStart(2, '0')}⟩`;
-  return text.replace(/ /g, '·').replace(HIDDEN, (letter) => named[letter] ?? code(letter));
+  return text.replace(/ /g, '·').replace(BLANK, code).replace(HIDDEN, (letter) => named[letter] ?? code(letter));
 }
 
 /** Running text of which only what shows nothing is replaced. */

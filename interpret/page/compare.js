@@ -9,6 +9,7 @@ panels.compare = (() => {
   const pair = () => alignment().findIndex((two) => two[state.text] === state.token);
   const name = (a) => alignment()[a].map((t, i) => (t === null ? '–' : `“${visible(word(report.texts[i].tokens[t]))}”`)).join(' / ');
   const both = (a) => alignment()[a].every((t) => t !== null);
+  const same = (a) => both(a) && new Set(alignment()[a].map((t, i) => report.texts[i].ids[t])).size === 1;
 
   function choose(a) {
     const [i, j] = alignment()[a];
@@ -70,7 +71,7 @@ panels.compare = (() => {
         state.row = r;
         choose(a);
       },
-      scale: scale({ high: 1, both: cosine.data.some((x) => x < 0), power: 2, show: plain, name: 'cosine: 1 is the same direction' }),
+      scale: scale({ high: 1, both: cosine.data.some((x) => x < 0), power: 2, show: plain, name: 'cosine: 1 is the same direction (steps near 1 are widened)' }),
     });
     next = node('div', { class: 'charts' });
     replace(
@@ -91,10 +92,10 @@ panels.compare = (() => {
     const rows = alignment().map(([i, j], p) => ({
       on: p === a,
       select: () => choose(p),
-      cells: [side(0, i), side(1, j), parted[p] === null || parted[p] === undefined ? '' : row(parted[p]), both(p) ? bar(cosine.at(last, p), 1, 0) : '', both(p) ? signed(cosine.at(last, p), 3) : 'only in one'],
+      cells: [side(0, i), side(1, j), same(p) ? (parted[p] === null || parted[p] === undefined ? 'never' : row(parted[p])) : both(p) ? 'differ' : '', both(p) ? bar(cosine.at(last, p), 1, 0) : '', both(p) ? signed(cosine.at(last, p), 3) : 'only in one'],
     }));
     const before = pairs.scrollTop;
-    replace(pairs, table('Aligned tokens of the two texts', ['text A', 'text B', 'part at', 'cosine at the end', ''], rows, 'bars'));
+    replace(pairs, table('Aligned tokens of the two texts', ['text A', 'text B', 'part at', 'cosine after the last layer', ''], rows, 'bars'));
     pairs.scrollTop = before;
     const on = pairs.querySelector('tr.on');
     if (on && (on.offsetTop < pairs.scrollTop + 30 || on.offsetTop + on.offsetHeight > pairs.scrollTop + pairs.clientHeight)) pairs.scrollTop = on.offsetTop - pairs.clientHeight / 2;

@@ -34,6 +34,7 @@ panels.experts = (() => {
     replace(
       root,
       node('h3', {}, 'The first expert of each token'),
+      node('p', {}, 'The number in a square is that of the expert with the largest weight; the colour says how sure the router was.'),
       map.root,
       node('div', { class: 'beside' }, node('div', {}, node('h3', { class: 'of' }), detail), node('div', {}, node('h3', {}, 'Loads of one layer'), layerPicker.root, loads)),
     );
@@ -78,7 +79,7 @@ panels.experts = (() => {
       say: (i, e) => (sums[kinds[i]] ? `${KINDS[kinds[i]] ?? kinds[i]}: expert ${e} gets ${percent(share(i, e))} (even would be ${percent(1 / E())})` : `the text has no ${KINDS[kinds[i]] ?? kinds[i]}`),
       scale: scale({ high, show: percent, name: 'share of the tokens of a kind that an expert gets' }),
     });
-    const parts = [[`the text (prefill, ${chosen.shape[1]} tokens)`, experts()]].concat(decode ? [[`written next (decoding, ${decode.chosen.shape[1]} tokens)`, decode]] : []);
+    const parts = [[`the text that was read (prefill, ${chosen.shape[1]} tokens)`, experts()]].concat(decode ? [[`what was written after it (decoding, ${decode.chosen.shape[1]} tokens)`, decode]] : []);
     const two = parts.map(([, part]) => load(part, m));
     const most = biggest(two.flat());
     const phase = heatmap({
@@ -90,8 +91,12 @@ panels.experts = (() => {
       say: (i, e) => `${parts[i][0]}: expert ${e} gets ${percent(two[i][e])}`,
       scale: scale({ high: most, show: percent, name: 'share of choices that an expert gets' }),
     });
-    const words = parts.map(([name, part]) => `${name}: certainty ${percent(certainty(part, m))}`);
-    replace(loads, node('h4', {}, 'By kind of token'), kindMap.root, node('h4', {}, 'Reading the text, and writing on'), node('p', { class: 'facts' }, `Layer ${l}, mean of ${words.join('; ')}.`), phase.root);
+    const words = parts.map(([name, part]) => `${percent(certainty(part, m))} over ${name}`);
+    const written = decode && [
+      node('p', { class: 'key' }, `What the model wrote, each token with its experts in layer ${l}:`),
+      node('p', {}, chips(decode.tokens.map((s, i) => [s, i]), (i) => range(decode.chosen.shape[2]).map((k) => decode.chosen.at(m, i, k)).join(', '))),
+    ];
+    replace(loads, node('h4', {}, 'By kind of token'), kindMap.root, node('h4', {}, 'Reading the text, and writing on'), node('p', { class: 'facts' }, `Mean certainty in layer ${l}: ${words.join('; ')}.`), phase.root, ...(written ?? []));
   }
 
   return { absent: () => (experts() ? null : 'This model has no experts: every layer has one feed-forward network, which the panel Cells shows.'), build, update };

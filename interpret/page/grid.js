@@ -33,7 +33,7 @@ function heatmap({ label, rows, columns, value, say, text, mark, select, scale: 
   const names = { rows: rows.map((line) => String(line.key)), columns: columns.map((column) => String(column.key)) };
   const find = (event) => event.target.closest('td[data-r]');
   const where = (td) => [Number(td.dataset.r), Number(td.dataset.c)];
-  const tell = (td) => (readout.textContent = td ? say(...where(td)) : 'Point at a cell, or go there with the arrow keys, for its numbers.');
+  const tell = (td) => (readout.textContent = td ? say(...where(td)) : 'Point at a square, or go there with the arrow keys, for its numbers.');
   let chosen = null;
 
   grid.addEventListener('mouseover', (event) => find(event) && tell(find(event)));

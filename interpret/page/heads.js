@@ -61,7 +61,7 @@ panels.heads = (() => {
     replace(
       root,
       node('p', { class: 'picker' }, 'show ', list),
-      node('div', { class: 'beside' }, node('div', {}, map.root, node('p', { class: 'key' }, 'Letters: the role of a head (first letter; the line above the map spells it out).')), detail),
+      node('div', { class: 'beside' }, node('div', {}, map.root, node('p', { class: 'key' }, 'Letters: the role of a head (first letter; the line above the map spells it out, the panel Attention explains it).')), detail),
       node('h3', {}, 'The five heads with the highest scores'),
       node('div', { class: 'charts narrow' }, best),
     );

@@ -6,7 +6,7 @@ panels.layers = (() => {
   const PARTS = [['attention', 'attention', 'blue'], ['feed_forward', 'feed-forward', 'orange']];
   const MEASURES = {
     norm: ['size', 'length of the vector that is added', plain, false],
-    cosine: ['direction', 'cosine with the stream: +1 along it, −1 against it', signed, true],
+    cosine: ['direction', 'cosine with the stream: +1 along it, 0 across it, −1 against it', signed, true],
     answer: ['towards the answer', "what it adds to the answer's logit", signed, true],
   };
   const added = (part, kind) => current().layers[`${part}_${kind}`];
@@ -51,7 +51,7 @@ panels.layers = (() => {
     list.append(...OPTIONS.map(([key, text]) => node('option', { value: key }, text)));
     list.value = measure;
     draw();
-    replace(root, node('h3', { class: 'of' }), bars, node('h3', {}, 'The same for every token'), node('p', { class: 'picker' }, 'show ', list), place);
+    replace(root, node('h3', { class: 'of' }), bars, node('h3', {}, 'The same for every token'), node('p', {}, 'Each token has an answer of its own: what the model finds likeliest after it.'), node('p', { class: 'picker' }, 'show ', list), place);
   }
 
   const point = () => map.point(measure === 'residual_norm' ? state.layer + 1 : state.layer, state.token, true);

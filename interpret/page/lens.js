@@ -77,7 +77,7 @@ panels.lens = (() => {
       detail,
       node('h3', {}, 'At ', tokenChip(t, 'on'), r ? `, after layer ${r - 1}` : ', of the embedding'),
       table('The five tokens on top', ['token', '', 'probability'], five, 'bars'),
-      node('p', {}, 'The answer is ', answer, `, decided at ${lens.decided[t] ? '' : 'the '}${row(lens.decided[t])} (dashed).`),
+      node('p', {}, 'The answer is ', answer, `, decided at ${lens.decided[t] ? '' : 'the '}${row(lens.decided[t])} (dashed). Its probability after each layer:`),
       course(t, r),
     );
   }

@@ -1,7 +1,9 @@
 // Panel: the text, how surprising each of its tokens was, and what the model expects next.
 
 panels.next = (() => {
-  let bars, ten, about;
+  let bars, names, ten, about;
+
+  const NAMED = 48; // tokens whose names find room under their bars, on a wide page
 
   /** −log2 of the probability that the model gave a token before it came, in bits; null for the first. */
   const surprise = (t) => (t === 0 ? null : -Math.log2(Math.max(current().next.actual.probability[t - 1], 2 ** -40)));
@@ -9,6 +11,8 @@ panels.next = (() => {
   function build(root) {
     bars = node('div', { class: 'surprises', role: 'img', 'aria-label': 'How surprising each token was, in bits' });
     ten = node('div', { class: 'tall' });
+    names = node('div', { class: `names ${count() > 24 ? 'many' : ''}`, 'aria-hidden': 'true' });
+    if (count() <= NAMED) names.append(...range(count()).map((t) => node('span', {}, short(visible(word(current().tokens[t]))))));
     about = node('p', { class: 'facts' });
     const high = biggest(range(count()).slice(1).map(surprise));
     bars.append(
@@ -23,8 +27,9 @@ panels.next = (() => {
       'div',
       {},
       node('h3', {}, 'How surprising was each token?'),
-      node('p', {}, `A bar a token of the text, as high as the token was improbable to the model before it came; the highest is ${plain(high, 1)} bits. One bit more is half the probability.`),
+      node('p', {}, `Each bar is a token of the text: the higher, the less probable the model found it just before it came. The highest is ${plain(high, 1)} bits; one bit more means half the probability. The first token has no bar, for nothing came before it.`),
       bars,
+      names,
     );
     replace(root, about, node('div', { class: 'beside even' }, ten, surprises));
   }
@@ -48,9 +53,9 @@ panels.next = (() => {
     replace(
       about,
       'After ', tokenChip(t, 'on'), ` the model is as unsure as between ${plain(sure, 1)} equally likely tokens (entropy ${plain(next.entropy[t])} nats). `,
-      surprised === null ? '' : `The token itself came with a surprise of ${plain(surprised, 1)} bits.`,
+      surprised === null ? 'The token itself was the first: there was nothing to be surprised by.' : `The token itself came with a surprise of ${plain(surprised, 1)} bits.`,
     );
-    [...bars.children].forEach((column, i) => column.classList.toggle('on', i === t));
+    for (const box of [bars, names]) [...box.children].forEach((column, i) => column.classList.toggle('on', i === t));
   }
 
   return { absent: () => null, build, update };

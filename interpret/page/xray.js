@@ -89,9 +89,9 @@ function heading() {
   const many = (n, name) => `${n.toLocaleString('en')} ${name}${n === 1 ? '' : 's'}`;
   const heads = model.heads ? [`${many(model.heads, 'head')}${grouped}`] : [];
   const size = many(model.layers, 'layer');
-  const width = `width ${model.model_dim.toLocaleString('en')}`;
+  const width = `vectors of ${model.model_dim.toLocaleString('en')} numbers`;
   const experts = model.experts ? [`${many(model.experts, 'expert')}, ${model.top_k} a token`] : [];
-  const cells = model.hidden ? [`${many(model.hidden, 'cell')} a layer`] : [];
+  const cells = model.hidden ? [`feed-forward networks of ${many(model.hidden, 'cell')}`] : [];
   const parts = [model.name, size, ...heads, width, ...cells, ...experts, `${model.parameters.toLocaleString('en')} parameters`, `vocabulary of ${model.vocabulary.toLocaleString('en')}`];
   document.getElementById('model').textContent = parts.join(' · ');
   const foot = `Made from ${visible(made.run)} at step ${made.step.toLocaleString('en')} by Weft ${made.weft} in ${plain(made.seconds, 1)} s: `;
@@ -139,6 +139,7 @@ async function start() {
   themes();
   strips = report.texts.map(strip);
   document.getElementById('texts').replaceChildren(...strips.map((one) => one.root));
+  if (strips.length > 1) document.querySelector('.hint').append(' Panels tell of the text whose token is chosen; “Two texts” of both.');
   const tabs = document.getElementById('tabs');
   tabs.addEventListener('click', (event) => {
     const button = event.target.closest('[role=tab]');

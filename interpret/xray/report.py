@@ -174,7 +174,7 @@ def patch(model: Decoder, one: Examined, other: Examined, strings: Strings, stag
     """
     ids = one.observed.ids, other.observed.ids
     if len(ids[0]) != len(ids[1]):
-        why = f'the texts have {len(ids[0])} and {len(ids[1])} tokens: patching puts the values of a place into the same place'
+        why = f'the texts have {len(ids[0])} and {len(ids[1])} tokens: patching needs texts of equally many'
         return {'patch': None, 'patch_reason': why}
     answers = compare.answers(one.log_last_V, other.log_last_V)
     gap = lambda log_V: float(log_V[answers[0]] - log_V[answers[1]])

@@ -88,7 +88,7 @@ def examine(
         report['cells_top'] = {name: array(a, kinds[name]) for name, a in zip(kinds, cells, strict=True)}
     else:
         report['cells_top'] = None
-    report['experts'] = of_experts(run, observed, stage)
+    report['experts'] = of_experts(run, observed, strings, stage)
     report['ablation'], log_last_V = ablation(model, observed, cells, strings, stage, named)
     return Examined(report, observed, cells, log_last_V, residual_LTD)
 
@@ -177,7 +177,7 @@ def scored(observed: Observed, random: Sequence[Observed], shape: tuple[int, ...
     return found
 
 
-def of_experts(run: TrainedRun, observed: Observed, stage: Stage) -> dict[str, Any] | None:
+def of_experts(run: TrainedRun, observed: Observed, strings: Strings, stage: Stage) -> dict[str, Any] | None:
     """The paths of the text's tokens, and of those that the model goes on with."""
     c, taps, tokenizer = run.config.model, observed.taps, run.tokenizer
     if c.moe is None or not set(experts.TAPS) <= taps.keys():
@@ -194,10 +194,11 @@ def of_experts(run: TrainedRun, observed: Observed, stage: Stage) -> dict[str, A
         'weight': array(paths.weight_MTK),
         'entropy': array(paths.entropy_MT),
     }
+    written = {'ids': new, 'tokens': [strings.of_id(token) for token in new]}
     return {
         'layers': [layer for layer, spec in enumerate(c.layer_specs) if spec.experts],
         **whole(own),
-        'decode': None if decoding is None else whole(decoding) | {'ids': new},
+        'decode': None if decoding is None else whole(decoding) | written,
         'load_by_kind': {kind: array(load_ME) for kind, load_ME in of_kind.items()},
     }
 

@@ -209,7 +209,11 @@ class Maker:
         return {
             'layers': layers,
             **self.routed(T),
-            'decode': {**self.routed(16), 'ids': self.random.integers(0, VOCABULARY, 16).tolist()},
+            'decode': {
+                **self.routed(16),
+                'ids': self.random.integers(0, VOCABULARY, 16).tolist(),
+                'tokens': self.words(16).tolist(),
+            },
             'load_by_kind': loads,
         }
 
@@ -267,7 +271,7 @@ def synthetic_report(
     below = [np.flatnonzero(column < 0.9) for column in cosine_LA.T]
     return {
         'version': 1,
-        'title': f'X-ray of smollm2: {texts[0]["text"]}',
+        'title': 'X-ray of smollm2: ' + ' and '.join(text['text'] for text in texts),
         'made': {
             'command': 'scripts/xray.py runs/smollm2 --text …',
             'weft': '0.1.0',

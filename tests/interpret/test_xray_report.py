@@ -148,6 +148,7 @@ def test_experts_are_told_by_kind_and_while_decoding(found):
     new = np.array(experts['decode']['ids'])
     assert len(new) == 16
     np.testing.assert_array_equal(decoded(experts['decode']['chosen'])[0, :, 0], new % planted.E)
+    assert [found['mixture']['strings'][i] for i in experts['decode']['tokens']] == [chr(97 + token) for token in new]
     load = decoded(experts['load_by_kind']['word'])
     np.testing.assert_allclose(load[0], np.bincount(ids % planted.E, minlength=planted.E) / len(ids))
 
