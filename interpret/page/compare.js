@@ -20,6 +20,7 @@ panels.compare = (() => {
   function patching() {
     const { patch } = report;
     if (!patch) return [node('p', { class: 'absent' }, report.patch_reason ? `No patching: ${report.patch_reason}` : 'This report was made without patching.')];
+    const answers = patch.answers.every((answer, i) => report.texts[i].next.top.at(-1)[0] === answer);
     const ramp = () => scale({ high: 1, both: true, show: percent, name: 'share of the difference that comes back: 0 % nothing, 100 % all' });
     const rows = layersDown(report.model.layers);
     const columns = patch.positions.map((t, i) => ({ key: i, label: word(report.texts[1].tokens[t]) }));
@@ -46,7 +47,7 @@ panels.compare = (() => {
       figures.push(node('figure', {}, node('figcaption', {}, node('b', {}, 'Single heads, at all tokens')), grid.root));
     }
     return [
-      node('p', { class: 'facts' }, 'Compared are ', wordChip(patch.answers[0], 'right'), ', which text A says next, or says more than the other, and ', wordChip(patch.answers[1], 'right'), `, which text B does. Log-probability of the first less that of the second: ${signed(patch.clean)} after text A, ${signed(patch.corrupted)} after text B.`),
+      node('p', { class: 'facts' }, 'Compared are ', wordChip(patch.answers[0], 'right'), `, ${answers ? "text A's answer" : 'which text A favours more than text B does'}, and `, wordChip(patch.answers[1], 'right'), `, ${answers ? "text B's" : 'which text B favours more than text A does'}. Log-probability of the first less that of the second: ${signed(patch.clean)} after text A, ${signed(patch.corrupted)} after text B.`),
       node('div', { class: 'charts narrow' }, figures),
     ];
   }
