@@ -1,0 +1,1 @@
+"""Small models that are trained on something known, to see whether the instruments find it."""
