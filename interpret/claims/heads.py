@@ -106,7 +106,7 @@ def try_heads(run: TrainedRun, ranked: Choices, tried: Choices, seed: int, say: 
 
 
 def others(best: Sequence[tuple[int, int]], heads: int, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """As many other heads of the same layers."""
+    """As many other heads of the same layers, or all others of a layer where most are among the best."""
     found = []
     for layer in sorted({layer for layer, _ in best}):
         taken = [head for at, head in best if at == layer]
