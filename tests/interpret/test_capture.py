@@ -46,6 +46,7 @@ CASES = [
     pytest.param(DENSE, MeshConfig(data=2, tensor=4), id='dense-keys repeated'),
     pytest.param(MIXTURE, ONE, id='mixture-1'),
     pytest.param(MIXTURE, MeshConfig(expert=2, context=2, tensor=2), id='mixture-8'),
+    pytest.param(LATENT, ONE, id='latent-1'),
     pytest.param(LATENT, MeshConfig(data=2, context=2, tensor=2), id='latent-8'),
 ]
 _batch = harness.batch_of(0)
