@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.inference.test_embed import hidden, published
-from tests.interpret import planted
+from tests.interpret import planted_tables as planted
 from weft.data.tokenizer import Tokenizer
 from weft.hub.tokenizers.json_tokenizer import JsonTokenizer
 from weft.inference.run import open_run

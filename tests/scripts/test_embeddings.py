@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 
-from tests.interpret.planted import QUESTIONS, WORDS, planted_run
+from tests.interpret.planted_tables import QUESTIONS, WORDS, planted_run
 from tests.scripts.runs import refused, run
 from weft.scripts import embeddings as script
 from weft.sharding.mesh import MeshConfig

@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from tests.interpret.planted import WORDS, planted_run
+from tests.interpret.planted_tables import WORDS, planted_run
 from tests.scripts.runs import refused
 from weft.data.config import DataConfig
 from weft.data.prepare import prepare
