@@ -97,7 +97,7 @@ def measure(seed: int, progress: Callable[[str], object] = lambda line: None, dr
     texts = random_twice(TEXTS, 2 * HALF, VOCABULARY, [], seed + 1)
 
     def copies(model: Decoder) -> bool:
-        return RepeatedText(model, texts, 0).losses([])[1].mean() < LEARNT
+        return float(RepeatedText(model, texts, 0).losses([])[1].mean()) < LEARNT
 
     told = lambda steps, loss: progress(f'copying, seed {seed}: step {steps}, loss {loss:.3f}')
     model, steps, _ = train(config(seed), again, copies, told)
