@@ -1,6 +1,6 @@
 """Trains small models on something known and says whether the instruments find it; docs/interpret.md has what came of it.
 
-python -m weft.interpret.planted                        all three, with three seeds each: some minutes on two cores
+python -m weft.interpret.planted                        all three, with three seeds each: two and a half minutes on two cores
 python -m weft.interpret.planted facts --seeds 5        one of copying, senses and facts
 """
 
