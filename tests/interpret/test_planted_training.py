@@ -1,13 +1,14 @@
 """Models that are trained on something known (interpret/planted): the instruments find it.
 
-One seed each; `python -m weft.interpret.planted` has three.
+One seed each; `python -m weft.interpret.planted` has three, and the heads that copy, which take longest. What names those is
+held to heads that are written by hand in test_xray_planted.py.
 """
 
 import numpy as np
 import pytest
 
 from tests.models import on
-from weft.interpret.planted import copying, facts, senses
+from weft.interpret.planted import facts, senses
 from weft.interpret.planted.__main__ import main
 from weft.interpret.planted.training import train
 from weft.runtime.errors import UserError
@@ -18,16 +19,6 @@ from weft.sharding.mesh import MeshConfig
 def one_device():
     with on(MeshConfig()):
         yield
-
-
-@pytest.mark.usefixtures('optimized')  # some hundred steps of training: that pays
-def test_the_heads_that_copy_are_named_and_others_are_not_needed():
-    found = copying.measure(2, draws=5)
-    assert found.found, found
-    assert {layer for layer, _ in found.heads} == {1}, 'they rest on a layer that looks back'
-    assert {layer for layer, _ in found.previous} == {0}
-    assert found.loss < copying.LEARNT
-    assert found.random.value < 1
 
 
 def test_the_senses_of_a_word_part_where_a_probe_and_patching_say():
