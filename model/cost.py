@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import jax
@@ -27,7 +27,8 @@ from weft.model.dots import dots
 from weft.model.forward import hidden_states, logits
 from weft.model.kv_cache import CacheArray, CacheSize
 from weft.model.layers.norm import Norm
-from weft.model.parameters import abstract, declared
+from weft.model.linear_forms import take_forms
+from weft.model.parameters import Parameter, abstract, declared
 from weft.model.stack import declared_cache
 from weft.sharding.mesh import MeshConfig, abstract_mesh
 
@@ -43,16 +44,22 @@ def parameters(c: ModelConfig) -> dict[str, int]:
 
 def layer_matrices(c: ModelConfig, spec: LayerSpec, part: str) -> list[tuple[int, ...]]:
     """Rows and columns of each matrix of one part of a layer."""
-    weights = declared(Block(c, spec)).values()
-    return [tuple(map(int, weight.shape)) for weight in weights if weight.part == part and len(weight.shape) > 1]
+    shapes = [tuple(map(int, weight.shape)) for weight in _layer_weights(c, spec) if weight.part == part]
+    return [shape for shape in shapes if len(shape) > 1]
 
 
 def layer_parameters(c: ModelConfig, spec: LayerSpec) -> dict[str, int]:
     """Parameters of one layer by part."""
     found = Counter[str]()
-    for weight in declared(Block(c, spec)).values():
+    for weight in _layer_weights(c, spec):
         found[weight.part] += weight.size
     return dict(found)
+
+
+def _layer_weights(c: ModelConfig, spec: LayerSpec) -> Iterable[Parameter]:
+    layer = Block(c, spec)
+    take_forms(c, [layer], whole=False)
+    return declared(layer).values()
 
 
 def norm_parameters(c: ModelConfig) -> int:

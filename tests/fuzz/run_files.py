@@ -180,6 +180,12 @@ def rows_of(place: Path) -> str:
     return json.loads((place / 'known.json').read_text())['rows']
 
 
+def _cached_on_each_mesh(make: Callable[[configs.RunConfig], Any]) -> Callable[[configs.RunConfig], Any]:
+    """`make`, which looks at the current mesh, with what it gave kept."""
+    kept = functools.cache(lambda config, mesh: make(config))
+    return lambda config: kept(config, jax.sharding.get_mesh())
+
+
 @functools.cache
 def config_of(place: Path) -> configs.RunConfig:
     return configs.parse(CONFIG.replace('SOURCE', str(place / 'text.txt')), 'run.yaml')
@@ -188,8 +194,8 @@ def config_of(place: Path) -> configs.RunConfig:
 def prepare(place: Path) -> None:
     """Trains a run of a few steps, and imports another, once."""
     # What a model is made of takes longer to find than to read it, and is the same in all cases.
-    opening.abstract_model = functools.cache(state.abstract_model)
-    state.abstract_state = functools.cache(state.abstract_state)
+    opening.abstract_model = _cached_on_each_mesh(state.abstract_model)
+    state.abstract_state = _cached_on_each_mesh(state.abstract_state)
     if (place / 'known.json').exists():
         return
     shutil.rmtree(place / 'runs', ignore_errors=True)
