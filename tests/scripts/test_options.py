@@ -1,46 +1,21 @@
 """A mistake on the command line is one line with what may have been meant, before anything else is looked at."""
 
 import argparse
+import importlib
 
 import pytest
 
+from tests.house import ROOT
 from weft.runtime.errors import UserError
 from weft.runtime.processes import detect_launch
-from weft.scripts import (
-    benchmark,
-    chat,
-    convert,
-    decode,
-    embeddings,
-    evaluate,
-    history,
-    plan,
-    prove,
-    sample,
-    score,
-    train,
-    xray,
-)
+from weft.scripts.command import NOT_COMMANDS
 from weft.scripts.options import Parser, finite, whole
 from weft.sharding.mesh import LARGEST, MeshConfig, configure_jax, parse_mesh
 
 SCRIPTS = {
-    script.__name__.rpartition('.')[2]: script
-    for script in (
-        benchmark,
-        chat,
-        convert,
-        decode,
-        embeddings,
-        evaluate,
-        history,
-        plan,
-        prove,
-        sample,
-        score,
-        train,
-        xray,
-    )
+    path.stem: importlib.import_module(f'weft.scripts.{path.stem}')
+    for path in sorted((ROOT / 'scripts').glob('*.py'))
+    if path.stem not in NOT_COMMANDS
 }
 X = ['runs/x', '--prompt', 'x']
 NINES = '9' * 5000
