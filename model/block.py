@@ -65,12 +65,14 @@ class Block(nnx.Module):
         """x after the layer, and the cache (of its mixer's kind)."""
         rate, before = self.config.dropout, self.config.norm.order in ('pre', 'sandwich')
         x_BTD = ctx.tap('residual.before_attention', x_BTD)
-        y_BTD, cache = self.attention(self.attention_norm(x_BTD) if before else x_BTD, ctx, cache, layer)
+        in_BTD = ctx.tap('attention.input', self.attention_norm(x_BTD) if before else x_BTD)
+        y_BTD, cache = self.attention(in_BTD, ctx, cache, layer)
         x_BTD = self.add(x_BTD, y_BTD, 'attention', ctx, rate, 1, layer)
         if self.config.encoder:
             y_BTD, _ = self.cross(self.cross_norm(x_BTD) if before else x_BTD, ctx)
             x_BTD = self.add(x_BTD, y_BTD, 'cross', ctx, rate, 4, layer)
-        y_BTD = self.mlp(self.mlp_norm(x_BTD) if before else x_BTD, ctx)
+        in_BTD = ctx.tap('mlp.input', self.mlp_norm(x_BTD) if before else x_BTD)
+        y_BTD = self.mlp(in_BTD, ctx)
         return self.add(x_BTD, y_BTD, 'mlp', ctx, rate, 2, layer), cache
 
     def add(

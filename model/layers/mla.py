@@ -99,6 +99,7 @@ class LatentAttention(nnx.Module):
         latent_BTR, key_BTr = both_BTR[..., : a.kv_lora_rank], both_BTR[..., a.kv_lora_rank :]
         if a.q_lora_rank:
             q_BTQ = rms_norm(self.q_down(x_BTD), self.q_scale_Q[...], LATENT_EPSILON)
+            q_BTQ = ctx.tap('attention.query_latent', q_BTQ)
             q = self.q_up(ctx.gather_sequence(q_BTQ))
         else:
             q = self.q(ctx.gather_sequence(x_BTD))

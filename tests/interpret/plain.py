@@ -20,9 +20,10 @@ def forward(w: dict, tokens_BT, position_BT, segment_BT, c: ModelConfig, at: At)
         here = lambda name, value, number=number: at(name, number, value)
         x = here('residual.before_attention', x)
         attend = latent_attention if c.attention.kind == 'mla' else grouped_attention
-        y = attend(layer, rms(x, layer['attention_norm.scale_D'], c.norm.epsilon), position_BT, segment_BT, c, here)
+        h = here('attention.input', rms(x, layer['attention_norm.scale_D'], c.norm.epsilon))
+        y = attend(layer, h, position_BT, segment_BT, c, here)
         x = here('residual.after_attention', x + here('attention.output', y))
-        h = rms(x, layer['mlp_norm.scale_D'], c.norm.epsilon)
+        h = here('mlp.input', rms(x, layer['mlp_norm.scale_D'], c.norm.epsilon))
         if 'mlp.router.w_IO' in layer:
             y = mixture(layer, h, segment_BT, c, here)
         else:
@@ -80,7 +81,7 @@ def latent_attention(w, x, position_BT, segment_BT, c, here):
     down = x @ w['attention.kv_down.w_IO']
     latent = rms(down[..., : a.kv_lora_rank], w['attention.kv_scale_R'], 1e-6)
     key = turned(down[..., None, a.kv_lora_rank :], position_BT, c.positions.theta)[:, :, 0]
-    q = (x @ w['attention.q.w_IO']).reshape(*x.shape[:2], a.heads, -1)
+    q = queries(w, x, a, here).reshape(*x.shape[:2], a.heads, -1)
     plain, turning = q[..., : a.qk_nope_head_dim], q[..., a.qk_nope_head_dim :]
     q = here('attention.queries', np.concatenate([plain, turned(turning, position_BT, c.positions.theta)], -1))
     latent, key = here('attention.latent', latent), here('attention.rotary_key', key)
@@ -90,6 +91,13 @@ def latent_attention(w, x, position_BT, segment_BT, c, here):
     k, v = here('attention.keys', np.concatenate([k, shared], -1)), here('attention.values', v)
     out = weigh(q, k, v, position_BT, segment_BT, here)
     return out.reshape(*x.shape[:2], -1) @ w['attention.o.w_OI'].T
+
+
+def queries(w, x, a, here):
+    if not a.q_lora_rank:
+        return x @ w['attention.q.w_IO']
+    latent = here('attention.query_latent', rms(x @ w['attention.q_down.w_IO'], w['attention.q_scale_Q'], 1e-6))
+    return latent @ w['attention.q_up.w_IO']
 
 
 def mlp(w, prefix, x, hidden):

@@ -40,6 +40,7 @@ LATENT = dataclasses.replace(
     layers=2,
     attention=MLAConfig(heads=4, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=6),
 )
+SMALL_QUERIES = dataclasses.replace(LATENT, attention=dataclasses.replace(LATENT.attention, q_lora_rank=8))
 ONE = MeshConfig()
 CASES = [
     pytest.param(DENSE, ONE, id='dense-1'),
@@ -47,7 +48,7 @@ CASES = [
     pytest.param(MIXTURE, ONE, id='mixture-1'),
     pytest.param(MIXTURE, MeshConfig(expert=2, context=2, tensor=2), id='mixture-8'),
     pytest.param(LATENT, ONE, id='latent-1'),
-    pytest.param(LATENT, MeshConfig(data=2, context=2, tensor=2), id='latent-8'),
+    pytest.param(SMALL_QUERIES, MeshConfig(data=2, context=2, tensor=2), id='latent-8'),
 ]
 _batch = harness.batch_of(0)
 BATCH = _batch._replace(tokens_BT=np.minimum(_batch.tokens_BT, 94), target_BT=np.minimum(_batch.target_BT, 94))

@@ -83,8 +83,9 @@ def test_names_of_the_page_are_those_that_are_offered(run):
         name for row in re.findall(r'^\| (`.*?) \|', page, re.MULTILINE) for name in re.findall(r'`([\w.]+)`', row)
     }
     offered = set(trace(run, 'ab', ['*']).arrays)
-    others = {'attention.latent', 'attention.rotary_key', 'cross.output', 'residual.after_cross'}
-    assert offered | others | {'shared_experts.hidden_units'} == named
+    latent = {'attention.query_latent', 'attention.latent', 'attention.rotary_key'}
+    others = {'cross.output', 'residual.after_cross', 'shared_experts.hidden_units'}
+    assert offered | latent | others == named
 
 
 def test_texts_of_different_lengths_layers_and_tokens(run, monkeypatch):

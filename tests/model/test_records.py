@@ -79,7 +79,7 @@ def test_a_name_that_no_layer_offers_is_refused():
             UserError, match=r"'atention.output': no layer offers such an activation; did you mean 'attention.output'\?"
         ):
             capture(filled(MODEL), ['atention.output'], *rows())
-        with pytest.raises(UserError, match=r'known: attention\.head_outputs, attention\.keys'):
+        with pytest.raises(UserError, match=r'known: attention\.head_outputs, attention\.input'):
             capture(filled(MODEL), ['scores'], *rows())
     with jax.set_mesh(make_mesh(MeshConfig(stage=2))), pytest.raises(UserError, match=r'mesh\.stage is 2: capturing'):
         capture(filled(MODEL), [AFTER], *rows())
