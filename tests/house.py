@@ -6,6 +6,7 @@ ROOT = Path(__file__).parents[1]
 # A module may import those of its own room and of the rooms after it: docs/architecture.md says why.
 ROOMS = (
     'scripts',
+    'compress',
     'interpret',
     'proof',
     'planner',
