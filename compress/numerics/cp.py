@@ -53,16 +53,16 @@ def cp_als(
             for mode, factor in enumerate(factors):
                 leading = _singular_vectors(w, mode)[:, :rank]
                 factor[:, : leading.shape[1]] = leading
-        factors, error = _alternate(w, factors, iterations, tolerance)
+        factors, error = alternate(w, factors, iterations, tolerance)
         if error < least:
             best, least = factors, error
     return CP(_spread(best))
 
 
-def _alternate(
+def alternate(
     w: np.ndarray, factors: list[np.ndarray], iterations: int, tolerance: float
 ) -> tuple[list[np.ndarray], float]:
-    """The factors after alternating least squares from others, and the relative Frobenius error."""
+    """Factors after alternating least squares from those that are given, [n_k, R] each, and the relative Frobenius error."""
     total = float((w**2).sum())
     if not total:
         return [np.zeros_like(factor) for factor in factors], 0.0

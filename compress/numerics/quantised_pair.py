@@ -13,6 +13,8 @@ from weft.compress.numerics.rounding import GROUP, Rounded, decode, int4, int8
 from weft.compress.numerics.svd import Pair, errors, second_factor, truncated, whitened
 from weft.runtime.errors import UserError
 
+FIRST_SHARE = 0.75  # of a term's size, as a power: `quantised_pair` says why
+
 
 class QuantisedPair(NamedTuple):
     """Two rounded factors, [I, R] and [R, O], whose product stands for a weight; scales go along axis 0 of each."""
@@ -35,8 +37,10 @@ def quantised_pair(
     rounded by GPTQ for its inputs X·first, whose Gram matrix is firstᵀ·XᵀX·first, and the first is fitted to that. Of all
     rounds, and of plain rounding, the pair of the least error is kept: of outputs if a Gram matrix is given, else of weights.
 
-    Factors are scaled so that rows of the second have equal norms: its scales, each for all ranks (or a group of them), then
-    cost the least. The first has scales for each column, to which this is all one.
+    Before rounding, a term of size s (norm of its column times norm of its row) gives s^¾ to its column and s^¼ to its row. To
+    the first factor this is all one, for its scales are by column. Those of the second go over all terms, or a group of them,
+    and its errors are multiplied by the columns: of the shares 0, ¼, ½, ¾, 1 this one had the least error at each rank that was
+    tried (8, 40, 60 of an 80 × 60 matrix whose singular values fall), with int4 and with int8.
 
     Args:
         w_IO: weights, [I, O].
@@ -49,7 +53,7 @@ def quantised_pair(
     w_IO = finite(w_IO)
     if bits not in (4, 8):
         raise UserError(f'bits is {bits}: it must be 4 or 8; nearest: {4 if bits < 6 else 8}')
-    pair = _equal_rows(truncated(w_IO, rank) if gram is None else whitened(w_IO, gram, rank))
+    pair = _sized(truncated(w_IO, rank) if gram is None else whitened(w_IO, gram, rank))
     best = QuantisedPair(_plain(pair.first, bits, group), _plain(pair.second, bits, group))
     least = _error(w_IO, best, gram)
     inputs_II = np.eye(len(w_IO)) if gram is None else np.asarray(gram, np.float64)
@@ -64,7 +68,7 @@ def quantised_pair(
             best, least = tried, error
         # Whatever the inputs, the best first factor for a given second is that of unweighted least squares.
         second_RO = decode(second)
-        pair = _equal_rows(Pair(w_IO @ np.linalg.pinv(second_RO, rcond=1e-13), second_RO))
+        pair = _sized(Pair(w_IO @ np.linalg.pinv(second_RO, rcond=1e-13), second_RO))
     return best
 
 
@@ -76,11 +80,12 @@ def _corrected(w: np.ndarray, gram: np.ndarray, bits: int, group: int) -> Rounde
     return gptq(w, gram, 'int8') if bits == 8 else gptq(w, gram, 'int4', group, search=True)
 
 
-def _equal_rows(pair: Pair) -> Pair:
-    """A pair of an equal product whose second factor's rows have the norm 1; rows of zeros stay."""
-    norm = np.linalg.norm(pair.second, axis=-1)
-    norm = np.where(norm > 0, norm, 1)
-    return Pair(pair.first * norm, pair.second / norm[:, None])
+def _sized(pair: Pair) -> Pair:
+    """A pair of an equal product whose first factor has FIRST_SHARE of the size of each term; a term of zeros stays."""
+    column, row = np.linalg.norm(pair.first, axis=0), np.linalg.norm(pair.second, axis=1)
+    size = column * row
+    scale = np.divide(size**FIRST_SHARE, column, out=np.ones_like(column), where=size > 0)
+    return Pair(pair.first * scale, pair.second / scale[:, None])
 
 
 def _error(w_IO: np.ndarray, pair: QuantisedPair, gram: np.ndarray | None) -> float:

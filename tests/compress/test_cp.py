@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tensorly import decomposition
 
-from weft.compress.numerics.cp import CP, contraction, cp_als, rebuild
+from weft.compress.numerics.cp import CP, alternate, contraction, cp_als, rebuild
 from weft.runtime.errors import UserError
 
 
@@ -41,10 +41,22 @@ def test_planted_factors_are_found_up_to_order_and_scale(shape, rank):
 @pytest.mark.parametrize('seed', range(4))
 @pytest.mark.parametrize(('shape', 'rank'), [((6, 7, 8), 4), ((4, 9, 5), 7), ((3, 4, 3, 4), 3)])
 def test_the_error_is_not_worse_than_tensorlys(shape, rank, seed):
+    """Of a rank above a mode's size each start has another optimum, a few per cent apart: the test below has equal starts."""
     w = rebuild(planted(shape, rank, seed)) + np.random.default_rng(seed + 9).standard_normal(shape)
     theirs = decomposition.parafac(w, rank, n_iter_max=200, init='svd', tol=1e-8, random_state=seed)
     rows = CP(tuple(factor * (theirs.weights if not mode else 1) for mode, factor in enumerate(theirs.factors)))
     assert relative(w, cp_als(w, rank, starts=2)) <= 1.01 * relative(w, rows)
+
+
+@pytest.mark.parametrize(('shape', 'rank'), [((6, 7, 8), 4), ((4, 9, 5), 7), ((3, 4, 3, 4), 3)])
+def test_from_the_same_start_the_rounds_are_tensorlys(shape, rank):
+    w, start = np.random.default_rng(0).standard_normal(shape), planted(shape, rank, seed=5)
+    for rounds in (1, 3, 40):
+        init = (np.ones(rank), [factor.copy() for factor in start.factors])
+        theirs = decomposition.parafac(w, rank, n_iter_max=rounds, init=init, tol=0)
+        factors, error = alternate(w, list(start.factors), rounds, tolerance=0)
+        np.testing.assert_allclose(rebuild(CP(tuple(factors))), theirs.to_tensor(), atol=1e-6)
+        assert error == pytest.approx(relative(w, CP(tuple(factors))), rel=1e-9)
 
 
 def test_the_largest_rank_reaches_any_tensor():

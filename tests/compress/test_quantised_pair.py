@@ -36,6 +36,17 @@ def test_it_is_not_worse_than_both_factors_rounded_by_themselves(bits, rank):
     assert errors(W_IO, rebuild(found), GRAM_II).weighted <= of_outputs
 
 
+@pytest.mark.parametrize('bits', [4, 8])
+def test_sizes_are_shared_so_that_plain_rounding_costs_less_than_by_equal_or_by_one_sided_shares(bits):
+    size, plain = np.linalg.svd(W_IO, compute_uv=False)[:40], truncated(W_IO, 40)
+    found = errors(W_IO, rebuild(quantised_pair(W_IO, 40, bits, rounds=0))).frobenius
+    for power in (0, 0.5, 1):  # of the singular values, in the first factor
+        spread = size ** (power - 0.5)
+        first, second = plain.first * spread, plain.second / spread[:, None]
+        rounded = [int8(w, 0) if bits == 8 else int4(w, 0, search=True) for w in (first, second)]
+        assert found < errors(W_IO, decode(rounded[0]) @ decode(rounded[1])).frobenius
+
+
 @pytest.mark.parametrize('gram', [None, GRAM_II])
 def test_rounds_never_make_it_worse_and_int4_much_better(gram):
     which = 'frobenius' if gram is None else 'weighted'
