@@ -30,8 +30,10 @@ class PlantedStack:
 
     With degree d a slice's leading frame of inputs (`in`), of outputs (`out`), or of both is the orthonormal frame of
     √d · S Q_e + √(1 − d) · G_e: S is a frame of `dims` columns that all slices share, Q_e a rotation within it, so that slices
-    share the subspace and not its directions, and G_e is the slice's own. `mixed`: slices are combinations of a few matrices
-    (dims / 8 of them, at least 1), plus √(1 − d) / √d times a matrix of their own with the same spectrum.
+    share the subspace and not its directions, and G_e is the slice's own. `mixed`: √d times combinations of a few matrices that
+    all slices have (dims / 8 of them, at least 1), plus √(1 − d) times a matrix of the slice's own with the same spectrum.
+
+    A form that shares can only win where its budget's rank holds most of `dims`.
     """
 
     kind: Kind
