@@ -1,7 +1,7 @@
 """Models whose heads or experts share a subspace by construction: what sharing gains shows in their logits.
 
-Every stack is of 8 matrices of 64 × 48: an expert's maps, or a head's. At equal bits they are replaced by a pair for each, or by
-Tucker's form; the gain is how much nearer to the model's own logits the second is.
+Every stack is of 8 matrices of 64 × 48: an expert's maps, or a head's. At equal bits they are replaced by a pair for each, or
+by Tucker's form; the gain is how much nearer to the model's own logits the second is.
 """
 
 import dataclasses
