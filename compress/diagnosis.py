@@ -156,12 +156,13 @@ def tails_of(energy_n: np.ndarray) -> np.ndarray:
 def tucker_error(*lost: np.ndarray | float) -> np.ndarray:
     """The squared relative error that is predicted of Tucker's form, from the share of energy that each mode loses.
 
-    What each mode loses may be the same energy or other energy, which singular values do not tell. Were it the same, the error
-    would be the largest tail; were it spread evenly, 1 − Π (1 − tail). Predicted is the middle of the two, which lies between
-    `tucker_bounds` (the product is at most the sum of the tails) and is exact where one mode loses anything.
+    1 − Π (1 − tail), which lies between `tucker_bounds`: it is at least the largest tail and at most their sum. It is exact
+    where one mode alone loses energy, and right where energy is spread evenly, as in random matrices. Where modes lose the same
+    energy, as they do of a common subspace in noise, the error is less, down to the largest tail: so it says too little for
+    sharing rather than too much.
     """
     tails = np.stack(np.broadcast_arrays(*lost))
-    return (1 - np.prod(1 - tails, 0) + tails.max(0)) / 2
+    return 1 - np.prod(1 - tails, 0)
 
 
 def tucker_ranks(

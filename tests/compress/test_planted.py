@@ -111,7 +111,7 @@ def test_gains_are_those_of_forms_that_fit_the_budget(kind):
     np.testing.assert_allclose(np.exp(real.tucker), pair / fitted, rtol=1e-9)
     predicted = predicted_gain(w_EIO, budget)
     np.testing.assert_allclose(predicted[:2], real[:2], atol=1e-9)
-    np.testing.assert_allclose(predicted.tucker, real.tucker, atol=0.2)
+    assert predicted.tucker - 0.01 < real.tucker < predicted.tucker + 0.2, 'what modes lose is partly the same'
 
 
 def test_where_singular_values_do_not_fall_sharing_wins_a_little_by_chance():
@@ -119,7 +119,16 @@ def test_where_singular_values_do_not_fall_sharing_wins_a_little_by_chance():
     one = measure(PlantedStack('in', 0.0, 0, dims=24, decay=0.0), BUDGET)
     assert abs(one.above_chance) < 0.1
     assert 0 < one.real.best < 0.1
-    assert 0 < one.predicted.best < 0.2
+    np.testing.assert_allclose(one.predicted.best, one.real.best, atol=0.02)
+
+
+@pytest.mark.parametrize('shape', [(8, 32, 28), (16, 32, 8)])
+def test_of_random_matrices_nothing_is_promised(shape):
+    """Tucker's form is exactly as good as is predicted, within a hundredth of pairs or of the better basis."""
+    w_EIO = np.random.default_rng(0).standard_normal(shape)
+    for share in (0.2, 0.4, 0.6):
+        budget = share * bits.dense(shape)
+        np.testing.assert_allclose(predicted_gain(w_EIO, budget), real_gain(w_EIO, budget), atol=0.01)
 
 
 def test_rank_correlations_are_those_of_scipy():
