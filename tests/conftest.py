@@ -29,6 +29,9 @@ jax.config.update('jax_platforms', os.environ.get('JAX_PLATFORMS', 'cpu'))
 if '--xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     jax.config.update('jax_num_cpu_devices', DEVICES)
 run_in_order()
+# NumPy reads it when it is loaded: in the workers. They share the cores, and where threads of BLAS find none free they wait for
+# each other at full speed: decompositions of many small matrices took 15 times as long.
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 # For this process alone: those that tests start may be of another jaxlib (planner/aot.py), or as in a user's shell.
 before = os.environ['XLA_FLAGS']
 os.environ['XLA_FLAGS'] = before + QUICK
