@@ -2,16 +2,20 @@
 
 import dataclasses
 import functools
+from concurrent.futures import Future
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.extending import harness
 from tests.interpret import plain
+from tests.interpret.test_trace import opened
 from tests.models import filled
 from tests.reference import weights
-from weft.compress.activations import InputStatistics, all_maps, model_statistics
+from weft.compress.activations import InputStatistics, all_maps, input_statistics, model_statistics
+from weft.inference.unstacked import divided, unstacked
 from weft.interpret.xray.programs import padded
 from weft.model.capture import capture
 from weft.model.compute import ComputeConfig
@@ -165,6 +169,26 @@ def test_hidden_units_of_experts_with_biases_and_without_gates(float64):
         inputs = found.map('layers.0.mlp.down')
         assert inputs.count[e] == len(x_nD)
         np.testing.assert_allclose(inputs.gram[e], units.T @ units, atol=1e-10)
+
+
+def test_an_opened_run_is_read_with_its_layers_apart_or_stacked():
+    """Decoding keeps each layer as a module of its own; the sums are the same."""
+    found = []
+    for apart in (False, True):
+        run = opened(MIXTURE, ONE)
+        if apart:
+            with jax.set_mesh(run.mesh):
+                reading = Future()
+                reading.set_result((unstacked(run.model, divided), 1))
+                run = dataclasses.replace(run, reading=reading)
+                assert any(isinstance(group, nnx.List) for group in run.model.groups)
+        found.append(input_statistics(run, ROWS[:2]))
+    stacked, apart = found
+    assert set(stacked.maps) == set(apart.maps)
+    for name, inputs in stacked.maps.items():
+        scale = np.abs(inputs.gram).max()
+        np.testing.assert_allclose(apart.map(name).gram, inputs.gram, atol=1e-5 * scale, err_msg=name)
+        np.testing.assert_array_equal(apart.map(name).count, inputs.count)
 
 
 def test_only_the_maps_that_are_asked_for_are_kept(float64):
