@@ -152,6 +152,6 @@ def dtypes_in_use(c: ModelConfig, compute: ComputeConfig) -> Decoder:
     """The dtype of each weight while a model is used."""
 
     def dtype(name: str, weight: Parameter) -> jnp.dtype:
-        return jnp.dtype(compute.dtype) if weight.role.narrow else weight.role.dtype(compute.parameter_dtype)
+        return weight.in_use(compute.dtype, compute.parameter_dtype)
 
     return map_declared(dtype, declared_decoder(c, compute))

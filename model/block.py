@@ -92,7 +92,7 @@ def has_costs(c: ModelConfig) -> bool:
     """Whether all of a model's layers say what they cost, each kind for itself: what one inherits may be wrong of it."""
     return (
         c.adapter is None
-        and c.weights is None
+        and not c.weights
         and all('costs' in vars(part) for spec in set(c.layer_specs) for part in (mixer(c), feed_forward(c, spec)))
     )
 

@@ -58,7 +58,7 @@ def layer_parameters(c: ModelConfig, spec: LayerSpec) -> dict[str, int]:
 
 def _layer_weights(c: ModelConfig, spec: LayerSpec) -> Iterable[Parameter]:
     layer = Block(c, spec)
-    take_forms(c, [layer], whole=False)
+    take_forms(c, [(layer, spec.forms)], whole=False)
     return declared(layer).values()
 
 

@@ -25,12 +25,14 @@ from weft.model.compute import DEFAULT, ComputeConfig, resolve
 from weft.model.config import ModelConfig
 from weft.model.context import CrossCache, EncoderOutput, ForwardContext
 from weft.model.embedding import lookup
+from weft.model.forms.rounded import RoundedArray
 from weft.model.head import Head, scattered_columns
 from weft.model.kv_cache import KVCache, LayerCache
 from weft.model.layers.bert import HeadMlp, Pooler
 from weft.model.layers.norm import Norm
 from weft.model.layers.positions import sinusoids
-from weft.model.linear_forms import take_forms, take_weights
+from weft.model.linear import dense
+from weft.model.linear_forms import take_forms, take_table_forms, take_weights
 from weft.model.parameters import Parameter, Role, Size, declared, initialise, name_of, parameter, stack_layers
 from weft.model.records import Records, join
 from weft.model.stack import apply_layers, apply_pipeline, each_layer, remat
@@ -71,7 +73,9 @@ class Decoder(nnx.Module):
             scale = c.model_dim**-0.5
             self.relative_RN = parameter(shape, P(None, 'tensor'), Role.EMBEDDING, scale=scale, part='attention')
         layers, mtp = one_of_each(c), [MTPBlock(c, c.layer_specs[-1])] if c.mtp.layers else []
-        take_forms(c, [*layers, *mtp], whole=c.vocabulary is not None)
+        forms = [spec.forms for group in c.layer_groups for spec in group.specs]
+        ahead = [(layer, c.forms_of(c.layers)) for layer in mtp]
+        take_forms(c, [*zip(layers, forms, strict=True), *ahead], whole=c.vocabulary is not None)
         self.groups = nnx.List(stacked(c, layers))
         if c.norm.order != 'post':
             self.norm = Norm(c)
@@ -85,6 +89,8 @@ class Decoder(nnx.Module):
                 self.head_bias_V = parameter((V,), P('tensor'), Role.BIAS, padded=0, part='head')
             if c.pooler:
                 self.pooler = Pooler(c)
+        if c.vocabulary is not None:
+            take_table_forms(c, self)
         if c.mtp.layers:
             numbers = tuple(range(c.layers, c.layers + c.mtp.layers))
             self.mtp = stack_layers(mtp[0], numbers, None)
@@ -199,7 +205,10 @@ class Decoder(nnx.Module):
     def embed(self, tokens_BT: jax.Array, ctx: ForwardContext) -> jax.Array:
         """Each device of `tensor` looks up its part of D for all tokens; what is sent then makes that all of D."""
         c = self.config
-        x = lookup(unshard(self.embed_VD[...], self.compute.dtype), tokens_BT)
+        if isinstance(self.embed_VD, RoundedArray):
+            x = self.embed_VD.rows(tokens_BT, self.compute.dtype)
+        else:
+            x = lookup(unshard(self.embed_VD[...], self.compute.dtype), tokens_BT)
         if c.embedding.scale != 1:
             x = x * jnp.asarray(c.embedding.scale, x.dtype)
         if c.embedding.token_types:
@@ -216,12 +225,14 @@ class Decoder(nnx.Module):
         """The LM head in the compute dtype, its part of the vocabulary on each device of `tensor`; `learns`: has a gradient."""
         bias_V = self.head_bias_V[...] if self.config.head_bias else None
         if not self.config.embedding.tied:
+            if isinstance(self.head_DV, RoundedArray):
+                return Head(self.head_DV.whole(self.compute.dtype), bias_V)
             V = self.head_DV.shape[1]
             w_DV, fill = self.head_DV[...], scattered_columns(V) - V
             if fill and learns and active_axes(FSDP):  # kept apart from the gather, for the compiler joins them wrongly
                 w_DV = lax.optimization_barrier(jnp.pad(w_DV, ((0, 0), (0, fill))))
             return Head(unshard(w_DV, self.compute.dtype)[:, :V], bias_V)
-        embed_VD = unshard(self.embed_VD[...], self.compute.dtype)
+        embed_VD = dense(self.embed_VD, self.compute.dtype, FSDP)
         return Head(all_to_all(embed_VD, 'tensor', 0, 1), bias_V)
 
 
@@ -254,6 +265,17 @@ def in_forms(model: Decoder, c: ModelConfig, key: jax.Array) -> Decoder:
     """
     weights = {name_of(path): w for path, w in jax.tree_util.tree_leaves_with_path(model)}
     return take_weights(init_decoder(c, model.compute, key), weights)
+
+
+def learning(model: Decoder) -> Decoder:
+    """The model with None for each weight that has no gradient (`Role.learns`): what training differentiates by."""
+    known = weights_of(model.config)
+    return jax.tree_util.tree_map_with_path(lambda path, w: w if known[name_of(path)].role.learns else None, model)
+
+
+def with_rest(part: Decoder, model: Decoder) -> Decoder:
+    """The weights of `part`, as `learning` gives them, and those of `model` where it has None."""
+    return jax.tree.map(lambda new, old: old if new is None else new, part, model, is_leaf=lambda w: w is None)
 
 
 @functools.lru_cache(maxsize=256)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from weft.model.config import ModelConfig
+from weft.model.forms.rounded import few_tokens, uses_sums
 from weft.model.ops.cross_entropy import Head, head_product
 from weft.sharding.collectives import upcast
 from weft.sharding.mesh import platform
@@ -29,10 +30,18 @@ def scattered_columns(columns: int) -> int:
     return 128 * unit * -(-tiles // unit)
 
 
+def is_rounded(c: ModelConfig) -> bool:
+    """Whether the table that makes logits is kept in few bits."""
+    return any(('embedding' if c.embedding.tied else 'head') in form.targets for form in c.weights)
+
+
 def to_vocabulary(x_ND: jax.Array, head: Head, c: ModelConfig) -> jax.Array:
     """Logits [..., V] of x [..., D], in at least float32 however narrow x and the head are."""
     assert c.head is not None, 'a model without an LM head has no logits'
-    logit_NV = head_product(x_ND, head.w, head.sink, 'VD' if c.embedding.tied else 'DV')
+    if is_rounded(c) and uses_sums(x_ND):
+        logit_NV = few_tokens(upcast(x_ND), head.w, out_first=c.embedding.tied)
+    else:
+        logit_NV = head_product(x_ND, head.w, head.sink, 'VD' if c.embedding.tied else 'DV')
     if c.head.scale != 1:
         logit_NV = logit_NV * c.head.scale
     if head.bias_V is not None:

@@ -12,6 +12,7 @@ class LayerSpec:
 
     experts: bool = False  # a mixture of experts; else an MLP
     windowed: bool = False  # attention sees `window` tokens, and turns by `positions.local_theta`; else all of them
+    forms: tuple[int, ...] = ()  # of `model.weights`, by number, those that name the layer
     turned: bool = True  # where positions are rotary: queries and keys turn; else the layer knows no positions
 
 

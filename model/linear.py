@@ -100,7 +100,17 @@ class Linear(LinearMap):
 
     def matmul(self, x_BTI: jax.Array) -> jax.Array:
         """x W of the weight alone."""
-        return linear(x_BTI, self.base(x_BTI.dtype))
+        y_BTO = self.by_form(x_BTI)
+        if y_BTO is not None:
+            return y_BTO
+        return (linear_back if self.out_first else linear)(x_BTI, self.base(x_BTI.dtype))
+
+    def by_form(self, x_BTI: jax.Array) -> jax.Array | None:
+        """x W as the weight's form multiplies; None: by the dense weight, for it is an array, or that is faster."""
+        if isinstance(self.weight, nnx.Param):
+            return None
+        form = self.weight if self.adapter is None else jax.tree.map(lax.stop_gradient, self.weight)
+        return form.product(x_BTI, self.columns)
 
     def product(self, x_BTI: jax.Array) -> jax.Array:
         """x W and an adapter's share, without the bias; where `tensor` splits the inputs, this device's part of the sum."""
@@ -122,9 +132,6 @@ class TransposedLinear(Linear):
     """
 
     weight_name, out_first = 'w_OI', True
-
-    def matmul(self, x_BTI: jax.Array) -> jax.Array:
-        return linear_back(x_BTI, self.base(x_BTI.dtype))
 
 
 class ExpertLinear(LinearMap):
@@ -160,7 +167,7 @@ class ExpertLinear(LinearMap):
 
 def dense(weight: Any, dtype: Any, axes: tuple[str, ...], dim: int = 0) -> jax.Array:
     """A weight gathered over `axes`, which split a dim of it, as numbers of the compute dtype, whatever form it is kept in."""
-    return unshard(weight[...], dtype, axes, dim) if isinstance(weight, nnx.Param) else weight.dense(dtype, axes, dim)
+    return unshard(weight[...], dtype, axes, dim) if isinstance(weight, nnx.Param) else weight.dense(dtype)
 
 
 def linear(x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:

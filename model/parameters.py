@@ -40,11 +40,17 @@ class Role(enum.Enum):
     VECTOR = 'vector'  # any other that is multiplied or added element by element
     CORRECTION = 'correction'  # moved by the training step itself, not by a gradient
     FROZEN = 'frozen'  # of a linear map that learns no more: it has no gradient, and does not decay
+    CODES = 'codes'  # of a weight that is kept in a few bits: whole numbers, which have no gradient
 
     @property
     def decays(self) -> bool:
         """Whether weight decay pulls it towards 0: matrices and tables, not what scales or shifts."""
         return self in (Role.MATRIX, Role.EXPERT, Role.EMBEDDING, Role.HEAD, Role.ROUTER)
+
+    @property
+    def learns(self) -> bool:
+        """Whether training computes a gradient of it, and keeps an optimizer's state."""
+        return self not in (Role.FROZEN, Role.CODES)
 
     @property
     def narrow(self) -> bool:
@@ -91,6 +97,7 @@ class Parameter:
         part: what a plan counts it under: attention, mlp, experts …
         repeats: heads of keys or values, where more devices of `tensor` than these have copies: each is gathered over `tensor`.
         of_source: it makes keys or values of what an encoder has read, and decoding keeps those instead.
+        dtype: what it is stored in, whatever the model's weights are; None: in theirs, as the role says.
         padded: its dim that is filled up to `ModelConfig.padded_vocabulary`.
         layers: of a stack of layers their numbers in the model; then arrays have a leading dim of as many.
         split_layers: the mesh axis that splits those.
@@ -106,9 +113,23 @@ class Parameter:
     part: str = ''
     repeats: int | None = None
     of_source: bool = False
+    dtype: str | None = None
     padded: int | None = None
     layers: tuple[int, ...] | None = None
     split_layers: str | None = None
+
+    def stored(self, weights: Any) -> jnp.dtype:
+        """The dtype it is stored in, where `weights` is that of the model's."""
+        return self.role.dtype(weights) if self.dtype is None else jnp.dtype(self.dtype)
+
+    def in_use(self, compute: Any, weights: Any) -> jnp.dtype:
+        """The dtype it has while the model is used, where `compute` is that of what is computed."""
+        return jnp.dtype(compute) if self.narrow else self.stored(weights)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether decoding keeps it in the compute dtype."""
+        return self.role.narrow and self.dtype is None
 
     @property
     def size(self) -> int:
@@ -157,7 +178,7 @@ class Parameter:
 
         A layer's depend on the key, the layer's number and the shape, not on which layers are stacked with it.
         """
-        dtype, shape = self.role.dtype(stored), tuple(map(int, self.shape))
+        dtype, shape = self.stored(stored), tuple(map(int, self.shape))
         if not self.scale:
             return jnp.full(self.global_shape, self.value, dtype, out_sharding=self.global_layout)
 
@@ -217,7 +238,7 @@ def abstract(module: Module, stored: Any) -> Module:
 
     def kind(name: str, found: Parameter) -> jax.ShapeDtypeStruct:
         layout = NamedSharding(mesh, active(found.global_layout, config))
-        return jax.ShapeDtypeStruct(found.global_shape, found.role.dtype(stored), sharding=layout)
+        return jax.ShapeDtypeStruct(found.global_shape, found.stored(stored), sharding=layout)
 
     return map_declared(kind, module)
 

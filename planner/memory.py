@@ -79,7 +79,8 @@ def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
         compute=compute, mesh=mesh, rows=part / mesh.stage, columns=t.sequence_length, platform=platform
     )
     inside = dataclasses.replace(outside, rows=part / run.microbatches)
-    sums = parameters if t.accumulation > 1 else 0  # of the parts before this one
+    gradients = gradient_bytes(c, compute, mesh)
+    sums = gradients if t.accumulation > 1 else 0  # of the parts before this one
     ticks = run.microbatches + mesh.stage - 1 if mesh.stage > 1 else 1
     if has_costs(c):
         of = [(group, *((inside, ticks) if group.where == 'pipeline' else (outside, 1))) for group in held.groups]
@@ -90,7 +91,12 @@ def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
         kept, working, gathered = _traced_layers(run, outside)
     head, logits = in_loss(c, outside)
     waits = head * outside.number  # the head's gradient, which is scattered with the others
-    of_layers = sum(group.held(mesh) * weight.shard(mesh) for group in held.groups for weight in group.weights)
+    of_layers = sum(
+        group.held(mesh) * weight.shard(mesh)
+        for group in held.groups
+        for weight in group.weights
+        if weight.declared.role.learns
+    )
     of_layers *= compute.parameter_dtype.itemsize
     cast = casts(held, outside)
     table = c.padded_vocabulary * c.model_dim / mesh.tensor
@@ -112,7 +118,7 @@ def training_memory(run: RunConfig, platform: str = 'tpu') -> Memory:
         ),
         # The embedding's gradient is added up in float32, whole, and sent in the compute dtype.
         dataclasses.replace(
-            fixed, gradients=sums + parameters, communication=waits + table * (outside.wide + outside.number)
+            fixed, gradients=sums + gradients, communication=waits + table * (outside.wide + outside.number)
         ),
     ]
     return max(moments, key=lambda moment: moment.total)
@@ -138,9 +144,15 @@ def _traced_layers(run: RunConfig, outside: ActivationCounter) -> tuple[float, f
 
 
 def stored(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig) -> float:
-    """Bytes of the weights that a device keeps while it trains; their gradients take as many."""
-    size = lambda weight: weight.declared.role.dtype(compute.parameter_dtype).itemsize
+    """Bytes of the weights that a device keeps while it trains."""
+    size = lambda weight: weight.declared.stored(compute.parameter_dtype).itemsize
     return sum(numbers * size(weight) for weight, numbers in inventory(c).held(mesh))
+
+
+def gradient_bytes(c: ModelConfig, compute: ComputeConfig, mesh: MeshConfig) -> float:
+    """Bytes of the gradients on a device: as many as of the weights that learn."""
+    learning = ((weight.declared, n) for weight, n in inventory(c).held(mesh) if weight.declared.role.learns)
+    return sum(n * declared.stored(compute.parameter_dtype).itemsize for declared, n in learning)
 
 
 def optimizer_bytes(run: RunConfig) -> float:
@@ -152,7 +164,8 @@ def optimizer_bytes(run: RunConfig) -> float:
 
 @functools.lru_cache(maxsize=2**14)
 def _optimizer_bytes(c: ModelConfig, optimizer: OptimizerConfig, stored: jnp.dtype, mesh: MeshConfig) -> float:
-    shards = ((Shard(p.local_shape(mesh), dtype, p.role), n * p.held(mesh)) for p, dtype, n in _unlike(c, stored))
+    alike = ((p, dtype, n) for p, dtype, n in _unlike(c, stored) if p.role.learns)
+    shards = ((Shard(p.local_shape(mesh), dtype, p.role), n * p.held(mesh)) for p, dtype, n in alike)
     return state_bytes(optimizer, shards)
 
 
@@ -161,8 +174,8 @@ def _unlike(c: ModelConfig, stored: jnp.dtype) -> list[tuple[Parameter, str, int
     """One of all weights that are kept alike, its dtype, and how many they are: a search asks for each of its meshes."""
     alike: dict[Any, list[Parameter]] = {}
     for p in weights_of(c).values():
-        alike.setdefault((p.shape, p.layout, p.role, p.layers and len(p.layers), p.split_layers), []).append(p)
-    return [(some[0], str(some[0].role.dtype(stored)), len(some)) for some in alike.values()]
+        alike.setdefault((p.shape, p.layout, p.role, p.dtype, p.layers and len(p.layers), p.split_layers), []).append(p)
+    return [(some[0], str(some[0].stored(stored)), len(some)) for some in alike.values()]
 
 
 def casts(held: Inventory, device: ActivationCounter) -> float:
@@ -177,7 +190,7 @@ def casts(held: Inventory, device: ActivationCounter) -> float:
         group.held(device.mesh) * weight.shard(device.mesh)
         for group in held.groups
         for weight in group.weights
-        if (device.mesh.span(weight.declared.gathered) > 1 or 'expert' in weight.left) and weight.declared.role.narrow
+        if (device.mesh.span(weight.declared.gathered) > 1 or 'expert' in weight.left) and weight.declared.narrow
     )
     return numbers * device.number
 
@@ -203,9 +216,9 @@ def serving_memory(
         platform: 'cpu', 'gpu' or 'tpu'.
     """
     b = jnp.dtype(compute.dtype).itemsize
-    size = lambda role: b if role.narrow else role.dtype(compute.parameter_dtype).itemsize
+    size = lambda weight: weight.in_use(compute.dtype, compute.parameter_dtype).itemsize
     held = inventory(c)
-    parameters = sum(numbers * size(weight.declared.role) for weight, numbers in held.held(mesh))
+    parameters = sum(numbers * size(weight.declared) for weight, numbers in held.held(mesh))
     mine = rows / mesh.span(BATCH)
     count = ActivationCounter(compute=compute, mesh=mesh, what='prefill', rows=mine, columns=new, platform=platform)
     needs = residuals if has_costs(c) else lambda group, count: (3 * count.x(c), gathered_by(group, count))

@@ -17,7 +17,7 @@ from weft.model.compute import Remat
 from weft.model.sizes import batch_sizes
 from weft.planner.chips import Chip
 from weft.planner.layouts import divisors, meshes, nearest_count
-from weft.planner.memory import Memory, optimizer_bytes, stored, training_memory
+from weft.planner.memory import Memory, gradient_bytes, optimizer_bytes, stored, training_memory
 from weft.planner.roofline import StepTime, least_time, train_time
 from weft.runtime.device_memory import gib
 from weft.runtime.errors import UserError
@@ -161,7 +161,8 @@ def search_training(run: RunConfig, chip: Chip, chips: int) -> SearchResult:
 
 def least_memory(run: RunConfig, mesh: MeshConfig) -> float:
     """Bytes that a chip needs at least: of the weights, their gradients and the optimizer."""
-    return 2 * stored(run.model, run.compute, mesh) + optimizer_bytes(dataclasses.replace(run, mesh=mesh))
+    weights = stored(run.model, run.compute, mesh) + gradient_bytes(run.model, run.compute, mesh)
+    return weights + optimizer_bytes(dataclasses.replace(run, mesh=mesh))
 
 
 def rank(tried: Iterable[Sequence[Candidate]], count: int) -> SearchResult:

@@ -68,12 +68,14 @@ class Group:
     @functools.cached_property
     def kept_alike(self) -> tuple[tuple[Weight, int], ...]:
         """One for all weights of a layer that are split and stored alike, with their numbers together; how many they are."""
-        return _joined(self.weights, lambda w: (w.split, w.declared.role is Role.CORRECTION, w.declared.role.narrow))
+        of = lambda w: w.declared
+        key = lambda w: (w.split, of(w).role is Role.CORRECTION, of(w).role.learns, of(w).narrow, of(w).dtype)
+        return _joined(self.weights, key)
 
     @functools.cached_property
     def gathered_alike(self) -> tuple[tuple[Weight, int], ...]:
         """The same of those that are gathered alike, and as wide; keys and values of a source apart."""
-        key = lambda w: (w.declared.gathered, w.left, w.declared.role.narrow, w.declared.of_source)
+        key = lambda w: (w.declared.gathered, w.left, w.declared.narrow, w.declared.dtype, w.declared.of_source)
         return _joined([weight for weight in self.weights if weight.declared.gathered], key)
 
 
@@ -116,17 +118,17 @@ def inventory(c: ModelConfig) -> Inventory:
 
 def _of_stack(c: ModelConfig, decoder: Decoder) -> tuple[list[Group], list[Weight]]:
     """The layers of one stack, and what of it is in no layer."""
-    count, ends, written = (Counter[tuple[Where, bool]]() for _ in range(3))
+    count, ends, written = (Counter[tuple[Where, bool, tuple[int, ...]]]() for _ in range(3))
     weights, stacks = {}, iter(decoder.groups)
     for number, group in enumerate(c.layer_groups):
         where: Where = 'pipeline' if number == c.pipelined_group else 'stack'
         for spec in group.specs:
-            key = where, spec.experts
+            key = where, spec.experts, spec.forms
             count[key] += group.repeats
             written[key] += 1
             weights[key] = _weights(next(stacks))
-        ends[where, group.specs[-1].experts] += group.repeats
-    groups = [Group(*key, layers, ends[key], written[key], c, weights[key]) for key, layers in count.items()]
+        ends[where, group.specs[-1].experts, group.specs[-1].forms] += group.repeats
+    groups = [Group(*key[:2], layers, ends[key], written[key], c, weights[key]) for key, layers in count.items()]
     inside = ('groups.', 'mtp.', 'encoder.')
     outside = [Weight(found, found.size) for name, found in declared(decoder).items() if not name.startswith(inside)]
     return groups, outside

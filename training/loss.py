@@ -16,7 +16,7 @@ from jax import P, lax
 from weft.model.batch import Batch
 from weft.model.capture import EVERYWHERE, Taps, chosen, collected, leading, look, out_layouts, own_taps
 from weft.model.context import ForwardContext
-from weft.model.decoder import Decoder
+from weft.model.decoder import Decoder, learning, with_rest
 from weft.model.edits import Edit, Observer
 from weft.model.forward import TOKENS, columns, one_device, with_source
 from weft.model.head import to_vocabulary
@@ -86,7 +86,7 @@ def loss_and_gradient(
     taps: Collection[str] = (),
     edits: Sequence[Edit] = (),
 ) -> tuple[tuple[jax.Array, Sums], Decoder]:
-    """((objective, metrics), gradient) of `loss_fn`, the gradient laid out like the model.
+    """((objective, metrics), gradient) of `loss_fn`, the gradient laid out like the model, None where a weight learns nothing.
 
     `accumulation`: parts of each device's rows that are worked on one after another, their gradients added up. The sum is the
     gradient of the whole batch: what a token's loss is divided by is known beforehand. Differentiates one device's view
@@ -109,11 +109,12 @@ def loss_and_gradient(
             first, size = first_row(batch), batch.tokens_BT.shape[0] // accumulation
 
             def one_part(batch: Batch, number: int | jax.Array) -> tuple[tuple[Decoder, Sums], Taps]:
-                def local_objective(model: Decoder) -> tuple[jax.Array, tuple[Sums, Taps]]:
-                    sums, found = local_loss_sums(model, batch, first + number * size, key, microbatches, observer)
+                def local_objective(part: Decoder) -> tuple[jax.Array, tuple[Sums, Taps]]:
+                    whole = with_rest(part, model)
+                    sums, found = local_loss_sums(whole, batch, first + number * size, key, microbatches, observer)
                     return objective(sums, counts, model), (sums, found)
 
-                gradient, (sums, found) = jax.grad(local_objective, has_aux=True)(model)
+                gradient, (sums, found) = jax.grad(local_objective, has_aux=True)(learning(model))
                 return mark_varying((gradient, sums)), found
 
             one = accumulation == 1
@@ -126,7 +127,7 @@ def loss_and_gradient(
 
         return one_device(body, model, (TOKENS, P(), P()), (layouts, P(), layouts_of_taps))
 
-    layouts, rows = specs(model), (batch, dropout_key, tuple(edits))
+    layouts, rows = specs(learning(model)), (batch, dropout_key, tuple(edits))
     names, offered = list[str](), Taps()
     if taps:
         offered = offered_taps(model, batch, dropout_key)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from weft.model.batch import Batch
-from weft.model.decoder import Decoder, init_decoder
+from weft.model.decoder import Decoder, init_decoder, learning, with_rest
 from weft.model.edits import Edit
 from weft.model.layers.moe import MoE, updated_bias
 from weft.runtime.errors import UserError
@@ -28,7 +28,7 @@ class State(NamedTuple):
 
 def optimizer(config: RunConfig, model: Decoder) -> optax.GradientTransformation:
     """The run's optimizer of the weights of `model`."""
-    return config.optimizer.build(config.training.steps, roles(model))
+    return config.optimizer.build(config.training.steps, roles(learning(model)))
 
 
 def init(config: RunConfig, model: Decoder | None = None) -> State:
@@ -36,7 +36,7 @@ def init(config: RunConfig, model: Decoder | None = None) -> State:
     weights, rest = jax.random.split(jax.random.key(config.seed))
     if model is None:
         model = init_decoder(config.model, config.compute, weights)
-    return State(model, optimizer(config, model).init(model), jnp.int32(0), rest)
+    return State(model, optimizer(config, model).init(learning(model)), jnp.int32(0), rest)
 
 
 def train_step(
@@ -52,12 +52,12 @@ def train_step(
     (_, metrics), gradient = loss_and_gradient(
         state.model, batch, key, config.microbatches, config.training.accumulation, taps, edits
     )
-    updates, moments = optimizer(config, state.model).update(gradient, state.optimizer, state.model)
+    updates, moments = optimizer(config, state.model).update(gradient, state.optimizer, learning(state.model))
     metrics |= {
         'grad_norm': optax.tree.norm(gradient),
         'learning_rate': config.optimizer.schedule(config.training.steps)(state.step),
     }
-    model = optax.apply_updates(state.model, updates)
+    model = with_rest(optax.apply_updates(learning(state.model), updates), state.model)
     if config.model.moe and config.model.moe.bias_update_rate:
         balance_choices(model, metrics)
     return State(model, moments, state.step + 1, state.key), metrics

@@ -42,4 +42,4 @@ MIXTURES = Registry('model.moe', 'moe')
 POSITIONS = Registry('model.positions', 'rotary')  # without modules
 # Forms of layers' linear maps, whose configs extend `LinearForm`; other files add them all.
 ADAPTERS = Registry('model.adapter', None)  # (the weight's Parameter, the config): see `linear_forms.Adapter`
-WEIGHTS = Registry('model.weights', None)  # likewise: see `linear_forms.KeptWeight`
+WEIGHTS = Registry('model.weights', None)  # likewise: see `forms.kept.KeptWeight`

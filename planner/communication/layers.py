@@ -4,6 +4,7 @@ import dataclasses
 
 from weft.model.block import Block
 from weft.model.config import LayerSpec
+from weft.model.parameters import Parameter
 from weft.planner.communication.counter import TrafficCounter
 from weft.planner.weights import Group
 from weft.sharding.mesh import AXES
@@ -32,18 +33,23 @@ def weights(count: TrafficCounter, group: Group, ticks: int) -> None:
     kept = lambda weight: not count.training and weight.declared.of_source  # not the weight, but what it makes
     for weight, arrays in group.gathered_alike:
         if not kept(weight):
-            number = count.number if weight.declared.role.narrow else count.stored
+            number = sent(count, weight.declared)
             gather(weight.declared.gathered, weight.used(count.mesh) * number, arrays)
     # More devices than heads: each uses one head of keys and one of values, which it takes from all of them.
     for weight in group.weights:
         if weight.declared.repeats and n > weight.declared.repeats and not kept(weight):
-            gather(('tensor',), weight.size * (count.number if weight.declared.role.narrow else count.stored))
+            gather(('tensor',), weight.size * sent(count, weight.declared))
+
+
+def sent(count: TrafficCounter, declared: Parameter) -> int:
+    """Bytes of a number of a weight as it is gathered."""
+    return declared.in_use(count.compute.dtype, count.compute.parameter_dtype).itemsize
 
 
 def copies(count: TrafficCounter, group: Group) -> None:
     """A step sums the gradients of weights over the axes along which they are copies."""
     for weight, arrays in group.kept_alike:
         split = {*weight.split, *(['stage'] if group.where == 'pipeline' else [])}
-        number = weight.declared.role.dtype(count.compute.parameter_dtype).itemsize
+        number = weight.declared.stored(count.compute.parameter_dtype).itemsize
         axes = tuple(axis for axis in AXES if axis not in split)
         count.add('psum', axes, group.held(count.mesh) * weight.shard(count.mesh) * number, 1, arrays)

@@ -36,7 +36,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     'captured_activation': {'model': {'mlp': {'kind': 'watched', 'dim': 32, 'activation': 'relu'}}},
     'lora': {'model': {'adapter': {'kind': 'lora', 'rank': 2, 'targets': ['attention.q', 'attention.v', 'mlp.*']}}},
-    'quantized_weight': {'model': {'weights': {'kind': 'int8_aware', 'targets': ['mlp.*']}}},
+    'quantized_weight': {'model': {'weights': [{'kind': 'int8_aware', 'targets': ['mlp.*']}]}},
 }
 
 

@@ -98,7 +98,7 @@ def test_an_adapter_of_an_opened_model_is_a_change_of_its_weights(attention, mes
 
 def test_weights_of_an_opened_model_are_kept_otherwise(float64):
     run = of_run(GROUPED)
-    kept = dataclasses.replace(run.model, weights=Int8Config(targets=('mlp.*', 'expert')))
+    kept = dataclasses.replace(run.model, weights=(Int8Config(targets=('mlp.*', 'expert')),))
     for mesh in MESHES[::2]:
         with harness.on(mesh):
             model = harness.initial(run)
