@@ -73,7 +73,7 @@ class ModelConfig:
     mtp: MTPConfig = MTPConfig()
     # Of layers' linear maps: what is learnt beside them, and how their weights are kept (model/linear_forms.py).
     adapter: Annotated[LinearForm, ADAPTERS] | None = None
-    weights: tuple[Annotated[LinearForm, WEIGHTS], ...] = ()
+    weights: tuple[Annotated[LinearForm, WEIGHTS], ...] | None = None
     causal: bool = True  # a token sees those before it; false: all of its document, as in BERT
     dropout: float = 0.0  # of the embedding and of each block's output, in training
 
@@ -221,7 +221,7 @@ class ModelConfig:
 
     def forms_of(self, layer: int) -> tuple[int, ...]:
         """Which of `weights` name a layer; those of `mtp` follow the stack's."""
-        return tuple(number for number, form in enumerate(self.weights) if form.names(layer))
+        return tuple(number for number, form in enumerate(self.weights or ()) if form.names(layer))
 
     @property
     def padded_vocabulary(self) -> int:

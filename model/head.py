@@ -32,7 +32,7 @@ def scattered_columns(columns: int) -> int:
 
 def is_rounded(c: ModelConfig) -> bool:
     """Whether the table that makes logits is kept in few bits."""
-    return any(('embedding' if c.embedding.tied else 'head') in form.targets for form in c.weights)
+    return any(('embedding' if c.embedding.tied else 'head') in form.targets for form in c.weights or ())
 
 
 def to_vocabulary(x_ND: jax.Array, head: Head, c: ModelConfig) -> jax.Array:

@@ -61,7 +61,7 @@ def take_forms(c: ModelConfig, layers: Iterable[tuple[nnx.Module, tuple[int, ...
         return
     maps = [[one for one in linear_maps(layer) if one[1].weight.get_value().role in TARGETS] for layer, _ in layers]
     kept = dict[int, tuple[LinearMap, LinearForm]]()
-    for number, form in enumerate(c.weights):
+    for number, form in enumerate(c.weights or ()):
         named = [one for layer, (_, forms) in zip(maps, layers, strict=True) if number in forms for one in layer]
         for one in _chosen(named, f'model.weights.{number}', form, whole):
             if id(one) in kept:
@@ -95,7 +95,7 @@ def take_table_forms(c: ModelConfig, decoder: nnx.Module) -> None:
 
     Raises UserError where the model has no such table, or the kind does not round.
     """
-    for number, form in enumerate(c.weights):
+    for number, form in enumerate(c.weights or ()):
         for target in TABLES.keys() & set(form.targets):
             where = f'model.weights.{number}'
             if not isinstance(form, RoundedConfig):
