@@ -32,9 +32,9 @@ def fit_of(by_inputs: bool, of_four: bool) -> Callable[[Target, float, Options],
                 least = (target.w.size + 32) / target.bits
                 raise UserError(f'{target.name}: {budget / target.bits:.3f} of its bits: a bitmap takes {least:.3f}')
             share = min(room / target.w.size, 1.0)
-            if by_inputs:  # as many of each output, and no more than fit
-                inputs = w_IO.shape[1]
-                share = max(int(share * inputs), 1) / inputs
+            # As many of each matrix, or of each output, and no more than fit.
+            of = w_IO.shape[1] if by_inputs else w_IO[0].size
+            share = max(int(share * of), 1) / of
             both = zip(w_IO, norms, strict=True)
             mask = np.stack([magnitude(w, share) if norm is None else wanda(w, norm, share) for w, norm in both])
             taken = bits.sparse(target.w.shape, int(mask.sum()))
