@@ -318,7 +318,12 @@ def test_runs_are_held_to_a_reference_that_read_the_texts_once(prepared, tmp_pat
     worse: Future[tuple[Decoder, int]] = Future()
     worse.set_result((noisy(run.model, 0.2), 1))
     other = dataclasses.replace(other, reading=worse)
+    programs = scoring._hidden, scoring._answers
+    compiled = [program._cache_size() for program in programs]
     found, at_once = measure(other, beside), measure(other, run, tokens=8 * T)
+    assert [program._cache_size() for program in programs] == compiled, (
+        'both texts and all models of a shape share them'
+    )
     assert found == at_once
     assert all(one.kl.low > 0 for one in found.texts)
     read: list[str] = []
