@@ -5,11 +5,13 @@ Letters: D model, F hidden units, S slices (heads or experts), I inputs, O outpu
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
+from flax import nnx
 
 from weft.model.config import ModelConfig
 from weft.model.decoder import Decoder, declared_decoder, weights_of
@@ -118,7 +120,7 @@ def targets(c: ModelConfig, arrays: Mapping[str, np.ndarray]) -> list[Target]:
     found = list[Target]()
     for group in declared_decoder(c).groups:
         for name, one in linear_maps(group):
-            if not hasattr(one.weight, 'get_value') or one.weight.get_value().role not in TARGETS:
+            if not isinstance(one.weight, nnx.Param) or one.weight.get_value().role not in TARGETS:
                 continue
             weight = one.weight.get_value()
             for layer in weight.layers or ():
@@ -129,10 +131,16 @@ def targets(c: ModelConfig, arrays: Mapping[str, np.ndarray]) -> list[Target]:
 
 def weight_name(c: ModelConfig, target: Target) -> str:
     """The name of a map's weight in arrays by layers' numbers."""
-    leaf = next(
-        one.weight_name
+    return f'{target.name}.{_leaf_names(c)[target.name]}'
+
+
+@functools.cache
+def _leaf_names(c: ModelConfig) -> dict[str, str]:
+    """Of each linear map of each layer the name of its weight."""
+    return {
+        f'layers.{layer}.{name}': one.weight_name
         for group in declared_decoder(c).groups
         for name, one in linear_maps(group)
-        if name == target.map
-    )
-    return f'{target.name}.{leaf}'
+        if isinstance(one.weight, nnx.Param)
+        for layer in one.weight.get_value().layers or ()
+    }

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weft.runtime.errors import UserError
 from weft.scripts.entry import as_json, run
-from weft.scripts.options import Parser
+from weft.scripts.options import Parser, finite, whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +34,16 @@ def main() -> None:
 
         study(sys.argv[2:])
         return
-    options = arguments()
+    make(arguments(sys.argv[1:]))
+
+
+def quantise(source: str, target: str, kind: str, mesh: str | None) -> None:
+    """What convert.py calls: rounds to the nearest, without calibration text."""
+    make(arguments([source, '--method', kind, '--out', target, *(['--mesh', mesh] if mesh else [])]))
+
+
+def make(options: argparse.Namespace) -> None:
+    """Makes the run that options ask for."""
     from weft.compress.transform import NAMES
     from weft.runtime.errors import nearest
     from weft.storage.staged import refuse_existing
@@ -47,15 +56,15 @@ def main() -> None:
 
     from weft.inference.run import open_run
 
-    opened = open_run(options.run, options.mesh, needs_text=False, stacked=True)
-    compress(opened, options)
+    compress(open_run(options.run, options.mesh, needs_text=False, stacked=True), options)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: list[str]) -> argparse.Namespace:
+    """The options, checked."""
     parser = Parser(description=__doc__)
     parser.add_argument('run', metavar='RUN', help='a folder such as runs/demo')
-    parser.add_argument('--method', required=True, metavar='NAME', help='--method list names them all')
-    parser.add_argument('--budget', type=float, metavar='SHARE', help='of all bits, such as 0.5')
+    parser.add_argument('--method', required=True, metavar='NAME', help='--list names them all')
+    parser.add_argument('--budget', type=share, metavar='SHARE', help='of all bits, such as 0.5')
     parser.add_argument('--out', metavar='RUN2', help='the run to make')
     parser.add_argument(
         '--spread',
@@ -63,8 +72,10 @@ def arguments() -> argparse.Namespace:
         default='uniform',
         help='all maps alike, as calibration text says, or a few layers hard from the middle outward',
     )
-    parser.add_argument('--hard', type=float, default=0.1, metavar='SHARE', help='what --spread middle leaves of a map')
-    parser.add_argument('--layers', type=int, metavar='N', help='that --spread middle compresses, whatever the budget')
+    parser.add_argument('--hard', type=share, default=0.1, metavar='SHARE', help='what --spread middle leaves of a map')
+    parser.add_argument(
+        '--layers', type=whole(0), metavar='N', help='that --spread middle compresses, whatever the budget'
+    )
     parser.add_argument(
         '--objective',
         choices=('whitened', 'frobenius'),
@@ -74,9 +85,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         '--maps', nargs='+', default=['*'], metavar='PATTERN', help="such as 'layers.*.mlp.*'; all otherwise"
     )
-    parser.add_argument('--order', type=int, default=3, metavar='N', help='cores of a tensor train')
-    parser.add_argument('--rank', type=int, metavar='R', help='of tensor trains, whatever the budget')
-    parser.add_argument('--group', type=int, default=32, metavar='N', help='inputs that share a scale of int4')
+    parser.add_argument('--order', type=whole(2), default=3, metavar='N', help='cores of a tensor train')
+    parser.add_argument('--rank', type=whole(1), metavar='R', help='of tensor trains, whatever the budget')
+    parser.add_argument('--group', type=whole(2), default=32, metavar='N', help='inputs that share a scale of int4')
     parser.add_argument(
         '--compute',
         choices=('auto', 'factors', 'rebuild'),
@@ -85,25 +96,26 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument('--data', nargs='+', metavar='PATH', help='calibration text; the run’s training data otherwise')
     parser.add_argument(
-        '--tokens', type=int, default=16384, metavar='N', help='of calibration text, and of what is evaluated'
+        '--tokens', type=whole(256), default=16384, metavar='N', help='of calibration text, and of what is evaluated'
     )
     parser.add_argument('--mesh', metavar='AXES', help='such as data=2; the run’s own otherwise')
     parser.add_argument('--json', action='store_true', help='one JSON object instead of lines')
-    if sys.argv[1:] and '--method' in sys.argv and sys.argv[sys.argv.index('--method') + 1 :][:1] == ['list']:
+    parser.add_argument('--list', action='store_true', help='the methods, and nothing else')
+    if '--list' in words:
         list_methods()
         raise SystemExit(0)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if options.out is None:
         raise UserError('--out is missing: the run to make, such as runs/demo-int8')
-    for name in ('budget', 'hard'):
-        value = getattr(options, name)
-        if value is not None and not 0 < value <= 1:
-            raise UserError(f'--{name} {value}: it must be above 0 and at most 1, such as 0.5')
-    for name, least in (('order', 2), ('rank', 1), ('group', 2), ('tokens', 256), ('layers', 0)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UserError(f'--{name} {value}: it must be at least {least}')
     return options
+
+
+def share(text: str) -> float:
+    """The type of an option: a share above 0."""
+    found = finite(text)
+    if not 0 < found <= 1:
+        raise argparse.ArgumentTypeError(f'{found}: it must be above 0 and at most 1, such as 0.5')
+    return found
 
 
 def list_methods() -> None:

@@ -3,6 +3,7 @@
 python scripts/convert.py import ~/models/Llama-3.2-1B runs/llama      a run, as if it had been trained here
 python scripts/convert.py import ~/models/model.Q4_K_M.gguf runs/llama  the same of a GGUF file
 python scripts/convert.py export runs/llama ~/models/mine              a folder that transformers loads
+python scripts/convert.py quantise runs/llama runs/llama-int8 --to int8  a run whose weights are rounded (scripts/compress.py)
 """
 
 from pathlib import Path
@@ -36,7 +37,19 @@ def main() -> None:
     out.add_argument('--mesh', metavar='AXES', help='to hold the weights meanwhile; the run’s own otherwise')
     out.add_argument('--dtype', choices=dtypes, help='of the tensors; those of the source or of the run otherwise')
     out.add_argument('--family', metavar='NAME', help='for a run that was not imported; the first that fits otherwise')
+
+    less = ways.add_parser('quantise', help='a run to one whose matrices and tables are rounded')
+    less.add_argument('run', metavar='RUN', help='a folder such as runs/llama')
+    less.add_argument('target', metavar='RUN2', help='the run to make')
+    less.add_argument('--to', required=True, choices=('int8', 'int4', 'fp8'), help='int4 in groups of 32 inputs')
+    less.add_argument('--mesh', metavar='AXES', help='to hold the weights meanwhile; the run’s own otherwise')
     options = parser.parse_args()
+
+    if options.way == 'quantise':
+        from weft.scripts.compress import quantise
+
+        quantise(options.run, options.target, options.to, options.mesh)
+        return
 
     from weft.sharding.mesh import parse_mesh
     from weft.storage.buckets import at

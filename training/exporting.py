@@ -20,6 +20,7 @@ from weft.hub.families import Tensor, families
 from weft.hub.published_tokenizer import run_tokenizer
 from weft.hub.streaming import narrowed, published
 from weft.hub.tensor_table import is_correction, tensors
+from weft.model.config import ModelConfig
 from weft.model.sizes import sizes
 from weft.runtime.device_memory import human_bytes
 from weft.runtime.errors import UserError, shown
@@ -52,7 +53,7 @@ def export_run(
     run = run_folder(run)
     checkpoints = checkpoints_of(run)
     first, config, files = newest_saved(checkpoints)
-    c, stored = config.model, config.compute.parameter_dtype
+    c, stored = as_published(run, config.model), config.compute.parameter_dtype
     known = read_import(run)
     if known and family not in (None, known.family):
         raise UserError(f'--family {family}: {run} was imported as {known.family}, and is exported as that')
@@ -117,6 +118,19 @@ def export_run(
     say(f'{target}: {fields["architectures"][0]}, {len(kinds)} tensors in {kept}, {human_bytes(size)} (step {step})')
     if not dtype and jnp.promote_types(kept, stored) != kept:
         say(f'rounded from {stored} to {kept}, as it was imported; --dtype {stored} keeps all digits')
+
+
+def as_published(run: Path | Bucket, c: ModelConfig) -> ModelConfig:
+    """The model as families know it: pruned weights are numbers like others. Raises UserError for other forms and adapters."""
+    unlike = sorted({form.kind for form in c.weights or () if form.kind != 'pruned'})
+    if unlike:
+        raise UserError(
+            f'{run}: model.weights has {", ".join(unlike)}, and published folders keep each weight whole: export the run that '
+            'it was made of; pruned weights, and models with fewer layers, heads, experts or hidden units, can be exported'
+        )
+    if c.adapter:
+        raise UserError(f'{run}: model.adapter is {c.adapter.kind}, and published folders keep each weight whole')
+    return dataclasses.replace(c, weights=None)
 
 
 class ExportedTensor(NamedTuple):

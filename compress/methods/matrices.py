@@ -131,7 +131,7 @@ def rounded_pairs(width: Literal[8, 4]) -> Callable[[Target, float, Options], Co
         rank = step * bits.rank_within(size, budget, max(min(I, O) // step, 1))
         grams = [None] * E if gram is None else (gram if target.experts else gram[None])
         shared = divisor(rank, group) if width == 4 else group
-        pairs = [quantised_pair(w, rank, width, g, group=shared) for w, g in zip(w_IO, grams, strict=True)]
+        pairs = [quantised_pair(w, rank, width, g, rounds=1, group=shared) for w, g in zip(w_IO, grams, strict=True)]
         w = np.stack([rebuilt_pair(pair) for pair in pairs])
         factors = [[pair.first for pair in pairs], [pair.second for pair in pairs]]
         back = target.weight.out_first

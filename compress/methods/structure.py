@@ -6,6 +6,7 @@ heads, E experts, L layers.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from weft.compress.activations import InputStatistics
 from weft.compress.numerics.pruning import head_scores, hidden_unit_scores, highest, reap_scores
 from weft.compress.weights import Arrays
 from weft.model.config import ModelConfig
+from weft.model.decoder import weights_of
 from weft.model.parts.attention import AttentionConfig
 from weft.runtime.errors import UserError
 
@@ -28,10 +30,6 @@ class Smaller(NamedTuple):
 
 def kept_layers(c: ModelConfig, arrays: Arrays, count: int, statistics: InputStatistics) -> Smaller:
     """The layers that turn the residual stream the most, in their order."""
-    if len(set(c.layer_specs)) > 1:
-        raise UserError(
-            '--method layers: the layers of this model are of several kinds, which only their places tell apart'
-        )
     keep = np.sort(highest(1 - statistics.cosine_L, count))
     found = {name: w for name, w in arrays.items() if not name.startswith('layers.')}
     for new, old in enumerate(keep):
@@ -130,6 +128,10 @@ class Structure:
 
 
 def _layers(c: ModelConfig) -> int:
+    if len(set(c.layer_specs)) > 1:
+        raise UserError(
+            '--method layers: layers of this model are of several kinds, which only their places tell apart'
+        )
     return c.layers
 
 
@@ -169,3 +171,45 @@ STRUCTURES = {
     'heads': Structure(kept_heads, 'KV heads with their query heads', _heads, _one),
     'hidden-units': Structure(kept_units, 'hidden units of MLPs or experts', _units, _one),
 }
+
+
+def smaller(
+    c: ModelConfig, arrays: Arrays, method: str, budget: float | None, statistics: InputStatistics | None
+) -> Smaller:
+    """The model with as many parts of a kind as the budget allows."""
+    structure = STRUCTURES[method]
+    most, least = structure.count(c), structure.least(c)
+    assert statistics is not None, 'the caller measures what these methods need'
+    if budget is None or not 0 < budget <= 1:
+        raise UserError(
+            f'--budget {budget}: {method} needs the share of all bits that may be left, above 0 and at most 1'
+        )
+    before = numbers(c)
+    fit = [count for count in range(least, most + 1) if numbers(_counted(c, method, count)) <= budget * before]
+    if not fit:
+        share = math.ceil(numbers(_counted(c, method, least)) / before * 1e3) / 1e3
+        raise UserError(
+            f'--budget {budget}: with {least} of {most} {method} {share} is left; nearest that works: {share}'
+        )
+    return structure.keep(c, arrays, fit[-1], statistics)
+
+
+def numbers(c: ModelConfig) -> int:
+    """Of all weights of a model."""
+    return sum(math.prod(weight.global_shape) for weight in weights_of(c).values())
+
+
+def _counted(c: ModelConfig, method: str, count: int) -> ModelConfig:
+    """The config with so many parts."""
+    if method == 'layers':
+        return dataclasses.replace(c, layers=count)
+    if method == 'experts' and c.moe:
+        return dataclasses.replace(c, moe=dataclasses.replace(c.moe, experts=count))
+    if method == 'heads':
+        a = c.attention
+        assert isinstance(a, AttentionConfig), '`STRUCTURES` refuses others'
+        heads = dataclasses.replace(a, heads=count * (a.heads // a.kv_heads), kv_heads=count, head_dim=a.head_dim)
+        return dataclasses.replace(c, attention=heads)
+    if c.moe:
+        return dataclasses.replace(c, moe=dataclasses.replace(c.moe, mlp_dim=count))
+    return dataclasses.replace(c, mlp=dataclasses.replace(c.mlp, dim=count))

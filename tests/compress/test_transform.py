@@ -12,8 +12,8 @@ from weft.compress.activations import model_statistics
 from weft.compress.compressed_run import placed
 from weft.compress.loss import with_weights
 from weft.compress.methods.base import METHODS, Options
-from weft.compress.methods.structure import STRUCTURES
-from weft.compress.transform import NAMES, CompressedModel, compress_model, numbers
+from weft.compress.methods.structure import STRUCTURES, numbers
+from weft.compress.transform import NAMES, CompressedModel, compress_model
 from weft.compress.weights import layer_arrays, targets
 from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig

@@ -40,6 +40,7 @@ AFTER = {
     'history': (24,),
     'import': (24,),
     'export': (24,),
+    'compress': (24,),
     'plan page': (4,),
     'prove': (4,),
     'sample': (24,),
