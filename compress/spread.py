@@ -4,17 +4,15 @@ Uniformly, by the loss of calibration text, or on whole layers from the middle o
 """
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
-from weft.compress.methods.base import Compressed, Method, Options, errors
-from weft.compress.weights import Arrays, Target, weight_name
+from weft.compress.methods.base import Method, Options
+from weft.compress.sensitivity import Loss, by_sensitivity
+from weft.compress.weights import Target
 from weft.model.config import ModelConfig
 from weft.runtime.errors import UserError
 
 Spread = Literal['uniform', 'sensitivity', 'middle']
-Loss = Callable[[Arrays], float]  # nats a token of calibration text, with other values of weights by layers' numbers
-GRID = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)  # shares of a map's bits that `sensitivity` chooses among
 
 
 def shares_of(
@@ -49,7 +47,7 @@ def shares_of(
     if spread == 'uniform':
         return [room / mine] * len(meant)
     if spread == 'middle':
-        order = _outward(sorted({one.layer for one in meant}))
+        order = outward(sorted({one.layer for one in meant}))
         saved = {layer: (1 - hard) * sum(one.bits for one in meant if one.layer == layer) for layer in order}
         for count in range(len(order) + 1):
             if sum(saved[layer] for layer in order[:count]) >= mine - room:
@@ -60,82 +58,17 @@ def shares_of(
         raise UserError(f'--budget {budget}: all layers at --hard {hard} leave {least}; nearest that works: {least}')
     if loss is None:
         raise UserError('--spread sensitivity: it is measured by the loss of calibration text, and none is given')
-    return _by_sensitivity(c, meant, method, room, options, loss)
+    return by_sensitivity(c, meant, method, room, options, loss)
 
 
-def _outward(layers: list[int]) -> list[int]:
+def outward(layers: list[int]) -> list[int]:
     """Layers from the middle to both ends."""
     middle = (len(layers) - 1) / 2
     return [layers[place] for place in sorted(range(len(layers)), key=lambda place: (abs(place - middle), place))]
 
 
 def _middle(meant: list[Target], count: int) -> set[int]:
-    order = _outward(sorted({one.layer for one in meant}))
+    order = outward(sorted({one.layer for one in meant}))
     if not 0 <= count <= len(order):
         raise UserError(f'--layers {count}: the model has {len(order)}; nearest: {min(max(count, 0), len(order))}')
     return set(order[:count])
-
-
-def _by_sensitivity(
-    c: ModelConfig, meant: list[Target], method: Method, room: float, options: Options, loss: Loss
-) -> list[float | None]:
-    """Shares of `GRID`, or all, whose predicted losses add up to the least within the budget.
-
-    What a map costs is taken to grow as its squared error: Δ loss = k ε². Each k is measured by that map alone, at the share
-    that a uniform spread would have; then the step that saves the most loss a bit is taken while the budget allows it.
-    """
-    uniform = room / sum(one.bits for one in meant)
-    whole = loss({})
-    curves = list[list[tuple[float, float, float | None]]]()  # of each map (bits, predicted loss, share), ascending
-    for one in meant:
-        at = method.fit(one, uniform * one.bits, options)
-        harm = max(loss({weight_name(c, one): at.w}) - whole, 1e-6)
-        error = max(_error(one, at, options), 1e-9)
-        points = list[tuple[float, float, float | None]]()
-        for share in GRID:
-            try:
-                done = method.fit(one, share * one.bits, options)
-            except UserError:  # not even the least rank fits
-                continue
-            points.append((done.bits, harm * (_error(one, done, options) / error) ** 2, share))
-        points.append((one.bits, 0.0, None))
-        curves.append(_hull(points))
-    chosen = [0] * len(meant)
-    left = room - sum(curve[0][0] for curve in curves)
-    if left < 0:
-        raise UserError(
-            f'--spread sensitivity: the budget is below {GRID[0]} of each map’s bits; --spread uniform goes lower'
-        )
-    steps = sorted(
-        ((curve[k][1] - curve[k + 1][1]) / (curve[k + 1][0] - curve[k][0]), -number, -k)
-        for number, curve in enumerate(curves)
-        for k in range(len(curve) - 1)
-    )
-    stopped = set[int]()
-    for _, number, k in reversed(steps):
-        number, k = -number, -k
-        more = curves[number][k + 1][0] - curves[number][k][0]
-        if number in stopped or more > left:
-            stopped.add(number)
-            continue
-        chosen[number], left = k + 1, left - more
-    return [curve[place][2] for curve, place in zip(curves, chosen, strict=True)]
-
-
-def _error(target: Target, done: Compressed, options: Options) -> float:
-    frobenius, weighted = errors(target, done.w)
-    return weighted if options.objective == 'whitened' and target.gram is not None else frobenius
-
-
-def _hull(points: list[tuple[float, float, float | None]]) -> list[tuple[float, float, float | None]]:
-    """Of points (bits, loss) those on the lower convex hull, on which each further bit saves less."""
-    found = list[tuple[float, float, float | None]]()
-    for point in sorted(points, key=lambda one: (one[0], one[1])):
-        if found and point[1] >= found[-1][1]:
-            continue
-        while len(found) > 1 and (found[-2][1] - found[-1][1]) * (point[0] - found[-1][0]) <= (
-            found[-1][1] - point[1]
-        ) * (found[-1][0] - found[-2][0]):
-            found.pop()
-        found.append(point)
-    return found

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     if sys.argv[1:2] == ['study']:
-        from weft.compress.study.command import study
+        from weft.scripts.compression_study import study
 
         study(sys.argv[2:])
         return

@@ -4,6 +4,7 @@
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -122,15 +123,16 @@ def rounded_pairs(width: Literal[8, 4]) -> Callable[[Target, float, Options], Co
         w_IO = target.w_IO if target.experts else target.w_IO[None]
         gram = gram_for(target, options)
         E, I, O = w_IO.shape
-        group = divisor(I, options.group)
-        # Ranks of int4 are whole groups of the second factor's inputs.
         step = 1 if width == 8 else 8
-        size = lambda n: (
-            E * bits.quantised_pair(I, O, n * step, width, divisor(n * step, group) if width == 4 else group)
-        )
-        rank = step * bits.rank_within(size, budget, max(min(I, O) // step, 1))
+        # Groups of int4 go into the inputs of both factors, which are the map's and the ranks.
+        group_of = lambda r: divisor(math.gcd(I, r), options.group) if width == 4 else options.group
+        size = lambda r: E * bits.quantised_pair(I, O, r, width, group_of(r))
+        # Of int4 a higher rank may take fewer bits, where its groups are larger.
+        rank = max((r for r in range(step, min(I, O) + 1, step) if size(r) <= budget), default=0)
+        if not rank:
+            raise too_small(target, budget)
+        shared = group_of(rank)
         grams = [None] * E if gram is None else (gram if target.experts else gram[None])
-        shared = divisor(rank, group) if width == 4 else group
         pairs = [quantised_pair(w, rank, width, g, rounds=1, group=shared) for w, g in zip(w_IO, grams, strict=True)]
         w = np.stack([rebuilt_pair(pair) for pair in pairs])
         factors = [[pair.first for pair in pairs], [pair.second for pair in pairs]]
@@ -147,7 +149,7 @@ def rounded_pairs(width: Literal[8, 4]) -> Callable[[Target, float, Options], Co
             arrays[f'{name}.scale'] = (scale if target.experts else scale[0]).astype(dtype)
         w = w.swapaxes(-1, -2) if back else w
         form = LowRankConfig(rank=rank, bits=width, group=shared, compute=options.compute)
-        return Compressed(form, arrays, size(rank // step), w if target.experts else w[0])
+        return Compressed(form, arrays, size(rank), w if target.experts else w[0])
 
     return fit
 
