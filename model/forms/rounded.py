@@ -103,7 +103,7 @@ def decode(codes: jax.Array, scale: jax.Array, kind: str, axis: int, dtype: DTyp
     """codes · scale in the compute dtype. `axis`: −1 or −2, as of `RoundedArray`."""
     if kind != 'int4':
         return numbers(codes, kind, dtype) * scale.astype(dtype)
-    low, high = (codes & 15).astype(jnp.int8) - 8, (codes >> 4).astype(jnp.int8) - 8
+    low, high = halves(codes)
     axis, groups = codes.ndim + axis, scale.shape[axis]
     grouped = (*codes.shape[:axis], groups, -1, *codes.shape[axis + 1 :])
     both = jnp.concatenate([low.reshape(grouped), high.reshape(grouped)], axis + 1).astype(dtype)
@@ -114,6 +114,11 @@ def decode(codes: jax.Array, scale: jax.Array, kind: str, axis: int, dtype: DTyp
 def numbers(codes: jax.Array, kind: str, dtype: DTypeLike) -> jax.Array:
     """What codes of int8 and fp8 stand for, before their scale."""
     return (lax.bitcast_convert_type(codes, jnp.float8_e4m3fn) if kind == 'fp8' else codes).astype(dtype)
+
+
+def halves(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The low and the high code of each byte of int4, −8 … 7."""
+    return (codes & 15).astype(jnp.int8) - 8, (codes >> 4).astype(jnp.int8) - 8
 
 
 def packed(codes: Any, group: int, axis: int) -> Any:
@@ -141,7 +146,7 @@ class RoundedWeight(KeptWeight):
         codes, scale = map(columns, self.rounded.parts())
         kind, dtype = self.rounded.kind, x_BTI.dtype
         if kind == 'int4':
-            return few_tokens(x_BTI, decode(codes, scale, kind, self.rounded.axis, dtype), self.out_first)
+            return few_tokens_of_groups(x_BTI, codes, scale.astype(dtype), self.out_first)
         # One scale for an output: the sum is scaled, not each of its terms.
         return few_tokens(x_BTI, numbers(codes, kind, dtype), self.out_first) * scale.astype(dtype).reshape(1, 1, -1)
 
@@ -167,6 +172,30 @@ def few_tokens(x_BTI: jax.Array, w: jax.Array, out_first: bool) -> jax.Array:
         for x_bj in flat_NI.reshape(len(flat_NI), -1, terms):
             parts = [x_bj[:, j, None] * w_bjO[:, j] for j in range(terms)]
             found.append(functools.reduce(jnp.add, parts).sum(0))
+    return jnp.stack(found).reshape(*x_BTI.shape[:-1], -1)
+
+
+def few_tokens_of_groups(x_BTI: jax.Array, codes: jax.Array, scale: jax.Array, out_first: bool) -> jax.Array:
+    """x W of an int4 weight, as `few_tokens`: each half of the bytes meets its inputs, each group's sum its scale.
+
+    Letters: N tokens, G groups, h of their inputs half.
+    """
+    flat_NI, dtype = x_BTI.reshape(-1, x_BTI.shape[-1]), x_BTI.dtype
+    G = scale.shape[1 if out_first else 0]
+    low, high = (half.astype(dtype) for half in halves(codes))
+    found = []
+    for x_G2h in flat_NI.reshape(len(flat_NI), G, 2, -1):
+        if out_first:
+            low_OGh, high_OGh = (half.reshape(half.shape[0], G, -1) for half in (low, high))
+            terms_OGh = x_G2h[None, :, 0] * low_OGh + x_G2h[None, :, 1] * high_OGh
+            found.append((terms_OGh * scale[..., None]).sum((1, 2)))
+        else:
+            low_GhO, high_GhO = (half.reshape(G, -1, half.shape[1]) for half in (low, high))
+            parts = [
+                x_G2h[:, 0, h, None] * low_GhO[:, h] + x_G2h[:, 1, h, None] * high_GhO[:, h]
+                for h in range(low_GhO.shape[1])
+            ]
+            found.append((functools.reduce(jnp.add, parts) * scale).sum(0))
     return jnp.stack(found).reshape(*x_BTI.shape[:-1], -1)
 
 
