@@ -19,7 +19,7 @@ from weft.model.compute import ComputeConfig
 from weft.model.config import ModelConfig
 from weft.model.decoder import declared_decoder, weights_of
 from weft.model.forward import logits, place
-from weft.model.parts.attention import AttentionConfig
+from weft.model.parts.attention import AttentionConfig, MLAConfig
 from weft.model.parts.ends import EmbeddingConfig
 from weft.model.parts.feed_forward import MLPConfig, MoEConfig
 from weft.runtime.errors import UserError
@@ -35,6 +35,12 @@ DENSE = ModelConfig(
 )
 MIXTURE = dataclasses.replace(
     DENSE, layers=3, mlp=MLPConfig(dim=64), moe=MoEConfig(experts=4, mlp_dim=32), embedding=EmbeddingConfig(tied=True)
+)
+LATENT = dataclasses.replace(
+    DENSE,
+    layers=3,
+    attention=MLAConfig(heads=4, kv_lora_rank=32, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, q_lora_rank=32),
+    mlp=MLPConfig(dim=64),
 )
 MESHES = (MeshConfig(data=2, context=2, tensor=2), MeshConfig(expert=2, context=2, tensor=2))
 BUDGETS = {'magnitude': 0.75, 'wanda': 0.75, 'heads': 0.9, 'layers': 0.75, 'experts': 0.75, 'hidden-units': 0.75}
@@ -72,7 +78,7 @@ def compressed(c: ModelConfig, method: str, **more) -> CompressedModel:
     return compress_model(c, arrays, method, **given)
 
 
-@pytest.mark.parametrize('c', [DENSE, MIXTURE], ids=['dense', 'mixture'])
+@pytest.mark.parametrize('c', [DENSE, MIXTURE, LATENT], ids=['dense', 'mixture', 'latent'])
 def test_a_form_computes_what_it_stands_for(c, float64):
     """All methods at once, a map or two each: one model of them all is compiled once a mesh."""
     arrays, statistics = opened(c)
