@@ -90,6 +90,20 @@ def best(found: Iterable[Point], saved: float, family: str | None = None) -> Poi
     return min(fit, key=lambda one: one.cost.value, default=None)
 
 
+def advised(found: Iterable[Point], saved: float) -> Point | None:
+    """What a user should do: of points that save enough, and are not surely worse than the best, the simplest method.
+
+    Methods are as simple as their place in FAMILIES: rounding to nearest needs no calibration text, and decodes as it is.
+    """
+    fit = [one for one in found if one.share <= 1 - saved + ROUNDS]
+    top = best(fit, saved)
+    if top is None:
+        return None
+    alike = [one for one in fit if one.cost.low <= top.cost.high and one.cell.method in FAMILY]
+    order = list(FAMILY)
+    return min(alike, key=lambda one: (order.index(one.cell.method), one.cost.value))
+
+
 def curve(found: Iterable[Point], like: Cell) -> list[Point]:
     """The points that differ from a cell in the budget alone, most bits first."""
     of = [one for one in found if dataclasses.replace(one.cell, budget=like.budget) == like]

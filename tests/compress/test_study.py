@@ -16,7 +16,7 @@ from weft.compress.study.cells import BUDGETS, PAPER_RANK, TRAINED_HERE, Cell, d
 from weft.compress.study.page import write_page
 from weft.compress.study.rows import append, key_of, make_row, read_rows
 from weft.compress.study.subjects import Reading
-from weft.compress.study.verdict import BREAKS, Duel, Point, best, breaks, curve, duels, score
+from weft.compress.study.verdict import BREAKS, Duel, Point, advised, best, breaks, curve, duels, score
 from weft.compress.transform import NAMES
 from weft.interpret.intervals import Estimate
 from weft.runtime.errors import UserError
@@ -195,6 +195,15 @@ def test_the_best_of_a_budget_costs_the_least_of_those_that_save_enough() -> Non
     assert best(every, 0.75, 'tensors') is None
 
 
+def test_the_advice_is_the_simplest_that_is_not_surely_worse() -> None:
+    int8, int4 = point(Cell('dense', 'int8'), 0.25, 0.012), point(Cell('dense', 'int4'), 0.148, 0.04)
+    svd = point(Cell('dense', 'svd', 0.5), 0.5, 0.0)
+    assert advised([svd, int4, int8], 0.5) == int8, 'its interval overlaps with that of SVD, that of int4 does not'
+    assert advised([svd, int4], 0.5) == svd
+    assert advised([svd, int4, int8], 0.85) == int4
+    assert advised([svd], 0.85) is None
+
+
 def test_a_curve_breaks_where_it_passes_the_line() -> None:
     cells = [Cell('dense', 'svd', budget) for budget in BUDGETS]
     of = [
@@ -300,9 +309,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 def test_the_page_is_made_of_its_rows(page: tuple[str, Path]) -> None:
     text, folder = page
     assert '**Not whole.**' not in text
-    assert 'No tensor form is the best at any of these budgets.' in ' '.join(text.split())
+    assert 'No tensor form is what to use at any of these budgets.' in ' '.join(text.split())
     # At half of the bits int8 costs 0.01 · 0.02 / 0.2532², the least of all that save as much.
-    assert 'int8: +0.31 % [−0.69, +1.31]' in text
+    assert '| 50 % | int8 (25.3 % left) | +0.31 % [−0.69, +1.31] |' in text
     for name in re.findall(r'\]\((compression/\w+\.png)\)', text):
         assert (folder / name).read_bytes().startswith(b'\x89PNG')
     assert text.count('](compression/') == 4

@@ -109,6 +109,23 @@ def _zeros(c: ModelConfig):
     return jax.tree.map(lambda w: np.zeros(w.global_shape, w.stored('float64')), declared_decoder(c))
 
 
+@pytest.mark.parametrize('budget', [0.5, 0.55, 0.59])
+def test_groups_of_rounded_pairs_go_into_inputs_and_ranks(budget, float64):
+    """Of 40 and 72 inputs and ranks of whole eights the largest common group is often 8, and never 32."""
+    attention = AttentionConfig(heads=4, kv_heads=2, head_dim=10)
+    c = dataclasses.replace(DENSE, model_dim=40, attention=attention, mlp=MLPConfig(dim=72))
+    found = compressed(c, 'svd-int4', budget=budget, options=Options(), maps=['layers.*.mlp.*'])
+    assert budget - 0.1 < found.share <= budget
+    forms = found.config.weights
+    assert forms
+    for form in forms:
+        assert form.rank % form.group == 0
+        assert 40 % form.group == 0 or 72 % form.group == 0
+    for row in found.maps:
+        assert row.bits < 0.3 * row.bits_before
+        assert row.weighted < 0.9
+
+
 @pytest.mark.parametrize('method', METHODS)
 def test_bits_and_errors(method, float64):
     for c in (DENSE, MIXTURE):
