@@ -60,7 +60,8 @@ def study(argv: Sequence[str]) -> None:
     stale = stale_rows(rows, every, lambda name: None)
     for name, why in stale.items():
         say(f'{name}: stale: {why}')
-    missing = write_page(rows, stale, [cell.name for cell in every], options.out)
+    wanted = [cell.name for cell in every if cell.model not in PUBLISHED or cell.model in chosen]
+    missing = write_page(rows, stale, wanted, options.out)
     say(f'{shown(options.out, LONGEST)}: of {len(rows)} rows{missing}')
 
 

@@ -112,7 +112,8 @@ def measure_section(found: Found) -> list[str]:
                 f"""What sharing gains at {100 * GAINS_AT:.0f} % of a stack's bits, in log error of the Frobenius norm over a
                 pair for each slice (0.1: an error smaller by a tenth), the best of a basis for inputs, one for outputs and
                 Tucker's form. A basis that heads share on the model’s side is the SVD of the whole matrix. `Tucker beyond` is
-                what Tucker’s form gains over the better of the two shared bases:"""
+                what Tucker’s form gains over the better of the two shared bases; where its best ranks leave slices and units
+                whole it is such a basis itself, and gains nothing beyond:"""
             ),
             table(('model', 'slices', 'stacks', 'sharing wins', 'mean gain', 'Tucker beyond', 'Tucker wins'), by_stack),
         ]

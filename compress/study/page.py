@@ -24,6 +24,8 @@ from weft.compress.study.words import NO, Found, at, figures_of, interval, perce
 from weft.interpret.history.markdown import listed, prose, table
 from weft.storage.files import make_folder, output_file
 
+FILLED = 0.02  # of perplexity: a model of fewer layers that is worse by less shows that the others had nothing to learn
+
 
 def write_page(rows: Sequence[Row], stale: dict[str, str], design: Sequence[str], path: Path) -> str:
     """Writes the page and its pictures, into a folder of its name beside it; gives what is missing, in words."""
@@ -69,7 +71,7 @@ def opening(found: Found, stale: dict[str, str], missing: Sequence[str]) -> list
     when = '' if not dates else dates[0] if len(dates) == 1 else f'{dates[0]} to {dates[-1]}'
     machines = listed(sorted({row['machine'] for row in found.rows})) if found.rows else 'no machine'
     blocks = [
-        '# What can a model lose? Tensor decompositions, and what to use instead',
+        '# What do tensor decompositions cost a language model, and what is there instead?',
         prose(
             """The question comes from a paper (Zagitov et al. 2026, *Rethinking the Role of Tensor Decompositions in
             Post-Training LLM Compression*, arXiv:2606.03465) and from a short account of it, which says that tensor
@@ -80,8 +82,8 @@ def opening(found: Found, stale: dict[str, str], missing: Sequence[str]) -> list
             f"""**Limits.** These are small models: 10 to 13 million weights, trained here from random float32 numbers on 2.5
             million tokens of Python source, one seed each ([configs/compression/]({found.root}/configs/compression)). They
             are undertrained by any standard, and what is redundant in them need not be in a model that has read a thousand
-            times as much. Intervals (95 %, in brackets) say how sure a figure is for these models and these texts, not for
-            another seed.""",
+            times as much.{null_words(found)} Intervals (95 %, in brackets) say how sure a figure is for these models and these
+            texts, not for another seed.""",
         ),
         '    python scripts/compress.py study',
         prose(
@@ -118,6 +120,24 @@ def opening(found: Found, stale: dict[str, str], missing: Sequence[str]) -> list
             )
         )
     return blocks
+
+
+def null_words(found: Found) -> str:
+    """How much of the dense model its text can fill."""
+    small = [one for one in found.points if one.cell.method == SMALLER]
+    told_ = [
+        f'with {one.cell.layers} layers in the place of 8 ({share(one.share)} of the bits) it comes to {interval(one.cost)}'
+        for one in small
+    ]
+    if not told_:
+        return ''
+    idle = (
+        ' So most of its weights are more than so little text can fill, and costs on this page are likely lower than those of '
+        'a model that has read more.'
+        if min(one.cost.value for one in small) < FILLED
+        else ''
+    )
+    return f' How much: trained as long, the dense model {listed(told_)} of perplexity.{idle}'
 
 
 def verdict_section(found: Found) -> list[str]:
@@ -221,14 +241,6 @@ def curve_section(found: Found) -> list[str]:
         if one.cell.method in FAMILIES['rounding'] or one.cell.method == 'wanda-2:4'
         if one.cell.maps == 'all'
     ]
-    small = [one for one in found.points if one.cell.method == SMALLER]
-    words = ''
-    if small:
-        told_ = listed(
-            [f'{one.cell.layers} layers, {share(one.share)} of the bits: {interval(one.cost)}' for one in small]
-        )
-        words = f"""The model that is smaller from the start, trained as long on the same text, is the null that all
-            compression has to beat: {told_}."""
     return [
         '## Where does each method’s curve break?',
         f'![Perplexity against bits]({found.folder.name}/curves.png)',
@@ -241,7 +253,6 @@ def curve_section(found: Found) -> list[str]:
         ),
         'What takes the bits that it takes:',
         table(('method', 'bits left', 'cost, held-out', 'cost, documentation', 'KL, nats'), rounded),
-        *([prose(words)] if words else []),
     ]
 
 

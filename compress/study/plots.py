@@ -26,7 +26,6 @@ CURVES = (
     ('cp', 'whitened', '#aa3377', 'v-', 'CP, whitened'),
     ('tensor-train', 'whitened', '#ccbb44', 'D-', 'tensor train'),
     ('wanda', 'whitened', '#228833', '^-', 'Wanda'),
-    ('magnitude', 'whitened', '#228833', '^:', 'magnitude'),
     ('layers', 'whitened', '#666666', 'x-', 'layers dropped'),
     ('hidden-units', 'whitened', '#666666', '+:', 'hidden units dropped'),
     ('svd-int4', 'whitened', '#66ccee', 'P-', 'SVD in int4'),
@@ -34,7 +33,6 @@ CURVES = (
 POINTS = (
     ('int8', '#000000', '*', 'int8'),
     ('int4', '#000000', 'p', 'int4'),
-    ('gptq-int4', '#000000', 'h', 'int4, GPTQ'),
     ('wanda-2:4', '#228833', '>', 'Wanda 2:4'),
 )
 MODELS = {'dense': '#4477aa', 'mixture-8': '#ee6677', 'mixture-32': '#228833'}
@@ -45,7 +43,7 @@ TEXT = 13  # points: 8 pixels where the picture is 400 wide
 def draw(path: Path, paint: Callable[..., None], columns: int = 1, height: float = 5.6) -> None:
     """A picture of so many panels side by side, which `paint` is given; whole or not there."""
     with plt.rc_context({'font.size': TEXT, 'axes.linewidth': 0.8}):
-        figure, axes = plt.subplots(1, columns, figsize=(8.4, height), dpi=130, squeeze=False)
+        figure, axes = plt.subplots(1, columns, figsize=(7.0, height), dpi=150, squeeze=False)
         paint(*axes[0])
         for axis in axes[0]:
             axis.grid(alpha=0.25)
@@ -75,6 +73,19 @@ def legend(axis: Axes, **how: Any) -> None:
         axis.legend(frameon=False, **how)
 
 
+def below(axis: Axes) -> None:
+    """A legend of many curves under the axis, where it covers none."""
+    legend(
+        axis,
+        ncols=2,
+        fontsize=12.5,
+        loc='upper center',
+        bbox_to_anchor=(0.44, -0.13),
+        handlelength=1.6,
+        columnspacing=1,
+    )
+
+
 def line(axis: Axes, of: Sequence[Point], colour: str, style: str, label: str) -> None:
     """A curve with its intervals."""
     if not of:
@@ -97,9 +108,9 @@ def curves(path: Path, found: Iterable[Point]) -> None:
         for method, colour, mark, label in POINTS:
             line(axis, [one for one in of if one.cell == Cell('dense', method)], colour, mark, label)
         costs(axis)
-        legend(axis, ncols=2, fontsize=11, loc='upper right', handlelength=1.6, columnspacing=1)
+        below(axis)
 
-    draw(path, paint, height=6.6)
+    draw(path, paint, height=7.4)
 
 
 def models(path: Path, found: Sequence[Point]) -> None:
@@ -109,12 +120,12 @@ def models(path: Path, found: Sequence[Point]) -> None:
         for model, colour in MODELS.items():
             of = plain(found, model)
             line(axis, curve(of, Cell(model, 'svd', 0.5)), colour, 'o-', f'{model}, SVD')
-            line(axis, [one for one in of if one.cell == Cell(model, 'gptq-int4')], colour, 'h', f'{model}, int4 GPTQ')
+            line(axis, [one for one in of if one.cell == Cell(model, 'int4')], colour, 'p', f'{model}, int4')
             line(axis, curve(of, Cell(model, 'layers', 0.5)), colour, 'x:', f'{model}, layers')
         costs(axis)
-        legend(axis, fontsize=11)
+        below(axis)
 
-    draw(path, paint)
+    draw(path, paint, height=6.8)
 
 
 def calibration(path: Path, found: Sequence[Point]) -> None:
@@ -138,7 +149,7 @@ def calibration(path: Path, found: Sequence[Point]) -> None:
 
 
 def sharing(path: Path, rows: Sequence[Row], budget: float) -> None:
-    """Predicted gain of sharing against the real one: a point a stack of heads or of experts."""
+    """Predicted gain of Tucker's form over pairs against the real one: a point a stack of heads or of experts."""
     marks = {'heads': 'o', 'experts': 's'}
 
     def paint(axis: Axes) -> None:
@@ -146,12 +157,14 @@ def sharing(path: Path, rows: Sequence[Row], budget: float) -> None:
         for one in gains(rows, budget):
             colour = MODELS.get(one.model, '#666666')
             label = f'{one.kind} of {one.model}'
-            axis.plot(one.predicted, one.real, marks[one.kind], color=colour, mfc='none', markersize=6, label=label)
-            ends += [*one.predicted, *one.real]
+            axis.plot(
+                one.tucker_predicted, one.tucker, marks[one.kind], color=colour, mfc='none', markersize=6, label=label
+            )
+            ends += [*one.tucker_predicted, *one.tucker]
         low, high = min(ends) - 0.02, max(ends) + 0.02
         axis.plot([low, high], [low, high], '-', color='#bbbbbb', linewidth=0.8)
         axis.axhline(0, color='#666666', linewidth=0.8, linestyle='--')
-        axis.set(xlabel='predicted log gain of sharing', ylabel='measured', xlim=(low, high), ylim=(low, high))
+        axis.set(xlabel='predicted log gain of Tucker’s form', ylabel='measured', xlim=(low, high), ylim=(low, high))
         legend(axis, fontsize=11)
 
     draw(path, paint, height=5.4)

@@ -3,12 +3,14 @@
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+
 from weft.compress.study import plots
-from weft.compress.study.cells import DELETED, PAPER_RANK, Cell
+from weft.compress.study.cells import DELETED, ORIGINAL, PAPER_RANK, Cell
 from weft.compress.study.claims import claims, paper_cell
 from weft.compress.study.verdict import FAMILIES, HELD_OUT, Duel, Point, duels, score, tensors_against_pairs
 from weft.compress.study.words import NAMES, Found, at, interval, percent, said, share, told
-from weft.interpret.history.markdown import prose, table
+from weft.interpret.history.markdown import listed, prose, table
 from weft.interpret.intervals import Estimate
 
 HALF = 0.5  # of the bits
@@ -45,6 +47,7 @@ def rescue_section(found: Found) -> list[str]:
     ]
     return [
         '## Does whitening, spreading or recovery rescue tensors?',
+        *rescue_words(found),
         prose(
             """**Whitening** makes the error of outputs small instead of that of weights. The last column is the share of the
             nats above the original that it saves:"""
@@ -57,6 +60,43 @@ def rescue_section(found: Found) -> list[str]:
         table(('form', 'bits left', 'all alike', 'by sensitivity', 'middle layers hard'), spreads),
         *recovery_blocks(found),
     ]
+
+
+def rescue_words(found: Found) -> list[str]:
+    """What each brings on average."""
+    parts = []
+    for field, one, other, words in (
+        (
+            'objective',
+            'frobenius',
+            'whitened',
+            'whitening saves {} of the nats above the original (median of {}, {} to {})',
+        ),
+        ('spread', 'uniform', 'sensitivity', 'spreading by sensitivity saves {} of them (median of {}, {} to {})'),
+        ('spread', 'uniform', 'middle', 'putting all on a few layers in the middle saves {} (median of {}, {} to {})'),
+    ):
+        of = [
+            duel.gain
+            for duel in duels(found.points, field, one, other)
+            if duel.one.cell.method in ('svd', 'tucker', 'cp', 'tensor-train')
+        ]
+        if of:
+            values = (float(np.median(of)), min(of), max(of))
+            middle, low, high = (percent(value, 0).removeprefix('+') for value in values)
+            parts.append(words.format(middle, len(of), low, high))
+    base = at(found.points, Cell('dense', ORIGINAL, measured='recovered'))
+    trained = [
+        one
+        for one in found.points
+        if one.cell.measured == 'recovered' and one.cell.model == 'dense' and one.cell.method in FAMILIES['tensors']
+    ]
+    if base is not None and trained:
+        told_ = listed([f'{said(one.cell)} at {share(one.share)}: {percent(one.cost.value)}' for one in trained])
+        parts.append(
+            f'after a short training tensor forms of the dense model stand at {told_}, the model itself after it '
+            f'at {percent(base.cost.value)}'
+        )
+    return [prose(f'In short: {"; ".join(parts)}. Each is told below.')] if parts else []
 
 
 def recovery_blocks(found: Found) -> list[str]:

@@ -229,7 +229,8 @@ class Gains(NamedTuple):
     stacks: int
     won: int  # stacks on which some form that shares beats pairs by more than 1 % of the error
     real: list[float]  # log(error of pairs / error of the best form that shares)
-    predicted: list[float]
+    tucker: list[float]  # log(error of pairs / error of Tucker's form)
+    tucker_predicted: list[float]
     tucker_beyond: list[float]  # what Tucker's form gains over the better of the two shared bases
 
     @property
@@ -248,12 +249,12 @@ def gains(rows: Iterable[Row], budget: float) -> list[Gains]:
             of = [one for one in row['figures'].get('gains', []) if one['kind'] == kind and one['budget'] == budget]
             if of:
                 real = [max(one['real'].values()) for one in of]
-                predicted = [max(one['predicted'].values()) for one in of]
+                tucker, predicted = ([one[what]['tucker'] for one in of] for what in ('real', 'predicted'))
                 model = row['settings']['model']
                 bases = [max(one['real']['shared_in'], one['real']['shared_out']) for one in of]
                 beyond = [one['real']['tucker'] - base for one, base in zip(of, bases, strict=True)]
                 won = sum(value > 0.01 for value in real)
-                found.append(Gains(kind, model, len(of), won, real, predicted, beyond))
+                found.append(Gains(kind, model, len(of), won, real, tucker, predicted, beyond))
     return found
 
 
