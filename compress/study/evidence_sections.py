@@ -7,7 +7,7 @@ import numpy as np
 
 from weft.compress.study import plots
 from weft.compress.study.verdict import correlations, gain_correlation, gains
-from weft.compress.study.words import Found
+from weft.compress.study.words import Found, number
 from weft.interpret.history.markdown import listed, prose, table
 
 GAINS_AT = 0.5  # of a stack's bits
@@ -25,7 +25,7 @@ def sharing_section(found: Found) -> list[str]:
                     model,
                     f'{one["kind"]}: {one["map"]}' + (f', {side}' if one['kind'] == 'layers' else ''),
                     *(
-                        f'{one[field]["value"]:.2f}'
+                        number(one[field]['value'])
                         for field in ('energy', 'chance', 'most', 'above_chance', 'cosine', 'cosine_of_chance')
                     ),
                 )
@@ -40,7 +40,7 @@ def sharing_section(found: Found) -> list[str]:
                 (
                     model,
                     one['count'],
-                    *(f'{value - base:+.5f}' for value in (one['without'], one['random']['value'], one['largest'])),
+                    *(number(value - base, 5) for value in (one['without'], one['random']['value'], one['largest'])),
                 )
             )
     if not rows:
@@ -71,16 +71,18 @@ def sharing_words(rows: Sequence[tuple[Any, ...]]) -> str:
     """Which kinds of stacks share more than chance has it."""
     found = []
     for kind in ('heads', 'experts', 'layers'):
-        above = [float(row[5]) for row in rows if str(row[1]).startswith(kind)]
+        above = [float(row[5].replace('−', '-')) for row in rows if str(row[1]).startswith(kind)]
         if above:
-            found.append(f'{kind} {np.mean(above):.2f} (from {min(above):.2f} to {max(above):.2f}, {len(above)} rows)')
+            found.append(
+                f'{kind} {number(float(np.mean(above)))} (from {number(min(above))} to {number(max(above))}, {len(above)} rows)'
+            )
     return f'Above chance on average: {listed(found)}.'
 
 
 def measure_section(found: Found) -> list[str]:
     """Which measure predicts it."""
     known = correlations(found.points)
-    rows = [(name, of.text(), of.of) for name, of in known.items()]
+    rows = [(name, of.text().replace('-', '−'), of.of) for name, of in known.items()]
     plots.sharing(found.folder / 'sharing.png', found.rows, GAINS_AT)
     whole = gain_correlation(found.rows)
     by_stack = []
@@ -91,8 +93,8 @@ def measure_section(found: Found) -> list[str]:
                 one.kind,
                 one.stacks,
                 one.won,
-                f'{np.mean(one.real):+.3f}',
-                f'{np.mean(one.tucker_beyond):+.3f}',
+                number(float(np.mean(one.real)), 3),
+                number(float(np.mean(one.tucker_beyond)), 3),
                 one.tucker_won,
             )
         )

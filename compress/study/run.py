@@ -1,5 +1,6 @@
 """Goes through cells, measures those that are missing or stale, and tells how long it will take."""
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def run_cells(
         done += 1
         spent.append(time.monotonic() - began)
         left = sum(is_due(other, known) for other in cells[number:])
-        say(f'{number}/{len(cells)}  {cell.name}: {told(figures)}; {in_words(left * sum(spent) / len(spent))} left')
+        say(f'{number}/{len(cells)}  {cell.name}: {told(figures)}; {in_words(left * statistics.median(spent))} left')
     if done:
         say(f'{done} cells in {in_words(time.monotonic() - begun)}')
     return done

@@ -69,6 +69,12 @@ def interval(of: Estimate) -> str:
     return f'{percent(of.value, digits)} [{low}, {high}]'
 
 
+def number(value: float, digits: int = 2) -> str:
+    """Plain, with a minus sign that is one, and no zero that is below zero."""
+    text = f'{value:.{digits}f}'
+    return text.removeprefix('-') if float(text) == 0 else text.replace('-', '−')
+
+
 def share(value: float) -> str:
     """Of bits."""
     return f'{100 * value:.1f} %'
