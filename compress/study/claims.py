@@ -12,6 +12,7 @@ from weft.compress.study.verdict import (
     HELD_OUT,
     Point,
     duels,
+    gains,
     plain,
     score,
     tensors_against_pairs,
@@ -94,11 +95,15 @@ def shared_subspaces(rows: Sequence[Row], found: Sequence[Point]) -> Claim | Non
         else f'not of {" and ".join(sharing)}'
     )
     means = ', '.join(f'{kind} {value:.2f}' for kind, value in share.items())
+    won = [f'{one.won} of {one.stacks} stacks of {one.kind} in {one.model}' for one in gains(rows, 0.5)]
+    beside = (
+        f'; at half of a stack’s bits a form that shares beats a pair for each slice on {", ".join(won)}' if won else ''
+    )
     return Claim(
         'document: heads, layers and experts do not share subspaces',
         here,
         f'on the residual stream’s side they share more than chance by (0 at chance, 1 at what spectra allow): {means}; from '
-        f'{SHARES} on it counts as sharing',
+        f'{SHARES} on it counts as sharing{beside}',
     )
 
 

@@ -141,8 +141,9 @@ def calibration(path: Path, found: Sequence[Point]) -> None:
             of = [one for one in found if one.cell.method == method and one.cell.layers and one.cell.model == 'dense']
             line(axis, sorted(of, key=lambda one: -one.share), colour, style, label)
         costs(axis)
-        axis.set(xscale='linear')
+        axis.set(xscale='linear', xlim=(0.5, 1.01))
         axis.set_xticks([0.5, 0.6, 0.7, 0.8, 0.9, 1])
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{100 * value:g} %'))
         legend(axis, fontsize=12)
 
     draw(path, paint, height=4.8)
