@@ -206,8 +206,6 @@ def recoveries() -> Iterator[Cell]:
         ('cp', 0.5),
         ('svd', 0.25),
         ('layers', 0.5),
-        ('hidden-units', 0.5),
-        ('wanda', 0.35),
     ):
         yield Cell('dense', method, budget, measured='recovered')
     yield Cell('mixture-8', ORIGINAL, measured='recovered')

@@ -19,14 +19,13 @@ from weft.compress.methods.structure import STRUCTURES, numbers
 from weft.compress.spread import outward
 from weft.compress.study.cells import DELETED, ORIGINAL, PATTERNS, SMALLER, WEIGHED, Cell
 from weft.compress.study.evidence import evidence
+from weft.compress.study.recovery import RECOVERY, recover
 from weft.compress.study.speed import compare_decoding
-from weft.compress.study.subjects import MESH, Say, Subject, Subjects, config_of, train_run
+from weft.compress.study.subjects import MESH, Say, Subject, Subjects, config_of
 from weft.compress.transform import CompressedModel, MapRow, compress_model
 from weft.compress.weights import layer_arrays
 from weft.inference.run import open_run
-from weft.training.config import load_config
 
-RECOVERY = {'steps': 60, 'learning_rate': 1e-3, 'warmup_steps': 10}  # of the same data and batches as the model itself
 Figures = dict[str, Any]
 
 
@@ -144,16 +143,3 @@ def errors_of(maps: tuple[MapRow, ...]) -> Figures:
 def quality_of(folder: Path, subject: Subject) -> Figures:
     """Of a run beside the model that it was made of."""
     return subject.quality(open_run(folder, MESH, stacked=True).model).figures()
-
-
-def recover(folder: Path, say: Say) -> None:
-    """The same short training for all cells: factors are weights like any others."""
-    changes = [
-        'mesh.data=1',
-        f'training.steps={RECOVERY["steps"]}',
-        f'optimizer.learning_rate={RECOVERY["learning_rate"]}',
-        f'optimizer.warmup_steps={RECOVERY["warmup_steps"]}',
-        f'checkpoint.every={RECOVERY["steps"]}',
-        'metrics.validate_every=1000',
-    ]
-    train_run(load_config(folder / 'config.yaml', changes), folder.parent, say)

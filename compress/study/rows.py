@@ -34,7 +34,12 @@ EVERY = (
 )
 MEASURED = {
     'quality': ('compress/study/measure.py',),
-    'recovered': ('compress/study/measure.py', 'compress/compressed_run.py', 'model/forms'),
+    'recovered': (
+        'compress/study/measure.py',
+        'compress/study/recovery.py',
+        'compress/compressed_run.py',
+        'model/forms',
+    ),
     'speed': ('compress/study/speed.py', 'compress/compressed_run.py', 'model/forms'),
     'diagnosis': ('compress/study/evidence.py', 'compress/outliers.py', 'compress/planted.py', 'compress/diagnosis.py'),
 }
