@@ -174,7 +174,10 @@ def verdict_section(found: Found) -> list[str]:
             """What to do is the simplest method that is not surely worse for the dense model than the best of all cells that
             save as much (in whole percent; rounding to nearest counts as simpler than GPTQ, and that as simpler than factors),
             before any training; its cost is told for all three models. “Surely” means on this page that 95 % intervals do not
-            overlap, which is more than a test at 5 % asks for. The best of each family for the dense model:"""
+            overlap, which is more than a test at 5 % asks for. Of matrices that have neither heads nor experts Tucker's form
+            and CP are pairs, so Tucker's form of the whole dense model differs from SVD in attention alone; by sensitivity it
+            was spread at half of the bits only. Factors leave the embedding in float32, which rounding does not. The best of
+            each family for the dense model:"""
         ),
         table(('bits saved', *FAMILIES), others),
     ]

@@ -59,7 +59,8 @@ class Found(NamedTuple):
 def percent(value: float, digits: int = 1) -> str:
     """Such as `+6.3 %`; large ones without digits."""
     digits = digits if abs(value) < 1 else 0
-    return f'{100 * value:+,.{digits}f} %'.replace('-', '−')
+    text = f'{100 * value:+,.{digits}f}'
+    return '0 %' if float(text.replace(',', '')) == 0 else f'{text} %'.replace('-', '−')
 
 
 def interval(of: Estimate) -> str:
