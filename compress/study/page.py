@@ -126,7 +126,7 @@ def null_words(found: Found) -> str:
     """How much of the dense model its text can fill."""
     small = [one for one in found.points if one.cell.method == SMALLER]
     told_ = [
-        f'with {one.cell.layers} layers in the place of 8 ({share(one.share)} of the bits) it comes to {interval(one.cost)}'
+        f'{one.cell.layers} layers in the place of 8 ({share(one.share)} of the bits) cost {interval(one.cost)}'
         for one in small
     ]
     if not told_:
@@ -137,7 +137,7 @@ def null_words(found: Found) -> str:
         if min(one.cost.value for one in small) < FILLED
         else ''
     )
-    return f' How much: trained as long, the dense model {listed(told_)} of perplexity.{idle}'
+    return f' How much: trained as long, {listed(told_)} of perplexity.{idle}'
 
 
 def verdict_section(found: Found) -> list[str]:

@@ -9,7 +9,7 @@ from weft.compress.study import plots
 from weft.compress.study.cells import DELETED, ORIGINAL, PAPER_RANK, Cell
 from weft.compress.study.claims import claims, paper_cell
 from weft.compress.study.verdict import FAMILIES, HELD_OUT, Duel, Point, duels, score, tensors_against_pairs
-from weft.compress.study.words import NAMES, Found, at, interval, percent, said, share, told
+from weft.compress.study.words import NAMES, NO, Found, at, interval, percent, said, share, told
 from weft.interpret.history.markdown import listed, prose, table
 from weft.interpret.intervals import Estimate
 
@@ -128,7 +128,12 @@ def tensor_section(found: Found) -> list[str]:
     for method in FAMILIES['tensors']:
         whitened = score(duel for duel in every if duel.other.cell.method == method)
         frobenius = score(duel for duel in plain_ if duel.other.cell.method == method)
-        rows.append((NAMES[method], *(f'{one.wins} / {one.open} / {one.losses}' for one in (whitened, frobenius))))
+        rows.append(
+            (
+                NAMES[method],
+                *(f'{one.wins} / {one.open} / {one.losses}' if any(one) else NO for one in (whitened, frobenius)),
+            )
+        )
     attention = [
         (
             NAMES[method],
