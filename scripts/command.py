@@ -4,7 +4,7 @@ import runpy
 import sys
 from pathlib import Path
 
-NOT_COMMANDS = {'__init__', 'answering', 'command', 'entry', 'options'}
+NOT_COMMANDS = {'__init__', 'answering', 'command', 'compression_study', 'entry', 'options'}
 
 
 def main() -> None:

@@ -125,6 +125,11 @@ COMMANDS = {
             ),
             'runs/less',
         ),
+        Command(
+            'quantise',
+            ('convert', 'quantise', '{base}/runs/tiny', '{scratch}/runs/less', '--to', 'int8'),
+            'runs/less',
+        ),
         Command('plan', PLAN),
         Command('plan json', (*PLAN, '--json')),
         Command('plan page', (*PLAN, '--html', '{scratch}/plan.html'), 'plan.html'),

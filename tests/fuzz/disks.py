@@ -41,6 +41,7 @@ AFTER = {
     'import': (24,),
     'export': (24,),
     'compress': (24,),
+    'quantise': (24,),
     'plan page': (4,),
     'prove': (4,),
     'sample': (24,),
