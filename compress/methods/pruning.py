@@ -17,7 +17,7 @@ def fit_of(by_inputs: bool, of_four: bool) -> Callable[[Target, float, Options],
 
     def fit(target: Target, budget: float, options: Options) -> Compressed:
         w_IO = target.w_IO if target.experts else target.w_IO[None]
-        norms = [None] * len(w_IO)
+        norms = [None] * len(w_IO)  # type: list[np.ndarray | None]
         if by_inputs:
             assert target.gram is not None, 'the method measures'
             grams = target.gram if target.experts else target.gram[None]
