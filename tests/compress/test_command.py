@@ -83,9 +83,10 @@ def test_it_trains_resumes_on_another_mesh_and_gives_equal_logits_at_each_hand_o
 
 
 def test_pruned_weights_and_fewer_parts_are_exported(folder, tmp_path):
+    trained(folder, 'tiny.yaml', 'name=mixed', 'training.steps=2', 'model.moe.first_dense_layers=0')
     for name, method, budget in (('pruned', 'wanda', '0.8'), ('fewer', 'experts', '0.8')):
         compressed(
-            folder, 'runs/tiny', '--method', method, '--budget', budget, '--tokens', '256', '--out', f'runs/{name}'
+            folder, 'runs/mixed', '--method', method, '--budget', budget, '--tokens', '256', '--out', f'runs/{name}'
         )
         export_run(folder / 'runs' / name, tmp_path / name)
         import_run(tmp_path / name, tmp_path / f'{name}-again', MeshConfig())
