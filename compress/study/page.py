@@ -83,12 +83,12 @@ def opening(found: Found, stale: dict[str, str], missing: Sequence[str]) -> list
             million tokens of Python source, one seed each ([configs/compression/]({found.root}/configs/compression)). They
             are undertrained by any standard, and what is redundant in them need not be in a model that has read a thousand
             times as much.{null_words(found)} Intervals (95 %, in brackets) say how sure a figure is for these models and these
-            texts, not for another seed. The rule of sensitivity was tuned on this page's held-out text, on one cell,
-            and the rate of recovery chosen after one result at another rate. Of the rows of 2026-12-01, 125 had their code hash rewritten, not
-            measured again, when one function moved to another file; all other code was equal by its syntax trees.
-            Tokens a second of that day are those of busy cores: on quiet ones and one device int8 decoded the dense model at 0.35 times
-            float32's rate (scripts/decode.py, 200 tokens, --mesh data=1), perhaps because so small a model
-            stays in the CPU's cache, which was not measured.""",
+            texts, not for another seed. The rule of sensitivity was tuned on this page's held-out text, on one
+            cell, and the rate of recovery chosen after one result at another rate. Of the rows of 2026-12-01, 125
+            had their code hash rewritten, not measured again, when one function moved to another file; all other
+            code was equal by its syntax trees. Tokens a second of that day are those of busy cores: on quiet ones
+            and one device int8 decoded the dense model at 0.35 times float32's rate (scripts/decode.py, 200 tokens,
+            --mesh data=1), perhaps because so small a model stays in the CPU's cache, which was not measured.""",
         ),
         '    python scripts/compress.py study',
         prose(
